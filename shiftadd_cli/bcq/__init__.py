@@ -1,0 +1,1 @@
+"""Binary-coding quantization: the mathematics, tensors in and tensors out."""

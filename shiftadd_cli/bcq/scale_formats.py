@@ -1,0 +1,118 @@
+"""Scale formats: the values a scale may take, relative to its row scale, and their codes.
+
+A scale is `row_scale · ratio`. The ratio is stored as
+
+- `pot`:   4 bits, e:                 2^−e                                e = 0 … 14, and e = 15 means 0
+- `apot2`: 8 bits, e, t₂:             2^−e ± 2^−(e+d₂)                    the paper's additive powers of two
+- `apot3`: 12 bits, e, t₂, t₃:        2^−e ± 2^−(e+d₂) ± 2^−(e+d₂+d₃)      (ShiftAddLLM, section 4.1, uses three terms)
+- `float`: IEEE half precision
+
+where a term nibble t holds d in its low three bits (0: no term) and the sign in its high bit (1: minus). Unlike the
+paper's reference code, signs are stored, and zero has a code of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+ZERO_EXPONENT = 15
+OFFSET_STEP = 1 / 8
+
+
+@dataclass(frozen=True)
+class ScaleFormat:
+    """One scale format.
+
+    `nibbles` is the number of 4-bit fields of a code (0 for `float`). `table` float32 `[16 ** nibbles]` decodes a code;
+    `values` float32, ascending and distinct, are the representable ratios and `codes` int32 a code of each.
+    """
+
+    name: str
+    nibbles: int
+    table: Tensor
+    values: Tensor
+    codes: Tensor
+
+    @property
+    def bits(self) -> int:
+        """Stored bits of one scale."""
+        return 4 * self.nibbles if self.nibbles else 16
+
+    @property
+    def largest(self) -> float:
+        """The largest ratio a scale can have to its row scale."""
+        return float(self.values[-1]) if self.nibbles else 1.0
+
+    def round(self, ratios: Tensor) -> Tensor:
+        """Nearest representable ratio, elementwise; negative ratios round to 0."""
+        if not self.nibbles:
+            return ratios.clamp_min(0).half().float()
+        return self.bracket(ratios)[2]
+
+    def bracket(self, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Largest representable ratio not above, smallest not below (clamped to the range), and the nearer of both."""
+        values = self.values.to(ratios.device)
+        above = torch.searchsorted(values, ratios.contiguous()).clamp_max(len(values) - 1)
+        below = (above - 1).clamp_min(0)
+        high, low = values[above], values[below]
+        exact = high <= ratios
+        low = torch.where(exact, high, low)
+        nearest = torch.where(ratios - low <= high - ratios, low, high)
+        return low, high, nearest
+
+    def encode(self, ratios: Tensor) -> Tensor:
+        """Codes int32 of ratios that are representable (the result of `round`); not for `float`."""
+        return self.codes.to(ratios.device)[torch.searchsorted(self.values.to(ratios.device), ratios.contiguous())]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Ratios float32 of integer codes; not for `float`."""
+        return self.table.to(codes.device)[codes.long()]
+
+
+def _decode_table(nibbles: int) -> Tensor:
+    """Ratios float32 `[16 ** nibbles]` of all codes; nibble k of a code is `code >> 4k`."""
+    codes = torch.arange(16**nibbles)
+    exponent = codes & 15
+    ratio = torch.exp2(-exponent.double())
+    place = exponent.double()
+    for k in range(1, nibbles):
+        term = (codes >> (4 * k)) & 15
+        distance, sign = term & 7, torch.where(term & 8 > 0, -1.0, 1.0)
+        place = place + distance
+        ratio = torch.where(distance > 0, ratio + sign * torch.exp2(-place), ratio)
+    return torch.where(exponent == ZERO_EXPONENT, 0.0, ratio).float()
+
+
+@cache
+def scale_format(name: str) -> ScaleFormat:
+    """The scale format `pot`, `apot2`, `apot3` or `float`."""
+    nibbles = {"pot": 1, "apot2": 2, "apot3": 3, "float": 0}[name]
+    if not nibbles:
+        nothing = torch.empty(0)
+        return ScaleFormat(name, 0, nothing, nothing, nothing)
+    table = _decode_table(nibbles)
+    order = torch.argsort(table, stable=True)
+    values, first = _distinct(table[order])
+    return ScaleFormat(name, nibbles, table, values, order[first].int())
+
+
+def _distinct(ascending: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct values of a sorted vector and the index of the first occurrence of each."""
+    first = torch.ones_like(ascending, dtype=torch.bool)
+    first[1:] = ascending[1:] != ascending[:-1]
+    return ascending[first], first.nonzero().squeeze(-1)
+
+
+def encode_offsets(multiples: Tensor) -> Tensor:
+    """Offset nibbles (two's complement, uint8 0–15) of whole multiples −8 … 7 of `OFFSET_STEP` × the largest scale."""
+    return multiples.to(torch.int8).bitwise_and(15).to(torch.uint8)
+
+
+def decode_offsets(nibbles: Tensor) -> Tensor:
+    """Offsets float32, as fractions of the group's largest scale, of uint8 nibbles."""
+    signed = nibbles.to(torch.int8)
+    return torch.where(signed > 7, signed - 16, signed).float() * OFFSET_STEP

@@ -1,0 +1,136 @@
+"""A weight matrix in its compressed form, and back.
+
+    W[o, i] ≈ row_scale[o] · (Σ_b scale[o, g(i), b] · B_b[o, i]  +  offset[o, g(i)])
+
+Stored tensors (names are suffixes of the parameter `weight`; R and C count the groups along rows and columns):
+
+    weight_codes      uint8    [out, bits, ceil(in / 8)]          planes, see `packing`
+    weight_exponents  uint8    [R, ceil(C · bits · n / 2)]        scale codes of n nibbles, order (C, bits, n)
+    weight_scales     float16  [R, C, bits]                       instead, for the scale format `float`
+    weight_row_scale  bfloat16 [out] or [1]                       [1]: one power of two for the whole matrix
+    weight_offset     uint8    [R, ceil(C / 2)]                   optional; nibbles, eighths of the group's largest scale
+                      float16  [R, C]                             instead, for the scale format `float`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.packing import pack_nibbles, pack_planes, unpack_nibbles, unpack_signs
+from shiftadd_cli.bcq.scale_formats import OFFSET_STEP, decode_offsets, encode_offsets, scale_format
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Everything that fixes the shapes and dtypes of a compressed matrix."""
+
+    grid: ScaleGrid
+    bits: int
+    scale_format: str
+    row_scale: bool
+    offset: bool
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every stored tensor, by suffix."""
+        rows, groups = self.grid.row_groups, self.grid.column_groups
+        nibbles = scale_format(self.scale_format).nibbles
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight_codes": ((self.grid.rows, self.bits, -(-self.grid.columns // 8)), torch.uint8)
+        }
+        if nibbles:
+            shapes["weight_exponents"] = ((rows, -(-groups * self.bits * nibbles // 2)), torch.uint8)
+        else:
+            shapes["weight_scales"] = ((rows, groups, self.bits), torch.float16)
+        shapes["weight_row_scale"] = ((self.grid.rows if self.row_scale else 1,), torch.bfloat16)
+        if self.offset and nibbles:
+            shapes["weight_offset"] = ((rows, -(-groups // 2)), torch.uint8)
+        elif self.offset:
+            shapes["weight_offset"] = ((rows, groups), torch.float16)
+        return shapes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored for the matrix, everything counted."""
+        total = 0
+        for shape, dtype in self.tensors().values():
+            total += torch.Size(shape).numel() * dtype.itemsize
+        return total
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / (self.grid.rows * self.grid.columns)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A compressed `[out, in]` matrix: its layout and the stored tensors by suffix."""
+
+    layout: PackedLayout
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def pack(
+        cls, layout: PackedLayout, planes: Tensor, ratios: Tensor, row_scale: Tensor, offsets: Tensor | None
+    ) -> QuantizedWeight:
+        """Pack a solution whose scales already lie on the scale format.
+
+        planes: bool `[out, bits, in]`; ratios: float32 `[R, C, bits]`; row_scale: `[out]` or `[1]`;
+        offsets: float32 `[R, C]` relative to the row scale, or None.
+        """
+        form = scale_format(layout.scale_format)
+        tensors = {"weight_codes": pack_planes(planes)}
+        if form.nibbles:
+            codes = form.encode(ratios).unsqueeze(-1)
+            shifts = 4 * torch.arange(form.nibbles, dtype=torch.int32, device=codes.device)
+            tensors["weight_exponents"] = pack_nibbles(((codes >> shifts) & 15).flatten(1))
+        else:
+            tensors["weight_scales"] = ratios.half()
+        tensors["weight_row_scale"] = row_scale.to(torch.bfloat16)
+        if offsets is not None:
+            if form.nibbles:
+                unit = ratios.amax(-1) * OFFSET_STEP
+                multiples = torch.where(unit > 0, offsets / unit, 0.0).round().clamp(-8, 7)
+                tensors["weight_offset"] = pack_nibbles(encode_offsets(multiples))
+            else:
+                tensors["weight_offset"] = offsets.half()
+        return cls(layout, {name: tensor.contiguous() for name, tensor in tensors.items()})
+
+    def ratios(self) -> Tensor:
+        """Scales relative to the row scale: float32 `[R, C, bits]`."""
+        grid, bits, form = self.layout.grid, self.layout.bits, scale_format(self.layout.scale_format)
+        if not form.nibbles:
+            return self.tensors["weight_scales"].float()
+        count = grid.column_groups * bits * form.nibbles
+        fields = unpack_nibbles(self.tensors["weight_exponents"], count).int()
+        fields = fields.view(-1, grid.column_groups, bits, form.nibbles)
+        shifts = 4 * torch.arange(form.nibbles, dtype=torch.int32, device=fields.device)
+        return form.decode((fields << shifts).sum(-1))
+
+    def offsets(self, ratios: Tensor) -> Tensor | None:
+        """Offsets relative to the row scale: float32 `[R, C]`, or None; `ratios` as `self.ratios()` gives them."""
+        stored = self.tensors.get("weight_offset")
+        if stored is None:
+            return None
+        if stored.dtype == torch.float16:
+            return stored.float()
+        return decode_offsets(unpack_nibbles(stored, self.layout.grid.column_groups)) * ratios.amax(-1)
+
+    def decode(self, rows: slice = slice(None)) -> Tensor:
+        """The matrix the stored tensors stand for: float32 `[out, in]`, or only some of its rows."""
+        grid = self.layout.grid
+        which = torch.arange(grid.rows, device=self.tensors["weight_codes"].device)[rows] // grid.group_rows
+        ratios = self.ratios()
+        offsets = self.offsets(ratios)
+        codes = self.tensors["weight_codes"][rows]
+        out = torch.zeros(codes.shape[0], grid.columns, device=codes.device)
+        for plane in range(self.layout.bits):
+            signs = unpack_signs(codes[:, plane], grid.columns)
+            out.addcmul_(signs, grid.expand_columns(ratios[which, :, plane]))
+        if offsets is not None:
+            out += grid.expand_columns(offsets[which])
+        row_scale = self.tensors["weight_row_scale"].float()
+        return out * (row_scale if row_scale.numel() == 1 else row_scale[rows].unsqueeze(-1))

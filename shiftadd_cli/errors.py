@@ -1,0 +1,37 @@
+"""What a user may be shown: one sentence that names the fault and the cure.
+
+Every error a user can cause derives from `ShiftaddError`; the command line prints its text on one line and leaves
+with `exit_code`. Anything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class ShiftaddError(Exception):
+    """Base of all errors shown to users verbatim."""
+
+    exit_code = 2
+
+
+class SourceError(ShiftaddError):
+    """The model to read is missing, broken, or of a kind this tool does not handle."""
+
+
+class CalibrationError(ShiftaddError):
+    """The calibration or evaluation data cannot be used."""
+
+
+class RecipeError(ShiftaddError):
+    """An option, a recipe file or a combination of options is not valid."""
+
+
+class NumericalError(ShiftaddError):
+    """A layer holds or produces values that cannot be quantized; the message names the layer."""
+
+
+class ArtifactError(ShiftaddError):
+    """A compressed checkpoint is damaged, of another version, or not one of ours."""
+
+
+class OutputError(ShiftaddError):
+    """The result cannot be written where the user asked."""
