@@ -51,6 +51,13 @@ class ScaleGrid:
             return values
         return values.repeat_interleave(self.group_rows, dim=0)[: self.rows]
 
+    def select_rows(self, values: Tensor, rows: slice) -> Tensor:
+        """The per-row-group `values` `[row_groups, ...]` of the rows `start:stop` of the matrix: `[rows, ...]`."""
+        if self.group_rows == 1:
+            return values[rows]
+        groups = torch.arange(rows.start, rows.stop, device=values.device) // self.group_rows
+        return values.index_select(0, groups)
+
     def expand_columns(self, values: Tensor) -> Tensor:
         """Repeat per-column-group `values` `[..., column_groups]` for every column: `[..., columns]`."""
         return values.repeat_interleave(self.group_columns, dim=-1)[..., : self.columns]

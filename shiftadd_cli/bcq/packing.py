@@ -7,6 +7,8 @@ Nibbles: two to a byte, the first in the low half; the padding nibble of an odd 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -29,14 +31,17 @@ def unpack_planes(packed: Tensor, columns: int) -> Tensor:
 
 def unpack_signs(packed: Tensor, columns: int) -> Tensor:
     """Planes as float32 signs: uint8 `[..., ceil(columns / 8)]` → `[..., columns]` of −1.0 and +1.0."""
-    table = sign_table().to(packed.device)
-    return table[packed.int()].flatten(-2)[..., :columns]
+    # One 64-bit load brings the eight signs of a byte; indexing a table of floats moves four times the memory.
+    eights = sign_table(packed.device).index_select(0, packed.flatten().int())
+    return eights.view(torch.int8).view(*packed.shape[:-1], -1)[..., :columns].float()
 
 
-def sign_table() -> Tensor:
-    """The eight signs of every byte: float32 `[256, 8]`."""
-    every_byte = torch.arange(256, dtype=torch.uint8)
-    return unpack_planes(every_byte.unsqueeze(-1), 8).float().mul_(2).sub_(1)
+@cache
+def sign_table(device: torch.device) -> Tensor:
+    """The eight int8 signs of every byte, lowest column first in memory, as one word: int64 `[256]`."""
+    every_byte = torch.arange(256, dtype=torch.uint8, device=device)
+    signs = unpack_planes(every_byte.unsqueeze(-1), 8).to(torch.int8).mul_(2).sub_(1)
+    return signs.view(torch.int64).squeeze(-1)
 
 
 def pack_nibbles(nibbles: Tensor) -> Tensor:

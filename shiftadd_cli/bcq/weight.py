@@ -14,6 +14,7 @@ Stored tensors (names are suffixes of the parameter `weight`; R and C count the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -119,18 +120,42 @@ class QuantizedWeight:
             return stored.float()
         return decode_offsets(unpack_nibbles(stored, self.layout.grid.column_groups)) * ratios.amax(-1)
 
-    def decode(self, rows: slice = slice(None)) -> Tensor:
-        """The matrix the stored tensors stand for: float32 `[out, in]`, or only some of its rows."""
-        grid = self.layout.grid
-        which = torch.arange(grid.rows, device=self.tensors["weight_codes"].device)[rows] // grid.group_rows
+    def decode(self) -> Tensor:
+        """The matrix the stored tensors stand for: float32 `[out, in]`."""
+        return next(self.tiles(self.layout.grid.rows))[1]
+
+    def tiles(self, height: int) -> Iterator[tuple[slice, Tensor]]:
+        """The matrix in tiles of at most `height` rows: pairs of the slice of rows and its float32 `[rows, in]`.
+
+        Beside the tile itself only the scales of the whole matrix are held. Every tile is bit-identical to the same
+        rows of `decode()`.
+        """
         ratios = self.ratios()
         offsets = self.offsets(ratios)
+        by_plane = ratios.permute(2, 0, 1).contiguous()
+        for start in range(0, self.layout.grid.rows, height):
+            rows = slice(start, min(start + height, self.layout.grid.rows))
+            yield rows, self._decode_rows(rows, by_plane, offsets)
+
+    def _decode_rows(self, rows: slice, by_plane: Tensor, offsets: Tensor | None) -> Tensor:
+        """Float32 `[rows, in]` from ratios `[bits, R, C]` and offsets `[R, C]`."""
+        grid = self.layout.grid
         codes = self.tensors["weight_codes"][rows]
-        out = torch.zeros(codes.shape[0], grid.columns, device=codes.device)
-        for plane in range(self.layout.bits):
+        out = torch.zeros(codes.shape[0], grid.columns, dtype=torch.float32, device=codes.device)
+        for plane, ratios in enumerate(by_plane):
             signs = unpack_signs(codes[:, plane], grid.columns)
-            out.addcmul_(signs, grid.expand_columns(ratios[which, :, plane]))
+            _add_products(out, signs, grid.select_rows(ratios, rows), grid.group_columns)
         if offsets is not None:
-            out += grid.expand_columns(offsets[which])
+            out += grid.expand_columns(grid.select_rows(offsets, rows))
         row_scale = self.tensors["weight_row_scale"].float()
-        return out * (row_scale if row_scale.numel() == 1 else row_scale[rows].unsqueeze(-1))
+        return out.mul_(row_scale if row_scale.numel() == 1 else row_scale[rows].unsqueeze(-1))
+
+
+def _add_products(out: Tensor, signs: Tensor, scales: Tensor, width: int) -> None:
+    """`out += signs · scales`, where `scales` `[rows, C]` holds one number for every `width` columns."""
+    whole = out.shape[1] // width * width
+    # Broadcasting over views of whole groups spares writing the scales out once per column.
+    groups = out[:, :whole].unflatten(1, (-1, width))
+    groups.addcmul_(signs[:, :whole].unflatten(1, (-1, width)), scales[:, : whole // width, None])
+    if whole < out.shape[1]:
+        out[:, whole:].addcmul_(signs[:, whole:], scales[:, -1:])
