@@ -1,0 +1,112 @@
+"""Small random checkpoints of real architectures, with a real tokenizer, built in well under a second each.
+
+Everything here is made from seeds and the standard library, so tests need no download. Widths are chosen to be
+awkward: several input widths are no multiple of 8, query and key heads differ in number, some models tie their
+embeddings and some do not.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCAB_SIZE = 320
+_SPECIAL = ("<|endoftext|>", "<|user|>", "<|assistant|>")
+_CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|endoftext|>{% endfor %}"
+
+_COMMON = {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_ROTARY = {**_COMMON, "max_position_embeddings": 512, "num_attention_heads": 4, "num_hidden_layers": 2}
+_SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", {**_ROTARY, "hidden_size": 48, "intermediate_size": 100, "num_key_value_heads": 2}),
+    "mistral": ("mistral", {**_ROTARY, "hidden_size": 36, "head_dim": 8, "intermediate_size": 76,
+                            "num_key_value_heads": 1, "sliding_window": 64}),
+    "qwen2": ("qwen2", {**_ROTARY, "hidden_size": 32, "intermediate_size": 84, "num_key_value_heads": 2,
+                        "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {**_ROTARY, "hidden_size": 32, "head_dim": 16, "intermediate_size": 72, "num_key_value_heads": 2,
+                        "tie_word_embeddings": True, "num_hidden_layers": 3}),
+    "gemma3": ("gemma3_text", {**_ROTARY, "hidden_size": 32, "head_dim": 16, "intermediate_size": 60,
+                               "num_key_value_heads": 1, "num_hidden_layers": 3, "sliding_window": 32,
+                               "query_pre_attn_scalar": 16,
+                               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "phi": ("phi", {**_ROTARY, "hidden_size": 48, "intermediate_size": 90, "partial_rotary_factor": 0.5}),
+    "opt": ("opt", {**_COMMON, "hidden_size": 40, "ffn_dim": 92, "num_attention_heads": 4, "num_hidden_layers": 2,
+                    "max_position_embeddings": 512, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    "gpt2": ("gpt2", {**_COMMON, "n_embd": 36, "n_head": 4, "n_layer": 2, "n_inner": 100, "n_positions": 512}),
+    "bloom": ("bloom", {**_COMMON, "hidden_size": 36, "n_head": 4, "n_layer": 2, "hidden_dropout": 0.0}),
+}  # fmt: skip
+FAMILIES = tuple(_SETTINGS)
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """Configuration of a random small decoder; `family` is one of `FAMILIES`."""
+    model_type, settings = _SETTINGS[family]
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model in evaluation mode; no weight, bias or norm keeps the constant it is initialised with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.7 / parameter.shape[-1] ** 0.5)
+                else:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.config.architectures = [type(model).__name__]
+    return model.to(dtype).eval()
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_json() -> str:
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([topics[name][:4000] for name in sorted(topics)], trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `VOCAB_SIZE` entries with a chat template; it covers every string."""
+    from tokenizers import Tokenizer
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tokenizer_json()),
+        bos_token=_SPECIAL[0],
+        eos_token=_SPECIAL[0],
+        pad_token=_SPECIAL[0],
+    )
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_tiny(
+    family: str, folder: Path, *, sharded: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write a random checkpoint with its tokenizer to `folder` and return it.
+
+    The same seed gives the same weights; `sharded` spreads them over several files with an index.
+    """
+    tiny_model(family, seed=seed, dtype=dtype).save_pretrained(folder, max_shard_size="30KB" if sharded else "5GB")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
