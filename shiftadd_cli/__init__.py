@@ -1,0 +1,36 @@
+"""Post-training compression of language models into binary matrices with power-of-two scales.
+
+Importing this package is cheap and teaches transformers to load our checkpoints:
+
+    import shiftadd_cli
+    model = transformers.AutoModelForCausalLM.from_pretrained("OUT")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from shiftadd_cli import plugin_hook
+from shiftadd_cli.version import __version__
+
+# Public names and the modules that hold them. They are imported on first use, since most of them need torch.
+_API = {
+    "Recipe": "shiftadd_cli.recipe",
+    "ShiftaddError": "shiftadd_cli.errors",
+}
+
+__all__ = ["Recipe", "ShiftaddError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _API:
+        return getattr(import_module(_API[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_API])
+
+
+plugin_hook.install()

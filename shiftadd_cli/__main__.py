@@ -1,0 +1,6 @@
+"""`python -m shiftadd_cli` is `shiftadd`."""
+
+from shiftadd_cli.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="shiftadd")

@@ -1,0 +1,67 @@
+"""The command `shiftadd`: finds the verbs, and turns what went wrong into one line and an exit code.
+
+Exit codes: 0 done, 2 the user can cure it (one line, `Error: ...`), 130 interrupted. Anything else is a defect of ours
+and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+from importlib import import_module
+from typing import Any
+
+import click
+
+from shiftadd_cli.errors import ShiftaddError
+from shiftadd_cli.version import __version__
+
+# Each verb is the attribute of that name in the module of that name in this package.
+VERBS = ("quantize", "evaluate", "inspect")
+
+_CURES = {
+    errno.ENOSPC: "the disk is full; free some space, or write to another disk",
+    errno.EDQUOT: "the disk quota is used up; free some space, or write to another disk",
+    errno.EACCES: "permission denied; choose a place that you may read and write",
+    errno.EPERM: "permission denied; choose a place that you may read and write",
+    errno.EROFS: "the file system is read-only; write to another one",
+}
+
+
+class _Group(click.Group):
+    """A group whose verbs are imported when they are asked for, so that none pays for the imports of another."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ShiftaddError as failure:
+            raise _shown(str(failure), failure.exit_code) from failure
+        except OSError as failure:
+            if failure.errno not in _CURES:
+                raise
+            place = f"{failure.filename}: " if failure.filename is not None else ""
+            raise _shown(f"{place}{_CURES[failure.errno]}.", ShiftaddError.exit_code) from failure
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(130)
+
+
+def _shown(message: str, exit_code: int) -> click.ClickException:
+    shown = click.ClickException(" ".join(message.split()))
+    shown.exit_code = exit_code
+    return shown
+
+
+@click.group(cls=_Group, name="shiftadd", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="shiftadd")
+def main() -> None:
+    """Compress language models into binary matrices with power-of-two scales, without training."""

@@ -1,0 +1,84 @@
+"""Command-line options generated from the fields of `Recipe`, so that the two can never differ."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.recipe_file import packaged_names
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _NumberOrWord(click.ParamType):
+    """Digits become an int, anything else stays text for the recipe to judge."""
+
+    name = "number|word"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        try:
+            return int(value)
+        except ValueError:
+            return str(value)
+
+
+def recipe_options(function: F) -> F:
+    """Add one option per field of `Recipe`, in the order of the fields; an option not given arrives as None or ()."""
+    for name, field in reversed(Recipe.model_fields.items()):
+        function = _option(name, field)(function)
+    return function
+
+
+def recipe_choice(function: F) -> F:
+    """Add `--recipe`, which arrives as `recipe`: a packaged name or a path, for `Recipe.load`."""
+    return click.option(
+        "--recipe",
+        metavar="NAME|FILE",
+        default="default",
+        show_default=True,
+        help=f"Options to start from: a YAML file, or one of {', '.join(packaged_names())}.",
+    )(function)
+
+
+def overrides_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe fields among the arguments of a command that the user gave, for `Recipe.load`."""
+    given = {name: arguments[name] for name in Recipe.model_fields if name in arguments}
+    return {name: value for name, value in given.items() if value is not None and value != ()}
+
+
+def option_name(field: str) -> str:
+    """The long option of a recipe field."""
+    return "--" + field.replace("_", "-")
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default of a field as a user would type it."""
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return "none" if field.default == () else str(field.default)
+
+
+def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
+    flag = option_name(name)
+    settings: dict[str, Any] = {"default": None, "help": f"{field.description}  [default: {default_text(field)}]"}
+    annotation = field.annotation
+    origin = get_origin(annotation)
+    if annotation is bool:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    elif origin is Literal:
+        settings["type"] = click.Choice(get_args(annotation))
+    elif origin in (Union, types.UnionType):
+        settings["type"] = _NumberOrWord()
+        settings["metavar"] = "N|all" if name == "group_size" else "N|all|1/N"
+    elif origin is tuple:
+        settings |= {"type": click.STRING, "multiple": True, "metavar": "PATTERN"}
+    elif annotation in (int, float, str):
+        settings["type"] = annotation
+    else:
+        raise TypeError(f"no option is known for recipe field {name!r} of type {annotation!r}")
+    return click.option(flag, name, **settings)

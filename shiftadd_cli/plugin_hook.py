@@ -1,0 +1,49 @@
+"""Registers our checkpoints with transformers as soon as transformers can load any, and not earlier.
+
+Importing transformers takes seconds, so `import shiftadd_cli` (and with it `shiftadd --help`) must not do it. If the
+part of transformers that knows quantization methods is loaded already, the plugin registers at once; otherwise a
+finder on `sys.meta_path` waits for that one module and registers right after it has run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+# transformers imports this package before any model class, so nothing can be loaded without it.
+TARGET = "transformers.quantizers"
+
+
+class _RegisterAfterImport(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != TARGET:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            run_module = spec.loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run_module(module)
+                _register()
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    from shiftadd_cli.runtime import transformers_plugin
+
+    transformers_plugin.register()
+
+
+def install() -> None:
+    """Make sure that checkpoints of ours load through transformers, whichever of the two is imported first."""
+    if TARGET in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterAfterImport())

@@ -1,0 +1,196 @@
+"""The one options object: everything that decides what a run of `shiftadd quantize` computes.
+
+A recipe comes from a packaged name (`default`, `fast`, ...) or a YAML file, with options of the command line on top.
+Every field is an option of `quantize` and every option of `quantize` that shapes the result is a field here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+_FRACTION = re.compile(r"1/([1-9][0-9]{0,8})")
+_SIZE = re.compile(r"([1-9][0-9]{0,8})(KB|MB|GB)")
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class Recipe(BaseModel):
+    """Options of a run; immutable. Field descriptions are the help texts of the command line.
+
+    Constructing one directly raises pydantic's ValidationError; `Recipe.load` raises RecipeError with one sentence.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    bits: Annotated[int, Field(ge=1, le=8, description="Binary planes per weight, 1 to 8.")] = 3
+    group_size: Annotated[int | str, Field(description="Input columns that share a scale set: a number or 'all'.")] = 64
+    group_rows: Annotated[
+        int | str,
+        Field(description="Output rows that share a scale set: a number, 'all', or '1/N' for an N-th of the rows."),
+    ] = 1
+    scale_format: Annotated[
+        Literal["pot", "apot2", "apot3", "float"],
+        Field(description="Scales as one power of two, a signed sum of two or three, or floating point."),
+    ] = "apot2"
+    row_scale: Annotated[bool, Field(description="One floating-point factor per output row on top of the scales.")] = (
+        True
+    )
+    offset: Annotated[bool, Field(description="One offset per group, so that levels need not be symmetric.")] = False
+    fit: Annotated[
+        Literal["search", "greedy", "uniform"],
+        Field(
+            description="How a group is fitted: 'search' alternates least squares from several starts; 'greedy' does "
+            "so from the greedy start alone, as LUT-GEMM and ShiftAddLLM; 'uniform' takes the min-max grid and rounds."
+        ),
+    ] = "search"
+    fit_rounds: Annotated[int, Field(ge=0, description="Rounds of alternating least squares per start.")] = 4
+    weight_error: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Weight of the weight error beside the output error, relative to the mean diagonal of the "
+            "Hessian.",
+        ),
+    ] = 0.01
+    sweep: Annotated[
+        Literal["none", "static", "dynamic"],
+        Field(
+            description="Column sweep that lets later columns make up for earlier errors: scales fixed before it "
+            "('static'), or fitted when it reaches the group ('dynamic', as ShiftAddLLM)."
+        ),
+    ] = "static"
+    sweep_order: Annotated[
+        Literal["hessian", "natural"],
+        Field(description="Order of the sweep: most active input columns first, or as they stand."),
+    ] = "hessian"
+    refine_rounds: Annotated[
+        int, Field(ge=0, description="Rounds of joint scale refit and coordinate descent after the sweep.")
+    ] = 3
+    descent_passes: Annotated[
+        int, Field(ge=1, description="Passes of coordinate descent over the columns in each of these rounds.")
+    ] = 2
+    calibration: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="Calibration text: 'builtin' (needs no download), wikitext2, c4, ptb, a .txt, .jsonl or "
+            ".parquet file, or 'none' for a run without data.",
+        ),
+    ] = "builtin"
+    samples: Annotated[int, Field(ge=1, description="Calibration windows.")] = 128
+    seq_len: Annotated[int, Field(ge=2, description="Tokens per calibration window.")] = 512
+    batch_size: Annotated[int, Field(ge=1, description="Calibration windows run at once; more needs more memory.")] = 8
+    skip: Annotated[
+        tuple[str, ...],
+        Field(strict=False, description="Pattern of linear layers to leave as they are; may be given several times."),
+    ] = ()
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of everything random.")] = 0
+    device: Annotated[
+        str, Field(min_length=1, description="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ...")
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="Type of what stays unquantized and of the activations; 'auto' keeps the model's own."),
+    ] = "auto"
+    shard_size: Annotated[str, Field(description="Largest weight file to write, in KB, MB or GB.")] = "2GB"
+
+    @field_validator("group_size", "group_rows", mode="before")
+    @classmethod
+    def _positive_or_all(cls, value: object, info: ValidationInfo) -> object:
+        fractions = info.field_name == "group_rows"
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        if isinstance(value, str) and (value == "all" or (fractions and _FRACTION.fullmatch(value))):
+            return value
+        choices = (
+            "a whole number above 0, 'all' or a fraction '1/N'" if fractions else "a whole number above 0 or 'all'"
+        )
+        raise ValueError(f"must be {choices}")
+
+    @field_validator("skip")
+    @classmethod
+    def _no_empty_pattern(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not pattern.strip() for pattern in value):
+            raise ValueError("must not hold an empty pattern")
+        return value
+
+    @field_validator("shard_size")
+    @classmethod
+    def _readable_size(cls, value: str) -> str:
+        if not _SIZE.fullmatch(value):
+            raise ValueError("must be a whole number above 0 followed by KB, MB or GB, such as 2GB")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.group_rows != 1:
+            wrong = [
+                text
+                for text, on in (
+                    ("refine_rounds to 0", self.refine_rounds > 0),
+                    ("row_scale to false", self.row_scale),
+                )
+                if on
+            ]
+            if wrong:
+                raise ValueError(
+                    f"rows that share scales (group_rows {self.group_rows}) cannot be refined or scaled one by one; "
+                    f"set {' and '.join(wrong)}, or group_rows to 1"
+                )
+        if self.calibration == "none":
+            wrong = [
+                text
+                for text, on in (
+                    ("sweep to none", self.sweep != "none"),
+                    ("refine_rounds to 0", self.refine_rounds > 0),
+                )
+                if on
+            ]
+            if wrong:
+                raise ValueError(
+                    f"without calibration text there is nothing to compensate or refine against; "
+                    f"set {' and '.join(wrong)} (as the recipe 'fast' does), or choose a calibration text"
+                )
+        return self
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` in bytes; the units are decimal."""
+        match = _SIZE.fullmatch(self.shard_size)
+        assert match is not None, "validated on construction"
+        return int(match[1]) * _UNITS[match[2]]
+
+    def group_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Rows and columns of one group in a weight of [out_features, in_features], never more than the weight has.
+
+        '1/N' of rows that N does not divide is rounded up, so there are at most N groups down a column.
+        """
+        rows: int
+        if isinstance(self.group_rows, int):
+            rows = self.group_rows
+        elif match := _FRACTION.fullmatch(self.group_rows):
+            rows = -(-out_features // int(match[1]))
+        else:
+            rows = out_features
+        columns = self.group_size if isinstance(self.group_size, int) else in_features
+        return min(rows, out_features), min(columns, in_features)
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of the recipe as JSON with sorted keys: equal exactly when all fields are."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @classmethod
+    def load(cls, name_or_path: str = "default", overrides: dict[str, Any] | None = None) -> Recipe:
+        """The packaged recipe of that name, or else the YAML file of that path, with `overrides` (field: value) on top.
+
+        A packaged name wins over a file of the same name; write `./default` to mean the file.
+        Raises RecipeError, naming the file or option, the field and the fault.
+        """
+        from shiftadd_cli.recipe_file import load_recipe
+
+        return load_recipe(cls, name_or_path, overrides or {})
