@@ -1,0 +1,1 @@
+"""The folder we write: its format, the streaming writer, and its verification."""

@@ -1,0 +1,112 @@
+"""The `quantization_config` of a checkpoint: which modules are compressed, and how.
+
+    {"quant_method": "shiftadd", "format_version": 1,
+     "bits": 3, "group_size": 64, "group_rows": 1, "scale_format": "apot2", "row_scale": true, "offset": false,
+     "modules": {"model.layers.0.self_attn.q_proj": {"shape": [576, 576]},
+                 "model.layers.0.mlp.down_proj": {"shape": [576, 1536], "bits": 2}}}
+
+`modules` is the complete list; `shape` is [out_features, in_features], and any other key of a module overrides the
+common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8"). Keys that are not known are kept and
+ignored: whatever changes the meaning of the tensors raises `format_version`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.errors import ArtifactError
+
+QUANT_METHOD = "shiftadd"
+FORMAT_VERSION = 1
+
+# Every tensor that a compressed matrix may have, see `bcq.weight`.
+SUFFIXES = ("weight_codes", "weight_exponents", "weight_scales", "weight_row_scale", "weight_offset")
+
+
+@dataclass(frozen=True)
+class MatrixFormat:
+    """How one matrix is compressed, in the words of a recipe."""
+
+    bits: int
+    group_size: int | str
+    group_rows: int | str
+    scale_format: str
+    row_scale: bool
+    offset: bool
+
+    def __post_init__(self) -> None:
+        _check("bits", self.bits, type(self.bits) is int and 1 <= self.bits <= 8)
+        _check("group_size", self.group_size, self.group_size == "all" or _is_size(self.group_size))
+        _check("group_rows", self.group_rows, self.group_rows == "all" or _is_size(self.group_rows, fraction=True))
+        _check("scale_format", self.scale_format, self.scale_format in ("pot", "apot2", "apot3", "float"))
+        _check("row_scale", self.row_scale, type(self.row_scale) is bool)
+        _check("offset", self.offset, type(self.offset) is bool)
+
+    def layout(self, out_features: int, in_features: int) -> PackedLayout:
+        grid = ScaleGrid.resolve(out_features, in_features, self.group_rows, self.group_size)
+        return PackedLayout(grid, self.bits, self.scale_format, self.row_scale, self.offset)
+
+
+@dataclass(frozen=True)
+class ArtifactFormat:
+    """The compressed modules of a checkpoint: name → (format, out_features, in_features)."""
+
+    common: MatrixFormat
+    modules: Mapping[str, tuple[MatrixFormat, int, int]]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ArtifactFormat:
+        """Read a `quantization_config`; raises ArtifactError for anything that is missing, ill-typed or too new."""
+        if config.get("quant_method") != QUANT_METHOD:
+            raise ArtifactError(f"quant_method is {config.get('quant_method')!r}; this is no shiftadd checkpoint.")
+        version = config.get("format_version")
+        if type(version) is not int or version < 1:
+            raise ArtifactError(f"format_version is {version!r}; quantize the model again.")
+        if version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"The checkpoint has format_version {version}, and this shiftadd reads up to {FORMAT_VERSION}; "
+                "upgrade it: pip install -U shiftadd-cli."
+            )
+        fields = MatrixFormat.__dataclass_fields__
+        absent = [key for key in (*fields, "modules") if key not in config]
+        if absent:
+            raise ArtifactError(f"quantization_config lacks {absent[0]!r}; quantize the model again.")
+        common = MatrixFormat(**{key: config[key] for key in fields})
+        _check("modules", config["modules"], isinstance(config["modules"], Mapping))
+        modules = {}
+        for name, entry in config["modules"].items():
+            shape = entry.get("shape") if isinstance(entry, Mapping) else None
+            if not isinstance(shape, list) or len(shape) != 2 or not all(_is_size(side) for side in shape):
+                raise ArtifactError(f"quantization_config gives no shape for {name}; quantize the model again.")
+            own = replace(common, **{key: entry[key] for key in fields if key in entry})
+            modules[name] = (own, shape[0], shape[1])
+        return cls(common, modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of `from_dict`; a module shows only what differs from the common values."""
+        common = asdict(self.common)
+        modules = {
+            name: {"shape": [rows, columns]} | {k: v for k, v in asdict(own).items() if v != common[k]}
+            for name, (own, rows, columns) in self.modules.items()
+        }
+        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **common, "modules": modules}
+
+    def layouts(self) -> dict[str, PackedLayout]:
+        """Layout of every compressed module, by name."""
+        return {name: own.layout(rows, columns) for name, (own, rows, columns) in self.modules.items()}
+
+
+def _is_size(value: object, *, fraction: bool = False) -> bool:
+    if fraction and isinstance(value, str) and value.startswith("1/"):
+        digits = value.removeprefix("1/")
+        return digits.isdecimal() and int(digits) > 0
+    return type(value) is int and value > 0
+
+
+def _check(key: str, value: object, good: bool) -> None:
+    if not good:
+        raise ArtifactError(f"quantization_config has {key} = {value!r}, which is not valid; quantize the model again.")

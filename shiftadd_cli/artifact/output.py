@@ -1,0 +1,82 @@
+"""Checks of the place to write to, before any work, and the words for what the system refuses later."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shiftadd_cli.artifact.format import QUANT_METHOD
+from shiftadd_cli.errors import OutputError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def check_output(out: Path, source: Path | None, *, overwrite: bool, expected_bytes: int = 0) -> None:
+    """Refuse, before any work, an output folder that cannot or must not be written.
+
+    `source` is the file or folder of the model, None for one that is not a local path of the user; `expected_bytes`
+    is what will be written. Raises OutputError naming the path and the cure.
+    """
+    place = out.resolve()
+    if source is not None:
+        _check_apart(out, place, source)
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"{out} is a file; give a folder that does not exist yet to -o.")
+    if place.is_dir() and any(place.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{out} exists and is not empty; add --overwrite to replace it.")
+        if not _is_ours(place):
+            raise OutputError(
+                f"{out} was not written by shiftadd, so --overwrite does not delete it; remove it yourself or choose "
+                "another folder."
+            )
+    parent = next(folder for folder in place.parents if folder.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is a file, so {out} cannot be created; choose another folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"No permission to write in {parent}; choose another folder.")
+    free = shutil.disk_usage(parent).free
+    if free < expected_bytes:
+        raise OutputError(
+            f"{parent} has {free / 1e6:,.0f} MB free and {expected_bytes / 1e6:,.0f} MB are needed; free some space or "
+            "choose another disk."
+        )
+
+
+def _check_apart(out: Path, place: Path, source: Path) -> None:
+    model = source.resolve()
+    if place == model:
+        raise OutputError(f"{out} is the model itself; choose another folder.")
+    if place.is_relative_to(model):
+        raise OutputError(f"{out} is inside the model's folder {source}; choose a folder outside it.")
+    if model.is_relative_to(place):
+        raise OutputError(f"The model {source} is inside {out}; choose another folder.")
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """Turn an OSError of writing at `path` into an OutputError with the cure."""
+    try:
+        yield
+    except OSError as failure:
+        if failure.errno in _FULL:
+            text = f"No space left to write {path}; free some space or choose another disk."
+        elif failure.errno in _FORBIDDEN:
+            text = f"No permission to write {path}; choose another folder."
+        else:
+            text = f"{path} cannot be written ({failure.strerror or failure}); choose another folder."
+        raise OutputError(text) from failure

@@ -1,0 +1,1 @@
+"""Running compressed checkpoints: the packed linear layer and its place in transformers."""

@@ -1,0 +1,48 @@
+"""Checks that a checkpoint fits the model built for it, so that no tensor is left at a random value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from shiftadd_cli.artifact.format import SUFFIXES
+from shiftadd_cli.artifact.shards import read_header
+from shiftadd_cli.errors import ArtifactError
+
+_AGAIN = "quantize the model again"
+
+
+def check_files(model: nn.Module, files: Sequence[str]) -> None:
+    """Compare shapes and stored dtypes in safetensors headers with the model's; raises ArtifactError.
+
+    Names that the model lacks are left to `check_loaded`: transformers may rename them on loading.
+    """
+    expected = model.state_dict()
+    for file in files:
+        if not file.endswith(".safetensors"):
+            raise ArtifactError(f"{file} is no safetensors file, which shiftadd checkpoints consist of; {_AGAIN}.")
+        for name, entry in read_header(Path(file)).items():
+            if name not in expected:
+                continue
+            shape, dtype = tuple(expected[name].shape), expected[name].dtype
+            if entry.shape != shape:
+                raise ArtifactError(
+                    f"{name} in {file} has shape {list(entry.shape)}, and config.json asks for {list(shape)}; {_AGAIN}."
+                )
+            if name.endswith(SUFFIXES) and entry.dtype != dtype:
+                raise ArtifactError(f"{name} in {file} is {entry.dtype}, and the format says {dtype}; {_AGAIN}.")
+
+
+def check_loaded(model: nn.Module, architectures: Sequence[str]) -> None:
+    """Raise ArtifactError for the first parameter that was not in the checkpoint.
+
+    Of another class than the checkpoint's `architectures` (a new head on the same body) only compressed matrices are
+    checked. transformers marks what it loaded or tied; parameters offloaded to disk are on the meta device.
+    """
+    everything = type(model).__name__ in architectures
+    for name, parameter in model.named_parameters():
+        loaded = parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
+        if not loaded and (everything or name.endswith(SUFFIXES)):
+            raise ArtifactError(f"The checkpoint lacks the tensor {name}; copy it again, or {_AGAIN}.")

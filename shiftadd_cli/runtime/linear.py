@@ -1,0 +1,124 @@
+"""The linear layer over a compressed weight, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+
+# Decoded rows held at a time, float32; a matrix of a small model is one tile.
+TILE_BYTES = 4 << 20
+
+
+class PackedLinear(nn.Module):
+    """`x @ W.T + bias` with W in compressed form, decoded tile by tile on every call.
+
+    The stored tensors are frozen parameters named as in `bcq.weight`. They are data and not numbers of the model's
+    dtype: `.to(dtype)`, `.half()` and the like move the bias and leave them as they are.
+
+    The output equals `F.linear(x, decode().to(x.dtype), bias)` up to the rounding of the dot products, which torch
+    sums in another order for another tile shape (for float32: a few units in the last place of the sum of |terms|).
+
+    `transposed` remembers that the layer stands for a transformers `Conv1D`, whose dense weight is [in, out].
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        layout: PackedLayout,
+        *,
+        bias: bool,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`dtype`: of the bias and what `weight.dtype` says, the default dtype if None. Stored tensors start as 0."""
+        super().__init__()
+        self.layout = layout
+        self.transposed = transposed
+        self._dtype = dtype or torch.get_default_dtype()
+        for suffix, (shape, kind) in layout.tensors().items():
+            empty = torch.zeros(shape, dtype=kind, device=device)
+            self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
+        self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=self._dtype, device=device)) if bias else None
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        transposed: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> PackedLinear:
+        """A layer over the tensors of `weight`, shared and not copied; `bias` is `[out]`."""
+        dtype = bias.dtype if dtype is None and bias is not None else dtype
+        layer = cls(weight.layout, bias=bias is not None, transposed=transposed, device="meta", dtype=dtype)
+        for suffix, tensor in weight.tensors.items():
+            setattr(layer, suffix, nn.Parameter(tensor, requires_grad=False))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.to(layer._dtype))
+        return layer
+
+    @property
+    def in_features(self) -> int:
+        return self.layout.grid.columns
+
+    @property
+    def out_features(self) -> int:
+        return self.layout.grid.rows
+
+    @property
+    def weight(self) -> Tensor:
+        """Stand-in `[out, in]` with the layer's dtype and device, for code that asks a linear for these.
+
+        It takes no memory and is not in the state dict. Its values are NaN, so that computing with it shows.
+        """
+        value = torch.full((), torch.nan, dtype=self._dtype, device=self.get_parameter("weight_codes").device)
+        value = value.expand(self.out_features, self.in_features)
+        # Some models (GPT-2) initialise the weights of their linears by name unless transformers' mark is there.
+        value._is_hf_initialized = True  # type: ignore[attr-defined]
+        return value
+
+    def packed(self) -> QuantizedWeight:
+        """The compressed matrix; shares memory with the parameters."""
+        return QuantizedWeight(self.layout, {name: self.get_parameter(name).detach() for name in self.layout.tensors()})
+
+    def decode(self) -> Tensor:
+        """The matrix the layer multiplies with: float32 `[out, in]`."""
+        return self.packed().decode()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` → `[..., out]` in the dtype of `x` (float32, bfloat16, float16 or float64)."""
+        height = max(1, TILE_BYTES // (4 * self.in_features))
+        tiles = []
+        for rows, tile in self.packed().tiles(height):
+            bias = None if self.bias is None else self.bias[rows].to(x.dtype)
+            tiles.append(linear(x, tile.to(x.dtype), bias))
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        stored = {id(self.get_parameter(name)) for name in self.layout.tensors()}
+
+        def keep_stored_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in stored and moved.dtype != tensor.dtype:
+                # bfloat16 row scales overflow in float16 and would not come back.
+                return tensor.to(moved.device)
+            return moved
+
+        # The dtype of a layer without bias would otherwise miss a change.
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.get_parameter("weight_codes").device)).dtype
+        super()._apply(keep_stored_dtype, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.layout.bits}, scale_format={self.layout.scale_format}"
+        )

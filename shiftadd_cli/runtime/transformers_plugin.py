@@ -1,0 +1,151 @@
+"""Loading, saving and decoding of our checkpoints through transformers (quant_method "shiftadd")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from shiftadd_cli.artifact.format import QUANT_METHOD, SUFFIXES, ArtifactFormat
+from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.runtime.checks import check_files, check_loaded
+from shiftadd_cli.runtime.linear import PackedLinear
+
+
+class ShiftAddConfig(QuantizationConfigMixin):
+    """The `quantization_config` of our config.json, see `artifact.format`; keys it does not know are kept.
+
+    Raises ArtifactError if the format is not valid or too new.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        config["quant_method"] = QUANT_METHOD
+        ArtifactFormat.from_dict(config)
+        self.__dict__.update(config)
+
+    def layouts(self) -> dict[str, PackedLayout]:
+        """Layout of every compressed module, by its name in the model."""
+        return ArtifactFormat.from_dict(self.__dict__).layouts()
+
+
+class ShiftAddQuantizer(HfQuantizer):
+    """Puts a PackedLinear in the place of every listed module before transformers loads the tensors."""
+
+    requires_calibration = True
+    # Lets transformers carry the stored tensors through its renaming and merging of weights, and tensor parallelism.
+    serialized_names = {"weight": list(SUFFIXES)}  # noqa: RUF012 - the base class declares it so
+
+    quantization_config: ShiftAddConfig
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Dtype to load a tensor in; stored tensors stay as they are: row scales overflow in float16."""
+        if any(name.endswith(SUFFIXES) for name in converter.target_patterns):
+            return None
+        result: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return result
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        for name, layout in self.quantization_config.layouts().items():
+            place, module = _find(model, name)
+            transposed = _is_conv1d(module)
+            if not transposed and not isinstance(module, nn.Linear):
+                raise ArtifactError(
+                    f"{name} is listed as compressed, but is a {type(module).__name__} in {type(model).__name__}; "
+                    "load the checkpoint with the model class it was made from."
+                )
+            rows, columns = module.weight.T.shape if transposed else module.weight.shape
+            if (rows, columns) != (layout.grid.rows, layout.grid.columns):
+                raise ArtifactError(
+                    f"{name} is {rows} x {columns} by the model's sizes in config.json, but "
+                    f"{layout.grid.rows} x {layout.grid.columns} by its quantization_config; quantize the model again."
+                )
+            has_bias = module.bias is not None
+            packed = PackedLinear(layout, bias=has_bias, transposed=transposed, device="meta", dtype=dtype)
+            model.set_submodule(place, packed)
+        if checkpoint_files is not None:
+            check_files(model, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
+        check_loaded(model, model.config.architectures or ())
+        for module in _packed_modules(model).values():
+            # transformers makes every floating-point tensor it loads trainable.
+            for suffix in module.layout.tensors():
+                module.get_parameter(suffix).requires_grad_(False)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Replace every packed layer by the dense layer it was made from, one at a time."""
+        for name, module in _packed_modules(model).items():
+            if module.get_parameter("weight_codes").is_meta:
+                raise ArtifactError(f"{name} is offloaded to disk; load the model without offloading to dequantize it.")
+            model.set_submodule(name, _dense(module, dtype or torch.get_default_dtype()))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make transformers load checkpoints of quant_method "shiftadd"; calling it again changes nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(ShiftAddConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(ShiftAddQuantizer)
+
+
+def _packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def _find(model: nn.Module, name: str) -> tuple[str, Any]:
+    """A listed module and its name in `model`, which may be the body alone or have a body the list knows nothing of."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for place in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            return place, model.get_submodule(place)
+        except AttributeError:
+            continue
+    raise ArtifactError(
+        f"{name} is listed as compressed, but {type(model).__name__} has no such module; load the checkpoint with the "
+        "model class it was made from."
+    )
+
+
+def _is_conv1d(module: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _dense(packed: PackedLinear, dtype: torch.dtype) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    weight = packed.decode().to(dtype)
+    dense: nn.Module
+    if packed.transposed:
+        with torch.device("meta"):
+            dense = Conv1D(packed.out_features, packed.in_features)
+        weight = weight.T.contiguous()
+    else:
+        has_bias = packed.bias is not None
+        dense = nn.Linear(packed.in_features, packed.out_features, bias=has_bias, device="meta")
+    dense.weight = nn.Parameter(weight)
+    if packed.bias is not None:
+        dense.bias = nn.Parameter(packed.bias.detach().to(dtype))
+    return dense.train(packed.training)
