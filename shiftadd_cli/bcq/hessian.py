@@ -1,0 +1,95 @@
+"""The quadratic form that errors are measured in: H + λ · mean(diag H) · I, and its factors.
+
+H = E[x xᵀ] of a linear's input measures output error; the identity measures weight error. Their sum is the
+multi-objective form of the recipe (design: both errors in one quadratic form).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.errors import NumericalError
+
+# Even with λ = 0 the factorisation needs a diagonal well above rounding.
+_LEAST_DAMPING = 1e-6
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`output` H, `damped` H + λI and `inverse_factor` U, upper triangular with (H + λI)⁻¹ = UᵀU in sweep order.
+
+    `order` int64 `[in]` is the sweep order: U belongs to the columns permuted by it. All matrices float32 `[in, in]`.
+    """
+
+    output: Tensor
+    damped: Tensor
+    order: Tensor
+    inverse_factor: Tensor | None
+
+
+def damp(hessian: Tensor, weight_error: float, layer: str) -> Tensor:
+    """H + λ · mean(diag H) · I; inputs that never fired get the weight-error term alone.
+
+    Raises NumericalError, naming the layer, when the activations held NaN or infinite values.
+    """
+    if not torch.isfinite(hessian).all():
+        raise NumericalError(
+            f"The calibration inputs of {layer} are not finite; use --dtype float32 or other calibration text."
+        )
+    mean = hessian.diagonal().mean()
+    scale = mean if mean > 0 else torch.ones_like(mean)
+    damped = hessian.clone()
+    damped.diagonal().add_(scale * max(weight_error, _LEAST_DAMPING))
+    return damped
+
+
+def column_order(diagonal: Tensor, group_columns: int, order: str, whole_groups: bool) -> Tensor:
+    """The order of the compensated sweep: int64 `[in]`.
+
+    `hessian`: falling diag H (the act-order of GPTQ), by whole groups of columns when a group's scales are fitted on
+    arrival; `natural`: left to right.
+    """
+    columns = len(diagonal)
+    if order == "natural":
+        return torch.arange(columns, device=diagonal.device)
+    if not whole_groups:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    padded = torch.nn.functional.pad(diagonal, (0, -columns % group_columns))
+    groups = torch.argsort(padded.view(-1, group_columns).sum(-1), descending=True, stable=True)
+    within = torch.arange(group_columns, device=diagonal.device)
+    order_ = (groups.unsqueeze(-1) * group_columns + within).flatten()
+    return order_[order_ < columns]
+
+
+def inverse_factor(damped: Tensor, order: Tensor, layer: str) -> Tensor:
+    """Upper factor U of the inverse, (PHPᵀ)⁻¹ = UᵀU with P the permutation `order` (GPTQ, section 3.3).
+
+    A form that is not numerically positive definite is damped ten times more, up to its own mean; past that
+    NumericalError names the layer.
+    """
+    permuted = damped[order][:, order]
+    mean = permuted.diagonal().mean()
+    extra = 0.0
+    while extra <= 1.0:
+        factor, failed = torch.linalg.cholesky_ex(permuted)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not failed and torch.isfinite(upper).all():
+                return upper
+        step = 9 * extra if extra else _LEAST_DAMPING * 10
+        permuted.diagonal().add_(mean * step)
+        extra += step
+    raise NumericalError(f"The Hessian of {layer} cannot be factorised; use more --samples or a larger --weight-error.")
+
+
+def build_objective(
+    hessian: Tensor, weight_error: float, layer: str, *, sweep: str, order: str, group_columns: int
+) -> Objective:
+    """Damp, order and, where a sweep needs it, factorise the Hessian of one input."""
+    damped = damp(hessian, weight_error, layer)
+    columns = column_order(hessian.diagonal(), group_columns, order, whole_groups=sweep == "dynamic")
+    factor = None if sweep == "none" else inverse_factor(damped, columns, layer)
+    return Objective(hessian, damped, columns, factor)
