@@ -1,0 +1,142 @@
+"""Reading a model's configuration and refusing, before any work, what cannot be compressed here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shiftadd_cli.errors import SourceError
+
+OWN_METHOD = "shiftadd"
+
+
+def read_config(path: Path, *, remote_code: bool) -> Any:
+    """The `PretrainedConfig` of a model folder or a .gguf file.
+
+    Raises:
+        SourceError: no or broken configuration, a model that is already quantized, or a model type that transformers
+            does not know.
+    """
+    from transformers import AutoConfig
+
+    if path.is_file():
+        return _gguf_config(path)
+    raw = _raw_config(path)
+    _refuse_quantized(path, raw)
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = raw.get("model_type")
+    own_code = "AutoConfig" in (raw.get("auto_map") or {})
+    if model_type not in CONFIG_MAPPING and not (own_code and remote_code):
+        names = ", ".join(raw.get("architectures") or ()) or "no architecture named"
+        cure = (
+            "it brings code of its own, which runs only with trust_remote_code"
+            if own_code
+            else "install a version of transformers that knows it"
+        )
+        raise SourceError(f"The model type {model_type!r} ({names}) of {path} is unknown to transformers; {cure}.")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=remote_code, local_files_only=True)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise SourceError(
+            f"{path / 'config.json'} cannot be used ({_first_line(error)}); download it again."
+        ) from error
+
+
+def causal_lm_class(config: Any, name: str, *, remote_code: bool) -> tuple[type, Any]:
+    """The class that loads `config` as a decoder language model, and the configuration that class wants.
+
+    The two differ from `AutoModelForCausalLM` in nothing but refusing encoders. `name` is for messages.
+
+    Raises:
+        SourceError: the architecture is an encoder, an encoder-decoder, or no language model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.auto_factory import get_class_from_dynamic_module
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
+
+    known = ", ".join(getattr(config, "architectures", None) or ()) or config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise SourceError(
+            f"{name} is {known}, an encoder-decoder; only decoder language models (a ...ForCausalLM class of "
+            "transformers) are supported."
+        )
+    own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if own_code and remote_code:
+        return get_class_from_dynamic_module(own_code, config.name_or_path), config
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        what = "no decoder language model" if type(config) in MODEL_MAPPING else "not a model"
+        raise SourceError(
+            f"{name} is {known} (model type {config.model_type}), {what} known to transformers: looked for a "
+            f"...ForCausalLM class for {type(config).__name__}; choose a decoder language model."
+        )
+    found = mapping[type(config)]
+    candidates = {each.__name__: each for each in (found if isinstance(found, (list, tuple)) else (found,))}
+    named = [each for each in getattr(config, "architectures", None) or () if each in candidates]
+    # An encoder family may own a decoder class too (BERT does): there, only `is_decoder` tells a causal model.
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise SourceError(
+            f"{name} is {known}, an encoder without a causal decoder (its configuration does not say is_decoder); only "
+            "decoder language models are supported."
+        )
+    model_class = candidates[named[0]] if named else next(iter(candidates.values()))
+    text_class = config.sub_configs.get("text_config")
+    if text_class is not None and getattr(model_class, "config_class", None) is text_class:
+        config = config.get_text_config()
+    return model_class, config
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise SourceError(f"{folder} is an adapter, not a model; merge it into its base model first.")
+        if ggufs := sorted(folder.glob("*.gguf")):
+            raise SourceError(f"{folder} has no config.json; to read {ggufs[0].name}, give the path of that file.")
+        raise SourceError(f"{folder} has no config.json, so it is no model folder; give the folder that holds it.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError(f"{file} is no valid JSON ({_first_line(error)}); download it again.") from error
+    if not isinstance(raw, dict):
+        raise SourceError(f"{file} is not a table of settings; download it again.")
+    return raw
+
+
+def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
+    places = (raw, raw.get("text_config") or {})
+    found = next((c for p in places for k in ("quantization_config", "compression_config") if (c := p.get(k))), None)
+    if found is None:
+        return
+    method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else "an unnamed method"
+    if method == OWN_METHOD:
+        raise SourceError(
+            f"{folder} was already compressed by shiftadd; look at it with `shiftadd evaluate` or `shiftadd inspect`, or "
+            "compress the original model again."
+        )
+    raise SourceError(f"{folder} is already quantized ({method}); give the original, unquantized model.")
+
+
+def _gguf_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    from shiftadd_cli.source.gguf_header import read_gguf_header
+
+    architecture = read_gguf_header(path).architecture
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+        raise SourceError(
+            f"{path} holds the architecture {architecture!r}, which transformers cannot read from GGUF "
+            f"({_first_line(error)}); give the model as a safetensors folder."
+        ) from error
+    # The blocks are decoded on the way in: what we hold and save is an ordinary model.
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

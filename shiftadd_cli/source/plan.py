@@ -1,0 +1,90 @@
+"""Which stored tensors make up which parameters of a model, worked out from headers alone."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source.checkpoint import Checkpoint
+
+
+class LoadPlan:
+    """Stored names by target: `keys[parameter or persistent buffer]` are the tensors it is made of.
+
+    Renaming and fusing are transformers' own (`core_model_loading`), so every architecture it can load is planned
+    without code of ours.
+
+    Raises:
+        SourceError: a parameter of the model has no tensor in the checkpoint, or one of another shape, or one that
+            holds packed integers.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, transforms: list[Any], name: str) -> None:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        own = model.state_dict()
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        self.keys: dict[str, list[str]] = {}
+        # Some renamings act only once another key was seen: the order is the loader's, and its state stays in them.
+        for key in sorted(checkpoint.tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+            if target not in own and key in own:
+                target, pattern = rename_source_key(key, [], [], model.base_model_prefix, own)
+            if target not in own:
+                continue
+            if pattern is None:
+                self._check_plain(checkpoint, key, own[target], target, name)
+            for each in _all_targets(target, by_pattern.get(pattern) if pattern is not None else None):
+                if each in own:
+                    self.keys.setdefault(each, []).append(key)
+        self._check_complete(model, name)
+
+    def is_stored(self, target: str) -> bool:
+        """Whether the checkpoint has what makes up `target`."""
+        return target in self.keys
+
+    def _check_plain(self, checkpoint: Checkpoint, key: str, parameter: torch.Tensor, target: str, name: str) -> None:
+        header = checkpoint.tensors[key]
+        if header.dtype is not None and parameter.is_floating_point() and header.dtype.itemsize < 2:
+            raise SourceError(
+                f"Tensor {key} of {name} is stored as {str(header.dtype).removeprefix('torch.')}, so the model is already "
+                "quantized; give the original, unquantized model."
+            )
+        if tuple(header.shape) != tuple(parameter.shape) and header.dtype is not None:
+            raise SourceError(
+                f"Tensor {key} of {name} has shape {list(header.shape)}, but the configuration asks for "
+                f"{list(parameter.shape)} ({target}); weights and config.json do not belong together."
+            )
+
+    def _check_complete(self, model: Any, name: str) -> None:
+        from shiftadd_cli.source.skeleton import tied_groups
+
+        present = set(self.keys)
+        for group in tied_groups(model):
+            if present & set(group):
+                present.update(group)
+        ignorable = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+        missing = [
+            parameter
+            for parameter, _ in model.named_parameters(remove_duplicate=False)
+            if parameter not in present and not any(pattern.search(parameter) for pattern in ignorable)
+        ]
+        if missing:
+            raise SourceError(
+                f"{name} lacks {len(missing)} of the tensors {type(model).__name__} needs (first: {missing[0]}); the "
+                "checkpoint is incomplete or belongs to another architecture."
+            )
+
+
+def _all_targets(first: str, converter: Any) -> list[str]:
+    """`first` and, where a converter splits one tensor into several parameters, the names of the others."""
+    patterns = list(converter.target_patterns) if converter is not None else []
+    if len(patterns) < 2 or patterns[0] not in first:
+        return [first]
+    before, _, after = first.partition(patterns[0])
+    return [before + pattern + after for pattern in patterns]

@@ -1,0 +1,129 @@
+"""The safetensors files of a model folder as one checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source.checkpoint import TensorHeader, fingerprint_file
+from shiftadd_cli.source.safetensors_header import read_header
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class SafetensorsFolder:
+    """`Checkpoint` over `model.safetensors`, or over the shards its index names.
+
+    Raises:
+        SourceError: no safetensors, a shard missing, damaged or named outside the folder, a tensor missing from its
+            shard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / INDEX_NAME
+        self._located: dict[str, Path] = {}
+        self._raw: dict[Path, bytes] = {}
+        self.tensors: dict[str, TensorHeader] = {}
+        if (folder / SINGLE_NAME).is_file():
+            self._add(folder / SINGLE_NAME, None)
+        elif index.is_file():
+            placed = read_index(index)
+            for shard in sorted(set(placed.values())):
+                self._add(folder / shard, {name for name, where in placed.items() if where == shard})
+        else:
+            raise _no_safetensors(folder)
+        self.files = tuple(self._raw)
+
+    def _add(self, path: Path, expected: set[str] | None) -> None:
+        if not path.is_file():
+            raise SourceError(f"The shard {path} that the index names is missing; download the model again.")
+        headers, self._raw[path] = read_header(path)
+        absent = sorted(expected - headers.keys()) if expected is not None else []
+        if absent:
+            raise SourceError(
+                f"{path} lacks {len(absent)} tensors that {INDEX_NAME} places in it (first: {absent[0]}); "
+                "index and shards are of different versions, download the model again."
+            )
+        for name in headers if expected is None else expected:
+            self.tensors[name] = headers[name]
+            self._located[name] = path
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The float dtype with the most stored numbers."""
+        numbers: Counter[torch.dtype] = Counter()
+        for header in self.tensors.values():
+            if header.dtype is not None and header.dtype.is_floating_point:
+                numbers[header.dtype] += torch.Size(header.shape).numel()
+        return numbers.most_common(1)[0][0] if numbers else None
+
+    def fingerprint(self, digest: Any) -> None:
+        """Add the identity of every file to `digest`."""
+        for path, raw in self._raw.items():
+            fingerprint_file(digest, path, raw)
+
+    def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
+        """What transformers itself applies to a checkpoint of this model; no quantizer."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return list(get_model_conversion_mapping(model)), None
+
+    @contextmanager
+    def opened(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Lazy slices of the named tensors.
+
+        The files are read, not mapped: pages of a mapping would count as resident for as long as one tensor of the
+        file lives, and resident memory would grow with the model while it is walked.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        with ExitStack() as stack:
+            handles: dict[Path, Any] = {}
+            lazy: dict[str, Any] = {}
+            try:
+                for name in names:
+                    path = self._located[name]
+                    if path not in handles:
+                        handles[path] = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+                    lazy[name] = handles[path].get_slice(name)
+                yield lazy
+            except (SafetensorError, OSError) as error:
+                raise SourceError(f"Weights could not be read ({error}); the files changed or were removed.") from error
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Shard file name by tensor name, as the index says, every name checked to lie inside the folder."""
+    try:
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = [(name, where) for name, where in placed.items() if isinstance(where, str)]
+        complete = len(entries) == len(placed) > 0
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{index} is no valid index of safetensors shards; download it again.") from error
+    if not complete:
+        raise SourceError(f"{index} names no shards, or not by name; download it again.")
+    for _, where in entries:
+        parts = PurePosixPath(where.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or ":" in where or "\0" in where:
+            raise SourceError(f"{index} names a file outside its folder ({where!r}); do not use this checkpoint.")
+    return dict(entries)
+
+
+def _no_safetensors(folder: Path) -> SourceError:
+    if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+        return SourceError(
+            f"{folder} holds only pickled weights ({pickled[0].name}), which can run code when opened; convert them "
+            "first, in Python: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+        )
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return SourceError(
+            f"{folder} holds no safetensors weights; to read {ggufs[0].name}, give the path of that file."
+        )
+    return SourceError(f"{folder} holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there.")

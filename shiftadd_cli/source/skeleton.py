@@ -1,0 +1,75 @@
+"""A model on the meta device, exactly as transformers builds it before it loads weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from shiftadd_cli.errors import SourceError
+
+
+def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """`model_class(config)` on meta in evaluation mode: no memory, tied weights tied, no gradients.
+
+    Parameters that transformers keeps in float32 under `dtype` are of that dtype here too. `config` is copied.
+
+    Raises:
+        SourceError: the class refuses the configuration.
+    """
+    from transformers.utils.generic import ContextManagers
+
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    for part in config.sub_configs:
+        if (sub_config := getattr(config, part, None)) is not None:
+            sub_config.dtype = dtype
+    try:
+        with ContextManagers(model_class.get_init_context(dtype, False, False, None)):
+            model = model_class(config)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, ZeroDivisionError) as error:
+        raise SourceError(
+            f"{model_class.__name__} cannot be built from this configuration ({str(error).strip().rstrip('.')}); "
+            "check config.json against the original."
+        ) from error
+    model.tie_weights(recompute_mapping=False)
+    _keep_in_float32(model, dtype)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Patterns of parameter names that transformers keeps in another dtype than `dtype`."""
+    return dict(model._get_dtype_plan(dtype))
+
+
+def tied_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of full parameter names that are one and the same parameter."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
+
+def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put `value` where `name` is; a parameter stays a parameter, a buffer a buffer."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf in module._parameters and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(module, leaf, value)
+
+
+def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    from transformers.core_model_loading import build_glob_alternation
+
+    if not (plan := dtype_plan(model, dtype)):
+        return
+    pattern, names, _ = build_glob_alternation(list(plan))
+    for name, parameter in list(model.named_parameters()):
+        if (match := pattern.search(name)) and match.lastgroup is not None:
+            value = torch.empty_like(parameter, dtype=plan[names[match.lastgroup]])
+            for alias in next((group for group in tied_groups(model) if name in group), (name,)):
+                set_tensor(model, alias, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,186 @@
+"""Finding blocks and linear layers by structure; no model family is known by name here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source.skeleton import tied_groups
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer inside a block.
+
+    `name` is its full module path, `kind` its path inside block number `block`. `transposed` is True where the stored
+    weight is [in_features, out_features] (transformers' Conv1D) instead of [out_features, in_features].
+    """
+
+    name: str
+    kind: str
+    block: int
+    out_features: int
+    in_features: int
+    has_bias: bool
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where the parts of a decoder are.
+
+    `block_list` is the name of the ModuleList of blocks, `blocks` their full names, in order. `kept` pairs the name of
+    every other module that has parameters of its own with the reason it is left alone. `outside` are the prefixes that
+    `Source.materialise` needs to run everything except the blocks. `tied` are groups of names of one parameter.
+    """
+
+    block_list: str
+    blocks: tuple[str, ...]
+    linears: tuple[LinearSpec, ...]
+    kept: tuple[tuple[str, str], ...]
+    outside: tuple[str, ...]
+    tied: tuple[tuple[str, ...], ...]
+
+
+def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
+    """Blocks, linears and everything else of a decoder, which may be on meta.
+
+    The blocks are the elements of the `nn.ModuleList` of the text decoder that holds the most weights of linear layers
+    and whose elements are of one class or have the same linear layers. `skip` are glob patterns on full module names;
+    a linear is skipped when it or a module it is part of matches.
+
+    Raises:
+        SourceError: there are no blocks of linear layers, a block keeps weights in stacks of matrices (fused experts),
+            or a pattern matches nothing.
+    """
+    block_list, elements = _find_blocks(model)
+    blocks = tuple(f"{block_list}.{leaf}" for leaf, _ in elements)
+    tied = tied_groups(model)
+    shared = {name.rpartition(".")[0] for group in tied for name in group}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linears: list[LinearSpec] = []
+    kept: list[tuple[str, str]] = []
+    stacks: list[str] = []
+    for name, module in model.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        number = next((i for i, block in enumerate(blocks) if name == block or name.startswith(block + ".")), None)
+        sizes = linear_sizes(module)
+        if number is None:
+            kept.append((name, _reason(module, head, "outside the blocks")))
+        elif pattern := _matching(name, skip):
+            kept.append((name, f"skipped by {pattern}"))
+        elif sizes is None:
+            stacks += [
+                f"{name}.{leaf}" for leaf, each in module.named_parameters(recurse=False) if _is_stack(module, each)
+            ]
+            kept.append((name, _reason(module, head, "not a linear layer")))
+        elif name in shared:
+            kept.append((name, "shares its weight with another module"))
+        else:
+            out_features, in_features, transposed = sizes
+            has_bias = getattr(module, "bias", None) is not None
+            kind = name.removeprefix(blocks[number] + ".")
+            linears.append(LinearSpec(name, kind, number, out_features, in_features, has_bias, transposed))
+    _refuse(model, linears, stacks, skip)
+    return Structure(block_list, blocks, tuple(linears), tuple(kept), _outside(model, block_list), tied)
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int, bool] | None:
+    """(out_features, in_features, transposed) of a plain linear layer, None for any other module.
+
+    A subclass with a forward of its own computes something else, so it is not one.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return module.out_features, module.in_features, False
+    if isinstance(module, Conv1D) and type(module).forward is Conv1D.forward:
+        return int(module.weight.shape[1]), int(module.weight.shape[0]), True
+    return None
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
+    root = next((name for name, module in model.named_modules() if module is decoder), "")
+    best: tuple[int, str, list[tuple[str, nn.Module]]] = (0, "", [])
+    for name, module in model.get_submodule(root).named_modules():
+        if not isinstance(module, nn.ModuleList) or not _alike(module):
+            continue
+        weights = sum(sizes[0] * sizes[1] for each in module.modules() if (sizes := linear_sizes(each)) is not None)
+        if weights > best[0]:
+            best = (weights, ".".join(part for part in (root, name) if part), list(module.named_children()))
+    if not best[2]:
+        raise SourceError(
+            f"{type(model).__name__} has no blocks to compress: looked for a ModuleList whose elements are alike and hold "
+            "linear layers."
+        )
+    return best[1], best[2]
+
+
+def _alike(elements: nn.ModuleList) -> bool:
+    layouts = {
+        tuple(name for name, module in element.named_modules() if linear_sizes(module) is not None)
+        for element in elements
+    }
+    return len({type(element) for element in elements}) == 1 or len(layouts) == 1
+
+
+def _matching(name: str, patterns: Sequence[str]) -> str | None:
+    parts = name.split(".")
+    prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return next((pattern for pattern in patterns if any(fnmatchcase(each, pattern) for each in prefixes)), None)
+
+
+def _is_stack(module: nn.Module, parameter: nn.Parameter) -> bool:
+    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return parameter.ndim == 3 and min(parameter.shape) > 1 and not convolution
+
+
+def _reason(module: nn.Module, head: nn.Module | None, otherwise: str) -> str:
+    if module is head:
+        return "output head"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    # Every norm's own parameters are vectors; the class name is how transformers itself tells norms.
+    if "norm" in type(module).__name__.lower() and all(each.ndim == 1 for each in module.parameters(recurse=False)):
+        return "norm"
+    return otherwise
+
+
+def _refuse(model: nn.Module, linears: Sequence[LinearSpec], stacks: Sequence[str], skip: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise SourceError(f"The skip pattern {pattern!r} matches no module; names look like {linears[0].name!r}.")
+    if stacks:
+        module = stacks[0].rpartition(".")[0].rpartition(".")[2]
+        raise SourceError(
+            f"{type(model).__name__} keeps expert weights fused in {len(stacks)} stacks (first: {stacks[0]}), which cannot "
+            f"be compressed yet; leave them as they are with --skip '*.{module}'."
+        )
+    if not linears:
+        raise SourceError(f"No linear layer of {type(model).__name__} is left to compress; skip fewer modules.")
+
+
+def _outside(model: nn.Module, block_list: str) -> tuple[str, ...]:
+    return tuple(_beside(model, "", block_list))
+
+
+def _beside(module: nn.Module, name: str, block_list: str) -> Iterator[str]:
+    """Names of everything with tensors at and below `module` except the blocks, as few as possible."""
+    for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        yield f"{name}.{leaf}" if name else leaf
+    for leaf, child in module.named_children():
+        full = f"{name}.{leaf}" if name else leaf
+        if full == block_list:
+            continue
+        if block_list.startswith(full + "."):
+            yield from _beside(child, full, block_list)
+        elif any(True for _ in child.parameters()) or any(True for _ in child.buffers()):
+            yield full

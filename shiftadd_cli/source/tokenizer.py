@@ -1,0 +1,45 @@
+"""The tokenizer of a source, and what belongs beside it in a model folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from shiftadd_cli.errors import SourceError
+
+_GENERATION = "generation_config.json"
+
+
+def load_tokenizer(path: Path, *, remote_code: bool) -> Any:
+    """The tokenizer of a model folder or a .gguf file.
+
+    Raises:
+        SourceError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    where = {"gguf_file": path.name} if path.is_file() else {}
+    folder = path.parent if path.is_file() else path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code, **where)
+    except Exception as error:  # converters raise whatever the file at hand leads them to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise SourceError(
+            f"{path} holds no tokenizer that can be read ({reason}); put the tokenizer files of the original model there."
+        ) from error
+    if len(tokenizer) == 0:
+        raise SourceError(f"{path} holds no tokenizer; put the tokenizer files of the original model there.")
+    return tokenizer
+
+
+def save_tokenizer(path: Path, tokenizer: Any, config: Any, folder: Path) -> None:
+    """Write tokenizer, chat template and generation settings of the model at `path` to `folder`."""
+    from transformers import GenerationConfig
+
+    tokenizer.save_pretrained(folder)
+    own = path / _GENERATION
+    if own.is_file():
+        shutil.copyfile(own, folder / _GENERATION)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
