@@ -164,21 +164,6 @@ class Recipe(BaseModel):
         assert match is not None, "validated on construction"
         return int(match[1]) * _UNITS[match[2]]
 
-    def group_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Rows and columns of one group in a weight of [out_features, in_features], never more than the weight has.
-
-        '1/N' of rows that N does not divide is rounded up, so there are at most N groups down a column.
-        """
-        rows: int
-        if isinstance(self.group_rows, int):
-            rows = self.group_rows
-        elif match := _FRACTION.fullmatch(self.group_rows):
-            rows = -(-out_features // int(match[1]))
-        else:
-            rows = out_features
-        columns = self.group_size if isinstance(self.group_size, int) else in_features
-        return min(rows, out_features), min(columns, in_features)
-
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the recipe as JSON with sorted keys: equal exactly when all fields are."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

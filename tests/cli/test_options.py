@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from shiftadd_cli.cli.options import default_text, option_name, overrides_from, recipe_choice, recipe_options
+from shiftadd_cli.recipe import Recipe
+
+OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
+    "bits": (["--bits", "2"], 2),
+    "group_size": (["--group-size", "128"], 128),
+    "group_rows": (["--group-rows", "1/8"], "1/8"),
+    "scale_format": (["--scale-format", "pot"], "pot"),
+    "row_scale": (["--no-row-scale"], False),
+    "offset": (["--offset"], True),
+    "fit": (["--fit", "greedy"], "greedy"),
+    "fit_rounds": (["--fit-rounds", "7"], 7),
+    "weight_error": (["--weight-error", "1e-3"], 0.001),
+    "sweep": (["--sweep", "dynamic"], "dynamic"),
+    "sweep_order": (["--sweep-order", "natural"], "natural"),
+    "refine_rounds": (["--refine-rounds", "0"], 0),
+    "descent_passes": (["--descent-passes", "5"], 5),
+    "calibration": (["--calibration", "mine.txt"], "mine.txt"),
+    "samples": (["--samples", "4"], 4),
+    "seq_len": (["--seq-len", "32"], 32),
+    "batch_size": (["--batch-size", "1"], 1),
+    "skip": (["--skip", "lm_head", "--skip", "*.k_proj"], ("lm_head", "*.k_proj")),
+    "seed": (["--seed", "3"], 3),
+    "device": (["--device", "cpu"], "cpu"),
+    "dtype": (["--dtype", "float32"], "float32"),
+    "shard_size": (["--shard-size", "100MB"], "100MB"),
+}
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+
+    @click.command()
+    @recipe_choice
+    @recipe_options
+    def command(**options: Any) -> None:
+        seen.update(overrides_from(options))
+        seen["recipe given"] = options["recipe"]
+
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    return seen
+
+
+def options_of_an_empty_command() -> dict[str, click.Option]:
+    @click.command()
+    @recipe_options
+    def command(**_: Any) -> None: ...
+
+    return {option.name or "": option for option in command.params if isinstance(option, click.Option)}
+
+
+def test_options_are_exactly_the_recipe_fields_in_their_order() -> None:
+    options = options_of_an_empty_command()
+    assert list(options) == list(Recipe.model_fields)
+    for field, option in options.items():
+        assert option.opts == [option_name(field)]
+
+
+def test_quantize_offers_every_recipe_field_and_nothing_else_shapes_the_result() -> None:
+    quantize = pytest.importorskip("shiftadd_cli.cli.quantize").quantize
+    options = {option.name: option for option in quantize.params if isinstance(option, click.Option)}
+    assert set(Recipe.model_fields) <= set(options)
+    about_the_call = {"output", "recipe", "revision", "trust_remote_code", "dry_run", "overwrite"}
+    assert set(options) - set(Recipe.model_fields) <= about_the_call
+
+
+def test_every_field_has_a_case_below() -> None:
+    assert OTHER_VALUES.keys() == Recipe.model_fields.keys()
+
+
+@pytest.mark.parametrize("field", OTHER_VALUES)
+def test_option_reaches_its_field_with_the_right_type(field: str) -> None:
+    arguments, expected = OTHER_VALUES[field]
+    seen = parse(arguments)
+    assert seen == {field: expected, "recipe given": "default"}
+    assert type(seen[field]) is type(expected)
+    together = {"group_rows": {"row_scale": False, "refine_rounds": 0}}.get(field, {})
+    assert getattr(Recipe.load("default", {**together, field: seen[field]}), field) == expected
+
+
+def test_options_not_given_leave_the_recipe_alone() -> None:
+    assert parse(["--recipe", "fast"]) == {"recipe given": "fast"}
+
+
+def test_switches_can_be_turned_both_ways() -> None:
+    assert parse(["--row-scale", "--no-offset"]) == {"row_scale": True, "offset": False, "recipe given": "default"}
+
+
+@pytest.mark.parametrize("arguments", [["--bits", "three"], ["--fit", "best"], ["--seed"]])
+def test_ill_typed_option_is_a_usage_error(arguments: list[str]) -> None:
+    @click.command()
+    @recipe_options
+    def command(**_: Any) -> None: ...
+
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 2
+    assert arguments[0] in result.stderr
+
+
+def test_help_gives_description_and_default_of_every_field() -> None:
+    options = options_of_an_empty_command()
+    for name, field in Recipe.model_fields.items():
+        text = options[name].help or ""
+        assert text.startswith(field.description or "?")
+        assert text.endswith(f"[default: {default_text(field)}]")
+
+
+@pytest.mark.parametrize(
+    ("field", "text"), [("row_scale", "on"), ("offset", "off"), ("skip", "none"), ("group_rows", "1"), ("bits", "3")]
+)
+def test_defaults_are_shown_as_they_would_be_typed(field: str, text: str) -> None:
+    assert default_text(Recipe.model_fields[field]) == text

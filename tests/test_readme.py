@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shiftadd_cli.cli.options import option_name
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.recipe_file import packaged_names
+
+
+@pytest.fixture(scope="module")
+def readme(repository: Path) -> str:
+    return (repository / "README.md").read_text(encoding="utf-8")
+
+
+def test_option_table_is_current(repository: Path) -> None:
+    check = [sys.executable, str(repository / "scripts" / "readme_options.py"), "--check"]
+    result = subprocess.run(check, cwd=repository, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_field_has_its_row(readme: str) -> None:
+    rows = re.findall(r"^\| `(--[a-z-]+)` \|", readme, flags=re.MULTILINE)
+    assert rows == [option_name(name) for name in Recipe.model_fields]
+
+
+def test_every_packaged_recipe_is_listed_and_linked(readme: str) -> None:
+    assert tuple(sorted(re.findall(r"\(configs/([a-z-]+)\.yaml\)", readme))) == packaged_names()
+
+
+def test_links_to_files_lead_somewhere(readme: str, repository: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", readme)
+    assert links
+    assert [link for link in links if not (repository / link).exists()] == []
+
+
+def test_commands_of_make_exist(readme: str, repository: Path) -> None:
+    told = readme + (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", (repository / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert {"demo", "test"} <= set(re.findall(r"^    make ([a-z]+)", told, flags=re.MULTILINE)) <= targets

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.errors import RecipeError
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.recipe_file import MAX_BYTES, configs_folder, packaged_names
+
+
+def refusal(tmp_path: Path, content: str | bytes, **overrides: Any) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(str(path), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def test_packaged_recipes_are_the_documented_ones() -> None:
+    assert packaged_names() == ("default", "fast", "rtn", "shiftaddllm-acc", "shiftaddllm-lat")
+
+
+@pytest.mark.parametrize("name", packaged_names())
+def test_packaged_recipe_loads_and_says_what_it_is(name: str) -> None:
+    Recipe.load(name)
+    header = (configs_folder() / f"{name}.yaml").read_text()
+    for heading in ("# What: ", "# Source: ", "# Use it: "):
+        assert heading in header
+
+
+def test_default_recipe_is_the_defaults_of_the_fields() -> None:
+    assert Recipe.load("default") == Recipe() == Recipe.load()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "fit", "sweep"),
+    [("shiftaddllm-acc", (768, 1), "greedy", "dynamic"), ("shiftaddllm-lat", (96, 8), "greedy", "dynamic")],
+)
+def test_recipes_of_the_paper_have_its_block_shapes(name: str, shape: tuple[int, int], fit: str, sweep: str) -> None:
+    recipe = Recipe.load(name)
+    grid = ScaleGrid.resolve(768, 3072, recipe.group_rows, recipe.group_size)
+    assert (grid.group_rows, grid.group_columns) == shape
+    assert (recipe.fit, recipe.sweep, recipe.sweep_order, recipe.scale_format) == (fit, sweep, "hessian", "apot3")
+    assert recipe.refine_rounds == 0
+    assert not recipe.row_scale
+
+
+@pytest.mark.parametrize("name", ["fast", "rtn"])
+def test_recipes_without_data_need_none(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert (recipe.calibration, recipe.sweep, recipe.refine_rounds) == ("none", "none", 0)
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("bits: 2\ngroup_size: 128\n")
+    recipe = Recipe.load(str(path), {"bits": 4})
+    assert (recipe.bits, recipe.group_size) == (4, 128)
+
+
+def test_overrides_may_cure_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("group_rows: all\nrow_scale: false\n")
+    with pytest.raises(RecipeError, match="refine_rounds to 0"):
+        Recipe.load(str(path))
+    assert Recipe.load(str(path), {"refine_rounds": 0}).group_rows == "all"
+
+
+def test_packaged_name_wins_over_a_file_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fast").write_text("bits: 7\n")
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("fast").bits == 3
+    assert Recipe.load("./fast").bits == 7
+
+
+def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("# nothing yet\n")
+    assert Recipe.load(str(path)) == Recipe()
+
+
+def test_exponents_are_numbers_and_lists_are_tuples(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("weight_error: 1e-3\nskip: [lm_head, '*.k_proj']\n")
+    recipe = Recipe.load(str(path))
+    assert recipe.weight_error == 0.001
+    assert recipe.skip == ("lm_head", "*.k_proj")
+
+
+def test_unknown_field_names_file_field_and_the_nearest(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "group-sise: 64\n")
+    assert str(tmp_path / "mine.yaml") in message
+    assert "'group-sise'" in message
+    assert "did you mean 'group_size'?" in message
+
+
+def test_unknown_field_like_no_other_gets_no_suggestion(tmp_path: Path) -> None:
+    assert "did you mean" not in refusal(tmp_path, "zzzz: 1\n")
+
+
+def test_fault_of_an_override_names_the_option(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "bits: 3\n", group_size=0)
+    assert message.startswith("Option --group-size: 0 is not valid")
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "bits: 9\nfit: best\n")
+    assert "'bits'" in message
+    assert "'fit'" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("bits", "0"),
+        ("bits", "9"),
+        ("bits", "yes"),
+        ("bits", "'3'"),
+        ("bits", "3.0"),
+        ("group_size", "0"),
+        ("group_size", "-64"),
+        ("group_size", "true"),
+        ("group_size", "'64'"),
+        ("group_size", "1/8"),
+        ("group_rows", "1/0"),
+        ("group_rows", "2/8"),
+        ("group_rows", "0"),
+        ("scale_format", "apot4"),
+        ("row_scale", "1"),
+        ("fit_rounds", "-1"),
+        ("weight_error", "-0.1"),
+        ("weight_error", ".nan"),
+        ("weight_error", ".inf"),
+        ("refine_rounds", "-1"),
+        ("descent_passes", "0"),
+        ("calibration", "''"),
+        ("calibration", "2020-01-01"),
+        ("samples", "0"),
+        ("seq_len", "1"),
+        ("batch_size", "0"),
+        ("skip", "lm_head"),
+        ("skip", "[1]"),
+        ("skip", "['']"),
+        ("seed", "-1"),
+        ("seed", "9223372036854775808"),
+        ("dtype", "float64"),
+        ("shard_size", "2"),
+        ("shard_size", "0GB"),
+        ("shard_size", "2TB"),
+        ("device", "null"),
+    ],
+)
+def test_value_of_wrong_type_or_range_is_refused_by_field(tmp_path: Path, field: str, text: str) -> None:
+    assert f"field '{field}'" in refusal(tmp_path, f"{field}: {text}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("bits: 3\nbits: 4\n", "line 2, column 1: field 'bits' is given twice"),
+        ("bits: [\n", "line 2"),
+        ("- bits\n", "holds a list"),
+        ("just words\n", "holds a str"),
+        ("1: 2\n", "1 is not a field name"),
+        ("? [a]\n: 1\n", "line 1"),
+        ("a: &x [1]\nb: [*x, *x]\n", "aliases"),
+        ("calibration: 2020-13-45\n", "month"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "line 1"),
+        ("[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"a: '\x01'", "not valid YAML"),
+        ("#" * (MAX_BYTES + 1), "at most"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_malformed_file_is_refused_in_one_sentence(tmp_path: Path, content: str | bytes, said: str) -> None:
+    message = refusal(tmp_path, content)
+    assert said in message
+    assert str(tmp_path / "mine.yaml") in message
+    assert len(message) < 400
+
+
+def test_long_values_are_not_repeated_whole(tmp_path: Path) -> None:
+    assert len(refusal(tmp_path, f"fit: {'x' * 5000}\n")) < 400
+
+
+def test_unknown_recipe_lists_the_packaged_ones(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'shiftaddllm-acc'") as caught:
+        Recipe.load("shiftaddlm-acc")
+    assert all(name in str(caught.value) for name in packaged_names())
+
+
+def test_folder_and_unreadable_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="not a file"):
+        Recipe.load(str(tmp_path))
+    path = tmp_path / "mine.yaml"
+    path.write_text("bits: 3\n")
+
+    def forbidden(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    with pytest.raises(RecipeError, match=r"mine.yaml cannot be read: Permission denied"):
+        Recipe.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "cures"),
+    [
+        ({"group_rows": 2}, ("refine_rounds to 0", "row_scale to false", "group_rows to 1")),
+        ({"group_rows": "all", "refine_rounds": 0}, ("row_scale to false",)),
+        ({"group_rows": "1/8", "row_scale": False}, ("refine_rounds to 0",)),
+        ({"calibration": "none"}, ("sweep to none", "refine_rounds to 0")),
+        ({"calibration": "none", "refine_rounds": 0}, ("sweep to none",)),
+        ({"calibration": "none", "sweep": "none"}, ("refine_rounds to 0",)),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_refused_with_the_cure(fields: dict[str, Any], cures: tuple) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load("default", fields)
+    message = str(caught.value)
+    assert all(cure in message for cure in cures)
+    assert all(f"--{name.replace('_', '-')}" in message for name in fields)
+
+
+def test_following_the_cure_cures() -> None:
+    Recipe.load("default", {"group_rows": 2, "refine_rounds": 0, "row_scale": False})
+    Recipe.load("default", {"calibration": "none", "sweep": "none", "refine_rounds": 0})
+
+
+def test_recipe_is_immutable() -> None:
+    recipe = Recipe()
+    with pytest.raises(ValidationError):
+        recipe.bits = 2
+
+
+def test_fingerprint_is_a_function_of_every_field() -> None:
+    others = {
+        "bits": 2,
+        "group_size": 32,
+        "group_rows": 1,
+        "scale_format": "pot",
+        "row_scale": False,
+        "offset": True,
+        "fit": "greedy",
+        "fit_rounds": 5,
+        "weight_error": 0.5,
+        "sweep": "none",
+        "sweep_order": "natural",
+        "refine_rounds": 1,
+        "descent_passes": 1,
+        "calibration": "ptb",
+        "samples": 1,
+        "seq_len": 8,
+        "batch_size": 1,
+        "skip": ("a",),
+        "seed": 1,
+        "device": "cpu",
+        "dtype": "float32",
+        "shard_size": "1GB",
+    }
+    assert others.keys() == Recipe.model_fields.keys()
+    base = Recipe()
+    prints = {Recipe(**{name: value}).fingerprint() for name, value in others.items() if name != "group_rows"}
+    prints.add(Recipe(row_scale=False, refine_rounds=0, group_rows=2).fingerprint())
+    prints.add(Recipe(row_scale=False, refine_rounds=0, group_rows="all").fingerprint())
+    assert len(prints) == len(others) + 1
+    assert base.fingerprint() not in prints
+    assert len(base.fingerprint()) == 64
+    assert Recipe(**base.model_dump()).fingerprint() == base.fingerprint()
+
+
+def test_recipe_survives_yaml(tmp_path: Path) -> None:
+    recipe = Recipe(bits=2, skip=("a", "b"), weight_error=1e-7)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert Recipe.load(str(path)) == recipe
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1KB", 1000), ("500MB", 500_000_000), ("2GB", 2_000_000_000)])
+def test_shard_size_is_read_in_decimal_units(text: str, expected: int) -> None:
+    assert Recipe(shard_size=text).shard_bytes == expected
+
+
+def test_every_field_is_described() -> None:
+    for name, field in Recipe.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
