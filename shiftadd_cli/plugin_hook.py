@@ -36,9 +36,9 @@ class _RegisterAfterImport(MetaPathFinder):
 
 
 def _register() -> None:
-    from shiftadd_cli.runtime import transformers_plugin
+    from shiftadd_cli.runtime.transformers_plugin import register
 
-    transformers_plugin.register()
+    register()
 
 
 def install() -> None:
