@@ -10,7 +10,7 @@ one tall matrix. Column-wise and block forms share scales over rows and are solv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -47,6 +47,15 @@ class SolverOptions:
     sweep_order: Literal["hessian", "natural"] = "hessian"
     refine_rounds: int = 3
     descent_passes: int = 2
+
+    @classmethod
+    def from_recipe(cls, recipe: object) -> SolverOptions:
+        """The part of a recipe the solver needs: its fields of the same names."""
+        return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
+
+    def without_data(self) -> SolverOptions:
+        """The same format and fit, for a layer that no calibration input reached."""
+        return replace(self, sweep="none", refine_rounds=0)
 
     def layout(self, rows: int, columns: int) -> PackedLayout:
         """The stored form of one `[rows, columns]` matrix under these options."""

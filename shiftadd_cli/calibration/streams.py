@@ -1,0 +1,33 @@
+"""Cached hidden states between blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+
+class HiddenStates:
+    """The hidden states of all calibration windows at one depth, in batches, on the CPU in the model's dtype."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self._batches: list[Tensor] = []
+
+    def append(self, batch: Tensor) -> None:
+        """Add a batch `[batch, seq_len, width]`."""
+        self._batches.append(batch.cpu())
+
+    def replace(self, index: int, batch: Tensor) -> None:
+        """Put the next block's input in the place of this one's, so that two depths never exist at once."""
+        self._batches[index] = batch.cpu()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(batch.nbytes for batch in self._batches)

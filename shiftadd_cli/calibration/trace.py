@@ -1,0 +1,140 @@
+"""How a model calls its blocks: the inputs of the first block, and every other argument of every block.
+
+The model's own forward runs once, batch by batch, up to the first block, and for one batch of each size through all
+blocks, each loaded for its turn only. What a block receives besides hidden states (masks, rotary embeddings, ALiBi
+biases) depends on shapes alone, so it is recorded once per batch size and used for all batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.calibration.streams import HiddenStates
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source import Source, Structure
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Arguments of a block's forward besides the hidden states, which come first."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Output hidden states of `block` for `hidden` `[batch, seq_len, width]`."""
+        return _hidden_of(block(hidden, *self.args, **self.kwargs))
+
+
+@dataclass
+class Trace:
+    """`hidden`: inputs of the first block; `calls[batch size]`: one BlockCall per block."""
+
+    hidden: HiddenStates
+    calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+
+
+class _FirstBlockReached(Exception):  # noqa: N818 - control flow, not an error
+    pass
+
+
+def trace_model(source: Source, structure: Structure, windows: Tensor, batch_size: int, device: torch.device) -> Trace:
+    """Run `windows` int64 `[samples, seq_len]` to the first block, and one batch of each size through all blocks.
+
+    Modules outside the blocks must be materialised on `device`; blocks are materialised and released here. Raises
+    SourceError when the model does not pass hidden states straight from block to block.
+    """
+    model = source.skeleton()
+    batches = windows.split(batch_size)
+    trace = Trace(HiddenStates(len(windows)))
+    for batch in batches:
+        if len(batch) not in trace.calls:
+            trace.calls[len(batch)] = _record_calls(source, structure, model, batch, device)
+        trace.hidden.append(_first_input(structure, model, batch, device))
+    return trace
+
+
+def _run(model: nn.Module, batch: Tensor, device: torch.device) -> None:
+    with torch.no_grad():
+        model(input_ids=batch.to(device), use_cache=False)
+
+
+def _first_input(structure: Structure, model: nn.Module, batch: Tensor, device: torch.device) -> Tensor:
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(_split(args, kwargs)[0].detach())
+        raise _FirstBlockReached
+
+    with _hooked([model.get_submodule(structure.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)]):
+        try:
+            _run(model, batch, device)
+        except _FirstBlockReached:
+            return found[0]
+    raise SourceError(
+        f"The model never calls its first block {structure.blocks[0]}; its architecture is not supported."
+    )
+
+
+def _record_calls(
+    source: Source, structure: Structure, model: nn.Module, batch: Tensor, device: torch.device
+) -> list[BlockCall]:
+    calls: list[BlockCall] = []
+    previous: list[Tensor] = []
+
+    def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name != structure.blocks[len(calls)]:
+            raise SourceError(f"The model calls {name} out of order; its architecture is not supported.")
+        hidden, rest, named = _split(args, kwargs)
+        if previous and not torch.equal(previous.pop(), hidden):
+            raise SourceError(f"The model changes the hidden states before {name}; its architecture is not supported.")
+        calls.append(BlockCall(rest, named))
+        source.materialise([name])
+        module.to(device)
+
+    def after(name: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        previous[:] = [_hidden_of(output).clone()]
+        source.release([name])
+
+    handles = []
+    for name in structure.blocks:
+        block = model.get_submodule(name)
+        handles.append(
+            block.register_forward_pre_hook(lambda m, a, k, name=name: before(name, m, a, k), with_kwargs=True)
+        )
+        handles.append(block.register_forward_hook(lambda m, a, o, name=name: after(name, m, a, o)))
+    with _hooked(handles):
+        _run(model, batch, device)
+    if len(calls) != len(structure.blocks):
+        raise SourceError(
+            f"The model called {len(calls)} of its {len(structure.blocks)} blocks; its architecture is not supported."
+        )
+    return calls
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Hidden states, the other positional arguments and the named ones, of a block's call."""
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def _hidden_of(output: Any) -> Tensor:
+    """Blocks return hidden states bare or as the first of a tuple."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+@contextmanager
+def _hooked(handles: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""The main job: plan a run, run it, write the artifact."""

@@ -1,0 +1,110 @@
+"""Times and sizes of a run, and the report made of them."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.calibration.text import TextData
+from shiftadd_cli.pipeline.plan import Plan, resident_bytes
+from shiftadd_cli.report.schema import (
+    CalibrationReport,
+    KeptReport,
+    LayerReport,
+    MachineReport,
+    Report,
+    SizeReport,
+    SourceReport,
+    TimeReport,
+    average_kinds,
+)
+from shiftadd_cli.version import __version__
+
+
+class Measured:
+    """Wall-clock seconds by phase."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.seconds = {"trace": 0.0, "forward": 0.0, "solve": 0.0, "read_and_write": 0.0}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.monotonic() - start
+
+    def report(self) -> TimeReport:
+        rounded = {name: round(value, 3) for name, value in self.seconds.items()}
+        return TimeReport(total=round(time.monotonic() - self.started, 3), **rounded)
+
+
+def make_report(
+    plan: Plan,
+    calibration: tuple[TextData, Tensor] | None,
+    layers: list[LayerReport],
+    *,
+    files_bytes: int,
+    clock: Measured,
+    device: torch.device,
+    command: list[str],
+) -> Report:
+    """Everything report.json says, but the checksums of the files."""
+    source = plan.source
+    order = {each.spec.name: place for place, each in enumerate(plan.linears)}
+    layers = sorted(layers, key=lambda layer: order[layer.name])
+    return Report(
+        command=command,
+        source=SourceReport(
+            spec=source.spec,
+            name=source.name,
+            architecture=type(source.skeleton()).__name__,
+            fingerprint=source.fingerprint,
+            dtype=str(source.dtype).removeprefix("torch."),
+            parameters=plan.parameters,
+            file_bytes=source.file_bytes,
+            model_bytes=source.model_bytes,
+        ),
+        recipe=plan.recipe.model_dump(mode="json"),
+        recipe_fingerprint=plan.recipe.fingerprint(),
+        calibration=None if calibration is None else _calibration(*calibration),
+        size=SizeReport(
+            files_bytes=files_bytes,
+            quantized_bytes=plan.quantized_bytes,
+            kept_bytes=plan.kept_bytes,
+            quantized_weights=plan.quantized_weights,
+            bits_per_weight=plan.bits_per_weight,
+            whole_file_bits_per_weight=8 * files_bytes / plan.parameters,
+        ),
+        kinds=average_kinds(layers),
+        layers=layers,
+        kept=[KeptReport(name=name, reason=reason) for name, reason in plan.structure.kept],
+        seconds=clock.report(),
+        machine=MachineReport(
+            device=str(device),
+            threads=torch.get_num_threads(),
+            peak_memory_bytes=resident_bytes(),
+            expected_memory_bytes=plan.peak_memory_bytes,
+            versions={
+                "shiftadd-cli": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+            },
+        ),
+    )
+
+
+def _calibration(text: TextData, windows: Tensor) -> CalibrationReport:
+    samples, seq_len = windows.shape
+    return CalibrationReport(
+        name=text.name, fingerprint=text.fingerprint, samples=samples, seq_len=seq_len, tokens=windows.numel()
+    )

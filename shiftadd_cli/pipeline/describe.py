@@ -1,0 +1,44 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from shiftadd_cli.pipeline.plan import Plan
+from shiftadd_cli.report.summary import size, table
+
+
+def describe_plan(plan: Plan) -> str:
+    """Layers, bits, sizes and memory of a plan, for reading before the work."""
+    kinds: dict[str, list[int]] = {}
+    for index, each in enumerate(plan.linears):
+        kinds.setdefault(each.spec.kind, []).append(index)
+    rows = []
+    for kind, members in kinds.items():
+        first = plan.linears[members[0]]
+        weights = sum(plan.linears[i].spec.out_features * plan.linears[i].spec.in_features for i in members)
+        stored = sum(plan.linears[i].layout.nbytes for i in members)
+        shape = f"{first.spec.out_features} x {first.spec.in_features}"
+        rows.append(
+            (kind, str(len(members)), shape, str(first.layout.bits), f"{8 * stored / weights:.3f}", size(stored))
+        )
+    reasons: dict[str, int] = {}
+    for _, reason in plan.structure.kept:
+        reasons[reason] = reasons.get(reason, 0) + 1
+    kept = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
+    source, recipe = plan.source, plan.recipe
+    before = source.model_bytes
+    dtype = str(source.dtype).removeprefix("torch.")
+    return "\n".join(
+        (
+            f"{source.spec}: {type(source.skeleton()).__name__}, {plan.parameters / 1e6:,.1f} M parameters, "
+            f"{len(plan.structure.blocks)} blocks, {len(plan.linears)} linear layers to quantize",
+            "",
+            table(("layers", "count", "shape", "bits", "bits/weight", "stored"), rows),
+            "",
+            f"Kept          {size(plan.kept_bytes)} in {dtype}: {kept}",
+            f"Size          {size(before)} in {dtype} (files: {size(source.file_bytes)}) -> {size(plan.after_bytes)}, "
+            f"{plan.whole_bits_per_weight:.3f} bits/weight over the whole file",
+            f"Memory        about {size(plan.peak_memory_bytes)} at the peak",
+            "Calibration   "
+            + (f"{recipe.calibration}, {recipe.samples} x {recipe.seq_len} tokens" if plan.calibrated else "none"),
+        )
+    )

@@ -1,0 +1,169 @@
+"""What a run will do, known before any weight is read: layers, stored sizes, expected memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from shiftadd_cli.artifact.format import ArtifactFormat, MatrixFormat
+from shiftadd_cli.artifact.shards import TensorShape
+from shiftadd_cli.bcq.solver import SolverOptions
+from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import LinearSpec, Source, Structure, find_structure
+
+NO_CALIBRATION = "none"
+
+# Working copies, in float32, of the matrix being solved and of its Hessian; measured on the solver's default path.
+_MATRIX_COPIES = 14
+_HESSIAN_COPIES = 6
+# Tensors of a batch that live at once inside a block, in units of its widest activation.
+_ACTIVATION_COPIES = 6
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """One linear and the form it will be stored in."""
+
+    spec: LinearSpec
+    layout: PackedLayout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, fixed: `tensors` are all tensors of the artifact in file order; `kept` those stored as they are."""
+
+    source: Source
+    structure: Structure
+    recipe: Recipe
+    linears: tuple[PlannedLinear, ...]
+    tensors: dict[str, TensorShape]
+    kept: tuple[str, ...]
+    peak_memory_bytes: int
+
+    @property
+    def calibrated(self) -> bool:
+        return self.recipe.calibration != NO_CALIBRATION
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the original model, tied ones once."""
+        return sum(parameter.numel() for parameter in self.source.skeleton().parameters())
+
+    @property
+    def quantized_weights(self) -> int:
+        return sum(each.spec.out_features * each.spec.in_features for each in self.linears)
+
+    @property
+    def quantized_bytes(self) -> int:
+        return sum(each.layout.nbytes for each in self.linears)
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(_nbytes(self.tensors[name]) for name in self.kept)
+
+    @property
+    def after_bytes(self) -> int:
+        """Bytes of all tensors written; the files add their headers."""
+        return self.quantized_bytes + self.kept_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the quantized layers, scales and offsets included."""
+        return 8 * self.quantized_bytes / self.quantized_weights
+
+    @property
+    def whole_bits_per_weight(self) -> float:
+        """Stored bits per parameter of the whole model."""
+        return 8 * self.after_bytes / self.parameters
+
+    def artifact_format(self) -> ArtifactFormat:
+        """The quantization_config of the artifact."""
+        recipe = self.recipe
+        common = MatrixFormat(**{name: getattr(recipe, name) for name in MatrixFormat.__dataclass_fields__})
+        modules = {p.spec.name: (common, p.spec.out_features, p.spec.in_features) for p in self.linears}
+        return ArtifactFormat(common, modules)
+
+
+def make_plan(source: Source, recipe: Recipe) -> Plan:
+    """Plan a run from headers alone.
+
+    Raises SourceError when `skip` leaves nothing to quantize, or the model has no blocks of linear layers.
+    """
+    model = source.skeleton()
+    structure = find_structure(model, recipe.skip)
+    if not structure.linears:
+        raise SourceError("--skip leaves no linear layer to quantize; give fewer patterns.")
+    options = SolverOptions.from_recipe(recipe)
+    linears = tuple(
+        PlannedLinear(spec, options.layout(spec.out_features, spec.in_features)) for spec in structure.linears
+    )
+    tensors, kept = _tensors(model, structure, linears)
+    return Plan(source, structure, recipe, linears, tensors, kept, _peak_memory(source, structure, linears, recipe))
+
+
+def _tensors(
+    model: nn.Module, structure: Structure, linears: tuple[PlannedLinear, ...]
+) -> tuple[dict[str, TensorShape], tuple[str, ...]]:
+    """All tensors to write, in the order of the model's state, and the names of those that stay as they are."""
+    packed = {f"{each.spec.name}.weight": each for each in linears}
+    duplicates = {name for group in structure.tied for name in sorted(group, key=list(model.state_dict()).index)[1:]}
+    tensors: dict[str, TensorShape] = {}
+    kept: list[str] = []
+    for name, tensor in model.state_dict().items():
+        if name in packed:
+            each = packed[name]
+            tensors |= {f"{each.spec.name}.{suffix}": shape for suffix, shape in each.layout.tensors().items()}
+        elif name not in duplicates:
+            tensors[name] = (tuple(tensor.shape), tensor.dtype)
+            kept.append(name)
+    return tensors, tuple(kept)
+
+
+def _nbytes(shape: TensorShape) -> int:
+    return torch.Size(shape[0]).numel() * shape[1].itemsize
+
+
+def _module_bytes(module: nn.Module) -> int:
+    return sum(each.numel() * each.element_size() for each in module.parameters())
+
+
+def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLinear, ...], recipe: Recipe) -> int:
+    """Expected peak resident memory of the process, in bytes.
+
+    What is resident now, the cached hidden states, and the larger of two moments: embeddings, head and one block while
+    the first inputs are made; one block with its Hessians and the solver's working copies.
+    """
+    model = source.skeleton()
+    blocks = {name: model.get_submodule(name) for name in structure.blocks}
+    block = max(_module_bytes(module) for module in blocks.values())
+    outside = source.model_bytes - sum(_module_bytes(module) for module in blocks.values())
+    tall: dict[tuple[int, str, int], int] = {}
+    for each in linears:
+        spec = each.spec
+        siblings = (spec.block, spec.kind.rpartition(".")[0], spec.in_features)
+        tall[siblings] = tall.get(siblings, 0) + spec.out_features
+    widths = [width for _, _, width in tall]
+    solver = 4 * max(_MATRIX_COPIES * rows * key[2] + _HESSIAN_COPIES * key[2] ** 2 for key, rows in tall.items())
+    resident = resident_bytes()
+    if recipe.calibration == NO_CALIBRATION:
+        return resident + max(outside, block + solver)
+    tokens, itemsize = recipe.batch_size * recipe.seq_len, source.dtype.itemsize
+    width = source.config.get_text_config().hidden_size
+    widest = max([*widths, *(each.spec.out_features for each in linears)])
+    activations = _ACTIVATION_COPIES * tokens * widest * itemsize + 4 * tokens * max(widths)
+    head = tokens * source.config.get_text_config().vocab_size * itemsize
+    hidden = recipe.samples * recipe.seq_len * width * itemsize
+    hessians = 4 * max(sum(key[2] ** 2 for key in tall if key[0] == index) for index in range(len(structure.blocks)))
+    return resident + hidden + max(outside + block + activations + head, block + hessians + max(activations, solver))
+
+
+def resident_bytes() -> int:
+    """Peak resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

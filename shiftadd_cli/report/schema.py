@@ -1,0 +1,141 @@
+"""The schema of report.json, version 1. Sizes are in bytes, times in seconds, errors are relative squared errors."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceReport(_Part):
+    """The model that was compressed."""
+
+    spec: Annotated[str, Field(description="The model as it was named on the command line.")]
+    name: str
+    architecture: Annotated[str, Field(description="transformers class of the model.")]
+    fingerprint: Annotated[str, Field(description="SHA-256 over configuration, weight file headers and samples.")]
+    dtype: Annotated[str, Field(description="dtype of everything not quantized, and of calibration activations.")]
+    parameters: Annotated[int, Field(description="Parameters, tied ones once.")]
+    file_bytes: Annotated[int, Field(description="Size of the original's weight files.")]
+    model_bytes: Annotated[int, Field(description="Size of the original's parameters at `dtype`.")]
+
+
+class CalibrationReport(_Part):
+    """The data the model was run on."""
+
+    name: str
+    fingerprint: Annotated[str, Field(description="SHA-256 of the text.")]
+    samples: int
+    seq_len: int
+    tokens: int
+
+
+class SizeReport(_Part):
+    """What was written."""
+
+    files_bytes: Annotated[int, Field(description="All weight files, headers included.")]
+    quantized_bytes: Annotated[int, Field(description="Planes, scales, row scales and offsets.")]
+    kept_bytes: Annotated[int, Field(description="Tensors stored as they were.")]
+    quantized_weights: int
+    bits_per_weight: Annotated[float, Field(description="Of the quantized layers, everything stored for them counted.")]
+    whole_file_bits_per_weight: Annotated[float, Field(description="All weight files over all parameters.")]
+
+
+class LayerReport(_Part):
+    """One quantized linear."""
+
+    name: str
+    kind: Annotated[str, Field(description="Path of the linear inside its block.")]
+    block: int
+    out_features: int
+    in_features: int
+    bits: int
+    bits_per_weight: float
+    weight_error: Annotated[float, Field(description="‖W − Ŵ‖² / ‖W‖².")]
+    output_error: Annotated[
+        float | None,
+        Field(description="E‖(W − Ŵ)x‖² / E‖Wx‖² over the calibration inputs; null without calibration."),
+    ]
+    calibrated: Annotated[bool, Field(description="False if no calibration input reached the layer.")]
+
+
+class KindReport(_Part):
+    """Averages over the layers of one kind."""
+
+    kind: str
+    layers: int
+    bits_per_weight: float
+    weight_error: Annotated[float, Field(description="Arithmetic mean over layers.")]
+    output_error: Annotated[float | None, Field(description="Arithmetic mean over calibrated layers.")]
+
+
+class KeptReport(_Part):
+    """A module left as it was."""
+
+    name: str
+    reason: str
+
+
+class TimeReport(_Part):
+    """Where the time went."""
+
+    total: float
+    trace: Annotated[float, Field(description="Embedding the samples and recording block arguments.")]
+    forward: Annotated[float, Field(description="Running blocks, Hessians included.")]
+    solve: float
+    read_and_write: float
+
+
+class MachineReport(_Part):
+    """What it ran on."""
+
+    device: str
+    threads: int
+    peak_memory_bytes: Annotated[int, Field(description="Peak resident memory of the process.")]
+    expected_memory_bytes: Annotated[int, Field(description="What the plan had said.")]
+    versions: Annotated[dict[str, str], Field(description="shiftadd-cli, python, torch, transformers, safetensors.")]
+
+
+class Report(_Part):
+    """report.json; the writer adds `files`: {file name: {bytes, sha256}}."""
+
+    schema_version: int = SCHEMA_VERSION
+    command: Annotated[list[str], Field(description="Arguments of the run that wrote it.")]
+    source: SourceReport
+    recipe: Annotated[dict[str, object], Field(description="The recipe with all defaults resolved.")]
+    recipe_fingerprint: str
+    calibration: Annotated[CalibrationReport | None, Field(description="null for a run without data.")]
+    size: SizeReport
+    kinds: list[KindReport]
+    layers: list[LayerReport]
+    kept: list[KeptReport]
+    seconds: TimeReport
+    machine: MachineReport
+
+
+def average_kinds(layers: list[LayerReport]) -> list[KindReport]:
+    """One row per kind, in the order the kinds first appear."""
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.kind, []).append(layer)
+    rows = []
+    for kind, members in kinds.items():
+        weights = [each.out_features * each.in_features for each in members]
+        bits = sum(each.bits_per_weight * count for each, count in zip(members, weights, strict=True)) / sum(weights)
+        outputs = [each.output_error for each in members if each.output_error is not None]
+        rows.append(
+            KindReport(
+                kind=kind,
+                layers=len(members),
+                bits_per_weight=bits,
+                weight_error=sum(each.weight_error for each in members) / len(members),
+                output_error=sum(outputs) / len(outputs) if outputs else None,
+            )
+        )
+    return rows

@@ -1,0 +1,65 @@
+"""Plans and reports as text for a terminal or a log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shiftadd_cli.report.schema import Report
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def size(count: float) -> str:
+    """Bytes with a decimal unit: `44.9 MB`."""
+    unit = 0
+    while count >= 1000 and unit < len(_UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def summarize(report: Report, out: str) -> str:
+    """What a run did, in a dozen lines."""
+    kinds = [
+        (
+            row.kind,
+            str(row.layers),
+            f"{row.bits_per_weight:.3f}",
+            f"{row.weight_error:.4f}",
+            "-" if row.output_error is None else f"{row.output_error:.4f}",
+        )
+        for row in report.kinds
+    ]
+    before, after = report.source.model_bytes, report.size.files_bytes
+    data = report.calibration
+    if data is None:
+        told = "none (weights only)"
+    else:
+        told = f"{data.name}, {data.samples} x {data.seq_len} tokens"
+    time, machine = report.seconds, report.machine
+    return "\n".join(
+        (
+            table(("layers", "count", "bits/weight", "weight error", "output error"), kinds),
+            "",
+            f"Calibration   {told}",
+            f"Size          {size(before)} -> {size(after)} ({before / after:.2f} x smaller)",
+            f"Bits/weight   {report.size.bits_per_weight:.3f} in the quantized layers, "
+            f"{report.size.whole_file_bits_per_weight:.3f} over the whole file",
+            f"Time          {time.total:.0f} s (start {time.trace:.0f}, running blocks {time.forward:.0f}, "
+            f"solving {time.solve:.0f}, reading and writing {time.read_and_write:.0f})",
+            f"Peak memory   {size(machine.peak_memory_bytes)} (planned {size(machine.expected_memory_bytes)})",
+            f"Written to    {out}",
+        )
+    )
