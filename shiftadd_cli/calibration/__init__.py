@@ -1,0 +1,1 @@
+"""Texts for calibration and measurement, cut into windows of tokens."""

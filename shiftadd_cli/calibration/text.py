@@ -1,0 +1,114 @@
+"""Named texts and text files, and windows of tokens drawn from them."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from shiftadd_cli.calibration import text_builtin, text_files, text_hub
+from shiftadd_cli.errors import CalibrationError
+
+Split = Literal["calibration", "test"]
+
+# Longer texts are tokenised in pieces of about this many characters, to bound memory.
+PIECE_CHARACTERS = 4 << 20
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A text: what to call it in a report, its content, and the SHA-256 of its UTF-8 bytes (hex)."""
+
+    name: str
+    text: str
+    fingerprint: str
+
+
+def load_text(spec: str, *, split: Split) -> TextData:
+    """The text called `spec`: `builtin`, `wikitext2`, `c4`, `ptb`, or a .txt, .jsonl or .parquet file.
+
+    `split` chooses between disjoint parts of a named text; a file has no splits and is read whole for both, so the
+    fingerprint tells whether calibration and test are the same text.
+
+    Raises:
+        CalibrationError: unknown name, no network, or a file that is missing, empty or unreadable.
+    """
+    if spec == text_builtin.NAME:
+        name, text = text_builtin.read(split)
+    elif spec in text_hub.CORPORA:
+        name, text = text_hub.read(spec, split)
+    elif Path(spec).suffix.lower() in text_files.READERS or Path(spec).exists() or "/" in spec:
+        name, text = text_files.read(Path(spec))
+    else:
+        raise CalibrationError(_unknown(spec))
+    if not text.strip():
+        raise CalibrationError(f"{name} holds no text; give a file with text in it.")
+    try:
+        return TextData(name, text, hashlib.sha256(text.encode()).hexdigest())
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"{name} holds half a character (a lone surrogate, at character {error.start}); save it as valid UTF-8."
+        ) from error
+
+
+def tokenise(text: str, tokenizer: Any) -> torch.Tensor:
+    """The tokens of `text` as one string, with no special tokens added: int64 `[tokens]`.
+
+    Texts of more than `PIECE_CHARACTERS` are tokenised in pieces that end before a blank line (or, where a text has
+    none, a line break). That changes no token for tokenizers that never join characters across such a place, and at
+    most one token per piece for others.
+    """
+    pieces = []
+    for piece in _pieces(text, PIECE_CHARACTERS):
+        # verbose=False: a long text is wanted here, so the warning about the model's length would mislead.
+        encoded = tokenizer(piece, add_special_tokens=False, verbose=False)
+        pieces.append(torch.tensor(encoded["input_ids"], dtype=torch.int64))
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+
+
+def sample_windows(data: TextData, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
+    """Draw windows of tokens that do not overlap: int64 `[samples, seq_len]`.
+
+    The text is cut into consecutive windows of `seq_len` tokens, and a permutation seeded with `seed` picks among
+    them; the same text, tokenizer and seed give the same windows, and the first k of more samples are the k samples.
+
+    Raises:
+        CalibrationError: the text has fewer than `samples * seq_len` tokens.
+    """
+    tokens = tokenise(data.text, tokenizer)
+    windows = len(tokens) // seq_len
+    if windows < samples:
+        raise CalibrationError(
+            f"{samples} windows of {seq_len} tokens need {samples * seq_len} tokens, and {data.name} has "
+            f"{len(tokens)}; give a longer text, or fewer or shorter windows"
+            + (f" (at most {windows} of this length)." if windows else ".")
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(windows, generator=generator)[:samples]
+    return tokens[: windows * seq_len].view(windows, seq_len)[chosen]
+
+
+def _pieces(text: str, size: int) -> list[str]:
+    pieces, start = [], 0
+    while start < len(text):
+        end = start + size
+        if end < len(text):
+            breaks = (text.find("\n\n", end, end + size), text.find("\n", end, end + size))
+            end = next((place for place in breaks if place > 0), end)
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+def _unknown(spec: str) -> str:
+    names = [text_builtin.NAME, *text_hub.CORPORA]
+    near = difflib.get_close_matches(spec, names, n=1)
+    guess = f" (did you mean {near[0]}?)" if near else ""
+    return (
+        f"There is no text called {spec!r}{guess}; give one of {', '.join(names)}, or the path of a "
+        f"{text_files.KINDS} file."
+    )

@@ -1,0 +1,255 @@
+"""Texts are found, disjoint and refused clearly; windows are what they claim to be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_tokenizer
+
+from shiftadd_cli.calibration import text as text_module
+from shiftadd_cli.calibration import text_builtin, text_files, text_hub
+from shiftadd_cli.calibration.text import TextData, load_text, sample_windows, tokenise
+from shiftadd_cli.errors import CalibrationError
+
+
+class CharacterTokenizer:
+    """One token per character, so that the expected tokens are known without any tokenizer."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(character) for character in text]}
+
+
+def data(text: str) -> TextData:
+    return TextData("a text", text, "")
+
+
+def write_parquet(path: Path, **columns: list[object]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_builtin_splits_share_no_paragraph_and_make_up_all_topics():
+    calibration = load_text("builtin", split="calibration")
+    test = load_text("builtin", split="test")
+    ours, theirs = ({" ".join(p.split()) for p in part.text.split("\n\n")} for part in (calibration, test))
+    assert not ours & theirs
+    share = len(test.text) / (len(test.text) + len(calibration.text))
+    assert 0.08 < share < 0.105
+    assert calibration.fingerprint != test.fingerprint
+    assert calibration.name != test.name
+    assert len(calibration.text) > 250_000
+
+
+def test_builtin_keeps_the_words_of_the_standard_library():
+    from pydoc_data.topics import topics
+
+    both = load_text("builtin", split="calibration").text + load_text("builtin", split="test").text
+    kept = set(both.split())
+    said = {word for topic in topics.values() for word in topic.split() if word.isalpha()}
+    assert said <= kept
+
+
+def test_builtin_is_the_same_every_time():
+    first = load_text("builtin", split="test")
+    text_builtin._splits.cache_clear()
+    assert load_text("builtin", split="test") == first
+
+
+def test_txt_is_read_as_it_is(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffüber\n\n  two \n".encode())
+    found = load_text(str(path), split="test")
+    assert (found.name, found.text) == ("a.txt", "über\n\n  two \n")
+    assert found.fingerprint == hashlib.sha256("über\n\n  two \n".encode()).hexdigest()
+    assert load_text(str(path), split="calibration") == found
+
+
+def test_jsonl_and_parquet_give_the_same_text(tmp_path):
+    rows = ["first row", "second\nrow", "dritte Zeile ß"]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": row, "n": 1}) for row in rows) + "\n\n", encoding="utf-8")
+    table = write_parquet(tmp_path / "a.parquet", n=[1, 2, 3, 4], text=[*rows, None])
+    assert load_text(str(lines), split="test").text == "\n\n".join(rows)
+    assert load_text(str(table), split="test").text == "\n\n".join(rows)
+
+
+def test_a_text_beyond_the_limit_is_cut_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_CHARACTERS", 2 << 20)
+    path = tmp_path / "long.txt"
+    path.write_text("ab" * (3 << 19), encoding="utf-8")
+    found = load_text(str(path), split="test")
+    assert len(found.text) == 2 << 20
+    assert found.name == "long.txt (first 2 million characters)"
+    path.write_text("ab" * (1 << 20), encoding="utf-8")
+    assert load_text(str(path), split="test").name == "long.txt"
+
+
+BAD_FILES = {
+    "missing.txt": (None, "There is no file"),
+    "empty.txt": (b"", "holds no text"),
+    "blank.txt": (b" \n\n\t", "holds no text"),
+    "latin.txt": ("Zürich".encode("latin-1"), "not UTF-8"),
+    "notes.md": (b"# hello", "no .txt, .jsonl or .parquet"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": ', "line 2, is no valid JSON"),
+    "field.jsonl": (b'{"content": "a"}', "field named 'text' (found the fields content)"),
+    "number.jsonl": (b'{"text": 3}', "no text in a field"),
+    "list.jsonl": (b'["text"]', "no text in a field"),
+    "surrogate.jsonl": (rb'{"text": "a\ud800b"}', "half a character"),
+    "empty.jsonl": (b"\n", "holds no text"),
+    "broken.parquet": (b"PAR1 nothing", "no valid parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused_in_one_sentence(tmp_path, name):
+    content, expected = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError) as caught:
+        load_text(str(tmp_path / name), split="calibration")
+    assert expected in str(caught.value)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_parquet_columns_are_refused(tmp_path):
+    with pytest.raises(CalibrationError, match=r"no column 'text' \(found body, id\)"):
+        load_text(str(write_parquet(tmp_path / "a.parquet", body=["a"], id=[1])), split="test")
+    with pytest.raises(CalibrationError, match=r"column 'text'.*int64"):
+        load_text(str(write_parquet(tmp_path / "b.parquet", text=[1])), split="test")
+    with pytest.raises(CalibrationError, match="is a folder"):
+        load_text(str(tmp_path), split="test")
+
+
+def test_an_unknown_name_gets_a_suggestion():
+    with pytest.raises(CalibrationError, match=r"did you mean wikitext2\?.*\.txt, \.jsonl or \.parquet"):
+        load_text("wikitext", split="test")
+
+
+@pytest.mark.parametrize("name", sorted(text_hub.CORPORA))
+def test_without_network_a_corpus_fails_fast_and_says_how_to_pass_a_file(name, monkeypatch, tmp_path):
+    # The reserved name `.invalid` never resolves, whatever network the tests run in.
+    monkeypatch.setattr(text_hub, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(CalibrationError, match=r"cannot be reached.*pass a \.txt, \.jsonl or \.parquet file"):
+        load_text(name, split="test")
+    assert time.monotonic() - start < 15
+    import datasets
+
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_corpora_ask_the_hub_for_different_splits(monkeypatch):
+    asked = []
+
+    def fake(path: str, **options: object) -> list[dict[str, str]]:
+        asked.append((path, options))
+        return [{"text": "one", "sentence": "eins"}, {"text": "two", "sentence": "zwei"}]
+
+    monkeypatch.setattr("datasets.load_dataset", fake)
+    texts = {(n, s): load_text(n, split=s) for n in text_hub.CORPORA for s in ("calibration", "test")}
+    assert texts["wikitext2", "test"].text == "one\n\ntwo"
+    assert texts["ptb", "test"].text == "eins zwei"
+    assert [o["split"] for p, o in asked if "wikitext" in p] == ["train", "test"]
+    assert [o["split"] for p, o in asked if "c4" in p] == ["train", "validation"]
+    for path, options in asked:
+        if options["data_files"] is not None:
+            assert list(options["data_files"]) == [options["split"]], path
+
+
+def test_c4_is_read_only_as_far_as_needed(monkeypatch):
+    def endless(path: str, **options: object):
+        while True:
+            yield {"text": "x" * 1_000_000}
+
+    monkeypatch.setattr("datasets.load_dataset", endless)
+    found = load_text("c4", split="calibration")
+    assert len(found.text) >= 8_000_000
+    assert "first" in found.name
+
+
+@given(
+    text=st.text(alphabet="ab\n", min_size=1, max_size=400),
+    seq_len=st.integers(1, 9),
+    samples=st.integers(1, 30),
+    seed=st.integers(0, 2**63 - 1),
+)
+@settings(deadline=None)
+def test_windows_are_disjoint_pieces_of_the_text(text, seq_len, samples, seed):
+    available = len(text) // seq_len
+    if available < samples:
+        with pytest.raises(CalibrationError) as caught:
+            sample_windows(data(text), CharacterTokenizer(), samples=samples, seq_len=seq_len, seed=seed)
+        assert f"need {samples * seq_len} tokens" in str(caught.value)
+        assert f"has {len(text)};" in str(caught.value)
+        return
+    numbered = data("".join(chr(1000 + place) for place in range(len(text))))
+    drawn = sample_windows(numbered, CharacterTokenizer(), samples=samples, seq_len=seq_len, seed=seed)
+    assert drawn.shape == (samples, seq_len)
+    assert drawn.dtype == torch.int64
+    assert drawn.unique().numel() == samples * seq_len
+    steps = drawn[:, 1:] - drawn[:, :-1]
+    assert bool((steps == 1).all())
+    assert bool(((drawn[:, 0] - 1000) % seq_len == 0).all())
+
+
+def test_more_samples_begin_with_the_fewer_and_the_seed_matters():
+    text = load_text("builtin", split="test")
+    draw = {
+        (samples, seed): sample_windows(text, tiny_tokenizer(), samples=samples, seq_len=16, seed=seed)
+        for samples, seed in ((8, 0), (4, 0), (8, 1))
+    }
+    assert torch.equal(draw[8, 0][:4], draw[4, 0])
+    assert not torch.equal(draw[8, 0], draw[8, 1])
+
+
+def test_tokens_are_those_of_the_whole_string_without_special_ones():
+    tokenizer = tiny_tokenizer()
+    text = load_text("builtin", split="test").text[:20_000]
+    tokens = tokenise(text, tokenizer)
+    assert tokenizer.decode(tokens) == text
+    assert not set(tokens.tolist()) & set(tokenizer.all_special_ids)
+
+
+@given(text=st.text(alphabet="ab \n", max_size=300), size=st.integers(1, 40))
+@settings(deadline=None)
+def test_pieces_lose_nothing_and_end_at_line_breaks(text, size):
+    pieces = text_module._pieces(text, size)
+    assert "".join(pieces) == text
+    for before, after in pairwise(pieces):
+        assert before
+        assert after.startswith("\n") or "\n" not in after[: size - 1]
+
+
+def test_long_texts_in_pieces_give_the_same_tokens(monkeypatch):
+    text = load_text("builtin", split="test").text
+    whole = tokenise(text, tiny_tokenizer())
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 5000)
+    assert torch.equal(tokenise(text, tiny_tokenizer()), whole)
+
+
+def test_a_text_longer_than_the_model_draws_no_warning(caplog):
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 8
+    logging.getLogger("transformers").propagate = True
+    try:
+        with caplog.at_level(logging.WARNING, logger="transformers"):
+            assert len(tokenise("many words " * 50, tokenizer)) > 8
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert not caplog.records
