@@ -44,7 +44,7 @@ def read_config(path: Path, *, remote_code: bool) -> Any:
         ) from error
 
 
-def causal_lm_class(config: Any, name: str, *, remote_code: bool) -> tuple[type, Any]:
+def causal_lm_class(config: Any, name: str, *, remote_code: bool) -> tuple[Any, Any]:
     """The class that loads `config` as a decoder language model, and the configuration that class wants.
 
     The two differ from `AutoModelForCausalLM` in nothing but refusing encoders. `name` is for messages.
@@ -73,7 +73,8 @@ def causal_lm_class(config: Any, name: str, *, remote_code: bool) -> tuple[type,
             f"...ForCausalLM class for {type(config).__name__}; choose a decoder language model."
         )
     found = mapping[type(config)]
-    candidates = {each.__name__: each for each in (found if isinstance(found, (list, tuple)) else (found,))}
+    listed: list[Any] = list(found) if isinstance(found, (list, tuple)) else [found]
+    candidates = {each.__name__: each for each in listed}
     named = [each for each in getattr(config, "architectures", None) or () if each in candidates]
     # An encoder family may own a decoder class too (BERT does): there, only `is_decoder` tells a causal model.
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
@@ -113,7 +114,7 @@ def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
     method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else "an unnamed method"
     if method == OWN_METHOD:
         raise SourceError(
-            f"{folder} was already compressed by shiftadd; look at it with `shiftadd evaluate` or `shiftadd inspect`, or "
+            f"{folder} was already compressed by shiftadd; use `shiftadd evaluate` or `shiftadd inspect` on it, or "
             "compress the original model again."
         )
     raise SourceError(f"{folder} is already quantized ({method}); give the original, unquantized model.")

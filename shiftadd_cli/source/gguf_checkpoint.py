@@ -44,7 +44,7 @@ class TransformGguf(_GgufBase):
         self._config = config
 
     def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
-        """The architecture's transforms with decoding and casting to `dtype` added, and the quantizer they belong to."""
+        """The architecture's transforms, with decoding and casting to `dtype` added, and the quantizer behind them."""
         from transformers import GgufConfig
         from transformers.integrations.gguf.reader import GgufHeader
         from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, get_gguf_plan
@@ -73,16 +73,12 @@ class StepwiseGguf(_GgufBase):
     """
 
     def __init__(self, file: GgufFile, config: Any, model: Any) -> None:
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         super().__init__(file)
         self._processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
         try:
-            self._targets: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+            self._targets: dict[str, str] = _names_in_model(model, self._processor)
         except NotImplementedError as error:
             raise SourceError(
                 f"{file.path} holds the architecture {file.architecture!r}, whose tensors cannot be mapped to a model; "
@@ -144,6 +140,42 @@ class _LazyDecoded:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self._decode()[index]
+
+
+def _names_in_model(model: Any, processor: Any) -> dict[str, str]:
+    """The model's parameter name by GGUF name, as transformers' older loader maps them.
+
+    Its own function tries the names as seen from every module, building a table of names for each, which takes
+    seconds. Here it sees all names at once, with one leading component less each time (models are stored with or
+    without their outer wrapper); names it found earlier win, as there.
+    """
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    found: dict[str, str] = {}
+    remaining = {name: name for name in model.state_dict()}
+    while remaining:
+        view = _NameView(model.config, remaining)
+        for gguf_name, shown in get_gguf_hf_weights_map(view, processor).items():
+            found.setdefault(gguf_name, remaining.get(shown, shown))
+        shortened: dict[str, str] = {}
+        for shown, full in remaining.items():
+            if "." in shown:
+                shortened.setdefault(shown.partition(".")[2], full)
+        remaining = shortened
+    return found
+
+
+class _NameView:
+    """As much of a model as the older loader's mapping looks at."""
+
+    def __init__(self, config: Any, names: dict[str, str]) -> None:
+        self.config, self._names = config, names
+
+    def state_dict(self) -> dict[str, str]:
+        return self._names
+
+    def named_children(self) -> tuple[()]:
+        return ()
 
 
 def open_gguf(file: GgufFile, config: Any, model: Any) -> TransformGguf | StepwiseGguf:

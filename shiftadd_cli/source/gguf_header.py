@@ -77,8 +77,8 @@ def read_gguf_header(path: Path) -> GgufFile:
     for name, shape, kind, offset in entries:
         if kind not in sizes:
             raise SourceError(
-                f"Tensor {name} in {path} has the GGUF type {kind}, which cannot be decoded; use another quantization of "
-                "the model, or better its original weights."
+                f"Tensor {name} in {path} has the GGUF type {kind}, which cannot be decoded; use another "
+                "quantization of the model, or better its original weights."
             )
         per_block, block_bytes = sizes[kind]
         nbytes = prod(shape) // per_block * block_bytes

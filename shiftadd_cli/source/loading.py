@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,7 +87,7 @@ class Loader:
             weight_mapping=self._transforms,
             device_map={"": "cpu"},
         )
-        with self._checkpoint.opened(keys) as lazy, _no_progress_bar():
+        with self._checkpoint.opened(keys) as lazy, _quiet_and_sequential():
             info, _ = convert_and_load_state_dict_in_model(self._model, lazy, config, disk_offload_index=None)
         problems = [f"{name}: {error.strip().splitlines()[-1]}" for name, error in info.conversion_errors.items()]
         problems += [f"{name}: shape {list(is_)}, not {list(asked)}" for name, is_, asked in info.mismatched_keys]
@@ -99,7 +100,7 @@ class Loader:
 
     @torch.no_grad()
     def _compute_unstored(self, prefixes: Sequence[str]) -> None:
-        """Give what no file stores (rotary frequencies, embedding scales, position ids) the value transformers gives it:
+        """Give what no file stores (rotary frequencies, embedding scales) the value transformers gives it:
         `_init_weights` of the model a module belongs to, which leaves alone what is marked as loaded."""
         from transformers import initialization
 
@@ -159,14 +160,24 @@ def _with_owner(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar per load; we load once per block."""
+def _quiet_and_sequential() -> Iterator[None]:
+    """Make transformers draw no progress bar, since we load once per block, and read without threads.
+
+    Each of its threads would keep freed memory in an arena of its own: measured on 30 blocks of 7 MB, resident memory
+    crept up by 20 MB per pass with threads and stayed level without.
+    """
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, variable = logging.is_progress_bar_enabled(), "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(variable)
     logging.disable_progress_bar()
+    os.environ[variable] = "1"
     try:
         yield
     finally:
         if shown:
             logging.enable_progress_bar()
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before

@@ -56,8 +56,8 @@ def open_source(
 
 def _own_dtype(config: Any, stored: torch.dtype | None) -> torch.dtype:
     named = config.dtype if config.dtype is not None else config.get_text_config().dtype
-    own = named if named is not None else stored
-    return own if own in _DTYPES.values() else torch.bfloat16
+    own: torch.dtype | None = named if named is not None else stored
+    return own if own is not None and own in _DTYPES.values() else torch.bfloat16
 
 
 def _short_name(spec: str, path: Path) -> str:

@@ -52,8 +52,8 @@ class LoadPlan:
         header = checkpoint.tensors[key]
         if header.dtype is not None and parameter.is_floating_point() and header.dtype.itemsize < 2:
             raise SourceError(
-                f"Tensor {key} of {name} is stored as {str(header.dtype).removeprefix('torch.')}, so the model is already "
-                "quantized; give the original, unquantized model."
+                f"Tensor {key} of {name} is stored as {str(header.dtype).removeprefix('torch.')}, so the model is "
+                "already quantized; give the original, unquantized model."
             )
         if tuple(header.shape) != tuple(parameter.shape) and header.dtype is not None:
             raise SourceError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
@@ -62,7 +61,7 @@ def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
     blocks = tuple(f"{block_list}.{leaf}" for leaf, _ in elements)
     tied = tied_groups(model)
     shared = {name.rpartition(".")[0] for group in tied for name in group}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     linears: list[LinearSpec] = []
     kept: list[tuple[str, str]] = []
     stacks: list[str] = []
@@ -106,7 +105,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int, bool] | None:
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = getattr(model, "get_decoder", lambda: model)()
     root = next((name for name, module in model.named_modules() if module is decoder), "")
     best: tuple[int, str, list[tuple[str, nn.Module]]] = (0, "", [])
     for name, module in model.get_submodule(root).named_modules():
@@ -117,17 +116,14 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
             best = (weights, ".".join(part for part in (root, name) if part), list(module.named_children()))
     if not best[2]:
         raise SourceError(
-            f"{type(model).__name__} has no blocks to compress: looked for a ModuleList whose elements are alike and hold "
-            "linear layers."
+            f"{type(model).__name__} has no blocks to compress: looked for a ModuleList whose elements are alike and "
+            "hold linear layers."
         )
     return best[1], best[2]
 
 
 def _alike(elements: nn.ModuleList) -> bool:
-    layouts = {
-        tuple(name for name, module in element.named_modules() if linear_sizes(module) is not None)
-        for element in elements
-    }
+    layouts = {tuple(n for n, each in element.named_modules() if linear_sizes(each)) for element in elements}
     return len({type(element) for element in elements}) == 1 or len(layouts) == 1
 
 
@@ -157,12 +153,15 @@ def _refuse(model: nn.Module, linears: Sequence[LinearSpec], stacks: Sequence[st
     names = [name for name, _ in model.named_modules()]
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise SourceError(f"The skip pattern {pattern!r} matches no module; names look like {linears[0].name!r}.")
+            raise SourceError(
+                f"The skip pattern {pattern!r} matches no module of {type(model).__name__}; their names look like "
+                f"{names[-1]!r}."
+            )
     if stacks:
         module = stacks[0].rpartition(".")[0].rpartition(".")[2]
         raise SourceError(
-            f"{type(model).__name__} keeps expert weights fused in {len(stacks)} stacks (first: {stacks[0]}), which cannot "
-            f"be compressed yet; leave them as they are with --skip '*.{module}'."
+            f"{type(model).__name__} keeps expert weights fused in {len(stacks)} stacks (first: {stacks[0]}), which "
+            f"cannot be compressed yet; leave them as they are with --skip '*.{module}'."
         )
     if not linears:
         raise SourceError(f"No linear layer of {type(model).__name__} is left to compress; skip fewer modules.")

@@ -26,7 +26,7 @@ def load_tokenizer(path: Path, *, remote_code: bool) -> Any:
     except Exception as error:  # converters raise whatever the file at hand leads them to
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SourceError(
-            f"{path} holds no tokenizer that can be read ({reason}); put the tokenizer files of the original model there."
+            f"{path} holds no tokenizer that can be read ({reason}); add the tokenizer files of the original model."
         ) from error
     if len(tokenizer) == 0:
         raise SourceError(f"{path} holds no tokenizer; put the tokenizer files of the original model there.")
