@@ -12,7 +12,7 @@ OWN_METHOD = "shiftadd"
 
 
 def read_config(path: Path, *, remote_code: bool) -> Any:
-    """The `PretrainedConfig` of a model folder or a .gguf file.
+    """The `PretrainedConfig` of the model folder `path`.
 
     Raises:
         SourceError: no or broken configuration, a model that is already quantized, or a model type that transformers
@@ -20,8 +20,6 @@ def read_config(path: Path, *, remote_code: bool) -> Any:
     """
     from transformers import AutoConfig
 
-    if path.is_file():
-        return _gguf_config(path)
     raw = _raw_config(path)
     _refuse_quantized(path, raw)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -118,25 +116,6 @@ def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
             "compress the original model again."
         )
     raise SourceError(f"{folder} is already quantized ({method}); give the original, unquantized model.")
-
-
-def _gguf_config(path: Path) -> Any:
-    from transformers import AutoConfig
-
-    from shiftadd_cli.source.gguf_header import read_gguf_header
-
-    architecture = read_gguf_header(path).architecture
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise SourceError(
-            f"{path} holds the architecture {architecture!r}, which transformers cannot read from GGUF "
-            f"({_first_line(error)}); give the model as a safetensors folder."
-        ) from error
-    # The blocks are decoded on the way in: what we hold and save is an ordinary model.
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    return config
 
 
 def _first_line(error: Exception) -> str:

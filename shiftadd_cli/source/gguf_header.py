@@ -6,6 +6,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,10 +34,11 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A checked header. `raw` is the header as stored, tensor table included."""
+    """A checked header. `metadata` has arrays of strings as their lengths; `raw` is the header as stored."""
 
     path: Path
     architecture: str
+    metadata: dict[str, Any]
     tensors: tuple[GgufTensor, ...]
     raw: bytes
 
@@ -85,7 +87,7 @@ def read_gguf_header(path: Path) -> GgufFile:
         if start + offset + nbytes > size:
             raise _damaged(path, f"it is cut off: tensor {name} ends at byte {start + offset + nbytes} of {size}")
         tensors.append(GgufTensor(name, tuple(shape), kind, start + offset, nbytes))
-    return GgufFile(path, metadata["general.architecture"], tuple(tensors), bytes(blob[:end]))
+    return GgufFile(path, metadata["general.architecture"], metadata, tuple(tensors), bytes(blob[:end]))
 
 
 def _damaged(path: Path, what: str) -> SourceError:

@@ -11,6 +11,7 @@ import torch
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import fingerprint_file
 from shiftadd_cli.source.config import causal_lm_class, read_config
+from shiftadd_cli.source.gguf_config import read_gguf_config
 from shiftadd_cli.source.gguf_header import GgufFile, read_gguf_header
 from shiftadd_cli.source.locate import DEMO, locate
 from shiftadd_cli.source.model import Source
@@ -38,9 +39,10 @@ def open_source(
     if dtype != "auto" and dtype not in _DTYPES:
         raise SourceError(f"There is no dtype {dtype!r} to load a model in; use auto, {', '.join(_DTYPES)}.")
     path = locate(spec, revision=revision, remote_code=trust_remote_code)
-    config = read_config(path, remote_code=trust_remote_code)
+    gguf = read_gguf_header(path) if path.is_file() else None
+    config = read_gguf_config(gguf) if gguf is not None else read_config(path, remote_code=trust_remote_code)
     model_class, config = causal_lm_class(config, spec, remote_code=trust_remote_code)
-    weights = read_gguf_header(path) if path.is_file() else SafetensorsFolder(path)
+    weights = gguf if gguf is not None else SafetensorsFolder(path)
     return Source(
         spec=spec,
         name=_short_name(spec, path),

@@ -1,0 +1,71 @@
+"""The configuration of a model from the metadata of its GGUF file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source.gguf_header import GgufFile
+
+_VOCABULARY = "tokenizer."
+
+
+def read_gguf_config(file: GgufFile) -> Any:
+    """The `PretrainedConfig` transformers derives from the file, without a quantization entry.
+
+    For most architectures transformers parses the vocabulary string by string here, which takes seconds for a usual
+    one and has no bearing on the result where the file states the vocabulary's size. Such a file is shown to it
+    without vocabulary and with empty tensors.
+
+    Raises:
+        SourceError: transformers has no configuration for the architecture, or the metadata is incomplete.
+    """
+    from transformers import AutoConfig
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+
+    as_is = file.architecture in GGUF_CONFIG_ARCHS or f"{file.architecture}.vocab_size" not in file.metadata
+    with tempfile.TemporaryDirectory() as folder:
+        shown = file.path if as_is else _without_vocabulary(file, Path(folder) / file.path.name)
+        try:
+            config = AutoConfig.from_pretrained(shown.parent, gguf_file=shown.name, local_files_only=True)
+        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise SourceError(
+                f"{file.path} holds the architecture {file.architecture!r}, which transformers cannot read from GGUF "
+                f"({reason}); give the model as a safetensors folder."
+            ) from error
+    # The blocks are decoded on the way in: what we hold and save is an ordinary model.
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    config.name_or_path = str(file.path)
+    return config
+
+
+def _without_vocabulary(file: GgufFile, copy: Path) -> Path:
+    import numpy as np
+    from gguf import GGUFValueType, GGUFWriter
+
+    writer = GGUFWriter(copy, file.architecture)
+    kinds = {
+        bool: GGUFValueType.BOOL,
+        int: GGUFValueType.INT64,
+        float: GGUFValueType.FLOAT64,
+        str: GGUFValueType.STRING,
+    }
+    for key, value in file.metadata.items():
+        scalar_token = key.startswith(_VOCABULARY) and key.endswith("_token_id")
+        if key == "general.architecture" or (key.startswith(_VOCABULARY) and not scalar_token):
+            continue
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, kinds[type(value)])
+    for tensor in file.tensors:
+        writer.add_tensor(tensor.name, np.zeros(1, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return copy
