@@ -100,8 +100,11 @@ class Loader:
 
     @torch.no_grad()
     def _compute_unstored(self, prefixes: Sequence[str]) -> None:
-        """Give what no file stores (rotary frequencies, embedding scales) the value transformers gives it:
-        `_init_weights` of the model a module belongs to, which leaves alone what is marked as loaded."""
+        """Give what no file stores (rotary frequencies, embedding scales) the value transformers gives it.
+
+        That is `_init_weights` of the model a module belongs to, called for the modules that own such tensors and for
+        no other, since in some classes it overwrites loaded values.
+        """
         from transformers import initialization
 
         computed = self._on_meta(prefixes)
@@ -117,7 +120,7 @@ class Loader:
         parents = {name.rpartition(".")[0] for name in computed}
         with initialization.guard_torch_init_functions():
             for module_name, module, owner in _with_owner(self._model):
-                if module_name in parents or _covered(module_name, prefixes):
+                if module_name in parents:
                     owner._init_weights(module)
 
     def _untie_what_differs(self) -> bool:
@@ -138,7 +141,8 @@ class Loader:
             return False
         rows = self._model.get_parameter(source).shape[0]
         with self._checkpoint.opened([one[0], other[0]]) as lazy:
-            parts = (slice(start, start + _ROWS_COMPARED_AT_ONCE) for start in range(0, rows, _ROWS_COMPARED_AT_ONCE))
+            step = _ROWS_COMPARED_AT_ONCE
+            parts = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
             return all(torch.equal(lazy[one[0]][part], lazy[other[0]][part]) for part in parts)
 
 

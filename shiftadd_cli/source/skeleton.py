@@ -34,6 +34,7 @@ def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
             f"{model_class.__name__} cannot be built from this configuration ({str(error).strip().rstrip('.')}); "
             "check config.json against the original."
         ) from error
+    model.to("meta")  # a few classes create parameters on the CPU whatever the context says
     model.tie_weights(recompute_mapping=False)
     _keep_in_float32(model, dtype)
     model.requires_grad_(False)
@@ -68,8 +69,11 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
     if not (plan := dtype_plan(model, dtype)):
         return
     pattern, names, _ = build_glob_alternation(list(plan))
-    for name, parameter in list(model.named_parameters()):
+    groups = tied_groups(model)
+    for name, tensor in model.state_dict().items():
         if (match := pattern.search(name)) and match.lastgroup is not None:
-            value = torch.empty_like(parameter, dtype=plan[names[match.lastgroup]])
-            for alias in next((group for group in tied_groups(model) if name in group), (name,)):
-                set_tensor(model, alias, nn.Parameter(value, requires_grad=False))
+            value = torch.empty_like(tensor, dtype=plan[names[match.lastgroup]])
+            if name in dict(model.named_parameters(remove_duplicate=False)):
+                value = nn.Parameter(value, requires_grad=False)
+            for alias in next((group for group in groups if name in group), (name,)):
+                set_tensor(model, alias, value)

@@ -106,20 +106,21 @@ def linear_sizes(module: nn.Module) -> tuple[int, int, bool] | None:
 
 def _find_blocks(model: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
     decoder = getattr(model, "get_decoder", lambda: model)()
-    root = next((name for name, module in model.named_modules() if module is decoder), "")
-    best: tuple[int, str, list[tuple[str, nn.Module]]] = (0, "", [])
-    for name, module in model.get_submodule(root).named_modules():
-        if not isinstance(module, nn.ModuleList) or not _alike(module):
-            continue
-        weights = sum(sizes[0] * sizes[1] for each in module.modules() if (sizes := linear_sizes(each)) is not None)
-        if weights > best[0]:
-            best = (weights, ".".join(part for part in (root, name) if part), list(module.named_children()))
-    if not best[2]:
-        raise SourceError(
-            f"{type(model).__name__} has no blocks to compress: looked for a ModuleList whose elements are alike and "
-            "hold linear layers."
-        )
-    return best[1], best[2]
+    # What a model calls its decoder may be its head: then the blocks are looked for in all of it.
+    for root in (next((name for name, module in model.named_modules() if module is decoder), ""), ""):
+        best: tuple[int, str, list[tuple[str, nn.Module]]] = (0, "", [])
+        for name, module in model.get_submodule(root).named_modules():
+            if not isinstance(module, nn.ModuleList) or not _alike(module):
+                continue
+            weights = sum(sizes[0] * sizes[1] for each in module.modules() if (sizes := linear_sizes(each)) is not None)
+            if weights > best[0]:
+                best = (weights, ".".join(part for part in (root, name) if part), list(module.named_children()))
+        if best[2]:
+            return best[1], best[2]
+    raise SourceError(
+        f"{type(model).__name__} has no blocks to compress: looked for a ModuleList whose elements are alike and hold "
+        "linear layers."
+    )
 
 
 def _alike(elements: nn.ModuleList) -> bool:
@@ -160,8 +161,8 @@ def _refuse(model: nn.Module, linears: Sequence[LinearSpec], stacks: Sequence[st
     if stacks:
         module = stacks[0].rpartition(".")[0].rpartition(".")[2]
         raise SourceError(
-            f"{type(model).__name__} keeps expert weights fused in {len(stacks)} stacks (first: {stacks[0]}), which "
-            f"cannot be compressed yet; leave them as they are with --skip '*.{module}'."
+            f"{type(model).__name__} keeps weights in {len(stacks)} stacks of matrices, as fused experts (first: "
+            f"{stacks[0]}), which cannot be compressed yet; leave them as they are with --skip '*.{module}'."
         )
     if not linears:
         raise SourceError(f"No linear layer of {type(model).__name__} is left to compress; skip fewer modules.")

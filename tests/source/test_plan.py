@@ -1,0 +1,56 @@
+"""What a checkpoint must hold for a model, decided from headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, save_tiny
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source import open_source
+
+
+def _rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
+    stored = load_file(folder / "model.safetensors")
+    for name, value in change.items():
+        assert name in stored or value is not None
+        stored.pop(name, None)
+        if value is not None:
+            stored[name] = value
+    save_file(stored, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_missing_tensor_is_named(family: str, tmp_path: Path) -> None:
+    save_tiny(family, tmp_path)
+    name = sorted(load_file(tmp_path / "model.safetensors"))[-1]
+    _rewrite(tmp_path, {name: None})
+    with pytest.raises(SourceError, match=r"lacks [12] of the tensors \w+ needs \(first: ") as caught:
+        open_source(str(tmp_path))
+    assert name in str(caught.value) or "lm_head.weight" in str(caught.value) or "embed" in str(caught.value)
+
+
+def test_a_wrong_shape_names_both(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    _rewrite(tmp_path, {"model.layers.1.mlp.up_proj.weight": torch.zeros(100, 40)})
+    with pytest.raises(SourceError, match=r"up_proj\.weight of .* has shape \[100, 40\], .* \[100, 48\]"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_packed_weights_without_a_word_in_the_config(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    _rewrite(tmp_path, {"model.layers.0.mlp.up_proj.weight": torch.zeros(100, 48).to(dtype)})
+    with pytest.raises(SourceError, match="already quantized; give the original"):
+        open_source(str(tmp_path))
+
+
+def test_tensors_the_model_does_not_know_are_ignored(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    _rewrite(tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6), "extra": torch.zeros(1)})
+    source = open_source(str(tmp_path))
+    source.materialise([""])
+    assert not any(each.is_meta for each in source.skeleton().parameters())

@@ -1,0 +1,175 @@
+"""Structure against what each architecture is known to hold, and the refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_config, tiny_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source import Structure, find_structure
+
+_GATED = {f"self_attn.{x}_proj" for x in "qkvo"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+EXPECTED = {
+    "llama": ("model.layers", _GATED),
+    "mistral": ("model.layers", _GATED),
+    "qwen2": ("model.layers", _GATED),
+    "qwen3": ("model.layers", _GATED),
+    "gemma3": ("model.layers", _GATED),
+    "phi": ("model.layers", {*(f"self_attn.{x}_proj" for x in "qkv"), "self_attn.dense", "mlp.fc1", "mlp.fc2"}),
+    "opt": ("model.decoder.layers", {*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "fc1", "fc2"}),
+    "gpt2": ("transformer.h", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+    "bloom": (
+        "transformer.h",
+        {"self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
+    ),
+}
+
+
+def _on_meta(family: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(tiny_config(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_and_linears_of_each_family(family: str) -> None:
+    model = _on_meta(family)
+    found = find_structure(model)
+    block_list, kinds = EXPECTED[family]
+    depth = model.config.num_hidden_layers
+    assert found.block_list == block_list
+    assert found.blocks == tuple(f"{block_list}.{i}" for i in range(depth))
+    assert {(each.block, each.kind) for each in found.linears} == {(i, kind) for i in range(depth) for kind in kinds}
+    assert all(each.name == f"{found.blocks[each.block]}.{each.kind}" for each in found.linears)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_are_those_of_the_computation(family: str) -> None:
+    model = tiny_model(family)
+    for each in find_structure(model).linears:
+        module = model.get_submodule(each.name)
+        assert module(torch.zeros(1, each.in_features)).shape == (1, each.out_features)
+        shape = (each.in_features, each.out_features) if each.transposed else (each.out_features, each.in_features)
+        assert tuple(module.weight.shape) == shape
+        assert each.transposed == isinstance(module, Conv1D) == (family == "gpt2")
+        assert each.has_bias == ("bias" in dict(module.named_parameters()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_is_accounted_for(family: str) -> None:
+    model = _on_meta(family)
+    found = find_structure(model)
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert owners == {each.name for each in found.linears} | {name for name, _ in found.kept}
+    reasons = dict(found.kept)
+    assert reasons[next(n for n, m in model.named_modules() if m is model.get_input_embeddings())] == "embedding"
+    assert reasons["lm_head"] == "output head"
+    for name, reason in found.kept:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            assert reason in ("output head", "outside the blocks")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outside_and_blocks_cover_every_tensor_once(family: str) -> None:
+    model = _on_meta(family)
+    found = find_structure(model)
+    tensors = [n for n, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
+    for name in tensors:
+        covers = [p for p in (*found.outside, *found.blocks) if name == p or name.startswith(p + ".")]
+        assert len(covers) == 1, (name, covers)
+
+
+def test_tied_groups_are_reported() -> None:
+    assert find_structure(_on_meta("llama")).tied == ()
+    assert [set(group) for group in find_structure(_on_meta("qwen2")).tied] == [
+        {"model.embed_tokens.weight", "lm_head.weight"}
+    ]
+
+
+def _kinds(found: Structure, block: int) -> set[str]:
+    return {each.kind for each in found.linears if each.block == block}
+
+
+def test_skip_takes_modules_and_everything_below_them() -> None:
+    found = find_structure(_on_meta("llama"), skip=["*.down_proj", "model.layers.0.self_attn"])
+    assert _kinds(found, 0) == {"mlp.gate_proj", "mlp.up_proj"}
+    assert _kinds(found, 1) == EXPECTED["llama"][1] - {"mlp.down_proj"}
+    reasons = dict(found.kept)
+    assert reasons["model.layers.1.mlp.down_proj"] == "skipped by *.down_proj"
+    assert reasons["model.layers.0.self_attn.q_proj"] == "skipped by model.layers.0.self_attn"
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(SourceError, match=r"'\*\.downproj' matches no module"):
+        find_structure(_on_meta("llama"), skip=["*.downproj"])
+
+
+def test_skipping_everything_is_refused() -> None:
+    with pytest.raises(SourceError, match="skip fewer"):
+        find_structure(_on_meta("llama"), skip=["model.layers.*"])
+
+
+def _mixture() -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_fused_experts_are_refused_by_name_unless_skipped() -> None:
+    with pytest.raises(SourceError, match=r"first: model\.layers\.0\.mlp\.experts\.\w+.*--skip '\*\.experts'"):
+        find_structure(_mixture())
+    found = find_structure(_mixture(), skip=["*.experts"])
+    assert _kinds(found, 0) >= {"self_attn.q_proj"}
+    assert dict(found.kept)["model.layers.1.mlp.experts"] == "skipped by *.experts"
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(width, width, bias=False) for _ in range(3)])
+        self.scale = nn.Parameter(torch.ones(width))
+
+
+class _Toy(nn.Module):
+    """Nested lists, a smaller list beside the blocks, tensors that hang directly on the path to the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.zeros(3))
+        self.side = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.body = nn.Module()
+        self.body.register_buffer("table", torch.zeros(2))
+        self.body.steps = nn.ModuleList([_Block(8), _Block(8)])
+
+
+def test_outer_list_wins_and_loose_tensors_are_outside() -> None:
+    found = find_structure(_Toy())
+    assert found.blocks == ("body.steps.0", "body.steps.1")
+    assert _kinds(found, 1) == {"inner.0", "inner.1", "inner.2"}
+    assert set(found.outside) == {"start", "side", "body.table"}
+    assert dict(found.kept)["body.steps.0"] == "not a linear layer"
+
+
+class _Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+def test_a_linear_with_a_forward_of_its_own_is_left_alone() -> None:
+    model = nn.Module()
+    model.steps = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), _Scaled(4, 4)) for _ in range(2)])
+    found = find_structure(model)
+    assert _kinds(found, 0) == {"0"}
+    assert dict(found.kept)["steps.0.1"] == "not a linear layer"
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(SourceError, match="Sequential has no blocks"):
+        find_structure(nn.Sequential(nn.Linear(4, 4)))
