@@ -19,15 +19,14 @@ _LEAST_DAMPING = 1e-6
 
 @dataclass(frozen=True)
 class Objective:
-    """`output` H, `damped` H + λI and `inverse_factor` U, upper triangular with (H + λI)⁻¹ = UᵀU in sweep order.
+    """`damped` H + λI, positive definite, and `inverse_factor` U, upper triangular, (H + λI)⁻¹ = UᵀU in sweep order.
 
-    `order` int64 `[in]` is the sweep order: U belongs to the columns permuted by it. All matrices float32 `[in, in]`.
+    `order` int64 `[in]` is the sweep order: U belongs to the columns permuted by it. Both matrices float32 `[in, in]`.
     """
 
-    output: Tensor
     damped: Tensor
     order: Tensor
-    inverse_factor: Tensor | None
+    inverse_factor: Tensor
 
 
 def damp(hessian: Tensor, weight_error: float, layer: str) -> Tensor:
@@ -64,32 +63,34 @@ def column_order(diagonal: Tensor, group_columns: int, order: str, whole_groups:
     return order_[order_ < columns]
 
 
-def inverse_factor(damped: Tensor, order: Tensor, layer: str) -> Tensor:
+def factorise(damped: Tensor, order: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     """Upper factor U of the inverse, (PHPᵀ)⁻¹ = UᵀU with P the permutation `order` (GPTQ, section 3.3).
 
     A form that is not numerically positive definite is damped ten times more, up to its own mean; past that
-    NumericalError names the layer.
+    NumericalError names the layer. Returns the form that was factorised and U, both float32 `[in, in]`.
     """
-    permuted = damped[order][:, order]
-    mean = permuted.diagonal().mean()
+    mean = damped.diagonal().mean()
     extra = 0.0
     while extra <= 1.0:
-        factor, failed = torch.linalg.cholesky_ex(permuted)
+        form = damped.clone()
+        form.diagonal().add_(mean * extra)
+        # With J the reversal of rows and columns, J(PHPᵀ)J = LLᵀ gives U = JL⁻¹J. The inverse itself, which loses twice
+        # the digits, is never formed.
+        reverse = order.flip(0)
+        lower, failed = torch.linalg.cholesky_ex(form[reverse][:, reverse])
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed and torch.isfinite(upper).all():
-                return upper
-        step = 9 * extra if extra else _LEAST_DAMPING * 10
-        permuted.diagonal().add_(mean * step)
-        extra += step
+            identity = torch.eye(len(order), dtype=form.dtype, device=form.device)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            if torch.isfinite(upper).all():
+                return form, upper
+        extra = 10 * extra if extra else _LEAST_DAMPING * 10
     raise NumericalError(f"The Hessian of {layer} cannot be factorised; use more --samples or a larger --weight-error.")
 
 
 def build_objective(
-    hessian: Tensor, weight_error: float, layer: str, *, sweep: str, order: str, group_columns: int
+    hessian: Tensor, weight_error: float, layer: str, *, order: str, group_columns: int, whole_groups: bool
 ) -> Objective:
-    """Damp, order and, where a sweep needs it, factorise the Hessian of one input."""
-    damped = damp(hessian, weight_error, layer)
-    columns = column_order(hessian.diagonal(), group_columns, order, whole_groups=sweep == "dynamic")
-    factor = None if sweep == "none" else inverse_factor(damped, columns, layer)
-    return Objective(hessian, damped, columns, factor)
+    """Damp, order and factorise the Hessian of one input."""
+    columns = column_order(hessian.diagonal(), group_columns, order, whole_groups)
+    damped, factor = factorise(damp(hessian, weight_error, layer), columns, layer)
+    return Objective(damped, columns, factor)

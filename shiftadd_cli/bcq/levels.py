@@ -1,7 +1,7 @@
 """The values a weight of a group can take, and the nearest of them.
 
-With planes b = 1 … q and scales α_b, a weight takes one of 2^q levels Σ ±α_b + offset. A *code* is the q sign bits as an
-integer (bit b set: plane b is +1); a *rank* is the place of a level in ascending order. Sweeps work in ranks, since
+With planes b = 1 … q and scales α_b, a weight takes one of 2^q levels Σ ±α_b + offset. A *code* is the q sign bits as
+an integer (bit b set: plane b is +1); a *rank* is the place of a level in ascending order. Sweeps work in ranks, since
 nearest-level search needs only the midpoints of the sorted levels; codes are what is stored.
 """
 

@@ -1,6 +1,7 @@
 """Whole matrices between ranks, codes and values, group by group.
 
-All matrices here are transposed, `[in, out]`; tables have batch shape `[C, out]`, one entry per group of columns and row.
+All matrices here are transposed, `[in, out]`; tables have batch shape `[C, out]`, one entry per group of columns and
+row.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def flip_negative(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make scales positive by inverting the planes of the negative ones; the values stay the same.
 
-    codes: uint8 `[in, out]`; scales: `[out, C, bits]`; curvature: `[out, C, terms, terms]`, whose rows and columns change
-    sign with their plane.
+    codes: uint8 `[in, out]`; scales: `[out, C, bits]`; curvature: `[out, C, terms, terms]`, whose rows and columns
+    change sign with their plane.
     """
     bits = scales.shape[-1]
     negative = scales < 0

@@ -14,7 +14,8 @@ from shiftadd_cli.bcq.levels import code_signs
 
 # Pulls scales that the planes leave undetermined (two equal planes in a group) towards their present values.
 _RIDGE = 1e-4
-_PIECE_ELEMENTS = 1 << 24
+# Rows are handled in pieces whose products with H, the largest temporaries, stay in the last-level cache.
+_PIECE_ELEMENTS = 1 << 21
 
 
 def refit_scales(
@@ -27,8 +28,8 @@ def refit_scales(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Re-solve scales and offsets of every row.
 
-    weights: float32 `[out, in]`; hessian: `[in, in]`; codes: uint8 `[out, in]`; scales: present values `[out, C, bits]`;
-    offsets: `[out, C]` or None.
+    weights: float32 `[out, in]`; hessian: `[in, in]`; codes: uint8 `[out, in]`; scales: present values
+    `[out, C, bits]`; offsets: `[out, C]` or None.
 
     Returns scales (may be negative: the plane's sign is to be flipped), offsets, and the curvature of each group
     `[out, C, terms, terms]`.
@@ -39,7 +40,7 @@ def refit_scales(
     hessian_padded = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
     terms = bits + (offsets is not None)
     present = scales if offsets is None else torch.cat((scales, offsets.unsqueeze(-1)), dim=-1)
-    piece = max(1, _PIECE_ELEMENTS // (groups * group_columns * terms))
+    piece = max(1, _PIECE_ELEMENTS // (groups * terms * max(groups * group_columns, groups * terms)))
     solved, curvatures = [], []
     for start in range(0, out, piece):
         where = slice(start, start + piece)
@@ -74,9 +75,17 @@ def _basis(codes: Tensor, bits: int, groups: int, group_columns: int, offset: bo
 def _normal_matrix(basis: Tensor, hessian: Tensor, group_columns: int) -> Tensor:
     """BᵀHB of every row: `[rows, groups · terms, groups · terms]`."""
     rows, groups, terms, _ = basis.shape
-    matrix = basis.new_empty(rows, groups, terms, groups, terms)
+    pushed = basis.new_empty(rows, groups * terms, groups * group_columns)
+    matrix = basis.new_empty(rows, groups * terms, groups * terms)
     for group in range(groups):
-        strip = hessian[group * group_columns : (group + 1) * group_columns]
-        pushed = (basis[:, group].reshape(rows * terms, -1) @ strip).view(rows, terms, groups, group_columns)
-        matrix[:, group] = (basis @ pushed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    return matrix.view(rows, groups * terms, groups * terms)
+        where, first = slice(group * terms, (group + 1) * terms), group * group_columns
+        strip = hessian[first : first + group_columns, first:]
+        pushed[:, where, first:] = (basis[:, group].reshape(rows * terms, -1) @ strip).view(rows, terms, -1)
+    # The matrix is symmetric: products up to the diagonal make it whole.
+    for group in range(groups):
+        where, stop = slice(group * terms, (group + 1) * terms), (group + 1) * terms
+        columns = slice(group * group_columns, (group + 1) * group_columns)
+        product = pushed[:, :stop, columns] @ basis[:, group].mT
+        matrix[:, :stop, where] = product
+        matrix[:, where, :stop] = product.mT
+    return matrix

@@ -13,6 +13,7 @@ paper's reference code, signs are stored, and zero has a code of its own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,31 +39,16 @@ class ScaleFormat:
     codes: Tensor
 
     @property
-    def bits(self) -> int:
-        """Stored bits of one scale."""
-        return 4 * self.nibbles if self.nibbles else 16
-
-    @property
-    def largest(self) -> float:
-        """The largest ratio a scale can have to its row scale."""
-        return float(self.values[-1]) if self.nibbles else 1.0
+    def offset_limit(self) -> float:
+        """Largest |offset| that either sign can have, in units of the group's largest scale."""
+        return 7 * OFFSET_STEP if self.nibbles else math.inf
 
     def round(self, ratios: Tensor) -> Tensor:
-        """Nearest representable ratio, elementwise; negative ratios round to 0."""
+        """Nearest representable ratio, elementwise; the lower of two that are equally near; 0 for negative ratios."""
         if not self.nibbles:
-            return ratios.clamp_min(0).half().float()
-        return self.bracket(ratios)[2]
-
-    def bracket(self, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Largest representable ratio not above, smallest not below (clamped to the range), and the nearer of both."""
-        values = self.values.to(ratios.device)
-        above = torch.searchsorted(values, ratios.contiguous()).clamp_max(len(values) - 1)
-        below = (above - 1).clamp_min(0)
-        high, low = values[above], values[below]
-        exact = high <= ratios
-        low = torch.where(exact, high, low)
-        nearest = torch.where(ratios - low <= high - ratios, low, high)
-        return low, high, nearest
+            return ratios.clamp(0, torch.finfo(torch.float16).max).half().float()
+        midpoints = ((self.values[1:] + self.values[:-1]) / 2).to(ratios.device)
+        return self.values.to(ratios.device)[torch.searchsorted(midpoints, ratios.contiguous())]
 
     def encode(self, ratios: Tensor) -> Tensor:
         """Codes int32 of ratios that are representable (the result of `round`); not for `float`."""

@@ -3,7 +3,8 @@
 For fixed signs, moving the scales of a group from their optimum x to x̂ costs (x̂ − x)ᵀ M (x̂ − x), where M is the
 group's part of the normal equations. Rounding one scale at a time by distance ignores the off-diagonal of M; here each
 scale is set in turn to the representable value nearest its optimum given the others, which is the exact minimum along
-that coordinate. The row scale is searched over an octave by the same cost.
+that coordinate, and the result is never dearer than rounding each by itself. The row scale is searched over an octave
+by the same cost.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from shiftadd_cli.bcq.scale_formats import OFFSET_STEP, ScaleFormat
 
 _MANTISSAS = {"pot": 16, "apot2": 8, "apot3": 4}
-_PASSES = 3
+# Enough to come to rest; two or three are usual.
+_PASSES = 10
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class SnappedScales:
 
 def matrix_scale(weights: Tensor) -> Tensor:
     """One power of two not below any weight, `[1]`: the row scale of a matrix that has none of its own."""
-    largest = weights.abs().amax().clamp_min(2.0**-100)
-    return torch.exp2(torch.ceil(torch.log2(largest))).view(1)
+    mantissa, exponent = torch.frexp(weights.abs().amax().clamp_min(2.0**-100))
+    # frexp gives mantissas from 1/2 up: a power of two is its own bound.
+    return torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int()).view(1)
 
 
 def snap_scales(
@@ -64,14 +67,14 @@ def snap_scales(
     """Put free scales on the format.
 
     scales: `[R, C, bits]` ≥ 0; offsets: `[R, C]` or None; curvature: M, `[R, C, terms, terms]` with terms = bits, or
-    bits + 1 when there are offsets (the offset last); fixed_row_scale: `[1]`, given when rows have no scale of their own.
+    bits + 1 when there are offsets (the offset last); fixed_row_scale: `[1]` or `[R]`, where it is not to be chosen.
     """
     target = scales if offsets is None else torch.cat((scales, offsets.unsqueeze(-1)), dim=-1)
     if fixed_row_scale is not None:
         row_scale = fixed_row_scale.expand(scales.shape[0])
     else:
         row_scale = _choose_row_scale(target, scales, curvature, form)
-    snapped = _descend(target / row_scale.view(-1, 1, 1), curvature, form, scales.shape[-1], _PASSES)
+    snapped = _descend(target / row_scale.view(-1, 1, 1), curvature, form, scales.shape[-1])
     kept = row_scale if fixed_row_scale is None else fixed_row_scale
     return SnappedScales(
         snapped[..., : scales.shape[-1]].contiguous(),
@@ -83,42 +86,78 @@ def snap_scales(
 def _choose_row_scale(target: Tensor, scales: Tensor, curvature: Tensor, form: ScaleFormat) -> Tensor:
     """The row scale `[R]` with the least total cost over its row."""
     largest = scales.amax((1, 2)).clamp_min(2.0**-100)
+    best = largest.bfloat16().float()
     if not form.nibbles:
-        return largest.bfloat16().float()
+        return best
     steps = _MANTISSAS[form.name]
-    best_cost, best = torch.full_like(largest, torch.inf), largest
+    best_cost = torch.full_like(largest, torch.inf)
     for step in range(steps):
         candidate = (largest * 2.0 ** (step / steps - 0.5)).bfloat16().float()
         ratio = target / candidate.view(-1, 1, 1)
-        moved = _descend(ratio, curvature, form, scales.shape[-1], 1) - ratio
-        cost = ((curvature @ moved.unsqueeze(-1)).squeeze(-1) * moved).sum((1, 2)) * candidate.square()
+        value = _sweep(ratio, ratio, curvature, form, scales.shape[-1])
+        cost = _cost(value - ratio, curvature).sum(1) * candidate.square()
         better = cost < best_cost
         best_cost, best = torch.where(better, cost, best_cost), torch.where(better, candidate, best)
     return best
 
 
-def _descend(ratio: Tensor, curvature: Tensor, form: ScaleFormat, bits: int, passes: int) -> Tensor:
-    """Coordinate descent on representable values from the optimum `ratio` `[R, C, terms]`."""
-    terms = ratio.shape[-1]
+def _cost(moved: Tensor, curvature: Tensor) -> Tensor:
+    """Cost `[...]` of moving the terms of every group by `moved` `[..., terms]`."""
+    return ((curvature @ moved.unsqueeze(-1)).squeeze(-1) * moved).sum(-1)
+
+
+def _descend(ratio: Tensor, curvature: Tensor, form: ScaleFormat, bits: int) -> Tensor:
+    """Representable values near the optimum `ratio` `[R, C, terms]`, by coordinate descent from two starts: the optimum
+    itself, and every term rounded by itself. Of all values met, each group takes the cheapest."""
     if not form.nibbles:
-        return torch.cat((form.round(ratio[..., :bits]), ratio[..., bits:].half().float()), dim=-1)
+        return torch.cat((form.round(ratio[..., :bits]), _half(ratio[..., bits:])), dim=-1)
+    shape = ratio.shape
+    ratio, curvature = ratio.flatten(0, 1), curvature.flatten(0, 1)
+    rounded = _rounded(ratio, form, bits)
+    best, best_cost = rounded.clone(), _cost(rounded - ratio, curvature)
+    for start in (ratio, rounded):
+        value = start.clone()
+        active = torch.arange(len(ratio), device=ratio.device)
+        for _ in range(_PASSES):
+            last = value[active]
+            new = _sweep(ratio[active], last, curvature[active], form, bits)
+            value[active] = new
+            active, new = active[(new != last).any(-1)], new[(new != last).any(-1)]
+            if not len(active):
+                break
+            cost = _cost(new - ratio[active], curvature[active])
+            better = cost < best_cost[active]
+            best_cost[active[better]] = cost[better]
+            best[active[better]] = new[better]
+    return best.view(shape)
+
+
+def _sweep(ratio: Tensor, value: Tensor, curvature: Tensor, form: ScaleFormat, bits: int) -> Tensor:
+    """One pass of coordinate descent from `value`: every term becomes representable, the offset last."""
+    value, moved = value.clone(), value - ratio
     diagonal = curvature.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(curvature.dtype).tiny)
-    moved = torch.zeros_like(ratio)
-    for _ in range(passes):
-        for term in range(terms):
-            pull = (curvature[..., term, :] * moved).sum(-1) - diagonal[..., term] * moved[..., term]
-            goal = ratio[..., term] - pull / diagonal[..., term]
-            if term < bits:
-                value = form.round(goal)
-            else:
-                unit = (ratio[..., :bits] + moved[..., :bits]).amax(-1) * OFFSET_STEP
-                multiple = torch.where(unit > 0, goal / unit, 0.0).round().clamp(-8, 7)
-                value = multiple * unit
-            moved[..., term] = value - ratio[..., term]
-    # Subtracting and adding the optimum back may leave a value one rounding off the format.
-    scales = form.round(ratio[..., :bits] + moved[..., :bits])
-    if terms == bits:
+    for term in range(ratio.shape[-1]):
+        pull = (curvature[..., term, :] * moved).sum(-1) - diagonal[..., term] * moved[..., term]
+        goal = ratio[..., term] - pull / diagonal[..., term]
+        value[..., term] = form.round(goal) if term < bits else _round_offset(goal, value[..., :bits])
+        moved[..., term] = value[..., term] - ratio[..., term]
+    return value
+
+
+def _rounded(ratio: Tensor, form: ScaleFormat, bits: int) -> Tensor:
+    """Every term rounded by itself."""
+    scales = form.round(ratio[..., :bits])
+    if ratio.shape[-1] == bits:
         return scales
+    return torch.cat((scales, _round_offset(ratio[..., bits], scales).unsqueeze(-1)), dim=-1)
+
+
+def _round_offset(offset: Tensor, scales: Tensor) -> Tensor:
+    """Nearest offset `[...]` that can be stored beside `scales` `[..., bits]`."""
     unit = scales.amax(-1) * OFFSET_STEP
-    multiple = torch.where(unit > 0, (ratio[..., bits] + moved[..., bits]) / unit, 0.0).round().clamp(-8, 7)
-    return torch.cat((scales, (multiple * unit).unsqueeze(-1)), dim=-1)
+    return torch.where(unit > 0, offset / unit, 0.0).round().clamp(-8, 7) * unit
+
+
+def _half(values: Tensor) -> Tensor:
+    largest = torch.finfo(torch.float16).max
+    return values.clamp(-largest, largest).half().float()

@@ -8,7 +8,7 @@ Stored tensors (names are suffixes of the parameter `weight`; R and C count the 
     weight_exponents  uint8    [R, ceil(C · bits · n / 2)]        scale codes of n nibbles, order (C, bits, n)
     weight_scales     float16  [R, C, bits]                       instead, for the scale format `float`
     weight_row_scale  bfloat16 [out] or [1]                       [1]: one power of two for the whole matrix
-    weight_offset     uint8    [R, ceil(C / 2)]                   optional; nibbles, eighths of the group's largest scale
+    weight_offset     uint8    [R, ceil(C / 2)]                   optional; nibbles, eighths of the largest scale
                       float16  [R, C]                             instead, for the scale format `float`
 """
 

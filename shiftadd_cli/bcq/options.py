@@ -1,0 +1,50 @@
+"""What the solver is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from shiftadd_cli.bcq.fit import FitMethod
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.weight import PackedLayout
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """The fields are those of the recipe, with the same names.
+
+    Raises ValueError where rows that share scales are to be refined or scaled one by one.
+    """
+
+    bits: int = 3
+    group_size: int | str = 64
+    group_rows: int | str = 1
+    scale_format: str = "apot2"
+    row_scale: bool = True
+    offset: bool = False
+    fit: FitMethod = "search"
+    fit_rounds: int = 4
+    weight_error: float = 0.01
+    sweep: Literal["none", "static", "dynamic"] = "static"
+    sweep_order: Literal["hessian", "natural"] = "hessian"
+    refine_rounds: int = 3
+    descent_passes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.group_rows != 1 and (self.refine_rounds or self.row_scale):
+            raise ValueError("rows that share scales cannot be refined or scaled one by one")
+
+    @classmethod
+    def from_recipe(cls, recipe: object) -> SolverOptions:
+        """The part of a recipe the solver needs: its fields of the same names."""
+        return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
+
+    def without_data(self) -> SolverOptions:
+        """The same format and fit, for a layer that no calibration input reached."""
+        return replace(self, sweep="none", refine_rounds=0)
+
+    def layout(self, rows: int, columns: int) -> PackedLayout:
+        """The stored form of one `[rows, columns]` matrix under these options."""
+        grid = ScaleGrid.resolve(rows, columns, self.group_rows, self.group_size)
+        return PackedLayout(grid, self.bits, self.scale_format, self.row_scale, self.offset)
