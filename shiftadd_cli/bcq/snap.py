@@ -9,6 +9,7 @@ by the same cost.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,23 @@ class SnappedScales:
     def offset_values(self) -> Tensor | None:
         """Offsets `[R, C]` in the units of the weights."""
         return None if self.offsets is None else self.offsets * self.row_scale.view(-1, 1)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[SnappedScales]) -> SnappedScales:
+        """Scales of matrices on top of each other, whose rows have scales of their own."""
+        offsets = [part.offsets for part in parts if part.offsets is not None]
+        return cls(
+            torch.cat([part.ratios for part in parts]),
+            torch.cat(offsets) if offsets else None,
+            torch.cat([part.row_scale for part in parts]),
+        )
+
+    def split(self, heights: Sequence[int]) -> list[SnappedScales]:
+        """The inverse of `concatenate`."""
+        sizes = list(heights)
+        ratios, row_scales = self.ratios.split(sizes), self.row_scale.split(sizes)
+        offsets = [None] * len(sizes) if self.offsets is None else self.offsets.split(sizes)
+        return [SnappedScales(*part) for part in zip(ratios, offsets, row_scales, strict=True)]
 
     def where(self, better: Tensor, other: SnappedScales) -> SnappedScales:
         """These scales in the rows where `better` bool `[R]` holds, the other's elsewhere."""

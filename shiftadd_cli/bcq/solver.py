@@ -15,6 +15,7 @@ from torch import Tensor
 from shiftadd_cli.bcq.hessian import Objective, build_objective
 from shiftadd_cli.bcq.levels import planes_of
 from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.parallel import map_pieces
 from shiftadd_cli.bcq.problem import Problem
 from shiftadd_cli.bcq.snap import SnappedScales
 from shiftadd_cli.bcq.weight import QuantizedWeight
@@ -24,6 +25,8 @@ __all__ = ["Solution", "SolverOptions", "quantize_matrices"]
 
 # Squares of larger weights, summed over a matrix and weighed by its inputs, can leave the range of float32.
 _LARGEST_WEIGHT = 1e12
+# Enough rows that an operation outweighs its call, few enough that a small matrix still makes a piece per core.
+_PIECE_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -64,30 +67,34 @@ def quantize_matrices(
             whole_groups=options.sweep == "dynamic",
         )
     together = options.layout(1, columns).grid.group_rows == 1 and options.group_rows == 1 and options.row_scale
-    batches = [torch.cat(matrices)] if together else matrices
-    solved = [Problem(batch, objective, options).solve() for batch in batches]
-    solutions: list[Solution] = []
-    start = 0
-    for index, matrix in enumerate(matrices):
-        rows = slice(start, start + len(matrix)) if together else slice(None)
-        codes, snapped = solved[0] if together else solved[index]
-        solutions.append(_pack(matrix, codes[rows], _rows_of(snapped, rows), options, hessian))
-        start += len(matrix)
-    return solutions
+    pieces = _even_pieces(torch.cat(matrices)) if together else matrices
+    solved = map_pieces(lambda piece: Problem(piece, objective, options).solve(), pieces)
+    if together:
+        solved = _regroup(solved, [len(matrix) for matrix in matrices])
+    return [
+        _pack(matrix, codes, snapped, options, hessian)
+        for matrix, (codes, snapped) in zip(matrices, solved, strict=True)
+    ]
+
+
+def _even_pieces(tall: Tensor) -> Sequence[Tensor]:
+    """Pieces of rows of nearly equal height, at most `_PIECE_ROWS`."""
+    return tall.tensor_split(-(-len(tall) // _PIECE_ROWS))
+
+
+def _regroup(
+    solved: Sequence[tuple[Tensor, SnappedScales]], heights: Sequence[int]
+) -> list[tuple[Tensor, SnappedScales]]:
+    """Solutions of consecutive pieces of rows as solutions of matrices of these heights."""
+    codes = torch.cat([piece for piece, _ in solved]).split(list(heights))
+    scales = SnappedScales.concatenate([snapped for _, snapped in solved]).split(heights)
+    return list(zip(codes, scales, strict=True))
 
 
 def _weight_objective(columns: int, device: torch.device) -> Objective:
     """The identity: without calibration only the weight error counts."""
     identity = torch.eye(columns, device=device)
     return Objective(identity, torch.arange(columns, device=device), identity)
-
-
-def _rows_of(snapped: SnappedScales, rows: slice) -> SnappedScales:
-    return SnappedScales(
-        snapped.ratios[rows],
-        None if snapped.offsets is None else snapped.offsets[rows],
-        snapped.row_scale[rows] if len(snapped.row_scale) > 1 else snapped.row_scale,
-    )
 
 
 def _pack(
