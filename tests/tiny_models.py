@@ -7,8 +7,10 @@ embeddings and some do not.
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -110,3 +112,59 @@ def save_tiny(
     tiny_model(family, seed=seed, dtype=dtype).save_pretrained(folder, max_shard_size="30KB" if sharded else "5GB")
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_tiny_gguf(path: Path, *, kind: str = "Q8_0", seed: int = 0) -> PreTrainedModel:
+    """Write a random Llama with the tiny tokenizer as a GGUF file, as llama.cpp's converter lays it out.
+
+    `kind` is the ggml type of the matrices (F16, Q8_0, Q4_1, ...); norms are F32. Returns the model before rounding.
+    """
+    import gguf
+    import numpy as np
+
+    config = AutoConfig.for_model(
+        "llama", **{**_ROTARY, "hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(VOCAB_SIZE)
+    _write_gguf_tokenizer(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        weight = value.numpy()
+        for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if projection in name:  # rotary pairs are neighbours there, halves here
+                weight = weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+        stored = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
+        packed = gguf.quantize(np.ascontiguousarray(weight), stored)
+        writer.add_tensor(names.get_name(name, (".weight",)), packed, raw_dtype=stored)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return model
+
+
+def _write_gguf_tokenizer(writer: Any) -> None:
+    import gguf
+
+    parts = json.loads(_tokenizer_json())["model"]
+    tokens = sorted(parts["vocab"], key=parts["vocab"].get)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if token in _SPECIAL else normal for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in parts["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(_CHAT_TEMPLATE)

@@ -44,7 +44,11 @@ class Checkpoint(Protocol):
         `HfQuantizer` its loader needs beside them, or None."""
 
     def opened(self, names: Iterable[str]) -> AbstractContextManager[dict[str, Any]]:
-        """Lazy tensors by name; indexing one with `...` reads it into memory of its own."""
+        """Lazy tensors by name; indexing one with `...` reads it into memory of its own.
+
+        Raises:
+            OSError: a file is gone or has changed.
+        """
 
 
 def fingerprint_file(digest: Any, path: Path, header: bytes) -> None:

@@ -18,6 +18,7 @@ def read_config(path: Path, *, remote_code: bool) -> Any:
         SourceError: no or broken configuration, a model that is already quantized, or a model type that transformers
             does not know.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     raw = _raw_config(path)
@@ -36,7 +37,7 @@ def read_config(path: Path, *, remote_code: bool) -> Any:
         raise SourceError(f"The model type {model_type!r} ({names}) of {path} is unknown to transformers; {cure}.")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=remote_code, local_files_only=True)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
         raise SourceError(
             f"{path / 'config.json'} cannot be used ({_first_line(error)}); download it again."
         ) from error

@@ -78,7 +78,7 @@ class StepwiseGguf(_GgufBase):
         super().__init__(file)
         self._processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
         try:
-            self._targets: dict[str, str] = _names_in_model(model, self._processor)
+            self._targets: dict[str, str] = names_in_model(model, self._processor)
         except NotImplementedError as error:
             raise SourceError(
                 f"{file.path} holds the architecture {file.architecture!r}, whose tensors cannot be mapped to a model; "
@@ -86,13 +86,17 @@ class StepwiseGguf(_GgufBase):
             ) from error
         self._parts: dict[str, list[GgufTensor]] = {}
         for tensor in file.tensors:
-            # Stacked experts are mapped by their bare name, and two of them (gate, up) share one target.
-            target = self._targets.get(tensor.name) or self._targets.get(tensor.name.removesuffix(".weight"))
-            if target is not None:
+            if (target := self._target(tensor.name)) is not None:
                 self._parts.setdefault(target, []).append(tensor)
         # Shapes are the model's own: what the older loader does to a tensor on the way is known only to its code.
         own = model.state_dict()
         self.tensors = {name: TensorHeader(tuple(own[name].shape), None) for name in self._parts if name in own}
+
+    def _target(self, name: str) -> str | None:
+        # Stacked experts are mapped by a bare name their processor cuts out; two of them (gate, up) share one target.
+        experts = getattr(self._processor, "GGUF_MOE_WEIGHTS_PATTERN", None)
+        match = experts.fullmatch(name) if experts is not None else None
+        return self._targets.get(match.groupdict().get("name", name) if match else name)
 
     def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
         """What transformers applies to a checkpoint with the model's own names; no quantizer."""
@@ -115,7 +119,7 @@ class StepwiseGguf(_GgufBase):
             kind = GGMLQuantizationType(part.kind)
             data = np.fromfile(self._file.path, dtype=np.uint8, count=part.nbytes, offset=part.offset)
             if data.size != part.nbytes:
-                raise SourceError(f"{self._file.path} became shorter while it was read; start again.")
+                raise OSError(f"{self._file.path} became shorter")
             per_block, block_bytes = GGML_QUANT_SIZES[kind]
             rows = data.reshape(*part.shape[:-1], part.shape[-1] // per_block * block_bytes)
             if kind == GGMLQuantizationType.F32:
@@ -142,7 +146,7 @@ class _LazyDecoded:
         return self._decode()[index]
 
 
-def _names_in_model(model: Any, processor: Any) -> dict[str, str]:
+def names_in_model(model: Any, processor: Any) -> dict[str, str]:
     """The model's parameter name by GGUF name, as transformers' older loader maps them.
 
     Its own function tries the names as seen from every module, building a table of names for each, which takes

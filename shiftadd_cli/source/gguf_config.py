@@ -22,6 +22,7 @@ def read_gguf_config(file: GgufFile) -> Any:
     Raises:
         SourceError: transformers has no configuration for the architecture, or the metadata is incomplete.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 
@@ -30,7 +31,7 @@ def read_gguf_config(file: GgufFile) -> Any:
         shown = file.path if as_is else _without_vocabulary(file, Path(folder) / file.path.name)
         try:
             config = AutoConfig.from_pretrained(shown.parent, gguf_file=shown.name, local_files_only=True)
-        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+        except (ValueError, KeyError, TypeError, NotImplementedError, StrictDataclassError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise SourceError(
                 f"{file.path} holds the architecture {file.architecture!r}, which transformers cannot read from GGUF "

@@ -87,8 +87,14 @@ class Loader:
             weight_mapping=self._transforms,
             device_map={"": "cpu"},
         )
-        with self._checkpoint.opened(keys) as lazy, _quiet_and_sequential():
-            info, _ = convert_and_load_state_dict_in_model(self._model, lazy, config, disk_offload_index=None)
+        try:
+            with self._checkpoint.opened(keys) as lazy, _quiet_and_sequential():
+                info, _ = convert_and_load_state_dict_in_model(self._model, lazy, config, disk_offload_index=None)
+        except OSError as error:
+            raise SourceError(
+                f"The weights of {self._name} could not be read ({error}); the files changed or went away since "
+                "they were opened, start again."
+            ) from error
         problems = [f"{name}: {error.strip().splitlines()[-1]}" for name, error in info.conversion_errors.items()]
         problems += [f"{name}: shape {list(is_)}, not {list(asked)}" for name, is_, asked in info.mismatched_keys]
         problems += list(info.error_msgs)

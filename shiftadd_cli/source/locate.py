@@ -24,7 +24,9 @@ def locate(spec: str, *, revision: str | None, remote_code: bool) -> Path:
     if spec == DEMO:
         return _demo_file()
     path = Path(spec).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+    if spec.strip() and path.is_dir():
+        return path.resolve()
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return path.resolve()
     if path.is_file():
         raise SourceError(f"{spec} is neither a model folder nor a .gguf file; give the folder that holds config.json.")

@@ -95,8 +95,8 @@ class SafetensorsFolder:
                         handles[path] = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
                     lazy[name] = handles[path].get_slice(name)
                 yield lazy
-            except (SafetensorError, OSError) as error:
-                raise SourceError(f"Weights could not be read ({error}); the files changed or were removed.") from error
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
 
 
 def read_index(index: Path) -> dict[str, str]:

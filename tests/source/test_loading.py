@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, VOCAB_SIZE, save_tiny
+from tiny_models import FAMILIES, VOCAB_SIZE, save_tiny, save_tiny_gguf
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -187,8 +187,18 @@ def test_loading_needs_no_gradients_and_leaves_the_environment(tmp_path: Path) -
     assert not any(each.requires_grad for each in source.skeleton().parameters())
 
 
-def test_files_that_vanish_after_opening_are_reported(tmp_path: Path) -> None:
-    source = open_source(str(save_tiny("llama", tmp_path)))
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(SourceError, match="could not be read"):
+@pytest.mark.parametrize("name", ["model.safetensors", "tiny.gguf"])
+@pytest.mark.parametrize("left", [None, 3000])
+def test_files_that_change_after_opening_are_reported(left: int | None, name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    if name == "tiny.gguf":
+        save_tiny_gguf(file)
+        source = open_source(str(file))
+    else:
+        source = open_source(str(save_tiny("llama", tmp_path)))
+    content = file.read_bytes()
+    file.unlink()
+    if left is not None:
+        file.write_bytes(content[:left])
+    with pytest.raises(SourceError, match=r"could not be (read|loaded)"):
         source.materialise(["model.layers.0"])

