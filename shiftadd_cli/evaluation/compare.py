@@ -1,0 +1,139 @@
+"""`evaluate`: measure models on a text, from their names to a result that can be written as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from shiftadd_cli.calibration.text import TextData, load_text, tokenise
+from shiftadd_cli.errors import CalibrationError, RecipeError
+from shiftadd_cli.evaluation.models import Loaded, ModelInfo, open_any
+from shiftadd_cli.evaluation.perplexity import Score, score_models
+from shiftadd_cli.evaluation.windows import scored_tokens, window_lengths
+
+_SAMPLE_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model: what it is, what it scored, and whether the test text is the one it was calibrated on."""
+
+    info: ModelInfo
+    score: Score
+    calibrated_on_test: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat table of JSON types; an infinite value is null."""
+        flat = asdict(self.info) | asdict(self.score) | {"calibrated_on_test": self.calibrated_on_test}
+        return {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in flat.items()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Models measured on one text.
+
+    Attributes:
+        text, text_fingerprint: name and SHA-256 of the test text.
+        context: tokens per window; windows: how many; tokens: used of the text; text_tokens: in the whole text.
+        scored_tokens: tokens predicted, over which all means are.
+        device: where it was computed.
+        original: the model the others are compared with, if one was given.
+        models: in the order asked for.
+    """
+
+    text: str
+    text_fingerprint: str
+    text_tokens: int
+    tokens: int
+    scored_tokens: int
+    context: int
+    windows: int
+    device: str
+    original: Measured | None
+    models: tuple[Measured, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON types; each model is one flat table of its `info` and `score`."""
+        models = [each.to_dict() for each in self.models]
+        return asdict(self) | {"original": self.original and self.original.to_dict(), "models": models}
+
+
+def evaluate(
+    models: Sequence[str],
+    *,
+    against: str | None = None,
+    dataset: str = "builtin",
+    context: int = 512,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Perplexity of each model on the test split of a text, and its distance from an original.
+
+    The text is tokenised as one string, with no special tokens added, and its first `max_tokens` tokens are used; see
+    `score_models` for what is measured. All models are in memory at once, so that each sees the same batches and the
+    original runs once.
+
+    Args:
+        models: names of originals or of checkpoints of ours, see `open_any`.
+        against: name of the original; None leaves out divergence and agreement.
+        dataset: see `load_text`.
+
+    Raises:
+        ShiftaddError: with what is wrong: a model, the text, the context, or models that split text differently.
+    """
+    device = device or torch.device("cpu")
+    text = load_text(dataset, split="test")
+    opened = [open_any(spec) for spec in ([] if against is None else [against]) + list(models)]
+    tokenizer = _common_tokenizer([(each.spec, each.load_tokenizer()) for each in opened], text)
+    tokens = tokenise(text.text, tokenizer)
+    used = tokens[:max_tokens]
+    if len(used) < 2:
+        raise CalibrationError(f"{text.name} has {len(tokens)} tokens, and 2 are needed; give a longer text.")
+    loaded = [each.load(dtype, device) for each in opened]
+    pairs = [(each.info.spec, each.model) for each in loaded]
+    first = 0 if against is None else 1
+    scores, original_score = score_models(
+        pairs[first:],
+        used,
+        context=context,
+        batch_size=batch_size,
+        original=pairs[0] if first else None,
+        show_progress=show_progress,
+    )
+    return Evaluation(
+        text=text.name,
+        text_fingerprint=text.fingerprint,
+        text_tokens=len(tokens),
+        tokens=len(used),
+        scored_tokens=scored_tokens(len(used), context),
+        context=context,
+        windows=len(window_lengths(len(used), context)),
+        device=str(device),
+        original=None if original_score is None else _measured(loaded[0], original_score, text),
+        models=tuple(_measured(each, score, text) for each, score in zip(loaded[first:], scores, strict=True)),
+    )
+
+
+def _measured(loaded: Loaded, score: Score, text: TextData) -> Measured:
+    return Measured(loaded.info, score, loaded.info.calibration_fingerprint == text.fingerprint)
+
+
+def _common_tokenizer(tokenizers: list[tuple[str, Any]], text: TextData) -> Any:
+    """The first tokenizer, if all split the beginning of the text alike; per-token numbers mean nothing otherwise."""
+    name, tokenizer = tokenizers[0]
+    sample = text.text[:_SAMPLE_CHARACTERS]
+    expected = tokenise(sample, tokenizer)
+    for other, candidate in tokenizers[1:]:
+        if not torch.equal(tokenise(sample, candidate), expected):
+            raise RecipeError(
+                f"{other} and {name} split text into different tokens, so their numbers cannot be compared; "
+                "evaluate them one by one."
+            )
+    return tokenizer

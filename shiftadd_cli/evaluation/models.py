@@ -1,0 +1,188 @@
+"""Opening what is to be measured: original models, and checkpoints of ours."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.source import Source, open_source
+from shiftadd_cli.source.config import OWN_METHOD
+from shiftadd_cli.source.locate import locate
+from shiftadd_cli.source.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a report says of a model beside its scores.
+
+    Attributes:
+        spec: what the user typed.
+        compressed: whether it is a checkpoint of ours.
+        file_bytes: all its weight files on disk.
+        parameters: of the original model, tied ones once.
+        file_bits_per_weight: 8 * file_bytes / parameters.
+        quantized_bits_per_weight: everything stored for the compressed layers over their weights; None for an original.
+        stored_dtype, dtype: of what is not compressed, in the files and in this measurement.
+        calibration, calibration_fingerprint: name and SHA-256 of the text it was calibrated on, if its report says so.
+    """
+
+    spec: str
+    compressed: bool
+    file_bytes: int
+    parameters: int
+    file_bits_per_weight: float
+    quantized_bits_per_weight: float | None
+    stored_dtype: str
+    dtype: str
+    calibration: str | None
+    calibration_fingerprint: str | None
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode on its device, its tokenizer, and what is known of it."""
+
+    model: Any
+    tokenizer: Any
+    info: ModelInfo
+
+
+class Opened:
+    """A model of which only headers were read; made by `open_any`."""
+
+    def __init__(self, spec: str, path: Path, source: Source | None, config: dict[str, Any]) -> None:
+        self.spec, self.path, self._source, self._config = spec, path, source, config
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer; raises SourceError if there is none."""
+        if self._source is not None:
+            return self._source.load_tokenizer()
+        return load_tokenizer(self.path, remote_code=False)
+
+    def load(self, dtype: str = "auto", device: torch.device | None = None) -> Loaded:
+        """Load the model; `dtype` is `auto` (see `computing_dtype`), `float32`, `bfloat16` or `float16`.
+
+        Raises:
+            SourceError, ArtifactError: the files are damaged or incomplete.
+        """
+        device = device or torch.device("cpu")
+        stored = self._source.dtype if self._source is not None else _dtype_of(self._config)
+        computed = computing_dtype(dtype, stored, device)
+        model: Any
+        if self._source is not None:
+            model, file_bytes = self._source.load_model(computed), self._source.file_bytes
+        else:
+            model = _load_artifact(self.path, computed)
+            file_bytes = sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+        model.to(device).eval()
+        parameters, quantized = _count(model)
+        calibration = _calibration_of(self.path) if self._source is None else {}
+        info = ModelInfo(
+            spec=self.spec,
+            compressed=self._source is None,
+            file_bytes=file_bytes,
+            parameters=parameters,
+            file_bits_per_weight=8 * file_bytes / parameters,
+            quantized_bits_per_weight=quantized,
+            stored_dtype=_name(stored),
+            dtype=_name(computed),
+            calibration=calibration.get("name"),
+            calibration_fingerprint=calibration.get("fingerprint"),
+        )
+        return Loaded(model, self.load_tokenizer(), info)
+
+
+def open_any(spec: str) -> Opened:
+    """Open an original (`demo`, a folder, a .gguf file, a hub id) or a checkpoint of ours, reading headers only.
+
+    Raises:
+        SourceError: there is no such model, or it is of a kind that is not supported.
+    """
+    path = locate(spec, revision=None, remote_code=False)
+    config = _read_json(path / "config.json") if path.is_dir() else {}
+    if (config.get("quantization_config") or {}).get("quant_method") == OWN_METHOD:
+        return Opened(spec, path, None, config)
+    return Opened(spec, path, open_source(spec), config)
+
+
+def load_any(spec: str, dtype: str = "auto", device: torch.device | None = None) -> Loaded:
+    """`open_any` and `load` in one."""
+    return open_any(spec).load(dtype, device)
+
+
+def computing_dtype(requested: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: the requested one, and for `auto` the stored one where the device computes in it.
+
+    A CPU that has no instructions for a 16-bit type computes in float32 instead, which is faster there.
+    """
+    if requested != "auto":
+        named: torch.dtype = getattr(torch, requested)
+        return named
+    if device.type == "cpu" and stored.itemsize == 2 and not _cpu_computes_in(stored):
+        return torch.float32
+    return stored
+
+
+def _cpu_computes_in(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _load_artifact(path: Path, dtype: torch.dtype) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from shiftadd_cli.runtime import transformers_plugin
+
+    transformers_plugin.register()
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ArtifactError(
+            f"The checkpoint {path} cannot be loaded ({reason}); see `shiftadd inspect --verify`, and quantize again."
+        ) from error
+
+
+def _count(model: torch.nn.Module) -> tuple[int, float | None]:
+    """Parameters of the model as it was before compression, and stored bits per compressed weight."""
+    from shiftadd_cli.runtime.linear import PackedLinear
+
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    stored = {id(module.get_parameter(name)) for module in packed for name in module.layout.tensors()}
+    dense = sum(each.numel() for each in model.parameters() if id(each) not in stored)
+    weights = sum(module.out_features * module.in_features for module in packed)
+    if not packed:
+        return dense, None
+    return dense + weights, 8 * sum(module.layout.nbytes for module in packed) / weights
+
+
+def _calibration_of(path: Path) -> dict[str, Any]:
+    """The `calibration` of report.json; empty without the file, or for a run without data."""
+    file = path / "report.json"
+    calibration = _read_json(file).get("calibration") if file.is_file() else None
+    return calibration if isinstance(calibration, dict) else {}
+
+
+def _dtype_of(config: dict[str, Any]) -> torch.dtype:
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ArtifactError(f"{file} is no valid JSON ({error}); restore it, or write the checkpoint again.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,201 @@
+"""Perplexity of models on a text, and their distance from an original, in one pass over the text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.errors import CalibrationError, RecipeError
+from shiftadd_cli.evaluation.logits import RowLogits
+from shiftadd_cli.evaluation.windows import batch_count, batches, scored_tokens
+from shiftadd_cli.progress import progress
+
+# One float32 buffer of [rows, vocabulary]; four live at once.
+BUFFER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model scored, per predicted token.
+
+    Attributes:
+        nll, nll_error: mean negative log-likelihood in nats, and its standard error.
+        perplexity, perplexity_error: exp(nll), and its standard error to first order.
+        kl, kl_error: mean KL(original || model) over the vocabulary in nats, and its standard error.
+        agreement: share of tokens for which original and model have the same most probable token, 0 to 1.
+        seconds: time spent in this model and its statistics.
+
+    kl, kl_error and agreement are None where no original was given. Standard errors treat windows as independent
+    draws (tokens of one window are not); they are None for a single window.
+    """
+
+    nll: float
+    nll_error: float | None
+    perplexity: float
+    perplexity_error: float | None
+    kl: float | None
+    kl_error: float | None
+    agreement: float | None
+    seconds: float
+
+
+def score_models(
+    models: Sequence[tuple[str, Any]],
+    tokens: Tensor,
+    *,
+    context: int,
+    batch_size: int = 8,
+    original: tuple[str, Any] | None = None,
+    show_progress: bool = True,
+) -> tuple[list[Score], Score | None]:
+    """Score causal language models on one string of tokens; every model sees the same batches.
+
+    The string is cut into consecutive windows of `context` tokens, and the last, shorter one counts too if it has two
+    tokens or more. Every token but each window's first is predicted from those before it in the window, and means are
+    over these tokens. Logits are float32 from the model's own, log-softmax is float32, and sums are float64.
+
+    Args:
+        models: (name for messages, transformers model in evaluation mode) pairs.
+        tokens: int64 `[n]`.
+        context: tokens per window, at least 2.
+        batch_size: windows run at once; less where a model's logits cannot be computed by rows.
+        original: what KL and agreement are measured against; it is scored too.
+
+    Returns:
+        The scores in the order of `models`, and that of the original.
+
+    Raises:
+        CalibrationError: fewer than two tokens.
+        RecipeError: the context is longer than a model's positions, or vocabularies differ from the original's.
+        NumericalError: logits that are not finite.
+    """
+    if len(tokens) < 2 or context < 2:
+        raise CalibrationError(f"Perplexity needs two tokens and a context of two, not {len(tokens)} and {context}.")
+    first = [] if original is None else [original]
+    readers = [RowLogits(model, name) for name, model in (*first, *models)]
+    for (name, model), reader in zip((*first, *models), readers, strict=True):
+        _check_fit(name, model, min(context, len(tokens)), reader.vocab_size, readers[0] if first else None)
+        reader.check(tokens[:context].unsqueeze(0))
+    sums = [_Sums() for _ in readers]
+    limits = [limit for reader in readers if (limit := reader.max_windows(context)) is not None]
+    size = min([batch_size, *limits])
+    work: Iterable[Tensor] = batches(tokens, context, size)
+    if show_progress:
+        work = progress(work, total=batch_count(len(tokens), context, size), desc="Evaluating")
+    with torch.inference_mode():
+        for windows in work:
+            _score_batch(readers, sums, windows, against_first=bool(first))
+    count = scored_tokens(len(tokens), context)
+    scores = [each.score(count) for each in sums]
+    return scores[len(first) :], scores[0] if first else None
+
+
+class _Sums:
+    """Sums of one model, by window."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.nll: list[Tensor] = []
+        self.kl: list[Tensor] = []
+        self.agreed = 0
+        self.seconds = 0.0
+
+    def score(self, count: int) -> Score:
+        assert sum(self.lengths) == count
+        nll, nll_error = self._mean(self.nll)
+        kl, kl_error = self._mean(self.kl) if self.kl else (None, None)
+        # A damaged model may have a mean beyond the range of exp.
+        perplexity = math.exp(nll) if nll < 700 else math.inf
+        return Score(
+            nll=nll,
+            nll_error=nll_error,
+            perplexity=perplexity,
+            perplexity_error=None if nll_error is None else perplexity * nll_error,
+            kl=kl,
+            kl_error=kl_error,
+            agreement=self.agreed / count if self.kl else None,
+            seconds=self.seconds,
+        )
+
+    def _mean(self, parts: list[Tensor]) -> tuple[float, float | None]:
+        """Mean per token and its standard error, from sums per window: float64 `[windows]` in parts."""
+        totals = torch.cat(parts)
+        lengths = torch.tensor(self.lengths, dtype=torch.float64)
+        mean = totals.sum() / lengths.sum()
+        windows = len(totals)
+        if windows < 2:
+            return mean.item(), None
+        spread = ((totals - mean * lengths) ** 2).sum() * windows / (windows - 1)
+        return mean.item(), (spread.sqrt() / lengths.sum()).item()
+
+
+def _score_batch(readers: list[RowLogits], sums: list[_Sums], windows: Tensor, *, against_first: bool) -> None:
+    """Add the statistics of windows `[w, n]` to the sums."""
+    count, length = len(windows), windows.shape[1] - 1
+    targets = windows[:, 1:].reshape(-1)
+    states = []
+    for reader, total in zip(readers, sums, strict=True):
+        start = time.monotonic()
+        states.append(reader.states(windows))
+        total.seconds += time.monotonic() - start
+    nll = torch.empty(len(readers), len(targets), dtype=torch.float64)
+    kl = torch.empty(len(readers), len(targets), dtype=torch.float64)
+    rows = max(1, BUFFER_BYTES // (4 * readers[0].vocab_size))
+    for piece in (slice(start, start + rows) for start in range(0, len(targets), rows)):
+        reference: _Reference | None = None
+        for index, (reader, total) in enumerate(zip(readers, sums, strict=True)):
+            start = time.monotonic()
+            chances = reader.logits(states[index][piece]).log_softmax(-1)
+            wanted = chances.gather(1, targets[piece].to(chances.device).unsqueeze(1)).squeeze(1)
+            nll[index, piece] = -wanted.double().cpu()
+            if reference is not None:
+                kl[index, piece] = reference.divergence(chances).double().cpu()
+                total.agreed += int((chances.argmax(-1) == reference.top).sum())
+            elif against_first:
+                reference = _Reference(chances)
+            total.seconds += time.monotonic() - start
+    for index, (reader, total) in enumerate(zip(readers, sums, strict=True)):
+        reader.refuse_not_finite(nll[index], "likelihood")
+        total.lengths += [length] * count
+        total.nll.append(nll[index].view(count, length).sum(1))
+        if against_first and index > 0:
+            reader.refuse_not_finite(kl[index], "KL divergence from the original")
+            total.kl.append(kl[index].view(count, length).sum(1))
+
+
+class _Reference:
+    """The original's distribution on some rows, from log-probabilities, float32 `[rows, vocabulary]`."""
+
+    def __init__(self, chances: Tensor) -> None:
+        self.chances = chances
+        self.top = chances.argmax(-1)
+        self.probabilities = chances.exp()
+
+    def divergence(self, chances: Tensor) -> Tensor:
+        """KL(original || model) of each row in nats, from the model's log-probabilities."""
+        # Difference first: a KL is far smaller than the two entropies it could be taken from.
+        gap = self.chances - chances.to(self.chances.device)
+        found = (gap * self.probabilities).sum(-1)
+        if not torch.isfinite(found).all():
+            # What the original rules out (minus infinity) counts nothing, as in the limit of p log p.
+            found = gap.masked_fill_(self.probabilities == 0, 0.0).mul_(self.probabilities).sum(-1)
+        return found
+
+
+def _check_fit(name: str, model: Any, context: int, vocab_size: int, original: RowLogits | None) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and context > positions:
+        raise RecipeError(
+            f"The context of {context} tokens is beyond the {positions} of {name}; use --context {positions}."
+        )
+    if original is not None and vocab_size != original.vocab_size:
+        raise RecipeError(
+            f"{name} has a vocabulary of {vocab_size} and {original.name} one of {original.vocab_size}, so they cannot "
+            "be compared; give the original that it was made from."
+        )

@@ -1,0 +1,50 @@
+"""How far a long loop is: a bar on a terminal, now and then a line elsewhere; always on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+LINE_SECONDS = 30.0
+LINE_SHARE = 0.1
+
+
+def progress(iterable: Iterable[T], total: int, desc: str) -> Iterator[T]:
+    """Yield the items of `iterable`, of which there are `total`, and show how many are done and the time left.
+
+    On a terminal this is tqdm's bar. Elsewhere (a file, a CI log) a line is written for every tenth that is done, or
+    when 30 seconds passed since the last line.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        return iter(tqdm(iterable, total=total, desc=desc, file=sys.stderr, dynamic_ncols=True))
+    return _lines(iterable, total, desc)
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 05 s` or `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def _lines(iterable: Iterable[T], total: int, desc: str) -> Iterator[T]:
+    start = shown_at = time.monotonic()
+    shown_share = 0.0
+    for done, item in enumerate(iterable, start=1):
+        yield item
+        now, share = time.monotonic(), done / total
+        # The share is a sum of many small steps: without the tolerance 0.3 - 0.2 would be no tenth.
+        if share >= shown_share + LINE_SHARE - 1e-9 or now >= shown_at + LINE_SECONDS or done == total:
+            passed = now - start
+            left = f"{duration(passed)} in all" if done == total else f"{duration(passed / share - passed)} left"
+            print(f"{desc}: {done}/{total} ({share:.0%}), {left}", file=sys.stderr, flush=True)
+            shown_at, shown_share = now, share

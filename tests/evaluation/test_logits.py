@@ -1,0 +1,85 @@
+"""Logits computed by rows are those of the model's own forward, in both ways."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
+
+from shiftadd_cli.errors import NumericalError
+from shiftadd_cli.evaluation import logits as module
+from shiftadd_cli.evaluation.logits import RowLogits
+
+WINDOWS = torch.randint(0, VOCAB_SIZE, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+def by_rows(reader: RowLogits, rows: int) -> torch.Tensor:
+    with torch.inference_mode():
+        states = reader.states(WINDOWS)
+        return torch.cat([reader.logits(piece) for piece in states.split(rows)])
+
+
+def own(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=WINDOWS).logits[:, :-1].reshape(-1, VOCAB_SIZE).float()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_ways_equal_the_models_own_logits(family):
+    model = tiny_model(family)
+    split, whole = RowLogits(model, family), RowLogits(model, family)
+    split.check(WINDOWS)
+    assert split._head is not None
+    assert whole._head is None
+    expected = own(model)
+    assert torch.equal(by_rows(whole, 7), expected)
+    torch.testing.assert_close(by_rows(split, 7), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_gives_float32_rows():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    reader = RowLogits(model, "llama")
+    reader.check(WINDOWS)
+    assert reader._head is not None
+    assert by_rows(reader, 5).dtype == torch.float32
+    torch.testing.assert_close(by_rows(reader, 5), own(model), rtol=2e-2, atol=2e-2)
+
+
+def test_soft_caps_and_factors_are_noticed():
+    capped = tiny_model("gemma3")
+    capped.config.final_logit_softcapping = 5.0
+    reader = RowLogits(capped, "capped")
+    reader.check(WINDOWS)
+    assert reader._head is None
+    assert by_rows(reader, 7).abs().max() < 5
+
+    class Scaled(type(tiny_model("llama"))):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 0.5
+            return out
+
+    scaled = tiny_model("llama")
+    scaled.__class__ = Scaled
+    reader = RowLogits(scaled, "scaled")
+    reader.check(WINDOWS)
+    assert reader._head is None
+    assert torch.equal(by_rows(reader, 7), own(scaled))
+
+
+def test_whole_logits_limit_the_batch(monkeypatch):
+    model = tiny_model("llama")
+    reader = RowLogits(model, "llama")
+    monkeypatch.setattr(module, "FULL_LOGITS_BYTES", 3 * 64 * VOCAB_SIZE * 4)
+    assert reader.max_windows(64) == 3
+    assert reader.max_windows(1000) == 1
+    reader.check(WINDOWS)
+    assert reader.max_windows(64) is None
+
+
+def test_values_that_are_not_finite_are_refused_by_name():
+    reader = RowLogits(tiny_model("llama"), "the broken one")
+    reader.refuse_not_finite(torch.ones(3), "likelihood")
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(NumericalError, match=r"the broken one.*float32"):
+            reader.refuse_not_finite(torch.tensor([1.0, bad]), "likelihood")
