@@ -39,7 +39,7 @@ class Recipe(BaseModel):
     row_scale: Annotated[bool, Field(description="One floating-point factor per output row on top of the scales.")] = (
         True
     )
-    offset: Annotated[bool, Field(description="One offset per group, so that levels need not be symmetric.")] = False
+    offset: Annotated[bool, Field(description="One offset per group, so that levels need not be symmetric.")] = True
     fit: Annotated[
         Literal["search", "greedy", "uniform"],
         Field(
@@ -69,7 +69,7 @@ class Recipe(BaseModel):
     ] = "hessian"
     refine_rounds: Annotated[
         int, Field(ge=0, description="Rounds of joint scale refit and coordinate descent after the sweep.")
-    ] = 3
+    ] = 2
     descent_passes: Annotated[
         int, Field(ge=1, description="Passes of coordinate descent over the columns in each of these rounds.")
     ] = 2

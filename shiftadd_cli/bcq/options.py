@@ -22,13 +22,13 @@ class SolverOptions:
     group_rows: int | str = 1
     scale_format: str = "apot2"
     row_scale: bool = True
-    offset: bool = False
+    offset: bool = True
     fit: FitMethod = "search"
     fit_rounds: int = 4
     weight_error: float = 0.01
     sweep: Literal["none", "static", "dynamic"] = "static"
     sweep_order: Literal["hessian", "natural"] = "hessian"
-    refine_rounds: int = 3
+    refine_rounds: int = 2
     descent_passes: int = 2
 
     def __post_init__(self) -> None:

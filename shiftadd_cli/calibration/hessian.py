@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ def gather_moments(
     block: nn.Module,
     linears: Sequence[tuple[str, nn.Module]],
     hidden: HiddenStates,
-    calls: dict[int, Sequence[BlockCall]],
+    calls: Mapping[int, Sequence[BlockCall]],
     depth: int,
     device: torch.device,
 ) -> list[SharedInput]:

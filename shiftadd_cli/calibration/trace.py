@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.streams import HiddenStates
-from shiftadd_cli.errors import SourceError
+from shiftadd_cli.errors import NumericalError, SourceError
 from shiftadd_cli.source import Source, Structure
 
 
@@ -60,6 +60,13 @@ def trace_model(source: Source, structure: Structure, windows: Tensor, batch_siz
     return trace
 
 
+def check_finite(hidden: Tensor, block: str) -> None:
+    """Raise NumericalError naming the block whose output holds NaN or infinite values."""
+    if not torch.isfinite(hidden).all():
+        dtype = str(hidden.dtype).removeprefix("torch.")
+        raise NumericalError(f"The output of {block} is not finite in {dtype}; use --dtype float32, or mend the source.")
+
+
 def _run(model: nn.Module, batch: Tensor, device: torch.device) -> None:
     with torch.no_grad():
         model(input_ids=batch.to(device), use_cache=False)
@@ -99,6 +106,7 @@ def _record_calls(
         module.to(device)
 
     def after(name: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        check_finite(_hidden_of(output), name)
         previous[:] = [_hidden_of(output).clone()]
         source.release([name])
 

@@ -15,8 +15,7 @@ from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution, SolverOptions, quantize_matrices
 from shiftadd_cli.calibration.hessian import SharedInput, gather_moments
 from shiftadd_cli.calibration.text import TextData, load_text, sample_windows
-from shiftadd_cli.calibration.trace import Trace, trace_model
-from shiftadd_cli.errors import NumericalError
+from shiftadd_cli.calibration.trace import Trace, check_finite, trace_model
 from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.schema import LayerReport, Report
@@ -56,8 +55,8 @@ def run_plan(
 ) -> Report:
     """Do the work and put the artifact at `out`; returns what report.json says.
 
-    progress: wraps the block names, with a description, to show how far the run is. Raises NumericalError naming a layer
-    whose values cannot be quantized, OutputError when the disk refuses; nothing is left at `out` then.
+    progress: wraps the block names, with a description, to show how far the run is. Raises NumericalError naming a
+    layer whose values cannot be quantized, OutputError when the disk refuses; nothing is left at `out` then.
     """
     with ArtifactWriter(out, overwrite=overwrite, shard_bytes=plan.recipe.shard_bytes) as writer:
         writer.plan(plan.tensors)
@@ -151,19 +150,15 @@ class _Run:
         for name, module, solution in zip(shared.names, modules, solutions, strict=True):
             for suffix, tensor in solution.weight.tensors.items():
                 self.writer.add(f"{name}.{suffix}", tensor)
-            decoded = solution.weight.decode().to(module.weight.dtype)
-            module.weight.data = decoded.T.contiguous() if specs[name].transposed else decoded
+            _replace(module, solution.weight.decode(), specs[name])
             self.layers.append(_layer_report(specs[name], solution, calibrated=shared.hessian is not None))
 
     def _advance(self, depth: int, block: nn.Module, name: str, trace: Trace) -> None:
-        """Replace the hidden states by the outputs of the quantized block: the next block calibrates on what it will see."""
+        """Put the quantized block's outputs in the place of its inputs: the next block calibrates on what it sees."""
         with torch.no_grad():
             for index, batch in enumerate(trace.hidden):
                 output = trace.calls[len(batch)][depth].run(block, batch.to(self.device))
-                if not torch.isfinite(output).all():
-                    raise NumericalError(
-                        f"The output of {name} is not finite in {self.plan.source.dtype}; use --dtype float32."
-                    )
+                check_finite(output, name)
                 trace.hidden.replace(index, output)
 
     def _write_kept(self, names: Iterable[str]) -> None:
@@ -183,9 +178,14 @@ class _Run:
 
 def _matrix(module: nn.Module, spec: LinearSpec) -> Tensor:
     """The weight as `[out, in]`."""
-    weight = module.weight.detach()
-    assert isinstance(weight, Tensor)
+    weight = module.get_parameter("weight").detach()
     return weight.T if spec.transposed else weight
+
+
+def _replace(module: nn.Module, weight: Tensor, spec: LinearSpec) -> None:
+    """Put `weight` `[out, in]` in the place of the module's own, in its layout and dtype."""
+    parameter = module.get_parameter("weight")
+    parameter.data = (weight.T.contiguous() if spec.transposed else weight).to(parameter.dtype)
 
 
 def _move(module: nn.Module, device: torch.device) -> None:

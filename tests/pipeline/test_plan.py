@@ -1,0 +1,68 @@
+"""A plan promises what the artifact then holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.pipeline.describe import describe_plan
+from shiftadd_cli.pipeline.plan import make_plan
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import open_source
+
+
+def plan_of(path, **fields):
+    return make_plan(open_source(str(path)), Recipe.load("default", fields))
+
+
+def test_planning_reads_no_weights(tmp_path):
+    save_tiny("llama", tmp_path)
+    plan = plan_of(tmp_path)
+    describe_plan(plan)
+    assert all(parameter.is_meta for parameter in plan.source.skeleton().parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_every_parameter_is_planned_once_packed_or_kept(tmp_path, family):
+    save_tiny(family, tmp_path)
+    plan = plan_of(tmp_path)
+    weights = sum(torch.Size(plan.tensors[name][0]).numel() for name in plan.kept)
+    persistent = dict(plan.source.skeleton().named_buffers())
+    buffers = sum(persistent[name].numel() for name in plan.kept if name in persistent)
+    assert plan.quantized_weights + weights - buffers == plan.parameters
+
+
+def test_sizes_are_those_of_the_planned_tensors(tmp_path):
+    save_tiny("llama", tmp_path)
+    plan = plan_of(tmp_path, bits=2)
+    assert plan.after_bytes == sum(torch.Size(s).numel() * d.itemsize for s, d in plan.tensors.values())
+    assert plan.bits_per_weight == pytest.approx(8 * plan.quantized_bytes / plan.quantized_weights)
+
+
+def test_skipped_layers_are_kept(tmp_path):
+    save_tiny("llama", tmp_path)
+    plan = plan_of(tmp_path, skip=("*.mlp.*",))
+    assert all("mlp" not in each.spec.name for each in plan.linears)
+    assert any(name.endswith("mlp.down_proj.weight") for name in plan.kept)
+
+
+def test_skipping_everything_is_refused(tmp_path):
+    save_tiny("llama", tmp_path)
+    with pytest.raises(SourceError, match="leaves no linear layer"):
+        plan_of(tmp_path, skip=("*",))
+
+
+def test_expected_memory_grows_with_what_is_held(tmp_path):
+    save_tiny("llama", tmp_path)
+    few, many = plan_of(tmp_path, samples=8), plan_of(tmp_path, samples=800)
+    hidden = 792 * 512 * 48 * 4
+    assert many.peak_memory_bytes - few.peak_memory_bytes == pytest.approx(hidden, rel=0.05)
+
+
+def test_the_description_names_kinds_sizes_and_what_is_kept(tmp_path):
+    save_tiny("llama", tmp_path)
+    text = describe_plan(plan_of(tmp_path))
+    for part in ("self_attn.q_proj", "mlp.down_proj", "LlamaForCausalLM", "embedding", "at the peak", "builtin"):
+        assert part in text

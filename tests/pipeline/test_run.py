@@ -1,0 +1,163 @@
+"""The main job: what is written is what was solved, on every architecture, to the last byte again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from tiny_models import FAMILIES, save_tiny
+from transformers import AutoModelForCausalLM
+
+import shiftadd_cli  # noqa: F401 - registers the format with transformers
+from shiftadd_cli.errors import NumericalError
+from shiftadd_cli.pipeline.plan import make_plan
+from shiftadd_cli.pipeline.run import load_calibration, run_plan
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import open_source
+
+QUICK = {"samples": 8, "seq_len": 32, "batch_size": 3, "group_size": 16}
+CPU = torch.device("cpu")
+
+
+def quantize(model, out, recipe="default", **fields):
+    plan = make_plan(open_source(str(model)), Recipe.load(recipe, QUICK | fields))
+    return run_plan(
+        plan,
+        load_calibration(plan),
+        out,
+        device=CPU,
+        overwrite=False,
+        command=["quantize"],
+        progress=lambda names, _: names,
+    )
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_artifact_loads_and_computes_with_the_decoded_weights(tmp_path, family):
+    source = tmp_path / "source"
+    save_tiny(family, source)
+    report = quantize(source, tmp_path / "out", bits=4)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    original = logits(dense, tokens)
+    for layer in report.layers:
+        module = dense.get_submodule(layer.name)
+        decoded = packed.get_submodule(layer.name).decode()
+        module.weight.data = decoded.T if type(module).__name__ == "Conv1D" else decoded
+    expected = logits(dense, tokens)
+    torch.testing.assert_close(logits(packed, tokens), expected, rtol=1e-4, atol=1e-4)
+    # Four bits of a random model: far from the original enough to be quantized, near enough to be this model.
+    distance = (expected - original).norm() / original.norm()
+    assert 0 < distance < 0.5
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path):
+    source = tmp_path / "source"
+    save_tiny("llama", source)
+    sums = []
+    for name in ("a", "b"):
+        quantize(source, tmp_path / name)
+        sums.append(hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest())
+    assert sums[0] == sums[1]
+
+
+def test_another_seed_draws_other_windows(tmp_path):
+    save_tiny("llama", tmp_path)
+    plans = [make_plan(open_source(str(tmp_path)), Recipe.load("default", QUICK | {"seed": seed})) for seed in (0, 1)]
+    first, second = (load_calibration(plan) for plan in plans)
+    assert not torch.equal(first.windows, second.windows)
+
+
+@pytest.mark.parametrize("recipe", ["fast", "rtn", "shiftaddllm-acc", "shiftaddllm-lat"])
+def test_every_packaged_recipe_runs(tmp_path, recipe):
+    source = tmp_path / "source"
+    save_tiny("opt", source)
+    fields = {name: value for name, value in QUICK.items() if name != "group_size"}
+    plan = make_plan(open_source(str(source)), Recipe.load(recipe, fields))
+    report = run_plan(
+        plan,
+        load_calibration(plan),
+        tmp_path / "out",
+        device=CPU,
+        overwrite=False,
+        command=[],
+        progress=lambda names, _: names,
+    )
+    assert report.size.quantized_bytes == plan.quantized_bytes
+    assert all(0 < layer.weight_error < 1 for layer in report.layers)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_calibration_lowers_the_output_error(tmp_path):
+    """Against the same model's calibration inputs, the solver beats its own fit without sweep and refinement."""
+    source = tmp_path / "source"
+    save_tiny("llama", source)
+    full = quantize(source, tmp_path / "full")
+    plain = quantize(source, tmp_path / "plain", sweep="none", refine_rounds=0)
+    for ours, theirs in zip(full.layers, plain.layers, strict=True):
+        if ours.block == 0:  # later blocks see different inputs
+            assert ours.output_error < theirs.output_error
+
+
+def test_the_report_accounts_for_every_byte_written(tmp_path):
+    source = tmp_path / "source"
+    save_tiny("qwen2", source)
+    out = tmp_path / "out"
+    report = quantize(source, out)
+    written = json.loads((out / "report.json").read_text())
+    files = list(out.glob("*.safetensors"))
+    assert report.size.files_bytes == sum(file.stat().st_size for file in files)
+    assert {file.name: file.stat().st_size for file in files} == {
+        name: each["bytes"] for name, each in written["files"].items()
+    }
+    assert written["recipe"]["bits"] == 3
+    assert written["calibration"]["tokens"] == QUICK["samples"] * QUICK["seq_len"]
+    assert [layer["name"] for layer in written["layers"]] == [layer.name for layer in report.layers]
+
+
+def test_blocks_are_released_after_their_turn(tmp_path):
+    source = tmp_path / "source"
+    save_tiny("llama", source)
+    opened = open_source(str(source))
+    plan = make_plan(opened, Recipe.load("default", QUICK))
+    held = []
+
+    def watch(names, _):
+        for name in names:
+            held.append(sum(p.numel() for p in opened.skeleton().parameters() if not p.is_meta))
+            yield name
+
+    run_plan(
+        plan, load_calibration(plan), tmp_path / "out", device=CPU, overwrite=False, command=[], progress=watch
+    )
+    assert held == [0] * len(plan.structure.blocks)
+
+
+def test_a_layer_with_a_weight_that_is_not_finite_is_named(tmp_path):
+    source = tmp_path / "source"
+    save_tiny("llama", source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    model.save_pretrained(source)
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        quantize(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_block_whose_activations_are_not_finite_is_named(tmp_path):
+    source = tmp_path / "source"
+    save_tiny("llama", source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers[0].post_attention_layernorm.weight.data[0] = float("inf")
+    model.save_pretrained(source)
+    with pytest.raises(NumericalError, match=r"output of model\.layers\.0 is not finite in float32"):
+        quantize(source, tmp_path / "out")
