@@ -1,0 +1,103 @@
+"""`shiftadd evaluate` as a user types it: what is printed where, and how bad input ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny_models import save_tiny
+
+from shiftadd_cli.cli import main
+from shiftadd_cli.evaluation import compare
+
+SHORT = ("--context", "64", "--max-tokens", "200", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny("llama", tmp_path_factory.mktemp("models") / "one"))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny("llama", tmp_path_factory.mktemp("models") / "two", seed=1))
+
+
+def evaluate(*arguments: str):
+    return CliRunner().invoke(main, ["evaluate", *arguments])
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def test_the_table_has_a_row_per_model_and_says_how_it_was_measured(one, two):
+    result = evaluate(two, one, "--against", one, *SHORT)
+    assert result.exit_code == 0, result.output
+    header, original, first, second = result.stdout.splitlines()[:4]
+    assert cells(header)[:4] == ["model", "perplexity", "KL, nats/token", "same top token"]
+    assert [cells(row)[0] for row in (original, first, second)] == [one, two, one]
+    assert cells(original)[2:4] == ["-", "-"]
+    assert cells(second)[2:4] == ["0.0000 ± 0.0000", "100.00%"]
+    assert len({len(row) for row in (header, original, first, second)}) == 1
+    assert "builtin (documentation of Python" in result.stdout
+    assert "200 tokens (the first of" in result.stdout
+    assert "4 of 64 tokens (context), not overlapping; 196 tokens scored" in result.stdout
+    assert "in float32 on cpu" in result.stdout
+
+
+def test_json_is_all_there_is_on_standard_output(one, two):
+    result = evaluate(two, "--against", one, "--json", *SHORT)
+    assert result.exit_code == 0, result.output
+    table = json.loads(result.stdout)
+    assert table["models"][0]["spec"] == two
+    assert table["models"][0]["kl"] > 0
+    assert table["original"]["spec"] == one
+    assert "Evaluating" in result.stderr
+
+
+def test_a_dtype_can_be_asked_for(one):
+    result = evaluate(one, "--dtype", "bfloat16", *SHORT)
+    assert result.exit_code == 0, result.output
+    assert "in bfloat16 (stored as float32) on cpu" in result.stdout
+
+
+def test_a_model_calibrated_on_the_test_text_draws_a_warning(one, monkeypatch):
+    measured = compare._measured
+    monkeypatch.setattr(
+        compare,
+        "_measured",
+        lambda *arguments: compare.Measured(measured(*arguments).info, measured(*arguments).score, True),
+    )
+    result = evaluate(one, *SHORT)
+    assert result.exit_code == 0, result.output
+    assert "was calibrated on the very text it is measured on" in result.stderr
+    assert "Warning" not in result.stdout
+
+
+BAD = {
+    "no model": ([], "Missing argument 'MODEL...'"),
+    "missing model": (["/nowhere/at/all"], "There is no model at /nowhere/at/all"),
+    "missing original": (["{one}", "--against", "/nowhere"], "There is no model at /nowhere"),
+    "missing file": (["{one}", "--dataset", "missing.txt"], "There is no file missing.txt"),
+    "unknown text": (["{one}", "--dataset", "wikitxt2"], "did you mean wikitext2?"),
+    "no network": (["{one}", "--dataset", "wikitext2"], "pass a .txt, .jsonl or .parquet file instead"),
+    "context of one": (["{one}", "--context", "1"], "'--context'"),
+    "context too long": (["{one}", "--context", "100000"], "is beyond the 512"),
+    "no such device": (["{one}", "--device", "nonsense"], "--device nonsense"),
+    "unknown dtype": (["{one}", "--dtype", "int8"], "'--dtype'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_sentence_and_code_2(case, one, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = BAD[case]
+    result = evaluate(*(argument.format(one=one) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert not list(Path(tmp_path).iterdir())

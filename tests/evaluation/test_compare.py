@@ -1,0 +1,121 @@
+"""`evaluate` ties text, models and scores together, and refuses what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny, tiny_model, tiny_tokenizer
+
+from shiftadd_cli.calibration.text import load_text
+from shiftadd_cli.errors import CalibrationError, RecipeError, SourceError
+from shiftadd_cli.evaluation import compare
+from shiftadd_cli.evaluation.compare import Measured, evaluate
+from shiftadd_cli.evaluation.models import ModelInfo
+from shiftadd_cli.evaluation.perplexity import Score
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> str:
+    return str(save_tiny("llama", folder / "one"))
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> str:
+    return str(save_tiny("llama", folder / "two", seed=1))
+
+
+def run(*models: str, **options: object):
+    return evaluate(models, **{"context": 64, "max_tokens": 300, "show_progress": False, **options})
+
+
+def test_perplexity_of_the_first_tokens_of_the_text(one):
+    found = run(one)
+    text = load_text("builtin", split="test")
+    ids = tiny_tokenizer()(text.text, add_special_tokens=False)["input_ids"]
+    assert (found.text, found.text_fingerprint) == (text.name, text.fingerprint)
+    assert (found.text_tokens, found.tokens, found.windows, found.context) == (len(ids), 300, 5, 64)
+    assert found.scored_tokens == 300 - 5
+    model, total = tiny_model("llama"), 0.0
+    with torch.no_grad():
+        for window in torch.tensor(ids[:300]).split(64):
+            chances = model(input_ids=window.unsqueeze(0)).logits[0, :-1].double().log_softmax(-1)
+            total -= chances[torch.arange(len(window) - 1), window[1:]].sum().item()
+    assert found.models[0].score.perplexity == pytest.approx(math.exp(total / 295), rel=1e-5)
+    assert found.original is None
+    assert found.models[0].score.kl is None
+
+
+def test_several_models_against_an_original(one, two):
+    found = run(one, two, against=one)
+    same, other = (each.score for each in found.models)
+    assert (same.kl, same.agreement) == (0.0, 1.0)
+    assert other.kl > 0.01
+    assert found.original.score.perplexity == same.perplexity
+    assert [each.info.spec for each in found.models] == [one, two]
+
+
+def test_the_result_is_json(one, two):
+    found = run(two, against=one)
+    table = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert table["models"][0]["perplexity"] == found.models[0].score.perplexity
+    assert table["models"][0]["file_bytes"] == found.models[0].info.file_bytes
+    assert table["original"]["kl"] is None
+    assert table["scored_tokens"] == found.scored_tokens
+    assert run(one).to_dict()["original"] is None
+
+
+def test_an_infinite_perplexity_is_null_in_json():
+    info = ModelInfo("m", False, 1, 1, 8.0, None, "float32", "float32", None, None)
+    score = Score(800.0, None, math.inf, None, None, None, None, 1.0)
+    table = Measured(info, score, False).to_dict()
+    assert table["perplexity"] is None
+    assert table["nll"] == 800.0
+
+
+def test_calibration_on_the_test_text_is_noticed(one, monkeypatch):
+    text = load_text("builtin", split="test")
+    load = compare.open_any(one).__class__.load
+    fingerprint = text.fingerprint
+
+    def with_calibration(self, *arguments):
+        from dataclasses import replace
+
+        loaded = load(self, *arguments)
+        return loaded._replace(info=replace(loaded.info, calibration_fingerprint=fingerprint))
+
+    monkeypatch.setattr("shiftadd_cli.evaluation.models.Opened.load", with_calibration)
+    assert run(one).models[0].calibrated_on_test
+    fingerprint = load_text("builtin", split="calibration").fingerprint
+    assert not run(one).models[0].calibrated_on_test
+
+
+def test_bad_input_is_refused_before_a_model_is_loaded(one, tmp_path, monkeypatch):
+    monkeypatch.setattr("shiftadd_cli.evaluation.models.Opened.load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(CalibrationError, match="no text called"):
+        run(one, dataset="nothing")
+    with pytest.raises(SourceError, match="no model"):
+        run(one, "/nowhere/at/all")
+    (tmp_path / "short.txt").write_text("e")
+    with pytest.raises(CalibrationError, match="has 1 tokens, and 2 are needed"):
+        run(one, dataset=str(tmp_path / "short.txt"))
+
+
+def test_models_that_split_text_differently_are_refused(one, folder):
+    other = save_tiny("llama", folder / "other")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(other)
+    with pytest.raises(RecipeError, match="different tokens"):
+        run(one, str(other))
