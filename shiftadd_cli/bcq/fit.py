@@ -110,15 +110,15 @@ class _Piece:
         w, h, bits = self.w, self.h, self.bits
         if method == "uniform":
             return uniform_grid(w, h, bits, self.offset, self.limit)
-        starts = [greedy_start(w, h, bits)]
-        if method == "search":
-            starts += clipped_starts(w, h, bits, self.offset)
-        screening = rounds if len(starts) == 1 else min(rounds, _SCREENING_ROUNDS)
         best = _Best(len(w), bits, self.offset, w)
-        for start in starts:
-            self._alternate(start, screening, best)
-        if rounds > screening:
-            self._alternate(best.fit(), rounds - screening, best)
+        # To its end, so that a search is never worse than the greedy fit.
+        self._alternate(greedy_start(w, h, bits), rounds, best)
+        if method == "search":
+            screening = min(rounds, _SCREENING_ROUNDS)
+            for start in clipped_starts(w, h, bits, self.offset):
+                self._alternate(start, screening, best)
+            if rounds > screening:
+                self._alternate(best.fit(), rounds - screening, best)
         return best.fit()
 
     def _alternate(self, start: Scales, rounds: int, best: _Best) -> None:

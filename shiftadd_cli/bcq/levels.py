@@ -58,10 +58,6 @@ class LevelTable:
             rank = torch.searchsorted(midpoints, weights.unsqueeze(-1)).squeeze(-1)
         return rank, self.levels.gather(0, rank.unsqueeze(0)).squeeze(0)
 
-    def codes_of(self, ranks: Tensor) -> Tensor:
-        """Codes uint8 of ranks of the batch shape."""
-        return self.codes.gather(0, ranks.long().unsqueeze(0)).squeeze(0)
-
 
 def planes_of(codes: Tensor, bits: int) -> Tensor:
     """Planes of codes: uint8 `[out, in]` → bool `[out, bits, in]`."""

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from bcq_problems import all_levels, generator
+from torch import Tensor
+
+from shiftadd_cli.bcq.levels import LevelTable, code_signs, planes_of
+
+
+def tables(bits: int, offset: bool, seed: int = 0) -> tuple[Tensor, Tensor | None, LevelTable]:
+    """Scales `[2, 5, bits]`, among them a zero scale and two equal ones."""
+    g = generator(seed)
+    scales = torch.rand(2, 5, bits, generator=g)
+    scales[0, 0, -1] = 0.0
+    scales[1, 1] = scales[1, 1, 0]
+    offsets = torch.randn(2, 5, generator=g) if offset else None
+    return scales, offsets, LevelTable.build(scales, offsets)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("offset", [False, True])
+def test_levels_are_all_signed_sums_in_order_with_their_codes(bits: int, offset: bool) -> None:
+    scales, offsets, table = tables(bits, offset)
+    assert table.codes.dtype == torch.uint8
+    assert table.levels.shape == (2**bits, 2, 5)
+    assert (table.levels.diff(dim=0) >= 0).all()
+    for r in range(2):
+        for c in range(5):
+            sums = all_levels(scales[r, c], 0.0 if offsets is None else float(offsets[r, c]))
+            expected = sums[table.codes[:, r, c].long()]
+            torch.testing.assert_close(table.levels[:, r, c].double(), expected, rtol=0, atol=1e-5)
+            assert sorted(table.codes[:, r, c].tolist()) == list(range(2**bits))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("offset", [False, True])
+def test_nearest_agrees_with_looking_at_all_levels(bits: int, offset: bool) -> None:
+    _, _, table = tables(bits, offset)
+    for seed in range(20):
+        weights = torch.randn(2, 5, generator=generator(seed)) * bits / 2
+        rank, value = table.nearest(weights)
+        distance = (table.levels - weights).abs()
+        assert torch.equal(value, table.levels.gather(0, rank.unsqueeze(0)).squeeze(0))
+        torch.testing.assert_close((value - weights).abs(), distance.amin(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 5])
+def test_on_a_midpoint_the_lower_level_wins(bits: int) -> None:
+    table = LevelTable.build(2.0 ** torch.arange(bits).view(1, bits), None)
+    for j in range(2**bits - 1):
+        rank, _ = table.nearest(table.midpoints[j])
+        assert int(rank) == j
+
+
+def test_indexing_takes_part_of_the_batch() -> None:
+    _, _, table = tables(3, True)
+    part = table[1]
+    assert torch.equal(part.levels, table.levels[:, 1])
+    assert torch.equal(table[1, 2:4].midpoints, table.midpoints[:, 1, 2:4])
+    assert torch.equal(table[1, 2:4].codes, table.codes[:, 1, 2:4])
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_bit_b_of_a_code_is_the_sign_of_plane_b(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (4, 7), generator=generator(bits)).to(torch.uint8)
+    planes = planes_of(codes, bits)
+    assert planes.shape == (4, bits, 7)
+    signs = code_signs(bits)
+    for b in range(bits):
+        assert torch.equal(planes[:, b], (codes.int() // 2**b) % 2 == 1)
+        assert torch.equal(planes[:, b].float() * 2 - 1, signs[codes.int(), b])

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bcq_problems import generator, quick
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.scale_formats import scale_format
+from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+
+FORMATS = ("pot", "apot2", "apot3", "float")
+NIBBLES = {"pot": 1, "apot2": 2, "apot3": 3}
+
+
+def random_parts(layout: PackedLayout, seed: int) -> dict[str, Any]:
+    """Arguments of `QuantizedWeight.pack` on the scale format; a tenth of the scales zero, one group all zero."""
+    g = generator(seed)
+    grid, form = layout.grid, scale_format(layout.scale_format)
+    ratios = form.round(torch.exp2(-12 * torch.rand(grid.row_groups, grid.column_groups, layout.bits, generator=g)))
+    ratios = torch.where(torch.rand(ratios.shape, generator=g) < 0.1, 0.0, ratios)
+    ratios[0, 0] = 0.0
+    if layout.row_scale:
+        row_scale = (0.01 + torch.rand(grid.rows, generator=g)).bfloat16().float()
+    else:
+        row_scale = torch.tensor([2.0**-3])
+    offsets = None
+    if layout.offset and form.nibbles:
+        multiples = torch.randint(-8, 8, (grid.row_groups, grid.column_groups), generator=g)
+        offsets = multiples * ratios.amax(-1) / 8
+    elif layout.offset:
+        offsets = torch.randn(grid.row_groups, grid.column_groups, generator=g).half().float()
+    planes = torch.rand(grid.rows, layout.bits, grid.columns, generator=g) > 0.5
+    return {"planes": planes, "ratios": ratios, "row_scale": row_scale, "offsets": offsets}
+
+
+def nibble_at(stream: Tensor, place: int) -> int:
+    return int(stream[place // 2]) >> (4 * (place % 2)) & 15
+
+
+def scalar_ratio(nibbles: list[int]) -> float:
+    """Σ of the signed powers of two that the nibbles of one scale stand for."""
+    if nibbles[0] == 15:
+        return 0.0
+    place = nibbles[0]
+    value = 2.0**-place
+    for nibble in nibbles[1:]:
+        place += nibble & 7
+        if nibble & 7:
+            value += (-1.0 if nibble & 8 else 1.0) * 2.0**-place
+    return value
+
+
+def slow_decode(layout: PackedLayout, tensors: dict[str, Tensor]) -> Tensor:
+    """Element by element in float64 from the stored bytes, by the formula and table in the docstring of `weight`."""
+    grid, bits = layout.grid, layout.bits
+    out = torch.empty(grid.rows, grid.columns, dtype=torch.float64)
+    for o in range(grid.rows):
+        r = o // grid.group_rows
+        for i in range(grid.columns):
+            c = i // grid.group_columns
+            scales = []
+            for b in range(bits):
+                if layout.scale_format == "float":
+                    scales.append(float(tensors["weight_scales"][r, c, b]))
+                    continue
+                n = NIBBLES[layout.scale_format]
+                first = (c * bits + b) * n
+                scales.append(scalar_ratio([nibble_at(tensors["weight_exponents"][r], first + k) for k in range(n)]))
+            value = 0.0
+            for b in range(bits):
+                bit = int(tensors["weight_codes"][o, b, i // 8]) >> (i % 8) & 1
+                value += scales[b] if bit else -scales[b]
+            if layout.offset and layout.scale_format == "float":
+                value += float(tensors["weight_offset"][r, c])
+            elif layout.offset:
+                nibble = nibble_at(tensors["weight_offset"][r], c)
+                value += (nibble - 16 if nibble > 7 else nibble) / 8 * max(scales)
+            row_scale = tensors["weight_row_scale"]
+            out[o, i] = value * float(row_scale[o if layout.row_scale else 0])
+    return out
+
+
+def check_layout(weight: QuantizedWeight) -> None:
+    declared = weight.layout.tensors()
+    assert set(declared) == set(weight.tensors)
+    for name, tensor in weight.tensors.items():
+        assert (tuple(tensor.shape), tensor.dtype) == declared[name], name
+        assert tensor.is_contiguous()
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in weight.tensors.values())
+    assert weight.layout.nbytes == stored
+    assert weight.layout.bits_per_weight == 8 * stored / (weight.layout.grid.rows * weight.layout.grid.columns)
+
+
+def check_decode(layout: PackedLayout, seed: int) -> None:
+    parts = random_parts(layout, seed)
+    weight = QuantizedWeight.pack(layout, **parts)
+    check_layout(weight)
+    slow = slow_decode(layout, weight.tensors)
+    decoded = weight.decode()
+    assert decoded.dtype == torch.float32
+    torch.testing.assert_close(decoded.double(), slow, rtol=1e-5, atol=1e-6)
+    assert torch.equal(weight.ratios(), parts["ratios"])
+    # The same from the parts that were packed: nothing is lost on the way into the bytes.
+    grid = layout.grid
+    scales = grid.expand_columns(grid.expand_rows(parts["ratios"]).transpose(1, 2))
+    dense = ((parts["planes"].double() * 2 - 1) * scales.double()).sum(1)
+    if parts["offsets"] is not None:
+        assert torch.equal(weight.offsets(weight.ratios()), parts["offsets"])
+        dense += grid.expand_columns(grid.expand_rows(parts["offsets"])).double()
+    torch.testing.assert_close(dense * parts["row_scale"].double().view(-1, 1), slow, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize(
+    ("group_rows", "group_size"), [(1, 64), (1, 5), (1, "all"), ("all", 1), ("1/8", 8), (3, 7)], ids=str
+)
+def test_decode_equals_the_formula_for_every_group_shape(
+    scale_format: str, offset: bool, group_rows: int | str, group_size: int | str
+) -> None:
+    grid = ScaleGrid.resolve(11, 67, group_rows, group_size)
+    for row_scale in (False, True):
+        check_decode(PackedLayout(grid, 3, scale_format, row_scale, offset), seed=1)
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_decode_equals_the_formula_for_every_number_of_planes(scale_format: str, bits: int) -> None:
+    check_decode(PackedLayout(ScaleGrid.resolve(5, 21, 1, 8), bits, scale_format, True, True), seed=bits)
+
+
+@quick
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 30),
+    group_rows=st.sampled_from([1, 2, "all", "1/2"]),
+    group_size=st.one_of(st.integers(1, 32), st.just("all")),
+    bits=st.integers(1, 4),
+    scale_format=st.sampled_from(FORMATS),
+    row_scale=st.booleans(),
+    offset=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_decode_equals_the_formula_for_any_size(
+    rows: int,
+    columns: int,
+    group_rows: int | str,
+    group_size: int | str,
+    bits: int,
+    scale_format: str,
+    row_scale: bool,
+    offset: bool,
+    seed: int,
+) -> None:
+    grid = ScaleGrid.resolve(rows, columns, group_rows, group_size)
+    check_decode(PackedLayout(grid, bits, scale_format, row_scale, offset), seed)
+
+
+@pytest.mark.parametrize(("group_rows", "row_scale"), [(1, True), ("1/2", False)])
+@pytest.mark.parametrize("height", [1, 3, 4, 11, 100])
+def test_tiles_are_the_rows_of_the_whole_bit_for_bit(group_rows: int | str, row_scale: bool, height: int) -> None:
+    layout = PackedLayout(ScaleGrid.resolve(11, 37, group_rows, 8), 3, "apot2", row_scale, True)
+    weight = QuantizedWeight.pack(layout, **random_parts(layout, 2))
+    whole, next_row = weight.decode(), 0
+    for rows, tile in weight.tiles(height):
+        assert rows.start == next_row
+        assert torch.equal(tile, whole[rows])
+        next_row = rows.stop
+    assert next_row == 11
+
+
+def test_layout_counts_every_stored_bit() -> None:
+    # 3 planes, 9 groups of 3 scales of 8 bits and an offset of 4 bits to 576 weights, 16 bits of row scale.
+    layout = PackedLayout(ScaleGrid.resolve(960, 576, 1, 64), 3, "apot2", True, True)
+    assert layout.bits_per_weight == 3 + (9 * 3 * 8 + 40 + 16) / 576
+    assert layout.nbytes == 960 * (576 * 3 // 8 + 27 + 5 + 2)
