@@ -114,7 +114,7 @@ class ArtifactWriter:
         """Write config.json, the index and report.json (with `files` of `seal` added), and put the folder in place."""
         sums = self.seal()
         if len(self._shards) > 1:
-            total = sum(entry.nbytes for shard in self._shards for entry in shard.entries.values())
+            total = sum(e.stop - e.start for shard in self._shards for e in shard.entries.values())
             index = {"metadata": {"total_size": total}, "weight_map": {n: s.name for n, s in self._where.items()}}
             self.add_file(INDEX_FILE, _json(index))
         if report is not None:

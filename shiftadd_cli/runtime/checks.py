@@ -23,16 +23,16 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
     for file in files:
         if not file.endswith(".safetensors"):
             raise ArtifactError(f"{file} is no safetensors file, which shiftadd checkpoints consist of; {_AGAIN}.")
-        for name, entry in read_header(Path(file)).items():
+        for name, (found, kind) in read_header(Path(file)).items():
             if name not in expected:
                 continue
             shape, dtype = tuple(expected[name].shape), expected[name].dtype
-            if entry.shape != shape:
+            if found != shape:
                 raise ArtifactError(
-                    f"{name} in {file} has shape {list(entry.shape)}, and config.json asks for {list(shape)}; {_AGAIN}."
+                    f"{name} in {file} has shape {list(found)}, and config.json asks for {list(shape)}; {_AGAIN}."
                 )
-            if name.endswith(SUFFIXES) and entry.dtype != dtype:
-                raise ArtifactError(f"{name} in {file} is {entry.dtype}, and the format says {dtype}; {_AGAIN}.")
+            if name.endswith(SUFFIXES) and kind != dtype:
+                raise ArtifactError(f"{name} in {file} is {kind}, and the format says {dtype}; {_AGAIN}.")
 
 
 def check_loaded(model: nn.Module, architectures: Sequence[str]) -> None:

@@ -1,0 +1,125 @@
+"""What a checkpoint stores, counted from its files' headers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from shiftadd_cli.artifact.folder import Artifact
+from shiftadd_cli.artifact.shards import nbytes
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One compressed matrix, or `count` alike ones; `stored_bytes` of all of them together."""
+
+    name: str
+    count: int
+    out_features: int
+    in_features: int
+    bits: int
+    scale_format: str
+    stored_bytes: int
+
+    @property
+    def weights(self) -> int:
+        return self.count * self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One tensor stored as it was."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All tensors of a checkpoint: `kept` largest first, `layers` and `kinds` in the order of config.json."""
+
+    folder: str
+    architecture: str
+    format_version: int
+    files: int
+    file_bytes: int
+    has_checksums: bool
+    layers: tuple[Packed, ...]
+    kept: tuple[Kept, ...]
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Contents:
+        """Count an artifact's headers; raises ArtifactError as `Artifact` does for damaged files."""
+        tensors = artifact.tensors
+        stored = dict.fromkeys(artifact.layouts, 0)
+        kept = []
+        for name, shape in tensors.items():
+            module, _, suffix = name.rpartition(".")
+            if module in stored and suffix in artifact.layouts[module].tensors():
+                stored[module] += nbytes(shape)
+            else:
+                kept.append(Kept(name, shape[0], str(shape[1]).removeprefix("torch."), nbytes(shape)))
+        layers = tuple(
+            Packed(name, 1, layout.grid.rows, layout.grid.columns, layout.bits, layout.scale_format, stored[name])
+            for name, layout in artifact.layouts.items()
+        )
+        return cls(
+            folder=str(artifact.folder),
+            architecture=", ".join(artifact.config.get("architectures") or ["unknown model"]),
+            format_version=artifact.config["quantization_config"]["format_version"],
+            files=len(artifact.headers),
+            file_bytes=artifact.file_bytes,
+            has_checksums="files" in (artifact.report or {}),
+            layers=layers,
+            kept=tuple(sorted(kept, key=lambda each: (-each.stored_bytes, each.name))),
+        )
+
+    @property
+    def kinds(self) -> tuple[Packed, ...]:
+        """Layers that differ only in the number of their block, as one row each."""
+        return tuple(_merge(self.layers))
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(each.stored_bytes for each in self.layers)
+
+    @property
+    def packed_weights(self) -> int:
+        return sum(each.weights for each in self.layers)
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(each.stored_bytes for each in self.kept)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the compressed matrices; 0 if there are none."""
+        return 8 * self.packed_bytes / self.packed_weights if self.layers else 0.0
+
+    @property
+    def file_bits_per_weight(self) -> float:
+        """All weight files over all numbers they stand for; tied tensors are stored, and so counted, once."""
+        return 8 * self.file_bytes / (self.packed_weights + sum(math.prod(each.shape) for each in self.kept))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON."""
+        totals = ("packed_bytes", "packed_weights", "kept_bytes", "bits_per_weight", "file_bits_per_weight")
+        return (
+            asdict(self) | {"kinds": [asdict(row) for row in self.kinds]} | {key: getattr(self, key) for key in totals}
+        )
+
+
+def _merge(layers: Iterable[Packed]) -> Iterable[Packed]:
+    rows: dict[Packed, list[Packed]] = {}
+    for layer in layers:
+        alike = replace(layer, name=_NUMBER.sub("*", layer.name), stored_bytes=0)
+        rows.setdefault(alike, []).append(layer)
+    for alike, members in rows.items():
+        yield replace(alike, count=len(members), stored_bytes=sum(each.stored_bytes for each in members))

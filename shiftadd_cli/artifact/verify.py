@@ -1,0 +1,101 @@
+"""Verification of a checkpoint folder: everything that can be known to be wrong without the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import torch
+from safetensors import safe_open
+
+from shiftadd_cli.artifact.folder import Artifact
+from shiftadd_cli.artifact.format import SUFFIXES
+from shiftadd_cli.artifact.shards import TensorShape
+from shiftadd_cli.artifact.writer import sha256
+from shiftadd_cli.bcq.weight import QuantizedWeight
+from shiftadd_cli.errors import ArtifactError
+
+# Rows decoded at a time.
+_TILE_ROWS = 1024
+
+
+def verify(artifact: Artifact) -> None:
+    """Raise ArtifactError for the first fault, with the number of further ones.
+
+    Checked: every file is complete and holds the tensors of the index and no others; every compressed matrix has
+    exactly its tensors, with their shapes and dtypes, and no others are there; checksums of report.json, if any; all
+    stored numbers and all decoded weights are finite.
+    """
+    faults = list(_structure(artifact)) or [*_checksums(artifact), *_values(artifact)]
+    if faults:
+        more = f" ({len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise ArtifactError(f"{artifact.folder}: {faults[0]}{more}; copy it again, or quantize the model again.")
+
+
+def _structure(artifact: Artifact) -> Iterator[str]:
+    headers, index = artifact.headers, artifact.index
+    for file in sorted(path.name for path in artifact.folder.glob("*.safetensors")):
+        if file not in headers:
+            yield f"{file} is not named in the index"
+    places: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header:
+            if name in places:
+                yield f"{name} is both in {places[name]} and in {file}"
+            places[name] = file
+    if index is not None:
+        for name in index.keys() | places.keys():
+            if index.get(name) != places.get(name):
+                yield f"{name} is in {places.get(name, 'no file')}, and by the index in {index.get(name, 'no file')}"
+    tensors = artifact.tensors
+    expected: dict[str, TensorShape] = {}
+    for module, layout in artifact.layouts.items():
+        expected |= {f"{module}.{suffix}": shape for suffix, shape in layout.tensors().items()}
+        if f"{module}.weight" in tensors:
+            yield f"{module}.weight is there beside its compressed form"
+    for name, (shape, dtype) in expected.items():
+        if name not in tensors:
+            yield f"{name} is missing"
+        elif tensors[name] != (shape, dtype):
+            found, kind = tensors[name]
+            yield f"{name} is {kind} {list(found)} instead of {dtype} {list(shape)}"
+    for name in tensors.keys() - expected.keys():
+        if name.endswith(SUFFIXES):
+            yield f"{name} belongs to no module that config.json lists as compressed"
+
+
+def _checksums(artifact: Artifact) -> Iterator[str]:
+    known = (artifact.report or {}).get("files")
+    if known is None:
+        return
+    if not isinstance(known, dict) or known.keys() != artifact.headers.keys():
+        yield "report.json names other weight files than there are"
+        return
+    for file in artifact.headers:
+        if not isinstance(known[file], dict) or sha256(artifact.folder / file) != known[file].get("sha256"):
+            yield f"{file} differs from its checksum in report.json"
+
+
+def _values(artifact: Artifact) -> Iterator[str]:
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(safe_open(artifact.folder / name, framework="pt")) for name in artifact.headers
+        }
+        where = {tensor: files[file] for file, header in artifact.headers.items() for tensor in header}
+        for module, layout in artifact.layouts.items():
+            stored = {
+                suffix: where[f"{module}.{suffix}"].get_tensor(f"{module}.{suffix}") for suffix in layout.tensors()
+            }
+            bad = [suffix for suffix, tensor in stored.items() if not _finite(tensor)]
+            if bad:
+                yield f"{module}.{bad[0]} holds values that are not finite"
+            elif not all(_finite(tile) for _, tile in QuantizedWeight(layout, stored).tiles(_TILE_ROWS)):
+                yield f"{module} decodes to weights that are not finite"
+        packed = {f"{module}.{suffix}" for module, layout in artifact.layouts.items() for suffix in layout.tensors()}
+        for name, file in where.items():
+            if name not in packed and not _finite(file.get_tensor(name)):
+                yield f"{name} holds values that are not finite"
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

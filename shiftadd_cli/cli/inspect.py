@@ -1,0 +1,79 @@
+"""`shiftadd inspect`: what a checkpoint consists of, and whether it is sound."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from shiftadd_cli.artifact.contents import Contents
+
+
+@click.command()
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--verify", "check", is_flag=True, help="Read everything and check it; leaves with 2 if it is damaged.")
+@click.option("--layers", is_flag=True, help="One line per layer instead of one per kind.")
+@click.option("--json", "as_json", is_flag=True, help="Print the contents as JSON, and nothing else.")
+def inspect(folder: Path, check: bool, layers: bool, as_json: bool) -> None:
+    """Show what the checkpoint OUT stores for every kind of layer, counted in bytes of its files.
+
+    Reads headers only. --verify reads all tensors as well: completeness, shapes, checksums, finite values.
+    """
+    from shiftadd_cli.artifact.folder import Artifact
+    from shiftadd_cli.artifact.verify import verify
+    from shiftadd_cli.artifact.contents import Contents
+
+    artifact = Artifact.open(folder)
+    if check:
+        verify(artifact)
+    contents = Contents.of(artifact)
+    if as_json:
+        click.echo(json.dumps(contents.to_dict() | {"verified": check}, indent=2, ensure_ascii=False))
+    else:
+        click.echo(_describe(contents, layers=layers, verified=check))
+
+
+def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
+    from shiftadd_cli.report.summary import size, table
+
+    rows = [
+        (
+            row.name,
+            str(row.count),
+            f"{row.out_features} x {row.in_features}",
+            str(row.bits),
+            row.scale_format,
+            f"{8 * row.stored_bytes / row.weights:.3f}",
+            size(row.stored_bytes),
+        )
+        for row in (contents.layers if layers else contents.kinds)
+    ]
+    kept = [
+        (tensor.name, " x ".join(map(str, tensor.shape)), tensor.dtype, size(tensor.stored_bytes))
+        for tensor in contents.kept
+    ]
+    shown = kept if layers else kept[:8]
+    rest = [] if len(shown) == len(kept) else [f"... and {len(kept) - len(shown)} smaller ones (--layers shows all)"]
+    lines = [
+        f"{contents.folder}: {contents.architecture}, format version {contents.format_version}, "
+        f"{contents.files} weight file{'s' if contents.files > 1 else ''}",
+        "",
+        table(("compressed", "count", "shape", "bits", "scales", "bits/weight", "stored"), rows),
+        "",
+        table(("kept as they were", "shape", "dtype", "stored"), shown),
+        *rest,
+        "",
+        f"Compressed    {size(contents.packed_bytes)} for {contents.packed_weights / 1e6:,.1f} M weights, "
+        f"{contents.bits_per_weight:.3f} bits/weight",
+        f"Kept          {size(contents.kept_bytes)}",
+        f"Files         {size(contents.file_bytes)}, {contents.file_bits_per_weight:.3f} bits/weight over everything",
+    ]
+    if verified:
+        lines.append(
+            "Verified      complete, every tensor as the format says, all values finite"
+            + (", checksums as in report.json" if contents.has_checksums else ", no checksums to compare")
+        )
+    return "\n".join(lines)
