@@ -2,7 +2,7 @@
 
 Importing transformers takes seconds, so `import shiftadd_cli` (and with it `shiftadd --help`) must not do it. If the
 part of transformers that knows quantization methods is loaded already, the plugin registers at once; otherwise a
-finder on `sys.meta_path` waits for that one module and registers right after it has run.
+finder on `sys.meta_path` waits for that part, or for the plugin itself, and registers right after it has run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from types import ModuleType
 
 # transformers imports this package before any model class, so nothing can be loaded without it.
 TARGET = "transformers.quantizers"
+PLUGIN = "shiftadd_cli.runtime.transformers_plugin"
 
 
 class _RegisterAfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != TARGET:
+        if fullname not in (TARGET, PLUGIN):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -36,6 +37,10 @@ class _RegisterAfterImport(MetaPathFinder):
 
 
 def _register() -> None:
+    plugin = sys.modules.get(PLUGIN)
+    if plugin is not None and not hasattr(plugin, "register"):
+        # The plugin was imported first and is half-way through importing TARGET; it is registered when it is done.
+        return
     from shiftadd_cli.runtime.transformers_plugin import register
 
     register()

@@ -26,6 +26,7 @@ def run(program: str) -> str:
         "import shiftadd_cli; from transformers import AutoModelForCausalLM",
         "import shiftadd_cli; import transformers.quantizers",
         "from transformers import AutoModelForCausalLM; import shiftadd_cli",
+        "from shiftadd_cli.runtime import transformers_plugin",
         "import transformers; import shiftadd_cli; transformers.AutoModelForCausalLM",
     ],
 )
