@@ -64,7 +64,17 @@ def check_finite(hidden: Tensor, block: str) -> None:
     """Raise NumericalError naming the block whose output holds NaN or infinite values."""
     if not torch.isfinite(hidden).all():
         dtype = str(hidden.dtype).removeprefix("torch.")
-        raise NumericalError(f"The output of {block} is not finite in {dtype}; use --dtype float32, or mend the source.")
+        raise NumericalError(
+            f"The output of {block} is not finite in {dtype}; use --dtype float32, or mend the source."
+        )
+
+
+def _check_weights(block: nn.Module, name: str) -> None:
+    for parameter, weight in block.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise NumericalError(
+                f"{name}.{parameter} holds values that are not finite; the source checkpoint is damaged."
+            )
 
 
 def _run(model: nn.Module, batch: Tensor, device: torch.device) -> None:
@@ -103,6 +113,7 @@ def _record_calls(
             raise SourceError(f"The model changes the hidden states before {name}; its architecture is not supported.")
         calls.append(BlockCall(rest, named))
         source.materialise([name])
+        _check_weights(module, name)
         module.to(device)
 
     def after(name: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
