@@ -1,0 +1,170 @@
+"""Bad input to `shiftadd quantize`: one line with the cure, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny_models import save_tiny
+
+from shiftadd_cli.cli import main
+
+QUICK = ["--samples", "4", "--seq-len", "32"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("source") / "model")
+
+
+def quantize(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["quantize", *map(str, arguments)])
+
+
+def assert_refused(result: Result, *parts: str) -> None:
+    assert result.exit_code == 2, result.output
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("Error: ")
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert part in line
+
+
+BAD_OPTIONS = [
+    (["--bits", "9"], "bits"),
+    (["--bits", "0"], "bits"),
+    (["--group-size", "0"], "group-size"),
+    (["--group-size", "-3"], "group-size"),
+    (["--recipe", "defualt"], "defualt"),
+    (["--calibration", "none"], "fast"),
+    (["--calibration", "no-such-text.txt"], "no-such-text.txt"),
+    (["--skip", "*.no_such_module"], "no_such_module"),
+    (["--device", "warp:9"], "--device"),
+    (["--samples", "100000000"], "tokens"),
+]
+
+
+@pytest.mark.parametrize(("options", "part"), BAD_OPTIONS)
+def test_bad_options_are_refused(model: Path, tmp_path: Path, options: list[str], part: str) -> None:
+    assert_refused(quantize(model, "-o", tmp_path / "out", *options), part)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_recipe_field_names_file_and_nearest_field(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("bitz: 3\n")
+    assert_refused(quantize(model, "-o", tmp_path / "out", "--recipe", recipe), "mine.yaml", "bitz", "bits")
+
+
+@pytest.mark.parametrize("name", ["no/such/model", "no-such-folder/", "missing.gguf"])
+def test_a_model_that_is_not_there(tmp_path: Path, name: str) -> None:
+    assert_refused(quantize(name, "-o", tmp_path / "out"), name.rstrip("/"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_configuration(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert_refused(quantize(empty, "-o", tmp_path / "out"), "config.json")
+
+
+def test_a_truncated_checkpoint(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_refused(quantize(broken, "-o", tmp_path / "out", *QUICK), "model.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_artifact_of_ours_is_not_a_source(model: Path, tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    assert quantize(model, "-o", done, "--recipe", "fast").exit_code == 0
+    assert_refused(quantize(done, "-o", tmp_path / "again"), "already")
+
+
+def test_text_that_is_too_short_says_how_many_tokens(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("just a few words")
+    assert_refused(quantize(model, "-o", tmp_path / "out", "--calibration", text), "tokens", "65536")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_dataset_without_network_says_how_to_pass_a_file(model: Path, tmp_path: Path) -> None:
+    assert_refused(quantize(model, "-o", tmp_path / "out", "--calibration", "wikitext2"), "wikitext2", ".txt")
+
+
+def test_an_existing_output_needs_overwrite(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert quantize(model, "-o", out, "--recipe", "fast").exit_code == 0
+    before = (out / "config.json").read_bytes()
+    assert_refused(quantize(model, "-o", out, "--recipe", "fast"), "--overwrite")
+    assert (out / "config.json").read_bytes() == before
+    assert quantize(model, "-o", out, "--recipe", "fast", "--bits", "2", "--overwrite").exit_code == 0
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 2
+
+
+def test_overwrite_never_deletes_what_is_not_ours(model: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "thesis"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("four years")
+    assert_refused(quantize(model, "-o", precious, "--recipe", "fast", "--overwrite"), "not written by shiftadd")
+    assert (precious / "thesis.txt").read_text() == "four years"
+
+
+def test_output_inside_the_model_is_refused(model: Path) -> None:
+    assert_refused(quantize(model, "-o", model / "out", "--recipe", "fast"), "inside")
+    assert not (model / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the root user may write anywhere")
+def test_a_folder_without_write_permission_as_the_system_sees_it(model: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    assert_refused(quantize(model, "-o", locked / "out", "--recipe", "fast"), "permission")
+
+
+def test_a_folder_without_write_permission(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert_refused(quantize(model, "-o", tmp_path / "out", "--recipe", "fast"), "permission")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("after", [0, 3, 10])
+def test_a_disk_that_fills_up_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Writing fails, with the system's error for a full disk, at the start and in the middle of the work."""
+    from shiftadd_cli.artifact import writer
+
+    written = []
+    plain = writer._write
+
+    def fill_up(file: object, data: memoryview) -> None:
+        written.append(len(data))
+        if len(written) > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(file, data)
+
+    monkeypatch.setattr(writer, "_write", fill_up)
+    assert_refused(quantize(model, "-o", tmp_path / "out", "--recipe", "fast"), "space")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    result = quantize(model, "-o", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0
+    assert "self_attn.q_proj" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_summary_names_calibration_size_and_place(model: Path, tmp_path: Path) -> None:
+    result = quantize(model, "-o", tmp_path / "out", *QUICK)
+    assert result.exit_code == 0
+    for part in ("builtin", "4 x 32 tokens", "Bits/weight", "Peak memory", str(tmp_path / "out")):
+        assert part in result.stdout
