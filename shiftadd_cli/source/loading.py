@@ -12,6 +12,7 @@ from torch import nn
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import Checkpoint
+from shiftadd_cli.source.memory import trim
 from shiftadd_cli.source.plan import LoadPlan
 from shiftadd_cli.source.skeleton import dtype_plan, set_tensor, tied_groups
 
@@ -59,6 +60,7 @@ class Loader:
         for name, tensor in list(self._tensors()):
             if not tensor.is_meta and _covered(name, prefixes):
                 self._to_meta(name, tensor)
+        trim()
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._model.named_parameters(remove_duplicate=False)

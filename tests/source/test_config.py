@@ -116,3 +116,20 @@ def test_our_own_artifact(llama: Path) -> None:
 
 def test_a_null_entry_is_no_quantization(llama: Path) -> None:
     assert open_source(str(_edit(llama, quantization_config=None))).dtype == torch.float32
+
+
+def test_code_in_the_checkpoint_runs_when_trusted(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(llama / "modules"))
+    monkeypatch.syspath_prepend(llama / "modules")
+    (llama / "own_code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    auto = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"}
+    _edit(llama, model_type="own", architectures=["OwnForCausalLM"], auto_map=auto)
+    source = open_source(str(llama), trust_remote_code=True)
+    source.materialise([""])
+    assert type(source.skeleton()).__name__ == "OwnForCausalLM"
+    tokens = torch.arange(20).reshape(1, -1)
+    assert torch.equal(source.load_model()(tokens).logits, source.skeleton()(tokens).logits)
