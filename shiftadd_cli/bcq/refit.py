@@ -49,7 +49,8 @@ def refit_scales(
         matrix = _normal_matrix(basis, hessian_padded, group_columns)
         rhs = (basis @ pull).reshape(len(basis), groups * terms)
         blocks = matrix.view(-1, groups, terms, groups, terms).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-        curvatures.append(blocks.contiguous())
+        # A copy: the matrix gets its ridge in place.
+        curvatures.append(blocks.clone(memory_format=torch.contiguous_format))
         ridge = _RIDGE * matrix.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(1e-30)
         rhs += ridge * present[where].flatten(1)
         matrix.diagonal(dim1=1, dim2=2).add_(ridge)

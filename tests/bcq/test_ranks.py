@@ -25,7 +25,7 @@ problems = st.tuples(st.integers(1, 20), st.integers(1, 4), st.integers(1, 8), s
 @quick
 @given(problems)
 def test_codes_ranks_and_values_agree(shape: tuple[int, int, int, int, bool]) -> None:
-    columns, out, width, bits, offset = shape
+    columns, out, width, bits, _ = shape
     scales, offsets, tables = random_tables(*shape)
     ranks = torch.randint(0, 2**bits, (columns, out), generator=generator(1)).to(torch.uint8)
     codes = codes_of(tables, width, ranks)
