@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.shards import nbytes
@@ -33,17 +33,21 @@ class Packed:
 
 @dataclass(frozen=True)
 class Kept:
-    """One tensor stored as it was."""
+    """One tensor stored as it was, or `count` alike ones; `stored_bytes` of all of them together."""
 
     name: str
+    count: int
     shape: tuple[int, ...]
     dtype: str
     stored_bytes: int
 
 
+_Entry = TypeVar("_Entry", Packed, Kept)
+
+
 @dataclass(frozen=True)
 class Contents:
-    """All tensors of a checkpoint: `kept` largest first, `layers` and `kinds` in the order of config.json."""
+    """All tensors of a checkpoint: `kept` largest first, `layers` in the order of config.json."""
 
     folder: str
     architecture: str
@@ -65,7 +69,7 @@ class Contents:
             if module in stored and suffix in artifact.layouts[module].tensors():
                 stored[module] += nbytes(shape)
             else:
-                kept.append(Kept(name, shape[0], str(shape[1]).removeprefix("torch."), nbytes(shape)))
+                kept.append(Kept(name, 1, shape[0], str(shape[1]).removeprefix("torch."), nbytes(shape)))
         layers = tuple(
             Packed(name, 1, layout.grid.rows, layout.grid.columns, layout.bits, layout.scale_format, stored[name])
             for name, layout in artifact.layouts.items()
@@ -84,7 +88,12 @@ class Contents:
     @property
     def kinds(self) -> tuple[Packed, ...]:
         """Layers that differ only in the number of their block, as one row each."""
-        return tuple(_merge(self.layers))
+        return _merge(self.layers)
+
+    @property
+    def kept_kinds(self) -> tuple[Kept, ...]:
+        """The same for tensors stored as they were, largest first."""
+        return tuple(sorted(_merge(self.kept), key=lambda each: -each.stored_bytes))
 
     @property
     def packed_bytes(self) -> int:
@@ -116,10 +125,12 @@ class Contents:
         )
 
 
-def _merge(layers: Iterable[Packed]) -> Iterable[Packed]:
-    rows: dict[Packed, list[Packed]] = {}
-    for layer in layers:
-        alike = replace(layer, name=_NUMBER.sub("*", layer.name), stored_bytes=0)
-        rows.setdefault(alike, []).append(layer)
-    for alike, members in rows.items():
-        yield replace(alike, count=len(members), stored_bytes=sum(each.stored_bytes for each in members))
+def _merge(entries: Iterable[_Entry]) -> tuple[_Entry, ...]:
+    rows: dict[_Entry, list[_Entry]] = {}
+    for entry in entries:
+        alike = replace(entry, name=_NUMBER.sub("*", entry.name), stored_bytes=0)
+        rows.setdefault(alike, []).append(entry)
+    return tuple(
+        replace(alike, count=len(members), stored_bytes=sum(each.stored_bytes for each in members))
+        for alike, members in rows.items()
+    )

@@ -22,9 +22,9 @@ def inspect(folder: Path, check: bool, layers: bool, as_json: bool) -> None:
 
     Reads headers only. --verify reads all tensors as well: completeness, shapes, checksums, finite values.
     """
+    from shiftadd_cli.artifact.contents import Contents
     from shiftadd_cli.artifact.folder import Artifact
     from shiftadd_cli.artifact.verify import verify
-    from shiftadd_cli.artifact.contents import Contents
 
     artifact = Artifact.open(folder)
     if check:
@@ -52,21 +52,18 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
         for row in (contents.layers if layers else contents.kinds)
     ]
     kept = [
-        (tensor.name, " x ".join(map(str, tensor.shape)), tensor.dtype, size(tensor.stored_bytes))
-        for tensor in contents.kept
+        (tensor.name, str(tensor.count), " x ".join(map(str, tensor.shape)), tensor.dtype, size(tensor.stored_bytes))
+        for tensor in (contents.kept if layers else contents.kept_kinds)
     ]
-    shown = kept if layers else kept[:8]
-    rest = [] if len(shown) == len(kept) else [f"... and {len(kept) - len(shown)} smaller ones (--layers shows all)"]
     lines = [
         f"{contents.folder}: {contents.architecture}, format version {contents.format_version}, "
         f"{contents.files} weight file{'s' if contents.files > 1 else ''}",
         "",
         table(("compressed", "count", "shape", "bits", "scales", "bits/weight", "stored"), rows),
         "",
-        table(("kept as they were", "shape", "dtype", "stored"), shown),
-        *rest,
+        table(("kept as they were", "count", "shape", "dtype", "stored"), kept),
         "",
-        f"Compressed    {size(contents.packed_bytes)} for {contents.packed_weights / 1e6:,.1f} M weights, "
+        f"Compressed    {size(contents.packed_bytes)} for {contents.packed_weights:,} weights, "
         f"{contents.bits_per_weight:.3f} bits/weight",
         f"Kept          {size(contents.kept_bytes)}",
         f"Files         {size(contents.file_bytes)}, {contents.file_bits_per_weight:.3f} bits/weight over everything",

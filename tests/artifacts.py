@@ -1,0 +1,99 @@
+"""Compressed matrices of random bytes (every byte is a valid code) and small checkpoints made of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shiftadd_cli.artifact.format import ArtifactFormat, MatrixFormat
+from shiftadd_cli.artifact.writer import ArtifactWriter
+from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+
+FORMATS = ("pot", "apot2", "apot3", "float")
+COMMON = MatrixFormat(bits=3, group_size=16, group_rows=1, scale_format="apot2", row_scale=True, offset=False)
+
+
+def random_weight(layout: PackedLayout, seed: int = 0) -> QuantizedWeight:
+    """Random stored tensors; the decoded entries are of the size of a linear layer's weights."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (shape, dtype) in layout.tensors().items():
+        if dtype == torch.uint8:
+            tensors[name] = torch.randint(0, 256, shape, dtype=dtype, generator=g)
+        elif name == "weight_row_scale":
+            tensors[name] = (0.05 + 0.2 * torch.rand(shape, generator=g)).to(dtype)
+        else:
+            tensors[name] = torch.rand(shape, generator=g).to(dtype)
+    return QuantizedWeight(layout, tensors)
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint on disk and the dense model, float32, that it stands for."""
+
+    folder: Path
+    dense: PreTrainedModel
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    common: MatrixFormat = COMMON,
+    own: dict[str, MatrixFormat] | None = None,
+    shard_bytes: int = 20_000,
+) -> Checkpoint:
+    """Replace all linears but the head by random matrices; `own` are formats of modules, by the end of their name."""
+    dense = copy.deepcopy(model)
+    modules: dict[str, tuple[MatrixFormat, int, int]] = {}
+    tensors = {name: each for name, each in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)) or name == "lm_head":
+            continue
+        transposed = isinstance(module, Conv1D)
+        rows, columns = module.weight.T.shape if transposed else module.weight.shape
+        form = next((f for end, f in (own or {}).items() if name.endswith(end)), common)
+        weight = random_weight(form.layout(rows, columns), seed=len(modules))
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in weight.tensors.items()}
+        modules[name] = (form, rows, columns)
+        decoded = weight.decode()
+        dense.get_submodule(name).weight.data = decoded.T.contiguous() if transposed else decoded
+    config = json.loads(model.config.to_json_string())
+    config |= {"architectures": [type(model).__name__], "dtype": "float32"}
+    config["quantization_config"] = ArtifactFormat(common, modules).to_dict()
+    with ArtifactWriter(folder, shard_bytes=shard_bytes) as writer:
+        writer.plan({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.finish(config, {"schema_version": 1})
+    return Checkpoint(folder, dense)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change entries of the folder's `quantization_config`; None removes one."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        config["quantization_config"][key] = value
+        if value is None:
+            del config["quantization_config"][key]
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Replace tensors of a checkpoint of one file, or remove those given as None; its checksum no longer fits."""
+    path = folder / "model.safetensors"
+    tensors = {name: each.clone() for name, each in load_file(path).items()}
+    for name, value in changes.items():
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+    save_file(tensors, path, {"format": "pt"})

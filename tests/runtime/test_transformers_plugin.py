@@ -1,0 +1,224 @@
+"""Compressed checkpoints through transformers' own loading and saving, against dense models of the decoded weights."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from artifacts import COMMON, FORMATS, Checkpoint, edit_config, write_checkpoint
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shiftadd_cli.artifact.format import SUFFIXES, MatrixFormat
+from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.runtime.linear import PackedLinear
+from shiftadd_cli.runtime.transformers_plugin import register
+
+register()
+IDS = torch.randint(0, VOCAB_SIZE, (2, 17), generator=torch.Generator().manual_seed(0))
+ACC = MatrixFormat(bits=2, group_size=1, group_rows="all", scale_format="apot3", row_scale=True, offset=False)
+LAT = MatrixFormat(bits=3, group_size=8, group_rows="1/8", scale_format="pot", row_scale=False, offset=False)
+FLOAT = MatrixFormat(bits=1, group_size=7, group_rows=3, scale_format="float", row_scale=True, offset=True)
+OFFSET = MatrixFormat(bits=4, group_size=24, group_rows=1, scale_format="pot", row_scale=True, offset=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """One checkpoint per family in which the forms of the paper, offsets and several bit widths are mixed."""
+    own = {"q_proj": ACC, "o_proj": LAT, "out_proj": LAT, "k_proj": FLOAT, "c_fc": FLOAT, "down_proj": OFFSET,
+           "fc2": OFFSET, "mlp.c_proj": OFFSET, "dense_4h_to_h": ACC}  # fmt: skip
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {name: write_checkpoint(tiny_model(name), folder / name, own=own) for name in FAMILIES}
+
+
+def load(folder: Path, **options: object) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(IDS).logits
+
+
+def assert_close(one: torch.Tensor, other: torch.Tensor, eps: float = 1e-4) -> None:
+    assert torch.isfinite(other).all()
+    assert (one.float() - other.float()).abs().max() <= eps * other.float().abs().max()
+
+
+def assert_same_state(one: PreTrainedModel, other: PreTrainedModel) -> None:
+    left, right = one.state_dict(), other.state_dict()
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype
+        assert torch.equal(tensor, right[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_model_computes_with_the_decoded_weights(checkpoints: dict[str, Checkpoint], family: str) -> None:
+    folder, dense = checkpoints[family]
+    model = load(folder)
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert len(packed) >= 8
+    assert_close(logits(model), logits(dense))
+    assert not any(module.get_parameter(name).requires_grad for module in packed for name in module.layout.tensors())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_saved_again_it_reloads_equal(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
+    model = load(checkpoints[family].folder)
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    again = load(tmp_path / "again")
+    assert_same_state(model, again)
+    assert torch.equal(logits(model), logits(again))
+    assert model.config.quantization_config.to_dict() == again.config.quantization_config.to_dict()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_load_dtype_leaves_what_is_stored(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    common = MatrixFormat(3, 16, 1, form, True, True)
+    folder, dense = write_checkpoint(tiny_model("opt"), tmp_path / "out", common=common)
+    reference, model = load(folder, dtype=torch.float32), load(folder, dtype=dtype)
+    assert model.dtype == dtype
+    left, right = reference.state_dict(), model.state_dict()
+    stored = [name for name in left if name.endswith(SUFFIXES)]
+    assert stored
+    for name in stored:
+        assert left[name].dtype == right[name].dtype
+        assert torch.equal(left[name], right[name])
+    assert_close(logits(model), logits(dense.to(dtype)), eps=0.02)
+    moved = reference.to(dtype)
+    assert_same_state(moved, model)
+    # Saved at half precision it still stands for the same matrices.
+    moved.save_pretrained(tmp_path / "half")
+    assert_same_state(load(tmp_path / "half"), model)
+
+
+def test_modules_that_a_model_keeps_in_float32_do_not_widen_what_is_stored(
+    checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import OPTForCausalLM
+
+    monkeypatch.setattr(OPTForCausalLM, "_keep_in_fp32_modules_strict", {"fc1", "fc2"})
+    model = load(checkpoints["opt"].folder, dtype=torch.bfloat16)
+    layer = model.model.decoder.layers[0].fc1
+    assert layer.bias.dtype == torch.float32
+    for name, (_, dtype) in layer.layout.tensors().items():
+        assert layer.get_parameter(name).dtype == dtype
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_maps(checkpoints: dict[str, Checkpoint], device_map: str | dict[str, str]) -> None:
+    folder, dense = checkpoints["llama"]
+    assert_close(logits(load(folder, device_map=device_map)), logits(dense))
+
+
+def test_partly_on_disk(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
+    folder, dense = checkpoints["llama"]
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+                  "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    model = load(folder, device_map=device_map, offload_folder=tmp_path)
+    assert_close(logits(model), logits(dense))
+    with pytest.raises(ArtifactError, match=r"model\.layers\.1\.self_attn\.\w+ is offloaded"):
+        model.dequantize()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_dequantized_it_is_the_dense_model(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
+    folder, dense = checkpoints[family]
+    model = load(folder).dequantize()
+    assert_same_state(model, dense)
+    assert [type(module) for module in model.modules()] == [type(module) for module in dense.modules()]
+    model.save_pretrained(tmp_path / "dense")
+    plain = load(tmp_path / "dense")
+    assert not hasattr(plain.config, "quantization_config")
+    assert torch.equal(logits(plain), logits(dense))
+
+
+def test_gpt2_keeps_its_own_kind_of_linear_when_dequantized(checkpoints: dict[str, Checkpoint]) -> None:
+    model = load(checkpoints["gpt2"].folder).dequantize(torch.bfloat16)
+    layer = model.transformer.h[0].mlp.c_fc
+    assert type(layer) is Conv1D
+    assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
+
+
+def test_generates(checkpoints: dict[str, Checkpoint]) -> None:
+    folder, dense = checkpoints["llama"]
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(load(folder).generate(IDS, **options), dense.generate(IDS, **options))
+
+
+def test_body_alone_and_body_with_another_head(checkpoints: dict[str, Checkpoint]) -> None:
+    folder, dense = checkpoints["llama"]
+    body = AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        assert_close(body(IDS).last_hidden_state, dense.model(IDS).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    with torch.no_grad():
+        assert_close(classifier.model(IDS).last_hidden_state, dense.model(IDS).last_hidden_state)
+
+
+def test_unknown_keys_are_kept(tmp_path: Path) -> None:
+    folder, dense = write_checkpoint(tiny_model("llama"), tmp_path / "out")
+    edit_config(folder, written_by="the future", nested={"a": [1, None]})
+    model = load(folder)
+    assert_close(logits(model), logits(dense))
+    model.save_pretrained(tmp_path / "again")
+    assert load(tmp_path / "again").config.quantization_config.written_by == "the future"
+
+
+def test_registering_twice_changes_nothing() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    before = AUTO_QUANTIZER_MAPPING["shiftadd"], AUTO_QUANTIZATION_CONFIG_MAPPING["shiftadd"]
+    register()
+    assert (AUTO_QUANTIZER_MAPPING["shiftadd"], AUTO_QUANTIZATION_CONFIG_MAPPING["shiftadd"]) == before
+
+
+def test_loading_an_uncompressed_model_as_ours_is_refused(tmp_path: Path) -> None:
+    from shiftadd_cli.runtime.transformers_plugin import ShiftAddConfig
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = ShiftAddConfig(format_version=1, modules={}, **vars(COMMON))
+    with pytest.raises(ValueError, match="pre-quantized"):
+        load(tmp_path, quantization_config=config)
+
+
+MODULE = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format_version": 2}, "format_version 2, and this shiftadd reads up to 1; upgrade it"),
+        ({"bits": None}, "lacks 'bits'"),
+        ({"modules": {"model.layers.7.mlp.up_proj": {"shape": [100, 48]}}}, "layers.7.mlp.up_proj .* no such module"),
+        ({"modules": {"model.norm": {"shape": [48, 48]}}}, "model.norm .* is a LlamaRMSNorm"),
+        ({"modules": {MODULE: {"shape": [48, 100]}}}, f"{MODULE} is 100 x 48 by .* but 48 x 100"),
+        ({"modules": {MODULE: {"shape": [100, 48], "bits": 2}}}, f"{MODULE}.weight_codes in .* has shape"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_named(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    folder, _ = write_checkpoint(tiny_model("llama"), tmp_path / "out")
+    edit_config(folder, **changes)
+    with pytest.raises(ArtifactError, match=said):
+        load(folder)
+
+
+def test_nothing_is_said_on_a_good_load(checkpoints: dict[str, Checkpoint], capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(checkpoints["gpt2"].folder)
+    assert "MISSING" not in capfd.readouterr().err
+
+
+def test_replaced_modules_are_exactly_the_listed_ones(tmp_path: Path) -> None:
+    folder, _ = write_checkpoint(tiny_model("opt"), tmp_path / "out")
+    model = load(folder)
+    listed = set(model.config.quantization_config.layouts())
+    assert {name for name, module in model.named_modules() if isinstance(module, PackedLinear)} == listed
+    assert {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} == {"lm_head"}
