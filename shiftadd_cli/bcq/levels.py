@@ -20,8 +20,8 @@ _COUNTING_LIMIT = 16
 @cache
 def code_signs(bits: int) -> Tensor:
     """Signs of every code: float32 `[2 ** bits, bits]` of ±1; bit b of the code is the sign of plane b."""
-    codes = torch.arange(2**bits).unsqueeze(-1)
-    return ((codes >> torch.arange(bits)) & 1).float() * 2 - 1
+    codes = torch.arange(2**bits, device="cpu").unsqueeze(-1)
+    return ((codes >> torch.arange(bits, device="cpu")) & 1).float() * 2 - 1
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class ScaleFormat:
 
 def _decode_table(nibbles: int) -> Tensor:
     """Ratios float32 `[16 ** nibbles]` of all codes; nibble k of a code is `code >> 4k`."""
-    codes = torch.arange(16**nibbles)
+    # On the CPU by name: the first call may come under torch.device("meta"), where transformers builds its models.
+    codes = torch.arange(16**nibbles, device="cpu")
     exponent = codes & 15
     ratio = torch.exp2(-exponent.double())
     place = exponent.double()
@@ -78,7 +79,7 @@ def scale_format(name: str) -> ScaleFormat:
     """The scale format `pot`, `apot2`, `apot3` or `float`."""
     nibbles = {"pot": 1, "apot2": 2, "apot3": 3, "float": 0}[name]
     if not nibbles:
-        nothing = torch.empty(0)
+        nothing = torch.empty(0, device="cpu")
         return ScaleFormat(name, 0, nothing, nothing, nothing)
     table = _decode_table(nibbles)
     order = torch.argsort(table, stable=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,8 +105,7 @@ class _Run:
         if self.calibration is not None:
             with self.clock.phase("trace"):
                 model = source.skeleton()
-                for prefix in structure.outside:
-                    _move(model.get_submodule(prefix), self.device)
+                _move(model, structure.outside, self.device)
                 windows = self.calibration.windows
                 trace = trace_model(source, structure, windows, self.plan.recipe.batch_size, self.device)
         source.release(structure.outside)
@@ -188,9 +188,15 @@ def _replace(module: nn.Module, weight: Tensor, spec: LinearSpec) -> None:
     parameter.data = (weight.T.contiguous() if spec.transposed else weight).to(parameter.dtype)
 
 
-def _move(module: nn.Module, device: torch.device) -> None:
-    if device.type != "cpu":
-        module.to(device)
+def _move(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    """Move modules, or parameters and buffers that stand by themselves, to the device."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if name in modules:
+            modules[name].to(device)
+        else:
+            tensor = operator.attrgetter(name)(model)
+            tensor.data = tensor.data.to(device)
 
 
 def _layer_report(spec: LinearSpec, solution: Solution, *, calibrated: bool) -> LayerReport:

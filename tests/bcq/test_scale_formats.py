@@ -106,3 +106,12 @@ def test_offsets_are_twos_complement_eighths() -> None:
 def test_offset_limit_is_what_both_signs_reach() -> None:
     assert scale_format("apot2").offset_limit == 7 / 8
     assert scale_format("float").offset_limit == float("inf")
+
+
+def test_tables_are_usable_when_first_built_under_the_meta_device():
+    """transformers builds models under that device, and there the first packed layer may ask for its format."""
+    scale_format.cache_clear()
+    with torch.device("meta"):
+        formats = [scale_format(name) for name in ("pot", "apot2", "apot3", "float")]
+    assert all(form.table.device.type == "cpu" for form in formats)
+    assert formats[0].decode(torch.tensor([1])).item() == 0.5
