@@ -1,0 +1,47 @@
+"""What is counted adds up to the bytes of the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from artifacts import COMMON, write_checkpoint
+from tiny_models import FAMILIES, tiny_model
+
+from shiftadd_cli.artifact.contents import Contents
+from shiftadd_cli.artifact.folder import Artifact
+from shiftadd_cli.artifact.format import MatrixFormat
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_stored_is_counted_once(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    folder, _ = write_checkpoint(model, tmp_path / "out")
+    contents = Contents.of(Artifact.open(folder))
+    headers = 0
+    for path in folder.glob("*.safetensors"):
+        headers += 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert contents.packed_bytes + contents.kept_bytes + headers == contents.file_bytes
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert contents.packed_weights + sum(each.stored_bytes // 4 for each in contents.kept) == parameters
+    assert contents.file_bits_per_weight == pytest.approx(8 * contents.file_bytes / parameters)
+
+
+def test_kinds_sum_up_layers_that_are_alike(tmp_path: Path) -> None:
+    own = {"1.mlp.up_proj": MatrixFormat(5, 8, 1, "pot", True, True)}
+    contents = Contents.of(Artifact.open(write_checkpoint(tiny_model("qwen3"), tmp_path / "out", own=own).folder))
+    kinds = [kind for kind in contents.kinds if kind.name == "model.layers.*.mlp.up_proj"]
+    assert [(kind.count, kind.bits, kind.scale_format) for kind in kinds] == [(2, 3, "apot2"), (1, 5, "pot")]
+    assert sum(kind.stored_bytes for kind in contents.kinds) == contents.packed_bytes
+    assert sum(kind.stored_bytes for kind in contents.kept_kinds) == contents.kept_bytes
+    assert sum(kind.count for kind in contents.kinds) == len(contents.layers) == 3 * 7
+    layout = COMMON.layout(72, 32)
+    assert kinds[0].stored_bytes == 2 * layout.nbytes
+
+
+def test_json_is_plain(tmp_path: Path) -> None:
+    contents = Contents.of(Artifact.open(write_checkpoint(tiny_model("gpt2"), tmp_path / "out").folder))
+    told = json.loads(json.dumps(contents.to_dict()))
+    assert told["packed_bytes"] == sum(layer["stored_bytes"] for layer in told["layers"])
+    assert {layer["name"] for layer in told["layers"]} >= {"transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"}

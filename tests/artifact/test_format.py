@@ -1,0 +1,77 @@
+"""quantization_config: what is written is read back the same, and everything ill-formed is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from shiftadd_cli.artifact.format import FORMAT_VERSION, ArtifactFormat, MatrixFormat
+from shiftadd_cli.errors import ArtifactError
+
+COMMON = MatrixFormat(3, 64, 1, "apot2", True, False)
+MODULES = {
+    "a": (COMMON, 576, 576),
+    "b": (MatrixFormat(2, 64, 1, "apot2", True, True), 1536, 576),
+    "c": (MatrixFormat(3, 8, "1/8", "float", False, False), 7, 5),
+    "d": (MatrixFormat(3, "all", "all", "pot", True, False), 7, 5),
+}
+VALID = ArtifactFormat(COMMON, MODULES).to_dict()
+
+
+def test_reads_back_what_it_writes() -> None:
+    assert ArtifactFormat.from_dict(json.loads(json.dumps(VALID))) == ArtifactFormat(COMMON, MODULES)
+
+
+def test_modules_show_only_what_differs() -> None:
+    assert VALID["modules"]["a"] == {"shape": [576, 576]}
+    assert VALID["modules"]["b"] == {"shape": [1536, 576], "bits": 2, "offset": True}
+
+
+def test_layouts_resolve_the_words_of_the_recipe() -> None:
+    layouts = ArtifactFormat(COMMON, MODULES).layouts()
+    assert list(layouts) == list(MODULES)
+    assert (layouts["b"].bits, layouts["b"].offset, layouts["b"].grid.column_groups) == (2, True, 9)
+    assert (layouts["c"].grid.group_rows, layouts["c"].grid.group_columns) == (1, 5)
+    assert (layouts["d"].grid.row_groups, layouts["d"].grid.column_groups) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quant_method": "gptq"}, "'gptq'"),
+        ({"format_version": FORMAT_VERSION + 1}, "upgrade"),
+        ({"format_version": "1"}, "format_version is '1'"),
+        ({"format_version": 0}, "format_version is 0"),
+        ({"bits": 0}, "bits = 0"),
+        ({"bits": 9}, "bits = 9"),
+        ({"bits": True}, "bits = True"),
+        ({"group_size": "1/8"}, "group_size = '1/8'"),
+        ({"group_size": 0}, "group_size = 0"),
+        ({"group_rows": "1/0"}, "group_rows = '1/0'"),
+        ({"group_rows": "half"}, "group_rows = 'half'"),
+        ({"scale_format": "apot4"}, "scale_format = 'apot4'"),
+        ({"row_scale": 1}, "row_scale = 1"),
+        ({"offset": None}, "offset = None"),
+        ({"modules": ["a"]}, "modules = "),
+        ({"modules": {"a": {}}}, "no shape for a"),
+        ({"modules": {"a": {"shape": [3]}}}, "no shape for a"),
+        ({"modules": {"a": {"shape": [3, -1]}}}, "no shape for a"),
+        ({"modules": {"a": [3, 4]}}, "no shape for a"),
+        ({"modules": {"a": {"shape": [3, 4], "bits": 12}}}, "bits = 12"),
+    ],
+)
+def test_ill_formed_configurations_are_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ArtifactError, match=said):
+        ArtifactFormat.from_dict(VALID | change)
+
+
+@pytest.mark.parametrize("key", sorted(VALID))
+def test_every_key_is_needed(key: str) -> None:
+    with pytest.raises(ArtifactError, match=key):
+        ArtifactFormat.from_dict({name: value for name, value in VALID.items() if name != key})
+
+
+def test_unknown_keys_are_ignored() -> None:
+    assert ArtifactFormat.from_dict(VALID | {"tool": "x"}) == ArtifactFormat.from_dict(VALID)

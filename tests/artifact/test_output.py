@@ -1,0 +1,136 @@
+"""Places that must not or cannot be written are refused before any work, with the cure."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shiftadd_cli.artifact import output
+from shiftadd_cli.artifact.output import check_output, refusals
+from shiftadd_cli.errors import OutputError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_good_places(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in ("out", "a/b/c", "empty", "model-out"):
+        check_output(tmp_path / place, model, overwrite=False, expected_bytes=1000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model"]
+
+
+def test_existing_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "shiftadd"}}))
+    with pytest.raises(OutputError, match="add --overwrite"):
+        check_output(out, None, overwrite=False)
+    check_output(out, None, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "not json",
+        "[]",
+        "{}",
+        '{"quantization_config": null}',
+        '{"quantization_config": {"quant_method": "gptq"}}',
+    ],
+)
+def test_overwriting_what_is_not_ours_is_refused(tmp_path: Path, content: str | None) -> None:
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    if content is not None:
+        (out / "config.json").write_text(content)
+    with pytest.raises(OutputError, match="was not written by shiftadd"):
+        check_output(out, None, overwrite=True)
+    assert (out / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("model", "is the model itself"), ("model/out", "is inside the model's folder"), (".", "is inside")],
+)
+def test_output_and_model_do_not_overlap(tmp_path: Path, model: Path, place: str, said: str, overwrite: bool) -> None:
+    with pytest.raises(OutputError, match=said):
+        check_output(tmp_path / place, model, overwrite=overwrite)
+
+
+def test_links_are_followed(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "link").symlink_to(model, target_is_directory=True)
+    with pytest.raises(OutputError, match="is inside the model's folder"):
+        check_output(tmp_path / "link" / "out", model, overwrite=False)
+
+
+def test_file_model_in_the_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_text("x")
+    with pytest.raises(OutputError, match="is inside"):
+        check_output(tmp_path, tmp_path / "m.gguf", overwrite=True)
+    with pytest.raises(OutputError, match="is the model itself"):
+        check_output(tmp_path / "m.gguf", tmp_path / "m.gguf", overwrite=True)
+
+
+def test_files_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file; give a folder"):
+        check_output(tmp_path / "file", None, overwrite=True)
+    with pytest.raises(OutputError, match="is a file, so"):
+        check_output(tmp_path / "file" / "out", None, overwrite=False)
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Root may write everywhere, so the system's answer is put in its place.
+    monkeypatch.setattr(output.os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(OutputError, match="No permission to write in"):
+        check_output(tmp_path / "a" / "out", None, overwrite=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission_for_real(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="No permission to write in"):
+        check_output(tmp_path / "out", None, overwrite=False)
+
+
+def test_too_little_space_says_how_much(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(OutputError, match=r"MB free and [\d,]+ MB are needed"):
+        check_output(tmp_path / "out", None, overwrite=False, expected_bytes=2 * free + 10**9)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "No space left"),
+        (errno.EDQUOT, "No space left"),
+        (errno.EACCES, "No permission"),
+        (errno.EROFS, "No permission"),
+        (errno.EIO, "cannot be written"),
+    ],
+)
+def test_refusals_of_the_system_name_path_and_cure(number: int, said: str) -> None:
+    with (
+        pytest.raises(OutputError, match=f"{said}.*/somewhere.*; .*choose another|/somewhere {said}.*; choose"),
+        refusals(Path("/somewhere")),
+    ):
+        raise OSError(number, os.strerror(number))
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(ValueError, match="ours"), refusals(Path("/somewhere")):
+        raise ValueError("ours")

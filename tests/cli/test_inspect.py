@@ -1,0 +1,78 @@
+"""`shiftadd inspect` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from artifacts import edit_config, write_checkpoint
+from click.testing import CliRunner, Result
+from tiny_models import tiny_model
+
+from shiftadd_cli.cli import main
+
+
+def inspect(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["inspect", *map(str, arguments)])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tiny_model("qwen2"), tmp_path / "out").folder
+
+
+def test_table_and_totals(folder: Path) -> None:
+    result = inspect(folder)
+    assert result.exit_code == 0
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert "Qwen2ForCausalLM, format version 1" in result.output
+    # 84 x 32 at 3 bits in groups of 16: 3 + 3 · 8 / 16 + 16 / 32 bits.
+    assert re.search(r"model\.layers\.\*\.mlp\.up_proj +2 +84 x 32 +3 +apot2 +5\.000 ", result.output)
+    assert re.search(r"model\.embed_tokens\.weight +1 +320 x 32 +float32 +41\.0 kB", result.output)
+    assert f"Files         {stored / 1000:.1f} kB" in result.output
+    assert "Verified" not in result.output
+
+
+def test_layers(folder: Path) -> None:
+    result = inspect(folder, "--layers")
+    assert "model.layers.1.mlp.up_proj" in result.output
+    assert "*" not in result.output
+
+
+def test_verify(folder: Path) -> None:
+    result = inspect(folder, "--verify")
+    assert result.exit_code == 0
+    assert "checksums as in report.json" in result.output
+    (folder / "report.json").unlink()
+    assert "no checksums to compare" in inspect(folder, "--verify").output
+
+
+def test_json(folder: Path) -> None:
+    told = json.loads(inspect(folder, "--json", "--verify").output)
+    assert told["verified"] is True
+    assert told["file_bytes"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert json.loads(inspect(folder, "--json").output)["verified"] is False
+
+
+def test_damage_is_one_line_and_leaves_with_2(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert inspect(folder).exit_code == 0
+    result = inspect(folder, "--verify")
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: ")
+    assert result.output.count("\n") == 1
+    assert path.name in result.output
+
+
+def test_what_cannot_be_inspected(folder: Path, tmp_path: Path) -> None:
+    for place, said in ((tmp_path / "gone", "is no folder"), (tmp_path, "has no config.json")):
+        result = inspect(place)
+        assert (result.exit_code, said in result.output) == (2, True)
+    edit_config(folder, format_version=99)
+    result = inspect(folder)
+    assert (result.exit_code, "upgrade it" in result.output) == (2, True)
