@@ -9,18 +9,26 @@ Importing this package is cheap and teaches transformers to load our checkpoints
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shiftadd_cli import plugin_hook
 from shiftadd_cli.version import __version__
+
+if TYPE_CHECKING:
+    from shiftadd_cli.api import evaluate, load, quantize
+    from shiftadd_cli.errors import ShiftaddError
+    from shiftadd_cli.recipe import Recipe
 
 # Public names and the modules that hold them. They are imported on first use, since most of them need torch.
 _API = {
     "Recipe": "shiftadd_cli.recipe",
     "ShiftaddError": "shiftadd_cli.errors",
+    "evaluate": "shiftadd_cli.api",
+    "load": "shiftadd_cli.api",
+    "quantize": "shiftadd_cli.api",
 }
 
-__all__ = ["Recipe", "ShiftaddError", "__version__"]
+__all__ = ["Recipe", "ShiftaddError", "__version__", "evaluate", "load", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,33 +28,14 @@ def quantize(model: str, out: Path, recipe: str, dry_run: bool, overwrite: bool,
     from shiftadd_cli.recipe import Recipe
 
     settings = Recipe.load(recipe, overrides_from(fields))
-    from shiftadd_cli.artifact.output import check_output
-    from shiftadd_cli.device import choose_device
     from shiftadd_cli.pipeline.describe import describe_plan
-    from shiftadd_cli.pipeline.plan import make_plan
-    from shiftadd_cli.pipeline.run import load_calibration, run_plan
-    from shiftadd_cli.progress import progress
+    from shiftadd_cli.pipeline.job import Job
     from shiftadd_cli.report.summary import summarize
-    from shiftadd_cli.source import open_source
 
-    local = Path(model)
-    check_output(out, local if local.exists() else None, overwrite=overwrite)
-    device = choose_device(settings.device)
-    source = open_source(model, dtype=settings.dtype)
-    plan = make_plan(source, settings)
-    click.echo(describe_plan(plan), err=True)
+    job = Job.prepare(model, out, settings, overwrite=overwrite)
+    click.echo(describe_plan(job.plan) + "\n", err=True)
     if dry_run:
         return
-    check_output(out, local if local.exists() else None, overwrite=overwrite, expected_bytes=plan.after_bytes)
-    calibration = load_calibration(plan)
-    report = run_plan(
-        plan,
-        calibration,
-        out,
-        device=device,
-        overwrite=overwrite,
-        command=sys.argv[1:],
-        progress=lambda names, text: progress(names, total=len(names), desc=text),
-    )
+    report = job.run(sys.argv[1:])
     click.echo("", err=True)
     click.echo(summarize(report, str(out)))
