@@ -1,10 +1,10 @@
 """Independent pieces of work on worker threads, each with one compute thread of its own.
 
 The solver consists of many operations on small tensors. Splitting each of them over all cores costs a barrier per
-operation, and on a busy machine a barrier waits for a core that something else is using: seven times the processor time
-was measured.
-Pieces of rows on a thread each have no barriers, and since the pieces do not depend on the number of threads, neither do
-the results.
+operation, and on a busy machine a barrier waits for a core that something else is using: seven times the processor
+time was measured.
+Pieces of rows on a thread each have no barriers, and since the pieces do not depend on the number of threads,
+neither do the results.
 """
 
 from __future__ import annotations

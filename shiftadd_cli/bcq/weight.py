@@ -24,6 +24,9 @@ from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.packing import pack_nibbles, pack_planes, unpack_nibbles, unpack_signs
 from shiftadd_cli.bcq.scale_formats import OFFSET_STEP, decode_offsets, encode_offsets, scale_format
 
+# Weights decoded at a time, so that the planes of a large matrix meet in the processor's cache.
+_CACHED_WEIGHTS = 1 << 16
+
 
 @dataclass(frozen=True)
 class PackedLayout:
@@ -133,22 +136,27 @@ class QuantizedWeight:
         ratios = self.ratios()
         offsets = self.offsets(ratios)
         by_plane = ratios.permute(2, 0, 1).contiguous()
-        for start in range(0, self.layout.grid.rows, height):
-            rows = slice(start, min(start + height, self.layout.grid.rows))
-            yield rows, self._decode_rows(rows, by_plane, offsets)
+        grid, device = self.layout.grid, self.tensors["weight_codes"].device
+        step = max(1, _CACHED_WEIGHTS // grid.columns)
+        for start in range(0, grid.rows, height):
+            stop = min(start + height, grid.rows)
+            tile = torch.zeros(stop - start, grid.columns, dtype=torch.float32, device=device)
+            for first in range(start, stop, step):
+                rows = slice(first, min(first + step, stop))
+                self._decode_rows(rows, by_plane, offsets, tile[first - start : rows.stop - start])
+            yield slice(start, stop), tile
 
-    def _decode_rows(self, rows: slice, by_plane: Tensor, offsets: Tensor | None) -> Tensor:
-        """Float32 `[rows, in]` from ratios `[bits, R, C]` and offsets `[R, C]`."""
+    def _decode_rows(self, rows: slice, by_plane: Tensor, offsets: Tensor | None, out: Tensor) -> None:
+        """Add some rows, from ratios `[bits, R, C]` and offsets `[R, C]`, to zeros in `out` `[rows, in]`."""
         grid = self.layout.grid
         codes = self.tensors["weight_codes"][rows]
-        out = torch.zeros(codes.shape[0], grid.columns, dtype=torch.float32, device=codes.device)
         for plane, ratios in enumerate(by_plane):
             signs = unpack_signs(codes[:, plane], grid.columns)
             _add_products(out, signs, grid.select_rows(ratios, rows), grid.group_columns)
         if offsets is not None:
             out += grid.expand_columns(grid.select_rows(offsets, rows))
         row_scale = self.tensors["weight_row_scale"].float()
-        return out.mul_(row_scale if row_scale.numel() == 1 else row_scale[rows].unsqueeze(-1))
+        out.mul_(row_scale if row_scale.numel() == 1 else row_scale[rows].unsqueeze(-1))
 
 
 def _add_products(out: Tensor, signs: Tensor, scales: Tensor, width: int) -> None:

@@ -8,7 +8,7 @@ biases) depends on shapes alone, so it is recorded once per batch size and used 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +40,8 @@ class Trace:
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)
 
 
-class _FirstBlockReached(Exception):  # noqa: N818 - control flow, not an error
-    pass
+class _Stop(Exception):  # noqa: N818 - control flow, not an error
+    """Leaves the model's forward where nothing more is needed: the head's logits would cost more than all the rest."""
 
 
 def trace_model(source: Source, structure: Structure, windows: Tensor, batch_size: int, device: torch.device) -> Trace:
@@ -87,12 +87,12 @@ def _first_input(structure: Structure, model: nn.Module, batch: Tensor, device: 
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(_split(args, kwargs)[0].detach())
-        raise _FirstBlockReached
+        raise _Stop
 
     with _hooked([model.get_submodule(structure.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)]):
         try:
             _run(model, batch, device)
-        except _FirstBlockReached:
+        except _Stop:
             return found[0]
     raise SourceError(
         f"The model never calls its first block {structure.blocks[0]}; its architecture is not supported."
@@ -120,6 +120,8 @@ def _record_calls(
         check_finite(_hidden_of(output), name)
         previous[:] = [_hidden_of(output).clone()]
         source.release([name])
+        if name == structure.blocks[-1]:
+            raise _Stop
 
     handles = []
     for name in structure.blocks:
@@ -128,7 +130,7 @@ def _record_calls(
             block.register_forward_pre_hook(lambda m, a, k, name=name: before(name, m, a, k), with_kwargs=True)
         )
         handles.append(block.register_forward_hook(lambda m, a, o, name=name: after(name, m, a, o)))
-    with _hooked(handles):
+    with _hooked(handles), suppress(_Stop):
         _run(model, batch, device)
     if len(calls) != len(structure.blocks):
         raise SourceError(

@@ -151,10 +151,9 @@ def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLin
     width = source.config.get_text_config().hidden_size
     widest = max([*widths, *(each.spec.out_features for each in linears)])
     activations = _ACTIVATION_COPIES * tokens * widest * itemsize + 4 * tokens * max(widths)
-    head = tokens * source.config.get_text_config().vocab_size * itemsize
     hidden = recipe.samples * recipe.seq_len * width * itemsize
     hessians = 4 * max(sum(key[2] ** 2 for key in tall if key[0] == index) for index in range(len(structure.blocks)))
-    return resident + hidden + max(outside + block + activations + head, block + hessians + max(activations, solver))
+    return resident + hidden + max(outside + block + activations, block + hessians + max(activations, solver))
 
 
 def resident_bytes() -> int:
