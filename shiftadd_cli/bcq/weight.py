@@ -25,7 +25,7 @@ from shiftadd_cli.bcq.packing import pack_nibbles, pack_planes, unpack_nibbles, 
 from shiftadd_cli.bcq.scale_formats import OFFSET_STEP, decode_offsets, encode_offsets, scale_format
 
 # Weights decoded at a time, so that the planes of a large matrix meet in the processor's cache.
-_CACHED_WEIGHTS = 1 << 16
+_CACHED_WEIGHTS = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shiftadd_cli.bcq import weight as weight_module
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 from shiftadd_cli.runtime import linear
@@ -110,6 +111,9 @@ def test_decode_follows_the_format(lay: PackedLayout, seed: int) -> None:
 def test_tiles_are_the_same_bits(lay: PackedLayout, height: int) -> None:
     weight = random_weight(lay)
     whole = weight.decode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_module, "_CACHED_WEIGHTS", 3 * lay.grid.columns)
+        assert torch.equal(weight.decode(), whole)
     covered = 0
     for rows, tile in weight.tiles(height):
         assert rows.start == covered
