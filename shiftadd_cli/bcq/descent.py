@@ -28,7 +28,7 @@ def descend_codes(
     from that of the given ranks, up to rounding.
     """
     columns = weights.shape[0]
-    group_of = torch.arange(columns, device=weights.device) // group_columns
+    groups = [tables[group] for group in range(-(-columns // group_columns))]
     ranks = ranks.clone()
     values = values_of(tables, group_columns, ranks)
     diagonal = hessian.diagonal()
@@ -42,7 +42,7 @@ def descend_codes(
             for i in range(stop - start):
                 column = start + i
                 goal = torch.addcdiv(values[column], local[i], diagonal[column])
-                rank, value = tables[int(group_of[column])].nearest(goal)
+                rank, value = groups[column // group_columns].nearest(goal)
                 step = value - values[column]
                 ranks[column] = rank
                 values[column] = value
