@@ -174,9 +174,9 @@ def _basis_and_error(w: Tensor, h: Tensor, fit: Scales) -> tuple[Tensor, Tensor]
     rank, level = _nearest(table, w)
     codes = table.codes.T.gather(1, rank)
     shifts = torch.arange(bits, dtype=torch.uint8, device=w.device).view(1, bits, 1)
-    columns = w.new_ones(len(w), bits + 1 + (fit.offsets is not None), w.shape[1])
-    columns[:, :bits] = (codes.unsqueeze(1) >> shifts) & 1
-    columns[:, :bits].mul_(2).sub_(1)
+    columns = w.new_empty(len(w), bits + 1 + (fit.offsets is not None), w.shape[1])
+    columns[:, :bits] = ((codes.unsqueeze(1) >> shifts) & 1).view(torch.int8).mul_(2).sub_(1)
+    columns[:, bits:] = 1.0
     columns[:, -1] = w
     return columns, ((w - level).square() * h).sum(-1)
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from shiftadd_cli.calibration.streams import HiddenStates
 from shiftadd_cli.calibration.trace import BlockCall
 
+# Columns of a second moment that are added to at once.
+_STRIP = 256
+
 
 @dataclass(frozen=True)
 class SharedInput:
@@ -27,8 +30,15 @@ class _Moment:
 
     def add(self, inputs: Tensor) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        self.total.addmm_(rows.T, rows)
+        # The matrix is symmetric: strips from the diagonal rightwards are little more than half the work.
+        for start in range(0, rows.shape[1], _STRIP):
+            self.total[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
         self.rows += len(rows)
+
+    def mean(self) -> Tensor:
+        """The second moment, whole."""
+        upper = self.total.triu()
+        return (upper + upper.triu(1).T) / self.rows
 
 
 def gather_moments(
@@ -66,7 +76,7 @@ def gather_moments(
         for name, moment in moments.items():
             moment.add(seen[name])
         seen.clear()
-    shared = [SharedInput(tuple(group), moments[group[0]].total / moments[group[0]].rows) for group in groups]
+    shared = [SharedInput(tuple(group), moments[group[0]].mean()) for group in groups]
     reached = {name for group in groups for name in group}
     return shared + [SharedInput((name,), None) for name, _ in linears if name not in reached]
 
