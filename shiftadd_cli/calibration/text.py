@@ -19,6 +19,8 @@ Split = Literal["calibration", "test"]
 # Longer texts are tokenised in pieces of about this many characters: a tokenizer holds some 500 bytes per token.
 # WikiText-2's test split, with 1.29 million, is one piece.
 PIECE_CHARACTERS = 3 << 19
+# A tokenizer needs about 150 bytes a character while it works; windows drawn at random do not mind a parted line.
+CALIBRATION_PIECE_CHARACTERS = 1 << 18
 
 # Where to part a text, best first: before a line break that follows a word, or before any run of space with a break.
 # Pre-tokenizers join line breaks to other space and to punctuation before them, but not to words.
@@ -61,14 +63,14 @@ def load_text(spec: str, *, split: Split) -> TextData:
         ) from error
 
 
-def tokenise(text: str, tokenizer: Any) -> torch.Tensor:
+def tokenise(text: str, tokenizer: Any, piece_characters: int | None = None) -> torch.Tensor:
     """The tokens of `text` as one string, with no special tokens added: int64 `[tokens]`.
 
-    Texts of more than `PIECE_CHARACTERS` are tokenised in pieces that end before a line break. That changes no token
+    Texts of more than `piece_characters` (by default `PIECE_CHARACTERS`) are tokenised in pieces that end before a line break. That changes no token
     for byte-level tokenizers where a line ends in a word, and at most a token or two per piece for any other.
     """
     pieces = []
-    for piece in _pieces(text, PIECE_CHARACTERS):
+    for piece in _pieces(text, piece_characters or PIECE_CHARACTERS):
         # verbose=False: a long text is wanted here, so the warning about the model's length would mislead.
         encoded = tokenizer(piece, add_special_tokens=False, verbose=False)
         pieces.append(torch.tensor(encoded["input_ids"], dtype=torch.int64))
@@ -84,7 +86,7 @@ def sample_windows(data: TextData, tokenizer: Any, *, samples: int, seq_len: int
     Raises:
         CalibrationError: the text has fewer than `samples * seq_len` tokens.
     """
-    tokens = tokenise(data.text, tokenizer)
+    tokens = tokenise(data.text, tokenizer, CALIBRATION_PIECE_CHARACTERS)
     windows = len(tokens) // seq_len
     if windows < samples:
         raise CalibrationError(
