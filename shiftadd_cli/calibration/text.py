@@ -66,8 +66,9 @@ def load_text(spec: str, *, split: Split) -> TextData:
 def tokenise(text: str, tokenizer: Any, piece_characters: int | None = None) -> torch.Tensor:
     """The tokens of `text` as one string, with no special tokens added: int64 `[tokens]`.
 
-    Texts of more than `piece_characters` (by default `PIECE_CHARACTERS`) are tokenised in pieces that end before a line break. That changes no token
-    for byte-level tokenizers where a line ends in a word, and at most a token or two per piece for any other.
+    Texts of more than `piece_characters` (by default `PIECE_CHARACTERS`) are tokenised in pieces that end before a line
+    break. That changes no token for byte-level tokenizers where a line ends in a word, and at most a token or two per
+    piece for any other.
     """
     pieces = []
     for piece in _pieces(text, piece_characters or PIECE_CHARACTERS):
