@@ -22,7 +22,10 @@ NO_CALIBRATION = "none"
 _MATRIX_COPIES = 14
 _HESSIAN_COPIES = 6
 # Tensors of a batch that live at once inside a block, in units of its widest activation.
-_ACTIVATION_COPIES = 6
+_ACTIVATION_COPIES = 8
+# What a run still loads after planning: libraries and allocator slack, and a tokenizer, by entry of its vocabulary.
+_LATER_BYTES = 50_000_000
+_VOCABULARY_ENTRY_BYTES = 3000
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,8 @@ def _module_bytes(module: nn.Module) -> int:
 def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLinear, ...], recipe: Recipe) -> int:
     """Expected peak resident memory of the process, in bytes.
 
-    What is resident now, the cached hidden states, and the larger of two moments: embeddings, head and one block while
-    the first inputs are made; one block with its Hessians and the solver's working copies.
+    What is resident now and will be loaded for any model, the cached hidden states, and the larger of two moments:
+    embeddings and one block while the first inputs are made; one block with its Hessians and the solver's copies.
     """
     model = source.skeleton()
     blocks = {name: model.get_submodule(name) for name in structure.blocks}
@@ -144,11 +147,12 @@ def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLin
         tall[siblings] = tall.get(siblings, 0) + spec.out_features
     widths = [width for _, _, width in tall]
     solver = 4 * max(_MATRIX_COPIES * rows * key[2] + _HESSIAN_COPIES * key[2] ** 2 for key, rows in tall.items())
-    resident = resident_bytes()
+    text_config = source.config.get_text_config()
+    resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * text_config.vocab_size
     if recipe.calibration == NO_CALIBRATION:
         return resident + max(outside, block + solver)
     tokens, itemsize = recipe.batch_size * recipe.seq_len, source.dtype.itemsize
-    width = source.config.get_text_config().hidden_size
+    width = text_config.hidden_size
     widest = max([*widths, *(each.spec.out_features for each in linears)])
     activations = _ACTIVATION_COPIES * tokens * widest * itemsize + 4 * tokens * max(widths)
     hidden = recipe.samples * recipe.seq_len * width * itemsize
