@@ -18,11 +18,12 @@ def _group(group: int, group_columns: int) -> slice:
 
 def nearest_ranks(weights: Tensor, tables: LevelTable, group_columns: int) -> tuple[Tensor, Tensor]:
     """Nearest level of every weight float32 `[in, out]`: ranks uint8 and values float32, `[in, out]`."""
-    ranks = torch.empty_like(weights, dtype=torch.uint8)
-    values = torch.empty_like(weights)
-    for column, weight in enumerate(weights):
-        ranks[column], values[column] = tables[column // group_columns].nearest(weight)
-    return ranks, values
+    ranks = torch.zeros_like(weights, dtype=torch.uint8)
+    for group in range(tables.levels.shape[1]):
+        where = _group(group, group_columns)
+        for midpoint in tables.midpoints[:, group]:
+            ranks[where] += weights[where] > midpoint
+    return ranks, values_of(tables, group_columns, ranks)
 
 
 def values_of(tables: LevelTable, group_columns: int, ranks: Tensor) -> Tensor:
