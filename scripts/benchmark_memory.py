@@ -106,7 +106,7 @@ def main(
             for recipe in recipes:
                 out = place / f"{model.name}-{recipe}"
                 command = [sys.executable, "-m", "shiftadd_cli", "quantize", model, "-o", out, "--recipe", recipe]
-                run([*command, "--samples", str(samples), "--seq-len", str(seq_len)], check=True)
+                run([*command, "--samples", str(samples), "--seq-len", str(seq_len)], check=True, stdout=sys.stderr)
                 report = json.loads((out / "report.json").read_text())
                 hidden = samples * seq_len * width * 2 if report["calibration"] else 0
                 machine = report["machine"]
