@@ -78,6 +78,11 @@ class ArtifactWriter:
                 _reserve(file, shard.nbytes)
                 _write(file, memoryview(shard.header))
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all planned weight files, headers included."""
+        return sum(shard.nbytes for shard in self._shards)
+
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one planned tensor; ValueError if it is not planned, already there, or of another shape or dtype."""
         if name not in self._missing:

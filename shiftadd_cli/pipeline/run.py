@@ -81,7 +81,7 @@ class _Run:
             self._block(depth, name, trace)
         with self.clock.phase("read_and_write"):
             plan.source.save_tokenizer(self.writer.folder)
-            files_bytes = sum(each["bytes"] for each in self.writer.seal().values())
+            files_bytes = self.writer.nbytes
             report = make_report(
                 plan,
                 None if self.calibration is None else (self.calibration.text, self.calibration.windows),
