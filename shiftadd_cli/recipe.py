@@ -40,6 +40,13 @@ class Recipe(BaseModel):
         True
     )
     offset: Annotated[bool, Field(description="One offset per group, so that levels need not be symmetric.")] = True
+    rotation: Annotated[
+        Literal["none", "hadamard"],
+        Field(
+            description="Rotate the inputs of each linear, at run time too, by a Hadamard transform with random signs: it "
+            "spreads outliers and costs additions only."
+        ),
+    ] = "hadamard"
     fit: Annotated[
         Literal["search", "greedy", "uniform"],
         Field(

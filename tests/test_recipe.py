@@ -250,6 +250,7 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
         "scale_format": "pot",
         "row_scale": not Recipe().row_scale,
         "offset": not Recipe().offset,
+        "rotation": "none",
         "fit": "greedy",
         "fit_rounds": 17,
         "weight_error": 0.5,

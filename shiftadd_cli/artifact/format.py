@@ -2,6 +2,7 @@
 
     {"quant_method": "shiftadd", "format_version": 1,
      "bits": 3, "group_size": 64, "group_rows": 1, "scale_format": "apot2", "row_scale": true, "offset": false,
+     "rotation": "hadamard",
      "modules": {"model.layers.0.self_attn.q_proj": {"shape": [576, 576]},
                  "model.layers.0.mlp.down_proj": {"shape": [576, 1536], "bits": 2}}}
 
@@ -24,7 +25,7 @@ QUANT_METHOD = "shiftadd"
 FORMAT_VERSION = 1
 
 # Every tensor that a compressed matrix may have, see `bcq.weight`.
-SUFFIXES = ("weight_codes", "weight_exponents", "weight_scales", "weight_row_scale", "weight_offset")
+SUFFIXES = ("weight_codes", "weight_exponents", "weight_scales", "weight_row_scale", "weight_offset", "weight_signs")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class MatrixFormat:
     scale_format: str
     row_scale: bool
     offset: bool
+    rotation: str = "none"
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, type(self.bits) is int and 1 <= self.bits <= 8)
@@ -45,10 +47,13 @@ class MatrixFormat:
         _check("scale_format", self.scale_format, self.scale_format in ("pot", "apot2", "apot3", "float"))
         _check("row_scale", self.row_scale, type(self.row_scale) is bool)
         _check("offset", self.offset, type(self.offset) is bool)
+        _check("rotation", self.rotation, self.rotation in ("none", "hadamard"))
 
     def layout(self, out_features: int, in_features: int) -> PackedLayout:
         grid = ScaleGrid.resolve(out_features, in_features, self.group_rows, self.group_size)
-        return PackedLayout(grid, self.bits, self.scale_format, self.row_scale, self.offset)
+        return PackedLayout(
+            grid, self.bits, self.scale_format, self.row_scale, self.offset, rotation=self.rotation == "hadamard"
+        )
 
 
 @dataclass(frozen=True)

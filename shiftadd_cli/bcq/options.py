@@ -9,6 +9,8 @@ from shiftadd_cli.bcq.fit import FitMethod
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout
 
+Rotation = Literal["none", "hadamard"]
+
 
 @dataclass(frozen=True)
 class SolverOptions:
@@ -23,6 +25,7 @@ class SolverOptions:
     scale_format: str = "apot2"
     row_scale: bool = True
     offset: bool = True
+    rotation: Rotation = "hadamard"
     fit: FitMethod = "search"
     fit_rounds: int = 4
     weight_error: float = 0.01
@@ -30,6 +33,7 @@ class SolverOptions:
     sweep_order: Literal["hessian", "natural"] = "hessian"
     refine_rounds: int = 2
     descent_passes: int = 2
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.group_rows != 1 and (self.refine_rounds or self.row_scale):
@@ -47,4 +51,6 @@ class SolverOptions:
     def layout(self, rows: int, columns: int) -> PackedLayout:
         """The stored form of one `[rows, columns]` matrix under these options."""
         grid = ScaleGrid.resolve(rows, columns, self.group_rows, self.group_size)
-        return PackedLayout(grid, self.bits, self.scale_format, self.row_scale, self.offset)
+        return PackedLayout(
+            grid, self.bits, self.scale_format, self.row_scale, self.offset, rotation=self.rotation == "hadamard"
+        )

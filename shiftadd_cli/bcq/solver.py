@@ -17,6 +17,7 @@ from shiftadd_cli.bcq.levels import planes_of
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.parallel import map_pieces
 from shiftadd_cli.bcq.problem import Problem
+from shiftadd_cli.bcq.rotation import random_signs, rotate_moment, rotate_weight
 from shiftadd_cli.bcq.snap import SnappedScales
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.errors import NumericalError
@@ -54,6 +55,12 @@ def quantize_matrices(
         if matrix.abs().amax() > _LARGEST_WEIGHT:
             raise NumericalError(f"The weight of {name} holds values above 1e12; the source checkpoint is damaged.")
     columns = matrices[0].shape[1]
+    signs = None
+    if options.rotation == "hadamard":
+        # Everything from here on happens in the rotated basis, in which no error changes.
+        signs = random_signs(columns, options.seed).to(matrices[0].device)
+        matrices = [rotate_weight(matrix, signs) for matrix in matrices]
+        hessian = None if hessian is None else rotate_moment(hessian.float(), signs)
     if hessian is None:
         objective = _weight_objective(columns, matrices[0].device)
     else:
@@ -72,7 +79,7 @@ def quantize_matrices(
     if together:
         solved = _regroup(solved, [len(matrix) for matrix in matrices])
     return [
-        _pack(matrix, codes, snapped, options, hessian)
+        _pack(matrix, codes, snapped, options, hessian, signs)
         for matrix, (codes, snapped) in zip(matrices, solved, strict=True)
     ]
 
@@ -98,13 +105,18 @@ def _weight_objective(columns: int, device: torch.device) -> Objective:
 
 
 def _pack(
-    matrix: Tensor, codes: Tensor, snapped: SnappedScales, options: SolverOptions, hessian: Tensor | None
+    matrix: Tensor,
+    codes: Tensor,
+    snapped: SnappedScales,
+    options: SolverOptions,
+    hessian: Tensor | None,
+    signs: Tensor | None,
 ) -> Solution:
     layout = options.layout(*matrix.shape)
     planes = planes_of(codes, options.bits)
-    weight = QuantizedWeight.pack(layout, planes, snapped.ratios, snapped.row_scale, snapped.offsets)
+    weight = QuantizedWeight.pack(layout, planes, snapped.ratios, snapped.row_scale, snapped.offsets, signs)
     # Errors are those of the stored tensors, decoded, not of the solver's own view of them.
-    difference = matrix - weight.decode()
+    difference = matrix - weight.decode_stored()
     weight_error = _ratio(difference.square().sum(), matrix.square().sum())
     if hessian is None:
         return Solution(weight, weight_error, None)

@@ -2,6 +2,8 @@
 
     W[o, i] ≈ row_scale[o] · (Σ_b scale[o, g(i), b] · B_b[o, i]  +  offset[o, g(i)])
 
+With a rotation this is the matrix for rotated inputs, W R⁻¹ (see `rotation`).
+
 Stored tensors (names are suffixes of the parameter `weight`; R and C count the groups along rows and columns):
 
     weight_codes      uint8    [out, bits, ceil(in / 8)]          planes, see `packing`
@@ -10,6 +12,7 @@ Stored tensors (names are suffixes of the parameter `weight`; R and C count the 
     weight_row_scale  bfloat16 [out] or [1]                       [1]: one power of two for the whole matrix
     weight_offset     uint8    [R, ceil(C / 2)]                   optional; nibbles, eighths of the largest scale
                       float16  [R, C]                             instead, for the scale format `float`
+    weight_signs      uint8    [ceil(in / 8)]                     optional; diagonal of the rotation, packed as planes
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.packing import pack_nibbles, pack_planes, unpack_nibbles, unpack_signs
+from shiftadd_cli.bcq.rotation import restore_weight
 from shiftadd_cli.bcq.scale_formats import OFFSET_STEP, decode_offsets, encode_offsets, scale_format
 
 # Weights decoded at a time, so that the planes of a large matrix meet in the processor's cache.
@@ -37,6 +41,7 @@ class PackedLayout:
     scale_format: str
     row_scale: bool
     offset: bool
+    rotation: bool = False
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every stored tensor, by suffix."""
@@ -54,6 +59,8 @@ class PackedLayout:
             shapes["weight_offset"] = ((rows, -(-groups // 2)), torch.uint8)
         elif self.offset:
             shapes["weight_offset"] = ((rows, groups), torch.float16)
+        if self.rotation:
+            shapes["weight_signs"] = ((-(-self.grid.columns // 8),), torch.uint8)
         return shapes
 
     @property
@@ -78,12 +85,18 @@ class QuantizedWeight:
 
     @classmethod
     def pack(
-        cls, layout: PackedLayout, planes: Tensor, ratios: Tensor, row_scale: Tensor, offsets: Tensor | None
+        cls,
+        layout: PackedLayout,
+        planes: Tensor,
+        ratios: Tensor,
+        row_scale: Tensor,
+        offsets: Tensor | None,
+        signs: Tensor | None = None,
     ) -> QuantizedWeight:
         """Pack a solution whose scales already lie on the scale format.
 
         planes: bool `[out, bits, in]`; ratios: float32 `[R, C, bits]`; row_scale: `[out]` or `[1]`;
-        offsets: float32 `[R, C]` relative to the row scale, or None.
+        offsets: float32 `[R, C]` relative to the row scale, or None; signs: ±1 `[in]` of the rotation, or None.
         """
         form = scale_format(layout.scale_format)
         tensors = {"weight_codes": pack_planes(planes)}
@@ -101,6 +114,8 @@ class QuantizedWeight:
                 tensors["weight_offset"] = pack_nibbles(encode_offsets(multiples))
             else:
                 tensors["weight_offset"] = offsets.half()
+        if signs is not None:
+            tensors["weight_signs"] = pack_planes(signs > 0)
         return cls(layout, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
     def ratios(self) -> Tensor:
@@ -123,15 +138,25 @@ class QuantizedWeight:
             return stored.float()
         return decode_offsets(unpack_nibbles(stored, self.layout.grid.column_groups)) * ratios.amax(-1)
 
+    def signs(self) -> Tensor | None:
+        """The diagonal of the rotation, float32 `[in]` of ±1, or None."""
+        stored = self.tensors.get("weight_signs")
+        return None if stored is None else unpack_signs(stored, self.layout.grid.columns)
+
     def decode(self) -> Tensor:
-        """The matrix the stored tensors stand for: float32 `[out, in]`."""
+        """The matrix the stored tensors stand for, the rotation folded back: float32 `[out, in]`."""
+        signs, stored = self.signs(), self.decode_stored()
+        return stored if signs is None else restore_weight(stored, signs)
+
+    def decode_stored(self) -> Tensor:
+        """The matrix that multiplies (rotated) inputs: float32 `[out, in]`."""
         return next(self.tiles(self.layout.grid.rows))[1]
 
     def tiles(self, height: int) -> Iterator[tuple[slice, Tensor]]:
-        """The matrix in tiles of at most `height` rows: pairs of the slice of rows and its float32 `[rows, in]`.
+        """`decode_stored()` in tiles of at most `height` rows: pairs of the slice of rows and its float32 `[rows, in]`.
 
         Beside the tile itself only the scales of the whole matrix are held. Every tile is bit-identical to the same
-        rows of `decode()`.
+        rows of the whole.
         """
         ratios = self.ratios()
         offsets = self.offsets(ratios)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from shiftadd_cli.bcq.rotation import rotate_input
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 
 # Decoded rows held at a time, float32; a matrix of a small model is one tile.
@@ -20,13 +21,16 @@ class PackedLinear(nn.Module):
     The stored tensors are frozen parameters named as in `bcq.weight`. They are data and not numbers of the model's
     dtype: `.to(dtype)`, `.half()` and the like move the bias and leave them as they are.
 
-    The output equals `F.linear(x, decode().to(x.dtype), bias)` up to the rounding of the dot products, which torch
-    sums in another order for another tile shape (for float32: a few units in the last place of the sum of |terms|).
+    The output equals `F.linear(R x, packed().decode_stored().to(x.dtype), bias)`, where R is the rotation, if there is
+    one, up to the rounding of the dot products, which torch sums in another order for another tile shape (for float32:
+    a few units in the last place of the sum of |terms|). In exact arithmetic that is `F.linear(x, decode(), bias)`.
 
     `transposed` remembers that the layer stands for a transformers `Conv1D`, whose dense weight is [in, out].
     """
 
     bias: nn.Parameter | None
+    # (x `[..., in]`, signs `[in]`) → R x; layers that read the same input may be given one that remembers it.
+    rotate: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.layout = layout
         self.transposed = transposed
+        self.rotate = rotate_input
         self._dtype = dtype or torch.get_default_dtype()
         for suffix, (shape, kind) in layout.tensors().items():
             empty = torch.zeros(shape, dtype=kind, device=device)
@@ -90,14 +95,16 @@ class PackedLinear(nn.Module):
         return QuantizedWeight(self.layout, {name: self.get_parameter(name).detach() for name in self.layout.tensors()})
 
     def decode(self) -> Tensor:
-        """The matrix the layer multiplies with: float32 `[out, in]`."""
+        """The matrix the layer stands for: float32 `[out, in]`."""
         return self.packed().decode()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` → `[..., out]` in the dtype of `x` (float32, bfloat16, float16 or float64)."""
         height = max(1, TILE_BYTES // (4 * self.in_features))
-        tiles = []
-        for rows, tile in self.packed().tiles(height):
+        packed, tiles = self.packed(), []
+        if (signs := packed.signs()) is not None:
+            x = self.rotate(x, signs)
+        for rows, tile in packed.tiles(height):
             bias = None if self.bias is None else self.bias[rows].to(x.dtype)
             tiles.append(linear(x, tile.to(x.dtype), bias))
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
@@ -120,5 +127,5 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.layout.bits}, scale_format={self.layout.scale_format}"
+            f"bits={self.layout.bits}, scale_format={self.layout.scale_format}, rotation={self.layout.rotation}"
         )

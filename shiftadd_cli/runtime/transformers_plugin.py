@@ -20,6 +20,7 @@ from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.checks import check_files, check_loaded
 from shiftadd_cli.runtime.linear import PackedLinear
+from shiftadd_cli.runtime.rotation import share_rotations
 
 
 class ShiftAddConfig(QuantizationConfigMixin):
@@ -83,6 +84,7 @@ class ShiftAddQuantizer(HfQuantizer):
             # transformers makes every floating-point tensor it loads trainable.
             for suffix in module.layout.tensors():
                 module.get_parameter(suffix).requires_grad_(False)
+        share_rotations(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

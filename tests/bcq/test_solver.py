@@ -23,6 +23,7 @@ ACC: dict[str, Any] = {
     "fit": "greedy",
     "sweep": "dynamic",
     "refine_rounds": 0,
+    "rotation": "none",
 }
 LAT: dict[str, Any] = {**ACC, "group_size": 8, "group_rows": "1/8"}
 QUICK = SolverOptions(group_size=16, refine_rounds=1, offset=False)
@@ -85,6 +86,33 @@ def test_reported_errors_are_those_of_the_stored_tensors(scale_format: str, hess
         assert solution.output_error is None
     else:
         assert solution.output_error == pytest.approx(output_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+@pytest.mark.parametrize("hessian", [None, random_hessian(48)], ids=["no data", "data"])
+def test_rotated_or_not_the_stored_tensors_stand_for_the_weights(rotation: Any, hessian: Tensor | None) -> None:
+    weights = random_weights(9, 48)
+    options = replace(QUICK, bits=6, rotation=rotation)
+    solution = solve(weights, hessian, options if hessian is not None else options.without_data())
+    assert ("weight_signs" in solution.weight.tensors) == (rotation == "hadamard")
+    torch.testing.assert_close(solution.weight.decode(), weights, rtol=0, atol=0.15 * float(weights.abs().max()))
+    assert solution.weight_error < 0.003
+
+
+def test_rotation_spreads_outliers() -> None:
+    weights, hessian = random_weights(16, 64), random_hessian(64)
+    # Heavy tails: a few weights in every group are many times the others.
+    weights *= torch.exp(1.5 * torch.randn(weights.shape, generator=generator(1)))
+    options = replace(QUICK, group_size="all")
+    plain, rotated = (solve(weights, hessian, replace(options, rotation=each)) for each in ("none", "hadamard"))
+    assert objective_value(weights, rotated, hessian, options) < 0.7 * objective_value(weights, plain, hessian, options)
+
+
+def test_the_seed_chooses_the_signs() -> None:
+    weights, hessian = random_weights(4, 32), random_hessian(32)
+    signs = [solve(weights, hessian, replace(QUICK, seed=seed)).weight.tensors["weight_signs"] for seed in (0, 0, 1)]
+    assert torch.equal(signs[0], signs[1])
+    assert not torch.equal(signs[0], signs[2])
 
 
 @pytest.mark.parametrize("options", [QUICK, replace(QUICK, row_scale=False), SolverOptions(**ACC)], ids=str)
@@ -209,7 +237,8 @@ def test_constant_rows_and_large_means_survive_an_offset(options: SolverOptions)
     weights = torch.full((4, 32), 0.7)
     weights[1] = -0.1
     weights[2:] += 0.2 * torch.randn(2, 32, generator=generator(0))
-    solution = solve(weights, torch.eye(32), options)
+    # The rotation turns a constant into spikes; what is tried here is the offset.
+    solution = solve(weights, torch.eye(32), replace(options, rotation="none"))
     decoded = solution.weight.decode()
     if options.bits > 1 and options.group_rows == 1:
         torch.testing.assert_close(decoded[:2], weights[:2], rtol=0.06, atol=0)

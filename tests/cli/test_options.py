@@ -17,6 +17,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "scale_format": (["--scale-format", "pot"], "pot"),
     "row_scale": (["--no-row-scale"], False),
     "offset": (["--offset"], True),
+    "rotation": (["--rotation", "none"], "none"),
     "fit": (["--fit", "greedy"], "greedy"),
     "fit_rounds": (["--fit-rounds", "7"], 7),
     "weight_error": (["--weight-error", "1e-3"], 0.001),

@@ -30,8 +30,10 @@ def layout(
     form: str = "apot2",
     row_scale: bool = True,
     offset: bool = False,
+    rotation: bool = False,
 ) -> PackedLayout:
-    return PackedLayout(ScaleGrid.resolve(rows, columns, group_rows, group_size), bits, form, row_scale, offset)
+    grid = ScaleGrid.resolve(rows, columns, group_rows, group_size)
+    return PackedLayout(grid, bits, form, row_scale, offset, rotation)
 
 
 def slow_decode(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
@@ -94,6 +96,7 @@ def layouts(draw: st.DrawFn) -> PackedLayout:
         form=draw(st.sampled_from(FORMATS)),
         row_scale=draw(st.booleans()),
         offset=draw(st.booleans()),
+        rotation=draw(st.booleans()),
     )
 
 
@@ -102,7 +105,7 @@ def layouts(draw: st.DrawFn) -> PackedLayout:
 def test_decode_follows_the_format(lay: PackedLayout, seed: int) -> None:
     weight = random_weight(lay, seed)
     expected, sizes = slow_decode(weight)
-    error = (weight.decode().double() - expected).abs()
+    error = (weight.decode_stored().double() - expected).abs()
     assert (error <= sizes * 12 * torch.finfo(torch.float32).eps).all()
 
 
@@ -110,10 +113,10 @@ def test_decode_follows_the_format(lay: PackedLayout, seed: int) -> None:
 @given(layouts(), st.integers(1, 10))
 def test_tiles_are_the_same_bits(lay: PackedLayout, height: int) -> None:
     weight = random_weight(lay)
-    whole = weight.decode()
+    whole = weight.decode_stored()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_module, "_CACHED_WEIGHTS", 3 * lay.grid.columns)
-        assert torch.equal(weight.decode(), whole)
+        assert torch.equal(weight.decode_stored(), whole)
     covered = 0
     for rows, tile in weight.tiles(height):
         assert rows.start == covered
@@ -143,6 +146,16 @@ def test_forward_is_the_dense_product(
     # One rounding of the result, and accumulation in at least float32.
     assert ((result.double() - exact).abs() <= bound * 64 * torch.finfo(torch.float32).eps
             + exact.abs() * torch.finfo(dtype).eps).all()  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_forward_rotates_the_input(dtype: torch.dtype) -> None:
+    """In exact arithmetic the product is that of the decoded matrix and the input as it comes."""
+    layer = PackedLinear.from_weight(random_weight(layout(columns=48, rotation=True)), torch.ones(24))
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
+    exact = functional.linear(x.double(), layer.decode().double(), layer.bias.double())
+    bound = x.double().abs().amax() * 48 * layer.decode().double().abs().amax()
+    assert ((layer(x).double() - exact).abs() <= 4 * bound * max(torch.finfo(dtype).eps, 1e-6)).all()
 
 
 def test_one_tile_is_exactly_the_dense_layer() -> None:

@@ -20,10 +20,15 @@ from shiftadd_cli.runtime.transformers_plugin import register
 
 register()
 IDS = torch.randint(0, VOCAB_SIZE, (2, 17), generator=torch.Generator().manual_seed(0))
+ROTATED = {"rotation": "hadamard"}
 ACC = MatrixFormat(bits=2, group_size=1, group_rows="all", scale_format="apot3", row_scale=True, offset=False)
 LAT = MatrixFormat(bits=3, group_size=8, group_rows="1/8", scale_format="pot", row_scale=False, offset=False)
-FLOAT = MatrixFormat(bits=1, group_size=7, group_rows=3, scale_format="float", row_scale=True, offset=True)
-OFFSET = MatrixFormat(bits=4, group_size=24, group_rows=1, scale_format="pot", row_scale=True, offset=True)
+FLOAT = MatrixFormat(
+    bits=1, group_size=7, group_rows=3, scale_format="float", row_scale=True, offset=True, rotation="hadamard"
+)
+OFFSET = MatrixFormat(
+    bits=4, group_size=24, group_rows=1, scale_format="pot", row_scale=True, offset=True, rotation="hadamard"
+)
 
 
 @pytest.fixture(scope="module")

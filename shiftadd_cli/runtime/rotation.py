@@ -1,0 +1,64 @@
+"""Rotated inputs, made once for all linears that read the same tensor (query, key and value; gate and up)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.bcq.rotation import rotate_input
+from shiftadd_cli.runtime.linear import PackedLinear
+
+
+class SharedRotation:
+    """Rotates inputs by the signs of one layer and remembers the last result while its input lives.
+
+    A tensor that was changed in place since, or comes again under another gradient mode, is rotated anew. What is
+    remembered is one tuple, so that threads may race for it without harm.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], tuple[int, bool], Tensor] | None = None
+
+    def __call__(self, x: Tensor, signs: Tensor) -> Tensor:
+        """R x for `x` `[..., in]` and `signs` ±1 `[in]`."""
+        # Tensors of inference mode do not count their changes; a compiler shares equal work by itself.
+        if torch.compiler.is_compiling() or x.is_inference():
+            return rotate_input(x, signs)
+        state = (x._version, torch.is_grad_enabled())
+        last = self._last
+        if last is not None and last[0]() is x and last[1] == state:
+            return last[2]
+        rotated = rotate_input(x, signs)
+        self._last = (weakref.ref(x, self._forget), state, rotated)
+        return rotated
+
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
+        last = self._last
+        if last is not None and last[0] is dead:
+            self._last = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, _: dict[str, Any]) -> None:
+        self._last = None
+
+
+def share_rotations(model: nn.Module) -> None:
+    """Let the rotated linears of every module that have the same signs share what they rotate."""
+    for module in model.modules():
+        siblings = [each for each in module.children() if isinstance(each, PackedLinear) and each.layout.rotation]
+        _share(siblings)
+
+
+def _share(layers: Iterable[PackedLinear]) -> None:
+    shared: dict[tuple[torch.device, bytes], SharedRotation] = {}
+    for layer in layers:
+        stored = layer.get_parameter("weight_signs")
+        if not stored.is_meta:
+            key = (stored.device, stored.detach().cpu().numpy().tobytes())
+            layer.rotate = shared.setdefault(key, SharedRotation())

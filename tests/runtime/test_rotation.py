@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from artifacts import random_weight
+from torch import Tensor, nn
+
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.rotation import random_signs, rotate_input
+from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.runtime import rotation
+from shiftadd_cli.runtime.linear import PackedLinear
+from shiftadd_cli.runtime.rotation import SharedRotation, share_rotations
+
+SIGNS = random_signs(32, seed=0)
+
+
+@pytest.fixture
+def rotations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every input that is really rotated, in order."""
+    seen: list[Tensor] = []
+
+    def counted(x: Tensor, signs: Tensor) -> Tensor:
+        seen.append(x)
+        return rotate_input(x, signs)
+
+    monkeypatch.setattr(rotation, "rotate_input", counted)
+    return seen
+
+
+def layer(rows: int, seed: int, rotated: bool = True) -> PackedLinear:
+    weight = random_weight(PackedLayout(ScaleGrid.resolve(rows, 32, 1, 16), 2, "pot", True, False, rotated), seed)
+    tensors = dict(weight.tensors)
+    if rotated:
+        tensors["weight_signs"] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
+    return PackedLinear.from_weight(QuantizedWeight(weight.layout, tensors))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.other, self.plain = layer(8, 0), layer(4, 1), layer(4, 2), layer(4, 3, rotated=False)
+        self.other.weight_signs.data += 1
+
+
+def test_layers_that_read_one_tensor_rotate_it_once(rotations: list[Tensor]) -> None:
+    block = nn.Sequential(Attention())
+    before = [each(torch.ones(3, 32)) for each in block[0].children()]
+    share_rotations(block)
+    x = torch.ones(3, 32)
+    after = [each(x) for each in block[0].children()]
+    assert len(rotations) == 2, "q and k share signs, other has its own"
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+def test_a_changed_or_new_input_is_rotated_anew(rotations: list[Tensor]) -> None:
+    shared, x = SharedRotation(), torch.ones(2, 32)
+    assert shared(x, SIGNS) is shared(x, SIGNS)
+    x += 1
+    assert torch.equal(shared(x, SIGNS), rotate_input(x, SIGNS))
+    shared(x.clone(), SIGNS)
+    assert len(rotations) == 3
+
+
+def test_gradients_are_those_of_the_present_mode() -> None:
+    shared, x = SharedRotation(), torch.ones(2, 32, requires_grad=True)
+    with torch.no_grad():
+        assert not shared(x, SIGNS).requires_grad
+    shared(x, SIGNS).sum().backward()
+    assert x.grad is not None
+
+
+def test_inference_mode_works_and_remembers_nothing(rotations: list[Tensor]) -> None:
+    shared = SharedRotation()
+    with torch.inference_mode():
+        x = torch.ones(2, 32)
+        assert torch.equal(shared(x, SIGNS), shared(x, SIGNS))
+    assert len(rotations) == 2
+
+
+def test_the_result_dies_with_its_input() -> None:
+    shared, x = SharedRotation(), torch.ones(2, 32)
+    result = weakref.ref(shared(x, SIGNS))
+    gc.collect()
+    assert result() is not None
+    del x
+    gc.collect()
+    assert result() is None
+
+
+def test_copies_share_nothing() -> None:
+    block = Attention()
+    share_rotations(block)
+    x = torch.ones(3, 32)
+    block.q(x)
+    twin = copy.deepcopy(block)
+    assert twin.q.rotate is twin.k.rotate
+    assert twin.q.rotate is not block.q.rotate
+    assert torch.equal(twin.q(x), block.q(x))
