@@ -43,8 +43,8 @@ class Recipe(BaseModel):
     rotation: Annotated[
         Literal["none", "hadamard"],
         Field(
-            description="Rotate the inputs of each linear, at run time too, by a Hadamard transform with random signs: it "
-            "spreads outliers and costs additions only."
+            description="Rotate the inputs of each linear, at run time too, by a Hadamard transform with random signs, "
+            "which spreads outliers and costs additions only."
         ),
     ] = "hadamard"
     fit: Annotated[
@@ -80,6 +80,22 @@ class Recipe(BaseModel):
     descent_passes: Annotated[
         int, Field(ge=1, description="Passes of coordinate descent over the columns in each of these rounds.")
     ] = 2
+    true_sequential: Annotated[
+        bool,
+        Field(
+            description="Calibrate the linears of a block in the order they run, each on what the quantized ones "
+            "before it give."
+        ),
+    ] = True
+    asymmetric: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="How far each linear aims at what it gave in the original model, where inputs are unspoilt, "
+            "instead of at its own weights: 0 not at all, 1 wholly (as GPTAQ).",
+        ),
+    ] = 0.5
     calibration: Annotated[
         str,
         Field(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shiftadd_cli.bcq.hessian import Objective, build_objective
+from shiftadd_cli.bcq.hessian import Objective, build_objective, corrected_target
 from shiftadd_cli.bcq.levels import planes_of
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.parallel import map_pieces
@@ -41,12 +41,17 @@ class Solution:
 
 
 def quantize_matrices(
-    weights: Sequence[Tensor], names: Sequence[str], hessian: Tensor | None, options: SolverOptions
+    weights: Sequence[Tensor],
+    names: Sequence[str],
+    hessian: Tensor | None,
+    options: SolverOptions,
+    cross: Tensor | None = None,
 ) -> list[Solution]:
     """Quantize matrices `[out_i, in]` that read the same input, whose second moment is `hessian` `[in, in]` or None.
 
-    Works in float32. Raises NumericalError, naming the layer, on weights or inputs that are not finite and on Hessians
-    that cannot be factorised.
+    `cross` `[in, in]` is E[x̃ xᵀ] with the input x̃ of the original model, for asymmetric calibration. Works in float32.
+    Raises NumericalError, naming the layer, on weights or inputs that are not finite and on Hessians that cannot be
+    factorised.
     """
     matrices = [weight.float() for weight in weights]
     for matrix, name in zip(matrices, names, strict=True):
@@ -61,6 +66,7 @@ def quantize_matrices(
         signs = random_signs(columns, options.seed).to(matrices[0].device)
         matrices = [rotate_weight(matrix, signs) for matrix in matrices]
         hessian = None if hessian is None else rotate_moment(hessian.float(), signs)
+        cross = None if cross is None else rotate_moment(cross.float(), signs)
     if hessian is None:
         objective = _weight_objective(columns, matrices[0].device)
     else:
@@ -73,6 +79,11 @@ def quantize_matrices(
             group_columns=width,
             whole_groups=options.sweep == "dynamic",
         )
+        if cross is not None and options.asymmetric:
+            matrices = [
+                corrected_target(matrix, objective.damped, hessian.float(), cross.float(), options.asymmetric)
+                for matrix in matrices
+            ]
     together = options.layout(1, columns).grid.group_rows == 1 and options.group_rows == 1 and options.row_scale
     pieces = _even_pieces(torch.cat(matrices)) if together else matrices
     solved = map_pieces(lambda piece: Problem(piece, objective, options).solve(), pieces)

@@ -1,91 +1,72 @@
-"""Second moments of the inputs of a block's linears, H = E[x xᵀ], gathered while the block runs."""
+"""Second moments of the inputs of a block's linears, gathered while the block runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shiftadd_cli.calibration.streams import HiddenStates
-from shiftadd_cli.calibration.trace import BlockCall
+from shiftadd_cli.calibration.stream import BlockStream
 
 # Columns of a second moment that are added to at once.
 _STRIP = 256
 
 
 @dataclass(frozen=True)
-class SharedInput:
-    """Linears that read the same tensor and its second moment, float32 `[in, in]`; None if it was never read."""
+class Moments:
+    """Of one input of linears: `hessian` E[x xᵀ], and, when there is an original to compare with, `cross` E[x̃ xᵀ],
+    with x what the linears read now and x̃ what they read in the original model. Both float32 `[in, in]`."""
 
-    names: tuple[str, ...]
-    hessian: Tensor | None
+    hessian: Tensor
+    cross: Tensor | None = None
 
 
-class _Moment:
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.total = torch.zeros(width, width, device=device)
+class _Sum:
+    """Accumulates Σ x xᵀ and Σ x̃ xᵀ over tokens."""
+
+    def __init__(self, width: int, device: torch.device, *, cross: bool) -> None:
+        self.hessian = torch.zeros(width, width, device=device)
+        self.cross = torch.zeros(width, width, device=device) if cross else None
         self.rows = 0
 
-    def add(self, inputs: Tensor) -> None:
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+    def add(self, inputs: Tensor, original: Tensor | None) -> None:
+        rows = _rows(inputs)
         # The matrix is symmetric: strips from the diagonal rightwards are little more than half the work.
         for start in range(0, rows.shape[1], _STRIP):
-            self.total[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
+            self.hessian[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
+        if self.cross is not None:
+            # Experts may be given other tokens than in the original; such a batch says nothing about the difference.
+            same = original is not None and original.shape == inputs.shape
+            self.cross.addmm_((_rows(original) if same and original is not None else rows).T, rows)
         self.rows += len(rows)
 
-    def mean(self) -> Tensor:
-        """The second moment, whole."""
-        upper = self.total.triu()
-        return (upper + upper.triu(1).T) / self.rows
+    def mean(self) -> Moments:
+        upper = self.hessian.triu()
+        hessian = (upper + upper.triu(1).T) / self.rows
+        return Moments(hessian, None if self.cross is None else self.cross / self.rows)
 
 
 def gather_moments(
-    block: nn.Module,
-    linears: Sequence[tuple[str, nn.Module]],
-    hidden: HiddenStates,
-    calls: Mapping[int, Sequence[BlockCall]],
-    depth: int,
-    device: torch.device,
-) -> list[SharedInput]:
-    """Run all batches through `block` and gather the second moment of every distinct input of `linears`.
+    stream: BlockStream, groups: Sequence[tuple[str, ...]], original: BlockStream | None = None
+) -> list[Moments]:
+    """Run all batches and gather the moments of the input of each group of linears (see `shared_inputs`).
 
-    The first batch shows which linears read the same tensor (query, key and value; gate and up); each such tensor is
-    gathered once. Order follows `linears`.
+    The block is left as soon as the last of them has its input. With `original`, the same block before quantization
+    and the hidden states of the original model, the cross moments are gathered too.
     """
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str, inputs: Tensor) -> None:
-        seen[name] = inputs
-
-    moments: dict[str, _Moment] = {}
-    groups: list[list[str]] = []
-    for index, batch in enumerate(hidden):
-        watched = linears if index == 0 else [(name, module) for name, module in linears if name in moments]
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0])) for name, module in watched
-        ]
-        with torch.no_grad():
-            calls[len(batch)][depth].run(block, batch.to(device))
-        for handle in handles:
-            handle.remove()
-        if index == 0:
-            groups = _group_by_input(seen, [name for name, _ in linears])
-            moments = {group[0]: _Moment(seen[group[0]].shape[-1], device) for group in groups}
-        for name, moment in moments.items():
-            moment.add(seen[name])
-        seen.clear()
-    shared = [SharedInput(tuple(group), moments[group[0]].mean()) for group in groups]
-    reached = {name for group in groups for name in group}
-    return shared + [SharedInput((name,), None) for name, _ in linears if name not in reached]
+    names = [group[0] for group in groups]
+    sums: dict[str, _Sum] = {}
+    for index in range(len(stream.hidden)):
+        seen = stream.inputs(index, names)
+        reference = {} if original is None else original.inputs(index, names)
+        for name, inputs in seen.items():
+            if name not in sums:
+                sums[name] = _Sum(inputs.shape[-1], stream.device, cross=original is not None)
+            sums[name].add(inputs, reference.get(name))
+    return [sums[name].mean() for name in names]
 
 
-def _group_by_input(seen: dict[str, Tensor], order: Sequence[str]) -> list[list[str]]:
-    """Names whose inputs are one tensor in memory; all inputs are alive, so equal places mean equal tensors."""
-    groups: dict[tuple[int, torch.Size, tuple[int, ...]], list[str]] = {}
-    for name in order:
-        if name in seen:
-            inputs = seen[name]
-            groups.setdefault((inputs.data_ptr(), inputs.shape, inputs.stride()), []).append(name)
-    return list(groups.values())
+def _rows(inputs: Tensor) -> Tensor:
+    return inputs.reshape(-1, inputs.shape[-1]).float()

@@ -22,6 +22,15 @@ class HiddenStates:
         """Put the next block's input in the place of this one's, so that two depths never exist at once."""
         self._batches[index] = batch.cpu()
 
+    def __getitem__(self, index: int) -> Tensor:
+        return self._batches[index]
+
+    def copy(self) -> HiddenStates:
+        """The same batches, to be replaced independently; nothing is duplicated until then."""
+        twin = HiddenStates(self.samples)
+        twin._batches = list(self._batches)
+        return twin
+
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._batches)
 

@@ -34,10 +34,12 @@ class BlockCall:
 
 @dataclass
 class Trace:
-    """`hidden`: inputs of the first block; `calls[batch size]`: one BlockCall per block."""
+    """`hidden`: inputs of the first block; `calls[batch size]`: one BlockCall per block; `original`: hidden states of the
+    original model at the same depth, for asymmetric calibration."""
 
     hidden: HiddenStates
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+    original: HiddenStates | None = None
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error

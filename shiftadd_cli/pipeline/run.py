@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.artifact.writer import ArtifactWriter
-from shiftadd_cli.bcq.solver import Solution, SolverOptions, quantize_matrices
-from shiftadd_cli.calibration.hessian import SharedInput, gather_moments
+from shiftadd_cli.bcq.solver import Solution
+from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.text import TextData, load_text, sample_windows
-from shiftadd_cli.calibration.trace import Trace, check_finite, trace_model
+from shiftadd_cli.calibration.trace import Trace, trace_model
 from shiftadd_cli.pipeline.account import Measured, make_report
+from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.schema import LayerReport, Report
 from shiftadd_cli.source import LinearSpec
@@ -107,59 +109,47 @@ class _Run:
                 model = source.skeleton()
                 _move(model, structure.outside, self.device)
                 windows = self.calibration.windows
-                trace = trace_model(source, structure, windows, self.plan.recipe.batch_size, self.device)
+                recipe = self.plan.recipe
+                trace = trace_model(source, structure, windows, recipe.batch_size, self.device)
+                if recipe.asymmetric:
+                    trace.original = trace.hidden.copy()
         source.release(structure.outside)
         return trace
 
     def _block(self, depth: int, name: str, trace: Trace | None) -> None:
-        source = self.plan.source
+        source, recipe = self.plan.source, self.plan.recipe
         with self.clock.phase("read_and_write"):
             source.materialise([name])
             block = source.skeleton().get_submodule(name)
             block.to(self.device)
             self._write_kept(kept for kept in self.plan.kept if kept.startswith(f"{name}."))
-        specs = {each.spec.name: each.spec for each in self.plan.linears if each.spec.block == depth}
-        with self.clock.phase("forward"):
-            inputs = self._inputs(depth, block, list(specs), trace)
-        with self.clock.phase("solve"):
-            for shared in inputs:
-                self._quantize(shared, specs)
-        last = depth + 1 == len(self.plan.structure.blocks)
-        if trace is not None and not last:
-            with self.clock.phase("forward"):
-                self._advance(depth, block, name, trace)
+        specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
+        quantizer = BlockQuantizer(block, specs, recipe, self.clock)
+        if trace is None:
+            quantizer.without_data()
+        else:
+            calls = {size: per_block[depth] for size, per_block in trace.calls.items()}
+            stream = BlockStream(block, trace.hidden, calls, self.device)
+            original = None
+            if trace.original is not None:
+                original = BlockStream(copy.deepcopy(block), trace.original, calls, self.device)
+            quantizer.on(stream, original)
+            if depth + 1 < len(self.plan.structure.blocks):
+                with self.clock.phase("forward"):
+                    # The next block calibrates on what it will see.
+                    stream.advance(name)
+                    if original is not None:
+                        original.advance(name)
+        with self.clock.phase("read_and_write"):
+            self._write_solutions(specs, quantizer)
         source.release([name])
 
-    def _inputs(self, depth: int, block: nn.Module, names: list[str], trace: Trace | None) -> list[SharedInput]:
-        """The linears of a block by the input they read, with its second moment."""
-        if trace is None:
-            return [SharedInput((name,), None) for name in names]
-        model = self.plan.source.skeleton()
-        linears = [(name, model.get_submodule(name)) for name in names]
-        return gather_moments(block, linears, trace.hidden, trace.calls, depth, self.device)
-
-    def _quantize(self, shared: SharedInput, specs: dict[str, LinearSpec]) -> None:
-        """Quantize linears that read one input, write them, and put the decoded weights in their place."""
-        model = self.plan.source.skeleton()
-        options = SolverOptions.from_recipe(self.plan.recipe)
-        if shared.hessian is None:
-            options = options.without_data()
-        modules = [model.get_submodule(name) for name in shared.names]
-        weights = [_matrix(module, specs[name]) for name, module in zip(shared.names, modules, strict=True)]
-        solutions = quantize_matrices(weights, shared.names, shared.hessian, options)
-        for name, module, solution in zip(shared.names, modules, solutions, strict=True):
+    def _write_solutions(self, specs: Sequence[LinearSpec], quantizer: BlockQuantizer) -> None:
+        for spec in specs:
+            solution = quantizer.solutions[spec.kind]
             for suffix, tensor in solution.weight.tensors.items():
-                self.writer.add(f"{name}.{suffix}", tensor)
-            _replace(module, solution.weight.decode(), specs[name])
-            self.layers.append(_layer_report(specs[name], solution, calibrated=shared.hessian is not None))
-
-    def _advance(self, depth: int, block: nn.Module, name: str, trace: Trace) -> None:
-        """Put the quantized block's outputs in the place of its inputs: the next block calibrates on what it sees."""
-        with torch.no_grad():
-            for index, batch in enumerate(trace.hidden):
-                output = trace.calls[len(batch)][depth].run(block, batch.to(self.device))
-                check_finite(output, name)
-                trace.hidden.replace(index, output)
+                self.writer.add(f"{spec.name}.{suffix}", tensor)
+            self.layers.append(_layer_report(spec, solution))
 
     def _write_kept(self, names: Iterable[str]) -> None:
         state = self.plan.source.skeleton().state_dict()
@@ -176,18 +166,6 @@ class _Run:
         return config
 
 
-def _matrix(module: nn.Module, spec: LinearSpec) -> Tensor:
-    """The weight as `[out, in]`."""
-    weight = module.get_parameter("weight").detach()
-    return weight.T if spec.transposed else weight
-
-
-def _replace(module: nn.Module, weight: Tensor, spec: LinearSpec) -> None:
-    """Put `weight` `[out, in]` in the place of the module's own, in its layout and dtype."""
-    parameter = module.get_parameter("weight")
-    parameter.data = (weight.T.contiguous() if spec.transposed else weight).to(parameter.dtype)
-
-
 def _move(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
     """Move modules, or parameters and buffers that stand by themselves, to the device."""
     modules = dict(model.named_modules())
@@ -199,7 +177,7 @@ def _move(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
             tensor.data = tensor.data.to(device)
 
 
-def _layer_report(spec: LinearSpec, solution: Solution, *, calibrated: bool) -> LayerReport:
+def _layer_report(spec: LinearSpec, solution: Solution) -> LayerReport:
     layout = solution.weight.layout
     return LayerReport(
         name=spec.name,
@@ -211,5 +189,5 @@ def _layer_report(spec: LinearSpec, solution: Solution, *, calibrated: bool) -> 
         bits_per_weight=layout.bits_per_weight,
         weight_error=solution.weight_error,
         output_error=solution.output_error,
-        calibrated=calibrated,
+        calibrated=solution.output_error is not None,
     )

@@ -1,0 +1,73 @@
+"""Quantize one block: its linears in the order they run, each group that reads one tensor together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from shiftadd_cli.bcq.solver import Solution, SolverOptions, quantize_matrices
+from shiftadd_cli.calibration.hessian import Moments, gather_moments
+from shiftadd_cli.calibration.stream import BlockStream
+from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import LinearSpec
+
+
+class BlockQuantizer:
+    """`block`, on its device, and its linears `specs`; afterwards it computes with the decoded weights."""
+
+    def __init__(self, block: nn.Module, specs: Sequence[LinearSpec], recipe: Recipe, clock: Measured) -> None:
+        self.block, self.recipe, self.clock = block, recipe, clock
+        self.specs: Mapping[str, LinearSpec] = {spec.kind: spec for spec in specs}
+        self.options = SolverOptions.from_recipe(recipe)
+        self.solutions: dict[str, Solution] = {}
+
+    def without_data(self) -> None:
+        """Quantize every linear on its own, by its weights alone."""
+        with self.clock.phase("solve"):
+            for kind in self.specs:
+                self._solve((kind,), None)
+
+    def on(self, stream: BlockStream, original: BlockStream | None) -> None:
+        """Quantize on the inputs of `stream`; linears that no input reaches by their weights alone.
+
+        original: the block as it was and the hidden states of the original model, for asymmetric calibration.
+        """
+        with self.clock.phase("forward"):
+            groups = stream.shared_inputs(list(self.specs))
+        for part in [[group] for group in groups] if self.recipe.true_sequential else [groups]:
+            with self.clock.phase("forward"):
+                moments = gather_moments(stream, part, original)
+            with self.clock.phase("solve"):
+                for group, each in zip(part, moments, strict=True):
+                    self._solve(group, each)
+        with self.clock.phase("solve"):
+            for kind in self.specs:
+                if kind not in self.solutions:
+                    self._solve((kind,), None)
+
+    def _solve(self, kinds: Sequence[str], moments: Moments | None) -> None:
+        """Quantize linears that read one input and put the decoded weights in their place."""
+        modules = [self.block.get_submodule(kind) for kind in kinds]
+        weights = [_matrix(module, self.specs[kind]) for kind, module in zip(kinds, modules, strict=True)]
+        names = [self.specs[kind].name for kind in kinds]
+        if moments is None:
+            solutions = quantize_matrices(weights, names, None, self.options.without_data())
+        else:
+            solutions = quantize_matrices(weights, names, moments.hessian, self.options, moments.cross)
+        for kind, module, solution in zip(kinds, modules, solutions, strict=True):
+            _replace(module, solution.weight.decode(), self.specs[kind])
+            self.solutions[kind] = solution
+
+
+def _matrix(module: nn.Module, spec: LinearSpec) -> Tensor:
+    """The weight as `[out, in]`."""
+    weight = module.get_parameter("weight").detach()
+    return weight.T if spec.transposed else weight
+
+
+def _replace(module: nn.Module, weight: Tensor, spec: LinearSpec) -> None:
+    """Put `weight` `[out, in]` in the place of the module's own, in its layout and dtype."""
+    parameter = module.get_parameter("weight")
+    parameter.data = (weight.T.contiguous() if spec.transposed else weight).to(parameter.dtype)
