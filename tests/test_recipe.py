@@ -258,6 +258,8 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
         "sweep_order": "natural",
         "refine_rounds": 17,
         "descent_passes": 17,
+        "true_sequential": False,
+        "asymmetric": 1.0,
         "calibration": "ptb",
         "samples": 1,
         "seq_len": 8,

@@ -34,8 +34,8 @@ class BlockCall:
 
 @dataclass
 class Trace:
-    """`hidden`: inputs of the first block; `calls[batch size]`: one BlockCall per block; `original`: hidden states of the
-    original model at the same depth, for asymmetric calibration."""
+    """`hidden`: inputs of the first block; `calls[batch size]`: one BlockCall per block; `original`: hidden states of
+    the original model at the same depth, for asymmetric calibration."""
 
     hidden: HiddenStates
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bcq_problems import generator, random_hessian
+from bcq_problems import generator, random_hessian, random_weights
 from torch import Tensor
 
-from shiftadd_cli.bcq.hessian import build_objective, column_order, damp, factorise
+from shiftadd_cli.bcq.hessian import build_objective, column_order, corrected_target, damp, factorise
 from shiftadd_cli.errors import NumericalError
 
 
@@ -121,3 +121,24 @@ def test_orders_are_permutations_and_ties_keep_their_place(whole_groups: bool, w
         assert len([g for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g]) == -(-45 // width)
     else:
         assert order.tolist() == sorted(range(45), key=lambda c: -float(diagonal[c]))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_the_corrected_target_minimises_the_distance_from_the_original_output(strength: float) -> None:
+    g = generator(4)
+    weights = torch.randn(6, 20, generator=g, dtype=torch.float64)
+    original = torch.randn(200, 20, generator=g, dtype=torch.float64)
+    now = original + 0.3 * torch.randn(200, 20, generator=g, dtype=torch.float64)
+    hessian, cross, ridge = now.T @ now / 200, original.T @ now / 200, 0.05
+    damped = hessian + ridge * torch.eye(20, dtype=torch.float64)
+    target = corrected_target(weights, damped, hessian, cross, strength)
+    # The same as one least-squares problem: the outputs of the original, and a pull towards the weights.
+    rows = torch.cat((now / 200**0.5, ridge**0.5 * torch.eye(20, dtype=torch.float64)))
+    goal = torch.cat((original @ weights.T / 200**0.5, ridge**0.5 * weights.T))
+    best = torch.linalg.lstsq(rows, goal).solution.T
+    torch.testing.assert_close(target, weights + strength * (best - weights))
+
+
+def test_without_drift_the_target_is_the_weight_itself() -> None:
+    weights, hessian = random_weights(5, 24), random_hessian(24)
+    torch.testing.assert_close(corrected_target(weights, hessian, hessian, hessian, 1.0), weights)

@@ -25,6 +25,8 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "sweep_order": (["--sweep-order", "natural"], "natural"),
     "refine_rounds": (["--refine-rounds", "0"], 0),
     "descent_passes": (["--descent-passes", "5"], 5),
+    "true_sequential": (["--no-true-sequential"], False),
+    "asymmetric": (["--asymmetric", "0.25"], 0.25),
     "calibration": (["--calibration", "mine.txt"], "mine.txt"),
     "samples": (["--samples", "4"], 4),
     "seq_len": (["--seq-len", "32"], 32),

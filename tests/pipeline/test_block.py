@@ -1,0 +1,119 @@
+"""What each linear of a block is calibrated on, against forward passes by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from shiftadd_cli.calibration.stream import BlockStream
+from shiftadd_cli.calibration.trace import trace_model
+from shiftadd_cli.pipeline import block as block_module
+from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.pipeline.block import BlockQuantizer
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import find_structure, open_source
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+def first_block(path, family="llama"):
+    path.mkdir(exist_ok=True)
+    save_tiny(family, path)
+    source = open_source(str(path))
+    structure = find_structure(source.skeleton())
+    source.materialise(structure.outside)
+    trace = trace_model(source, structure, WINDOWS, 6, CPU)
+    source.materialise([structure.blocks[0]])
+    block = source.skeleton().get_submodule(structure.blocks[0])
+    calls = {size: each[0] for size, each in trace.calls.items()}
+    return BlockStream(block, trace.hidden, calls, CPU), [spec for spec in structure.linears if spec.block == 0]
+
+
+def recipe(**fields):
+    return Recipe.load("default", {"bits": 2, "group_size": 16, "rotation": "none"} | fields)
+
+
+@pytest.fixture
+def solved(monkeypatch):
+    """Hessian and cross moment that each linear is solved with, by name."""
+    seen = {}
+    real = block_module.quantize_matrices
+
+    def spy(weights, names, hessian, options, cross=None):
+        seen.update(dict.fromkeys(names, (hessian, cross)))
+        return real(weights, names, hessian, options, cross)
+
+    monkeypatch.setattr(block_module, "quantize_matrices", spy)
+    return seen
+
+
+def read_by(block, stream, kind):
+    """Rows the linear reads in a plain pass, float64."""
+    rows = []
+    handle = block.get_submodule(kind).register_forward_pre_hook(lambda _, args: rows.append(args[0].double()))
+    with torch.no_grad():
+        stream.calls[6].run(block, stream.hidden[0])
+    handle.remove()
+    return rows[0].reshape(-1, rows[0].shape[-1])
+
+
+def second_moment(rows):
+    return (rows.T @ rows / len(rows)).float()
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_true_sequential_linears_see_the_quantized_ones_before_them(tmp_path, solved, true_sequential):
+    stream, specs = first_block(tmp_path)
+    untouched = copy.deepcopy(stream.block)
+    BlockQuantizer(stream.block, specs, recipe(true_sequential=true_sequential, asymmetric=0.0), Measured()).on(
+        stream, None
+    )
+    for kind in ("self_attn.o_proj", "mlp.down_proj"):
+        hessian, cross = solved[next(spec.name for spec in specs if spec.kind == kind)]
+        assert cross is None
+        # The block is quantized by now, and what runs after a linear does not change what it reads.
+        seen, other = (stream.block, untouched) if true_sequential else (untouched, stream.block)
+        torch.testing.assert_close(hessian, second_moment(read_by(seen, stream, kind)), rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(hessian, second_moment(read_by(other, stream, kind)), rtol=1e-3, atol=1e-5)
+
+
+def test_asymmetric_linears_aim_at_the_original(tmp_path, solved):
+    stream, specs = first_block(tmp_path)
+    original = BlockStream(copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls, CPU)
+    BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), Measured()).on(stream, original)
+    for spec in specs:
+        now, before = read_by(stream.block, stream, spec.kind), read_by(original.block, stream, spec.kind)
+        _, cross = solved[spec.name]
+        torch.testing.assert_close(cross, (before.T @ now / len(now)).float(), rtol=1e-3, atol=1e-5)
+
+
+def test_asymmetric_calibration_brings_the_block_nearer_to_the_original(tmp_path):
+    errors = {}
+    for strength in (0.0, 1.0):
+        stream, specs = first_block(tmp_path / str(strength))
+        original = BlockStream(copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls, CPU)
+        # Layers before have spoilt what the block reads.
+        noise = torch.randn(stream.hidden[0].shape, generator=torch.Generator().manual_seed(0))
+        stream.hidden.replace(0, stream.hidden[0] + 0.3 * noise * stream.hidden[0].std())
+        fields = {"bits": 4, "asymmetric": strength, "weight_error": 0.001}
+        BlockQuantizer(stream.block, specs, recipe(**fields), Measured()).on(stream, original)
+        stream.advance("block")
+        original.advance("block")
+        errors[strength] = (stream.hidden[0] - original.hidden[0]).square().sum()
+    assert errors[1.0] < errors[0.0]
+
+
+def test_the_block_computes_with_the_decoded_weights(tmp_path):
+    for family in ("llama", "gpt2"):
+        stream, specs = first_block(tmp_path / family, family)
+        quantizer = BlockQuantizer(stream.block, specs, recipe(), Measured())
+        quantizer.without_data()
+        for spec in specs:
+            weight = stream.block.get_submodule(spec.kind).weight
+            decoded = quantizer.solutions[spec.kind].weight.decode()
+            assert torch.equal(weight, decoded.T if spec.transposed else decoded)
+            assert quantizer.solutions[spec.kind].output_error is None
