@@ -134,7 +134,8 @@ def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLin
     """Expected peak resident memory of the process, in bytes.
 
     What is resident now and will be loaded for any model, the cached hidden states, and the larger of two moments:
-    embeddings and one block while the first inputs are made; one block with its Hessians and the solver's copies.
+    embeddings and one block while the first inputs are made; one block with its moments and the solver's copies.
+    Asymmetric calibration keeps both again as they are in the original.
     """
     model = source.skeleton()
     blocks = {name: model.get_submodule(name) for name in structure.blocks}
@@ -151,13 +152,16 @@ def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLin
     resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * text_config.vocab_size
     if recipe.calibration == NO_CALIBRATION:
         return resident + max(outside, block + solver)
+    versions = 2 if recipe.asymmetric else 1
     tokens, itemsize = recipe.batch_size * recipe.seq_len, source.dtype.itemsize
     width = text_config.hidden_size
     widest = max([*widths, *(each.spec.out_features for each in linears)])
     activations = _ACTIVATION_COPIES * tokens * widest * itemsize + 4 * tokens * max(widths)
-    hidden = recipe.samples * recipe.seq_len * width * itemsize
-    hessians = 4 * max(sum(key[2] ** 2 for key in tall if key[0] == index) for index in range(len(structure.blocks)))
-    return resident + hidden + max(outside + block + activations, block + hessians + max(activations, solver))
+    hidden = versions * recipe.samples * recipe.seq_len * width * itemsize
+    gathered = max if recipe.true_sequential else sum
+    moments = max(gathered(key[2] ** 2 for key in tall if key[0] == index) for index in range(len(structure.blocks)))
+    moments *= 4 * versions
+    return resident + hidden + max(outside + block + activations, versions * block + moments + max(activations, solver))
 
 
 def resident_bytes() -> int:

@@ -69,7 +69,7 @@ def test_advance_replaces_the_inputs_by_the_outputs(stream):
 
 def test_outputs_that_are_not_finite_are_refused_by_name(stream):
     stream.block.down.weight.data.fill_(torch.inf)
-    with pytest.raises(NumericalError, match="model.layers.3"):
+    with pytest.raises(NumericalError, match=r"model\.layers\.3"):
         stream.advance("model.layers.3")
 
 
