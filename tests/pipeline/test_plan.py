@@ -54,10 +54,11 @@ def test_skipping_everything_is_refused(tmp_path):
         plan_of(tmp_path, skip=("*",))
 
 
-def test_expected_memory_grows_with_what_is_held(tmp_path):
+@pytest.mark.parametrize(("asymmetric", "versions"), [(0.0, 1), (0.5, 2)])
+def test_expected_memory_grows_with_what_is_held(tmp_path, asymmetric, versions):
     save_tiny("llama", tmp_path)
-    few, many = plan_of(tmp_path, samples=8), plan_of(tmp_path, samples=800)
-    hidden = 792 * 512 * 48 * 4
+    few, many = (plan_of(tmp_path, samples=samples, asymmetric=asymmetric) for samples in (8, 800))
+    hidden = versions * 792 * 512 * 48 * 4
     assert many.peak_memory_bytes - few.peak_memory_bytes == pytest.approx(hidden, rel=0.05)
 
 
