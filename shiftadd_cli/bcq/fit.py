@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.levels import LevelTable
 from shiftadd_cli.bcq.linalg import solve_small
+from shiftadd_cli.bcq.sorted_fit import fit_sorted
 from shiftadd_cli.bcq.starts import Scales, clipped_starts, greedy_start, uniform_grid
 
 FitMethod = Literal["search", "greedy", "uniform"]
@@ -25,6 +26,8 @@ FitMethod = Literal["search", "greedy", "uniform"]
 _SCREENING_ROUNDS = 2
 # Groups are handled in pieces whose temporaries stay in the second-level cache.
 _PIECE_WEIGHTS = 1 << 17
+# Up to this many groups, fitting one after another beats the calls of torch that fit them all at once.
+_FEW_GROUPS = 16
 # Up to this many midpoints, counting those below a weight beats a binary search.
 _COUNTED_MIDPOINTS = 15
 
@@ -61,6 +64,9 @@ def fit_groups(
     |offset| in units of the group's largest scale, for formats that store it so. rounding: applied to the scales inside
     every round, as the paper does; None fits free scales.
     """
+    if method == "greedy" and not offset and len(weights) <= _FEW_GROUPS:
+        found, matrices = fit_sorted(weights, importance, bits, rounds, rounding)
+        return GroupFit(found, None, matrices)
     pieces = max(1, _PIECE_WEIGHTS // weights.shape[1])
     scales, offsets, curvature = [], [], []
     for w, h in zip(weights.split(pieces), importance.split(pieces), strict=True):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -47,8 +47,13 @@ class ScaleFormat:
         """Nearest representable ratio, elementwise; the lower of two that are equally near; 0 for negative ratios."""
         if not self.nibbles:
             return ratios.clamp(0, torch.finfo(torch.float16).max).half().float()
-        midpoints = ((self.values[1:] + self.values[:-1]) / 2).to(ratios.device)
-        return self.values.to(ratios.device)[torch.searchsorted(midpoints, ratios.contiguous())]
+        nearest = torch.searchsorted(self.midpoints.to(ratios.device), ratios.contiguous())
+        return self.values.to(ratios.device)[nearest]
+
+    @cached_property
+    def midpoints(self) -> Tensor:
+        """Ratios halfway between neighbours, float32 `[values − 1]`."""
+        return (self.values[1:] + self.values[:-1]) / 2
 
     def encode(self, ratios: Tensor) -> Tensor:
         """Codes int32 of ratios that are representable (the result of `round`); not for `float`."""

@@ -1,0 +1,111 @@
+"""The fit of `fit.py` for a few large groups, without offsets: one group at a time, from its sorted weights.
+
+Nearest codes cut the sorted weights of a group into 2^q intervals, and the normal equations and the error need no more
+of an interval than its Σ h and Σ h·w. With running sums over the sorted weights, a round of alternating least squares is
+one binary search per midpoint and arithmetic on 2^q numbers, whatever the size of the group. That is too little work
+for tensors: in Python floats a round takes less time than three calls of torch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+from operator import mul
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.bcq.levels import code_signs
+from shiftadd_cli.bcq.linalg import solve_floats
+from shiftadd_cli.bcq.starts import greedy_start
+
+Round = Callable[[Tensor], Tensor]
+
+
+def fit_sorted(
+    weights: Tensor, importance: Tensor, bits: int, rounds: int, rounding: Round | None
+) -> tuple[Tensor, Tensor]:
+    """`fit_groups` with the method `greedy` and no offset: scales `[groups, bits]` and normal matrices
+    `[groups, bits, bits]` of weights and importance `[groups, size]`."""
+    starts = greedy_start(weights, importance, bits).scales.tolist()
+    fits = [
+        SortedGroup(w, h).alternate(start, rounds, rounding)
+        for w, h, start in zip(weights, importance, starts, strict=True)
+    ]
+    return weights.new_tensor([scales for scales, _ in fits]), weights.new_tensor([matrix for _, matrix in fits])
+
+
+class SortedGroup:
+    """One group of `weights` `[size]` of `importance` `[size]`, sorted, with running sums of h and of h·w."""
+
+    def __init__(self, weights: Tensor, importance: Tensor) -> None:
+        ordered, order = weights.sort()
+        h = importance[order].double()
+        moment = h * ordered
+        self.weights: list[float] = ordered.tolist()
+        self.mass: list[float] = [0.0, *h.cumsum(0).tolist()]
+        self.moment: list[float] = [0.0, *moment.cumsum(0).tolist()]
+        self.energy = float(moment @ ordered.double())
+
+    def alternate(
+        self, start: Sequence[float], rounds: int, rounding: Round | None
+    ) -> tuple[list[float], list[list[float]]]:
+        """The best scales met from `start` on, and their normal matrix."""
+        scales = _rounded(start, rounding)
+        matrix, rhs = self.normal_equations(scales)
+        best, best_error = (scales, matrix), self._error(scales, matrix, rhs)
+        seen = {tuple(scales)}
+        for _ in range(rounds):
+            scales = _rounded([abs(scale) for scale in solve_floats(matrix, rhs)], rounding)
+            # Scales met before lead to nothing but what followed them then.
+            if tuple(scales) in seen:
+                break
+            seen.add(tuple(scales))
+            matrix, rhs = self.normal_equations(scales)
+            error = self._error(scales, matrix, rhs)
+            if error < best_error:
+                best, best_error = (scales, matrix), error
+        return best
+
+    def normal_equations(self, scales: Sequence[float]) -> tuple[list[list[float]], list[float]]:
+        """Weighted least squares under nearest codes: matrix `[bits][bits]` and right-hand side `[bits]`."""
+        bits = len(scales)
+        levels = [-sum(scales)]
+        for scale in scales:
+            levels += [level + 2 * scale for level in levels]
+        codes = sorted(range(len(levels)), key=levels.__getitem__)
+        mass, moment = [0.0] * len(levels), [0.0] * len(levels)
+        start = 0
+        for code, above in pairwise(codes):
+            # As in `LevelTable.nearest`, a weight on a midpoint goes to the lower level.
+            stop = bisect_right(self.weights, (levels[code] + levels[above]) / 2, start)
+            mass[code] = self.mass[stop] - self.mass[start]
+            moment[code] = self.moment[stop] - self.moment[start]
+            start = stop
+        mass[codes[-1]] = self.mass[-1] - self.mass[start]
+        moment[codes[-1]] = self.moment[-1] - self.moment[start]
+        planes, products = _signs(bits)
+        matrix = [[sum(map(mul, mass, products[i][j])) for j in range(bits)] for i in range(bits)]
+        return matrix, [sum(map(mul, moment, plane)) for plane in planes]
+
+    def _error(self, scales: Sequence[float], matrix: Sequence[Sequence[float]], rhs: Sequence[float]) -> float:
+        """Σ h (w − level)² of the codes these normal equations belong to."""
+        return self.energy + sum(
+            scale * (sum(map(mul, row, scales)) - 2 * side) for scale, row, side in zip(scales, matrix, rhs, strict=True)
+        )
+
+
+@cache
+def _signs(bits: int) -> tuple[list[list[float]], list[list[list[float]]]]:
+    """Sign of each plane in every code, `[bits][2 ** bits]`, and products of two, `[bits][bits][2 ** bits]`."""
+    planes = code_signs(bits).T
+    return planes.tolist(), (planes.unsqueeze(0) * planes.unsqueeze(1)).tolist()
+
+
+def _rounded(scales: Sequence[float], rounding: Round | None) -> list[float]:
+    if rounding is None:
+        return list(scales)
+    result: list[float] = rounding(torch.tensor(scales)).tolist()
+    return result
