@@ -9,7 +9,6 @@ from uniform grids clipped at several widths and keeps the best start per group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.levels import LevelTable
 from shiftadd_cli.bcq.linalg import solve_small
+from shiftadd_cli.bcq.scale_formats import ScaleFormat
 from shiftadd_cli.bcq.sorted_fit import fit_sorted
 from shiftadd_cli.bcq.starts import Scales, clipped_starts, greedy_start, uniform_grid
 
@@ -56,13 +56,13 @@ def fit_groups(
     rounds: int = 4,
     offset: bool = False,
     offset_limit: float = math.inf,
-    rounding: Callable[[Tensor], Tensor] | None = None,
+    rounding: ScaleFormat | None = None,
 ) -> GroupFit:
     """Fit every group of weights.
 
     weights: float32 `[groups, size]`. importance: h ≥ 0, `[groups, size]` (zero for padding). offset_limit: bound on
-    |offset| in units of the group's largest scale, for formats that store it so. rounding: applied to the scales inside
-    every round, as the paper does; None fits free scales.
+    |offset| in units of the group's largest scale, for formats that store it so. rounding: the format that the scales
+    are put on, one by one, inside every round, as the paper does; None fits free scales.
     """
     if method == "greedy" and not offset and len(weights) <= _FEW_GROUPS:
         found, matrices = fit_sorted(weights, importance, bits, rounds, rounding)
@@ -108,7 +108,7 @@ class _Piece:
         bits: int,
         offset: bool,
         limit: float,
-        rounding: Callable[[Tensor], Tensor] | None,
+        rounding: ScaleFormat | None,
     ) -> None:
         self.w, self.h, self.bits, self.offset, self.limit, self.rounding = w, h, bits, offset, limit, rounding
 
@@ -141,7 +141,7 @@ class _Piece:
 
     def _admissible(self, fit: Scales) -> Scales:
         """The scales rounded, and the offset within its limit."""
-        scales = fit.scales if self.rounding is None else self.rounding(fit.scales)
+        scales = fit.scales if self.rounding is None else self.rounding.round(fit.scales)
         if fit.offsets is None or math.isinf(self.limit):
             return Scales(scales, fit.offsets)
         bound = self.limit * scales.amax(-1)

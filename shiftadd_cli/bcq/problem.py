@@ -119,7 +119,7 @@ class Problem:
             rounds=self.options.fit_rounds,
             offset=self.options.offset,
             offset_limit=self.form.offset_limit,
-            rounding=None if factor is None else self.form.round,
+            rounding=None if factor is None else self.form,
         )
         return fit if factor is None else fit.times(factor)
 

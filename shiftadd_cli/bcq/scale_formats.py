@@ -14,6 +14,7 @@ paper's reference code, signs are stored, and zero has a code of its own.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -49,6 +50,17 @@ class ScaleFormat:
             return ratios.clamp(0, torch.finfo(torch.float16).max).half().float()
         nearest = torch.searchsorted(self.midpoints.to(ratios.device), ratios.contiguous())
         return self.values.to(ratios.device)[nearest]
+
+    def round_one(self, ratio: float) -> float:
+        """`round` of one number, without the cost of a tensor."""
+        if not self.nibbles:
+            return float(self.round(torch.tensor(ratio)))
+        midpoints, values = self._lists
+        return values[bisect_left(midpoints, ratio)]
+
+    @cached_property
+    def _lists(self) -> tuple[list[float], list[float]]:
+        return self.midpoints.tolist(), self.values.tolist()
 
     @cached_property
     def midpoints(self) -> Tensor:

@@ -133,16 +133,18 @@ def _descend(ratio: Tensor, curvature: Tensor, form: ScaleFormat, bits: int) -> 
     ratio, curvature = ratio.flatten(0, 1), curvature.flatten(0, 1)
     rounded = _rounded(ratio, form, bits)
     best, best_cost = rounded.clone(), _cost(rounded - ratio, curvature)
+    # Scales rounded in every round of their fit are on the format already, and nothing is cheaper than not to move.
+    moved = (rounded != ratio).any(-1).nonzero().squeeze(-1)
     for start in (ratio, rounded):
         value = start.clone()
-        active = torch.arange(len(ratio), device=ratio.device)
+        active = moved
         for _ in range(_PASSES):
+            if not len(active):
+                break
             last = value[active]
             new = _sweep(ratio[active], last, curvature[active], form, bits)
             value[active] = new
             active, new = active[(new != last).any(-1)], new[(new != last).any(-1)]
-            if not len(active):
-                break
             cost = _cost(new - ratio[active], curvature[active])
             better = cost < best_cost[active]
             best_cost[active[better]] = cost[better]

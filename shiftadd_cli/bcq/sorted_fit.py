@@ -9,23 +9,21 @@ for tensors: in Python floats a round takes less time than three calls of torch.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from operator import mul
 
-import torch
 from torch import Tensor
 
 from shiftadd_cli.bcq.levels import code_signs
 from shiftadd_cli.bcq.linalg import solve_floats
+from shiftadd_cli.bcq.scale_formats import ScaleFormat
 from shiftadd_cli.bcq.starts import greedy_start
-
-Round = Callable[[Tensor], Tensor]
 
 
 def fit_sorted(
-    weights: Tensor, importance: Tensor, bits: int, rounds: int, rounding: Round | None
+    weights: Tensor, importance: Tensor, bits: int, rounds: int, rounding: ScaleFormat | None
 ) -> tuple[Tensor, Tensor]:
     """`fit_groups` with the method `greedy` and no offset: scales `[groups, bits]` and normal matrices
     `[groups, bits, bits]` of weights and importance `[groups, size]`."""
@@ -50,7 +48,7 @@ class SortedGroup:
         self.energy = float(moment @ ordered.double())
 
     def alternate(
-        self, start: Sequence[float], rounds: int, rounding: Round | None
+        self, start: Sequence[float], rounds: int, rounding: ScaleFormat | None
     ) -> tuple[list[float], list[list[float]]]:
         """The best scales met from `start` on, and their normal matrix."""
         scales = _rounded(start, rounding)
@@ -87,14 +85,18 @@ class SortedGroup:
         mass[codes[-1]] = self.mass[-1] - self.mass[start]
         moment[codes[-1]] = self.moment[-1] - self.moment[start]
         planes, products = _signs(bits)
-        matrix = [[sum(map(mul, mass, products[i][j])) for j in range(bits)] for i in range(bits)]
+        matrix = [[self.mass[-1]] * bits for _ in range(bits)]
+        for i in range(bits):
+            for j in range(i):
+                matrix[i][j] = matrix[j][i] = sum(map(mul, mass, products[i][j]))
         return matrix, [sum(map(mul, moment, plane)) for plane in planes]
 
     def _error(self, scales: Sequence[float], matrix: Sequence[Sequence[float]], rhs: Sequence[float]) -> float:
         """Σ h (w − level)² of the codes these normal equations belong to."""
-        return self.energy + sum(
-            scale * (sum(map(mul, row, scales)) - 2 * side) for scale, row, side in zip(scales, matrix, rhs, strict=True)
-        )
+        error = self.energy
+        for scale, row, side in zip(scales, matrix, rhs, strict=True):
+            error += scale * (sum(map(mul, row, scales)) - 2 * side)
+        return error
 
 
 @cache
@@ -104,8 +106,5 @@ def _signs(bits: int) -> tuple[list[list[float]], list[list[list[float]]]]:
     return planes.tolist(), (planes.unsqueeze(0) * planes.unsqueeze(1)).tolist()
 
 
-def _rounded(scales: Sequence[float], rounding: Round | None) -> list[float]:
-    if rounding is None:
-        return list(scales)
-    result: list[float] = rounding(torch.tensor(scales)).tolist()
-    return result
+def _rounded(scales: Sequence[float], form: ScaleFormat | None) -> list[float]:
+    return list(scales) if form is None else [form.round_one(scale) for scale in scales]

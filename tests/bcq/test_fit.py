@@ -202,7 +202,7 @@ def test_scales_rounded_in_every_round_lie_on_the_format(name: str) -> None:
     form = scale_format(name)
     weights, importance = groups(8)
     weights /= weights.abs().max()
-    fit = fit_groups(weights, importance, 3, method="greedy", rounds=20, rounding=form.round)
+    fit = fit_groups(weights, importance, 3, method="greedy", rounds=20, rounding=form)
     assert torch.isin(fit.scales, form.values).all()
     start = greedy_start(weights, importance, 3)
     rounded = GroupFit(form.round(start.scales), None, fit.curvature)
