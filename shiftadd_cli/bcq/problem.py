@@ -31,6 +31,7 @@ class Problem:
         self.form = scale_format(options.scale_format)
         self.row_scale = None if options.row_scale else matrix_scale(weights)
         self.transposed = weights.T.contiguous()
+        self.row_groups = self.grid.expand_rows(torch.arange(self.grid.row_groups, device=weights.device))
 
     def solve(self) -> tuple[Tensor, SnappedScales]:
         """Codes uint8 `[out, in]` and the scales they go with."""
@@ -136,11 +137,10 @@ class Problem:
 
     def _tables(self, snapped: SnappedScales) -> LevelTable:
         """Levels with batch shape `[C, out]`."""
-        scales = self.grid.expand_rows(snapped.scales())
         offsets = snapped.offset_values()
-        if offsets is not None:
-            offsets = self.grid.expand_rows(offsets).T
-        return LevelTable.build(scales.transpose(0, 1), offsets)
+        table = LevelTable.build(snapped.scales().transpose(0, 1), None if offsets is None else offsets.T)
+        # Sorted once per scale set, not once per row that shares it.
+        return table if self.grid.group_rows == 1 else table[:, self.row_groups]
 
     def _row_errors(self, values: Tensor) -> Tensor:
         """Objective per row, `[out]`, of values `[in, out]`."""
