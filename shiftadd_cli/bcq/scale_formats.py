@@ -54,7 +54,7 @@ class ScaleFormat:
     def round_one(self, ratio: float) -> float:
         """`round` of one number, without the cost of a tensor."""
         if not self.nibbles:
-            return float(self.round(torch.tensor(ratio)))
+            return float(self.round(torch.tensor(ratio, device="cpu")))
         midpoints, values = self._lists
         return values[bisect_left(midpoints, ratio)]
 

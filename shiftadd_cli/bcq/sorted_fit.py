@@ -53,7 +53,7 @@ class SortedGroup:
         """The best scales met from `start` on, and their normal matrix."""
         scales = _rounded(start, rounding)
         matrix, rhs = self.normal_equations(scales)
-        best, best_error = (scales, matrix), self._error(scales, matrix, rhs)
+        best, best_error = (scales, matrix), self.error(scales, matrix, rhs)
         seen = {tuple(scales)}
         for _ in range(rounds):
             scales = _rounded([abs(scale) for scale in solve_floats(matrix, rhs)], rounding)
@@ -62,7 +62,7 @@ class SortedGroup:
                 break
             seen.add(tuple(scales))
             matrix, rhs = self.normal_equations(scales)
-            error = self._error(scales, matrix, rhs)
+            error = self.error(scales, matrix, rhs)
             if error < best_error:
                 best, best_error = (scales, matrix), error
         return best
@@ -91,7 +91,7 @@ class SortedGroup:
                 matrix[i][j] = matrix[j][i] = sum(map(mul, mass, products[i][j]))
         return matrix, [sum(map(mul, moment, plane)) for plane in planes]
 
-    def _error(self, scales: Sequence[float], matrix: Sequence[Sequence[float]], rhs: Sequence[float]) -> float:
+    def error(self, scales: Sequence[float], matrix: Sequence[Sequence[float]], rhs: Sequence[float]) -> float:
         """Σ h (w − level)² of the codes these normal equations belong to."""
         error = self.energy
         for scale, row, side in zip(scales, matrix, rhs, strict=True):

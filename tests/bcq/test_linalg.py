@@ -4,7 +4,7 @@ import pytest
 import torch
 from bcq_problems import generator, random_spd
 
-from shiftadd_cli.bcq.linalg import solve_small
+from shiftadd_cli.bcq.linalg import solve_floats, solve_small
 
 
 @pytest.mark.parametrize("n", range(1, 11))
@@ -28,3 +28,18 @@ def test_two_equal_planes_share_the_solution() -> None:
 
 def test_nothing_to_solve_gives_zero() -> None:
     assert torch.equal(solve_small(torch.zeros(3, 4, 4), torch.zeros(3, 4)), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+def test_one_system_in_floats_is_a_batch_of_one(n: int) -> None:
+    matrix, rhs = random_spd(n, seed=n).double(), torch.randn(n, generator=generator(n)).double()
+    expected = solve_small(matrix, rhs)
+    torch.testing.assert_close(torch.tensor(solve_floats(matrix.tolist(), rhs.tolist()), dtype=torch.float64), expected)
+    # Singular: all rows are equal.
+    flat = solve_small(torch.ones(n, n).double(), torch.ones(n).double())
+    found = solve_floats([[1.0] * n] * n, [1.0] * n)
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), flat)
+
+
+def test_nothing_to_solve_in_floats_gives_zero() -> None:
+    assert solve_floats([[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0]) == [0.0, 0.0]

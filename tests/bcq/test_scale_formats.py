@@ -78,6 +78,7 @@ def test_rounding_finds_the_nearest(name: str, ratios: list[float], seed: int) -
         assert torch.isin(rounded, form.values).all()
         nearest = (x.double().unsqueeze(-1) - form.values.double()).abs().amin(-1)
         assert torch.equal((x.double() - rounded.double()).abs(), nearest)
+        assert [form.round_one(ratio) for ratio in x.flatten().tolist()] == rounded.flatten().tolist()
 
 
 def test_half_precision_rounds_clamps_and_keeps_zero() -> None:
@@ -85,6 +86,7 @@ def test_half_precision_rounds_clamps_and_keeps_zero() -> None:
     ratios = torch.tensor([0.0, -0.25, 1.0, 0.3333333, 1e9, 65504.0])
     expected = torch.tensor([0.0, 0.0, 1.0, float(torch.tensor(0.3333333).half()), 65504.0, 65504.0])
     assert torch.equal(form.round(ratios), expected)
+    assert [form.round_one(ratio) for ratio in ratios.tolist()] == expected.tolist()
 
 
 def test_formats_grow_finer() -> None:
