@@ -60,3 +60,11 @@ def all_levels(scales: Tensor, offset: float = 0.0) -> Tensor:
 def distances_to_levels(weights: Tensor, scales: Tensor, offset: float = 0.0) -> Tensor:
     """Distance of each weight to the nearest level, float64, by looking at all of them."""
     return (weights.double().unsqueeze(-1) - all_levels(scales, offset)).abs().amin(-1)
+
+
+def nearest_planes(weights: Tensor, scales: list[float], offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Planes ±1 `[bits, size]` and values `[size]` of the nearest levels of weights `[size]`, float64."""
+    levels = all_levels(torch.tensor(scales, dtype=torch.float64), offset)
+    codes = (weights.double().unsqueeze(-1) - levels).abs().argmin(-1)
+    planes = [torch.where(codes >> b & 1 > 0, 1.0, -1.0).double() for b in range(len(scales))]
+    return torch.stack(planes), levels[codes]

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shiftadd_cli.bcq.levels import LevelTable
+from shiftadd_cli.bcq.intervals import SortedGroups
 from shiftadd_cli.bcq.linalg import solve_small
 from shiftadd_cli.bcq.scale_formats import ScaleFormat
 from shiftadd_cli.bcq.sorted_fit import fit_sorted
@@ -28,8 +28,6 @@ _SCREENING_ROUNDS = 2
 _PIECE_WEIGHTS = 1 << 17
 # Up to this many groups, fitting one after another beats the calls of torch that fit them all at once.
 _FEW_GROUPS = 16
-# Up to this many midpoints, counting those below a weight beats a binary search.
-_COUNTED_MIDPOINTS = 15
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,9 @@ def fit_groups(
     pieces = max(1, _PIECE_WEIGHTS // weights.shape[1])
     scales, offsets, curvature = [], [], []
     for w, h in zip(weights.split(pieces), importance.split(pieces), strict=True):
-        fit = _Piece(w, h, bits, offset, offset_limit, rounding).fit(method, rounds)
-        columns, _ = _basis_and_error(w, h, fit)
-        curvature.append(normal_equations(columns, h)[0])
+        piece = _Piece(w, h, bits, offset, offset_limit, rounding)
+        fit = piece.fit(method, rounds)
+        curvature.append(piece.groups.normal_equations(fit).matrix)
         scales.append(fit.scales)
         if fit.offsets is not None:
             offsets.append(fit.offsets)
@@ -83,7 +81,7 @@ class _Best:
     """The best fit seen so far, per group."""
 
     def __init__(self, groups: int, bits: int, offset: bool, like: Tensor) -> None:
-        self.error = like.new_full((groups,), torch.inf)
+        self.error = like.new_full((groups,), torch.inf, dtype=torch.float64)
         self.scales = like.new_zeros(groups, bits)
         self.offsets = like.new_zeros(groups) if offset else None
 
@@ -111,6 +109,7 @@ class _Piece:
         rounding: ScaleFormat | None,
     ) -> None:
         self.w, self.h, self.bits, self.offset, self.limit, self.rounding = w, h, bits, offset, limit, rounding
+        self.groups = SortedGroups(w, h)
 
     def fit(self, method: FitMethod, rounds: int) -> Scales:
         w, h, bits = self.w, self.h, self.bits
@@ -130,14 +129,14 @@ class _Piece:
     def _alternate(self, start: Scales, rounds: int, best: _Best) -> None:
         """Offer the start, and the fit after each round, to `best`."""
         fit = self._admissible(start if self.offset else Scales(start.scales, None))
-        columns, error = _basis_and_error(self.w, self.h, fit)
-        best.offer(fit, error)
+        equations = self.groups.normal_equations(fit)
+        best.offer(fit, equations.error)
         for _ in range(rounds):
-            last, fit = fit, self._admissible(self._solve(*normal_equations(columns, self.h)))
+            last, fit = fit, self._admissible(self._solve(equations.matrix, equations.rhs))
             if fit.equals(last):
                 break
-            columns, error = _basis_and_error(self.w, self.h, fit)
-            best.offer(fit, error)
+            equations = self.groups.normal_equations(fit)
+            best.offer(fit, equations.error)
 
     def _admissible(self, fit: Scales) -> Scales:
         """The scales rounded, and the offset within its limit."""
@@ -170,38 +169,3 @@ class _Piece:
         bound = solve_small(merge @ matrix @ merge.mT, (merge @ rhs.unsqueeze(-1)).squeeze(-1))
         scales = torch.where(excess.unsqueeze(-1), bound.abs(), scales)
         return Scales(scales, torch.where(excess, (fold * bound).sum(-1), offsets))
-
-
-def _basis_and_error(w: Tensor, h: Tensor, fit: Scales) -> tuple[Tensor, Tensor]:
-    """Under nearest codes: signs of the planes, ones for the offset and last the weights, `[groups, terms + 1, size]`;
-    error `[groups]`."""
-    bits = fit.scales.shape[1]
-    table = LevelTable.build(fit.scales, fit.offsets)
-    rank, level = _nearest(table, w)
-    codes = table.codes.T.gather(1, rank)
-    shifts = torch.arange(bits, dtype=torch.uint8, device=w.device).view(1, bits, 1)
-    columns = w.new_empty(len(w), bits + 1 + (fit.offsets is not None), w.shape[1])
-    columns[:, :bits] = ((codes.unsqueeze(1) >> shifts) & 1).view(torch.int8).mul_(2).sub_(1)
-    columns[:, bits:] = 1.0
-    columns[:, -1] = w
-    return columns, ((w - level).square() * h).sum(-1)
-
-
-def normal_equations(columns: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted least squares of the last of `columns` `[groups, terms + 1, size]` on the others: matrix
-    `[groups, terms, terms]` and right-hand side `[groups, terms]`."""
-    product = (columns[:, :-1] * h.unsqueeze(1)) @ columns.mT
-    return product[..., :-1], product[..., -1]
-
-
-def _nearest(table: LevelTable, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank and value of the nearest level for groups `[groups, size]` that share a table row each."""
-    midpoints = table.midpoints.T.contiguous()
-    if midpoints.shape[1] <= _COUNTED_MIDPOINTS:
-        count = (w > midpoints[:, :1]).view(torch.uint8)
-        for j in range(1, midpoints.shape[1]):
-            count += (w > midpoints[:, j : j + 1]).view(torch.uint8)
-        rank = count.long()
-    else:
-        rank = torch.searchsorted(midpoints, w)
-    return rank, table.levels.T.gather(1, rank)

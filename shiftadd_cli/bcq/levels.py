@@ -24,6 +24,17 @@ def code_signs(bits: int) -> Tensor:
     return ((codes >> torch.arange(bits, device="cpu")) & 1).float() * 2 - 1
 
 
+def sorted_levels(scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ascending levels of non-negative `scales` `[..., bits]` and `offsets` `[...]` or None, and the code of each
+    (int64), both `[..., 2 ** bits]`."""
+    levels = scales @ code_signs(scales.shape[-1]).to(scales).T
+    if offsets is not None:
+        levels = levels + offsets.unsqueeze(-1)
+    # Stable: equal levels (a zero scale) keep the order of their codes, so results do not depend on the machine.
+    ordered, codes = levels.sort(dim=-1, stable=True)
+    return ordered, codes
+
+
 @dataclass(frozen=True)
 class LevelTable:
     """Sorted levels of a batch of groups, level axis first: `levels` `[L, ...]`, `midpoints` `[L − 1, ...]`, `codes`
@@ -36,13 +47,9 @@ class LevelTable:
     @classmethod
     def build(cls, scales: Tensor, offsets: Tensor | None) -> LevelTable:
         """Levels of non-negative `scales` `[..., bits]` and `offsets` `[...]` or None."""
-        signs = code_signs(scales.shape[-1]).to(scales)
-        levels = scales @ signs.T
-        if offsets is not None:
-            levels = levels + offsets.unsqueeze(-1)
-        # Stable: equal levels (a zero scale) keep the order of their codes, so results do not depend on the machine.
-        ordered, order = levels.movedim(-1, 0).contiguous().sort(dim=0, stable=True)
-        return cls(ordered, (ordered[1:] + ordered[:-1]) / 2, order.to(torch.uint8))
+        levels, codes = sorted_levels(scales, offsets)
+        ordered = levels.movedim(-1, 0).contiguous()
+        return cls(ordered, (ordered[1:] + ordered[:-1]) / 2, codes.to(torch.uint8).movedim(-1, 0).contiguous())
 
     def __getitem__(self, index: object) -> LevelTable:
         """A part of the batch: the index applies to the axes after the level axis."""

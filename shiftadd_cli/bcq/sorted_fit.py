@@ -1,9 +1,8 @@
-"""The fit of `fit.py` for a few large groups, without offsets: one group at a time, from its sorted weights.
+"""The fit of `fit.py` for a few large groups, without offsets, one group at a time.
 
-Nearest codes cut the sorted weights of a group into 2^q intervals, and the normal equations and the error need no more
-of an interval than its Σ h and Σ h·w. With running sums over the sorted weights, a round of alternating least squares is
-one binary search per midpoint and arithmetic on 2^q numbers, whatever the size of the group. That is too little work
-for tensors: in Python floats a round takes less time than three calls of torch.
+With running sums a round of alternating least squares is one binary search per midpoint and arithmetic on 2^q numbers,
+whatever the size of the group. That is too little work for tensors: in Python floats a round takes less time than a
+handful of calls of torch.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from operator import mul
 
 from torch import Tensor
 
+from shiftadd_cli.bcq.intervals import SortedGroups
 from shiftadd_cli.bcq.levels import code_signs
 from shiftadd_cli.bcq.linalg import solve_floats
 from shiftadd_cli.bcq.scale_formats import ScaleFormat
@@ -28,24 +28,20 @@ def fit_sorted(
     """`fit_groups` with the method `greedy` and no offset: scales `[groups, bits]` and normal matrices
     `[groups, bits, bits]` of weights and importance `[groups, size]`."""
     starts = greedy_start(weights, importance, bits).scales.tolist()
-    fits = [
-        SortedGroup(w, h).alternate(start, rounds, rounding)
-        for w, h, start in zip(weights, importance, starts, strict=True)
-    ]
+    groups = SortedGroups(weights, importance)
+    fits = [SortedGroup(groups, i).alternate(start, rounds, rounding) for i, start in enumerate(starts)]
     return weights.new_tensor([scales for scales, _ in fits]), weights.new_tensor([matrix for _, matrix in fits])
 
 
 class SortedGroup:
-    """One group of `weights` `[size]` of `importance` `[size]`, sorted, with running sums of h and of h·w."""
+    """One of `groups`, in lists."""
 
-    def __init__(self, weights: Tensor, importance: Tensor) -> None:
-        ordered, order = weights.sort()
-        h = importance[order].double()
-        moment = h * ordered
-        self.weights: list[float] = ordered.tolist()
-        self.mass: list[float] = [0.0, *h.cumsum(0).tolist()]
-        self.moment: list[float] = [0.0, *moment.cumsum(0).tolist()]
-        self.energy = float(moment @ ordered.double())
+    def __init__(self, groups: SortedGroups, index: int) -> None:
+        self.weights: list[float] = groups.ordered[index].tolist()
+        self.mass: list[float]
+        self.moment: list[float]
+        self.mass, self.moment = groups.sums[index].tolist()
+        self.energy = float(groups.energy[index])
 
     def alternate(
         self, start: Sequence[float], rounds: int, rounding: ScaleFormat | None

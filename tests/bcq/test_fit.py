@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shiftadd_cli.bcq.fit import FitMethod, GroupFit, _Best, _Piece, fit_groups, normal_equations
+from shiftadd_cli.bcq.fit import FitMethod, GroupFit, _Best, _Piece, fit_groups
 from shiftadd_cli.bcq.scale_formats import scale_format
 from shiftadd_cli.bcq.starts import Scales, clipped_starts, greedy_start
 
@@ -144,14 +144,6 @@ def test_curvature_is_the_normal_matrix_of_the_nearest_codes(bits: int, offset: 
         torch.testing.assert_close(fit.curvature[i].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_normal_equations_of_the_last_column_on_the_others() -> None:
-    columns, h = torch.randn(5, 4, 20, generator=generator(0)), torch.rand(5, 20, generator=generator(1))
-    matrix, rhs = normal_equations(columns, h)
-    for m, r, c, weight in zip(matrix, rhs, columns, h, strict=True):
-        torch.testing.assert_close(m, c[:3] @ torch.diag(weight) @ c[:3].T)
-        torch.testing.assert_close(r, c[:3] @ torch.diag(weight) @ c[3])
-
-
 @quick
 @given(bits=st.integers(1, 4), mean=st.floats(-4, 4), method=st.sampled_from(METHODS), seed=st.integers(0, 99))
 def test_offsets_stay_within_their_limit(bits: int, mean: float, method: FitMethod, seed: int) -> None:
@@ -170,8 +162,9 @@ def test_on_the_limit_no_feasible_scales_are_better() -> None:
     signs = torch.randn(50, bits, 32, generator=g).sign()
     weights = 3 + 0.3 * torch.randn(50, 32, generator=g) + 0.2 * signs[:, 1]
     importance = torch.rand(50, 32, generator=g) + 0.1
-    columns = torch.cat((signs, torch.ones(50, 1, 32), weights.unsqueeze(1)), dim=1)
-    matrix, rhs = normal_equations(columns, importance)
+    basis = torch.cat((signs, torch.ones(50, 1, 32)), dim=1)
+    weighted = basis * importance.unsqueeze(1)
+    matrix, rhs = weighted @ basis.mT, (weighted @ weights.unsqueeze(-1)).squeeze(-1)
     piece = _Piece(weights, importance, bits, True, limit, None)
     free = torch.linalg.solve(matrix, rhs)
     largest, plane = free[:, :bits].abs().max(-1)
@@ -182,7 +175,7 @@ def test_on_the_limit_no_feasible_scales_are_better() -> None:
     assert (fit.offsets.abs() <= limit * fit.scales.amax(-1) * (1 + 1e-5)).all()
 
     def error(x: Tensor) -> Tensor:
-        return (importance * (weights - (x.unsqueeze(-1) * columns[:, :-1]).sum(1)).square()).sum(-1)
+        return (importance * (weights - (x.unsqueeze(-1) * basis).sum(1)).square()).sum(-1)
 
     # `_solve` gives sizes; a plane may stand for its inverse, so the best of all sign choices is the error it claims.
     candidates = []
