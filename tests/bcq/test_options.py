@@ -15,7 +15,7 @@ def test_fields_are_those_of_the_recipe_with_its_defaults() -> None:
         assert getattr(recipe, field.name) == field.default, field.name
 
 
-@pytest.mark.parametrize("name", ["default", "fast", "rtn", "shiftaddllm-acc", "shiftaddllm-lat"])
+@pytest.mark.parametrize("name", ["default", "fast", "gptq", "rtn", "shiftaddllm-acc", "shiftaddllm-lat"])
 def test_packaged_recipes_are_options(name: str) -> None:
     recipe = Recipe.load(name)
     options = SolverOptions.from_recipe(recipe)

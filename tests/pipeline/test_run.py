@@ -76,7 +76,7 @@ def test_another_seed_draws_other_windows(tmp_path):
     assert not torch.equal(first.windows, second.windows)
 
 
-@pytest.mark.parametrize("recipe", ["fast", "rtn", "shiftaddllm-acc", "shiftaddllm-lat"])
+@pytest.mark.parametrize("recipe", ["fast", "gptq", "rtn", "shiftaddllm-acc", "shiftaddllm-lat"])
 def test_every_packaged_recipe_runs(tmp_path, recipe):
     source = tmp_path / "source"
     save_tiny("opt", source)
