@@ -1,0 +1,125 @@
+"""Quality of compression methods beside each other: perplexity, divergence and agreement, at the same bit widths.
+
+Every method at every bit width is one row: quantized by our own command in a process of its own, then measured against
+the original. Finished rows are files in the work folder, so a run that was killed goes on where it was, and rows of
+earlier runs with the same settings are taken over. `table.md` and `table.json` in that folder are the result.
+
+    python scripts/benchmark_quality.py demo --methods default,gptq,rtn,default:group_size=128,offset=false \\
+        --bits 2,3,4 --test builtin --work out/quality
+
+A method is a packaged recipe, the path of a recipe file, or `peer:NAME` for another library (pip install '.[peers]'),
+each with fields of the recipe changed after a colon.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from quality.bench import Bench
+from quality.conditions import Conditions, name_tests
+from quality.methods import parse_methods
+from quality.peers import PEERS
+from quality.rows import write_text
+from quality.table import as_json, as_markdown
+
+from shiftadd_cli.errors import ShiftaddError
+from shiftadd_cli.recipe_file import packaged_names
+
+_POSITIVE = click.IntRange(min=1)
+
+
+class _Widths(click.ParamType):
+    """Bit widths such as `2,3,4`."""
+
+    name = "n,n,..."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            self.fail(f"{value!r} is not a list of whole numbers such as 2,3,4.", param, ctx)
+        return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option(
+    "--methods",
+    multiple=True,
+    default=("default,gptq,rtn,shiftaddllm-acc,shiftaddllm-lat",),
+    show_default=True,
+    help=f"What to compare: {', '.join(packaged_names())}, a recipe file, "
+    f"{', '.join(f'peer:{name}' for name in PEERS)}; each with :field=value,... for changes.",
+)
+@click.option("--bits", type=_Widths(), default="2,3,4", show_default=True, help="Planes per weight.")
+@click.option("--calibration", default="builtin", show_default=True, help="Text for the methods that read one.")
+@click.option("--samples", type=_POSITIVE, default=128, show_default=True, help="Calibration windows.")
+@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
+@click.option("--test", "tests", multiple=True, default=("builtin",), show_default=True, help="Text to measure on.")
+@click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per test window.")
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first tokens of each test text.")
+@click.option(
+    "--dtype",
+    type=click.Choice(("auto", "float32", "bfloat16", "float16")),
+    default="auto",
+    show_default=True,
+    help="Type to measure in, as for `shiftadd evaluate`.",
+)
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder of rows, logs and the table.",
+)
+@click.option("--keep-artifacts", is_flag=True, help="Keep the compressed models in it.")
+@click.option(
+    "--together",
+    type=_POSITIVE,
+    default=3,
+    show_default=True,
+    help="Compressed models measured beside one run of the original; more saves time and needs more memory.",
+)
+def main(
+    model: str,
+    methods: tuple[str, ...],
+    bits: tuple[int, ...],
+    calibration: str,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    tests: tuple[str, ...],
+    context: int,
+    max_tokens: int | None,
+    dtype: str,
+    work: Path,
+    keep_artifacts: bool,
+    together: int,
+) -> None:
+    """Compare methods on MODEL (a hub id, a folder, a .gguf file or `demo`)."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        conditions = Conditions(
+            model, calibration, samples, seq_len, seed, name_tests(tests), context, max_tokens, dtype
+        )
+        # Every row is settled before the first is made: a slip in the last method must not cost a night.
+        cells = [conditions.cell(method, width) for width in bits for method in parse_methods(methods)]
+        bench = Bench(conditions, cells, work, together, keep_artifacts, lambda line: click.echo(line, err=True))
+
+        def write_table() -> None:
+            write_text(work / "table.json", as_json(bench))
+            write_text(work / "table.md", as_markdown(bench))
+
+        bench.fill(write_table)
+    except ShiftaddError as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(as_markdown(bench))
+    if bench.failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

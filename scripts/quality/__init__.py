@@ -1,0 +1,1 @@
+"""What `benchmark_quality.py` is made of."""

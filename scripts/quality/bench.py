@@ -1,0 +1,142 @@
+"""Filling a table: rows on disk are read, the others made and measured, each written as soon as it is known."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from quality.conditions import Cell, Conditions, machine, sources
+from quality.making import make_artifact, read_report
+from quality.rows import Original, Row, TestScore, file_name, read_stored, write_stored
+from shiftadd_cli.errors import ShiftaddError
+from shiftadd_cli.evaluation.compare import Evaluation, Measured, evaluate
+
+
+@dataclass
+class Bench:
+    """A table in the folder `work`.
+
+    Attributes:
+        together: compressed models measured at once, beside one run of the original.
+        keep_artifacts: leave compressed models in `work` after they were measured.
+        say: told what happens, in lines.
+        rows: finished ones by their place in `cells`; failed: what came of the others.
+    """
+
+    conditions: Conditions
+    cells: Sequence[Cell]
+    work: Path
+    together: int = 1
+    keep_artifacts: bool = False
+    say: Callable[[str], None] = print
+    original: Original | None = None
+    rows: dict[int, Row] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def fill(self, finished: Callable[[], None]) -> None:
+        """Find or measure every row; `finished` is called whenever some are new."""
+        self.original = read_stored(self._original_path, Original, self.conditions.scoring)
+        for index, cell in enumerate(self.cells):
+            row = read_stored(self._row_path(cell), Row, cell.row_settings)
+            if row is not None:
+                self.rows[index] = row.model_copy(update={"method": cell.method.label})
+        missing = [index for index in range(len(self.cells)) if index not in self.rows]
+        self.say(f"{len(self.rows)} of {len(self.cells)} rows are there already.")
+        for start in range(0, len(missing), self.together):
+            self._fill_some(missing[start : start + self.together])
+            finished()
+        if self.original is None:
+            self._measure([])
+        finished()
+
+    def _fill_some(self, indices: Sequence[int]) -> None:
+        made: dict[int, Path] = {}
+        for index in indices:
+            cell = self.cells[index]
+            self.say(f"{cell.method.label}, {cell.recipe.bits} bits: quantizing")
+            try:
+                made[index] = make_artifact(cell, self.conditions.model, self.work)
+            except ShiftaddError as error:
+                self._fail(index, error)
+        try:
+            scores = self._measure([str(path) for path in made.values()]) if made else []
+        except ShiftaddError as error:
+            if len(made) == 1:
+                self._fail(next(iter(made)), error)
+            else:
+                # One of them cannot be measured; the others can.
+                for index in made:
+                    self._fill_some([index])
+            return
+        for (index, path), score in zip(made.items(), scores, strict=True):
+            cell = self.cells[index]
+            row = Row(
+                settings=cell.row_settings,
+                scores=score,
+                machine=machine(),
+                code=sources(),
+                method=cell.method.label,
+                bits=cell.recipe.bits,
+                **read_report(cell, path),
+            )
+            write_stored(self._row_path(cell), row)
+            self.rows[index] = row
+            if not self.keep_artifacts:
+                shutil.rmtree(path)
+
+    def _fail(self, index: int, error: ShiftaddError) -> None:
+        self.failed[index] = str(error)
+        self.say(f"{self.cells[index].method.label}, {self.cells[index].recipe.bits} bits: {error}")
+
+    def _measure(self, artifacts: Sequence[str]) -> list[dict[str, TestScore]]:
+        """Scores by test of each artifact; those of the original are written where they are not known yet."""
+        conditions = self.conditions
+        self.say(f"measuring {len(artifacts)} beside the original")
+        found = {
+            name: evaluate(
+                artifacts,
+                against=conditions.model,
+                dataset=spec,
+                context=conditions.context,
+                max_tokens=conditions.max_tokens,
+                dtype=conditions.dtype,
+                show_progress=False,
+            )
+            for name, spec in conditions.tests.items()
+        }
+        if self.original is None:
+            originals = {name: each.original for name, each in found.items() if each.original}
+            info = next(iter(originals.values())).info
+            self.original = Original(
+                settings=conditions.scoring,
+                scores={name: _score(found[name], each) for name, each in originals.items()},
+                machine=machine(),
+                file_bits_per_weight=info.file_bits_per_weight,
+                parameters=info.parameters,
+            )
+            write_stored(self._original_path, self.original)
+        return [
+            {name: _score(each, each.models[place]) for name, each in found.items()} for place in range(len(artifacts))
+        ]
+
+    def _row_path(self, cell: Cell) -> Path:
+        return self.work / "rows" / cell.row_name
+
+    @property
+    def _original_path(self) -> Path:
+        # The 16 bits are those of most originals and say nothing here; the name needs some.
+        return self.work / "rows" / (file_name("original", 16, self.conditions.scoring) + ".json")
+
+
+def _score(evaluation: Evaluation, measured: Measured) -> TestScore:
+    told = measured.to_dict()
+    fields = {name: told[name] for name in TestScore.model_fields if name in told}
+    return TestScore(
+        **fields,
+        tokens=evaluation.tokens,
+        scored_tokens=evaluation.scored_tokens,
+        windows=evaluation.windows,
+        device=evaluation.device,
+    )

@@ -1,0 +1,151 @@
+"""What all rows of a table share, and the settings that name a row."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shiftadd_cli
+from quality.methods import Method
+from quality.rows import file_name
+from shiftadd_cli.calibration.text import TextData, load_text
+from shiftadd_cli.errors import CalibrationError, RecipeError
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import open_source
+from shiftadd_cli.version import __version__
+
+_PACKAGE = Path(shiftadd_cli.__file__).parent
+_LIBRARIES = ("torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one bit width: what to run, and the settings that fix its artifact and its row."""
+
+    method: Method
+    recipe: Recipe
+    artifact_settings: dict[str, Any]
+    row_settings: dict[str, Any]
+
+    @property
+    def artifact_name(self) -> str:
+        return file_name(self.method.label, self.recipe.bits, self.artifact_settings)
+
+    @property
+    def row_name(self) -> str:
+        return file_name(self.method.label, self.recipe.bits, self.row_settings) + ".json"
+
+
+@dataclass
+class Conditions:
+    """The model and the texts of a table.
+
+    model, calibration, tests: as typed; `tests` maps a short name to each. dtype: computed in, see `evaluate`.
+    """
+
+    model: str
+    calibration: str
+    samples: int
+    seq_len: int
+    seed: int
+    tests: dict[str, str]
+    context: int
+    max_tokens: int | None
+    dtype: str
+    _texts: dict[tuple[str, str], TextData] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model_fingerprint = open_source(self.model).fingerprint
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """The settings that fix how a model is scored."""
+        return {
+            "model": self.model_fingerprint,
+            "tests": {name: self._text(spec, "test").fingerprint for name, spec in self.tests.items()},
+            "context": self.context,
+            "max_tokens": self.max_tokens,
+            "dtype": self.dtype,
+            "versions": versions(),
+        }
+
+    def cell(self, method: Method, bits: int) -> Cell:
+        """Settle everything about one row.
+
+        Raises RecipeError or CalibrationError, also where a method would be calibrated on a test text.
+        """
+        common = {
+            "calibration": self.calibration,
+            "samples": self.samples,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+        }
+        recipe = method.resolve(bits, common)
+        reads = recipe.calibration != "none" and (method.peer is None or method.peer.calibrated)
+        text = self._text(recipe.calibration, "calibration").fingerprint if reads else None
+        for name, fingerprint in self.scoring["tests"].items():
+            if fingerprint == text:
+                raise CalibrationError(f"{name} is the calibration text of {method.label} and a test; give another.")
+        packages = (method.peer.package,) if method.peer else ()
+        made = {
+            "model": self.model_fingerprint,
+            "peer": method.peer.name if method.peer else None,
+            # The text counts, not the name of its file.
+            "recipe": recipe.model_dump(mode="json", exclude={"calibration"}),
+            "calibration": text,
+            "versions": versions(*packages),
+        }
+        return Cell(method, recipe, made, {"artifact": made, "scoring": self.scoring})
+
+    def _text(self, spec: str, split: Any) -> TextData:
+        key = (spec, split)
+        if key not in self._texts:
+            self._texts[key] = load_text(spec, split=split)
+        return self._texts[key]
+
+
+def name_tests(specs: tuple[str, ...]) -> dict[str, str]:
+    """A short name for each test text: the name of its file without ending. Raises RecipeError for two alike."""
+    names = {Path(spec).stem: spec for spec in specs}
+    if len(names) < len(specs):
+        raise RecipeError("Two test texts have the same name; give each once, and files of different names.")
+    return names
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of what can change a number: ours, the libraries below, and `packages`."""
+    return {"shiftadd-cli": __version__} | {name: importlib.metadata.version(name) for name in (*_LIBRARIES, *packages)}
+
+
+def sources() -> str:
+    """SHA-256, in hex, of the package's Python files and their names."""
+    digest = hashlib.sha256()
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(f"{file.relative_to(_PACKAGE)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def machine() -> dict[str, str]:
+    """What this runs on, for the lines below a table."""
+    return {
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

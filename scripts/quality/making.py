@@ -1,0 +1,75 @@
+"""Making the artifact of a row: our command, or a peer, in a process of its own, so that its peak memory is its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quality.conditions import Cell
+from quality.native import native_bits
+from quality.peer_run import REPORT_FILE
+from quality.rows import write_text
+from shiftadd_cli.errors import ShiftaddError
+
+_SCRIPTS = Path(__file__).resolve().parent.parent
+
+
+class MakingError(ShiftaddError):
+    """A method could not be run; the message is the last line it printed."""
+
+
+def make_artifact(cell: Cell, model: str, work: Path) -> Path:
+    """The folder with the compressed model, which may be there from an earlier run that was cut short.
+
+    The recipe as resolved and everything the process prints lie beside it, under `recipes` and `logs`.
+    Raises MakingError.
+    """
+    out = work / "artifacts" / cell.artifact_name
+    if out.is_dir():
+        return out
+    recipe = work / "recipes" / f"{cell.artifact_name}.yaml"
+    write_text(recipe, yaml.safe_dump(cell.recipe.model_dump(mode="json"), sort_keys=False))
+    if cell.method.peer:
+        command = ["-m", "quality.peer_run", cell.method.peer.name, model, str(out), str(recipe)]
+    else:
+        command = ["-m", "shiftadd_cli", "quantize", model, "-o", str(out), "--recipe", str(recipe)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = work / "logs" / f"{cell.artifact_name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as printed:
+        done = subprocess.run(
+            [sys.executable, *command], stdout=printed, stderr=subprocess.STDOUT, env=_environment(), check=False
+        )
+    if done.returncode:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        raise MakingError(f"{lines[-1].strip() if lines else f'exit code {done.returncode}'} (see {log})")
+    return out
+
+
+def read_report(cell: Cell, artifact: Path) -> dict[str, Any]:
+    """The fields of a row that the report of the artifact fixes."""
+    if cell.method.peer:
+        told = json.loads((artifact / REPORT_FILE).read_text(encoding="utf-8"))
+        return {**told, "native_bits": told["stored_bits"]}
+    report = json.loads((artifact / "report.json").read_text(encoding="utf-8"))
+    shapes = [(layer["out_features"], layer["in_features"]) for layer in report["layers"]]
+    return {
+        "stored_bits": report["size"]["bits_per_weight"],
+        "file_bits": report["size"]["whole_file_bits_per_weight"],
+        "native_bits": native_bits(shapes, cell.recipe),
+        "seconds": report["seconds"]["total"],
+        "peak_memory_bytes": report["machine"]["peak_memory_bytes"],
+        "calibration": report["calibration"]["name"] if report["calibration"] else None,
+    }
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this checkout and its scripts importable."""
+    paths = [str(_SCRIPTS), str(_SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

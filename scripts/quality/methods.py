@@ -1,0 +1,94 @@
+"""Methods of a comparison by name: recipes, recipes with changes, and other people's libraries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from quality.peers import PEER_FIELDS, PEERS, Peer
+from shiftadd_cli.errors import RecipeError
+from shiftadd_cli.recipe import Recipe
+
+PEER_PREFIX = "peer:"
+
+_CONTINUES = re.compile(r"\s*[A-Za-z_]+=")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the comparison: `label` as typed, the recipe it starts from and the fields it changes.
+
+    peer: the library to use instead of our own solver; it takes bits, group size and calibration from the recipe.
+    """
+
+    label: str
+    recipe: str = "default"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    peer: Peer | None = None
+
+    def resolve(self, bits: int, common: dict[str, Any]) -> Recipe:
+        """The recipe at this bit width. `common`: what all methods share, given way to by the method's own changes;
+        a recipe that uses no calibration text stays without.
+
+        Raises RecipeError, naming the method, where the fields are wrong or do not go together.
+        """
+        try:
+            plain = Recipe.load(self.recipe, self.overrides)
+            shared = {"calibration": "none"} if plain.calibration == "none" else {}
+            return Recipe.load(self.recipe, {**common, **shared, **self.overrides, "bits": bits})
+        except RecipeError as error:
+            raise RecipeError(f"Method {self.label}: {error}") from None
+
+
+def split_names(text: str) -> list[str]:
+    """The methods of a list such as `default:group_size=128,offset=false,gptq`: a part of the form `field=value`
+    belongs to the method before it."""
+    names: list[str] = []
+    for part in text.split(","):
+        if names and _CONTINUES.match(part):
+            names[-1] += "," + part.strip()
+        else:
+            names.append(part.strip())
+    return [name for name in names if name]
+
+
+def parse_methods(lists: Iterable[str]) -> list[Method]:
+    """The methods of several lists, each once, in order; raises RecipeError with what is wrong with one of them."""
+    labels = dict.fromkeys(name for text in lists for name in split_names(text))
+    return [_parse(label) for label in labels]
+
+
+def _parse(label: str) -> Method:
+    name, _, changes = label.removeprefix(PEER_PREFIX).partition(":")
+    overrides = dict(_change(label, each) for each in changes.split(",")) if changes else {}
+    if "bits" in overrides:
+        raise RecipeError(f"Method {label}: give bit widths to --bits, where all methods share them.")
+    if not label.startswith(PEER_PREFIX):
+        method = Method(label, name, overrides)
+    elif name in PEERS:
+        foreign = [each for each in overrides if each not in PEER_FIELDS]
+        if foreign:
+            raise RecipeError(f"Method {label}: peers take {', '.join(sorted(PEER_FIELDS))}, not {foreign[0]}.")
+        PEERS[name].require()
+        method = Method(label, "default", overrides, PEERS[name])
+    else:
+        raise RecipeError(f"There is no peer {name!r}; there are {', '.join(PEERS)}.")
+    method.resolve(1, {})
+    return method
+
+
+def _change(label: str, text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (equals and value):
+        raise RecipeError(f"Method {label}: {text!r} is not of the form field=value.")
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"Method {label}: the value of {text!r} cannot be read.") from None
+    field_name = name.strip()
+    # One pattern is what can be said without a comma.
+    return field_name, (read,) if field_name == "skip" else read

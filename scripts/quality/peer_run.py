@@ -1,0 +1,65 @@
+"""One peer on one model, in a process of its own: writes the model with the weights the peer decodes, and peer.json.
+
+python -m quality.peer_run hqq MODEL OUT RECIPE.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from quality.peers import PEERS, PeerJob
+from shiftadd_cli.calibration.text import load_text, sample_windows
+from shiftadd_cli.errors import RecipeError, ShiftaddError
+from shiftadd_cli.pipeline.plan import resident_bytes
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import find_structure, open_source
+
+REPORT_FILE = "peer.json"
+
+
+def run_peer(name: str, spec: str, out: Path, recipe: Recipe) -> None:
+    """Quantize the linears our own recipes would, on their very calibration windows, and write what is decoded."""
+    start = time.monotonic()
+    peer, source = PEERS[name], open_source(spec)
+    if not isinstance(recipe.group_size, int):
+        raise RecipeError(f"The peer {name!r} needs a number as group_size, not {recipe.group_size!r}.")
+    linears = find_structure(source.skeleton()).linears
+    text = load_text(recipe.calibration, split="calibration") if peer.calibrated else None
+    tokenizer, windows = source.load_tokenizer(), None
+    if text is not None:
+        windows = sample_windows(text, tokenizer, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed)
+    model = source.load_model()
+    parameters, item = sum(each.numel() for each in model.parameters()), source.dtype.itemsize
+    names = [each.name for each in linears]
+    job = PeerJob(model, tokenizer, names, windows, recipe.bits, recipe.group_size, recipe.batch_size, recipe.seed)
+    stored = peer.adapter().compress(job)
+    weights = sum(each.out_features * each.in_features for each in linears)
+    # A hidden name until it is whole: a run that was killed must not pass for a finished one.
+    scratch = out.with_name(f".{out.name}")
+    model.save_pretrained(scratch)
+    source.save_tokenizer(scratch)
+    report = {
+        "stored_bits": stored / weights,
+        "file_bits": (stored + 8 * item * (parameters - weights)) / parameters,
+        "seconds": time.monotonic() - start,
+        "peak_memory_bytes": resident_bytes(),
+        "calibration": text.name if text else None,
+    }
+    (scratch / REPORT_FILE).write_text(json.dumps(report))
+    scratch.rename(out)
+
+
+def main() -> None:
+    name, spec, out, recipe = sys.argv[1:]
+    try:
+        run_peer(name, spec, Path(out), Recipe.load(recipe))
+    except ShiftaddError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

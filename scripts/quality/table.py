@@ -1,0 +1,141 @@
+"""The table of a benchmark, for people (Markdown) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from quality.bench import Bench
+from quality.rows import Row, TestScore
+from shiftadd_cli.report.summary import size
+
+
+def as_json(bench: Bench) -> str:
+    """Conditions, the original, all rows and what failed."""
+    conditions = bench.conditions
+    document: dict[str, Any] = {
+        "conditions": {
+            "model": conditions.model,
+            "calibration": conditions.calibration,
+            "samples": conditions.samples,
+            "seq_len": conditions.seq_len,
+            "seed": conditions.seed,
+            "tests": conditions.tests,
+            "scoring": conditions.scoring,
+        },
+        "original": bench.original.model_dump(mode="json") if bench.original else None,
+        "rows": [{**row.model_dump(mode="json"), "ratio": _ratios(bench, row)} for row in _rows(bench)],
+        "failed": [
+            {"method": bench.cells[index].method.label, "bits": bench.cells[index].recipe.bits, "error": error}
+            for index, error in sorted(bench.failed.items())
+        ],
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_markdown(bench: Bench) -> str:
+    """The original, a line per row, and below it everything the numbers depend on."""
+    tests = list(bench.conditions.tests)
+    header = ["method", "planes", "bits/weight", "native", "file bits/weight"]
+    for name in tests:
+        header += [f"{name}: perplexity", "ratio", "KL, nats/token", "same top token"]
+    header += ["seconds", "peak memory"]
+    lines = [_line(header), _line(["---"] + ["---:"] * (len(header) - 1))]
+    if bench.original is not None:
+        first = ["original", "-", "-", "-", f"{bench.original.file_bits_per_weight:.3f}"]
+        for name in tests:
+            first += [_perplexity(bench.original.scores[name]), "1.000", "-", "-"]
+        lines.append(_line([*first, "-", "-"]))
+    for row in _rows(bench):
+        native = "-" if row.native_bits is None else f"{row.native_bits:.3f}"
+        cells = [f"`{row.method}`", str(row.bits), f"{row.stored_bits:.3f}", native, f"{row.file_bits:.3f}"]
+        ratios = _ratios(bench, row)
+        for name in tests:
+            score, ratio = row.scores[name], ratios[name]
+            cells += [
+                _perplexity(score),
+                "-" if ratio is None else f"{ratio:.3f}",
+                _with_error(score.kl, score.kl_error, 4),
+                "-" if score.agreement is None else f"{score.agreement:.2%}",
+            ]
+        lines.append(_line([*cells, f"{row.seconds:.1f}", size(row.peak_memory_bytes)]))
+    return "\n".join([*lines, "", *_notes(bench)]) + "\n"
+
+
+def _notes(bench: Bench) -> list[str]:
+    conditions, rows = bench.conditions, _rows(bench)
+    peers = any(row.settings["artifact"]["peer"] for row in rows)
+    notes = [f"Model: {conditions.model} (fingerprint {conditions.model_fingerprint[:16]})."]
+    if bench.original is not None:
+        notes[0] = notes[0][:-1] + f", {bench.original.parameters:,} parameters."
+        notes += [
+            f"Test {name}: {score.tokens:,} tokens in {score.windows:,} windows of {conditions.context} (context) that "
+            f"do not overlap, {score.scored_tokens:,} scored; computed in {score.dtype} on {score.device}."
+            for name, score in bench.original.scores.items()
+        ]
+    for text in dict.fromkeys(row.calibration for row in rows):
+        users = _listed(row.method for row in rows if row.calibration == text)
+        notes.append(f"Calibration {text or 'none (weights only)'}: {users}.")
+    notes += [
+        f"Calibration windows, unless a method says otherwise: {conditions.samples} x {conditions.seq_len} tokens, "
+        f"seed {conditions.seed}.",
+        "± is one standard error, windows taken as independent draws. ratio: of the perplexity to the original's. KL: "
+        "KL(original || method).",
+        "bits/weight: everything stored for the quantized layers over their weights. native: the same for a uniform "
+        "grid in a format of its own, which needs a float16 scale and an integer zero point per group, bits + (16 + "
+        "bits) / group; our container stores a float16 scale per plane and an offset. Other grids have no other form.",
+        "seconds and peak memory: of the process that quantizes, from its report; the machine may have had other work.",
+        *(["Peers are scored from what they decode; bits/weight is what they would store."] if peers else []),
+        f"Versions: {_listed(_told(row.settings['artifact']['versions']) for row in rows)}.",
+        f"Machine: {_listed(_told(row.machine) for row in rows)}.",
+    ]
+    notes += [
+        f"Sources {code[:16]}: {_listed(row.method for row in rows if row.code == code)}."
+        for code in dict.fromkeys(row.code for row in rows)
+    ]
+    notes += [
+        f"Failed: `{bench.cells[index].method.label}` at {bench.cells[index].recipe.bits} bits: {error}"
+        for index, error in sorted(bench.failed.items())
+    ]
+    return [f"- {note}" for note in notes]
+
+
+def _rows(bench: Bench) -> list[Row]:
+    """Finished rows, by bits and then in the order of the methods."""
+    order = sorted(bench.rows, key=lambda index: (bench.cells[index].recipe.bits, index))
+    return [bench.rows[index] for index in order]
+
+
+def _ratios(bench: Bench, row: Row) -> dict[str, float | None]:
+    """Perplexity over that of the original, by test; from log-likelihoods, which stay finite."""
+    found: dict[str, float | None] = {}
+    for name, score in row.scores.items():
+        reference = bench.original.scores[name].nll if bench.original else math.inf
+        # Beyond what exp can say.
+        found[name] = None if score.perplexity is None or math.isinf(reference) else math.exp(score.nll - reference)
+    return found
+
+
+def _perplexity(score: TestScore) -> str:
+    return "infinite" if score.perplexity is None else _with_error(score.perplexity, score.perplexity_error, 3)
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _told(values: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _listed(texts: Any) -> str:
+    """Each text once."""
+    return "; ".join(dict.fromkeys(texts))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
