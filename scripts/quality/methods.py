@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
-
-import yaml
 
 from quality.peers import PEER_FIELDS, PEERS, Peer
 from shiftadd_cli.errors import RecipeError
@@ -85,10 +84,11 @@ def _change(label: str, text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (equals and value):
         raise RecipeError(f"Method {label}: {text!r} is not of the form field=value.")
-    try:
-        read = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"Method {label}: the value of {text!r} cannot be read.") from None
     field_name = name.strip()
-    # One pattern is what can be said without a comma.
-    return field_name, (read,) if field_name == "skip" else read
+    if field_name == "skip":
+        # One pattern is what can be said without a comma.
+        return field_name, (value,)
+    try:
+        return field_name, json.loads(value)
+    except ValueError:
+        return field_name, value

@@ -1,0 +1,72 @@
+"""Names of methods, and the recipes they stand for."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+from quality.methods import Method, parse_methods, split_names
+from quality.peers import PEERS
+
+from shiftadd_cli.errors import RecipeError
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.recipe_file import packaged_names
+
+COMMON = {"calibration": "wikitext2", "samples": 7, "seq_len": 99, "seed": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("default", ["default"]),
+        ("default,gptq", ["default", "gptq"]),
+        (" default , gptq,", ["default", "gptq"]),
+        ("default:group_size=128,offset=false,gptq", ["default:group_size=128,offset=false", "gptq"]),
+        ("default:a=1, b=2,peer:hqq:c=3", ["default:a=1,b=2", "peer:hqq:c=3"]),
+        ("./mine.yaml,default", ["./mine.yaml", "default"]),
+        ("", []),
+    ],
+)
+def test_commas_part_methods_and_changes(text: str, expected: list[str]) -> None:
+    assert split_names(text) == expected
+
+
+@pytest.mark.parametrize("name", packaged_names())
+def test_a_packaged_recipe_is_a_method(name: str) -> None:
+    (method,) = parse_methods([name])
+    packaged = Recipe.load(name)
+    shared = {**COMMON, "calibration": "none"} if packaged.calibration == "none" else COMMON
+    assert method.resolve(4, COMMON) == packaged.model_copy(update={**shared, "bits": 4})
+
+
+def test_changes_win_over_what_is_shared() -> None:
+    (method,) = parse_methods(["default:group_size=all,offset=false,weight_error=1e-3,samples=3,skip=*.k_proj"])
+    recipe = method.resolve(2, COMMON)
+    assert (recipe.group_size, recipe.offset, recipe.weight_error, recipe.samples) == ("all", False, 1e-3, 3)
+    assert (recipe.skip, recipe.bits, recipe.seq_len) == (("*.k_proj",), 2, COMMON["seq_len"])
+
+
+def test_a_method_named_twice_is_one() -> None:
+    assert [method.label for method in parse_methods(["gptq,default", "gptq"])] == ["gptq", "default"]
+
+
+def test_fields_that_do_not_go_together_name_the_method() -> None:
+    with pytest.raises(RecipeError, match=r"^Method default:group_rows=all: .*refine_rounds to 0"):
+        parse_methods(["default:group_rows=all"])
+
+
+def test_an_absent_peer_is_one_sentence_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"^The peer 'hqq' needs the package hqq, .*pip install hqq") as caught:
+        parse_methods(["peer:hqq"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_peer_takes_only_what_it_can_heed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    (method,) = parse_methods(["peer:quanto:group_size=32"])
+    assert isinstance(method, Method)
+    assert method.peer is PEERS["quanto"]
+    assert method.resolve(4, COMMON).group_size == 32
+    with pytest.raises(RecipeError, match="not offset"):
+        parse_methods(["peer:quanto:offset=false"])
