@@ -70,6 +70,6 @@ def read_report(cell: Cell, artifact: Path) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with this checkout and its scripts importable."""
+    """Ours, with this checkout and its scripts importable, and nothing that happens to lie where this was started."""
     paths = [str(_SCRIPTS), str(_SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}

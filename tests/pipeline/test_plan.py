@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny_models import save_tiny
@@ -67,3 +70,13 @@ def test_the_description_names_kinds_sizes_and_what_is_kept(tmp_path):
     text = describe_plan(plan_of(tmp_path))
     for part in ("self_attn.q_proj", "mlp.down_proj", "LlamaForCausalLM", "embedding", "at the peak", "builtin"):
         assert part in text
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    child = "from shiftadd_cli.pipeline.plan import resident_bytes; print(resident_bytes())"
+    parent = (
+        "import subprocess, sys; kept = bytearray(b'x') * (1 << 30); "
+        "subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent, child], capture_output=True, text=True, check=True)
+    assert 10e6 < int(done.stdout) < 1e9
