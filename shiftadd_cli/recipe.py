@@ -27,7 +27,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     bits: Annotated[int, Field(ge=1, le=8, description="Binary planes per weight, 1 to 8.")] = 3
-    group_size: Annotated[int | str, Field(description="Input columns that share a scale set: a number or 'all'.")] = 64
+    group_size: Annotated[int | str, Field(description="Input columns that share a scale set: a number or 'all'.")] = (
+        128
+    )
     group_rows: Annotated[
         int | str,
         Field(description="Output rows that share a scale set: a number, 'all', or '1/N' for an N-th of the rows."),
@@ -39,7 +41,7 @@ class Recipe(BaseModel):
     row_scale: Annotated[bool, Field(description="One floating-point factor per output row on top of the scales.")] = (
         True
     )
-    offset: Annotated[bool, Field(description="One offset per group, so that levels need not be symmetric.")] = True
+    offset: Annotated[bool, Field(description="One offset per group, so that levels need not be symmetric.")] = False
     rotation: Annotated[
         Literal["none", "hadamard"],
         Field(
@@ -96,6 +98,14 @@ class Recipe(BaseModel):
             "instead of at its own weights: 0 not at all, 1 wholly (as GPTAQ).",
         ),
     ] = 0.5
+    reconstruct_epochs: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Passes over the calibration text in which each block is tuned by gradient towards its "
+            "original output: codes, scales, offsets, norms and biases. 0: not at all.",
+        ),
+    ] = 0
     calibration: Annotated[
         str,
         Field(
@@ -164,12 +174,21 @@ class Recipe(BaseModel):
                     f"rows that share scales (group_rows {self.group_rows}) cannot be refined or scaled one by one; "
                     f"set {' and '.join(wrong)}, or group_rows to 1"
                 )
+        if self.reconstruct_epochs:
+            if self.group_rows != 1:
+                raise ValueError("reconstruct_epochs needs groups that lie in rows; set group_rows to 1, or it to 0")
+            if self.samples <= self.batch_size:
+                raise ValueError(
+                    f"reconstruct_epochs holds back one batch of windows at least; set samples above batch_size "
+                    f"({self.batch_size})"
+                )
         if self.calibration == "none":
             wrong = [
                 text
                 for text, on in (
                     ("sweep to none", self.sweep != "none"),
                     ("refine_rounds to 0", self.refine_rounds > 0),
+                    ("reconstruct_epochs to 0", self.reconstruct_epochs > 0),
                 )
                 if on
             ]

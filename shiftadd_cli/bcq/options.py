@@ -20,11 +20,11 @@ class SolverOptions:
     """
 
     bits: int = 3
-    group_size: int | str = 64
+    group_size: int | str = 128
     group_rows: int | str = 1
     scale_format: str = "apot2"
     row_scale: bool = True
-    offset: bool = True
+    offset: bool = False
     rotation: Rotation = "hadamard"
     fit: FitMethod = "search"
     fit_rounds: int = 4

@@ -7,7 +7,7 @@ biases) depends on shapes alone, so it is recorded once per batch size and used 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Output hidden states of `block` for `hidden` `[batch, seq_len, width]`."""
         return _hidden_of(block(hidden, *self.args, **self.kwargs))
 
@@ -35,7 +35,7 @@ class BlockCall:
 @dataclass
 class Trace:
     """`hidden`: inputs of the first block; `calls[batch size]`: one BlockCall per block; `original`: hidden states of
-    the original model at the same depth, for asymmetric calibration."""
+    the original model at the same depth, for asymmetric calibration and block reconstruction."""
 
     hidden: HiddenStates
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)

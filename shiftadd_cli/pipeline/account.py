@@ -14,6 +14,7 @@ from torch import Tensor
 from shiftadd_cli.calibration.text import TextData
 from shiftadd_cli.pipeline.plan import Plan, resident_bytes
 from shiftadd_cli.report.schema import (
+    BlockReport,
     CalibrationReport,
     KeptReport,
     LayerReport,
@@ -32,7 +33,7 @@ class Measured:
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.seconds = {"trace": 0.0, "forward": 0.0, "solve": 0.0, "read_and_write": 0.0}
+        self.seconds = {"trace": 0.0, "forward": 0.0, "solve": 0.0, "reconstruct": 0.0, "read_and_write": 0.0}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -52,6 +53,7 @@ def make_report(
     plan: Plan,
     calibration: tuple[TextData, Tensor] | None,
     layers: list[LayerReport],
+    blocks: list[BlockReport],
     *,
     files_bytes: int,
     clock: Measured,
@@ -87,6 +89,7 @@ def make_report(
         ),
         kinds=average_kinds(layers),
         layers=layers,
+        blocks=blocks,
         kept=[KeptReport(name=name, reason=reason) for name, reason in plan.structure.kept],
         seconds=clock.report(),
         machine=MachineReport(

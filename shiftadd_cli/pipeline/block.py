@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from shiftadd_cli.bcq.solver import Solution, SolverOptions, quantize_matrices
 from shiftadd_cli.calibration.hessian import Moments, gather_moments
 from shiftadd_cli.calibration.stream import BlockStream
+from shiftadd_cli.calibration.streams import HiddenStates
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.reconstruction.block import reconstruct_block
+from shiftadd_cli.report.schema import BlockReport
 from shiftadd_cli.source import LinearSpec
 
 
@@ -22,6 +26,7 @@ class BlockQuantizer:
         self.specs: Mapping[str, LinearSpec] = {spec.kind: spec for spec in specs}
         self.options = SolverOptions.from_recipe(recipe)
         self.solutions: dict[str, Solution] = {}
+        self.originals: dict[str, Tensor] = {}
 
     def without_data(self) -> None:
         """Quantize every linear on its own, by its weights alone."""
@@ -47,6 +52,26 @@ class BlockQuantizer:
                 if kind not in self.solutions:
                     self._solve((kind,), None)
 
+    def reconstruct(self, name: str, stream: BlockStream, targets: HiddenStates) -> BlockReport:
+        """Tune the quantized block `name` towards `targets`, the outputs of the original one, if that helps."""
+        with self.clock.phase("reconstruct"):
+            result = reconstruct_block(
+                stream,
+                targets,
+                {kind: solution.weight for kind, solution in self.solutions.items()},
+                self.originals,
+                [kind for kind, spec in self.specs.items() if spec.transposed],
+                epochs=self.recipe.reconstruct_epochs,
+                seed=self.recipe.seed,
+            )
+        for kind, weight in result.weights.items():
+            self._put(kind, replace(self.solutions[kind], weight=weight))
+        for vector, value in result.parameters.items():
+            self.block.get_parameter(vector).data = value
+        return BlockReport(
+            name=name, error_before=result.error_before, error_after=result.error_after, kept=result.kept
+        )
+
     def _solve(self, kinds: Sequence[str], moments: Moments | None) -> None:
         """Quantize linears that read one input and put the decoded weights in their place."""
         modules = [self.block.get_submodule(kind) for kind in kinds]
@@ -57,8 +82,13 @@ class BlockQuantizer:
         else:
             solutions = quantize_matrices(weights, names, moments.hessian, self.options, moments.cross)
         for kind, module, solution in zip(kinds, modules, solutions, strict=True):
-            _replace(module, solution.weight.decode(), self.specs[kind])
-            self.solutions[kind] = solution
+            if self.recipe.reconstruct_epochs:
+                self.originals[kind] = _matrix(module, self.specs[kind]).float()
+            self._put(kind, solution)
+
+    def _put(self, kind: str, solution: Solution) -> None:
+        self.solutions[kind] = solution
+        _replace(self.block.get_submodule(kind), solution.weight.decode(), self.specs[kind])
 
 
 def _matrix(module: nn.Module, spec: LinearSpec) -> Tensor:

@@ -21,7 +21,7 @@ from shiftadd_cli.calibration.trace import Trace, trace_model
 from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.report.schema import LayerReport, Report
+from shiftadd_cli.report.schema import BlockReport, LayerReport, Report
 from shiftadd_cli.source import LinearSpec
 
 Blocks = Callable[[Sequence[str], str], Iterable[str]]
@@ -75,6 +75,7 @@ class _Run:
     command: list[str]
     clock: Measured = field(default_factory=Measured)
     layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
 
     def execute(self, progress: Blocks) -> Report:
         plan = self.plan
@@ -88,6 +89,7 @@ class _Run:
                 plan,
                 None if self.calibration is None else (self.calibration.text, self.calibration.windows),
                 self.layers,
+                self.blocks,
                 files_bytes=files_bytes,
                 clock=self.clock,
                 device=self.device,
@@ -111,7 +113,7 @@ class _Run:
                 windows = self.calibration.windows
                 recipe = self.plan.recipe
                 trace = trace_model(source, structure, windows, recipe.batch_size, self.device)
-                if recipe.asymmetric:
+                if recipe.asymmetric or recipe.reconstruct_epochs:
                     trace.original = trace.hidden.copy()
         source.release(structure.outside)
         return trace
@@ -122,7 +124,6 @@ class _Run:
             source.materialise([name])
             block = source.skeleton().get_submodule(name)
             block.to(self.device)
-            self._write_kept(kept for kept in self.plan.kept if kept.startswith(f"{name}."))
         specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
         quantizer = BlockQuantizer(block, specs, recipe, self.clock)
         if trace is None:
@@ -133,14 +134,19 @@ class _Run:
             original = None
             if trace.original is not None:
                 original = BlockStream(copy.deepcopy(block), trace.original, calls, self.device)
-            quantizer.on(stream, original)
-            if depth + 1 < len(self.plan.structure.blocks):
+            quantizer.on(stream, original if recipe.asymmetric else None)
+            last = depth + 1 == len(self.plan.structure.blocks)
+            if original is not None and not (last and not recipe.reconstruct_epochs):
+                with self.clock.phase("forward"):
+                    original.advance(name)
+                if recipe.reconstruct_epochs:
+                    self.blocks.append(quantizer.reconstruct(name, stream, original.hidden))
+            if not last:
                 with self.clock.phase("forward"):
                     # The next block calibrates on what it will see.
                     stream.advance(name)
-                    if original is not None:
-                        original.advance(name)
         with self.clock.phase("read_and_write"):
+            self._write_kept(kept for kept in self.plan.kept if kept.startswith(f"{name}."))
             self._write_solutions(specs, quantizer)
         source.release([name])
 

@@ -65,6 +65,18 @@ class LayerReport(_Part):
     calibrated: Annotated[bool, Field(description="False if no calibration input reached the layer.")]
 
 
+class BlockReport(_Part):
+    """A block that was reconstructed."""
+
+    name: str
+    error_before: Annotated[
+        float,
+        Field(description="Mean over tokens held back of ‖y - ŷ‖² / ‖y‖², y the original block's output."),
+    ]
+    error_after: Annotated[float, Field(description="The same after tuning.")]
+    kept: Annotated[bool, Field(description="False if tuning made it worse and was undone.")]
+
+
 class KindReport(_Part):
     """Averages over the layers of one kind."""
 
@@ -89,6 +101,7 @@ class TimeReport(_Part):
     trace: Annotated[float, Field(description="Embedding the samples and recording block arguments.")]
     forward: Annotated[float, Field(description="Running blocks, Hessians included.")]
     solve: float
+    reconstruct: Annotated[float, Field(description="Tuning blocks by gradient.")] = 0.0
     read_and_write: float
 
 
@@ -113,7 +126,8 @@ class Report(_Part):
     calibration: Annotated[CalibrationReport | None, Field(description="null for a run without data.")]
     size: SizeReport
     kinds: list[KindReport]
-    layers: list[LayerReport]
+    layers: Annotated[list[LayerReport], Field(description="Errors are those before any block reconstruction.")]
+    blocks: Annotated[list[BlockReport], Field(description="Empty without block reconstruction.")] = []
     kept: list[KeptReport]
     seconds: TimeReport
     machine: MachineReport

@@ -54,9 +54,23 @@ def summarize(report: Report, out: str) -> str:
             f"Size          {size(before)} -> {size(after)} ({before / after:.2f} x smaller)",
             f"Bits/weight   {report.size.bits_per_weight:.3f} in the quantized layers, "
             f"{report.size.whole_file_bits_per_weight:.3f} over the whole file",
+            *_reconstruction(report),
             f"Time          {time.total:.0f} s (start {time.trace:.0f}, running blocks {time.forward:.0f}, "
-            f"solving {time.solve:.0f}, reading and writing {time.read_and_write:.0f})",
+            f"solving {time.solve:.0f}, "
+            + (f"reconstructing {time.reconstruct:.0f}, " if report.blocks else "")
+            + f"reading and writing {time.read_and_write:.0f})",
             f"Peak memory   {size(machine.peak_memory_bytes)} (planned {size(machine.expected_memory_bytes)})",
             f"Written to    {out}",
         )
     )
+
+
+def _reconstruction(report: Report) -> list[str]:
+    if not report.blocks:
+        return []
+    kept = [block for block in report.blocks if block.kept]
+    ratios = [block.error_after / block.error_before if block.kept else 1.0 for block in report.blocks]
+    return [
+        f"Blocks        {len(kept)} of {len(report.blocks)} reconstructed; output error on text held back x "
+        f"{sum(ratios) / len(ratios):.2f} on average"
+    ]

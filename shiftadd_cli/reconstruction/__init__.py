@@ -1,0 +1,1 @@
+"""Tuning what was quantized against the output of a whole block, by gradient."""

@@ -1,0 +1,130 @@
+"""A compressed weight that gradients flow through.
+
+What is stored is discrete: codes, scales on their format, offsets in nibbles. Each has a continuous value behind it;
+the forward pass rounds exactly as the stored form does, and the backward pass takes the rounding for the identity
+(straight-through, Bengio et al. 2013, arXiv:1308.3432). A code is that of the level nearest to a latent weight, so it
+changes when the latent weight has crossed a midpoint (as in learned rounding, AdaRound, arXiv:2004.10568).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from shiftadd_cli.bcq.levels import LevelTable, planes_of
+from shiftadd_cli.bcq.rotation import restore_weight, rotate_weight
+from shiftadd_cli.bcq.scale_formats import OFFSET_STEP, scale_format
+from shiftadd_cli.bcq.weight import QuantizedWeight
+
+# A latent weight starts on the way from its level to the weight itself, as far as its cell allows, times this: weights
+# near a midpoint change sides early and the others late, but none at the first step.
+_TOWARDS_WEIGHT = 0.7
+
+
+class TunableWeight(nn.Module):
+    """`quantized`, whose groups lie in rows (`group_rows` 1), with parameters
+
+    - `latent` float32 `[out, in]`, in the rotated basis,
+    - `row_scale` float32 `[out]`, absent where one power of two serves the matrix,
+    - `ratios` float32 `[out, C, bits]` and `offsets` float32 `[out, C]` or None, relative to the row scale.
+
+    weight: float32 `[out, in]`, what the compressed matrix stands for, in the basis of the layer's own input.
+    """
+
+    offsets: nn.Parameter | None
+    signs: Tensor | None
+
+    def __init__(self, quantized: QuantizedWeight, weight: Tensor) -> None:
+        super().__init__()
+        self.layout = quantized.layout
+        self.form = scale_format(self.layout.scale_format)
+        self.register_buffer("signs", quantized.signs())
+        ratios = quantized.ratios()
+        offsets = quantized.offsets(ratios)
+        row_scale = quantized.tensors["weight_row_scale"].float()
+        self.ratios = nn.Parameter(ratios)
+        self.offsets = None if offsets is None else nn.Parameter(offsets)
+        self.row_scale = nn.Parameter(row_scale, requires_grad=self.layout.row_scale)
+        signs = quantized.signs()
+        rotated = weight if signs is None else rotate_weight(weight, signs)
+        self.latent = nn.Parameter(self._start(quantized.decode_stored(), rotated))
+
+    def forward(self) -> Tensor:
+        """The matrix as it would be stored and decoded, float32 `[out, in]`."""
+        levels = self._levels()
+        values = self._ungroup(levels.gather(-1, self._codes(levels)))
+        values = values + (self.latent - self.latent.detach())
+        return values if self.signs is None else restore_weight(values, self.signs)
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedWeight:
+        """The compressed form of the present values."""
+        ratios, offsets, row_scale = self._snapped()
+        codes = self._ungroup(self._codes(self._levels())).to(torch.uint8)
+        planes = planes_of(codes, self.layout.bits)
+        return QuantizedWeight.pack(self.layout, planes, ratios, row_scale, offsets, self.signs)
+
+    def level_spacing(self) -> float:
+        """Mean distance of neighbouring levels: the unit in which latent weights move."""
+        levels = self._levels().detach()
+        spread = levels.amax(-1) - levels.amin(-1)
+        return float(spread.mean()) / (levels.shape[-1] - 1)
+
+    def _start(self, values: Tensor, target: Tensor) -> Tensor:
+        """Latent weights `[out, in]`: between the present values and the target, inside the cells of the values."""
+        table = LevelTable.build(self.ratios.detach(), None if self.offsets is None else self.offsets.detach())
+        unit = self.row_scale.detach().view(-1, 1, 1)
+        midpoints = table.midpoints.movedim(0, -1) * unit
+        # Half a spacing beyond the outermost midpoints would do as well: what counts is that no code changes.
+        ends = midpoints.new_full((*midpoints.shape[:-1], 1), torch.inf)
+        rank = torch.searchsorted(midpoints.contiguous(), self._group(values))
+        low = torch.cat((-ends, midpoints), dim=-1).gather(-1, rank)
+        high = torch.cat((midpoints, ends), dim=-1).gather(-1, rank)
+        inside = self._ungroup(torch.minimum(torch.maximum(self._group(target), low), high))
+        return values + _TOWARDS_WEIGHT * (inside - values)
+
+    def _snapped(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Ratios, offsets and row scale as they would be stored, with straight-through gradients."""
+        ratios = _straight(self.ratios, self.form.round(self.ratios.detach()))
+        row_scale = _straight(self.row_scale, self.row_scale.detach().bfloat16().float())
+        if self.offsets is None:
+            return ratios, None, row_scale
+        offsets = self.offsets.detach()
+        if self.form.nibbles:
+            unit = ratios.detach().amax(-1) * OFFSET_STEP
+            stored = torch.where(unit > 0, offsets / unit, 0.0).round().clamp(-8, 7) * unit
+        else:
+            stored = offsets.half().float()
+        return ratios, _straight(self.offsets, stored), row_scale
+
+    def _levels(self) -> Tensor:
+        """Level of every code: `[out, C, 2 ** bits]`."""
+        ratios, offsets, row_scale = self._snapped()
+        codes = torch.arange(2**self.layout.bits, device=ratios.device).unsqueeze(-1)
+        signs = ((codes >> torch.arange(self.layout.bits, device=ratios.device)) & 1).to(ratios) * 2 - 1
+        levels = ratios @ signs.T
+        if offsets is not None:
+            levels = levels + offsets.unsqueeze(-1)
+        return levels * row_scale.view(-1, 1, 1)
+
+    @torch.no_grad()
+    def _codes(self, levels: Tensor) -> Tensor:
+        """Code of the level nearest to each latent weight: int64 `[out, C, group]`."""
+        ordered, order = levels.sort(dim=-1, stable=True)
+        midpoints = (ordered[..., 1:] + ordered[..., :-1]) / 2
+        return order.gather(-1, torch.searchsorted(midpoints.contiguous(), self._group(self.latent)))
+
+    def _group(self, matrix: Tensor) -> Tensor:
+        """`[out, in]` as `[out, C, group]`, padded."""
+        grid = self.layout.grid
+        padding = grid.column_groups * grid.group_columns - grid.columns
+        return pad(matrix, (0, padding)).view(grid.rows, grid.column_groups, grid.group_columns)
+
+    def _ungroup(self, groups: Tensor) -> Tensor:
+        return groups.flatten(1)[:, : self.layout.grid.columns]
+
+
+def _straight(value: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of `value`."""
+    return value + (rounded - value.detach())

@@ -1,0 +1,122 @@
+"""Reconstruction of a block of a tiny model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from shiftadd_cli.calibration.stream import BlockStream
+from shiftadd_cli.calibration.streams import HiddenStates
+from shiftadd_cli.calibration.trace import trace_model
+from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.pipeline.block import BlockQuantizer
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.reconstruction import block as module
+from shiftadd_cli.reconstruction.block import Reconstruction, reconstruct_block
+from shiftadd_cli.source import find_structure, open_source
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Case:
+    stream: BlockStream
+    targets: HiddenStates
+    quantizer: BlockQuantizer
+
+    def reconstruct(self, epochs: int = 4, seed: int = 0) -> Reconstruction:
+        quantizer = self.quantizer
+        return reconstruct_block(
+            self.stream,
+            self.targets,
+            {kind: each.weight for kind, each in quantizer.solutions.items()},
+            quantizer.originals,
+            [kind for kind, spec in quantizer.specs.items() if spec.transposed],
+            epochs=epochs,
+            seed=seed,
+        )
+
+
+def quantized_block(path, family="llama", bits=2):
+    save_tiny(family, path)
+    source = open_source(str(path))
+    structure = find_structure(source.skeleton())
+    source.materialise(structure.outside)
+    windows = torch.randint(0, 256, (96, 64), generator=torch.Generator().manual_seed(1))
+    trace = trace_model(source, structure, windows, 8, CPU)
+    source.materialise([structure.blocks[0]])
+    block = source.skeleton().get_submodule(structure.blocks[0])
+    calls = {size: each[0] for size, each in trace.calls.items()}
+    original = BlockStream(copy.deepcopy(block), trace.hidden.copy(), calls, CPU)
+    stream = BlockStream(block, trace.hidden, calls, CPU)
+    recipe = Recipe.load("best", {"bits": bits, "group_size": 16, "samples": 96, "seq_len": 64})
+    quantizer = BlockQuantizer(block, [spec for spec in structure.linears if spec.block == 0], recipe, Measured())
+    quantizer.on(stream, original)
+    original.advance("block")
+    return Case(stream, original.hidden, quantizer)
+
+
+def relative_error(case, batches):
+    """Mean over tokens of ‖y − ŷ‖² / ‖y‖², float64."""
+    errors = []
+    for index in batches:
+        hidden, target = case.stream.hidden[index], case.targets[index].double()
+        with torch.no_grad():
+            output = case.stream.calls[len(hidden)].run(case.stream.block, hidden).double()
+        errors.append(((output - target).square().sum(-1) / target.square().sum(-1)).mean())
+    return float(sum(errors) / len(errors))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3"])
+def test_lowers_the_error_of_the_block_on_text_held_back(tmp_path, family, monkeypatch):
+    # A block of a few dozen columns hangs on every weight: its codes take smaller steps.
+    monkeypatch.setattr(module, "_LATENT_RATE", 0.003)
+    case = quantized_block(tmp_path, family)
+    before = relative_error(case, [11])
+    state = {name: each.clone() for name, each in case.stream.block.state_dict().items()}
+    result = case.reconstruct()
+    assert all(torch.equal(each, state[name]) for name, each in case.stream.block.state_dict().items())
+    assert result.error_before == pytest.approx(before, rel=1e-3)
+    assert result.kept
+    assert result.error_after < 0.97 * result.error_before
+    # What is returned is what was measured.
+    block = case.stream.block
+    for kind, weight in result.weights.items():
+        decoded = weight.decode()
+        block.get_submodule(kind).weight.data = decoded.T if case.quantizer.specs[kind].transposed else decoded
+    for name, value in result.parameters.items():
+        block.get_parameter(name).data = value
+    assert relative_error(case, [11]) == pytest.approx(result.error_after, rel=1e-3)
+
+
+def test_what_makes_it_worse_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_LATENT_RATE", 10.0)
+    result = quantized_block(tmp_path).reconstruct(epochs=1)
+    assert result.error_after > result.error_before
+    assert not result.kept
+    assert result.parameters == {}
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    case = quantized_block(tmp_path)
+    first, second, other = (case.reconstruct(epochs=2, seed=seed) for seed in (0, 0, 1))
+    for kind, weight in first.weights.items():
+        for name, tensor in weight.tensors.items():
+            assert torch.equal(tensor, second.weights[kind].tensors[name])
+    assert first.error_after != other.error_after
+
+
+def test_a_token_of_huge_hidden_states_does_not_decide(tmp_path):
+    """Errors are relative to each token's own size: one of 64 tokens adds at most its share."""
+    case = quantized_block(tmp_path)
+    plain = case.reconstruct(epochs=1).error_before
+    for index in range(len(case.targets)):
+        target = case.targets[index].clone()
+        target[:, 0] *= 1000
+        case.targets.replace(index, target)
+    huge = case.reconstruct(epochs=1).error_before
+    assert huge == pytest.approx(plain, abs=1.1 / 64)

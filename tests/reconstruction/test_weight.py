@@ -1,0 +1,98 @@
+"""The differentiable weight against the stored one it stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bcq_problems import random_hessian, random_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
+from shiftadd_cli.bcq.weight import QuantizedWeight
+from shiftadd_cli.reconstruction.weight import TunableWeight
+
+FORMATS = ("pot", "apot2", "apot3", "float")
+
+
+def solved(rows: int = 6, columns: int = 40, **options: Any) -> tuple[torch.Tensor, QuantizedWeight]:
+    weights = random_weights(rows, columns)
+    options = {"bits": 2, "group_size": 16} | options
+    (solution,) = quantize_matrices([weights], ["layer"], random_hessian(columns), SolverOptions(**options))
+    return weights, solution.weight
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    bits=st.integers(1, 5),
+    scale_format=st.sampled_from(FORMATS),
+    offset=st.booleans(),
+    row_scale=st.booleans(),
+    rotation=st.sampled_from(["none", "hadamard"]),
+    columns=st.sampled_from([5, 16, 24, 40]),
+)
+def test_starts_as_the_stored_weight_bit_for_bit(**options: Any) -> None:
+    weights, quantized = solved(**options)
+    tunable = TunableWeight(quantized, weights)
+    again = tunable.quantized()
+    assert torch.equal(again.decode(), quantized.decode())
+    torch.testing.assert_close(tunable(), quantized.decode(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("offset", [False, True])
+def test_the_forward_is_what_would_be_stored_wherever_the_parameters_go(scale_format: str, offset: bool) -> None:
+    weights, quantized = solved(scale_format=scale_format, offset=offset, bits=3)
+    tunable = TunableWeight(quantized, weights)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tunable.parameters():
+            spread = parameter.abs().mean()
+            parameter += 0.5 * spread * torch.randn(parameter.shape, generator=generator)
+    stored = tunable.quantized()
+    assert not torch.equal(stored.decode(), quantized.decode())
+    torch.testing.assert_close(tunable(), stored.decode(), rtol=1e-4, atol=1e-5)
+    declared = stored.layout.tensors()
+    assert {n: (tuple(t.shape), t.dtype) for n, t in stored.tensors.items()} == declared
+
+
+def test_gradients_are_those_of_the_unrounded_formula() -> None:
+    """Codes fixed, W = r · (Σ s·B + o): d/ds, d/do and d/dr by hand; the latent weights get the rotated gradient."""
+    weights, quantized = solved(columns=32, offset=True, rotation="none")
+    tunable = TunableWeight(quantized, weights)
+    upstream = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    (tunable() * upstream).sum().backward()
+    ratios, rows = quantized.ratios(), quantized.tensors["weight_row_scale"].float()
+    signs = torch.stack([(quantized.tensors["weight_codes"][..., i // 8] >> (i % 8)) & 1 for i in range(32)], dim=-1)
+    signs = signs.float() * 2 - 1
+    by_group = (upstream * rows.unsqueeze(-1)).view(6, 1, 2, 16)
+    expected = (by_group * signs.view(6, 2, 2, 16)).sum(-1).transpose(1, 2)
+    torch.testing.assert_close(tunable.ratios.grad, expected, rtol=1e-4, atol=1e-5)
+    assert tunable.offsets is not None
+    torch.testing.assert_close(tunable.offsets.grad, by_group[:, 0].sum(-1), rtol=1e-4, atol=1e-5)
+    inner = quantized.decode_stored() / rows.unsqueeze(-1)
+    torch.testing.assert_close(tunable.row_scale.grad, (upstream * inner).sum(-1), rtol=1e-3, atol=1e-4)
+    assert torch.equal(tunable.latent.grad, upstream)
+    assert ratios.shape == tunable.ratios.shape
+
+
+def test_a_latent_weight_that_crosses_a_midpoint_changes_its_code() -> None:
+    weights, quantized = solved(rotation="none")
+    tunable = TunableWeight(quantized, weights)
+    before = quantized.decode()
+    with torch.no_grad():
+        tunable.latent[0, 0] += 100.0
+    after = tunable.quantized().decode()
+    assert after[0, 0] == before[0, :16].max().maximum(after[0, 0])
+    assert after[0, 0] > before[0, 0] or before[0, 0] == before[0, :16].max()
+    assert torch.equal(after[1:], before[1:])
+    assert torch.equal(after[0, 1:], before[0, 1:])
+
+
+def test_one_power_of_two_for_a_matrix_is_not_tuned() -> None:
+    weights, quantized = solved(row_scale=False)
+    tunable = TunableWeight(quantized, weights)
+    tunable().sum().backward()
+    assert tunable.row_scale.grad is None
