@@ -97,7 +97,7 @@ class Recipe(BaseModel):
             description="How far each linear aims at what it gave in the original model, where inputs are unspoilt, "
             "instead of at its own weights: 0 not at all, 1 wholly (as GPTAQ).",
         ),
-    ] = 0.5
+    ] = 0.0
     reconstruct_epochs: Annotated[
         int,
         Field(

@@ -25,7 +25,7 @@ def refusal(tmp_path: Path, content: str | bytes, **overrides: Any) -> str:
 
 
 def test_packaged_recipes_are_the_documented_ones() -> None:
-    assert packaged_names() == ("default", "fast", "gptq", "rtn", "shiftaddllm-acc", "shiftaddllm-lat")
+    assert packaged_names() == ("best", "default", "fast", "gptq", "rtn", "shiftaddllm-acc", "shiftaddllm-lat")
 
 
 @pytest.mark.parametrize("name", packaged_names())

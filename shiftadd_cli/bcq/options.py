@@ -33,7 +33,7 @@ class SolverOptions:
     sweep_order: Literal["hessian", "natural"] = "hessian"
     refine_rounds: int = 2
     descent_passes: int = 2
-    asymmetric: float = 0.5
+    asymmetric: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
