@@ -98,6 +98,15 @@ class Recipe(BaseModel):
             "instead of at its own weights: 0 not at all, 1 wholly (as GPTAQ).",
         ),
     ] = 0.0
+    loss_aware: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Power of the squared gradient of the model's loss by which a token counts at each linear: 0 "
+            "all alike, 1 as GuidedQuant. Costs one pass forwards and backwards through the model.",
+        ),
+    ] = 0.0
     reconstruct_epochs: Annotated[
         int,
         Field(
@@ -189,6 +198,7 @@ class Recipe(BaseModel):
                     ("sweep to none", self.sweep != "none"),
                     ("refine_rounds to 0", self.refine_rounds > 0),
                     ("reconstruct_epochs to 0", self.reconstruct_epochs > 0),
+                    ("loss_aware to 0", self.loss_aware > 0),
                 )
                 if on
             ]

@@ -260,6 +260,7 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
         "descent_passes": 17,
         "true_sequential": False,
         "asymmetric": 1.0,
+        "loss_aware": 0.5,
         "reconstruct_epochs": 3,
         "calibration": "ptb",
         "samples": 1,

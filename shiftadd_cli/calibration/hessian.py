@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a block's linears, gathered while the block runs."""
+"""Second moments of the inputs of a block's linears, H = E[w x xᵀ], gathered while the block runs."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ class _Sum:
         self.cross = torch.zeros(width, width, device=device) if cross else None
         self.rows = 0
 
-    def add(self, inputs: Tensor, original: Tensor | None) -> None:
-        rows = _rows(inputs)
+    def add(self, inputs: Tensor, original: Tensor | None, weights: Tensor | None) -> None:
+        # The root on both sides: the result is symmetric and positive whatever the rounding.
+        root = None if weights is None else weights.reshape(-1, 1).to(inputs.device).sqrt()
+        rows = _rows(inputs, root)
         # The matrix is symmetric: strips from the diagonal rightwards are little more than half the work.
         for start in range(0, rows.shape[1], _STRIP):
             self.hessian[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
         if self.cross is not None:
             # Experts may be given other tokens than in the original; such a batch says nothing about the difference.
             same = original is not None and original.shape == inputs.shape
-            self.cross.addmm_((_rows(original) if same and original is not None else rows).T, rows)
+            self.cross.addmm_((_rows(original, root) if same and original is not None else rows).T, rows)
         self.rows += len(rows)
 
     def mean(self) -> Moments:
@@ -49,24 +51,42 @@ class _Sum:
 
 
 def gather_moments(
-    stream: BlockStream, groups: Sequence[tuple[str, ...]], original: BlockStream | None = None
+    stream: BlockStream,
+    groups: Sequence[tuple[str, ...]],
+    original: BlockStream | None = None,
+    weights: Sequence[Tensor] | None = None,
 ) -> list[Moments]:
     """Run all batches and gather the moments of the input of each group of linears (see `shared_inputs`).
 
     The block is left as soon as the last of them has its input. With `original`, the same block before quantization
     and the hidden states of the original model, the cross moments are gathered too.
+
+    weights: for each group `[samples, seq_len]`, not negative and of mean 1: a token's x xᵀ counts by its weight
+    (GuidedQuant, arXiv:2505.07004, section 3). Inputs that are neither `[batch, seq_len, in]` nor
+    `[batch * seq_len, in]` (experts, which read some of the tokens) are not weighted.
     """
     names = [group[0] for group in groups]
+    by_name = dict(zip(names, weights or (), strict=False))
     sums: dict[str, _Sum] = {}
-    for index in range(len(stream.hidden)):
+    first = 0
+    for index, batch in enumerate(stream.hidden):
+        windows = slice(first, first := first + len(batch))
         seen = stream.inputs(index, names)
         reference = {} if original is None else original.inputs(index, names)
         for name, inputs in seen.items():
             if name not in sums:
                 sums[name] = _Sum(inputs.shape[-1], stream.device, cross=original is not None)
-            sums[name].add(inputs, reference.get(name))
+            sums[name].add(inputs, reference.get(name), _weights_of(inputs, by_name.get(name), windows))
     return [sums[name].mean() for name in names]
 
 
-def _rows(inputs: Tensor) -> Tensor:
-    return inputs.reshape(-1, inputs.shape[-1]).float()
+def _rows(inputs: Tensor, root: Tensor | None) -> Tensor:
+    rows = inputs.reshape(-1, inputs.shape[-1]).float()
+    return rows if root is None else rows * root
+
+
+def _weights_of(inputs: Tensor, weights: Tensor | None, windows: slice) -> Tensor | None:
+    if weights is None:
+        return None
+    rows = weights[windows]
+    return rows if inputs.shape[:-1] in (rows.shape, (rows.numel(),)) else None

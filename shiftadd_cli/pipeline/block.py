@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.bcq.solver import Solution, SolverOptions, quantize_matrices
@@ -21,9 +22,18 @@ from shiftadd_cli.source import LinearSpec
 class BlockQuantizer:
     """`block`, on its device, and its linears `specs`; afterwards it computes with the decoded weights."""
 
-    def __init__(self, block: nn.Module, specs: Sequence[LinearSpec], recipe: Recipe, clock: Measured) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        specs: Sequence[LinearSpec],
+        recipe: Recipe,
+        clock: Measured,
+        token_weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """token_weights: by full name of a linear, float32 `[samples, seq_len]`, see `calibration.gradients`."""
         self.block, self.recipe, self.clock = block, recipe, clock
         self.specs: Mapping[str, LinearSpec] = {spec.kind: spec for spec in specs}
+        self.token_weights = token_weights
         self.options = SolverOptions.from_recipe(recipe)
         self.solutions: dict[str, Solution] = {}
         self.originals: dict[str, Tensor] = {}
@@ -43,7 +53,7 @@ class BlockQuantizer:
             groups = stream.shared_inputs(list(self.specs))
         for part in [[group] for group in groups] if self.recipe.true_sequential else [groups]:
             with self.clock.phase("forward"):
-                moments = gather_moments(stream, part, original)
+                moments = gather_moments(stream, part, original, self._weights(part))
             with self.clock.phase("solve"):
                 for group, each in zip(part, moments, strict=True):
                     self._solve(group, each)
@@ -51,6 +61,12 @@ class BlockQuantizer:
             for kind in self.specs:
                 if kind not in self.solutions:
                     self._solve((kind,), None)
+
+    def _weights(self, groups: Sequence[tuple[str, ...]]) -> list[Tensor] | None:
+        """Token weights of each group: linears that read one tensor share the mean of theirs, and so one moment."""
+        if self.token_weights is None:
+            return None
+        return [torch.stack([self.token_weights[self.specs[kind].name] for kind in group]).mean(0) for group in groups]
 
     def reconstruct(self, name: str, stream: BlockStream, targets: HiddenStates) -> BlockReport:
         """Tune the quantized block `name` towards `targets`, the outputs of the original one, if that helps."""

@@ -25,6 +25,10 @@ _MATRIX_COPIES = 14
 _HESSIAN_COPIES = 6
 # Tensors of a batch that live at once inside a block, in units of its widest activation.
 _ACTIVATION_COPIES = 8
+# Bytes per weight of a block while it is tuned: latent weights, their gradients and running means, decoded values and
+# codes; and activations kept for the way back, in units of `_ACTIVATION_COPIES`.
+_TUNING_BYTES = 32
+_TUNING_ACTIVATIONS = 3
 # What a run still loads after planning: libraries and allocator slack, and a tokenizer, by entry of its vocabulary.
 _LATER_BYTES = 50_000_000
 _VOCABULARY_ENTRY_BYTES = 3000
@@ -137,7 +141,7 @@ def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLin
 
     What is resident now and will be loaded for any model, the cached hidden states, and the larger of two moments:
     embeddings and one block while the first inputs are made; one block with its moments and the solver's copies.
-    Asymmetric calibration keeps both again as they are in the original.
+    Asymmetric calibration and block reconstruction keep states and block again as they are in the original.
     """
     model = source.skeleton()
     blocks = {name: model.get_submodule(name) for name in structure.blocks}
@@ -154,7 +158,7 @@ def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLin
     resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * text_config.vocab_size
     if recipe.calibration == NO_CALIBRATION:
         return resident + max(outside, block + solver)
-    versions = 2 if recipe.asymmetric else 1
+    versions = 2 if recipe.asymmetric or recipe.reconstruct_epochs else 1
     tokens, itemsize = recipe.batch_size * recipe.seq_len, source.dtype.itemsize
     width = text_config.hidden_size
     widest = max([*widths, *(each.spec.out_features for each in linears)])
@@ -163,7 +167,14 @@ def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLin
     gathered = max if recipe.true_sequential else sum
     moments = max(gathered(key[2] ** 2 for key in tall if key[0] == index) for index in range(len(structure.blocks)))
     moments *= 4 * versions
-    return resident + hidden + max(outside + block + activations, versions * block + moments + max(activations, solver))
+    solving = moments + max(activations, solver)
+    tuning = 0
+    if recipe.reconstruct_epochs:
+        weights = max(
+            sum(key[2] * rows for key, rows in tall.items() if key[0] == index) for index, _ in enumerate(blocks)
+        )
+        tuning = _TUNING_BYTES * weights + _TUNING_ACTIVATIONS * activations
+    return resident + hidden + max(outside + block + activations, versions * block + max(solving, tuning))
 
 
 def resident_bytes() -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution
+from shiftadd_cli.calibration.gradients import token_weights
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.text import TextData, load_text, sample_windows
 from shiftadd_cli.calibration.trace import Trace, trace_model
@@ -76,6 +77,7 @@ class _Run:
     clock: Measured = field(default_factory=Measured)
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
+    token_weights: dict[str, Tensor] | None = None
 
     def execute(self, progress: Blocks) -> Report:
         plan = self.plan
@@ -115,8 +117,18 @@ class _Run:
                 trace = trace_model(source, structure, windows, recipe.batch_size, self.device)
                 if recipe.asymmetric or recipe.reconstruct_epochs:
                     trace.original = trace.hidden.copy()
+            if recipe.loss_aware:
+                with self.clock.phase("trace"):
+                    self.token_weights = self._weigh_tokens(windows, trace)
         source.release(structure.outside)
         return trace
+
+    def _weigh_tokens(self, windows: Tensor, trace: Trace) -> dict[str, Tensor]:
+        """Squared gradients to the power of the recipe, of mean 1 again."""
+        recipe, plan = self.plan.recipe, self.plan
+        squares = token_weights(plan.source, plan.structure, windows, trace, device=self.device, seed=recipe.seed)
+        powers = {name: each**recipe.loss_aware for name, each in squares.items()}
+        return {name: each / each.mean() for name, each in powers.items()}
 
     def _block(self, depth: int, name: str, trace: Trace | None) -> None:
         source, recipe = self.plan.source, self.plan.recipe
@@ -125,7 +137,7 @@ class _Run:
             block = source.skeleton().get_submodule(name)
             block.to(self.device)
         specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
-        quantizer = BlockQuantizer(block, specs, recipe, self.clock)
+        quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights)
         if trace is None:
             quantizer.without_data()
         else:

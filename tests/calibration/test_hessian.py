@@ -86,3 +86,41 @@ def test_linears_that_read_one_tensor_share_its_moment(tmp_path):
     stream, kinds = first_block(tmp_path, 2)
     groups = [tuple(kind.rpartition(".")[2] for kind in group) for group in stream.shared_inputs(kinds)]
     assert groups == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_weighted_moments_count_every_token_by_its_weight(tmp_path, family):
+    save_tiny(family, tmp_path)
+    # Five windows in batches of two: the last batch is smaller. OPT's last two linears read rows of all tokens.
+    stream, kinds = first_block(tmp_path, 2)
+    groups = stream.shared_inputs(kinds)
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.rand(WINDOWS.shape, generator=generator) for _ in groups]
+    rows = inputs_of(stream.block, stream, kinds)
+    gathered = gather_moments(stream, groups, stream, weights)
+    for group, moments, weight in zip(groups, gathered, weights, strict=True):
+        x = rows[group[0]]
+        expected = (x * weight.double().reshape(-1, 1)).T @ x / len(x)
+        torch.testing.assert_close(moments.hessian.double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moments.cross.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_one_change_no_bit(tmp_path):
+    save_tiny("llama", tmp_path)
+    stream, kinds = first_block(tmp_path, 2)
+    groups = stream.shared_inputs(kinds)
+    ones = [torch.ones(WINDOWS.shape)] * len(groups)
+    for plain, weighted in zip(
+        gather_moments(stream, groups), gather_moments(stream, groups, weights=ones), strict=True
+    ):
+        assert torch.equal(plain.hessian, weighted.hessian)
+
+
+def test_inputs_that_are_not_all_tokens_are_not_weighted(tmp_path):
+    save_tiny("llama", tmp_path)
+    stream, _ = first_block(tmp_path, 5)
+    mlp = stream.block.mlp
+    # As the experts of a mixture do, the linear reads some rows.
+    mlp.forward = lambda hidden: mlp.down_proj(hidden.new_ones(7, mlp.down_proj.in_features)).sum() + hidden
+    (moments,) = gather_moments(stream, [("mlp.down_proj",)], weights=[torch.full(WINDOWS.shape, 0.5)])
+    assert torch.equal(moments.hessian, torch.ones_like(moments.hessian))

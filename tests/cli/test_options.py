@@ -27,6 +27,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "descent_passes": (["--descent-passes", "5"], 5),
     "true_sequential": (["--no-true-sequential"], False),
     "asymmetric": (["--asymmetric", "0.25"], 0.25),
+    "loss_aware": (["--loss-aware", "1"], 1.0),
     "reconstruct_epochs": (["--reconstruct-epochs", "2"], 2),
     "calibration": (["--calibration", "mine.txt"], "mine.txt"),
     "samples": (["--samples", "4"], 4),

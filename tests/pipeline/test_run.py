@@ -34,6 +34,10 @@ def quantize(model, out, recipe="default", **fields):
     )
 
 
+def file_sum(folder):
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
 def logits(model, tokens):
     with torch.no_grad():
         return model(input_ids=tokens).logits
@@ -65,7 +69,7 @@ def test_the_same_command_writes_the_same_bytes(tmp_path):
     sums = []
     for name in ("a", "b"):
         quantize(source, tmp_path / name)
-        sums.append(hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest())
+        sums.append(file_sum(tmp_path / name))
     assert sums[0] == sums[1]
 
 
@@ -161,3 +165,32 @@ def test_a_block_whose_activations_are_not_finite_is_named(tmp_path):
     model.save_pretrained(source)
     with pytest.raises(NumericalError, match=r"output of model\.layers\.0 is not finite in float32"):
         quantize(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("fields", [{"asymmetric": 0.5}, {"loss_aware": 1.0}, {"reconstruct_epochs": 1}], ids=str)
+def test_every_way_to_calibrate_writes_what_loads(tmp_path, family, fields):
+    source = tmp_path / "source"
+    save_tiny(family, source)
+    report = quantize(source, tmp_path / "out", **fields)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(logits(packed, tokens)).all()
+    depth = len({layer.block for layer in report.layers})
+    assert len(report.blocks) == (depth if "reconstruct_epochs" in fields else 0)
+    plain = quantize(source, tmp_path / "plain")
+    assert file_sum(tmp_path / "out") != file_sum(tmp_path / "plain")
+    assert report.size == plain.size
+
+
+def test_tuned_norms_are_what_is_written(tmp_path):
+    source = tmp_path / "source"
+    save_tiny("llama", source)
+    fields = {"samples": 32, "seq_len": 64, "bits": 2}
+    report = quantize(source, tmp_path / "out", reconstruct_epochs=8, **fields)
+    assert any(block.kept for block in report.blocks)
+    original = AutoModelForCausalLM.from_pretrained(source)
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for depth, block in enumerate(report.blocks):
+        norms = [model.model.layers[depth].input_layernorm.weight for model in (original, tuned)]
+        assert torch.equal(*norms) != block.kept

@@ -1,0 +1,184 @@
+"""How much the end loss depends on each token at each linear: the weights of a loss-aware Hessian.
+
+GuidedQuant (Kim et al. 2025, arXiv:2505.07004, section 3): to second order, and dropping what couples different output
+features, an error ΔW of a linear costs Σ_o Σ_t g[t, o]² (x_t·Δw_o)², where g is the gradient of the end loss at the
+linear's output. With g² averaged over output features that is the usual objective with the Hessian E[w_t x xᵀ].
+
+A model is walked through backwards as it is forwards, one block in memory at a time: only hidden states between blocks
+are kept, and each block runs again, recording, when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.calibration.end_loss import EndLoss, Loss
+from shiftadd_cli.calibration.trace import Trace, check_finite
+from shiftadd_cli.errors import NumericalError
+from shiftadd_cli.source import Source, Structure
+
+# Kept block inputs, unless the caller says otherwise.
+MEMORY_BYTES = 1 << 30
+
+
+@dataclass
+class _Batch:
+    """A batch on its way: `first` is the number of its first window, `hidden` its input of every block so far."""
+
+    first: int
+    size: int
+    hidden: list[Tensor] = field(default_factory=list)
+
+
+def token_weights(
+    source: Source,
+    structure: Structure,
+    windows: Tensor,
+    trace: Trace,
+    *,
+    device: torch.device,
+    loss: Loss = "divergence",
+    seed: int = 0,
+    memory_bytes: int = MEMORY_BYTES,
+) -> dict[str, Tensor]:
+    """For every linear of `structure`: float32 `[samples, seq_len]` on the CPU, of mean 1.
+
+    The entry of a token is the squared gradient of the end loss at the linear's output for that token, averaged over
+    output features, divided by the mean of all tokens.
+
+    loss: `cross_entropy` takes the text's own next tokens for labels, as GuidedQuant does. `divergence` draws each
+        label from the model's prediction. The squared gradient is then in expectation the diagonal of the true Fisher
+        matrix, which is the curvature of the divergence between the original's predictions and the compressed
+        model's: what compression should keep small. It needs no labels, gives no extra weight to text the model finds
+        surprising, and does not hang on the one continuation that was written; hence the default.
+    seed: for the drawn labels; results depend on it, not on batches.
+    memory_bytes: block inputs kept at once, `blocks * seq_len * width` values a window. So many batches go through
+        the blocks together, one at least; each such group reads every block twice.
+
+    windows: int64 `[samples, seq_len]`; trace: of these windows, as `trace_model` gave it (not changed here). Modules
+    outside the blocks must be materialised on `device`; blocks are materialised and released here, one at a time.
+
+    All ones get: a linear that no gradient reaches, and one that in some batch does not give an output
+    `[batch, seq_len, features]` or `[batch * seq_len, features]` (the experts of a mixture see some of the tokens, in
+    an order of their own).
+
+    Raises NumericalError naming the block where a gradient is not finite.
+    """
+    if trace.hidden.samples != len(windows):
+        raise ValueError(f"the trace is of {trace.hidden.samples} windows, not of {len(windows)}")
+    squares = {spec.name: torch.zeros(windows.shape) for spec in structure.linears}
+    walk = _Walk(source, structure, trace, device, squares)
+    end = EndLoss(source.skeleton(), structure, windows, kind=loss, seed=seed, device=device)
+    for batches in _groups(trace, memory_bytes // len(structure.blocks)):
+        form = walk.forward(batches)
+        for batch in batches:
+            gradient = end.gradient(batch.first, batch.hidden.pop(), form)
+            _refuse_not_finite(gradient, "the head")
+            batch.hidden.append(gradient)
+        walk.backward(batches)
+    return {
+        name: torch.ones_like(each) if name in walk.partial else _of_mean_one(each) for name, each in squares.items()
+    }
+
+
+@dataclass
+class _Walk:
+    source: Source
+    structure: Structure
+    trace: Trace
+    device: torch.device
+    squares: dict[str, Tensor]
+    # Linears that did not see all tokens of every batch.
+    partial: set[str] = field(default_factory=set)
+
+    def forward(self, batches: Sequence[_Batch]) -> Callable[[Tensor], Any]:
+        """Append every block's output to the batches' hidden states; returns how a block dresses what it returns."""
+        dressed: list[Callable[[Tensor], Any]] = []
+        for depth, name in enumerate(self.structure.blocks):
+            block = self._load(name)
+            with block.register_forward_hook(lambda _, __, output: dressed.append(_dress(output))), torch.no_grad():
+                for batch in batches:
+                    output = self.trace.calls[batch.size][depth].run(block, batch.hidden[-1].to(self.device))
+                    check_finite(output, name)
+                    batch.hidden.append(output.cpu())
+            self.source.release([name])
+        return dressed[-1]
+
+    def backward(self, batches: Sequence[_Batch]) -> None:
+        """Use up the batches' hidden states, whose last are gradients, block by block; fills `squares`."""
+        for depth, name in reversed(list(enumerate(self.structure.blocks))):
+            block = self._load(name)
+            for batch in batches:
+                gradient = batch.hidden.pop().to(self.device)
+                inputs = batch.hidden.pop().to(self.device).detach().requires_grad_()
+                with torch.enable_grad(), self._watched(depth, batch):
+                    output = self.trace.calls[batch.size][depth].run(block, inputs)
+                gradient = torch.autograd.grad(output, inputs, gradient)[0]
+                _refuse_not_finite(gradient, name)
+                batch.hidden.append(gradient.cpu())
+            self.source.release([name])
+
+    def _load(self, name: str) -> nn.Module:
+        self.source.materialise([name])
+        return self.source.skeleton().get_submodule(name).to(self.device)
+
+    def _watched(self, depth: int, batch: _Batch) -> ExitStack:
+        """Add the squared gradient at each linear's output to `squares` as it is computed; none is kept."""
+        model, stack = self.source.skeleton(), ExitStack()
+        for spec in self.structure.linears:
+            if spec.block == depth:
+                watch = self._watch(spec.name, self.squares[spec.name][batch.first : batch.first + batch.size])
+                stack.enter_context(model.get_submodule(spec.name).register_forward_hook(watch))
+        return stack
+
+    def _watch(self, name: str, rows: Tensor) -> Callable[[nn.Module, Any, Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            rows.add_(gradient.float().square().mean(-1).view(rows.shape).cpu())
+
+        def watch(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.shape[:-1] not in (rows.shape, (rows.numel(),)):
+                self.partial.add(name)
+            elif output.requires_grad:
+                # A hook of the tensor, not of the module: a model may add to the output in place afterwards.
+                output.register_hook(add)
+
+        return watch
+
+
+def _dress(output: Any) -> Callable[[Tensor], Any]:
+    """What puts other hidden states in the place of those in a block's `output`."""
+    if isinstance(output, (tuple, list)):
+        others = (None,) * (len(output) - 1)
+        return lambda hidden: (hidden, *others)
+    return lambda hidden: hidden
+
+
+def _groups(trace: Trace, memory_bytes: int) -> Iterator[list[_Batch]]:
+    """Successive batches whose hidden states at one depth fit `memory_bytes` together."""
+    group: list[_Batch] = []
+    first = used = 0
+    for hidden in trace.hidden:
+        if group and used + hidden.nbytes > memory_bytes:
+            yield group
+            group, used = [], 0
+        group.append(_Batch(first, len(hidden), [hidden]))
+        first, used = first + len(hidden), used + hidden.nbytes
+    if group:
+        yield group
+
+
+def _refuse_not_finite(gradient: Tensor, where: str) -> None:
+    if not torch.isfinite(gradient).all():
+        dtype = str(gradient.dtype).removeprefix("torch.")
+        raise NumericalError(f"The gradient at the input of {where} is not finite in {dtype}; use --dtype float32.")
+
+
+def _of_mean_one(squares: Tensor) -> Tensor:
+    mean = squares.double().mean()
+    return squares.div_(mean) if mean > 0 else torch.ones_like(squares)
