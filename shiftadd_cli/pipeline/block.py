@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from shiftadd_cli.bcq.solver import Solution, SolverOptions, quantize_matrices
 from shiftadd_cli.calibration.hessian import Moments, gather_moments
 from shiftadd_cli.calibration.stream import BlockStream
-from shiftadd_cli.calibration.streams import HiddenStates
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.reconstruction.block import reconstruct_block
@@ -36,7 +35,6 @@ class BlockQuantizer:
         self.token_weights = token_weights
         self.options = SolverOptions.from_recipe(recipe)
         self.solutions: dict[str, Solution] = {}
-        self.originals: dict[str, Tensor] = {}
 
     def without_data(self) -> None:
         """Quantize every linear on its own, by its weights alone."""
@@ -68,14 +66,14 @@ class BlockQuantizer:
             return None
         return [torch.stack([self.token_weights[self.specs[kind].name] for kind in group]).mean(0) for group in groups]
 
-    def reconstruct(self, name: str, stream: BlockStream, targets: HiddenStates) -> BlockReport:
-        """Tune the quantized block `name` towards `targets`, the outputs of the original one, if that helps."""
+    def reconstruct(self, name: str, stream: BlockStream, original: BlockStream) -> BlockReport:
+        """Tune the quantized block `name`, if that helps, towards `original`, which has advanced to its outputs."""
         with self.clock.phase("reconstruct"):
             result = reconstruct_block(
                 stream,
-                targets,
+                original.hidden,
                 {kind: solution.weight for kind, solution in self.solutions.items()},
-                self.originals,
+                {kind: _matrix(original.block.get_submodule(kind), spec).float() for kind, spec in self.specs.items()},
                 [kind for kind, spec in self.specs.items() if spec.transposed],
                 epochs=self.recipe.reconstruct_epochs,
                 seed=self.recipe.seed,
@@ -90,16 +88,13 @@ class BlockQuantizer:
 
     def _solve(self, kinds: Sequence[str], moments: Moments | None) -> None:
         """Quantize linears that read one input and put the decoded weights in their place."""
-        modules = [self.block.get_submodule(kind) for kind in kinds]
-        weights = [_matrix(module, self.specs[kind]) for kind, module in zip(kinds, modules, strict=True)]
+        weights = [_matrix(self.block.get_submodule(kind), self.specs[kind]) for kind in kinds]
         names = [self.specs[kind].name for kind in kinds]
         if moments is None:
             solutions = quantize_matrices(weights, names, None, self.options.without_data())
         else:
             solutions = quantize_matrices(weights, names, moments.hessian, self.options, moments.cross)
-        for kind, module, solution in zip(kinds, modules, solutions, strict=True):
-            if self.recipe.reconstruct_epochs:
-                self.originals[kind] = _matrix(module, self.specs[kind]).float()
+        for kind, solution in zip(kinds, solutions, strict=True):
             self._put(kind, solution)
 
     def _put(self, kind: str, solution: Solution) -> None:

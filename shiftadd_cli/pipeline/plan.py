@@ -164,15 +164,14 @@ def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLin
     widest = max([*widths, *(each.spec.out_features for each in linears)])
     activations = _ACTIVATION_COPIES * tokens * widest * itemsize + 4 * tokens * max(widths)
     hidden = versions * recipe.samples * recipe.seq_len * width * itemsize
-    gathered = max if recipe.true_sequential else sum
-    moments = max(gathered(key[2] ** 2 for key in tall if key[0] == index) for index in range(len(structure.blocks)))
-    moments *= 4 * versions
-    solving = moments + max(activations, solver)
+    # Width and rows of the linears that read one input, by block; a block may have none left.
+    inputs = [[(key[2], rows) for key, rows in tall.items() if key[0] == index] for index in range(len(blocks))]
+    squares = [[width**2 for width, _ in each] for each in inputs]
+    gathered = max(max(each, default=0) if recipe.true_sequential else sum(each) for each in squares)
+    solving = 4 * versions * gathered + max(activations, solver)
     tuning = 0
     if recipe.reconstruct_epochs:
-        weights = max(
-            sum(key[2] * rows for key, rows in tall.items() if key[0] == index) for index, _ in enumerate(blocks)
-        )
+        weights = max(sum(width * rows for width, rows in each) for each in inputs)
         tuning = _TUNING_BYTES * weights + _TUNING_ACTIVATIONS * activations
     return resident + hidden + max(outside + block + activations, versions * block + max(solving, tuning))
 

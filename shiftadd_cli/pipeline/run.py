@@ -148,11 +148,11 @@ class _Run:
                 original = BlockStream(copy.deepcopy(block), trace.original, calls, self.device)
             quantizer.on(stream, original if recipe.asymmetric else None)
             last = depth + 1 == len(self.plan.structure.blocks)
-            if original is not None and not (last and not recipe.reconstruct_epochs):
+            if original is not None and (recipe.reconstruct_epochs or not last):
                 with self.clock.phase("forward"):
                     original.advance(name)
-                if recipe.reconstruct_epochs:
-                    self.blocks.append(quantizer.reconstruct(name, stream, original.hidden))
+            if original is not None and recipe.reconstruct_epochs and specs:
+                self.blocks.append(quantizer.reconstruct(name, stream, original))
             if not last:
                 with self.clock.phase("forward"):
                     # The next block calibrates on what it will see.

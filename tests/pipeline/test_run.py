@@ -194,3 +194,16 @@ def test_tuned_norms_are_what_is_written(tmp_path):
     for depth, block in enumerate(report.blocks):
         norms = [model.model.layers[depth].input_layernorm.weight for model in (original, tuned)]
         assert torch.equal(*norms) != block.kept
+
+
+@pytest.mark.parametrize("fields", [{}, {"reconstruct_epochs": 1}, {"true_sequential": False}], ids=str)
+def test_a_block_may_be_skipped_whole(tmp_path, fields):
+    source = tmp_path / "source"
+    save_tiny("llama", source)
+    report = quantize(source, tmp_path / "out", skip=("model.layers.0",), **fields)
+    assert {layer.block for layer in report.layers} == {1}
+    assert [block.name for block in report.blocks] == (["model.layers.1"] if "reconstruct_epochs" in fields else [])
+    original = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict().items():
+        if name.startswith("model.layers.0."):
+            assert torch.equal(tensor, original[name])

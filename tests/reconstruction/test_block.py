@@ -25,8 +25,16 @@ CPU = torch.device("cpu")
 @dataclass
 class Case:
     stream: BlockStream
-    targets: HiddenStates
+    original: BlockStream
     quantizer: BlockQuantizer
+
+    @property
+    def targets(self) -> HiddenStates:
+        return self.original.hidden
+
+    def original_matrix(self, kind: str) -> torch.Tensor:
+        weight = self.original.block.get_submodule(kind).weight
+        return weight.T if self.quantizer.specs[kind].transposed else weight
 
     def reconstruct(self, epochs: int = 4, seed: int = 0) -> Reconstruction:
         quantizer = self.quantizer
@@ -34,7 +42,7 @@ class Case:
             self.stream,
             self.targets,
             {kind: each.weight for kind, each in quantizer.solutions.items()},
-            quantizer.originals,
+            {kind: self.original_matrix(kind) for kind in quantizer.solutions},
             [kind for kind, spec in quantizer.specs.items() if spec.transposed],
             epochs=epochs,
             seed=seed,
@@ -57,7 +65,7 @@ def quantized_block(path, family="llama", bits=2):
     quantizer = BlockQuantizer(block, [spec for spec in structure.linears if spec.block == 0], recipe, Measured())
     quantizer.on(stream, original)
     original.advance("block")
-    return Case(stream, original.hidden, quantizer)
+    return Case(stream, original, quantizer)
 
 
 def relative_error(case, batches):
