@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 
@@ -50,10 +49,7 @@ class MatrixFormat:
         _check("rotation", self.rotation, self.rotation in ("none", "hadamard"))
 
     def layout(self, out_features: int, in_features: int) -> PackedLayout:
-        grid = ScaleGrid.resolve(out_features, in_features, self.group_rows, self.group_size)
-        return PackedLayout(
-            grid, self.bits, self.scale_format, self.row_scale, self.offset, rotation=self.rotation == "hadamard"
-        )
+        return PackedLayout.resolve(out_features, in_features, **asdict(self))
 
 
 @dataclass(frozen=True)

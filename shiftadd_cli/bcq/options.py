@@ -6,10 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from shiftadd_cli.bcq.fit import FitMethod
-from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout
-
-Rotation = Literal["none", "hadamard"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class SolverOptions:
     scale_format: str = "apot2"
     row_scale: bool = True
     offset: bool = False
-    rotation: Rotation = "hadamard"
+    rotation: Literal["none", "hadamard"] = "hadamard"
     fit: FitMethod = "search"
     fit_rounds: int = 4
     weight_error: float = 0.01
@@ -51,7 +48,14 @@ class SolverOptions:
 
     def layout(self, rows: int, columns: int) -> PackedLayout:
         """The stored form of one `[rows, columns]` matrix under these options."""
-        grid = ScaleGrid.resolve(rows, columns, self.group_rows, self.group_size)
-        return PackedLayout(
-            grid, self.bits, self.scale_format, self.row_scale, self.offset, rotation=self.rotation == "hadamard"
+        return PackedLayout.resolve(
+            rows,
+            columns,
+            bits=self.bits,
+            group_size=self.group_size,
+            group_rows=self.group_rows,
+            scale_format=self.scale_format,
+            row_scale=self.row_scale,
+            offset=self.offset,
+            rotation=self.rotation,
         )

@@ -51,6 +51,13 @@ class ScaleFormat:
         nearest = torch.searchsorted(self.midpoints.to(ratios.device), ratios.contiguous())
         return self.values.to(ratios.device)[nearest]
 
+    def round_offsets(self, offsets: Tensor, ratios: Tensor) -> Tensor:
+        """Nearest offset `[...]` that can be stored beside representable `ratios` `[..., bits]`."""
+        if self.nibbles:
+            return offset_multiples(offsets, ratios) * _offset_unit(ratios)
+        largest = torch.finfo(torch.float16).max
+        return offsets.clamp(-largest, largest).half().float()
+
     def round_one(self, ratio: float) -> float:
         """`round` of one number, without the cost of a tensor."""
         if not self.nibbles:
@@ -109,6 +116,16 @@ def _distinct(ascending: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.ones_like(ascending, dtype=torch.bool)
     first[1:] = ascending[1:] != ascending[:-1]
     return ascending[first], first.nonzero().squeeze(-1)
+
+
+def offset_multiples(offsets: Tensor, ratios: Tensor) -> Tensor:
+    """Offsets `[...]` as whole multiples, −8 … 7, of `OFFSET_STEP` × the largest of `ratios` `[..., bits]`."""
+    unit = _offset_unit(ratios)
+    return torch.where(unit > 0, offsets / unit, 0.0).round().clamp(-8, 7)
+
+
+def _offset_unit(ratios: Tensor) -> Tensor:
+    return ratios.amax(-1) * OFFSET_STEP
 
 
 def encode_offsets(multiples: Tensor) -> Tensor:

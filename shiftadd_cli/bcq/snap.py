@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shiftadd_cli.bcq.scale_formats import OFFSET_STEP, ScaleFormat
+from shiftadd_cli.bcq.scale_formats import ScaleFormat
 
 _MANTISSAS = {"pot": 16, "apot2": 8, "apot3": 4}
 # Enough to come to rest; two or three are usual.
@@ -128,7 +128,7 @@ def _descend(ratio: Tensor, curvature: Tensor, form: ScaleFormat, bits: int) -> 
     """Representable values near the optimum `ratio` `[R, C, terms]`, by coordinate descent from two starts: the optimum
     itself, and every term rounded by itself. Of all values met, each group takes the cheapest."""
     if not form.nibbles:
-        return torch.cat((form.round(ratio[..., :bits]), _half(ratio[..., bits:])), dim=-1)
+        return _rounded(ratio, form, bits)
     shape = ratio.shape
     ratio, curvature = ratio.flatten(0, 1), curvature.flatten(0, 1)
     rounded = _rounded(ratio, form, bits)
@@ -159,7 +159,7 @@ def _sweep(ratio: Tensor, value: Tensor, curvature: Tensor, form: ScaleFormat, b
     for term in range(ratio.shape[-1]):
         pull = (curvature[..., term, :] * moved).sum(-1) - diagonal[..., term] * moved[..., term]
         goal = ratio[..., term] - pull / diagonal[..., term]
-        value[..., term] = form.round(goal) if term < bits else _round_offset(goal, value[..., :bits])
+        value[..., term] = form.round(goal) if term < bits else form.round_offsets(goal, value[..., :bits])
         moved[..., term] = value[..., term] - ratio[..., term]
     return value
 
@@ -169,15 +169,4 @@ def _rounded(ratio: Tensor, form: ScaleFormat, bits: int) -> Tensor:
     scales = form.round(ratio[..., :bits])
     if ratio.shape[-1] == bits:
         return scales
-    return torch.cat((scales, _round_offset(ratio[..., bits], scales).unsqueeze(-1)), dim=-1)
-
-
-def _round_offset(offset: Tensor, scales: Tensor) -> Tensor:
-    """Nearest offset `[...]` that can be stored beside `scales` `[..., bits]`."""
-    unit = scales.amax(-1) * OFFSET_STEP
-    return torch.where(unit > 0, offset / unit, 0.0).round().clamp(-8, 7) * unit
-
-
-def _half(values: Tensor) -> Tensor:
-    largest = torch.finfo(torch.float16).max
-    return values.clamp(-largest, largest).half().float()
+    return torch.cat((scales, form.round_offsets(ratio[..., bits], scales).unsqueeze(-1)), dim=-1)

@@ -80,10 +80,11 @@ def quantize_matrices(
             whole_groups=options.sweep == "dynamic",
         )
         if cross is not None and options.asymmetric:
-            matrices = [
-                corrected_target(matrix, objective.damped, hessian.float(), cross.float(), options.asymmetric)
-                for matrix in matrices
-            ]
+            heights = [len(matrix) for matrix in matrices]
+            tall = corrected_target(
+                torch.cat(matrices), objective.damped, hessian.float(), cross.float(), options.asymmetric
+            )
+            matrices = list(tall.split(heights))
     together = options.layout(1, columns).grid.group_rows == 1 and options.group_rows == 1 and options.row_scale
     pieces = _even_pieces(torch.cat(matrices)) if together else matrices
     solved = map_pieces(lambda piece: Problem(piece, objective, options).solve(), pieces)

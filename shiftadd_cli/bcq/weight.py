@@ -26,7 +26,7 @@ from torch import Tensor
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.packing import pack_nibbles, pack_planes, unpack_nibbles, unpack_signs
 from shiftadd_cli.bcq.rotation import restore_weight
-from shiftadd_cli.bcq.scale_formats import OFFSET_STEP, decode_offsets, encode_offsets, scale_format
+from shiftadd_cli.bcq.scale_formats import decode_offsets, encode_offsets, offset_multiples, scale_format
 
 # Weights decoded at a time, so that the planes of a large matrix meet in the processor's cache.
 _CACHED_WEIGHTS = 1 << 18
@@ -42,6 +42,24 @@ class PackedLayout:
     row_scale: bool
     offset: bool
     rotation: bool = False
+
+    @classmethod
+    def resolve(
+        cls,
+        rows: int,
+        columns: int,
+        *,
+        bits: int,
+        group_size: int | str,
+        group_rows: int | str,
+        scale_format: str,
+        row_scale: bool,
+        offset: bool,
+        rotation: str,
+    ) -> PackedLayout:
+        """The form of one `[rows, columns]` matrix under the fields of a recipe."""
+        grid = ScaleGrid.resolve(rows, columns, group_rows, group_size)
+        return cls(grid, bits, scale_format, row_scale, offset, rotation == "hadamard")
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every stored tensor, by suffix."""
@@ -109,9 +127,7 @@ class QuantizedWeight:
         tensors["weight_row_scale"] = row_scale.to(torch.bfloat16)
         if offsets is not None:
             if form.nibbles:
-                unit = ratios.amax(-1) * OFFSET_STEP
-                multiples = torch.where(unit > 0, offsets / unit, 0.0).round().clamp(-8, 7)
-                tensors["weight_offset"] = pack_nibbles(encode_offsets(multiples))
+                tensors["weight_offset"] = pack_nibbles(encode_offsets(offset_multiples(offsets, ratios)))
             else:
                 tensors["weight_offset"] = offsets.half()
         if signs is not None:

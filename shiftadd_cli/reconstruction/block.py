@@ -106,7 +106,7 @@ class _Tuning:
         for _ in range(epochs):
             for index in torch.randperm(len(batches), generator=generator).tolist():
                 with torch.enable_grad():
-                    self._loss(batches[index]).backward()
+                    self._loss(batches[index], self._parameters()).backward()
                 for optimizer, schedule in zip(optimizers, schedules, strict=True):
                     optimizer.step()
                     schedule.step()
@@ -115,24 +115,29 @@ class _Tuning:
     @torch.no_grad()
     def error(self, batches: Sequence[int]) -> float:
         """Mean of the loss."""
-        return sum(float(self._loss(index)) for index in batches) / len(batches)
+        parameters = self._parameters()
+        return sum(float(self._loss(index, parameters)) for index in batches) / len(batches)
 
-    def _loss(self, index: int) -> Tensor:
+    def _loss(self, index: int, parameters: Mapping[str, Tensor]) -> Tensor:
         """Mean over tokens of ‖y − ŷ‖² / ‖y‖²: what reads the output normalises it first, so a token whose hidden
         state is a hundred times larger, as first tokens are, must not count ten thousand times."""
         target = self.targets[index].to(self.stream.device).float()
-        difference = self._output(index).float() - target
+        difference = self._output(index, parameters).float() - target
         return (difference.square().sum(-1) / target.square().sum(-1).clamp_min(1e-30)).mean()
 
-    def _output(self, index: int) -> Tensor:
+    def _output(self, index: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        batch = self.stream.hidden[index].to(self.stream.device)
+        call = self.stream.calls[len(batch)]
+        return call.run(lambda *args, **named: functional_call(self.stream.block, dict(parameters), args, named), batch)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """What is tuned, as the block's own parameters by name."""
         parameters: dict[str, Tensor] = {name: each.to(self.dtypes[name]) for name, each in self.vectors.items()}
         for kind, weight in self.weights.items():
             name = f"{kind}.weight"
             matrix = weight().to(self.dtypes[name])
             parameters[name] = matrix.T if kind in self.transposed else matrix
-        batch = self.stream.hidden[index].to(self.stream.device)
-        call = self.stream.calls[len(batch)]
-        return call.run(lambda *args, **kwargs: functional_call(self.stream.block, parameters, args, kwargs), batch)
+        return parameters
 
     def _latent_optimizer(self) -> FactoredDescent:
         return FactoredDescent(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from shiftadd_cli.bcq.levels import LevelTable, planes_of
+from shiftadd_cli.bcq.levels import code_signs, planes_of, sorted_levels
 from shiftadd_cli.bcq.rotation import restore_weight, rotate_weight
-from shiftadd_cli.bcq.scale_formats import OFFSET_STEP, scale_format
+from shiftadd_cli.bcq.scale_formats import scale_format
 from shiftadd_cli.bcq.weight import QuantizedWeight
 
 # A latent weight starts on the way from its level to the weight itself, as far as its cell allows, times this: weights
@@ -46,8 +46,7 @@ class TunableWeight(nn.Module):
         self.ratios = nn.Parameter(ratios)
         self.offsets = None if offsets is None else nn.Parameter(offsets)
         self.row_scale = nn.Parameter(row_scale, requires_grad=self.layout.row_scale)
-        signs = quantized.signs()
-        rotated = weight if signs is None else rotate_weight(weight, signs)
+        rotated = weight if self.signs is None else rotate_weight(weight, self.signs)
         self.latent = nn.Parameter(self._start(quantized.decode_stored(), rotated))
 
     def forward(self) -> Tensor:
@@ -73,12 +72,10 @@ class TunableWeight(nn.Module):
 
     def _start(self, values: Tensor, target: Tensor) -> Tensor:
         """Latent weights `[out, in]`: between the present values and the target, inside the cells of the values."""
-        table = LevelTable.build(self.ratios.detach(), None if self.offsets is None else self.offsets.detach())
-        unit = self.row_scale.detach().view(-1, 1, 1)
-        midpoints = table.midpoints.movedim(0, -1) * unit
-        # Half a spacing beyond the outermost midpoints would do as well: what counts is that no code changes.
+        levels, _ = sorted_levels(self.ratios.detach(), None if self.offsets is None else self.offsets.detach())
+        midpoints = (levels[..., 1:] + levels[..., :-1]) / 2 * self.row_scale.detach().view(-1, 1, 1)
         ends = midpoints.new_full((*midpoints.shape[:-1], 1), torch.inf)
-        rank = torch.searchsorted(midpoints.contiguous(), self._group(values))
+        rank = torch.searchsorted(midpoints, self._group(values))
         low = torch.cat((-ends, midpoints), dim=-1).gather(-1, rank)
         high = torch.cat((midpoints, ends), dim=-1).gather(-1, rank)
         inside = self._ungroup(torch.minimum(torch.maximum(self._group(target), low), high))
@@ -90,20 +87,13 @@ class TunableWeight(nn.Module):
         row_scale = _straight(self.row_scale, self.row_scale.detach().bfloat16().float())
         if self.offsets is None:
             return ratios, None, row_scale
-        offsets = self.offsets.detach()
-        if self.form.nibbles:
-            unit = ratios.detach().amax(-1) * OFFSET_STEP
-            stored = torch.where(unit > 0, offsets / unit, 0.0).round().clamp(-8, 7) * unit
-        else:
-            stored = offsets.half().float()
-        return ratios, _straight(self.offsets, stored), row_scale
+        offsets = self.form.round_offsets(self.offsets.detach(), ratios.detach())
+        return ratios, _straight(self.offsets, offsets), row_scale
 
     def _levels(self) -> Tensor:
         """Level of every code: `[out, C, 2 ** bits]`."""
         ratios, offsets, row_scale = self._snapped()
-        codes = torch.arange(2**self.layout.bits, device=ratios.device).unsqueeze(-1)
-        signs = ((codes >> torch.arange(self.layout.bits, device=ratios.device)) & 1).to(ratios) * 2 - 1
-        levels = ratios @ signs.T
+        levels = ratios @ code_signs(self.layout.bits).to(ratios).T
         if offsets is not None:
             levels = levels + offsets.unsqueeze(-1)
         return levels * row_scale.view(-1, 1, 1)
