@@ -39,9 +39,11 @@ class _Sum:
         for start in range(0, rows.shape[1], _STRIP):
             self.hessian[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
         if self.cross is not None:
+            unspoilt = rows
             # Experts may be given other tokens than in the original; such a batch says nothing about the difference.
-            same = original is not None and original.shape == inputs.shape
-            self.cross.addmm_((_rows(original, root) if same and original is not None else rows).T, rows)
+            if original is not None and original.shape == inputs.shape:
+                unspoilt = _rows(original, root)
+            self.cross.addmm_(unspoilt.T, rows)
         self.rows += len(rows)
 
     def mean(self) -> Moments:

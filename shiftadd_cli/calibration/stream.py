@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.streams import HiddenStates
-from shiftadd_cli.calibration.trace import BlockCall, check_finite
-
-
-class _Enough(Exception):  # noqa: N818 - control flow, not an error
-    """Leaves a block's forward when everything wanted has been seen."""
+from shiftadd_cli.calibration.trace import BlockCall, StopForward, check_finite, hooked
 
 
 @dataclass(frozen=True)
@@ -35,21 +32,14 @@ class BlockStream:
         def keep(name: str, inputs: Tensor) -> None:
             seen[name] = inputs
             if early and len(seen) == len(names):
-                raise _Enough
+                raise StopForward
 
         handles = [
-            self.block.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: keep(name, args[0]), with_kwargs=False
-            )
+            self.block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
             for name in names
         ]
-        try:
+        with hooked(handles), suppress(StopForward):
             self._run(self.hidden[index])
-        except _Enough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return seen
 
     def shared_inputs(self, names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -42,8 +42,8 @@ class Trace:
     original: HiddenStates | None = None
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error
-    """Leaves the model's forward where nothing more is needed: the head's logits would cost more than all the rest."""
+class StopForward(Exception):  # noqa: N818 - control flow, not an error
+    """Leaves a forward where nothing more is needed: the head's logits would cost more than all the rest."""
 
 
 def trace_model(source: Source, structure: Structure, windows: Tensor, batch_size: int, device: torch.device) -> Trace:
@@ -89,12 +89,12 @@ def _first_input(structure: Structure, model: nn.Module, batch: Tensor, device: 
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(_split(args, kwargs)[0].detach())
-        raise _Stop
+        raise StopForward
 
-    with _hooked([model.get_submodule(structure.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)]):
+    with hooked([model.get_submodule(structure.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)]):
         try:
             _run(model, batch, device)
-        except _Stop:
+        except StopForward:
             return found[0]
     raise SourceError(
         f"The model never calls its first block {structure.blocks[0]}; its architecture is not supported."
@@ -123,7 +123,7 @@ def _record_calls(
         previous[:] = [_hidden_of(output).clone()]
         source.release([name])
         if name == structure.blocks[-1]:
-            raise _Stop
+            raise StopForward
 
     handles = []
     for name in structure.blocks:
@@ -132,7 +132,7 @@ def _record_calls(
             block.register_forward_pre_hook(lambda m, a, k, name=name: before(name, m, a, k), with_kwargs=True)
         )
         handles.append(block.register_forward_hook(lambda m, a, o, name=name: after(name, m, a, o)))
-    with _hooked(handles), suppress(_Stop):
+    with hooked(handles), suppress(StopForward):
         _run(model, batch, device)
     if len(calls) != len(structure.blocks):
         raise SourceError(
@@ -155,7 +155,8 @@ def _hidden_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def _hooked(handles: Sequence[Any]) -> Iterator[None]:
+def hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Remove the hooks at the end, whatever happens."""
     try:
         yield
     finally:
