@@ -106,7 +106,8 @@ def main(
             model, calibration, samples, seq_len, seed, name_tests(tests), context, max_tokens, dtype
         )
         # Every row is settled before the first is made: a slip in the last method must not cost a night.
-        cells = [conditions.cell(method, width) for width in bits for method in parse_methods(methods)]
+        parsed = parse_methods(methods)
+        cells = [conditions.cell(method, width) for width in bits for method in parsed]
         bench = Bench(conditions, cells, work, together, keep_artifacts, lambda line: click.echo(line, err=True))
 
         def write_table() -> None:

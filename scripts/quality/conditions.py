@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Conditions:
     def __post_init__(self) -> None:
         self.model_fingerprint = open_source(self.model).fingerprint
 
-    @property
+    @cached_property
     def scoring(self) -> dict[str, Any]:
         """The settings that fix how a model is scored."""
         return {

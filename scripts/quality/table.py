@@ -9,7 +9,7 @@ from typing import Any
 
 from quality.bench import Bench
 from quality.rows import Row, TestScore
-from shiftadd_cli.report.summary import size
+from shiftadd_cli.report.summary import size, with_error
 
 
 def as_json(bench: Bench) -> str:
@@ -57,7 +57,7 @@ def as_markdown(bench: Bench) -> str:
             cells += [
                 _perplexity(score),
                 "-" if ratio is None else f"{ratio:.3f}",
-                _with_error(score.kl, score.kl_error, 4),
+                with_error(score.kl, score.kl_error, 4),
                 "-" if score.agreement is None else f"{score.agreement:.2%}",
             ]
         lines.append(_line([*cells, f"{row.seconds:.1f}", size(row.peak_memory_bytes)]))
@@ -119,13 +119,7 @@ def _ratios(bench: Bench, row: Row) -> dict[str, float | None]:
 
 
 def _perplexity(score: TestScore) -> str:
-    return "infinite" if score.perplexity is None else _with_error(score.perplexity, score.perplexity_error, 3)
-
-
-def _with_error(value: float | None, error: float | None, digits: int) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+    return "infinite" if score.perplexity is None else with_error(score.perplexity, score.perplexity_error, 3)
 
 
 def _told(values: dict[str, str]) -> str:

@@ -116,26 +116,24 @@ def _describe(result: Evaluation) -> str:
 
 
 def _row(each: Measured, *, compared: bool) -> list[str]:
-    from shiftadd_cli.report.summary import size
+    from shiftadd_cli.report.summary import size, with_error
 
     info, score = each.info, each.score
     layers = "-" if info.quantized_bits_per_weight is None else f"{info.quantized_bits_per_weight:.3f}"
     row = [
         info.spec,
-        _with_error(score.perplexity, score.perplexity_error, 3),
+        with_error(score.perplexity, score.perplexity_error, 3),
         size(info.file_bytes),
         f"{info.file_bits_per_weight:.3f}",
         layers,
         f"{score.seconds:.1f}",
     ]
     if compared:
-        kl = "-" if score.kl is None else _with_error(score.kl, score.kl_error, 4)
-        row[2:2] = [kl, "-" if score.agreement is None else f"{score.agreement:.2%}"]
+        row[2:2] = [
+            with_error(score.kl, score.kl_error, 4),
+            "-" if score.agreement is None else f"{score.agreement:.2%}",
+        ]
     return row
-
-
-def _with_error(value: float, error: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def _computed(everyone: list[Measured]) -> str:

@@ -126,7 +126,13 @@ class Report(_Part):
     calibration: Annotated[CalibrationReport | None, Field(description="null for a run without data.")]
     size: SizeReport
     kinds: list[KindReport]
-    layers: Annotated[list[LayerReport], Field(description="Errors are those before any block reconstruction.")]
+    layers: Annotated[
+        list[LayerReport],
+        Field(
+            description="Errors are those before any block reconstruction. With asymmetric calibration, W is the "
+            "weight corrected for the errors of the layers before."
+        ),
+    ]
     blocks: Annotated[list[BlockReport], Field(description="Empty without block reconstruction.")] = []
     kept: list[KeptReport]
     seconds: TimeReport

@@ -17,6 +17,13 @@ def size(count: float) -> str:
     return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"
 
 
+def with_error(value: float | None, error: float | None, digits: int) -> str:
+    """A number and its standard error, if it has one: `41.33 ± 0.61`; a dash for no number."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
     lines = [list(header), *map(list, rows)]
