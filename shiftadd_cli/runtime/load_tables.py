@@ -11,7 +11,7 @@ from torch import nn
 from shiftadd_cli.bcq.int8 import CODES, SCALE
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.places import find_module, try_find_module
-from shiftadd_cli.runtime.table import Table, can_hold_table, drop_table, hold_table
+from shiftadd_cli.runtime.table import Int8Embedding, Table, can_hold_table, drop_table, hold_table
 from shiftadd_cli.runtime.ties import Ties
 
 
@@ -38,12 +38,15 @@ def place_tables(model: Any, tables: Mapping[str, tuple[int, int]], dtype: torch
 
 
 def connect_tables(model: Any) -> None:
-    """Let tied modules read one table, once it is loaded: transformers ties parameters, and a scale is none.
+    """Let tied modules read one table, once it is loaded: transformers ties parameters, and a scale is none. Then mark
+    embeddings with their dtype, for `model.dtype`.
 
     Raises ArtifactError if the checkpoint holds codes for a module that the model ties to another.
     """
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for name, module in _tables(model).items():
+        if isinstance(module, Int8Embedding):
+            module.show_dtype()
         if SCALE not in module._non_persistent_buffers_set:
             continue
         if (source := ties.get(f"{name}.{CODES}")) is None:

@@ -13,6 +13,8 @@ from shiftadd_cli.bcq.int8 import CODES, SCALE, SUFFIXES, decode_table, table_te
 from shiftadd_cli.runtime.linear import TILE_BYTES
 from shiftadd_cli.runtime.stored import StoredWeight
 
+_MARK = "weight_dtype"
+
 
 class Table(StoredWeight):
     """A module over a table, see `bcq.int8`: the frozen parameter `weight_int8` and the buffer `weight_int8_scale`.
@@ -21,7 +23,8 @@ class Table(StoredWeight):
     knows modules by their class (and the buffers, hooks and children of such a class) finds it unchanged.
 
     The scale is a buffer because transformers takes the dtype of a model's first floating-point parameter, which the
-    scale of an input embedding would be, for that of the model. The scale of a tied module is in no state dict.
+    scale of an input embedding would be, for that of the model (see also `Int8Embedding.show_dtype`). The scale of a
+    tied module is in no state dict.
     """
 
     dense_class: ClassVar[type[nn.Module]]
@@ -53,6 +56,25 @@ class Int8Embedding(Table, nn.Embedding):  # type: ignore[override]  # `weight` 
     def forward(self, input: Tensor) -> Tensor:
         """`[...]` of integers → `[..., columns]`."""
         return decode_table(embedding(input, self.weight_int8), self.weight_int8_scale[input], self._dtype)
+
+    def show_dtype(self) -> None:
+        """Give the module a parameter of its dtype without elements, which is in no state dict.
+
+        The first floating-point parameter of a model, by which transformers knows its dtype, would otherwise be a
+        scale of its first compressed linear. An offloaded module gets none, as accelerate would look for it on disk.
+        """
+        if not self.weight_int8.is_meta:
+            self.register_parameter(_MARK, nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._device), False))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + _MARK, None)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        missing[:] = [name for name in missing if name != prefix + _MARK]
 
 
 class Int8Linear(Table, nn.Linear):  # type: ignore[override]  # `weight` is a property here
@@ -109,6 +131,7 @@ def hold_table(module: nn.Embedding | nn.Linear, dtype: torch.dtype | None = Non
 def drop_table(module: Table, weight: nn.Parameter) -> None:
     """Turn a Table back, in place, into the module it was made from, now with `weight` `[rows, columns]`."""
     del module.weight_int8, module.weight_int8_scale
+    module._parameters.pop(_MARK, None)
     module.__class__ = module.dense_class  # type: ignore[assignment]
     # What accelerate hooks in calls the table's forward.
     for name in ("_stored", "_shape", "_dtype", "forward", "_old_forward", "_hf_hook"):
