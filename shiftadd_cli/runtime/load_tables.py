@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -44,7 +44,11 @@ def connect_tables(model: Any) -> None:
     Raises ArtifactError if the checkpoint holds codes for a module that the model ties to another.
     """
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    for name, module in _tables(model).items():
+    tables = _tables(model)
+    if tables:
+        # transformers would copy the stand-in weights, which are NaN, into new embeddings.
+        model.resize_token_embeddings = _refuse_resizing
+    for name, module in tables.items():
         if isinstance(module, Int8Embedding):
             module.show_dtype()
         if SCALE not in module._non_persistent_buffers_set:
@@ -75,6 +79,11 @@ def restore_dense(model: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
             bias.data = bias.data.to(dtype)
     ties.rename(tables.keys(), CODES, "weight")
+    model.__dict__.pop("resize_token_embeddings", None)
+
+
+def _refuse_resizing(*_: Any, **__: Any) -> NoReturn:
+    raise ArtifactError("Embeddings of 8-bit rows cannot be resized; call the model's dequantize() first.")
 
 
 def _tables(model: nn.Module) -> dict[str, Table]:

@@ -132,7 +132,7 @@ def test_storing_decodes_in_place_for_all_that_is_tied():
     assert torch.equal(model.lm_head.weight, decoded.bfloat16())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     error = (before - decoded).square().sum() / before.square().sum()
-    assert report.weight_error == pytest.approx(float(error), rel=1e-4)
+    assert report.weight_error == pytest.approx(error.item(), rel=1e-4)
     assert report.modules == ["model.embed_tokens", "lm_head"]
 
 

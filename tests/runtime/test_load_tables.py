@@ -175,6 +175,16 @@ def test_body_alone_and_body_with_another_head(checkpoints: dict[str, Checkpoint
     assert isinstance(classifier.get_input_embeddings(), Int8Embedding)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_resizing_is_refused_until_it_is_dense(checkpoints: dict[str, Checkpoint], family: str) -> None:
+    folder, dense = checkpoints[family]
+    model = load(folder)
+    with pytest.raises(ArtifactError, match="dequantize"):
+        model.resize_token_embeddings(VOCAB_SIZE + 8)
+    model.dequantize().resize_token_embeddings(VOCAB_SIZE + 8, mean_resizing=False)
+    assert_close(logits(model)[..., :VOCAB_SIZE], logits(dense))
+
+
 def test_tied_again_by_hand_it_stays_tied(checkpoints: dict[str, Checkpoint]) -> None:
     model = load(checkpoints["qwen2"].folder)
     expected = logits(model)
