@@ -126,6 +126,13 @@ class Recipe(BaseModel):
     samples: Annotated[int, Field(ge=1, description="Calibration windows.")] = 128
     seq_len: Annotated[int, Field(ge=2, description="Tokens per calibration window.")] = 512
     batch_size: Annotated[int, Field(ge=1, description="Calibration windows run at once; more needs more memory.")] = 8
+    embedding_bits: Annotated[
+        Literal[8, 16],
+        Field(
+            description="Input embedding and output head: 8 stores them as 8-bit rows with one scale each, 16 leaves "
+            "them as they are."
+        ),
+    ] = 8
     skip: Annotated[
         tuple[str, ...],
         Field(strict=False, description="Pattern of linear layers to leave as they are; may be given several times."),

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shiftadd_cli.artifact.format import ArtifactFormat, MatrixFormat
 from shiftadd_cli.artifact.writer import ArtifactWriter
+from shiftadd_cli.bcq.int8 import decode_table, encode_table
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 
 FORMATS = ("pot", "apot2", "apot3", "float")
@@ -49,8 +50,12 @@ def write_checkpoint(
     common: MatrixFormat = COMMON,
     own: dict[str, MatrixFormat] | None = None,
     shard_bytes: int = 20_000,
+    tables: bool = False,
 ) -> Checkpoint:
-    """Replace all linears but the head by random matrices; `own` are formats of modules, by the end of their name."""
+    """Replace all linears but the head by random matrices; `own` are formats of modules, by the end of their name.
+
+    tables: store the input embedding and the head as 8-bit rows.
+    """
     dense = copy.deepcopy(model)
     modules: dict[str, tuple[MatrixFormat, int, int]] = {}
     tensors = {name: each for name, each in model.state_dict().items() if name not in model.all_tied_weights_keys}
@@ -66,15 +71,30 @@ def write_checkpoint(
         modules[name] = (form, rows, columns)
         decoded = weight.decode()
         dense.get_submodule(name).weight.data = decoded.T.contiguous() if transposed else decoded
+    held = _replace_tables(dense, tensors) if tables else {}
     config = json.loads(model.config.to_json_string())
     config |= {"architectures": [type(model).__name__], "dtype": "float32"}
-    config["quantization_config"] = ArtifactFormat(common, modules).to_dict()
+    config["quantization_config"] = ArtifactFormat(common, modules, held).to_dict()
     with ArtifactWriter(folder, shard_bytes=shard_bytes) as writer:
         writer.plan({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
         for name, tensor in tensors.items():
             writer.add(name, tensor)
         writer.finish(config, {"schema_version": 1})
     return Checkpoint(folder, dense)
+
+
+def _replace_tables(dense: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    names = {id(module): name for name, module in dense.named_modules()}
+    held = {}
+    for module in (dense.get_input_embeddings(), dense.get_output_embeddings()):
+        name = names[id(module)]
+        if (weight := tensors.pop(f"{name}.weight", None)) is None:  # tied
+            continue
+        codes, scale = encode_table(weight, name)
+        tensors |= {f"{name}.weight_int8": codes, f"{name}.weight_int8_scale": scale}
+        held[name] = (codes.shape[0], codes.shape[1])
+        module.weight.data.copy_(decode_table(codes, scale))
+    return held
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

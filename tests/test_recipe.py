@@ -266,6 +266,7 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
         "samples": 1,
         "seq_len": 8,
         "batch_size": 1,
+        "embedding_bits": 16,
         "skip": ("a",),
         "seed": 1,
         "device": "cpu",

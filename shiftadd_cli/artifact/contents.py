@@ -32,6 +32,20 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Table:
+    """One embedding or output head stored as 8-bit rows."""
+
+    name: str
+    rows: int
+    columns: int
+    stored_bytes: int
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
 class Kept:
     """One tensor stored as it was, or `count` alike ones; `stored_bytes` of all of them together."""
 
@@ -47,7 +61,7 @@ _Entry = TypeVar("_Entry", Packed, Kept)
 
 @dataclass(frozen=True)
 class Contents:
-    """All tensors of a checkpoint: `kept` largest first, `layers` in the order of config.json."""
+    """All tensors of a checkpoint: `kept` largest first, `layers` and `tables` in the order of config.json."""
 
     folder: str
     architecture: str
@@ -56,17 +70,19 @@ class Contents:
     file_bytes: int
     has_checksums: bool
     layers: tuple[Packed, ...]
+    tables: tuple[Table, ...]
     kept: tuple[Kept, ...]
 
     @classmethod
     def of(cls, artifact: Artifact) -> Contents:
         """Count an artifact's headers; raises ArtifactError as `Artifact` does for damaged files."""
         tensors = artifact.tensors
-        stored = dict.fromkeys(artifact.layouts, 0)
+        suffixes = {module: layout.tensors() for module, layout in artifact.layouts.items()} | artifact.tables
+        stored = dict.fromkeys(suffixes, 0)
         kept = []
         for name, shape in tensors.items():
             module, _, suffix = name.rpartition(".")
-            if module in stored and suffix in artifact.layouts[module].tensors():
+            if suffix in suffixes.get(module, {}):
                 stored[module] += nbytes(shape)
             else:
                 kept.append(Kept(name, 1, shape[0], str(shape[1]).removeprefix("torch."), nbytes(shape)))
@@ -82,6 +98,7 @@ class Contents:
             file_bytes=artifact.file_bytes,
             has_checksums="files" in (artifact.report or {}),
             layers=layers,
+            tables=tuple(Table(name, *shape, stored[name]) for name, shape in artifact.format.tables.items()),
             kept=tuple(sorted(kept, key=lambda each: (-each.stored_bytes, each.name))),
         )
 
@@ -104,6 +121,10 @@ class Contents:
         return sum(each.weights for each in self.layers)
 
     @property
+    def table_bytes(self) -> int:
+        return sum(each.stored_bytes for each in self.tables)
+
+    @property
     def kept_bytes(self) -> int:
         return sum(each.stored_bytes for each in self.kept)
 
@@ -115,11 +136,15 @@ class Contents:
     @property
     def file_bits_per_weight(self) -> float:
         """All weight files over all numbers they stand for; tied tensors are stored, and so counted, once."""
-        return 8 * self.file_bytes / (self.packed_weights + sum(math.prod(each.shape) for each in self.kept))
+        kept = sum(math.prod(each.shape) for each in self.kept)
+        return 8 * self.file_bytes / (self.packed_weights + sum(each.weights for each in self.tables) + kept)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain JSON."""
-        totals = ("packed_bytes", "packed_weights", "kept_bytes", "bits_per_weight", "file_bits_per_weight")
+        totals = (
+            *("packed_bytes", "packed_weights", "table_bytes", "kept_bytes"),
+            *("bits_per_weight", "file_bits_per_weight"),
+        )
         return (
             asdict(self) | {"kinds": [asdict(row) for row in self.kinds]} | {key: getattr(self, key) for key in totals}
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from shiftadd_cli.artifact.format import QUANT_METHOD, ArtifactFormat
 from shiftadd_cli.artifact.shards import INDEX_FILE, SINGLE_FILE, TensorShape, read_header
+from shiftadd_cli.bcq.int8 import table_tensors
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 
@@ -41,6 +42,11 @@ class Artifact:
     def layouts(self) -> dict[str, PackedLayout]:
         """Layout of every compressed matrix, by module name."""
         return self.format.layouts()
+
+    @cached_property
+    def tables(self) -> dict[str, dict[str, TensorShape]]:
+        """Tensors of every table of 8-bit rows, by module name and suffix."""
+        return {name: table_tensors(*shape) for name, shape in self.format.tables.items()}
 
     @cached_property
     def report(self) -> dict[str, Any] | None:

@@ -4,27 +4,38 @@
      "bits": 3, "group_size": 64, "group_rows": 1, "scale_format": "apot2", "row_scale": true, "offset": false,
      "rotation": "hadamard",
      "modules": {"model.layers.0.self_attn.q_proj": {"shape": [576, 576]},
-                 "model.layers.0.mlp.down_proj": {"shape": [576, 1536], "bits": 2}}}
+                 "model.layers.0.mlp.down_proj": {"shape": [576, 1536], "bits": 2}},
+     "tables": {"model.embed_tokens": {"shape": [49152, 576]}}}
 
 `modules` is the complete list; `shape` is [out_features, in_features], and any other key of a module overrides the
-common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8"). Keys that are not known are kept and
-ignored: whatever changes the meaning of the tensors raises `format_version`.
+common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8").
+
+`tables` is the complete list of embeddings and output heads stored as 8-bit rows (see `bcq.int8`): in place of
+`<module>.weight` there are `<module>.weight_int8`, int8 [rows, columns], and `<module>.weight_int8_scale`, bfloat16
+[rows]; `shape` is [rows, columns]. Modules whose weights the model ties are stored, and listed, once: under the name
+that comes first in the model. Without tables the key may be absent.
+
+Keys that are not known are kept and ignored: whatever changes the meaning of the tensors raises `format_version`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from shiftadd_cli.bcq import int8
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 
 QUANT_METHOD = "shiftadd"
 FORMAT_VERSION = 1
 
-# Every tensor that a compressed matrix may have, see `bcq.weight`.
-SUFFIXES = ("weight_codes", "weight_exponents", "weight_scales", "weight_row_scale", "weight_offset", "weight_signs")
+# Every tensor that a compressed matrix may have, see `bcq.weight`, and those of a table, see `bcq.int8`.
+SUFFIXES = (
+    *("weight_codes", "weight_exponents", "weight_scales", "weight_row_scale", "weight_offset", "weight_signs"),
+    *int8.SUFFIXES,
+)
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,12 @@ class MatrixFormat:
 
 @dataclass(frozen=True)
 class ArtifactFormat:
-    """The compressed modules of a checkpoint: name → (format, out_features, in_features)."""
+    """The compressed modules of a checkpoint: name → (format, out_features, in_features), and its tables: name →
+    (rows, columns)."""
 
     common: MatrixFormat
     modules: Mapping[str, tuple[MatrixFormat, int, int]]
+    tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ArtifactFormat:
@@ -80,12 +93,12 @@ class ArtifactFormat:
         _check("modules", config["modules"], isinstance(config["modules"], Mapping))
         modules = {}
         for name, entry in config["modules"].items():
-            shape = entry.get("shape") if isinstance(entry, Mapping) else None
-            if not isinstance(shape, list) or len(shape) != 2 or not all(_is_size(side) for side in shape):
-                raise ArtifactError(f"quantization_config gives no shape for {name}; quantize the model again.")
+            rows, columns = _shape(name, entry)
             own = replace(common, **{key: entry[key] for key in fields if key in entry})
-            modules[name] = (own, shape[0], shape[1])
-        return cls(common, modules)
+            modules[name] = (own, rows, columns)
+        tables = config.get("tables", {})
+        _check("tables", tables, isinstance(tables, Mapping))
+        return cls(common, modules, {name: _shape(name, entry) for name, entry in tables.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `from_dict`; a module shows only what differs from the common values."""
@@ -94,11 +107,21 @@ class ArtifactFormat:
             name: {"shape": [rows, columns]} | {k: v for k, v in asdict(own).items() if v != common[k]}
             for name, (own, rows, columns) in self.modules.items()
         }
-        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **common, "modules": modules}
+        config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **common, "modules": modules}
+        if self.tables:
+            config["tables"] = {name: {"shape": list(shape)} for name, shape in self.tables.items()}
+        return config
 
     def layouts(self) -> dict[str, PackedLayout]:
         """Layout of every compressed module, by name."""
         return {name: own.layout(rows, columns) for name, (own, rows, columns) in self.modules.items()}
+
+
+def _shape(name: str, entry: object) -> tuple[int, int]:
+    shape = entry.get("shape") if isinstance(entry, Mapping) else None
+    if not isinstance(shape, list) or len(shape) != 2 or not all(_is_size(side) for side in shape):
+        raise ArtifactError(f"quantization_config gives no shape for {name}; quantize the model again.")
+    return shape[0], shape[1]
 
 
 def _is_size(value: object, *, fraction: bool = False) -> bool:

@@ -12,6 +12,7 @@ from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.format import SUFFIXES
 from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.artifact.writer import sha256
+from shiftadd_cli.bcq import int8
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.errors import ArtifactError
 
@@ -22,9 +23,9 @@ _TILE_ROWS = 1024
 def verify(artifact: Artifact) -> None:
     """Raise ArtifactError for the first fault, with the number of further ones.
 
-    Checked: every file is complete and holds the tensors of the index and no others; every compressed matrix has
-    exactly its tensors, with their shapes and dtypes, and no others are there; checksums of report.json, if any; all
-    stored numbers and all decoded weights are finite.
+    Checked: every file is complete and holds the tensors of the index and no others; every compressed matrix and every
+    table has exactly its tensors, with their shapes and dtypes, and no others are there; checksums of report.json, if
+    any; all stored numbers and all decoded weights are finite.
     """
     faults = list(_structure(artifact)) or [*_checksums(artifact), *_values(artifact)]
     if faults:
@@ -49,8 +50,9 @@ def _structure(artifact: Artifact) -> Iterator[str]:
                 yield f"{name} is in {places.get(name, 'no file')}, and by the index in {index.get(name, 'no file')}"
     tensors = artifact.tensors
     expected: dict[str, TensorShape] = {}
-    for module, layout in artifact.layouts.items():
-        expected |= {f"{module}.{suffix}": shape for suffix, shape in layout.tensors().items()}
+    packed = {module: layout.tensors() for module, layout in artifact.layouts.items()}
+    for module, stored in (packed | artifact.tables).items():
+        expected |= {f"{module}.{suffix}": shape for suffix, shape in stored.items()}
         if f"{module}.weight" in tensors:
             yield f"{module}.weight is there beside its compressed form"
     for name, (shape, dtype) in expected.items():
@@ -91,9 +93,16 @@ def _values(artifact: Artifact) -> Iterator[str]:
                 yield f"{module}.{bad[0]} holds values that are not finite"
             elif not all(_finite(tile) for _, tile in QuantizedWeight(layout, stored).tiles(_TILE_ROWS)):
                 yield f"{module} decodes to weights that are not finite"
+        for module in artifact.tables:
+            codes, scale = (where[f"{module}.{suffix}"].get_tensor(f"{module}.{suffix}") for suffix in int8.SUFFIXES)
+            if bool((codes == torch.iinfo(torch.int8).min).any()):
+                yield f"{module}.{int8.CODES} holds the code -128, which stands for nothing"
+            # All codes lie within those of the largest magnitude.
+            if not _finite(127 * scale.float()):
+                yield f"{module} decodes to weights that are not finite"
         packed = {f"{module}.{suffix}" for module, layout in artifact.layouts.items() for suffix in layout.tensors()}
         for name, file in where.items():
-            if name not in packed and not _finite(file.get_tensor(name)):
+            if name not in packed and not name.endswith(int8.SUFFIXES) and not _finite(file.get_tensor(name)):
                 yield f"{name} holds values that are not finite"
 
 

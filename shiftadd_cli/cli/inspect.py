@@ -60,11 +60,13 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
         f"{contents.files} weight file{'s' if contents.files > 1 else ''}",
         "",
         table(("compressed", "count", "shape", "bits", "scales", "bits/weight", "stored"), rows),
+        *_tables(contents),
         "",
         table(("kept as they were", "count", "shape", "dtype", "stored"), kept),
         "",
         f"Compressed    {size(contents.packed_bytes)} for {contents.packed_weights:,} weights, "
         f"{contents.bits_per_weight:.3f} bits/weight",
+        *([f"8-bit rows    {size(contents.table_bytes)}"] if contents.tables else []),
         f"Kept          {size(contents.kept_bytes)}",
         f"Files         {size(contents.file_bytes)}, {contents.file_bits_per_weight:.3f} bits/weight over everything",
     ]
@@ -74,3 +76,18 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
             + (", checksums as in report.json" if contents.has_checksums else ", no checksums to compare")
         )
     return "\n".join(lines)
+
+
+def _tables(contents: Contents) -> list[str]:
+    from shiftadd_cli.report.summary import size, table
+
+    rows = [
+        (
+            each.name,
+            f"{each.rows} x {each.columns}",
+            f"{8 * each.stored_bytes / each.weights:.3f}",
+            size(each.stored_bytes),
+        )
+        for each in contents.tables
+    ]
+    return ["", table(("8-bit rows", "shape", "bits/weight", "stored"), rows)] if rows else []

@@ -71,7 +71,11 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     if annotation is bool:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     elif origin is Literal:
-        settings["type"] = click.Choice(get_args(annotation))
+        choices = get_args(annotation)
+        if all(isinstance(choice, str) for choice in choices):
+            settings["type"] = click.Choice(choices)
+        else:  # click below 8.2 knows words alone
+            settings |= {"type": _NumberOrWord(), "metavar": "|".join(map(str, choices))}
     elif origin in (Union, types.UnionType):
         settings["type"] = _NumberOrWord()
         settings["metavar"] = "N|all" if name == "group_size" else "N|all|1/N"

@@ -51,7 +51,7 @@ class RowLogits:
         head = self._model.get_output_embeddings()
         body = self._model.base_model
         caps = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
-        if type(head) is not nn.Linear or body is self._model or caps:
+        if not isinstance(head, nn.Linear) or body is self._model or caps:
             return
         probe = windows[:1, :_PROBE_TOKENS].to(self.device)
         with torch.inference_mode():

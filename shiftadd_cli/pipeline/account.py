@@ -22,6 +22,7 @@ from shiftadd_cli.report.schema import (
     Report,
     SizeReport,
     SourceReport,
+    TableReport,
     TimeReport,
     average_kinds,
 )
@@ -54,6 +55,7 @@ def make_report(
     calibration: tuple[TextData, Tensor] | None,
     layers: list[LayerReport],
     blocks: list[BlockReport],
+    tables: list[TableReport],
     *,
     files_bytes: int,
     clock: Measured,
@@ -82,6 +84,7 @@ def make_report(
         size=SizeReport(
             files_bytes=files_bytes,
             quantized_bytes=plan.quantized_bytes,
+            table_bytes=plan.table_bytes,
             kept_bytes=plan.kept_bytes,
             quantized_weights=plan.quantized_weights,
             bits_per_weight=plan.bits_per_weight,
@@ -90,7 +93,8 @@ def make_report(
         kinds=average_kinds(layers),
         layers=layers,
         blocks=blocks,
-        kept=[KeptReport(name=name, reason=reason) for name, reason in plan.structure.kept],
+        tables=tables,
+        kept=[KeptReport(name=name, reason=reason) for name, reason in plan.kept_modules],
         seconds=clock.report(),
         machine=MachineReport(
             device=str(device),

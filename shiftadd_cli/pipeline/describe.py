@@ -21,7 +21,7 @@ def describe_plan(plan: Plan) -> str:
             (kind, str(len(members)), shape, str(first.layout.bits), f"{8 * stored / weights:.3f}", size(stored))
         )
     reasons: dict[str, int] = {}
-    for _, reason in plan.structure.kept:
+    for _, reason in plan.kept_modules:
         reasons[reason] = reasons.get(reason, 0) + 1
     kept = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
     source, recipe = plan.source, plan.recipe
@@ -34,6 +34,10 @@ def describe_plan(plan: Plan) -> str:
             "",
             table(("layers", "count", "shape", "bits", "bits/weight", "stored"), rows),
             "",
+            *(
+                f"8-bit rows    {size(each.nbytes)}: {' and '.join(each.modules)}, {each.rows} x {each.columns}"
+                for each in plan.tables
+            ),
             f"Kept          {size(plan.kept_bytes)} in {dtype}: {kept}",
             f"Size          {size(before)} in {dtype} (files: {size(source.file_bytes)}) -> {size(plan.after_bytes)}, "
             f"{plan.whole_bits_per_weight:.3f} bits/weight over the whole file",

@@ -15,6 +15,7 @@ from shiftadd_cli.artifact.format import ArtifactFormat, MatrixFormat
 from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import LinearSpec, Source, Structure, find_structure
 
@@ -44,14 +45,17 @@ class PlannedLinear:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, fixed: `tensors` are all tensors of the artifact in file order; `kept` those stored as they are."""
+    """A run, fixed: `tensors` are all tensors of the artifact in file order; `kept` those stored as they are, and
+    `kept_modules` the modules with such, each with the reason; `tables` is what is stored as 8-bit rows."""
 
     source: Source
     structure: Structure
     recipe: Recipe
     linears: tuple[PlannedLinear, ...]
+    tables: tuple[PlannedTable, ...]
     tensors: dict[str, TensorShape]
     kept: tuple[str, ...]
+    kept_modules: tuple[tuple[str, str], ...]
     peak_memory_bytes: int
 
     @property
@@ -72,13 +76,17 @@ class Plan:
         return sum(each.layout.nbytes for each in self.linears)
 
     @property
+    def table_bytes(self) -> int:
+        return sum(each.nbytes for each in self.tables)
+
+    @property
     def kept_bytes(self) -> int:
         return sum(_nbytes(self.tensors[name]) for name in self.kept)
 
     @property
     def after_bytes(self) -> int:
         """Bytes of all tensors written; the files add their headers."""
-        return self.quantized_bytes + self.kept_bytes
+        return self.quantized_bytes + self.table_bytes + self.kept_bytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -95,7 +103,7 @@ class Plan:
         recipe = self.recipe
         common = MatrixFormat(**{name: getattr(recipe, name) for name in MatrixFormat.__dataclass_fields__})
         modules = {p.spec.name: (common, p.spec.out_features, p.spec.in_features) for p in self.linears}
-        return ArtifactFormat(common, modules)
+        return ArtifactFormat(common, modules, {each.name: (each.rows, each.columns) for each in self.tables})
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:
@@ -106,15 +114,21 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     linears = tuple(
         PlannedLinear(spec, options.layout(spec.out_features, spec.in_features)) for spec in structure.linears
     )
-    tensors, kept = _tensors(model, structure, linears)
-    return Plan(source, structure, recipe, linears, tensors, kept, _peak_memory(source, structure, linears, recipe))
+    tables, kept_modules = plan_tables(model, structure, recipe)
+    tensors, kept = _tensors(model, structure, linears, tables)
+    peak = _peak_memory(source, structure, linears, tables, recipe)
+    return Plan(source, structure, recipe, linears, tables, tensors, kept, kept_modules, peak)
 
 
 def _tensors(
-    model: nn.Module, structure: Structure, linears: tuple[PlannedLinear, ...]
+    model: nn.Module,
+    structure: Structure,
+    linears: tuple[PlannedLinear, ...],
+    tables: tuple[PlannedTable, ...],
 ) -> tuple[dict[str, TensorShape], tuple[str, ...]]:
     """All tensors to write, in the order of the model's state, and the names of those that stay as they are."""
     packed = {f"{each.spec.name}.weight": each for each in linears}
+    rows = {f"{each.name}.weight": each for each in tables}
     duplicates = {name for group in structure.tied for name in sorted(group, key=list(model.state_dict()).index)[1:]}
     tensors: dict[str, TensorShape] = {}
     kept: list[str] = []
@@ -122,6 +136,8 @@ def _tensors(
         if name in packed:
             each = packed[name]
             tensors |= {f"{each.spec.name}.{suffix}": shape for suffix, shape in each.layout.tensors().items()}
+        elif name in rows:
+            tensors |= rows[name].tensors()
         elif name not in duplicates:
             tensors[name] = (tuple(tensor.shape), tensor.dtype)
             kept.append(name)
@@ -136,7 +152,13 @@ def _module_bytes(module: nn.Module) -> int:
     return sum(each.numel() * each.element_size() for each in module.parameters())
 
 
-def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLinear, ...], recipe: Recipe) -> int:
+def _peak_memory(
+    source: Source,
+    structure: Structure,
+    linears: tuple[PlannedLinear, ...],
+    tables: tuple[PlannedTable, ...],
+    recipe: Recipe,
+) -> int:
     """Expected peak resident memory of the process, in bytes.
 
     What is resident now and will be loaded for any model, the cached hidden states, and the larger of two moments:
@@ -147,6 +169,8 @@ def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLin
     blocks = {name: model.get_submodule(name) for name in structure.blocks}
     block = max(_module_bytes(module) for module in blocks.values())
     outside = source.model_bytes - sum(_module_bytes(module) for module in blocks.values())
+    # Codes are made beside the matrix they stand for, before any block is loaded.
+    codes = max((each.nbytes for each in tables), default=0)
     tall: dict[tuple[int, str, int], int] = {}
     for each in linears:
         spec = each.spec
@@ -157,7 +181,7 @@ def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLin
     text_config = source.config.get_text_config()
     resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * text_config.vocab_size
     if recipe.calibration == NO_CALIBRATION:
-        return resident + max(outside, block + solver)
+        return resident + max(outside + codes, block + solver)
     versions = 2 if recipe.asymmetric or recipe.reconstruct_epochs else 1
     tokens, itemsize = recipe.batch_size * recipe.seq_len, source.dtype.itemsize
     width = text_config.hidden_size
@@ -173,7 +197,7 @@ def _peak_memory(source: Source, structure: Structure, linears: tuple[PlannedLin
     if recipe.reconstruct_epochs:
         weights = max(sum(width * rows for width, rows in each) for each in inputs)
         tuning = _TUNING_BYTES * weights + _TUNING_ACTIVATIONS * activations
-    return resident + hidden + max(outside + block + activations, versions * block + max(solving, tuning))
+    return resident + hidden + max(outside + max(codes, block + activations), versions * block + max(solving, tuning))
 
 
 def resident_bytes() -> int:

@@ -22,7 +22,8 @@ from shiftadd_cli.calibration.trace import Trace, trace_model
 from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.report.schema import BlockReport, LayerReport, Report
+from shiftadd_cli.pipeline.tables import store_table
+from shiftadd_cli.report.schema import BlockReport, LayerReport, Report, TableReport
 from shiftadd_cli.source import LinearSpec
 
 Blocks = Callable[[Sequence[str], str], Iterable[str]]
@@ -77,6 +78,7 @@ class _Run:
     clock: Measured = field(default_factory=Measured)
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
+    tables: list[TableReport] = field(default_factory=list)
     token_weights: dict[str, Tensor] | None = None
 
     def execute(self, progress: Blocks) -> Report:
@@ -92,6 +94,7 @@ class _Run:
                 None if self.calibration is None else (self.calibration.text, self.calibration.windows),
                 self.layers,
                 self.blocks,
+                self.tables,
                 files_bytes=files_bytes,
                 clock=self.clock,
                 device=self.device,
@@ -107,6 +110,8 @@ class _Run:
             source.materialise(structure.outside)
             blocks = tuple(f"{name}." for name in structure.blocks)
             self._write_kept(name for name in self.plan.kept if not name.startswith(blocks))
+            # Before anything is run: the first block calibrates on what the artifact will look up.
+            self.tables += [store_table(each, source.skeleton(), self.writer.add) for each in self.plan.tables]
         trace = None
         if self.calibration is not None:
             with self.clock.phase("trace"):

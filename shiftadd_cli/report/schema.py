@@ -41,6 +41,7 @@ class SizeReport(_Part):
 
     files_bytes: Annotated[int, Field(description="All weight files, headers included.")]
     quantized_bytes: Annotated[int, Field(description="Planes, scales, row scales and offsets.")]
+    table_bytes: Annotated[int, Field(description="Embeddings and heads stored as 8-bit rows, scales included.")] = 0
     kept_bytes: Annotated[int, Field(description="Tensors stored as they were.")]
     quantized_weights: int
     bits_per_weight: Annotated[float, Field(description="Of the quantized layers, everything stored for them counted.")]
@@ -94,6 +95,16 @@ class KeptReport(_Part):
     reason: str
 
 
+class TableReport(_Part):
+    """An embedding or output head stored as 8-bit rows."""
+
+    modules: Annotated[list[str], Field(description="Modules that share it; it is stored under the first.")]
+    rows: int
+    columns: int
+    bits_per_weight: float
+    weight_error: Annotated[float, Field(description="‖W - Ŵ‖² / ‖W‖².")]
+
+
 class TimeReport(_Part):
     """Where the time went."""
 
@@ -134,6 +145,7 @@ class Report(_Part):
         ),
     ]
     blocks: Annotated[list[BlockReport], Field(description="Empty without block reconstruction.")] = []
+    tables: Annotated[list[TableReport], Field(description="Embeddings and heads stored as 8-bit rows.")] = []
     kept: list[KeptReport]
     seconds: TimeReport
     machine: MachineReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from shiftadd_cli.artifact.format import SUFFIXES
 from shiftadd_cli.artifact.shards import read_header
@@ -36,13 +36,19 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
 
 
 def check_loaded(model: nn.Module, architectures: Sequence[str]) -> None:
-    """Raise ArtifactError for the first parameter that was not in the checkpoint.
+    """Raise ArtifactError for the first parameter, or buffer of a table, that was not in the checkpoint.
 
     Of another class than the checkpoint's `architectures` (a new head on the same body) only compressed matrices are
     checked. transformers marks what it loaded or tied; parameters offloaded to disk are on the meta device.
     """
     everything = type(model).__name__ in architectures
-    for name, parameter in model.named_parameters():
+    scales = [(name, each) for name, each in _persistent_buffers(model) if name.endswith(SUFFIXES)]
+    for name, parameter in [*model.named_parameters(), *scales]:
         loaded = parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
         if not loaded and (everything or name.endswith(SUFFIXES)):
             raise ArtifactError(f"The checkpoint lacks the tensor {name}; copy it again, or {_AGAIN}.")
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    stored = model.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in stored]

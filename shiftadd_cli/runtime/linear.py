@@ -10,16 +10,16 @@ from torch.nn.functional import linear
 
 from shiftadd_cli.bcq.rotation import rotate_input
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.runtime.stored import StoredWeight
 
 # Decoded rows held at a time, float32; a matrix of a small model is one tile.
 TILE_BYTES = 4 << 20
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StoredWeight):
     """`x @ W.T + bias` with W in compressed form, decoded tile by tile on every call.
 
-    The stored tensors are frozen parameters named as in `bcq.weight`. They are data and not numbers of the model's
-    dtype: `.to(dtype)`, `.half()` and the like move the bias and leave them as they are.
+    The stored tensors are frozen parameters named as in `bcq.weight`.
 
     The output equals `F.linear(R x, packed().decode_stored().to(x.dtype), bias)`, where R is the rotation, if there is
     one, up to the rounding of the dot products, which torch sums in another order for another tile shape (for float32:
@@ -46,7 +46,7 @@ class PackedLinear(nn.Module):
         self.layout = layout
         self.transposed = transposed
         self.rotate = rotate_input
-        self._dtype = dtype or torch.get_default_dtype()
+        self._stand_for(tuple(layout.tensors()), (layout.grid.rows, layout.grid.columns), dtype)
         for suffix, (shape, kind) in layout.tensors().items():
             empty = torch.zeros(shape, dtype=kind, device=device)
             self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
@@ -78,18 +78,6 @@ class PackedLinear(nn.Module):
     def out_features(self) -> int:
         return self.layout.grid.rows
 
-    @property
-    def weight(self) -> Tensor:
-        """Stand-in `[out, in]` with the layer's dtype and device, for code that asks a linear for these.
-
-        It takes no memory and is not in the state dict. Its values are NaN, so that computing with it shows.
-        """
-        value = torch.full((), torch.nan, dtype=self._dtype, device=self.get_parameter("weight_codes").device)
-        value = value.expand(self.out_features, self.in_features)
-        # Some models (GPT-2) initialise the weights of their linears by name unless transformers' mark is there.
-        value._is_hf_initialized = True  # type: ignore[attr-defined]
-        return value
-
     def packed(self) -> QuantizedWeight:
         """The compressed matrix; shares memory with the parameters."""
         return QuantizedWeight(self.layout, {name: self.get_parameter(name).detach() for name in self.layout.tensors()})
@@ -108,21 +96,6 @@ class PackedLinear(nn.Module):
             bias = None if self.bias is None else self.bias[rows].to(x.dtype)
             tiles.append(linear(x, tile.to(x.dtype), bias))
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        stored = {id(self.get_parameter(name)) for name in self.layout.tensors()}
-
-        def keep_stored_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in stored and moved.dtype != tensor.dtype:
-                # bfloat16 row scales overflow in float16 and would not come back.
-                return tensor.to(moved.device)
-            return moved
-
-        # The dtype of a layer without bias would otherwise miss a change.
-        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.get_parameter("weight_codes").device)).dtype
-        super()._apply(keep_stored_dtype, recurse)
-        return self
 
     def extra_repr(self) -> str:
         return (

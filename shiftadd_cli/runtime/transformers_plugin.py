@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.checks import check_files, check_loaded
 from shiftadd_cli.runtime.linear import PackedLinear
+from shiftadd_cli.runtime.load_tables import connect_tables, place_tables, restore_dense
+from shiftadd_cli.runtime.places import find_module
 from shiftadd_cli.runtime.rotation import share_rotations
 
 
@@ -38,9 +41,13 @@ class ShiftAddConfig(QuantizationConfigMixin):
         """Layout of every compressed module, by its name in the model."""
         return ArtifactFormat.from_dict(self.__dict__).layouts()
 
+    def table_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Rows and columns of every embedding and output head stored as 8-bit rows, by its name in the model."""
+        return ArtifactFormat.from_dict(self.__dict__).tables
+
 
 class ShiftAddQuantizer(HfQuantizer):
-    """Puts a PackedLinear in the place of every listed module before transformers loads the tensors."""
+    """Puts packed linears and tables in the place of the listed modules before transformers loads the tensors."""
 
     requires_calibration = True
     # Lets transformers carry the stored tensors through its renaming and merging of weights, and tensor parallelism.
@@ -59,7 +66,7 @@ class ShiftAddQuantizer(HfQuantizer):
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         for name, layout in self.quantization_config.layouts().items():
-            place, module = _find(model, name)
+            place, module = find_module(model, name)
             transposed = _is_conv1d(module)
             if not transposed and not isinstance(module, nn.Linear):
                 raise ArtifactError(
@@ -75,6 +82,7 @@ class ShiftAddQuantizer(HfQuantizer):
             has_bias = module.bias is not None
             packed = PackedLinear(layout, bias=has_bias, transposed=transposed, device="meta", dtype=dtype)
             model.set_submodule(place, packed)
+        place_tables(model, self.quantization_config.table_shapes(), dtype)
         if checkpoint_files is not None:
             check_files(model, checkpoint_files)
 
@@ -84,15 +92,17 @@ class ShiftAddQuantizer(HfQuantizer):
             # transformers makes every floating-point tensor it loads trainable.
             for suffix in module.layout.tensors():
                 module.get_parameter(suffix).requires_grad_(False)
+        connect_tables(model)
         share_rotations(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """Replace every packed layer by the dense layer it was made from, one at a time."""
+        """Replace every packed layer and every table by the dense layer it was made from, one at a time."""
         for name, module in _packed_modules(model).items():
             if module.get_parameter("weight_codes").is_meta:
                 raise ArtifactError(f"{name} is offloaded to disk; load the model without offloading to dequantize it.")
             model.set_submodule(name, _dense(module, dtype or torch.get_default_dtype()))
+        restore_dense(model, dtype or torch.get_default_dtype())
         return model
 
     def is_serializable(self) -> bool:
@@ -113,20 +123,6 @@ def register() -> None:
 
 def _packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-
-
-def _find(model: nn.Module, name: str) -> tuple[str, Any]:
-    """A listed module and its name in `model`, which may be the body alone or have a body the list knows nothing of."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for place in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            return place, model.get_submodule(place)
-        except AttributeError:
-            continue
-    raise ArtifactError(
-        f"{name} is listed as compressed, but {type(model).__name__} has no such module; load the checkpoint with the "
-        "model class it was made from."
-    )
 
 
 def _is_conv1d(module: Any) -> bool:

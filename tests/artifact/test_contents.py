@@ -14,17 +14,21 @@ from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.format import MatrixFormat
 
 
+@pytest.mark.parametrize("tables", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_everything_stored_is_counted_once(family: str, tmp_path: Path) -> None:
+def test_everything_stored_is_counted_once(family: str, tables: bool, tmp_path: Path) -> None:
     model = tiny_model(family)
-    folder, _ = write_checkpoint(model, tmp_path / "out")
+    folder, _ = write_checkpoint(model, tmp_path / "out", tables=tables)
     contents = Contents.of(Artifact.open(folder))
     headers = 0
     for path in folder.glob("*.safetensors"):
         headers += 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    assert contents.packed_bytes + contents.kept_bytes + headers == contents.file_bytes
+    assert contents.packed_bytes + contents.table_bytes + contents.kept_bytes + headers == contents.file_bytes
+    assert bool(contents.tables) == tables
+    rows = sum(each.weights for each in contents.tables)
+    assert contents.table_bytes == rows + 2 * sum(each.rows for each in contents.tables)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert contents.packed_weights + sum(each.stored_bytes // 4 for each in contents.kept) == parameters
+    assert contents.packed_weights + rows + sum(each.stored_bytes // 4 for each in contents.kept) == parameters
     assert contents.file_bits_per_weight == pytest.approx(8 * contents.file_bytes / parameters)
 
 

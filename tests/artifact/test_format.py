@@ -18,6 +18,7 @@ MODULES = {
     "d": (MatrixFormat(3, "all", "all", "pot", True, False), 7, 5),
 }
 VALID = ArtifactFormat(COMMON, MODULES).to_dict()
+TABLES = {"embed": (49152, 576), "head": (49152, 576)}
 
 
 def test_reads_back_what_it_writes() -> None:
@@ -60,11 +61,23 @@ def test_layouts_resolve_the_words_of_the_recipe() -> None:
         ({"modules": {"a": {"shape": [3, -1]}}}, "no shape for a"),
         ({"modules": {"a": [3, 4]}}, "no shape for a"),
         ({"modules": {"a": {"shape": [3, 4], "bits": 12}}}, "bits = 12"),
+        ({"tables": ["a"]}, "tables = "),
+        ({"tables": {"a": {}}}, "no shape for a"),
+        ({"tables": {"a": {"shape": [3, 0]}}}, "no shape for a"),
     ],
 )
 def test_ill_formed_configurations_are_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ArtifactError, match=said):
         ArtifactFormat.from_dict(VALID | change)
+
+
+def test_tables_are_listed_if_there_are_any() -> None:
+    with_tables = ArtifactFormat(COMMON, MODULES, TABLES)
+    written = json.loads(json.dumps(with_tables.to_dict()))
+    assert written["tables"] == {"embed": {"shape": [49152, 576]}, "head": {"shape": [49152, 576]}}
+    assert ArtifactFormat.from_dict(written) == with_tables
+    assert "tables" not in VALID
+    assert ArtifactFormat.from_dict(VALID).tables == {}
 
 
 @pytest.mark.parametrize("key", sorted(VALID))

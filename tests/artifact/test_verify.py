@@ -76,6 +76,34 @@ def test_tensors(single: Path, name: str, value: torch.Tensor | None, said: str)
     refused(single, said)
 
 
+EMBED = "model.embed_tokens"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_sound_tables_pass(family: str, tmp_path: Path) -> None:
+    verify(Artifact.open(write_checkpoint(tiny_model(family), tmp_path / "out", tables=True).folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (f"{EMBED}.weight_int8", None, f"{EMBED}.weight_int8 is missing"),
+        (f"{EMBED}.weight_int8", torch.zeros(320, 32, dtype=torch.uint8), r"weight_int8 is torch.uint8 \[320, 32\]"),
+        (f"{EMBED}.weight_int8_scale", torch.ones(320), "weight_int8_scale is torch.float32"),
+        (f"{EMBED}.weight_int8", torch.full((320, 32), -128, dtype=torch.int8), "holds the code -128"),
+        (f"{EMBED}.weight_int8_scale", torch.full((320,), torch.nan).bfloat16(), f"{EMBED} decodes to weights that"),
+        (f"{EMBED}.weight_int8_scale", torch.full((320,), 3e38).bfloat16(), f"{EMBED} decodes to weights that are not"),
+        (f"{EMBED}.weight", torch.zeros(320, 32), f"{EMBED}.weight is there beside its compressed form"),
+        ("lm_head.weight_int8", torch.zeros(320, 32, dtype=torch.int8), "lm_head.weight_int8 belongs to no module"),
+    ],
+)
+def test_tables(tmp_path: Path, name: str, value: torch.Tensor | None, said: str) -> None:
+    folder = write_checkpoint(tiny_model("qwen2"), tmp_path / "out", shard_bytes=10**9, tables=True).folder
+    (folder / "report.json").unlink()
+    edit_tensors(folder, {name: value})
+    refused(folder, said)
+
+
 def test_further_faults_are_counted(single: Path) -> None:
     edit_tensors(single, {f"{NAME}.weight_codes": None, f"{NAME}.weight_row_scale": None})
     refused(single, r"weight_codes is missing \(1 more faults\)")

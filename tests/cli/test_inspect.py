@@ -35,6 +35,17 @@ def test_table_and_totals(folder: Path) -> None:
     assert "Verified" not in result.output
 
 
+def test_tables_have_a_list_of_their_own(tmp_path: Path) -> None:
+    folder = write_checkpoint(tiny_model("qwen2"), tmp_path / "rows", tables=True).folder
+    result = inspect(folder, "--verify")
+    assert re.search(r"model\.embed_tokens +320 x 32 +8\.500 +10\.9 kB", result.output)
+    assert "8-bit rows    10.9 kB" in result.output
+    assert "model.embed_tokens.weight" not in result.output
+    told = json.loads(inspect(folder, "--json").output)
+    assert told["tables"] == [{"name": "model.embed_tokens", "rows": 320, "columns": 32, "stored_bytes": 320 * 34}]
+    assert told["table_bytes"] == 320 * 34
+
+
 def test_layers(folder: Path) -> None:
     result = inspect(folder, "--layers")
     assert "model.layers.1.mlp.up_proj" in result.output

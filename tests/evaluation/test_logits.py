@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from artifacts import write_checkpoint
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
+from transformers import AutoModelForCausalLM
 
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.evaluation import logits as module
 from shiftadd_cli.evaluation.logits import RowLogits
+from shiftadd_cli.runtime.table import Int8Linear
+from shiftadd_cli.runtime.transformers_plugin import register
 
 WINDOWS = torch.randint(0, VOCAB_SIZE, (3, 17), generator=torch.Generator().manual_seed(1))
 
@@ -34,6 +38,17 @@ def test_both_ways_equal_the_models_own_logits(family):
     expected = own(model)
     assert torch.equal(by_rows(whole, 7), expected)
     torch.testing.assert_close(by_rows(split, 7), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_a_head_of_8_bit_rows_is_run_by_rows_too(family, tmp_path):
+    register()
+    folder, _ = write_checkpoint(tiny_model(family), tmp_path / "out", tables=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    reader = RowLogits(model, family)
+    reader.check(WINDOWS)
+    assert isinstance(reader._head, Int8Linear)
+    torch.testing.assert_close(by_rows(reader, 7), own(model), rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_gives_float32_rows():

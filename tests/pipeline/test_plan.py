@@ -27,19 +27,23 @@ def test_planning_reads_no_weights(tmp_path):
     assert all(parameter.is_meta for parameter in plan.source.skeleton().parameters())
 
 
+@pytest.mark.parametrize("embedding_bits", [8, 16])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_every_parameter_is_planned_once_packed_or_kept(tmp_path, family):
+def test_every_parameter_is_planned_once_packed_or_kept(tmp_path, family, embedding_bits):
     save_tiny(family, tmp_path)
-    plan = plan_of(tmp_path)
+    plan = plan_of(tmp_path, embedding_bits=embedding_bits)
+    assert (embedding_bits == 8) == bool(plan.tables)
     weights = sum(torch.Size(plan.tensors[name][0]).numel() for name in plan.kept)
     persistent = dict(plan.source.skeleton().named_buffers())
     buffers = sum(persistent[name].numel() for name in plan.kept if name in persistent)
-    assert plan.quantized_weights + weights - buffers == plan.parameters
+    tables = sum(each.rows * each.columns for each in plan.tables)
+    assert plan.quantized_weights + tables + weights - buffers == plan.parameters
 
 
 def test_sizes_are_those_of_the_planned_tensors(tmp_path):
     save_tiny("llama", tmp_path)
     plan = plan_of(tmp_path, bits=2)
+    assert plan.table_bytes == 2 * 320 * (48 + 2)
     assert plan.after_bytes == sum(torch.Size(s).numel() * d.itemsize for s, d in plan.tensors.values())
     assert plan.bits_per_weight == pytest.approx(8 * plan.quantized_bytes / plan.quantized_weights)
 
@@ -68,8 +72,13 @@ def test_expected_memory_grows_with_what_is_held(tmp_path, asymmetric, versions)
 def test_the_description_names_kinds_sizes_and_what_is_kept(tmp_path):
     save_tiny("llama", tmp_path)
     text = describe_plan(plan_of(tmp_path))
-    for part in ("self_attn.q_proj", "mlp.down_proj", "LlamaForCausalLM", "embedding", "at the peak", "builtin"):
+    for part in ("self_attn.q_proj", "mlp.down_proj", "LlamaForCausalLM", "at the peak", "builtin"):
         assert part in text
+    assert "8-bit rows    16.0 kB: lm_head, 320 x 48" in text
+    whole = describe_plan(plan_of(tmp_path, embedding_bits=16))
+    assert "1 x embedding" in whole
+    assert "1 x output head" in whole
+    assert "8-bit" not in whole
 
 
 def test_peak_memory_is_not_that_of_the_process_that_started_this_one():

@@ -1,0 +1,152 @@
+"""Which embeddings and output heads become tables of 8-bit rows, and making them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.artifact.shards import TensorShape
+from shiftadd_cli.bcq.int8 import CODES, SCALE, decode_table_into, encode_table, table_bytes, table_tensors
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.report.schema import TableReport
+from shiftadd_cli.runtime.table import can_hold_table, hold_table
+from shiftadd_cli.source import Structure
+from shiftadd_cli.source.structure import matching_pattern
+
+_PROBE_ROWS = 4
+
+
+@dataclass(frozen=True)
+class PlannedTable:
+    """A matrix `[rows, columns]` to be stored as 8-bit rows under the first of `modules`, which it ties."""
+
+    modules: tuple[str, ...]
+    rows: int
+    columns: int
+
+    @property
+    def name(self) -> str:
+        return self.modules[0]
+
+    @property
+    def nbytes(self) -> int:
+        return table_bytes(self.rows, self.columns)
+
+    def tensors(self) -> dict[str, TensorShape]:
+        """Shape and dtype of what is stored, by full name."""
+        return {f"{self.name}.{suffix}": shape for suffix, shape in table_tensors(self.rows, self.columns).items()}
+
+
+def plan_tables(
+    model: Any, structure: Structure, recipe: Recipe
+) -> tuple[tuple[PlannedTable, ...], tuple[tuple[str, str], ...]]:
+    """Tables for the input embedding and the output head of a model on meta, and what of its modules is kept.
+
+    What is kept is `structure.kept` without the tables, and with the reason at an embedding or head that cannot be one:
+    its forward reads the weight in a way of its own, its weight is tied to a module that cannot be one, or a pattern of
+    `skip` matches it. With `embedding_bits` 16 there are no tables.
+    """
+    if recipe.embedding_bits == 16:
+        return (), structure.kept
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    order = list(model.state_dict())
+    tables: dict[str, PlannedTable] = {}
+    refused: dict[str, str] = {}
+    for end in dict.fromkeys(names[id(module)] for module in ends if id(module) in names):
+        weight = f"{end}.weight"
+        tied = next((group for group in structure.tied if weight in group), (weight,))
+        group = tuple(name.removesuffix(".weight") for name in sorted(tied, key=order.index) if name in order)
+        if reason := _refusal(model, group, recipe.skip):
+            refused[end] = reason
+        elif group[0] not in tables:
+            tables[group[0]] = PlannedTable(group, *model.get_parameter(weight).shape)
+    held = {module for table in tables.values() for module in table.modules}
+    kept = tuple(
+        (name, f"{reason}, {refused[name]}" if name in refused else reason)
+        for name, reason in structure.kept
+        if name not in held
+    )
+    return tuple(tables.values()), kept
+
+
+def store_table(table: PlannedTable, model: nn.Module, add: Callable[[str, Tensor], None]) -> TableReport:
+    """Give the table's tensors to `add`, and put the decoded matrix in the place of the one in memory, tied ones too.
+
+    Raises NumericalError, naming the module, if a weight is not finite.
+    """
+    weight = model.get_parameter(f"{table.name}.weight")
+    codes, scale = encode_table(weight.detach(), table.name)
+    add(f"{table.name}.{CODES}", codes)
+    add(f"{table.name}.{SCALE}", scale)
+    with torch.no_grad():
+        # In place, so that tied modules see it, and what is calibrated on is what the artifact computes with.
+        error = decode_table_into(codes, scale, weight)
+    return TableReport(
+        modules=list(table.modules),
+        rows=table.rows,
+        columns=table.columns,
+        bits_per_weight=8 * table.nbytes / (table.rows * table.columns),
+        weight_error=error,
+    )
+
+
+def _refusal(model: nn.Module, group: Sequence[str], skip: Sequence[str]) -> str | None:
+    for name in group:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:  # a bare parameter
+            return f"tied to {name}"
+        if pattern := matching_pattern(name, skip):
+            return f"skipped by {pattern}"
+        if not can_hold_table(module) or not _reads_by_lookup(module):
+            return "of a form of its own" if len(group) == 1 else f"tied to {name}, which is of a form of its own"
+    return None
+
+
+def _reads_by_lookup(module: nn.Module) -> bool:
+    """Whether an embedding computes with its weight only what `nn.Embedding.forward` gives it: then a table may.
+
+    Found out by trying, since a subclass may do anything: a copy of a few rows must give equal finite outputs as the
+    dense module and as a table.
+    """
+    if type(module).forward in (nn.Embedding.forward, nn.Linear.forward):
+        return True
+    assert isinstance(module, nn.Embedding)
+    dense = _probe(module)
+    ids = torch.arange(_PROBE_ROWS).unsqueeze(0)
+    with torch.no_grad():
+        try:
+            codes, scale = encode_table(dense.weight, "probe")
+            decode_table_into(codes, scale, dense.weight)
+            table = hold_table(copy.deepcopy(dense))
+            table.weight_int8.copy_(codes)
+            table.weight_int8_scale.copy_(scale)
+            expected, found = dense(ids), table(ids)
+        except Exception:  # a class may fail in any way on sizes that it was not made for
+            return False
+    return bool(torch.isfinite(expected).all()) and torch.equal(expected, found)
+
+
+def _probe(module: nn.Embedding) -> nn.Embedding:
+    """A copy in float32 on the CPU with a few rows, and random numbers for everything that is on meta."""
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(module)
+    probe.weight = nn.Parameter(torch.empty(_PROBE_ROWS, module.embedding_dim, device="meta"))
+
+    def fill(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return torch.rand(tensor.shape, generator=generator)
+        return torch.zeros_like(tensor, device="cpu")
+
+    for each in probe.modules():
+        for name, parameter in each.named_parameters(recurse=False):
+            setattr(each, name, nn.Parameter(fill(parameter)))
+        for name, buffer in each.named_buffers(recurse=False):
+            setattr(each, name, fill(buffer))
+    return probe

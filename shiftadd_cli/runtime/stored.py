@@ -1,0 +1,58 @@
+"""What all layers have in common whose weight is held in stored tensors instead of numbers of the model's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class StoredWeight(nn.Module):
+    """A module that stands for one with a `weight`, and keeps that weight in other tensors.
+
+    These are data and not numbers of the model's dtype: `.to(dtype)`, `.half()` and the like leave them as they are,
+    and move everything else. A subclass calls `_stand_for` before it computes.
+    """
+
+    _stored: tuple[str, ...]
+    _shape: tuple[int, int]
+    _dtype: torch.dtype
+
+    def _stand_for(self, stored: Sequence[str], shape: tuple[int, int], dtype: torch.dtype | None) -> None:
+        """stored: names of the parameters and buffers that hold the weight, the largest first; shape: that of the
+        weight; dtype: what `weight.dtype` says, the default dtype if None."""
+        self._stored = tuple(stored)
+        self._shape = shape
+        self._dtype = dtype or torch.get_default_dtype()
+
+    @property
+    def weight(self) -> Tensor:
+        """Stand-in with the weight's shape, the layer's dtype and its device, for code that asks a layer for these.
+
+        It takes no memory and is not in the state dict. Its values are NaN, so that computing with it shows.
+        """
+        value = torch.full((), torch.nan, dtype=self._dtype, device=self._device).expand(self._shape)
+        # Some models (GPT-2) initialise the weights of their linears by name unless transformers' mark is there.
+        value._is_hf_initialized = True  # type: ignore[attr-defined]
+        return value
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = getattr(self, self._stored[0]).device
+        return device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredWeight:
+        stored = {id(getattr(self, name)) for name in self._stored}
+
+        def keep_stored_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in stored and moved.dtype != tensor.dtype:
+                # bfloat16 row scales overflow in float16 and would not come back.
+                return tensor.to(moved.device)
+            return moved
+
+        # The dtype of a layer without bias would otherwise miss a change.
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._device)).dtype
+        super()._apply(keep_stored_dtype, recurse)
+        return self

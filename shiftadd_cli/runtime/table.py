@@ -1,0 +1,155 @@
+"""Embeddings and output heads over tables of 8-bit rows, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+
+from shiftadd_cli.bcq.int8 import CODES, SCALE, SUFFIXES, decode_table, table_tensors
+from shiftadd_cli.runtime.linear import TILE_BYTES
+from shiftadd_cli.runtime.stored import StoredWeight
+
+_MARK = "weight_dtype"
+
+
+class Table(StoredWeight):
+    """A module over a table, see `bcq.int8`: the frozen parameter `weight_int8` and the buffer `weight_int8_scale`.
+
+    It is made from a dense module, in place, by `hold_table`, and is of a subclass of that module's class, so code that
+    knows modules by their class (and the buffers, hooks and children of such a class) finds it unchanged.
+
+    The scale is a buffer because transformers takes the dtype of a model's first floating-point parameter, which the
+    scale of an input embedding would be, for that of the model (see also `Int8Embedding.show_dtype`). The scale of a
+    tied module is in no state dict.
+    """
+
+    dense_class: ClassVar[type[nn.Module]]
+
+    weight_int8: nn.Parameter
+    weight_int8_scale: Tensor
+
+    def decode(self) -> Tensor:
+        """The matrix the module stands for: float32 `[rows, columns]`."""
+        return decode_table(self.weight_int8.detach(), self.weight_int8_scale)
+
+    def share(self, source: Table) -> None:
+        """Read the table of `source` from now on; only `source` saves the scale. What lies on another device than it
+        (or on disk) stays there."""
+        if self._device == source._device:
+            self.weight_int8 = source.weight_int8
+        self.register_buffer(SCALE, source.weight_int8_scale.to(self.weight_int8_scale.device), persistent=False)
+
+    def __reduce_ex__(self, _: Any) -> tuple[Callable[..., nn.Module], tuple[type[nn.Module]], dict[str, Any]]:
+        # Classes made while running cannot be found by their name.
+        return _bare, (self.dense_class,), self.__getstate__()
+
+
+class Int8Embedding(Table, nn.Embedding):  # type: ignore[override]  # `weight` is a property here
+    """The rows `code · scale` of the ids given, computed in float32 and rounded once to the module's dtype."""
+
+    dense_class = nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[...]` of integers → `[..., columns]`."""
+        return decode_table(embedding(input, self.weight_int8), self.weight_int8_scale[input], self._dtype)
+
+    def show_dtype(self) -> None:
+        """Give the module a parameter of its dtype without elements, which is in no state dict.
+
+        The first floating-point parameter of a model, by which transformers knows its dtype, would otherwise be a
+        scale of its first compressed linear. An offloaded module gets none, as accelerate would look for it on disk.
+        """
+        if not self.weight_int8.is_meta:
+            self.register_parameter(_MARK, nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._device), False))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + _MARK, None)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        missing[:] = [name for name in missing if name != prefix + _MARK]
+
+
+class Int8Linear(Table, nn.Linear):  # type: ignore[override]  # `weight` is a property here
+    """`(x @ codes.T) * scale + bias`: the codes are exact in every dtype, so only the product is rounded."""
+
+    dense_class = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., columns]` → `[..., rows]` in the dtype of `input` (float32, bfloat16, float16 or float64)."""
+        # Sums of codes leave the range of float16 long before sums of weights do; these shifts are exact.
+        shift = 128 if input.dtype == torch.float16 else 1
+        scale = (self.weight_int8_scale.float() * shift).to(input.dtype)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        height = max(1, TILE_BYTES // (input.element_size() * self.in_features))
+        tiles = []
+        for rows in (slice(start, start + height) for start in range(0, self.out_features, height)):
+            tile = self.weight_int8[rows].to(input.dtype)
+            product = linear(input, tile / shift if shift > 1 else tile)
+            scaled = product * scale[rows] if bias is None else torch.addcmul(bias[rows], product, scale[rows])
+            tiles.append(scaled)
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
+
+
+def can_hold_table(module: nn.Module | None) -> bool:
+    """Whether `hold_table` takes the module: an embedding, whatever its forward adds to the lookup, or a plain linear.
+
+    An embedding whose forward reads its weight in another way would compute with NaN, see `StoredWeight.weight`.
+    """
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def hold_table(module: nn.Embedding | nn.Linear, dtype: torch.dtype | None = None) -> Table:
+    """Turn `module` into a Table, in place: zeros on its device, of its size; returns it.
+
+    dtype: what `weight.dtype` says from now on, by default what it says now. The bias of a linear stays.
+    """
+    weight = module.weight
+    rows, columns = weight.shape
+    del module.weight
+    module.__class__ = _table_class(type(module))  # type: ignore[assignment]
+    assert isinstance(module, Table)
+    module._stand_for(SUFFIXES, (rows, columns), dtype or weight.dtype)
+    empty = {
+        suffix: torch.zeros(shape, dtype=kind, device=weight.device)
+        for suffix, (shape, kind) in table_tensors(rows, columns).items()
+    }
+    module.register_parameter(CODES, nn.Parameter(empty[CODES], requires_grad=False))
+    module.register_buffer(SCALE, empty[SCALE])
+    return module
+
+
+def drop_table(module: Table, weight: nn.Parameter) -> None:
+    """Turn a Table back, in place, into the module it was made from, now with `weight` `[rows, columns]`."""
+    del module.weight_int8, module.weight_int8_scale
+    module._parameters.pop(_MARK, None)
+    module.__class__ = module.dense_class  # type: ignore[assignment]
+    # What accelerate hooks in calls the table's forward.
+    for name in ("_stored", "_shape", "_dtype", "forward", "_old_forward", "_hf_hook"):
+        module.__dict__.pop(name, None)
+    module.register_parameter("weight", weight)
+
+
+_CLASSES: dict[type, type[Table]] = {nn.Embedding: Int8Embedding, nn.Linear: Int8Linear}
+
+
+def _table_class(dense: type[nn.Module]) -> type[Table]:
+    if dense not in _CLASSES:
+        form = Int8Linear if issubclass(dense, nn.Linear) else Int8Embedding
+        # Between the class and nn.Embedding in the order of resolution: its `super().forward` finds the table's.
+        _CLASSES[dense] = type(f"Int8{dense.__name__}", (dense, form), {"dense_class": dense, "__module__": __name__})
+    return _CLASSES[dense]
+
+
+def _bare(dense: type[nn.Module]) -> nn.Module:
+    form = _table_class(dense)
+    return form.__new__(form)

@@ -1,0 +1,92 @@
+"""8-bit rows against the definition, one row at a time in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shiftadd_cli.bcq import int8
+from shiftadd_cli.bcq.int8 import (
+    decode_table,
+    decode_table_into,
+    encode_table,
+    table_bytes,
+    table_tensors,
+)
+from shiftadd_cli.errors import NumericalError
+
+
+def matrix(rows: int = 9, columns: int = 21, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=g) * 10 ** torch.linspace(-4, 2, rows).unsqueeze(1)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 7), st.integers(1, 33), st.integers(0, 2**31))
+def test_every_weight_is_within_half_a_step(rows: int, columns: int, seed: int) -> None:
+    weight = matrix(rows, columns, seed)
+    codes, scales = encode_table(weight, "x")
+    assert (codes.dtype, scales.dtype) == (torch.int8, torch.bfloat16)
+    for row, code, scale in zip(weight.double(), codes.double(), scales.double(), strict=True):
+        assert scale == (row.float().abs().max() / 127).bfloat16()
+        assert code.abs().max() == 127
+        # Half a step, and at the ends what rounding the scale down to eight bits costs the largest weight.
+        assert ((row - scale * code).abs() <= scale / 2 * (1 + 1e-6)).all()
+
+
+def test_codes_make_up_for_the_rounding_of_the_scale() -> None:
+    weight = matrix(columns=4000)
+    codes, scales = encode_table(weight, "x")
+    exact = weight / (weight.abs().amax(1, keepdim=True) / 127)
+    naive = decode_table(exact.round().to(torch.int8), scales)
+    assert ((weight - decode_table(codes, scales)).norm(dim=1) < (weight - naive).norm(dim=1)).all()
+
+
+def test_rows_of_zeros_and_of_almost_nothing() -> None:
+    weight = torch.stack((torch.zeros(5), torch.full((5,), 1e-42), torch.full((5,), 1e-38), torch.ones(5)))
+    codes, scales = encode_table(weight, "x")
+    decoded = decode_table(codes, scales)
+    assert torch.equal(decoded[0], weight[0])
+    assert torch.isfinite(decoded).all()
+    assert ((decoded - weight)[:3].abs() <= 1e-40).all()
+    assert decoded[3].sub(1).abs().max() < 2**-8
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_refused_by_name(value: float) -> None:
+    weight = matrix()
+    weight[7, 3] = value
+    with pytest.raises(NumericalError, match=r"weight of model\.embed is not finite"):
+        encode_table(weight, "model.embed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tiles_are_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = matrix().to(dtype)
+    whole = encode_table(weight, "x")
+    monkeypatch.setattr(int8, "_TILE_WEIGHTS", 2 * 21)
+    assert all(torch.equal(one, other) for one, other in zip(encode_table(weight, "x"), whole, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_in_place_tells_the_error(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "_TILE_WEIGHTS", 4 * 21)
+    weight = matrix().to(dtype)
+    before, table = weight.clone().double(), encode_table(weight, "x")
+    error = decode_table_into(*table, weight)
+    assert torch.equal(weight, decode_table(*table, dtype))
+    expected = (before - decode_table(*table).double()).square().sum() / before.square().sum()
+    assert error == pytest.approx(float(expected), rel=1e-5)
+    assert decode_table_into(*encode_table(torch.zeros(2, 3), "x"), torch.zeros(2, 3)) == 0
+
+
+def test_sizes_are_those_of_the_tensors() -> None:
+    codes, scales = encode_table(matrix(), "x")
+    assert table_tensors(9, 21) == {
+        "weight_int8": (tuple(codes.shape), codes.dtype),
+        "weight_int8_scale": (tuple(scales.shape), scales.dtype),
+    }
+    assert table_bytes(9, 21) == codes.nbytes + scales.nbytes == 9 * (21 + 2)

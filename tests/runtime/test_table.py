@@ -1,0 +1,176 @@
+"""Tables as modules, against dense modules of the decoded matrix."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+from shiftadd_cli.bcq.int8 import encode_table
+from shiftadd_cli.runtime import table as table_module
+from shiftadd_cli.runtime.table import Int8Embedding, Int8Linear, Table, can_hold_table, drop_table, hold_table
+
+IDS = torch.tensor([[0, 5, 29], [7, 7, 1]])
+
+
+def filled(module: nn.Embedding | nn.Linear, dtype: torch.dtype | None = None) -> Table:
+    codes, scale = encode_table(module.weight.detach(), "x")
+    table = hold_table(module, dtype)
+    table.weight_int8.data.copy_(codes)
+    table.weight_int8_scale.copy_(scale)
+    return table
+
+
+def embedding() -> Table:
+    torch.manual_seed(0)
+    return filled(nn.Embedding(30, 20))
+
+
+def head(bias: bool = True) -> Table:
+    torch.manual_seed(1)
+    return filled(nn.Linear(20, 30, bias=bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("ids", [IDS, IDS[0], IDS.int(), IDS[0, 1]], ids=lambda ids: f"{list(ids.shape)} {ids.dtype}")
+def test_lookup_is_that_of_the_decoded_matrix(dtype: torch.dtype, ids: Tensor) -> None:
+    module = embedding().to(dtype)
+    found = module(ids)
+    assert found.dtype == dtype
+    assert torch.equal(found, functional.embedding(ids, module.decode().to(dtype)))
+
+
+@pytest.mark.parametrize("wrong", [-1, 30])
+def test_ids_outside_the_table_are_refused(wrong: int) -> None:
+    with pytest.raises(IndexError):
+        embedding()(torch.tensor([0, wrong]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("rows_per_tile", [1000, 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_head_is_the_dense_product(
+    dtype: torch.dtype, leading: tuple[int, ...], rows_per_tile: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_module, "TILE_BYTES", dtype.itemsize * 20 * rows_per_tile)
+    module = head(bias).to(dtype)
+    x = torch.randn(*leading, 20, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = module(x)
+    assert (found.dtype, found.shape) == (dtype, (*leading, 30))
+    offset = module.bias.double() if bias else None
+    exact = functional.linear(x.double(), module.decode().double(), offset)
+    product = functional.linear(x.double(), module.decode().double())
+    bound = x.double().abs() @ module.decode().double().abs().T
+    eps = torch.finfo(dtype).eps
+    # Codes are exact, so what is rounded is the product, twice, and the sum with the bias.
+    assert ((found.double() - exact).abs()
+            <= bound * 64 * torch.finfo(torch.float32).eps + (product.abs() + exact.abs()) * eps).all()  # fmt: skip
+
+
+def test_sums_of_codes_stay_within_float16() -> None:
+    dense = nn.Linear(600, 3, bias=False)
+    dense.weight.data.fill_(0.01)
+    found = filled(dense)(torch.full((1, 600), 8.0, dtype=torch.float16))
+    assert found.sub(48).abs().max() < 0.5
+
+
+def test_gradients_reach_the_input_and_nothing_stored() -> None:
+    module = head()
+    x = torch.randn(3, 20, requires_grad=True)
+    module(x).sum().backward()
+    assert torch.allclose(x.grad, module.decode().sum(0).expand(3, -1), rtol=1e-5, atol=1e-6)
+    assert module.weight_int8.grad is None
+
+
+def test_an_embedding_of_another_class_keeps_what_it_adds() -> None:
+    torch.manual_seed(0)
+    dense = Gemma3TextScaledWordEmbedding(30, 20, 0, embed_scale=4.5)
+    module = filled(copy.deepcopy(dense))
+    assert isinstance(module, Int8Embedding)
+    assert isinstance(module, Gemma3TextScaledWordEmbedding)
+    dense.weight.data = module.decode()
+    assert torch.equal(module(IDS), dense(IDS))
+    assert type(filled(copy.deepcopy(dense))) is type(module)
+    assert torch.equal(module.bfloat16()(IDS), dense.bfloat16()(IDS))
+
+
+class OwnLookup(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T
+
+
+def test_what_can_be_a_table() -> None:
+    for module in (nn.Embedding(3, 4), Gemma3TextScaledWordEmbedding(3, 4, 0), nn.Linear(3, 4)):
+        assert can_hold_table(module)
+    for other in (OwnLookup(3, 4), nn.Embedding(3, 4, max_norm=1.0), nn.Conv1d(3, 4, 1), nn.Identity(), None):
+        assert not can_hold_table(other)
+
+
+@pytest.mark.parametrize("make", [embedding, head])
+@pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu", torch.float16),
+                                  lambda m: m.type(torch.float16)])  # fmt: skip
+def test_dtype_moves_leave_what_is_stored(make: Callable[[], Table], move: Callable[[nn.Module], Table]) -> None:
+    module = make()
+    # A scale that float16 turns into infinity.
+    module.weight_int8_scale[3] = 2.0**20
+    before = module.decode()
+    moved = move(module)
+    assert torch.equal(moved.decode(), before)
+    assert (moved.weight_int8.dtype, moved.weight_int8_scale.dtype) == (torch.int8, torch.bfloat16)
+    assert moved.weight.dtype != torch.float32
+    if isinstance(moved, nn.Linear):
+        assert moved.bias.dtype == moved.weight.dtype
+
+
+def test_stand_in_weight() -> None:
+    module = hold_table(nn.Embedding(30, 20, device="meta"), torch.bfloat16)
+    assert (module.weight.shape, module.weight.dtype, module.weight.device.type) == ((30, 20), torch.bfloat16, "meta")
+    assert embedding().weight.isnan().all()
+    assert head().state_dict().keys() == {"weight_int8", "weight_int8_scale", "bias"}
+    assert dict(head().named_parameters()).keys() == {"weight_int8", "bias"}
+
+
+def test_a_shared_table_is_one_and_saved_once() -> None:
+    module, tied = embedding(), hold_table(nn.Linear(20, 30))
+    tied.share(module)
+    assert tied.weight_int8 is module.weight_int8
+    assert tied.weight_int8_scale is module.weight_int8_scale
+    x = torch.randn(4, 20)
+    assert torch.allclose(tied(x), functional.linear(x, module.decode(), tied.bias), rtol=1e-5, atol=1e-5)
+    assert tied.state_dict().keys() == {"weight_int8", "bias"}
+    both = copy.deepcopy(nn.ModuleList([module, tied])).half()
+    assert both[0].weight_int8 is both[1].weight_int8
+    assert torch.equal(both[1].decode(), module.decode())
+
+
+@pytest.mark.parametrize("make", [embedding, head, lambda: filled(Gemma3TextScaledWordEmbedding(30, 20, 0, 2.0))])
+def test_copies_and_pickles(make: Callable[[], Table]) -> None:
+    module = make()
+    stream = io.BytesIO()
+    torch.save(module, stream)
+    stream.seek(0)
+    for other in (copy.deepcopy(module), torch.load(stream, weights_only=False)):
+        assert type(other) is type(module)
+        assert torch.equal(other.decode(), module.decode())
+        x = torch.ones(2, 20) if isinstance(module, Int8Linear) else IDS
+        assert torch.equal(other(x), module(x))
+
+
+@pytest.mark.parametrize("make", [embedding, head, lambda: filled(Gemma3TextScaledWordEmbedding(30, 20, 0, 2.0))])
+def test_dropped_it_is_the_dense_module_again(make: Callable[[], Table]) -> None:
+    module = make()
+    dense_class, decoded = module.dense_class, module.decode()
+    untouched = {key for key in vars(copy.deepcopy(module)) if not key.startswith("_")}
+    drop_table(module, nn.Parameter(decoded))
+    assert type(module) is dense_class
+    assert {key for key in vars(module) if not key.startswith("_")} == untouched
+    assert torch.equal(module.weight, decoded)
+    assert "weight_int8" not in module.state_dict()
+    assert "weight_int8_scale" not in module.state_dict()
