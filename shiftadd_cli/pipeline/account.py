@@ -85,6 +85,7 @@ def make_report(
             kept_bytes=plan.kept_bytes,
             quantized_weights=plan.quantized_weights,
             bits_per_weight=plan.bits_per_weight,
+            planes_per_weight=plan.planes_per_weight,
             whole_file_bits_per_weight=8 * files_bytes / plan.parameters,
         ),
         kinds=average_kinds(layers),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.report.summary import size, table
+from shiftadd_cli.report.summary import bits_range, size, table
 
 
 def describe_plan(plan: Plan) -> str:
@@ -17,9 +17,8 @@ def describe_plan(plan: Plan) -> str:
         weights = sum(plan.linears[i].spec.out_features * plan.linears[i].spec.in_features for i in members)
         stored = sum(plan.linears[i].layout.nbytes for i in members)
         shape = f"{first.spec.out_features} x {first.spec.in_features}"
-        rows.append(
-            (kind, str(len(members)), shape, str(first.layout.bits), f"{8 * stored / weights:.3f}", size(stored))
-        )
+        bits = bits_range(plan.linears[i].layout.bits for i in members)
+        rows.append((kind, str(len(members)), shape, bits, f"{8 * stored / weights:.3f}", size(stored)))
     reasons: dict[str, int] = {}
     for _, reason in plan.structure.kept:
         reasons[reason] = reasons.get(reason, 0) + 1

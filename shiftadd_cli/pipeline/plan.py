@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import resource
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -86,25 +88,47 @@ class Plan:
         return 8 * self.quantized_bytes / self.quantized_weights
 
     @property
+    def planes_per_weight(self) -> float:
+        """Bits of the quantized layers, averaged over their weights."""
+        planes = sum(each.layout.bits * each.spec.out_features * each.spec.in_features for each in self.linears)
+        return planes / self.quantized_weights
+
+    @property
     def whole_bits_per_weight(self) -> float:
         """Stored bits per parameter of the whole model."""
         return 8 * self.after_bytes / self.parameters
 
     def artifact_format(self) -> ArtifactFormat:
         """The quantization_config of the artifact."""
-        recipe = self.recipe
-        common = MatrixFormat(**{name: getattr(recipe, name) for name in MatrixFormat.__dataclass_fields__})
-        modules = {p.spec.name: (common, p.spec.out_features, p.spec.in_features) for p in self.linears}
+        fields = {name: getattr(self.recipe, name) for name in MatrixFormat.__dataclass_fields__}
+        # Most layers then need no word of their own.
+        fields["bits"] = Counter(each.layout.bits for each in self.linears).most_common(1)[0][0]
+        common = MatrixFormat(**fields)
+        modules = {
+            each.spec.name: (replace(common, bits=each.layout.bits), each.spec.out_features, each.spec.in_features)
+            for each in self.linears
+        }
         return ArtifactFormat(common, modules)
 
 
-def make_plan(source: Source, recipe: Recipe) -> Plan:
-    """Plan a run from headers alone. Raises SourceError when there is nothing to quantize, see `find_structure`."""
+def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, int] | None = None) -> Plan:
+    """Plan a run from headers alone.
+
+    bits: of every linear that the recipe does not skip, by full name; by default those of the recipe for all.
+
+    Raises SourceError when there is nothing to quantize, see `find_structure`.
+    """
     model = source.skeleton()
     structure = find_structure(model, recipe.skip)
     options = SolverOptions.from_recipe(recipe)
     linears = tuple(
-        PlannedLinear(spec, options.layout(spec.out_features, spec.in_features)) for spec in structure.linears
+        PlannedLinear(
+            spec,
+            replace(options, bits=recipe.bits if bits is None else bits[spec.name]).layout(
+                spec.out_features, spec.in_features
+            ),
+        )
+        for spec in structure.linears
     )
     tensors, kept = _tensors(model, structure, linears)
     return Plan(source, structure, recipe, linears, tensors, kept, _peak_memory(source, structure, linears, recipe))

@@ -137,7 +137,8 @@ class _Run:
             block = source.skeleton().get_submodule(name)
             block.to(self.device)
         specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
-        quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights)
+        bits = {each.spec.name: each.layout.bits for each in self.plan.linears}
+        quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights, bits)
         if trace is None:
             quantizer.without_data()
         else:

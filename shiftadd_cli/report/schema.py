@@ -44,6 +44,7 @@ class SizeReport(_Part):
     kept_bytes: Annotated[int, Field(description="Tensors stored as they were.")]
     quantized_weights: int
     bits_per_weight: Annotated[float, Field(description="Of the quantized layers, everything stored for them counted.")]
+    planes_per_weight: Annotated[float, Field(description="Bits of the quantized layers, averaged over weights.")]
     whole_file_bits_per_weight: Annotated[float, Field(description="All weight files over all parameters.")]
 
 
