@@ -14,6 +14,7 @@ from torch import Tensor
 from shiftadd_cli.calibration.text import TextData
 from shiftadd_cli.pipeline.plan import Plan, resident_bytes
 from shiftadd_cli.report.schema import (
+    BitPlanReport,
     BlockReport,
     CalibrationReport,
     KeptReport,
@@ -79,6 +80,7 @@ def make_report(
         recipe=plan.recipe.model_dump(mode="json"),
         recipe_fingerprint=plan.recipe.fingerprint(),
         calibration=None if calibration is None else _calibration(*calibration),
+        bit_plan=_bit_plan(plan),
         size=SizeReport(
             files_bytes=files_bytes,
             quantized_bytes=plan.quantized_bytes,
@@ -104,6 +106,16 @@ def make_report(
                 **{name: version(name) for name in ("torch", "transformers", "safetensors")},
             },
         ),
+    )
+
+
+def _bit_plan(plan: Plan) -> BitPlanReport | None:
+    if plan.bit_plan is None:
+        return None
+    return BitPlanReport(
+        fingerprint=plan.bit_plan.fingerprint(),
+        sensitivity=plan.bit_plan.made_by.sensitivity,
+        predicted_loss=plan.bit_plan.predicted_loss,
     )
 
 

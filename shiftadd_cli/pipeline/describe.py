@@ -33,6 +33,7 @@ def describe_plan(plan: Plan) -> str:
             "",
             table(("layers", "count", "shape", "bits", "bits/weight", "stored"), rows),
             "",
+            *_bit_plan(plan),
             f"Kept          {size(plan.kept_bytes)} in {dtype}: {kept}",
             f"Size          {size(before)} in {dtype} (files: {size(source.file_bytes)}) -> {size(plan.after_bytes)}, "
             f"{plan.whole_bits_per_weight:.3f} bits/weight over the whole file",
@@ -41,3 +42,12 @@ def describe_plan(plan: Plan) -> str:
             + (f"{recipe.calibration}, {recipe.samples} x {recipe.seq_len} tokens" if plan.calibrated else "none"),
         )
     )
+
+
+def _bit_plan(plan: Plan) -> list[str]:
+    if plan.bit_plan is None:
+        return []
+    return [
+        f"Bit plan      {plan.recipe.bit_plan}: {plan.planes_per_weight:.3f} planes, {plan.bits_per_weight:.3f} stored "
+        "bits per weight on average"
+    ]

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from shiftadd_cli.allocation.plan_file import BitPlan, load_plan
 from shiftadd_cli.artifact.format import ArtifactFormat, MatrixFormat
 from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.bcq.solver import SolverOptions
@@ -46,7 +47,8 @@ class PlannedLinear:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, fixed: `tensors` are all tensors of the artifact in file order; `kept` those stored as they are."""
+    """A run, fixed: `tensors` are all tensors of the artifact in file order; `kept` those stored as they are;
+    `bit_plan` the file that bits come from, if any."""
 
     source: Source
     structure: Structure
@@ -55,6 +57,7 @@ class Plan:
     tensors: dict[str, TensorShape]
     kept: tuple[str, ...]
     peak_memory_bytes: int
+    bit_plan: BitPlan | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -114,13 +117,20 @@ class Plan:
 def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, int] | None = None) -> Plan:
     """Plan a run from headers alone.
 
-    bits: of every linear that the recipe does not skip, by full name; by default those of the recipe for all.
+    bits: of every linear that the recipe does not skip, by full name; by default those of the recipe's bit plan, or
+        its bits for all.
 
-    Raises SourceError when there is nothing to quantize, see `find_structure`.
+    Raises SourceError when there is nothing to quantize, see `find_structure`; AllocationError when the bit plan cannot
+    be read, or is of another model or another way to store it.
     """
     model = source.skeleton()
     structure = find_structure(model, recipe.skip)
     options = SolverOptions.from_recipe(recipe)
+    bit_plan = None
+    if bits is None and recipe.bit_plan is not None:
+        bit_plan = load_plan(Path(recipe.bit_plan))
+        bit_plan.check(recipe.bit_plan, source.fingerprint, options, structure.linears)
+        bits = bit_plan.bits
     linears = tuple(
         PlannedLinear(
             spec,
@@ -131,7 +141,8 @@ def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, int] | None = N
         for spec in structure.linears
     )
     tensors, kept = _tensors(model, structure, linears)
-    return Plan(source, structure, recipe, linears, tensors, kept, _peak_memory(source, structure, linears, recipe))
+    memory = _peak_memory(source, structure, linears, recipe)
+    return Plan(source, structure, recipe, linears, tensors, kept, memory, bit_plan)
 
 
 def _tensors(

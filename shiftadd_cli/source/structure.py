@@ -72,7 +72,7 @@ def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
         sizes = linear_sizes(module)
         if number is None:
             kept.append((name, _reason(module, head, "outside the blocks")))
-        elif pattern := _matching(name, skip):
+        elif pattern := matching_pattern(name, skip):
             kept.append((name, f"skipped by {pattern}"))
         elif sizes is None:
             stacks += [
@@ -128,7 +128,8 @@ def _alike(elements: nn.ModuleList) -> bool:
     return len({type(element) for element in elements}) == 1 or len(layouts) == 1
 
 
-def _matching(name: str, patterns: Sequence[str]) -> str | None:
+def matching_pattern(name: str, patterns: Sequence[str]) -> str | None:
+    """The first of the glob `patterns` that matches the module `name` or a module it is part of; None if none does."""
     parts = name.split(".")
     prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     return next((pattern for pattern in patterns if any(fnmatchcase(each, pattern) for each in prefixes)), None)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from bit_plans import plan_for
 from tiny_models import FAMILIES, save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -87,6 +88,19 @@ def test_layers_of_different_bits_load_and_compute_with_the_decoded_weights(tmp_
         module.weight.data = decoded.T if type(module).__name__ == "Conv1D" else decoded
     tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(logits(packed, tokens), logits(dense, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_the_report_says_which_plan_gave_the_bits(tmp_path):
+    source, path = tmp_path / "source", tmp_path / "plan.json"
+    save_tiny("llama", source)
+    bit_plan = plan_for(source, Recipe.load("default", QUICK))
+    path.write_text(bit_plan.to_json())
+    report = quantize(source, tmp_path / "out", bit_plan=str(path))
+    assert {layer.name: layer.bits for layer in report.layers} == bit_plan.bits
+    assert report.bit_plan.fingerprint == bit_plan.fingerprint()
+    assert report.size.quantized_bytes == bit_plan.stored_bytes
+    assert report.size.bits_per_weight == bit_plan.bits_per_weight
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["bit_plan"]["sensitivity"] == "output"
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path):
