@@ -111,7 +111,7 @@ class _Run:
         if self.calibration is not None:
             with self.clock.phase("trace"):
                 model = source.skeleton()
-                _move(model, structure.outside, self.device)
+                move_parts(model, structure.outside, self.device)
                 windows = self.calibration.windows
                 recipe = self.plan.recipe
                 trace = trace_model(source, structure, windows, recipe.batch_size, self.device)
@@ -185,7 +185,7 @@ class _Run:
         return config
 
 
-def _move(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+def move_parts(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
     """Move modules, or parameters and buffers that stand by themselves, to the device."""
     modules = dict(model.named_modules())
     for name in names:
