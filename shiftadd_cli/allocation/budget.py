@@ -44,7 +44,7 @@ class Budget:
         return self.file_bytes - other_bytes
 
     def in_words(self, layer_bytes: int, weights: int, other_bytes: int) -> str:
-        """Some bytes for the quantized layers in the unit of this budget."""
+        """Some bytes for the quantized layers in the unit of this budget, rounded up: what is said is enough."""
         if self.average_bits is not None:
-            return f"{8 * layer_bytes / weights:.3f} bits per weight"
-        return f"{(layer_bytes + other_bytes) / 1e6:.2f} MB"
+            return f"{math.ceil(8000 * layer_bytes / weights) / 1000:.3f} bits per weight"
+        return f"{math.ceil((layer_bytes + other_bytes) / 1000) / 1000:.3f} MB"

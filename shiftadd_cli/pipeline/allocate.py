@@ -106,10 +106,9 @@ class AllocationJob:
         together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
         layers = self._choices(sensitivities, follow_pins(self.allowed, together))
         tied = [*self.tied, *together]
-        largest = self.plan_at(max)
-        other = _file_bytes(largest) - largest.quantized_bytes
-        budget = self.request.budget
-        available = budget.layer_bytes(largest.quantized_weights, other)
+        budget, smallest = self.request.budget, self.plan_at(min)
+        other = _file_bytes(smallest) - smallest.quantized_bytes
+        available = budget.layer_bytes(smallest.quantized_weights, other)
         while True:
             chosen = allocate(layers, tied, available)
             plan = make_plan(self.source, self.recipe, chosen)
@@ -117,7 +116,7 @@ class AllocationJob:
             if above <= 0:
                 return self._bit_plan(layers, chosen)
             # The files' headers take a few bytes that depend on the choice.
-            available -= above
+            available = max(available - above, smallest.quantized_bytes)
 
     def sensitivities(self, show: Blocks) -> Sensitivities:
         """At every number of bits allowed for any layer, from the cache where it has them."""
