@@ -32,7 +32,8 @@ def allocate(layers: Sequence[Choices], tied: Iterable[Iterable[str]], budget: i
 
     Raises AllocationError where tied layers have no bits in common, or where the budget is too small.
     """
-    groups = [_merged(members) for members in tied_groups(layers, tied)]
+    by_name = {layer.name: layer for layer in layers}
+    groups = [_merged([by_name[name] for name in names]) for names in tied_groups(by_name, tied)]
     smallest = sum(min(group.bytes.values()) for group in groups)
     if budget < smallest:
         raise AllocationError(
@@ -46,9 +47,10 @@ def allocate(layers: Sequence[Choices], tied: Iterable[Iterable[str]], budget: i
     return {name: bits for group, bits in zip(groups, chosen, strict=True) for name in group.names}
 
 
-def tied_groups(layers: Sequence[Choices], tied: Iterable[Iterable[str]]) -> list[list[Choices]]:
-    """The layers in groups, in the order of their first members; a layer that is not tied is a group by itself."""
-    leader = {layer.name: layer.name for layer in layers}
+def tied_groups(layers: Iterable[str], tied: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
+    """Names in groups, in the order of their first members: those of tied sets that overlap are one group, and a name
+    in none is a group by itself."""
+    leader = {name: name for name in layers}
 
     def find(name: str) -> str:
         while leader[name] != name:
@@ -59,10 +61,10 @@ def tied_groups(layers: Sequence[Choices], tied: Iterable[Iterable[str]]) -> lis
         first, *others = names
         for other in others:
             leader[find(other)] = find(first)
-    groups: dict[str, list[Choices]] = {}
-    for layer in layers:
-        groups.setdefault(find(layer.name), []).append(layer)
-    return list(groups.values())
+    groups: dict[str, list[str]] = {}
+    for name in leader:
+        groups.setdefault(find(name), []).append(name)
+    return [tuple(names) for names in groups.values()]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from shiftadd_cli.allocation.cache import SensitivityCache, cache_folder
 from shiftadd_cli.allocation.patterns import follow_pins, fused, pinned_bits, tied_by_pattern
 from shiftadd_cli.allocation.plan_file import BitPlan, Origin, PlanCalibration, PlannedLayer, PlannedModel, Storage
 from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, measure_sensitivities
-from shiftadd_cli.allocation.solve import Choices, allocate
+from shiftadd_cli.allocation.solve import Choices, allocate, tied_groups
 from shiftadd_cli.artifact.shards import plan_shards
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.calibration.trace import trace_model
@@ -75,7 +75,7 @@ class AllocationJob:
         specs = [each.spec for each in plan.linears]
         pinned = pinned_bits(specs, request.keep)
         allowed = {spec.name: (pinned[spec.name],) if spec.name in pinned else request.candidates for spec in specs}
-        tied = tied_by_pattern(specs, request.tie)
+        tied = tied_groups(allowed, tied_by_pattern(specs, request.tie))
         allowed = follow_pins(allowed, tied)
         if not plan.calibrated:
             raise AllocationError(
@@ -104,8 +104,8 @@ class AllocationJob:
         """
         sensitivities = self.sensitivities(show or (lambda names, text: progress(names, total=len(names), desc=text)))
         together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
-        layers = self._choices(sensitivities, follow_pins(self.allowed, together))
-        tied = [*self.tied, *together]
+        tied = tied_groups(self.allowed, [*self.tied, *together])
+        layers = self._choices(sensitivities, follow_pins(self.allowed, tied))
         budget, smallest = self.request.budget, self.plan_at(min)
         other = _file_bytes(smallest) - smallest.quantized_bytes
         available = budget.layer_bytes(smallest.quantized_weights, other)

@@ -73,9 +73,9 @@ def test_more_bits_that_do_not_help_are_not_bought():
 
 
 def test_ties_that_overlap_become_one():
-    layers = [Choices(name, {2: 1}, {2: 1.0}) for name in "abcd"]
-    groups = tied_groups(layers, [("a", "b"), ("d", "b")])
-    assert [[each.name for each in group] for group in groups] == [["a", "b", "d"], ["c"]]
+    assert tied_groups("abcd", [("a", "b"), ("d", "b")]) == [("a", "b", "d"), ("c",)]
+    assert tied_groups("abcd", [("a", "b"), ("c", "d"), ("d", "a")]) == [("a", "b", "c", "d")]
+    assert tied_groups("ab", []) == [("a",), ("b",)]
 
 
 def test_tied_layers_that_are_pinned_apart_are_refused_by_name():

@@ -168,3 +168,10 @@ def test_the_table_shows_bits_over_depth_and_both_averages(model):
     assert f"{plan.predicted_loss:.4g} (nats/token)" in text
     uniform = sum(layer.cost[3] for layer in plan.layers.values())
     assert f"{uniform:.4g}" in next(line for line in text.splitlines() if line.startswith("uniform 3"))
+
+
+def test_a_chain_of_ties_follows_the_layer_that_is_kept(model):
+    """The query keeps five bits; so does the value, fused with it; so does the output, tied to the value."""
+    plan = job_for(model, bits=6, keep=("*.q_proj=5",), tie=("*.v_proj,*.o_proj",), candidates=(2, 3)).run(quiet)
+    kept = {name.rpartition(".")[2] for name, layer in plan.layers.items() if layer.bits == 5}
+    assert kept == {"q_proj", "k_proj", "v_proj", "o_proj"}
