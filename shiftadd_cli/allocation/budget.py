@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from shiftadd_cli.errors import AllocationError
 
 _SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?) ?(KB|MB|GB)", flags=re.IGNORECASE)
+_CURVE = re.compile(r"([0-9]+(?:\.[0-9]+)?):([0-9]+(?:\.[0-9]+)?):([0-9]+(?:\.[0-9]+)?)")
+# More points than this say nothing more.
+_LONGEST_CURVE = 200
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -48,3 +51,16 @@ class Budget:
         if self.average_bits is not None:
             return f"{math.ceil(8000 * layer_bytes / weights) / 1000:.3f} bits per weight"
         return f"{math.ceil((layer_bytes + other_bytes) / 1000) / 1000:.3f} MB"
+
+
+def parse_curve(text: str) -> list[Budget]:
+    """`2:4:0.25` as budgets of 2, 2.25, ... 4 stored bits per weight. Raises AllocationError."""
+    match = _CURVE.fullmatch(text)
+    # Whole millionths: 0.1 is no binary fraction, and the end must be met.
+    first, last, step = (round(1e6 * float(part)) for part in match.groups()) if match else (0, 0, 0)
+    if not 0 < first <= last or step <= 0 or (last - first) // step >= _LONGEST_CURVE:
+        raise AllocationError(
+            f"--curve {text!r} is not valid; give FIRST:LAST:STEP in bits per weight, such as 2:4:0.25, for at most "
+            f"{_LONGEST_CURVE} points."
+        )
+    return [Budget.parse(point / 1e6, None) for point in range(first, last + 1, step)]

@@ -48,6 +48,11 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     default=True,
     help="Equal bits for layers that inference engines fuse (query, key, value; gate, up).  [default: on]",
 )
+@click.option(
+    "--curve",
+    metavar="FIRST:LAST:STEP",
+    help="Show the loss predicted at these average bits as well, such as 2.25:4:0.25.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace PLAN if it exists.")
 @recipe_choice
 @recipe_options_without("bits", "bit_plan", "shard_size")
@@ -61,6 +66,7 @@ def allocate_bits(
     keep: tuple[str, ...],
     tie: tuple[str, ...],
     tie_fused: bool,
+    curve: str | None,
     overwrite: bool,
     recipe: str,
     **fields: Any,
@@ -76,10 +82,10 @@ def allocate_bits(
     from shiftadd_cli.recipe import Recipe
 
     settings = Recipe.load(recipe, overrides_from(fields))
-    from shiftadd_cli.allocation.budget import Budget
+    from shiftadd_cli.allocation.budget import Budget, parse_curve
     from shiftadd_cli.allocation.patterns import parse_candidates
     from shiftadd_cli.pipeline.allocate import AllocationJob, Request
-    from shiftadd_cli.pipeline.describe_bits import describe_bit_plan
+    from shiftadd_cli.pipeline.describe_bits import describe_bit_plan, describe_front
     from shiftadd_cli.pipeline.plan import resident_bytes
     from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan
     from shiftadd_cli.report.summary import size
@@ -88,11 +94,16 @@ def allocate_bits(
     request = Request(
         Budget.parse(avg_bits, target_size), parse_candidates(candidates), sensitivity, keep, tie, tie_fused
     )
+    points = [] if curve is None else parse_curve(curve)
     check_plan_output(out, overwrite=overwrite)
     job = AllocationJob.prepare(model, settings, request)
+    others = [job.with_budget(point) for point in points]
     plan = job.run()
     write_plan(plan, out)
     click.echo(describe_bit_plan(plan, [each.spec for each in job.linears]))
+    if others:
+        # What the first one measured is remembered.
+        click.echo("\n" + describe_front([other.run() for other in others]) + "\n")
     click.echo(f"Time          {time.monotonic() - start:.0f} s")
     click.echo(f"Peak memory   {size(resident_bytes())}")
     click.echo(f"Written to    {out}")

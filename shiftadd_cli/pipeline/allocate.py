@@ -118,6 +118,12 @@ class AllocationJob:
             # The files' headers take a few bytes that depend on the choice.
             available = max(available - above, smallest.quantized_bytes)
 
+    def with_budget(self, budget: Budget) -> AllocationJob:
+        """The same with another budget. Raises AllocationError where it is too small."""
+        other = replace(self, request=replace(self.request, budget=budget))
+        other.check_budget()
+        return other
+
     def sensitivities(self, show: Blocks) -> Sensitivities:
         """At every number of bits allowed for any layer, from the cache where it has them."""
         wanted = sorted({bits for each in self.allowed.values() for bits in each})

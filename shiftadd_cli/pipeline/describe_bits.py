@@ -42,6 +42,21 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
     )
 
 
+def describe_front(plans: Sequence[BitPlan]) -> str:
+    """Size against predicted loss, one plan a line."""
+    rows = [
+        (
+            plan.made_by.budget,
+            f"{plan.planes_per_weight:.3f}",
+            f"{plan.bits_per_weight:.3f}",
+            size(plan.stored_bytes),
+            f"{plan.predicted_loss:.4g}",
+        )
+        for plan in plans
+    ]
+    return table(("budget", "planes", "bits/weight", "stored", "predicted loss"), rows)
+
+
 def _numbers(layers: Sequence[PlannedLayer], bits: Sequence[int]) -> tuple[str, str, str]:
     weights = sum(layer.weights for layer in layers)
     planes = sum(each * layer.weights for layer, each in zip(layers, bits, strict=True)) / weights

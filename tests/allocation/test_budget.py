@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shiftadd_cli.allocation.budget import Budget
+from shiftadd_cli.allocation.budget import Budget, parse_curve
 from shiftadd_cli.errors import AllocationError
 
 
@@ -32,3 +32,24 @@ def test_sizes_are_decimal_and_leave_room_for_everything_else(text, count):
 def test_anything_else_is_refused_with_the_cure(bits, size):
     with pytest.raises(AllocationError, match=r"give .*(2\.5|70MB|--target-size)"):
         Budget.parse(bits, size)
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        ("2:3:0.25", [2, 2.25, 2.5, 2.75, 3]),
+        ("2.1:2.5:0.1", [2.1, 2.2, 2.3, 2.4, 2.5]),
+        ("2:3:0.6", [2, 2.6]),
+        ("3:3:1", [3]),
+    ],
+)
+def test_a_curve_goes_from_first_to_last(text, points):
+    assert [budget.average_bits for budget in parse_curve(text)] == points
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2:4", "4:2:0.25", "2:4:0", "0:4:1", "2:4:x", "-1:4:1", "2:4:0.0000001", "1:8:0.01"]
+)
+def test_a_curve_that_is_none_or_endless_is_refused(text):
+    with pytest.raises(AllocationError, match="--curve"):
+        parse_curve(text)

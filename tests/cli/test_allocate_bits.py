@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 from tiny_models import save_tiny
 
 from shiftadd_cli.cli import main
+from shiftadd_cli.cli.allocate_bits import allocate_bits
 
 QUICK = ["--samples", "4", "--seq-len", "24", "--group-size", "16", "--fit-rounds", "1"]
 
@@ -56,11 +57,27 @@ def test_a_plan_is_made_shown_and_used(model: Path, tmp_path: Path) -> None:
     assert shiftadd("allocate-bits", model, "-o", plan, "--avg-bits", "5", "--overwrite", *QUICK).exit_code == 0
 
 
+def test_a_curve_shows_less_predicted_loss_for_more_bits(model: Path, tmp_path: Path) -> None:
+    result = shiftadd("allocate-bits", model, "-o", tmp_path / "p", "--avg-bits", "5", "--curve", "4.5:6:0.5", *QUICK)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("budget"))
+    rows = [line.split() for line in lines[start + 1 : start + 5]]
+    assert [row[0] for row in rows] == ["4.5", "5", "5.5", "6"]
+    assert all(float(row[5]) <= float(row[0]) for row in rows)
+    losses = [float(row[-1]) for row in rows]
+    assert losses == sorted(losses, reverse=True)
+    # Measured once.
+    assert result.stderr.count("100%") == 1
+
+
 BAD = [
     ([], "--avg-bits"),
     (["--avg-bits", "3", "--target-size", "1MB"], "--avg-bits"),
     (["--avg-bits", "1"], "from"),
     (["--target-size", "1KB"], "MB"),
+    (["--avg-bits", "5", "--curve", "1:4:1"], "from"),
+    (["--avg-bits", "5", "--curve", "4"], "--curve"),
     (["--target-size", "much"], "--target-size"),
     (["--avg-bits", "5", "--candidates", "0,1"], "--candidates"),
     (["--avg-bits", "5", "--keep", "*.nothing=3"], "--keep"),
@@ -87,3 +104,8 @@ def test_the_options_are_those_of_a_recipe_without_bits() -> None:
     text = shiftadd("allocate-bits", "--help").stdout
     assert "--group-size" in text
     assert "--bits" not in text.replace("--avg-bits", "")
+
+
+def test_no_option_of_its_own_hides_one_of_the_recipe() -> None:
+    names = [name for parameter in allocate_bits.params for name in (*parameter.opts, *parameter.secondary_opts)]
+    assert len(names) == len(set(names))
