@@ -244,7 +244,7 @@ def _readable(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_bits(values: Mapping[str, _Value]) -> dict[str, _Value]:
-    return {bits: values[bits] for bits in sorted(map(str, values), key=int)} if values else {}
+    return {bits: values[bits] for bits in sorted(values, key=int)}
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

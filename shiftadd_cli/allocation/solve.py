@@ -7,7 +7,10 @@ true stored bytes of all layers staying within the budget. That is a multiple-ch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from shiftadd_cli.errors import AllocationError
@@ -105,6 +108,7 @@ def _knapsack(groups: Sequence[_Group], budget: int) -> list[int]:
     base = np.array([min(group.bytes.values()) for group in groups], dtype=np.int64)
     extra = sizes - base[owner]
     spare = budget - int(base.sum())
+    largest = float(extra.max())
     least = np.array([min(group.costs.values()) for group in groups])
     regret = costs - least[owner]
     total = float(regret.sum())
@@ -112,21 +116,38 @@ def _knapsack(groups: Sequence[_Group], budget: int) -> list[int]:
     pick_one = csr_array((np.ones(len(choices)), (owner, np.arange(len(choices)))), shape=(len(groups), len(choices)))
     allowed = spare
     while True:
-        result = milp(
-            scaled,
-            integrality=np.ones(len(choices)),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(pick_one, 1, 1),
-                LinearConstraint(extra.reshape(1, -1).astype(float), -np.inf, float(allowed)),
-            ],
-            options={"mip_rel_gap": 0.0},
-        )
+        with _standard_output_closed():
+            result = milp(
+                scaled,
+                integrality=np.ones(len(choices)),
+                bounds=Bounds(0, 1),
+                constraints=[
+                    LinearConstraint(pick_one, 1, 1),
+                    LinearConstraint(extra.reshape(1, -1) / largest, -np.inf, allowed / largest),
+                ],
+                options={"mip_rel_gap": 0.0},
+            )
         if result.x is None:
             raise RuntimeError(f"HiGHS gave no solution: {result.message}")
         taken = result.x > 0.5
         used = int(extra[taken].sum())
         if used <= spare:
             return [bits for (_, bits), on in zip(choices, taken, strict=True) if on]
-        # Integers are integers to the solver within a millionth, which in large models may be some bytes too many.
+        # The constraint holds within a millionth of the largest choice, which may be some bytes too many.
         allowed -= used - spare
+
+
+@contextmanager
+def _standard_output_closed() -> Iterator[None]:
+    """HiGHS 1.12 leaves a debugging line on standard output now and then, whatever its options say, and it writes past
+    Python's own streams."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
