@@ -25,6 +25,10 @@ class RecipeError(ShiftaddError):
     """An option, a recipe file or a combination of options is not valid."""
 
 
+class AllocationError(ShiftaddError):
+    """A bit plan cannot be used for this run, or no choice of bits meets what is asked."""
+
+
 class NumericalError(ShiftaddError):
     """A layer holds or produces values that cannot be quantized; the message names the layer."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -27,6 +28,14 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     bits: Annotated[int, Field(ge=1, le=8, description="Binary planes per weight, 1 to 8.")] = 3
+    bit_plan: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="File written by `shiftadd allocate-bits`, which gives every layer bits of its own in place "
+            "of --bits.",
+        ),
+    ] = None
     group_size: Annotated[int | str, Field(description="Input columns that share a scale set: a number or 'all'.")] = (
         128
     )
@@ -223,9 +232,13 @@ class Recipe(BaseModel):
         assert match is not None, "validated on construction"
         return int(match[1]) * _UNITS[match[2]]
 
-    def fingerprint(self) -> str:
-        """SHA-256, in hex, of the recipe as JSON with sorted keys: equal exactly when all fields are."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    def fingerprint(self, without: Iterable[str] = ()) -> str:
+        """SHA-256, in hex, of the recipe as JSON with sorted keys: equal exactly when all fields are.
+
+        without: fields that shall not matter.
+        """
+        fields = self.model_dump(mode="json", exclude=set(without))
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod

@@ -125,6 +125,8 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         ("bits", "yes"),
         ("bits", "'3'"),
         ("bits", "3.0"),
+        ("bit_plan", "3"),
+        ("bit_plan", "''"),
         ("group_size", "0"),
         ("group_size", "-64"),
         ("group_size", "true"),
@@ -245,6 +247,7 @@ def test_recipe_is_immutable() -> None:
 def test_fingerprint_is_a_function_of_every_field() -> None:
     others = {
         "bits": 2,
+        "bit_plan": "plan.json",
         "group_size": 32,
         "group_rows": 1,
         "scale_format": "pot",
@@ -282,6 +285,12 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
     assert base.fingerprint() not in prints
     assert len(base.fingerprint()) == 64
     assert Recipe(**base.model_dump()).fingerprint() == base.fingerprint()
+
+
+def test_fingerprint_without_a_field_does_not_hang_on_it() -> None:
+    ours, other, more = Recipe(), Recipe(bits=2), Recipe(bits=2, seed=1)
+    assert ours.fingerprint(["bits"]) == other.fingerprint(["bits"]) != more.fingerprint(["bits"])
+    assert ours.fingerprint(["bits"]) != ours.fingerprint()
 
 
 def test_recipe_survives_yaml(tmp_path: Path) -> None:

@@ -27,6 +27,24 @@ from shiftadd_cli.source import Source, Structure
 MEMORY_BYTES = 1 << 30
 
 
+@dataclass(frozen=True)
+class SquaredGradients:
+    """Squared gradients of the end loss, summed over tokens, at the outputs of linears, averaged over output features.
+
+    Attributes:
+        tokens: of each token, float32 `[samples, seq_len]` on the CPU; for the linears that `partial` does not name.
+        means: their sum, divided by the number of all tokens, whether the linear sees them or not. Half of it, times
+            the number of output features, times the mean square of an error of the output over the tokens that the
+            linear sees and its features, is what the error adds to the loss of a token, to second order.
+        partial: linears that in some batch do not give an output `[batch, seq_len, features]` or
+            `[batch * seq_len, features]` (the experts of a mixture see some of the tokens, in an order of their own).
+    """
+
+    tokens: dict[str, Tensor]
+    means: dict[str, float]
+    partial: frozenset[str]
+
+
 @dataclass
 class _Batch:
     """A batch on its way: `first` is the number of its first window, `hidden` its input of every block so far."""
@@ -49,8 +67,30 @@ def token_weights(
 ) -> dict[str, Tensor]:
     """For every linear of `structure`: float32 `[samples, seq_len]` on the CPU, of mean 1.
 
-    The entry of a token is the squared gradient of the end loss at the linear's output for that token, averaged over
-    output features, divided by the mean of all tokens.
+    These are the `squared_gradients` of the tokens, divided by the mean of all. Ones get a linear that no gradient
+    reaches, and one that does not see all tokens.
+    """
+    found = squared_gradients(
+        source, structure, windows, trace, device=device, loss=loss, seed=seed, memory_bytes=memory_bytes
+    )
+    return {
+        name: torch.ones_like(each) if name in found.partial else _of_mean_one(each)
+        for name, each in found.tokens.items()
+    }
+
+
+def squared_gradients(
+    source: Source,
+    structure: Structure,
+    windows: Tensor,
+    trace: Trace,
+    *,
+    device: torch.device,
+    loss: Loss = "divergence",
+    seed: int = 0,
+    memory_bytes: int = MEMORY_BYTES,
+) -> SquaredGradients:
+    """At every linear of `structure`, for each of its tokens and on average.
 
     loss: `cross_entropy` takes the text's own next tokens for labels, as GuidedQuant does. `divergence` draws each
         label from the model's prediction. The squared gradient is then in expectation the diagonal of the true Fisher
@@ -64,16 +104,12 @@ def token_weights(
     windows: int64 `[samples, seq_len]`; trace: of these windows, as `trace_model` gave it (not changed here). Modules
     outside the blocks must be materialised on `device`; blocks are materialised and released here, one at a time.
 
-    All ones get: a linear that no gradient reaches, and one that in some batch does not give an output
-    `[batch, seq_len, features]` or `[batch * seq_len, features]` (the experts of a mixture see some of the tokens, in
-    an order of their own).
-
     Raises NumericalError naming the block where a gradient is not finite.
     """
     if trace.hidden.samples != len(windows):
         raise ValueError(f"the trace is of {trace.hidden.samples} windows, not of {len(windows)}")
     squares = {spec.name: torch.zeros(windows.shape) for spec in structure.linears}
-    walk = _Walk(source, structure, trace, device, squares)
+    walk = _Walk(source, structure, trace, device, squares, dict.fromkeys(squares, 0.0))
     end = EndLoss(source.skeleton(), structure, windows, kind=loss, seed=seed, device=device)
     for batches in _groups(trace, memory_bytes // len(structure.blocks)):
         form = walk.forward(batches)
@@ -82,9 +118,8 @@ def token_weights(
             _refuse_not_finite(gradient, "the head")
             batch.hidden.append(gradient)
         walk.backward(batches)
-    return {
-        name: torch.ones_like(each) if name in walk.partial else _of_mean_one(each) for name, each in squares.items()
-    }
+    means = {name: total / windows.numel() for name, total in walk.totals.items()}
+    return SquaredGradients(squares, means, frozenset(walk.partial))
 
 
 @dataclass
@@ -94,6 +129,8 @@ class _Walk:
     trace: Trace
     device: torch.device
     squares: dict[str, Tensor]
+    # Sums over tokens.
+    totals: dict[str, float]
     # Linears that did not see all tokens of every batch.
     partial: set[str] = field(default_factory=set)
 
@@ -139,12 +176,15 @@ class _Walk:
 
     def _watch(self, name: str, rows: Tensor) -> Callable[[nn.Module, Any, Tensor], None]:
         def add(gradient: Tensor) -> None:
-            rows.add_(gradient.float().square().mean(-1).view(rows.shape).cpu())
+            means = gradient.float().square().mean(-1)
+            self.totals[name] += float(means.sum(dtype=torch.float64))
+            if means.shape in (rows.shape, (rows.numel(),)):
+                rows.add_(means.view(rows.shape).cpu())
 
         def watch(_: nn.Module, __: Any, output: Tensor) -> None:
             if output.shape[:-1] not in (rows.shape, (rows.numel(),)):
                 self.partial.add(name)
-            elif output.requires_grad:
+            if output.requires_grad:
                 # A hook of the tensor, not of the module: a model may add to the output in place afterwards.
                 output.register_hook(add)
 

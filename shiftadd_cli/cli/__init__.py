@@ -15,8 +15,8 @@ import click
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.version import __version__
 
-# Each verb is the attribute of that name in the module of that name in this package.
-VERBS = ("quantize", "evaluate", "inspect")
+# Each verb is the attribute of that name, with `_` for `-`, in the module of that name in this package.
+VERBS = ("quantize", "allocate-bits", "evaluate", "inspect")
 
 _CURES = {
     errno.ENOSPC: "the disk is full; free some space, or write to another disk",
@@ -45,7 +45,8 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_")
+        command = getattr(import_module(f"{__name__}.{name}"), name)
         assert isinstance(command, click.Command)
         return command
 

@@ -29,9 +29,19 @@ class _NumberOrWord(click.ParamType):
 
 def recipe_options(function: F) -> F:
     """Add one option per field of `Recipe`, in the order of the fields; an option not given arrives as None or ()."""
-    for name, field in reversed(Recipe.model_fields.items()):
-        function = _option(name, field)(function)
-    return function
+    return recipe_options_without()(function)
+
+
+def recipe_options_without(*fields: str) -> Callable[[F], F]:
+    """The same, but for the options of some fields."""
+
+    def add(function: F) -> F:
+        for name, field in reversed(Recipe.model_fields.items()):
+            if name not in fields:
+                function = _option(name, field)(function)
+        return function
+
+    return add
 
 
 def recipe_choice(function: F) -> F:
@@ -60,7 +70,7 @@ def default_text(field: FieldInfo) -> str:
     """The default of a field as a user would type it."""
     if isinstance(field.default, bool):
         return "on" if field.default else "off"
-    return "none" if field.default == () else str(field.default)
+    return "none" if field.default in ((), None) else str(field.default)
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
@@ -76,6 +86,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
             settings["type"] = click.Choice(choices)
         else:  # click below 8.2 knows words alone
             settings |= {"type": _NumberOrWord(), "metavar": "|".join(map(str, choices))}
+    elif annotation == str | None:
+        settings |= {"type": click.STRING, "metavar": "FILE"}
     elif origin in (Union, types.UnionType):
         settings["type"] = _NumberOrWord()
         settings["metavar"] = "N|all" if name == "group_size" else "N|all|1/N"

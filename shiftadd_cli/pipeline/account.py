@@ -14,6 +14,7 @@ from torch import Tensor
 from shiftadd_cli.calibration.text import TextData
 from shiftadd_cli.pipeline.plan import Plan, resident_bytes
 from shiftadd_cli.report.schema import (
+    BitPlanReport,
     BlockReport,
     CalibrationReport,
     KeptReport,
@@ -81,6 +82,7 @@ def make_report(
         recipe=plan.recipe.model_dump(mode="json"),
         recipe_fingerprint=plan.recipe.fingerprint(),
         calibration=None if calibration is None else _calibration(*calibration),
+        bit_plan=_bit_plan(plan),
         size=SizeReport(
             files_bytes=files_bytes,
             quantized_bytes=plan.quantized_bytes,
@@ -88,6 +90,7 @@ def make_report(
             kept_bytes=plan.kept_bytes,
             quantized_weights=plan.quantized_weights,
             bits_per_weight=plan.bits_per_weight,
+            planes_per_weight=plan.planes_per_weight,
             whole_file_bits_per_weight=8 * files_bytes / plan.parameters,
         ),
         kinds=average_kinds(layers),
@@ -107,6 +110,16 @@ def make_report(
                 **{name: version(name) for name in ("torch", "transformers", "safetensors")},
             },
         ),
+    )
+
+
+def _bit_plan(plan: Plan) -> BitPlanReport | None:
+    if plan.bit_plan is None:
+        return None
+    return BitPlanReport(
+        fingerprint=plan.bit_plan.fingerprint(),
+        sensitivity=plan.bit_plan.made_by.sensitivity,
+        predicted_loss=plan.bit_plan.predicted_loss,
     )
 
 

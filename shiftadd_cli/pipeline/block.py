@@ -28,12 +28,15 @@ class BlockQuantizer:
         recipe: Recipe,
         clock: Measured,
         token_weights: Mapping[str, Tensor] | None = None,
+        bits: Mapping[str, int] | None = None,
     ) -> None:
-        """token_weights: by full name of a linear, float32 `[samples, seq_len]`, see `calibration.gradients`."""
+        """token_weights: by full name of a linear, float32 `[samples, seq_len]`, see `calibration.gradients`.
+        bits: by full name of a linear, where the recipe's are not meant for all."""
         self.block, self.recipe, self.clock = block, recipe, clock
         self.specs: Mapping[str, LinearSpec] = {spec.kind: spec for spec in specs}
         self.token_weights = token_weights
         self.options = SolverOptions.from_recipe(recipe)
+        self.bits = {spec.kind: recipe.bits if bits is None else bits[spec.name] for spec in specs}
         self.solutions: dict[str, Solution] = {}
 
     def without_data(self) -> None:
@@ -88,12 +91,17 @@ class BlockQuantizer:
 
     def _solve(self, kinds: Sequence[str], moments: Moments | None) -> None:
         """Quantize linears that read one input and put the decoded weights in their place."""
+        for bits in dict.fromkeys(self.bits[kind] for kind in kinds):
+            self._solve_alike([kind for kind in kinds if self.bits[kind] == bits], moments, bits)
+
+    def _solve_alike(self, kinds: Sequence[str], moments: Moments | None, bits: int) -> None:
+        options = replace(self.options, bits=bits)
         weights = [_matrix(self.block.get_submodule(kind), self.specs[kind]) for kind in kinds]
         names = [self.specs[kind].name for kind in kinds]
         if moments is None:
-            solutions = quantize_matrices(weights, names, None, self.options.without_data())
+            solutions = quantize_matrices(weights, names, None, options.without_data())
         else:
-            solutions = quantize_matrices(weights, names, moments.hessian, self.options, moments.cross)
+            solutions = quantize_matrices(weights, names, moments.hessian, options, moments.cross)
         for kind, solution in zip(kinds, solutions, strict=True):
             self._put(kind, solution)
 

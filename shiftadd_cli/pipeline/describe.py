@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.report.summary import size, table
+from shiftadd_cli.report.summary import bits_range, size, table
 
 
 def describe_plan(plan: Plan) -> str:
@@ -17,9 +17,8 @@ def describe_plan(plan: Plan) -> str:
         weights = sum(plan.linears[i].spec.out_features * plan.linears[i].spec.in_features for i in members)
         stored = sum(plan.linears[i].layout.nbytes for i in members)
         shape = f"{first.spec.out_features} x {first.spec.in_features}"
-        rows.append(
-            (kind, str(len(members)), shape, str(first.layout.bits), f"{8 * stored / weights:.3f}", size(stored))
-        )
+        bits = bits_range(plan.linears[i].layout.bits for i in members)
+        rows.append((kind, str(len(members)), shape, bits, f"{8 * stored / weights:.3f}", size(stored)))
     reasons: dict[str, int] = {}
     for _, reason in plan.kept_modules:
         reasons[reason] = reasons.get(reason, 0) + 1
@@ -34,6 +33,7 @@ def describe_plan(plan: Plan) -> str:
             "",
             table(("layers", "count", "shape", "bits", "bits/weight", "stored"), rows),
             "",
+            *_bit_plan(plan),
             *(
                 f"8-bit rows    {size(each.nbytes)}: {' and '.join(each.modules)}, {each.rows} x {each.columns}"
                 for each in plan.tables
@@ -46,3 +46,12 @@ def describe_plan(plan: Plan) -> str:
             + (f"{recipe.calibration}, {recipe.samples} x {recipe.seq_len} tokens" if plan.calibrated else "none"),
         )
     )
+
+
+def _bit_plan(plan: Plan) -> list[str]:
+    if plan.bit_plan is None:
+        return []
+    return [
+        f"Bit plan      {plan.recipe.bit_plan}: {plan.planes_per_weight:.3f} planes, {plan.bits_per_weight:.3f} stored "
+        "bits per weight on average"
+    ]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import resource
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from shiftadd_cli.allocation.plan_file import BitPlan, load_plan
 from shiftadd_cli.artifact.format import ArtifactFormat, MatrixFormat
 from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.bcq.solver import SolverOptions
@@ -46,7 +49,8 @@ class PlannedLinear:
 @dataclass(frozen=True)
 class Plan:
     """A run, fixed: `tensors` are all tensors of the artifact in file order; `kept` those stored as they are, and
-    `kept_modules` the modules with such, each with the reason; `tables` is what is stored as 8-bit rows."""
+    `kept_modules` the modules with such, each with the reason; `tables` is what is stored as 8-bit rows; `bit_plan` the
+    file that bits come from, if any."""
 
     source: Source
     structure: Structure
@@ -57,6 +61,7 @@ class Plan:
     kept: tuple[str, ...]
     kept_modules: tuple[tuple[str, str], ...]
     peak_memory_bytes: int
+    bit_plan: BitPlan | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -94,30 +99,59 @@ class Plan:
         return 8 * self.quantized_bytes / self.quantized_weights
 
     @property
+    def planes_per_weight(self) -> float:
+        """Bits of the quantized layers, averaged over their weights."""
+        planes = sum(each.layout.bits * each.spec.out_features * each.spec.in_features for each in self.linears)
+        return planes / self.quantized_weights
+
+    @property
     def whole_bits_per_weight(self) -> float:
         """Stored bits per parameter of the whole model."""
         return 8 * self.after_bytes / self.parameters
 
     def artifact_format(self) -> ArtifactFormat:
         """The quantization_config of the artifact."""
-        recipe = self.recipe
-        common = MatrixFormat(**{name: getattr(recipe, name) for name in MatrixFormat.__dataclass_fields__})
-        modules = {p.spec.name: (common, p.spec.out_features, p.spec.in_features) for p in self.linears}
+        fields = {name: getattr(self.recipe, name) for name in MatrixFormat.__dataclass_fields__}
+        # Most layers then need no word of their own.
+        fields["bits"] = Counter(each.layout.bits for each in self.linears).most_common(1)[0][0]
+        common = MatrixFormat(**fields)
+        modules = {
+            each.spec.name: (replace(common, bits=each.layout.bits), each.spec.out_features, each.spec.in_features)
+            for each in self.linears
+        }
         return ArtifactFormat(common, modules, {each.name: (each.rows, each.columns) for each in self.tables})
 
 
-def make_plan(source: Source, recipe: Recipe) -> Plan:
-    """Plan a run from headers alone. Raises SourceError when there is nothing to quantize, see `find_structure`."""
+def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, int] | None = None) -> Plan:
+    """Plan a run from headers alone.
+
+    bits: of every linear that the recipe does not skip, by full name; by default those of the recipe's bit plan, or
+        its bits for all.
+
+    Raises SourceError when there is nothing to quantize, see `find_structure`; AllocationError when the bit plan cannot
+    be read, or is of another model or another way to store it.
+    """
     model = source.skeleton()
     structure = find_structure(model, recipe.skip)
     options = SolverOptions.from_recipe(recipe)
+    bit_plan = None
+    if bits is None and recipe.bit_plan is not None:
+        bit_plan = load_plan(Path(recipe.bit_plan))
+        bit_plan.check(recipe.bit_plan, source.fingerprint, options, structure.linears)
+        bits = bit_plan.bits
     linears = tuple(
-        PlannedLinear(spec, options.layout(spec.out_features, spec.in_features)) for spec in structure.linears
+        PlannedLinear(
+            spec,
+            replace(options, bits=recipe.bits if bits is None else bits[spec.name]).layout(
+                spec.out_features, spec.in_features
+            ),
+        )
+        for spec in structure.linears
     )
     tables, kept_modules = plan_tables(model, structure, recipe)
     tensors, kept = _tensors(model, structure, linears, tables)
     peak = _peak_memory(source, structure, linears, tables, recipe)
-    return Plan(source, structure, recipe, linears, tables, tensors, kept, kept_modules, peak)
+    return Plan(source, structure, recipe, linears, tables, tensors, kept, kept_modules, peak, bit_plan)
 
 
 def _tensors(

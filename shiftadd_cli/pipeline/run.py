@@ -116,7 +116,7 @@ class _Run:
         if self.calibration is not None:
             with self.clock.phase("trace"):
                 model = source.skeleton()
-                _move(model, structure.outside, self.device)
+                move_parts(model, structure.outside, self.device)
                 windows = self.calibration.windows
                 recipe = self.plan.recipe
                 trace = trace_model(source, structure, windows, recipe.batch_size, self.device)
@@ -142,7 +142,8 @@ class _Run:
             block = source.skeleton().get_submodule(name)
             block.to(self.device)
         specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
-        quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights)
+        bits = {each.spec.name: each.layout.bits for each in self.plan.linears}
+        quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights, bits)
         if trace is None:
             quantizer.without_data()
         else:
@@ -189,7 +190,7 @@ class _Run:
         return config
 
 
-def _move(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+def move_parts(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
     """Move modules, or parameters and buffers that stand by themselves, to the device."""
     modules = dict(model.named_modules())
     for name in names:

@@ -45,7 +45,16 @@ class SizeReport(_Part):
     kept_bytes: Annotated[int, Field(description="Tensors stored as they were.")]
     quantized_weights: int
     bits_per_weight: Annotated[float, Field(description="Of the quantized layers, everything stored for them counted.")]
+    planes_per_weight: Annotated[float, Field(description="Bits of the quantized layers, averaged over weights.")]
     whole_file_bits_per_weight: Annotated[float, Field(description="All weight files over all parameters.")]
+
+
+class BitPlanReport(_Part):
+    """The plan that gave the layers their bits."""
+
+    fingerprint: Annotated[str, Field(description="SHA-256 of the plan.")]
+    sensitivity: Annotated[str, Field(description="How it was measured what bits matter to a layer.")]
+    predicted_loss: Annotated[float, Field(description="Sum over layers, in the unit of the sensitivity.")]
 
 
 class LayerReport(_Part):
@@ -135,6 +144,7 @@ class Report(_Part):
     recipe: Annotated[dict[str, object], Field(description="The recipe with all defaults resolved.")]
     recipe_fingerprint: str
     calibration: Annotated[CalibrationReport | None, Field(description="null for a run without data.")]
+    bit_plan: Annotated[BitPlanReport | None, Field(description="null where all layers have equal bits.")] = None
     size: SizeReport
     kinds: list[KindReport]
     layers: Annotated[

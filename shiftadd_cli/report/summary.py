@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from shiftadd_cli.report.schema import Report
 
@@ -22,6 +22,12 @@ def with_error(value: float | None, error: float | None, digits: int) -> str:
     if value is None:
         return "-"
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def bits_range(bits: Iterable[int]) -> str:
+    """Bits of several layers: `3`, or `2-4` where they differ."""
+    found = sorted(set(bits))
+    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -59,7 +65,7 @@ def summarize(report: Report, out: str) -> str:
             "",
             f"Calibration   {told}",
             f"Size          {size(before)} -> {size(after)} ({before / after:.2f} x smaller)",
-            f"Bits/weight   {report.size.bits_per_weight:.3f} in the quantized layers, "
+            f"Bits/weight   {report.size.bits_per_weight:.3f} in the quantized layers{_planes(report)}, "
             f"{report.size.whole_file_bits_per_weight:.3f} over the whole file",
             *_reconstruction(report),
             f"Time          {time.total:.0f} s (start {time.trace:.0f}, running blocks {time.forward:.0f}, "
@@ -70,6 +76,12 @@ def summarize(report: Report, out: str) -> str:
             f"Written to    {out}",
         )
     )
+
+
+def _planes(report: Report) -> str:
+    if len({layer.bits for layer in report.layers}) == 1:
+        return ""
+    return f" ({report.size.planes_per_weight:.3f} planes on average)"
 
 
 def _reconstruction(report: Report) -> list[str]:

@@ -129,7 +129,7 @@ def _alike(elements: nn.ModuleList) -> bool:
 
 
 def matching_pattern(name: str, patterns: Sequence[str]) -> str | None:
-    """The first of the glob `patterns` that matches the module `name` or a module it is part of."""
+    """The first of the glob `patterns` that matches the module `name` or a module it is part of; None if none does."""
     parts = name.split(".")
     prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     return next((pattern for pattern in patterns if any(fnmatchcase(each, pattern) for each in prefixes)), None)

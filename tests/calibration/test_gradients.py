@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, save_tiny, tiny_config
 from transformers import AutoModelForCausalLM
 
 from shiftadd_cli.calibration import end_loss
-from shiftadd_cli.calibration.gradients import token_weights
+from shiftadd_cli.calibration.gradients import squared_gradients, token_weights
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.source import find_structure, open_source
@@ -146,6 +146,42 @@ def test_weights_do_not_depend_on_batches_groups_or_slices(tmp_path, loss, batch
     assert max(rows) == (1, 7)
     for name, weights in found.items():
         torch.testing.assert_close(weights, wanted[name], rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_means_are_those_of_a_plain_backward_pass(tmp_path, family):
+    save_tiny(family, tmp_path)
+    windows = random_windows()
+    source, structure, trace = prepare(tmp_path, windows)
+    found = squared_gradients(source, structure, windows, trace, device=CPU, loss="cross_entropy")
+    logits, outputs = plain_forward(tmp_path, windows)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+    gradients = torch.autograd.grad(loss, list(outputs.values()))
+    assert sorted(found.means) == sorted(outputs)
+    for name, gradient in zip(outputs, gradients, strict=True):
+        assert found.means[name] == pytest.approx(float(gradient.square().mean()), rel=2e-3)
+        assert float(found.tokens[name].mean()) == pytest.approx(found.means[name])
+
+
+def test_tokens_that_a_linear_does_not_see_count_as_nothing_in_its_mean(tmp_path):
+    save_tiny("llama", tmp_path)
+    windows = random_windows(2, 8)
+    source, structure, trace = prepare(tmp_path, windows)
+    mlp = source.skeleton().get_submodule("model.layers.0.mlp")
+    seen = []
+
+    def experts(hidden):
+        gate = mlp.gate_proj(hidden[:, :3])
+        if gate.requires_grad:
+            gate.register_hook(seen.append)
+        return mlp.down_proj(hidden.mean(-1, keepdim=True) + gate.mean(1, keepdim=True) + 0 * mlp.up_proj(hidden))
+
+    mlp.forward = experts
+    found = squared_gradients(source, structure, windows, trace, device=CPU)
+    name = "model.layers.0.mlp.gate_proj"
+    assert found.partial == {name}
+    (gradient,) = seen
+    assert found.means[name] == pytest.approx(float(gradient.square().mean(-1).sum()) / windows.numel())
 
 
 def test_the_trace_stays_as_it_is(tmp_path):

@@ -7,11 +7,19 @@ import pytest
 from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 
-from shiftadd_cli.cli.options import default_text, option_name, overrides_from, recipe_choice, recipe_options
+from shiftadd_cli.cli.options import (
+    default_text,
+    option_name,
+    overrides_from,
+    recipe_choice,
+    recipe_options,
+    recipe_options_without,
+)
 from shiftadd_cli.recipe import Recipe
 
 OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "bits": (["--bits", "2"], 2),
+    "bit_plan": (["--bit-plan", "plan.json"], "plan.json"),
     "group_size": (["--group-size", "128"], 128),
     "group_rows": (["--group-rows", "1/8"], "1/8"),
     "scale_format": (["--scale-format", "pot"], "pot"),
@@ -72,6 +80,16 @@ def test_options_are_exactly_the_recipe_fields_in_their_order() -> None:
         assert option.opts == [option_name(field)]
 
 
+def test_fields_left_out_have_no_option() -> None:
+    @click.command()
+    @recipe_options_without("bits", "skip")
+    def command(**_: Any) -> None: ...
+
+    assert [option.name for option in command.params] == [
+        name for name in Recipe.model_fields if name not in ("bits", "skip")
+    ]
+
+
 def test_quantize_offers_every_recipe_field_and_nothing_else_shapes_the_result() -> None:
     from shiftadd_cli.cli.quantize import quantize
 
@@ -123,7 +141,8 @@ def test_help_gives_description_and_default_of_every_field() -> None:
 
 
 @pytest.mark.parametrize(
-    ("default", "text"), [(True, "on"), (False, "off"), ((), "none"), (1, "1"), (0.01, "0.01"), ("all", "all")]
+    ("default", "text"),
+    [(True, "on"), (False, "off"), ((), "none"), (None, "none"), (1, "1"), (0.01, "0.01"), ("all", "all")],
 )
 def test_defaults_are_shown_as_they_would_be_typed(default: Any, text: str) -> None:
     assert default_text(FieldInfo(default=default)) == text

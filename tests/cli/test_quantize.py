@@ -9,10 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from bit_plans import plan_for
 from click.testing import CliRunner, Result
 from tiny_models import save_tiny
 
 from shiftadd_cli.cli import main
+from shiftadd_cli.recipe import Recipe
 
 QUICK = ["--samples", "4", "--seq-len", "32"]
 
@@ -154,6 +156,25 @@ def test_a_disk_that_fills_up_leaves_nothing(
     monkeypatch.setattr(writer, "_write", fill_up)
     assert_refused(quantize(model, "-o", tmp_path / "out", "--recipe", "fast"), "space")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bit_plan_of_another_model_or_format_is_refused(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(plan_for(save_tiny("llama", tmp_path / "other", seed=1), Recipe(group_size=16)).to_json())
+    assert_refused(quantize(model, "-o", tmp_path / "out", "--bit-plan", path), "another model")
+    path.write_text(plan_for(model, Recipe(group_size=16)).to_json())
+    assert_refused(quantize(model, "-o", tmp_path / "out", "--bit-plan", path), "group_size", "16", "128")
+    assert_refused(quantize(model, "-o", tmp_path / "out", "--bit-plan", tmp_path / "lost.json"), "allocate-bits")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_bits_of_a_plan_are_shown_before_the_run(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(plan_for(model, Recipe(group_size=16)).to_json())
+    result = quantize(model, "-o", tmp_path / "out", "--bit-plan", path, "--group-size", "16", "--dry-run")
+    assert result.exit_code == 0
+    assert "2-4" in result.output
+    assert "planes" in result.output
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(model: Path, tmp_path: Path) -> None:

@@ -107,6 +107,23 @@ def test_asymmetric_calibration_brings_the_block_nearer_to_the_original(tmp_path
     assert errors[1.0] < errors[0.0]
 
 
+def test_linears_of_one_input_are_solved_with_bits_of_their_own(tmp_path):
+    """Rows do not depend on each other, so each comes out as it does where all have its bits."""
+    solutions = {}
+    for bits in (2, 3, {"self_attn.q_proj": 2, "self_attn.k_proj": 3, "self_attn.v_proj": 2}):
+        stream, specs = first_block(tmp_path)
+        given = {spec.name: bits if isinstance(bits, int) else bits.get(spec.kind, 3) for spec in specs}
+        quantizer = BlockQuantizer(stream.block, specs, recipe(), Measured(), bits=given)
+        quantizer.on(stream, None)
+        solutions[str(bits)] = quantizer.solutions
+    *uniform, mixed = solutions.values()
+    for kind, bits in (("self_attn.q_proj", 2), ("self_attn.k_proj", 3), ("self_attn.v_proj", 2)):
+        own, other = uniform[bits - 2][kind], mixed[kind]
+        assert other.weight.layout.bits == bits
+        torch.testing.assert_close(other.weight.decode(), own.weight.decode())
+        assert other.output_error == pytest.approx(own.output_error, rel=1e-4)
+
+
 def test_the_block_computes_with_the_decoded_weights(tmp_path):
     for family in ("llama", "gpt2"):
         stream, specs = first_block(tmp_path / family, family)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
+from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.pipeline.describe import describe_plan
 from shiftadd_cli.pipeline.plan import make_plan
@@ -46,6 +47,23 @@ def test_sizes_are_those_of_the_planned_tensors(tmp_path):
     assert plan.table_bytes == 2 * 320 * (48 + 2)
     assert plan.after_bytes == sum(torch.Size(s).numel() * d.itemsize for s, d in plan.tensors.values())
     assert plan.bits_per_weight == pytest.approx(8 * plan.quantized_bytes / plan.quantized_weights)
+
+
+def test_bits_of_single_layers_reach_layouts_and_format(tmp_path):
+    save_tiny("llama", tmp_path)
+    names = [each.spec.name for each in plan_of(tmp_path).linears]
+    bits = {name: 2 if "mlp" in name else 4 for name in names}
+    plan = make_plan(open_source(str(tmp_path)), Recipe.load("default", {}), bits)
+    assert {each.spec.name: each.layout.bits for each in plan.linears} == bits
+    read = ArtifactFormat.from_dict(plan.artifact_format().to_dict())
+    assert read.layouts() == {each.spec.name: each.layout for each in plan.linears}
+    weights = {each.spec.name: each.spec.out_features * each.spec.in_features for each in plan.linears}
+    assert plan.planes_per_weight == sum(bits[name] * weights[name] for name in names) / sum(weights.values())
+    assert plan.after_bytes == sum(torch.Size(s).numel() * d.itemsize for s, d in plan.tensors.values())
+    assert "2-4" not in describe_plan(plan)
+    bits[names[0]] = 3
+    described = describe_plan(make_plan(open_source(str(tmp_path)), Recipe.load("default", {}), bits))
+    assert "3-4" in described
 
 
 def test_skipped_layers_are_kept(tmp_path):

@@ -7,22 +7,27 @@ import json
 
 import pytest
 import torch
+from bit_plans import plan_for
 from tiny_models import FAMILIES, save_tiny
 from transformers import AutoModelForCausalLM
 
 import shiftadd_cli  # noqa: F401 - registers the format with transformers
+from shiftadd_cli.artifact.contents import Contents
+from shiftadd_cli.artifact.folder import Artifact
+from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.pipeline.run import load_calibration, run_plan
 from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.report.summary import summarize
 from shiftadd_cli.source import open_source
 
 QUICK = {"samples": 8, "seq_len": 32, "batch_size": 3, "group_size": 16}
 CPU = torch.device("cpu")
 
 
-def quantize(model, out, recipe="default", **fields):
-    plan = make_plan(open_source(str(model)), Recipe.load(recipe, QUICK | fields))
+def quantize(model, out, recipe="default", bits_of=None, **fields):
+    plan = make_plan(open_source(str(model)), Recipe.load(recipe, QUICK | fields), bits_of)
     return run_plan(
         plan,
         load_calibration(plan),
@@ -64,6 +69,41 @@ def test_the_artifact_loads_and_computes_with_the_decoded_weights(tmp_path, fami
     # Four bits of a random model: far from the original enough to be quantized, near enough to be this model.
     distance = (expected - original).norm() / original.norm()
     assert 0 < distance < 0.5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_of_different_bits_load_and_compute_with_the_decoded_weights(tmp_path, family):
+    source = tmp_path / "source"
+    save_tiny(family, source)
+    linears = make_plan(open_source(str(source)), Recipe.load("default", QUICK)).linears
+    bits = {each.spec.name: 2 + index % 3 for index, each in enumerate(linears)}
+    report = quantize(source, tmp_path / "out", bits_of=bits, embedding_bits=16)
+    assert {layer.name: layer.bits for layer in report.layers} == bits
+    assert report.size.planes_per_weight != round(report.size.planes_per_weight)
+    assert "planes on average" in summarize(report, "out")
+    artifact = Artifact.open(tmp_path / "out")
+    verify(artifact)
+    assert Contents.of(artifact).bits_per_weight == report.size.bits_per_weight
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for layer in report.layers:
+        module, decoded = dense.get_submodule(layer.name), packed.get_submodule(layer.name).decode()
+        module.weight.data = decoded.T if type(module).__name__ == "Conv1D" else decoded
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits(packed, tokens), logits(dense, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_the_report_says_which_plan_gave_the_bits(tmp_path):
+    source, path = tmp_path / "source", tmp_path / "plan.json"
+    save_tiny("llama", source)
+    bit_plan = plan_for(source, Recipe.load("default", QUICK))
+    path.write_text(bit_plan.to_json())
+    report = quantize(source, tmp_path / "out", bit_plan=str(path))
+    assert {layer.name: layer.bits for layer in report.layers} == bit_plan.bits
+    assert report.bit_plan.fingerprint == bit_plan.fingerprint()
+    assert report.size.quantized_bytes == bit_plan.stored_bytes
+    assert report.size.bits_per_weight == bit_plan.bits_per_weight
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["bit_plan"]["sensitivity"] == "output"
 
 
 def test_the_same_command_writes_the_same_bytes(tmp_path):

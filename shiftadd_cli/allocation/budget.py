@@ -1,0 +1,66 @@
+"""How much may be stored, as a user says it, in bytes for the quantized layers."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from shiftadd_cli.errors import AllocationError
+
+_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?) ?(KB|MB|GB)", flags=re.IGNORECASE)
+_CURVE = re.compile(r"([0-9]+(?:\.[0-9]+)?):([0-9]+(?:\.[0-9]+)?):([0-9]+(?:\.[0-9]+)?)")
+# More points than this say nothing more.
+_LONGEST_CURVE = 200
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Either `average_bits`, stored bits per weight of the quantized layers with scales and everything counted, or
+    `file_bytes`, the size of all weight files. `text` is how it was said."""
+
+    text: str
+    average_bits: float | None = None
+    file_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, average_bits: float | None, target_size: str | None) -> Budget:
+        """From the options of the command line, of which exactly one must be given. Raises AllocationError."""
+        if (average_bits is None) == (target_size is None):
+            raise AllocationError("Say how much may be stored: give one of --avg-bits and --target-size.")
+        if average_bits is not None:
+            if not (math.isfinite(average_bits) and average_bits > 0):
+                raise AllocationError(f"--avg-bits {average_bits} is not valid; give a number above 0, such as 2.5.")
+            return cls(f"{average_bits:g} bits per weight", average_bits=average_bits)
+        assert target_size is not None
+        match = _SIZE.fullmatch(target_size)
+        if match is None:
+            raise AllocationError(f"--target-size {target_size!r} is not valid; give a size such as 70MB or 1.5GB.")
+        return cls(target_size, file_bytes=int(float(match[1]) * _UNITS[match[2].upper()]))
+
+    def layer_bytes(self, weights: int, other_bytes: int) -> int:
+        """Bytes left for quantized layers of so many weights, beside so many bytes of everything else in the files."""
+        if self.average_bits is not None:
+            return math.floor(self.average_bits * weights / 8)
+        assert self.file_bytes is not None
+        return self.file_bytes - other_bytes
+
+    def in_words(self, layer_bytes: int, weights: int, other_bytes: int) -> str:
+        """Some bytes for the quantized layers in the unit of this budget, rounded up: what is said is enough."""
+        if self.average_bits is not None:
+            return f"{math.ceil(8000 * layer_bytes / weights) / 1000:.3f} bits per weight"
+        return f"{math.ceil((layer_bytes + other_bytes) / 1000) / 1000:.3f} MB"
+
+
+def parse_curve(text: str) -> list[Budget]:
+    """`2:4:0.25` as budgets of 2, 2.25, ... 4 stored bits per weight. Raises AllocationError."""
+    match = _CURVE.fullmatch(text)
+    # Whole millionths: 0.1 is no binary fraction, and the end must be met.
+    first, last, step = (round(1e6 * float(part)) for part in match.groups()) if match else (0, 0, 0)
+    if not 0 < first <= last or step <= 0 or (last - first) // step >= _LONGEST_CURVE:
+        raise AllocationError(
+            f"--curve {text!r} is not valid; give FIRST:LAST:STEP in bits per weight, such as 2:4:0.25, for at most "
+            f"{_LONGEST_CURVE} points."
+        )
+    return [Budget.parse(point / 1e6, None) for point in range(first, last + 1, step)]

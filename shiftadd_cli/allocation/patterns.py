@@ -1,0 +1,91 @@
+"""Layers named by patterns: those that keep given bits, and those that must have equal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from shiftadd_cli.errors import AllocationError
+from shiftadd_cli.source import LinearSpec
+from shiftadd_cli.source.structure import matching_pattern
+
+
+def parse_candidates(text: str) -> tuple[int, ...]:
+    """`2,3,4` as numbers of bits, in order. Raises AllocationError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= 8 for part in parts):
+        raise AllocationError(f"--candidates {text!r} is not valid; give numbers from 1 to 8, such as 2,3,4.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def pinned_bits(linears: Sequence[LinearSpec], keep: Sequence[str]) -> dict[str, int]:
+    """Bits of the linears that entries `PATTERN=BITS` name, by full name; a pattern may match a module they are in.
+
+    Raises AllocationError for an entry that is malformed, matches nothing, or contradicts another.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for entry in keep:
+        pattern, _, number = entry.rpartition("=")
+        if not pattern or not number.isdecimal() or not 1 <= int(number) <= 8:
+            raise AllocationError(f"--keep {entry!r} is not valid; write PATTERN=BITS, such as '*.down_proj=4'.")
+        for spec in _matched(linears, [pattern], "--keep"):
+            bits, other = found.setdefault(spec.name, (int(number), entry))
+            if bits != int(number):
+                raise AllocationError(f"--keep {other!r} and {entry!r} both name {spec.name}; give one of them.")
+    return {name: bits for name, (bits, _) in found.items()}
+
+
+def tied_by_pattern(linears: Sequence[LinearSpec], tie: Sequence[str]) -> list[tuple[str, ...]]:
+    """For each entry `PATTERN,PATTERN,...` the full names of the linears of one block that match any of its patterns.
+
+    Raises AllocationError for a pattern that is empty or matches nothing.
+    """
+    groups: list[tuple[str, ...]] = []
+    for entry in tie:
+        patterns = [pattern.strip() for pattern in entry.split(",")]
+        if not all(patterns):
+            raise AllocationError(f"--tie {entry!r} is not valid; write PATTERN,PATTERN, such as '*.q_proj,*.k_proj'.")
+        for pattern in patterns:
+            _matched(linears, [pattern], "--tie")
+        members = _matched(linears, patterns, "--tie")
+        for block in sorted({spec.block for spec in members}):
+            groups.append(tuple(spec.name for spec in members if spec.block == block))
+    return groups
+
+
+def follow_pins(allowed: Mapping[str, tuple[int, ...]], tied: Iterable[Sequence[str]]) -> dict[str, tuple[int, ...]]:
+    """The bits allowed for every layer, where those tied to a layer that keeps its bits get the same.
+
+    Raises AllocationError for tied layers that are to keep different bits.
+    """
+    found = dict(allowed)
+    for names in tied:
+        pinned = {found[name][0]: name for name in names if len(found[name]) == 1}
+        if len(pinned) > 1:
+            told = " and ".join(f"{name} {bits}" for bits, name in pinned.items())
+            raise AllocationError(
+                f"Layers that must have equal bits are kept at different ones ({told}); change --keep, or untie them "
+                "(--tie, --no-tie-fused)."
+            )
+        if pinned:
+            found |= dict.fromkeys(names, (next(iter(pinned)),))
+    return found
+
+
+def fused(shared_inputs: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """The linears that inference engines compute as one: those that read one input inside one module (query, key and
+    value; gate and up), not those of an attention and a feed-forward part that happen to read the same norm."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    for index, names in enumerate(shared_inputs):
+        for name in names:
+            groups.setdefault((index, name.rpartition(".")[0]), []).append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def _matched(linears: Sequence[LinearSpec], patterns: Sequence[str], option: str) -> list[LinearSpec]:
+    members = [spec for spec in linears if matching_pattern(spec.name, patterns)]
+    if not members:
+        raise AllocationError(
+            f"The {option} pattern {patterns[0]!r} matches no layer to quantize; their names look like "
+            f"{linears[-1].name!r}."
+        )
+    return members

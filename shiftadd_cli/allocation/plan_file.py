@@ -1,0 +1,255 @@
+"""plan.json: how many bits each layer gets, and what that was decided on. One layer a line, so that two plans can be
+compared line by line.
+
+    {"format": "shiftadd bit plan", "version": 1,
+     "model": {"name": "demo", "fingerprint": "..."},
+     "storage": {"group_size": 128, "group_rows": 1, "scale_format": "apot2", ...},
+     "made_by": {"sensitivity": "output", "recipe_fingerprint": "...", "calibration": {...}, "budget": "...", ...},
+     "layers": {"model.layers.0.self_attn.q_proj": {"bits": 3, "shape": [576, 576], "bytes": {"2": 98496, ...},
+                                                    "cost": {"2": 0.0123, ...}}, ...}}
+
+`bytes` are what is stored for the layer and `cost` the loss predicted, for every number of bits that was allowed. Bits
+may be changed by hand to any of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.errors import AllocationError
+from shiftadd_cli.source import LinearSpec
+
+PLAN_FORMAT: Final = "shiftadd bit plan"
+PLAN_VERSION: Final = 1
+# A layer takes some 300 bytes: room for a hundred thousand of them.
+MAX_BYTES = 50_000_000
+
+Bits = Annotated[int, Field(ge=1, le=8)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PlannedModel(_Part):
+    """The model the plan is for."""
+
+    name: str
+    fingerprint: str
+
+
+class Storage(_Part):
+    """The fields of the recipe, beside the bits, that decide how many bytes a layer takes."""
+
+    group_size: int | str
+    group_rows: int | str
+    scale_format: str
+    row_scale: bool
+    offset: bool
+    rotation: str
+
+    @classmethod
+    def of(cls, settings: object) -> Storage:
+        """The fields of that name of a recipe or of solver options."""
+        return cls(**{name: getattr(settings, name) for name in cls.model_fields})
+
+
+class PlanCalibration(_Part):
+    """The data that sensitivities were measured on."""
+
+    name: str
+    fingerprint: str
+    samples: int
+    seq_len: int
+
+
+class Origin(_Part):
+    """What the plan was decided on. `recipe_fingerprint` leaves out what cannot change a sensitivity, bits first."""
+
+    sensitivity: str
+    recipe_fingerprint: str
+    calibration: PlanCalibration
+    budget: str
+    keep: tuple[str, ...]
+    tie: tuple[str, ...]
+    tie_fused: bool
+
+
+class PlannedLayer(_Part):
+    """Bits of one layer, and its stored bytes and predicted loss at each number of bits that was allowed."""
+
+    bits: Bits
+    shape: tuple[int, int]
+    bytes: dict[Bits, int]
+    cost: dict[Bits, float]
+
+    @model_validator(mode="after")
+    def _bits_are_known(self) -> PlannedLayer:
+        if self.bytes.keys() != self.cost.keys():
+            raise ValueError("bytes and cost must be of the same numbers of bits")
+        if self.bits not in self.bytes:
+            raise ValueError(f"bits is {self.bits}, which is none of {', '.join(map(str, sorted(self.bytes)))}")
+        return self
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+class BitPlan(_Part):
+    """Bits for every layer of one model."""
+
+    format: Literal["shiftadd bit plan"] = PLAN_FORMAT
+    version: Literal[1] = PLAN_VERSION
+    model: PlannedModel
+    storage: Storage
+    made_by: Origin
+    layers: Annotated[dict[str, PlannedLayer], Field(min_length=1)]
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Bits by name of the layer."""
+        return {name: layer.bits for name, layer in self.layers.items()}
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(layer.bytes[layer.bits] for layer in self.layers.values())
+
+    @property
+    def weights(self) -> int:
+        return sum(layer.weights for layer in self.layers.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored for the layers, over their weights."""
+        return 8 * self.stored_bytes / self.weights
+
+    @property
+    def planes_per_weight(self) -> float:
+        """Bits, averaged over weights."""
+        return sum(layer.bits * layer.weights for layer in self.layers.values()) / self.weights
+
+    @property
+    def predicted_loss(self) -> float:
+        """Sum of the layers' costs, in the unit of the sensitivity."""
+        return sum(layer.cost[layer.bits] for layer in self.layers.values())
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of the plan's text."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of plan.json: layers in the order of their names, with numbers in names compared as numbers."""
+        whole = self.model_dump(mode="json")
+        layers = whole.pop("layers")
+        head = json.dumps(whole, indent=2, ensure_ascii=False).removesuffix("\n}")
+        lines = [
+            f"    {json.dumps(name, ensure_ascii=False)}: {json.dumps(_readable(layers[name]))}"
+            for name in sorted(layers, key=_natural)
+        ]
+        return head + ',\n  "layers": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+
+    def check(self, origin: str, fingerprint: str, options: SolverOptions, linears: Sequence[LinearSpec]) -> None:
+        """Refuse to be used for another model or another way to store it than it was made for.
+
+        origin: what errors call the plan; fingerprint: of the source; linears: those that are to be quantized.
+        Raises AllocationError with the first thing that does not fit.
+        """
+        if fingerprint != self.model.fingerprint:
+            raise AllocationError(
+                f"Bit plan {origin} was made for another model ({self.model.name}); make one for this model with "
+                "shiftadd allocate-bits."
+            )
+        asked = Storage.of(options)
+        for name in Storage.model_fields:
+            if getattr(asked, name) != getattr(self.storage, name):
+                raise AllocationError(
+                    f"Bit plan {origin} was made for {name} = {_word(getattr(self.storage, name))}, and the recipe "
+                    f"says {_word(getattr(asked, name))}, so its sizes would not be true; change the recipe's "
+                    f"{name}, or make another plan."
+                )
+        for spec in linears:
+            layer = self.layers.get(spec.name)
+            if layer is None:
+                raise AllocationError(
+                    f"Bit plan {origin} says nothing of {spec.name}; make a plan with the --skip of this run."
+                )
+            if layer.shape != (spec.out_features, spec.in_features):
+                raise AllocationError(
+                    f"Bit plan {origin} gives {spec.name} the shape {layer.shape[0]} x {layer.shape[1]}, and the model "
+                    f"has {spec.out_features} x {spec.in_features}; make another plan."
+                )
+        if left := self.layers.keys() - {spec.name for spec in linears}:
+            raise AllocationError(
+                f"Bit plan {origin} has bits for {min(left)}, which this run leaves as it is; make a plan with the "
+                "--skip of this run."
+            )
+
+
+def load_plan(path: Path) -> BitPlan:
+    """Read plan.json. Raises AllocationError in one sentence where it cannot be read or is no plan of this version."""
+    again = "make it again with shiftadd allocate-bits"
+    if not path.is_file():
+        raise AllocationError(f"There is no bit plan {path}; {again.replace('it again', 'one')}.")
+    if path.stat().st_size > MAX_BYTES:
+        raise AllocationError(f"Bit plan {path} has more than {MAX_BYTES:,} bytes, which no plan has; {again}.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except (UnicodeDecodeError, ValueError, RecursionError) as failure:
+        reason = " ".join(str(failure).split())
+        raise AllocationError(f"Bit plan {path} is not valid JSON ({reason}); mend it, or {again}.") from None
+    if not isinstance(values, dict) or values.get("format") != PLAN_FORMAT:
+        raise AllocationError(f"{path} is no bit plan; {again.replace('it again', 'one')}.")
+    version = values.get("version")
+    if version != PLAN_VERSION:
+        raise AllocationError(
+            f"Bit plan {path} has version {version!r}, and this shiftadd reads {PLAN_VERSION}; {again}."
+        )
+    try:
+        return BitPlan.model_validate(values)
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        place = " ".join(str(part) for part in error["loc"])
+        message = error["msg"].removeprefix("Value error, ")
+        raise AllocationError(f"Bit plan {path}, {place}: {message}; mend it, or {again}.") from None
+
+
+def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is given twice")
+        found[key] = value
+    return found
+
+
+_Value = TypeVar("_Value")
+
+
+def _readable(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer with the candidates in order; costs to six digits, which is more than any of them is known to."""
+    return {
+        **layer,
+        "bytes": _by_bits(layer["bytes"]),
+        "cost": {bits: float(f"{cost:.6g}") for bits, cost in _by_bits(layer["cost"]).items()},
+    }
+
+
+def _by_bits(values: Mapping[str, _Value]) -> dict[str, _Value]:
+    return {bits: values[bits] for bits in sorted(values, key=int)}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,190 @@
+"""How much the bits of each layer matter: the loss predicted for every linear at every number of bits.
+
+`output`: to second order, and dropping what couples different layers, output features and tokens, an error Δy of a
+linear's output costs ½ Σ_o E[g_o²] E[Δy_o²] nats a token, where g is the gradient of the divergence from the original
+at that output (see `calibration.gradients`). With g² averaged over features that is ½ E[g²] · tr[(W − Ŵ) H (W − Ŵ)ᵀ].
+The error is the real one, of the solver that the run will use, without its refinement rounds: these lower all errors
+by similar factors and take most of its time.
+
+`paper`: the criterion of ShiftAddLLM, C = ‖S‖_F · std(S)² with S = W / d by columns, d the diagonal of the upper
+Cholesky factor of the inverse Hessian (its code, `*_analysis.py`; see also Optimal Brain Surgeon). The score does not
+know of bits: the code gives the layers with the largest scores the larger of two numbers. Here it becomes the cost
+C · 4^−bits, since every further plane divides the squared error of a scalar quantizer by about four; so layers are
+ranked as in the paper, any candidates can be compared, and only differences within one plan mean something.
+
+Everything is measured in the original model, whose blocks are read one after another.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.bcq.hessian import build_objective
+from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.solver import quantize_matrices
+from shiftadd_cli.calibration.gradients import squared_gradients
+from shiftadd_cli.calibration.hessian import gather_moments
+from shiftadd_cli.calibration.stream import BlockStream
+from shiftadd_cli.calibration.trace import Trace
+from shiftadd_cli.source import LinearSpec, Source, Structure
+
+SensitivityKind = Literal["output", "paper"]
+
+Progress = Callable[[Sequence[str], str], Iterable[str]]
+
+# Damping of the Hessian in the paper's code, relative to its mean diagonal.
+_PAPER_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """`costs`: predicted loss by linear and bits; `shared_inputs`: the linears that read one tensor, by full name."""
+
+    costs: dict[str, dict[int, float]]
+    shared_inputs: tuple[tuple[str, ...], ...]
+
+    def covers(self, candidates: Iterable[int]) -> bool:
+        """Whether every linear has a cost at each of these bits."""
+        wanted = set(candidates)
+        return all(wanted <= costs.keys() for costs in self.costs.values())
+
+
+class Measure(Protocol):
+    """Something of the linears that read one input, in the order of `specs`, by bits."""
+
+    def __call__(
+        self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
+    ) -> list[dict[int, float]]: ...
+
+
+def measure_sensitivities(
+    kind: SensitivityKind,
+    source: Source,
+    structure: Structure,
+    windows: Tensor,
+    trace: Trace,
+    options: SolverOptions,
+    candidates: Sequence[int],
+    *,
+    device: torch.device,
+    seed: int,
+    progress: Progress,
+) -> Sensitivities:
+    """Sensitivities of every linear of `structure` at each of `candidates`.
+
+    windows: int64 `[samples, seq_len]`; trace: of these windows; its hidden states are used up. options: of the run,
+    whose bits do not matter. Modules outside the blocks must be materialised on `device` and stay so; blocks are
+    materialised and released here.
+
+    Raises NumericalError naming a layer whose values or gradients are not finite.
+    """
+    if kind == "paper":
+        return walk_blocks(source, structure, trace, PaperCriterion(candidates), device=device, progress=progress)
+    gradients = squared_gradients(source, structure, windows, trace, device=device, seed=seed)
+    measure = OutputError(gradients.means, options, candidates)
+    found = walk_blocks(source, structure, trace, measure, device=device, progress=progress)
+    return replace(found, costs=measure.costs(found.costs))
+
+
+class OutputError:
+    """Relative errors ‖(W − Ŵ) x‖² / ‖W x‖², and what each is a part of: ½ E[g²] · tr[W H Wᵀ], in nats a token."""
+
+    def __init__(self, squares: Mapping[str, float], options: SolverOptions, candidates: Sequence[int]) -> None:
+        """squares: mean squared gradient of the end loss at each linear's output, over tokens and features."""
+        self._squares, self._candidates = squares, candidates
+        self._options = replace(options, refine_rounds=0, asymmetric=0.0)
+        self._signals: dict[str, float] = {}
+
+    def __call__(
+        self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
+    ) -> list[dict[int, float]]:
+        options = self._options if hessian is not None else self._options.without_data()
+        names = [spec.name for spec in specs]
+        if hessian is not None:
+            for name, weight in zip(names, weights, strict=True):
+                self._signals[name] = 0.5 * self._squares[name] * float(((weight @ hessian) * weight).sum())
+        errors: list[dict[int, float]] = [{} for _ in specs]
+        for bits in self._candidates:
+            solutions = quantize_matrices(weights, names, hessian, replace(options, bits=bits))
+            for error, each in zip(errors, solutions, strict=True):
+                error[bits] = each.weight_error if each.output_error is None else each.output_error
+        return errors
+
+    def costs(self, errors: Mapping[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+        """Predicted loss, in nats a token, from the relative errors of all linears.
+
+        What no calibration input or no gradient reached (an expert that no token was sent to) counts as the median of
+        the others: that nothing was measured there does not mean that nothing depends on it.
+        """
+        reached = {name: signal for name, signal in self._signals.items() if signal > 0}
+        usual = statistics.median(reached.values()) if reached else 1.0
+        return {
+            name: {bits: reached.get(name, usual) * error for bits, error in each.items()}
+            for name, each in errors.items()
+        }
+
+
+class PaperCriterion:
+    """C · 4^−bits; see the module."""
+
+    def __init__(self, candidates: Sequence[int]) -> None:
+        self._candidates = candidates
+
+    def __call__(
+        self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
+    ) -> list[dict[int, float]]:
+        scores = [paper_score(weight, hessian, spec.name) for spec, weight in zip(specs, weights, strict=True)]
+        return [{bits: score * 4.0**-bits for bits in self._candidates} for score in scores]
+
+
+def paper_score(weight: Tensor, hessian: Tensor | None, name: str) -> float:
+    """‖S‖_F · std(S)² of a `[out, in]` weight; without a Hessian that of the identity."""
+    columns = weight.shape[1]
+    form = torch.eye(columns, device=weight.device) if hessian is None else hessian
+    objective = build_objective(form, _PAPER_DAMPING, name, order="hessian", group_columns=1, whole_groups=False)
+    scaled = (weight.float()[:, objective.order] / objective.inverse_factor.diagonal()).double()
+    return float(scaled.norm() * scaled.std() ** 2)
+
+
+def walk_blocks(
+    source: Source,
+    structure: Structure,
+    trace: Trace,
+    measure: Measure,
+    *,
+    device: torch.device,
+    progress: Progress,
+) -> Sensitivities:
+    """Run the calibration inputs through the original blocks and measure the linears of each on what they read."""
+    costs: dict[str, dict[int, float]] = {}
+    shared: list[tuple[str, ...]] = []
+    for depth, name in enumerate(progress(structure.blocks, "Measuring")):
+        source.materialise([name])
+        block = source.skeleton().get_submodule(name).to(device)
+        calls = {size: per_block[depth] for size, per_block in trace.calls.items()}
+        stream = BlockStream(block, trace.hidden, calls, device)
+        specs = {spec.kind: spec for spec in structure.linears if spec.block == depth}
+        groups = stream.shared_inputs(list(specs))
+        moments = [each.hessian for each in gather_moments(stream, groups)]
+        left = [(kind,) for kind in specs if not any(kind in group for group in groups)]
+        for group, hessian in [*zip(groups, moments, strict=True), *((group, None) for group in left)]:
+            members = [specs[kind] for kind in group]
+            found = measure(members, [_matrix(block, spec) for spec in members], hessian)
+            costs |= {spec.name: each for spec, each in zip(members, found, strict=True)}
+        shared += [tuple(specs[kind].name for kind in group) for group in groups]
+        if depth + 1 < len(structure.blocks):
+            stream.advance(name)
+        source.release([name])
+    return Sensitivities({spec.name: costs[spec.name] for spec in structure.linears}, tuple(shared))
+
+
+def _matrix(block: nn.Module, spec: LinearSpec) -> Tensor:
+    """The weight as float32 `[out, in]`."""
+    weight = block.get_submodule(spec.kind).get_parameter("weight").detach().float()
+    return weight.T if spec.transposed else weight

@@ -1,0 +1,229 @@
+"""From a model and a budget to a bit plan: sensitivities, measured or remembered, and the best choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from shiftadd_cli.allocation.budget import Budget
+from shiftadd_cli.allocation.cache import SensitivityCache, cache_folder
+from shiftadd_cli.allocation.patterns import follow_pins, fused, pinned_bits, tied_by_pattern
+from shiftadd_cli.allocation.plan_file import BitPlan, Origin, PlanCalibration, PlannedLayer, PlannedModel, Storage
+from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, measure_sensitivities
+from shiftadd_cli.allocation.solve import Choices, allocate, tied_groups
+from shiftadd_cli.artifact.shards import plan_shards
+from shiftadd_cli.bcq.solver import SolverOptions
+from shiftadd_cli.calibration.trace import trace_model
+from shiftadd_cli.device import choose_device
+from shiftadd_cli.errors import AllocationError
+from shiftadd_cli.pipeline.plan import Plan, PlannedLinear, make_plan
+from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration, move_parts
+from shiftadd_cli.progress import progress
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import Source, open_source
+
+# Fields of a recipe that no sensitivity depends on; the text goes by its own fingerprint, whatever it is called.
+_IRRELEVANT = (
+    "bits", "bit_plan", "refine_rounds", "descent_passes", "true_sequential", "asymmetric", "loss_aware",
+    "reconstruct_epochs", "embedding_bits", "calibration", "batch_size", "device", "shard_size",
+)  # fmt: skip
+
+Blocks = Callable[[Sequence[str], str], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked: see the options of `shiftadd allocate-bits`."""
+
+    budget: Budget
+    candidates: tuple[int, ...] = (2, 3, 4)
+    sensitivity: SensitivityKind = "output"
+    keep: tuple[str, ...] = ()
+    tie: tuple[str, ...] = ()
+    tie_fused: bool = True
+
+
+@dataclass(frozen=True)
+class AllocationJob:
+    """An allocation whose request has been checked; nothing has been measured yet.
+
+    `linears` are planned at the recipe's own bits; `options` are the recipe's for the solver.
+    """
+
+    source: Source
+    recipe: Recipe
+    request: Request
+    linears: tuple[PlannedLinear, ...]
+    allowed: dict[str, tuple[int, ...]]
+    tied: list[tuple[str, ...]]
+    calibration: CalibrationSet
+    device: torch.device
+
+    @classmethod
+    def prepare(cls, model: str, recipe: Recipe, request: Request) -> AllocationJob:
+        """Check everything that can be known from headers and the calibration text.
+
+        Raises ShiftaddError, saying what to do: also for a budget that no choice of bits meets.
+        """
+        recipe = recipe.model_copy(update={"bit_plan": None})
+        device = choose_device(recipe.device)
+        source = open_source(model, dtype=recipe.dtype)
+        plan = make_plan(source, recipe)
+        specs = [each.spec for each in plan.linears]
+        pinned = pinned_bits(specs, request.keep)
+        allowed = {spec.name: (pinned[spec.name],) if spec.name in pinned else request.candidates for spec in specs}
+        tied = tied_groups(allowed, tied_by_pattern(specs, request.tie))
+        allowed = follow_pins(allowed, tied)
+        if not plan.calibrated:
+            raise AllocationError(
+                "What bits matter to a layer is measured on text; choose a --calibration, and a recipe that uses one."
+            )
+        job = cls(source, recipe, request, plan.linears, allowed, tied, _calibrate(plan), device)
+        job.check_budget()
+        return job
+
+    def check_budget(self) -> None:
+        """Refuse a budget that is too small whatever the sensitivities."""
+        budget, smallest, largest = self.request.budget, self.plan_at(min), self.plan_at(max)
+        weights = smallest.quantized_weights
+        other = _file_bytes(smallest) - smallest.quantized_bytes
+        if budget.layer_bytes(weights, other) < smallest.quantized_bytes:
+            low, high = (budget.in_words(each.quantized_bytes, weights, other) for each in (smallest, largest))
+            raise AllocationError(
+                f"A budget of {budget.text} cannot be met: the bits allowed take from {low} to {high}; raise it, or "
+                "allow fewer bits with --candidates."
+            )
+
+    def run(self, show: Blocks | None = None) -> BitPlan:
+        """Measure, or remember, the sensitivities, and choose.
+
+        show: wraps the block names, with a description, to show how far it is; by default a bar on standard error.
+        """
+        sensitivities = self.sensitivities(show or (lambda names, text: progress(names, total=len(names), desc=text)))
+        together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
+        tied = tied_groups(self.allowed, [*self.tied, *together])
+        layers = self._choices(sensitivities, follow_pins(self.allowed, tied))
+        budget, smallest = self.request.budget, self.plan_at(min)
+        other = _file_bytes(smallest) - smallest.quantized_bytes
+        available = budget.layer_bytes(smallest.quantized_weights, other)
+        while True:
+            chosen = allocate(layers, tied, available)
+            plan = make_plan(self.source, self.recipe, chosen)
+            above = 0 if budget.file_bytes is None else _file_bytes(plan) - budget.file_bytes
+            if above <= 0:
+                return self._bit_plan(layers, chosen)
+            # The files' headers take a few bytes that depend on the choice.
+            available = max(available - above, smallest.quantized_bytes)
+
+    def with_budget(self, budget: Budget) -> AllocationJob:
+        """The same with another budget. Raises AllocationError where it is too small."""
+        other = replace(self, request=replace(self.request, budget=budget))
+        other.check_budget()
+        return other
+
+    def sensitivities(self, show: Blocks) -> Sensitivities:
+        """At every number of bits allowed for any layer, from the cache where it has them."""
+        wanted = sorted({bits for each in self.allowed.values() for bits in each})
+        cache = SensitivityCache(
+            cache_folder(),
+            self.request.sensitivity,
+            self.source.fingerprint,
+            str(self.source.dtype),
+            self.recipe_fingerprint,
+            self.calibration.text.fingerprint,
+        )
+        kept = cache.load()
+        if kept is not None and kept.covers(wanted):
+            return kept
+        known = next(iter(kept.costs.values())).keys() if kept is not None else set[int]()
+        return cache.keep(self._measure([bits for bits in wanted if bits not in known], show))
+
+    def _choices(self, sensitivities: Sensitivities, allowed: Mapping[str, tuple[int, ...]]) -> list[Choices]:
+        """Stored bytes and predicted loss of every layer at the bits allowed for it."""
+        options = SolverOptions.from_recipe(self.recipe)
+        found = []
+        for spec in (each.spec for each in self.linears):
+            layouts = {
+                bits: replace(options, bits=bits).layout(spec.out_features, spec.in_features)
+                for bits in allowed[spec.name]
+            }
+            found.append(
+                Choices(
+                    spec.name,
+                    {bits: layout.nbytes for bits, layout in layouts.items()},
+                    {bits: sensitivities.costs[spec.name][bits] for bits in layouts},
+                )
+            )
+        return found
+
+    def plan_at(self, choose: Callable[[Iterable[int]], int]) -> Plan:
+        """The run with the bits that `choose` takes of those allowed for each layer."""
+        return make_plan(self.source, self.recipe, {name: choose(bits) for name, bits in self.allowed.items()})
+
+    @cached_property
+    def recipe_fingerprint(self) -> str:
+        """Of the fields that a sensitivity may depend on."""
+        return self.recipe.fingerprint(without=_IRRELEVANT)
+
+    def _measure(self, candidates: Sequence[int], show: Blocks) -> Sensitivities:
+        source, recipe, windows = self.source, self.recipe, self.calibration.windows
+        structure = make_plan(source, recipe).structure
+        source.materialise(structure.outside)
+        move_parts(source.skeleton(), structure.outside, self.device)
+        try:
+            return measure_sensitivities(
+                self.request.sensitivity,
+                source,
+                structure,
+                windows,
+                trace_model(source, structure, windows, recipe.batch_size, self.device),
+                SolverOptions.from_recipe(recipe),
+                candidates,
+                device=self.device,
+                seed=recipe.seed,
+                progress=show,
+            )
+        finally:
+            source.release(structure.outside)
+
+    def _bit_plan(self, layers: Sequence[Choices], chosen: dict[str, int]) -> BitPlan:
+        request, windows = self.request, self.calibration.windows
+        shapes = {each.spec.name: (each.spec.out_features, each.spec.in_features) for each in self.linears}
+        return BitPlan(
+            model=PlannedModel(name=self.source.name, fingerprint=self.source.fingerprint),
+            storage=Storage.of(self.recipe),
+            made_by=Origin(
+                sensitivity=request.sensitivity,
+                recipe_fingerprint=self.recipe_fingerprint,
+                calibration=PlanCalibration(
+                    name=self.calibration.text.name,
+                    fingerprint=self.calibration.text.fingerprint,
+                    samples=windows.shape[0],
+                    seq_len=windows.shape[1],
+                ),
+                budget=request.budget.text,
+                keep=request.keep,
+                tie=request.tie,
+                tie_fused=request.tie_fused,
+            ),
+            layers={
+                each.name: PlannedLayer(
+                    bits=chosen[each.name], shape=shapes[each.name], bytes=dict(each.bytes), cost=dict(each.costs)
+                )
+                for each in layers
+            },
+        )
+
+
+def _calibrate(plan: Plan) -> CalibrationSet:
+    calibration = load_calibration(plan)
+    assert calibration is not None, "the caller saw to it"
+    return calibration
+
+
+def _file_bytes(plan: Plan) -> int:
+    """Size of the weight files of a run, headers included."""
+    return sum(shard.nbytes for shard in plan_shards(plan.tensors, plan.recipe.shard_bytes))

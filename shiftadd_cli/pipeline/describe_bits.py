@@ -1,0 +1,65 @@
+"""A bit plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shiftadd_cli.allocation.plan_file import BitPlan, PlannedLayer
+from shiftadd_cli.report.summary import size, table
+from shiftadd_cli.source import LinearSpec
+
+_UNITS = {"output": "nats/token", "paper": "no unit"}
+
+
+def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
+    """Bits by kind and depth, what they store and what they are predicted to cost, beside equal bits for all."""
+    kinds: dict[str, list[LinearSpec]] = {}
+    for spec in linears:
+        kinds.setdefault(spec.kind, []).append(spec)
+    rows = []
+    for kind, members in kinds.items():
+        layers = [plan.layers[spec.name] for spec in members]
+        depths = {spec.block: plan.layers[spec.name].bits for spec in members}
+        over_depth = "".join(str(depths.get(block, "-")) for block in range(max(spec.block for spec in linears) + 1))
+        rows.append((kind, over_depth, *_numbers(layers, [layer.bits for layer in layers])))
+    layers = list(plan.layers.values())
+    rows.append(("all", "", *_numbers(layers, [layer.bits for layer in layers])))
+    for bits in sorted({bits for layer in layers for bits in layer.bytes}):
+        if all(bits in layer.bytes for layer in layers):
+            rows.append((f"uniform {bits}", "", *_numbers(layers, [bits] * len(layers))))
+    unit = _UNITS.get(plan.made_by.sensitivity, "no unit")
+    made = plan.made_by
+    return "\n".join(
+        (
+            table(("layers", "bits from first to last block", "planes", "bits/weight", "predicted loss"), rows),
+            "",
+            f"Budget        {made.budget}",
+            f"Stored        {size(plan.stored_bytes)} for the quantized layers: {plan.bits_per_weight:.3f} stored bits "
+            f"per weight, {plan.planes_per_weight:.3f} planes",
+            f"Predicted     {plan.predicted_loss:.4g} ({unit}), from the sensitivity '{made.sensitivity}' on "
+            f"{made.calibration.name}, {made.calibration.samples} x {made.calibration.seq_len} tokens",
+        )
+    )
+
+
+def describe_front(plans: Sequence[BitPlan]) -> str:
+    """Size against predicted loss, one plan a line."""
+    rows = [
+        (
+            plan.made_by.budget,
+            f"{plan.planes_per_weight:.3f}",
+            f"{plan.bits_per_weight:.3f}",
+            size(plan.stored_bytes),
+            f"{plan.predicted_loss:.4g}",
+        )
+        for plan in plans
+    ]
+    return table(("budget", "planes", "bits/weight", "stored", "predicted loss"), rows)
+
+
+def _numbers(layers: Sequence[PlannedLayer], bits: Sequence[int]) -> tuple[str, str, str]:
+    weights = sum(layer.weights for layer in layers)
+    planes = sum(each * layer.weights for layer, each in zip(layers, bits, strict=True)) / weights
+    stored = 8 * sum(layer.bytes[each] for layer, each in zip(layers, bits, strict=True)) / weights
+    loss = sum(layer.cost[each] for layer, each in zip(layers, bits, strict=True))
+    return f"{planes:.3f}", f"{stored:.3f}", f"{loss:.4g}"

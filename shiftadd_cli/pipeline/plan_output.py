@@ -1,0 +1,33 @@
+"""Where plan.json goes: checked before the work, written after it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shiftadd_cli.allocation.plan_file import BitPlan
+from shiftadd_cli.artifact.output import refusals
+from shiftadd_cli.errors import OutputError
+
+
+def check_plan_output(out: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work, a place where plan.json cannot be written. Raises OutputError."""
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder; give the path of a file, such as plan.json, to -o.")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists; add --overwrite to replace it.")
+    if not out.resolve().parent.is_dir():
+        raise OutputError(f"The folder {out.parent} does not exist; make it, or choose another place.")
+    if not os.access(out.resolve().parent, os.W_OK | os.X_OK):
+        raise OutputError(f"No permission to write in {out.parent}; choose another folder.")
+
+
+def write_plan(plan: BitPlan, out: Path) -> None:
+    """Write plan.json whole or not at all. Raises OutputError when the disk refuses."""
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    with refusals(out):
+        try:
+            partial.write_text(plan.to_json(), encoding="utf-8")
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)

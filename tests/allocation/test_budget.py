@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from shiftadd_cli.allocation.budget import Budget, parse_curve
+from shiftadd_cli.errors import AllocationError
+
+
+def test_average_bits_are_never_exceeded_by_rounding():
+    budget = Budget.parse(2.3, None)
+    assert budget.layer_bytes(1001, other_bytes=5_000) == 287
+    assert 8 * 287 / 1001 <= 2.3 < 8 * 288 / 1001
+    assert budget.in_words(287, 1001, 5_000) == "2.294 bits per weight"
+    assert budget.in_words(250, 999, 0) == "2.003 bits per weight"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("70MB", 70_000_000), ("1.5 gb", 1_500_000_000), ("0.25KB", 250), ("3GB", 3_000_000_000)]
+)
+def test_sizes_are_decimal_and_leave_room_for_everything_else(text, count):
+    budget = Budget.parse(None, text)
+    assert budget.file_bytes == count
+    assert budget.layer_bytes(10, other_bytes=100) == count - 100
+    assert budget.in_words(1_000_000, 10, 500_000) == "1.500 MB"
+    assert budget.in_words(1_000_001, 10, 500_000) == "1.501 MB"
+
+
+@pytest.mark.parametrize(
+    ("bits", "size"),
+    [(None, None), (2.5, "70MB"), (0.0, None), (-1.0, None), (float("nan"), None), (None, "70"), (None, "-1MB")],
+)
+def test_anything_else_is_refused_with_the_cure(bits, size):
+    with pytest.raises(AllocationError, match=r"give .*(2\.5|70MB|--target-size)"):
+        Budget.parse(bits, size)
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        ("2:3:0.25", [2, 2.25, 2.5, 2.75, 3]),
+        ("2.1:2.5:0.1", [2.1, 2.2, 2.3, 2.4, 2.5]),
+        ("2:3:0.6", [2, 2.6]),
+        ("3:3:1", [3]),
+    ],
+)
+def test_a_curve_goes_from_first_to_last(text, points):
+    assert [budget.average_bits for budget in parse_curve(text)] == points
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2:4", "4:2:0.25", "2:4:0", "0:4:1", "2:4:x", "-1:4:1", "2:4:0.0000001", "1:8:0.01"]
+)
+def test_a_curve_that_is_none_or_endless_is_refused(text):
+    with pytest.raises(AllocationError, match="--curve"):
+        parse_curve(text)

@@ -1,0 +1,76 @@
+"""Layers by pattern: kept, tied, and fused."""
+
+from __future__ import annotations
+
+import pytest
+
+from shiftadd_cli.allocation.patterns import follow_pins, fused, parse_candidates, pinned_bits, tied_by_pattern
+from shiftadd_cli.errors import AllocationError
+from shiftadd_cli.source import LinearSpec
+
+KINDS = ("attn.q", "attn.k", "mlp.up", "mlp.down")
+LINEARS = [LinearSpec(f"h.{block}.{kind}", kind, block, 8, 8, False, False) for block in range(2) for kind in KINDS]
+
+
+def test_candidates_are_sorted_and_told_once():
+    assert parse_candidates("4, 2,3,2") == (2, 3, 4)
+
+
+@pytest.mark.parametrize("text", ["", "2,", "two", "0,2", "9", "2.5", "-1", "2;3"])
+def test_candidates_that_are_no_bits_are_refused(text):
+    with pytest.raises(AllocationError, match="--candidates"):
+        parse_candidates(text)
+
+
+def test_patterns_pin_layers_and_modules():
+    assert pinned_bits(LINEARS, ["*.down=4", "h.0.attn=3"]) == {
+        "h.0.mlp.down": 4,
+        "h.1.mlp.down": 4,
+        "h.0.attn.q": 3,
+        "h.0.attn.k": 3,
+    }
+    assert pinned_bits(LINEARS, ["*.q=2", "h.0.attn.q=2"]) == {"h.0.attn.q": 2, "h.1.attn.q": 2}
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [
+        (["*.down"], "PATTERN=BITS"),
+        (["=3"], "PATTERN=BITS"),
+        (["*.down=9"], "PATTERN=BITS"),
+        (["*.down=x"], "PATTERN=BITS"),
+        (["*.nothing=3"], "matches no layer"),
+        (["*.q=2", "h.0=3"], "both name h.0.attn.q"),
+    ],
+)
+def test_entries_that_pin_nothing_or_twice_are_refused(keep, said):
+    with pytest.raises(AllocationError) as caught:
+        pinned_bits(LINEARS, keep)
+    assert said in str(caught.value)
+
+
+def test_ties_stay_inside_a_block():
+    assert tied_by_pattern(LINEARS, ["*.q, *.down"]) == [
+        ("h.0.attn.q", "h.0.mlp.down"),
+        ("h.1.attn.q", "h.1.mlp.down"),
+    ]
+    assert tied_by_pattern(LINEARS, ["h.1.mlp"]) == [("h.1.mlp.up", "h.1.mlp.down")]
+
+
+@pytest.mark.parametrize("entry", ["*.q,", "", "*.q,*.nothing"])
+def test_ties_that_tie_nothing_are_refused(entry):
+    with pytest.raises(AllocationError, match="--tie"):
+        tied_by_pattern(LINEARS, [entry])
+
+
+def test_what_reads_one_input_in_two_modules_is_not_fused():
+    """Phi's attention and feed-forward part read the same norm."""
+    shared = [("h.0.attn.q", "h.0.attn.k", "h.0.mlp.up"), ("h.0.mlp.down",), ("h.1.attn.q", "h.1.attn.k")]
+    assert fused(shared) == [("h.0.attn.q", "h.0.attn.k"), ("h.1.attn.q", "h.1.attn.k")]
+
+
+def test_tied_layers_follow_the_one_that_is_kept():
+    allowed = {"a": (2, 3), "b": (5,), "c": (2, 3), "d": (5,)}
+    assert follow_pins(allowed, [("a", "b", "d")]) == {"a": (5,), "b": (5,), "c": (2, 3), "d": (5,)}
+    with pytest.raises(AllocationError, match="b 5 and c 3"):
+        follow_pins(allowed | {"c": (3,)}, [("b", "c")])

@@ -1,0 +1,189 @@
+"""Predicted losses against their definitions, computed with the whole model in memory, and against real divergences."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from shiftadd_cli.allocation import sensitivity
+from shiftadd_cli.allocation.sensitivity import OutputError, measure_sensitivities, paper_score
+from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.solver import quantize_matrices
+from shiftadd_cli.calibration.gradients import squared_gradients
+from shiftadd_cli.calibration.trace import trace_model
+from shiftadd_cli.source import find_structure, open_source
+
+CPU = torch.device("cpu")
+WINDOWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(1))
+OPTIONS = SolverOptions(group_size=16, fit_rounds=2)
+
+
+def measure(path, kind, candidates=(2, 4), options=OPTIONS):
+    source = open_source(str(path))
+    structure = find_structure(source.skeleton())
+    source.materialise(structure.outside)
+    trace = trace_model(source, structure, WINDOWS, 4, CPU)
+    return measure_sensitivities(
+        kind,
+        source,
+        structure,
+        WINDOWS,
+        trace,
+        options,
+        candidates,
+        device=CPU,
+        seed=0,
+        progress=lambda names, _: names,
+    )
+
+
+def matrices(path):
+    """Weight `[out, in]` and second moment of the inputs of every linear, from the whole model at once."""
+    source = open_source(str(path))
+    model = source.load_model(torch.float32)
+    seen = {}
+    specs = find_structure(source.skeleton()).linears
+    for spec in specs:
+        model.get_submodule(spec.name).register_forward_pre_hook(
+            lambda _, args, name=spec.name: seen.update({name: args[0].reshape(-1, args[0].shape[-1])})
+        )
+    with torch.no_grad():
+        model(input_ids=WINDOWS, use_cache=False)
+    found = {}
+    for spec in specs:
+        weight = model.get_submodule(spec.name).weight.data
+        rows = seen[spec.name].double()
+        found[spec.name] = (weight.T if spec.transposed else weight).double(), rows.T @ rows / len(rows)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_output_costs_are_half_the_squared_gradient_times_the_squared_error(tmp_path, family, monkeypatch):
+    save_tiny(family, tmp_path)
+    solved = {}
+
+    def spy(weights, names, hessian, options):
+        assert options.refine_rounds == 0
+        solutions = quantize_matrices(weights, names, hessian, options)
+        solved.update({(name, options.bits): each for name, each in zip(names, solutions, strict=True)})
+        return solutions
+
+    monkeypatch.setattr(sensitivity, "quantize_matrices", spy)
+    found = measure(tmp_path, "output")
+    source = open_source(str(tmp_path))
+    structure = find_structure(source.skeleton())
+    source.materialise(structure.outside)
+    trace = trace_model(source, structure, WINDOWS, 4, CPU)
+    squares = squared_gradients(source, structure, WINDOWS, trace, device=CPU, seed=0).means
+    for name, (weight, hessian) in matrices(tmp_path).items():
+        assert list(found.costs[name]) == [2, 4]
+        for bits, cost in found.costs[name].items():
+            error = weight - solved[name, bits].weight.decode().double()
+            expected = 0.5 * squares[name] * float(((error @ hessian) * error).sum())
+            assert cost == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_predicted_loss_is_of_the_size_of_the_real_divergence(tmp_path):
+    """Of each layer replaced alone, and in the right order: the definition of what is predicted."""
+    save_tiny("llama", tmp_path)
+    costs = measure(tmp_path, "output", (2, 3)).costs
+    original = open_source(str(tmp_path)).load_model(torch.float32)
+    with torch.no_grad():
+        reference = original(input_ids=WINDOWS).logits.log_softmax(-1)
+    predicted, real = [], []
+    for name, (weight, hessian) in matrices(tmp_path).items():
+        for bits, cost in costs[name].items():
+            options = SolverOptions(bits=bits, group_size=16, fit_rounds=2, refine_rounds=0)
+            (solution,) = quantize_matrices([weight], [name], hessian.float(), options)
+            model = copy.deepcopy(original)
+            model.get_submodule(name).weight.data = solution.weight.decode()
+            with torch.no_grad():
+                logits = model(input_ids=WINDOWS).logits.log_softmax(-1)
+            predicted.append(cost)
+            real.append(float((reference.exp() * (reference - logits)).sum(-1).mean()))
+    ratios = torch.tensor(predicted) / torch.tensor(real)
+    assert 0.5 < float(ratios.median()) < 2
+    pairs = [(i, j) for i in range(len(real)) for j in range(i)]
+    concordant = sum((predicted[i] - predicted[j]) * (real[i] - real[j]) > 0 for i, j in pairs)
+    assert 2 * concordant / len(pairs) - 1 > 0.7
+
+
+def test_more_bits_cost_less(tmp_path):
+    save_tiny("opt", tmp_path)
+    for kind in ("output", "paper"):
+        for costs in measure(tmp_path, kind, (2, 3, 4)).costs.values():
+            assert costs[2] > costs[3] > costs[4] > 0
+
+
+def test_blocks_are_released_and_shared_inputs_are_told(tmp_path):
+    save_tiny("llama", tmp_path)
+    source = open_source(str(tmp_path))
+    structure = find_structure(source.skeleton())
+    source.materialise(structure.outside)
+    trace = trace_model(source, structure, WINDOWS, 4, CPU)
+    held = []
+
+    def watch(names, _):
+        for name in names:
+            blocks = [source.skeleton().get_submodule(each) for each in structure.blocks]
+            held.append(sum(not each.is_meta for block in blocks for each in block.parameters()))
+            yield name
+
+    found = measure_sensitivities(
+        "output", source, structure, WINDOWS, trace, OPTIONS, (2,), device=CPU, seed=0, progress=watch
+    )
+    assert held == [0, 0]
+    first = [tuple(name.removeprefix("model.layers.0.") for name in names) for names in found.shared_inputs[:4]]
+    assert first == [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ]
+    assert list(found.costs) == [spec.name for spec in structure.linears]
+    assert found.covers([2])
+    assert not found.covers([2, 3])
+
+
+def test_layers_that_nothing_reached_count_as_the_median_of_the_others(tmp_path):
+    save_tiny("llama", tmp_path)
+    specs = find_structure(open_source(str(tmp_path)).skeleton()).linears[:4]
+    weights = [torch.randn(spec.out_features, spec.in_features) for spec in specs]
+    squares = {spec.name: square for spec, square in zip(specs, (1.0, 3.0, 0.0, 9.0), strict=True)}
+    measured = OutputError(squares, OPTIONS, (2,))
+    errors = {}
+    for spec, weight in zip(specs[:3], weights[:3], strict=True):
+        (errors[spec.name],) = measured([spec], [weight], torch.eye(spec.in_features))
+    (errors[specs[3].name],) = measured([specs[3]], [weights[3]], None)
+    costs = measured.costs(errors)
+    signals = [costs[spec.name][2] / errors[spec.name][2] for spec in specs]
+    powers = [float(weight.square().sum()) for weight in weights]
+    assert signals[:2] == pytest.approx([0.5 * powers[0], 1.5 * powers[1]], rel=1e-4)
+    usual = (signals[0] + signals[1]) / 2
+    assert signals[2:] == pytest.approx([usual, usual])
+
+
+def test_the_score_of_the_paper_is_its_formula():
+    """Written out with an inverse and its upper factor, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(10, 12, generator=generator), torch.randn(50, 12, generator=generator)
+    inputs[:, 3] *= 6
+    hessian = inputs.T @ inputs / 50
+    order = hessian.diagonal().argsort(descending=True)
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(12)
+    d = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True).diagonal()
+    s = weight.double()[:, order] / d
+    expected = float(s.square().sum().sqrt() * ((s - s.mean()) ** 2).sum() / (s.numel() - 1))
+    assert paper_score(weight, hessian, "layer") == pytest.approx(expected, rel=1e-4)
+
+
+def test_paper_costs_rank_layers_as_the_score_at_any_bits(tmp_path):
+    save_tiny("llama", tmp_path)
+    costs = measure(tmp_path, "paper", (2, 3)).costs
+    for name, (weight, hessian) in matrices(tmp_path).items():
+        score = paper_score(weight.float(), hessian.float(), name)
+        assert costs[name][2] == pytest.approx(score / 16, rel=0.02)
+        assert costs[name][3] == pytest.approx(costs[name][2] / 4)

@@ -1,0 +1,111 @@
+"""`shiftadd allocate-bits` from the command line, and what `quantize` makes of its plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny_models import save_tiny
+
+from shiftadd_cli.cli import main
+from shiftadd_cli.cli.allocate_bits import allocate_bits
+
+QUICK = ["--samples", "4", "--seq-len", "24", "--group-size", "16", "--fit-rounds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen2", tmp_path_factory.mktemp("source") / "model")
+
+
+def shiftadd(*arguments: object) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def test_a_plan_is_made_shown_and_used(model: Path, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    made = shiftadd("allocate-bits", model, "-o", plan, "--avg-bits", "5", *QUICK)
+    assert made.exit_code == 0, made.output
+    for part in (
+        "self_attn.q_proj",
+        "uniform 3",
+        "Budget        5 bits per weight",
+        "planes",
+        "Peak memory",
+        str(plan),
+    ):
+        assert part in made.stdout
+    used = shiftadd("quantize", model, "-o", out, "--bit-plan", plan, *QUICK)
+    assert used.exit_code == 0, used.output
+    bits = {name: layer["bits"] for name, layer in json.loads(plan.read_text())["layers"].items()}
+    report = json.loads((out / "report.json").read_text())
+    assert {layer["name"]: layer["bits"] for layer in report["layers"]} == bits
+    assert report["size"]["bits_per_weight"] <= 5
+    shown = json.loads(shiftadd("inspect", out, "--verify", "--json").stdout)
+    assert {layer["name"]: layer["bits"] for layer in shown["layers"]} == bits
+    assert f"{shown['bits_per_weight']:.3f} stored bits per weight" in made.stdout
+    again = shiftadd("allocate-bits", model, "-o", plan, "--avg-bits", "5", *QUICK)
+    assert again.exit_code == 2
+    assert "--overwrite" in again.stderr
+    assert shiftadd("allocate-bits", model, "-o", plan, "--avg-bits", "5", "--overwrite", *QUICK).exit_code == 0
+
+
+def test_a_curve_shows_less_predicted_loss_for_more_bits(model: Path, tmp_path: Path) -> None:
+    result = shiftadd("allocate-bits", model, "-o", tmp_path / "p", "--avg-bits", "5", "--curve", "4.5:6:0.5", *QUICK)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("budget"))
+    rows = [line.split() for line in lines[start + 1 : start + 5]]
+    assert [row[0] for row in rows] == ["4.5", "5", "5.5", "6"]
+    assert all(float(row[5]) <= float(row[0]) for row in rows)
+    losses = [float(row[-1]) for row in rows]
+    assert losses == sorted(losses, reverse=True)
+    # Measured once.
+    assert result.stderr.count("100%") == 1
+
+
+BAD = [
+    ([], "--avg-bits"),
+    (["--avg-bits", "3", "--target-size", "1MB"], "--avg-bits"),
+    (["--avg-bits", "1"], "from"),
+    (["--target-size", "1KB"], "MB"),
+    (["--avg-bits", "5", "--curve", "1:4:1"], "from"),
+    (["--avg-bits", "5", "--curve", "4"], "--curve"),
+    (["--target-size", "much"], "--target-size"),
+    (["--avg-bits", "5", "--candidates", "0,1"], "--candidates"),
+    (["--avg-bits", "5", "--keep", "*.nothing=3"], "--keep"),
+    (["--avg-bits", "5", "--keep", "q_proj"], "PATTERN=BITS"),
+    (["--avg-bits", "5", "--tie", "*.nothing"], "--tie"),
+    (["--avg-bits", "5", "--tie", "*.o_proj,*.down_proj", "--keep", "*.o_proj=2", "--keep", "*.down_proj=3"], "--keep"),
+    (["--avg-bits", "5", "--recipe", "fast"], "--calibration"),
+    (["--avg-bits", "5", "--calibration", "lost.txt"], "lost.txt"),
+]
+
+
+@pytest.mark.parametrize(("options", "part"), BAD)
+def test_bad_input_is_one_line_before_any_work(model: Path, tmp_path: Path, options: list[str], part: str) -> None:
+    result = shiftadd("allocate-bits", model, "-o", tmp_path / "plan.json", *QUICK, *options)
+    assert result.exit_code == 2, result.output
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("Error: ")
+    assert part in line
+    assert "Measuring" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_options_are_those_of_a_recipe_without_bits() -> None:
+    text = shiftadd("allocate-bits", "--help").stdout
+    assert "--group-size" in text
+    assert "--bits" not in text.replace("--avg-bits", "")
+
+
+def test_no_option_of_its_own_hides_one_of_the_recipe() -> None:
+    names = [name for parameter in allocate_bits.params for name in (*parameter.opts, *parameter.secondary_opts)]
+    assert len(names) == len(set(names))

@@ -1,0 +1,177 @@
+"""From model and budget to a plan, and from the plan to files of the promised size."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from tiny_models import save_tiny
+
+from shiftadd_cli.allocation.budget import Budget
+from shiftadd_cli.errors import AllocationError
+from shiftadd_cli.pipeline import allocate as allocate_module
+from shiftadd_cli.pipeline.allocate import AllocationJob, Request
+from shiftadd_cli.pipeline.allocate import _file_bytes as file_bytes
+from shiftadd_cli.pipeline.describe_bits import describe_bit_plan
+from shiftadd_cli.pipeline.job import Job
+from shiftadd_cli.recipe import Recipe
+
+QUICK = {"samples": 4, "seq_len": 24, "batch_size": 3, "group_size": 16, "fit_rounds": 1}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny("llama", tmp_path_factory.mktemp("allocate") / "model"))
+
+
+def recipe(**fields):
+    return Recipe.load("default", QUICK | fields)
+
+
+def job_for(model, bits=None, size=None, settings=None, **request):
+    return AllocationJob.prepare(model, settings or recipe(), Request(Budget.parse(bits, size), **request))
+
+
+def quiet(names, _):
+    return names
+
+
+def brute_force(plan, groups, budget):
+    """The least predicted loss over all choices for `groups`, by trying them."""
+    best = None
+    for choice in itertools.product((2, 3), repeat=len(groups)):
+        bits = {name: each for names, each in zip(groups, choice, strict=True) for name in names}
+        if sum(plan.layers[name].bytes[each] for name, each in bits.items()) <= budget:
+            cost = sum(plan.layers[name].cost[each] for name, each in bits.items())
+            best = cost if best is None else min(best, cost)
+    return best
+
+
+@pytest.mark.parametrize("tie_fused", [True, False])
+def test_the_plan_is_the_best_there_is_within_the_budget(model, tie_fused):
+    job = job_for(model, bits=4.2, candidates=(2, 3), tie_fused=tie_fused)
+    plan = job.run(quiet)
+    assert plan.bits_per_weight <= 4.2
+    blocks = [f"model.layers.{number}" for number in range(2)]
+    fused = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")]
+    alone = [("self_attn.o_proj",), ("mlp.down_proj",)]
+    kinds = [*fused, *alone] if tie_fused else [(kind,) for names in (*fused, *alone) for kind in names]
+    groups = [tuple(f"{block}.{kind}" for kind in names) for block in blocks for names in kinds]
+    assert plan.predicted_loss == pytest.approx(brute_force(plan, groups, int(4.2 * plan.weights / 8)), rel=1e-6)
+    for names in groups:
+        assert len({plan.layers[name].bits for name in names}) == 1
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.8])
+def test_the_files_have_the_size_that_was_asked_and_never_more(model, tmp_path, part):
+    """From the smallest that is possible upwards."""
+    generous = job_for(model, bits=9.0)
+    low, high = (file_bytes(generous.plan_at(choose)) for choose in (min, max))
+    asked = low + round(part * (high - low))
+    job = job_for(model, size=f"{asked / 1000:.3f}KB", tie_fused=False)
+    assert job.request.budget.file_bytes == asked
+    path = tmp_path / "plan.json"
+    path.write_text(job.run(quiet).to_json())
+    Job.prepare(model, tmp_path / "out", recipe(bit_plan=str(path))).run()
+    stored = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert asked * 0.99 <= stored <= asked
+
+
+def test_kept_and_tied_layers_are_what_was_asked(model):
+    plan = job_for(model, bits=6, keep=("*.down_proj=2", "*.0.self_attn.q_proj=4"), tie=("*.o_proj,*.gate_proj",)).run(
+        quiet
+    )
+    for block in range(2):
+        layers = {
+            name.rpartition(".")[2]: layer.bits
+            for name, layer in plan.layers.items()
+            if name.split(".")[2] == str(block)
+        }
+        assert layers["down_proj"] == 2
+        assert layers["o_proj"] == layers["gate_proj"] == layers["up_proj"]
+        assert layers["q_proj"] == layers["k_proj"] == layers["v_proj"]
+    assert plan.layers["model.layers.0.self_attn.v_proj"].bits == 4
+
+
+def test_layers_that_are_fused_and_kept_apart_are_refused(model):
+    job = job_for(model, bits=6, keep=("*.q_proj=2", "*.k_proj=3"))
+    with pytest.raises(AllocationError, match="--no-tie-fused"):
+        job.run(quiet)
+    plan = job_for(model, bits=6, keep=("*.q_proj=2", "*.k_proj=3"), tie_fused=False).run(quiet)
+    assert plan.layers["model.layers.0.self_attn.k_proj"].bits == 3
+
+
+def test_another_budget_measures_nothing_again(model, monkeypatch):
+    job_for(model, bits=4.2, candidates=(2, 3)).run(quiet)
+    measured = []
+
+    def spy(*arguments, **options):
+        measured.append(tuple(arguments[6]))
+        return real(*arguments, **options)
+
+    real = allocate_module.measure_sensitivities
+    monkeypatch.setattr(allocate_module, "measure_sensitivities", spy)
+    job_for(model, bits=3.8, candidates=(2, 3)).run(quiet)
+    job_for(model, bits=3.8, candidates=(2, 3), settings=recipe(reconstruct_epochs=1, samples=4, shard_size="1GB")).run(
+        quiet
+    )
+    assert measured == []
+    whole = job_for(model, bits=3.8, candidates=(2, 3, 4)).run(quiet)
+    assert measured == [(4,)]
+    assert {tuple(layer.cost) for layer in whole.layers.values()} == {(2, 3, 4)}
+    for settings in (recipe(seed=1), recipe(group_size=8), recipe(weight_error=0.1), recipe(samples=3)):
+        job_for(model, bits=5.8, candidates=(2, 3), settings=settings).run(quiet)
+    job_for(model, bits=3.8, candidates=(2, 3), sensitivity="paper").run(quiet)
+    assert measured[1:] == [(2, 3)] * 5
+
+
+def test_a_plan_measured_in_two_goes_is_that_of_one(model, cache):
+    job_for(model, bits=6, candidates=(3,), keep=("*.down_proj=2",), tie_fused=False).run(quiet)
+    twice = job_for(model, bits=4.4).run(quiet)
+    for file in (cache / "sensitivities").iterdir():
+        file.unlink()
+    assert job_for(model, bits=4.4).run(quiet) == twice
+
+
+@pytest.mark.parametrize(("bits", "size"), [(2.0, None), (None, "20KB")])
+def test_a_budget_that_cannot_be_met_is_refused_before_any_work_with_the_range(model, cache, bits, size):
+    with pytest.raises(AllocationError) as caught:
+        job_for(model, bits=bits, size=size)
+    message = str(caught.value)
+    low, high = (job_for(model, bits=9.0, keep=(f"*={each}",)).run(quiet) for each in (2, 4))
+    unit = "bits per weight" if bits else "MB"
+    assert unit in message
+    if bits:
+        assert f"from {low.bits_per_weight:.3f} {unit} to {high.bits_per_weight:.3f} {unit}" in message
+    # Exactly the least that is said to be possible is possible.
+    assert job_for(model, bits=low.bits_per_weight).run(quiet).bits == low.bits
+
+
+def test_a_run_without_text_cannot_measure(model):
+    with pytest.raises(AllocationError, match="--calibration"):
+        job_for(model, bits=4.0, settings=Recipe.load("fast", {"group_size": 16}))
+
+
+def test_the_table_shows_bits_over_depth_and_both_averages(model):
+    job = job_for(model, bits=4.2, candidates=(2, 3))
+    plan = job.run(quiet)
+    text = describe_bit_plan(plan, [each.spec for each in job.linears])
+    row = next(line for line in text.splitlines() if line.startswith("self_attn.q_proj"))
+    assert row.split()[1] == "".join(str(plan.layers[f"model.layers.{i}.self_attn.q_proj"].bits) for i in range(2))
+    assert f"{plan.bits_per_weight:.3f} stored bits per weight, {plan.planes_per_weight:.3f} planes" in text
+    assert f"{plan.predicted_loss:.4g} (nats/token)" in text
+    uniform = sum(layer.cost[3] for layer in plan.layers.values())
+    assert f"{uniform:.4g}" in next(line for line in text.splitlines() if line.startswith("uniform 3"))
+
+
+def test_a_chain_of_ties_follows_the_layer_that_is_kept(model):
+    """The query keeps five bits; so does the value, fused with it; so does the output, tied to the value."""
+    plan = job_for(model, bits=6, keep=("*.q_proj=5",), tie=("*.v_proj,*.o_proj",), candidates=(2, 3)).run(quiet)
+    kept = {name.rpartition(".")[2] for name, layer in plan.layers.items() if layer.bits == 5}
+    assert kept == {"q_proj", "k_proj", "v_proj", "o_proj"}
