@@ -107,7 +107,7 @@ def main(
         )
         # Every row is settled before the first is made: a slip in the last method must not cost a night.
         parsed = parse_methods(methods)
-        cells = [conditions.cell(method, width) for width in bits for method in parsed]
+        cells = [conditions.cell(method, width) for width in bits for method in parsed if method.at(width)]
         bench = Bench(conditions, cells, work, together, keep_artifacts, lambda line: click.echo(line, err=True))
 
         def write_table() -> None:

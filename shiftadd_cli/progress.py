@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -24,6 +24,11 @@ def progress(iterable: Iterable[T], total: int, desc: str) -> Iterator[T]:
 
         return iter(tqdm(iterable, total=total, desc=desc, file=sys.stderr, dynamic_ncols=True))
     return _lines(iterable, total, desc)
+
+
+def block_bar(names: Sequence[str], text: str) -> Iterator[str]:
+    """`progress` over the names of a model's blocks."""
+    return progress(names, total=len(names), desc=text)
 
 
 def duration(seconds: float) -> str:

@@ -28,6 +28,14 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     bits: Annotated[int, Field(ge=1, le=8, description="Binary planes per weight, 1 to 8.")] = 3
+    avg_bits: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="Stored bits per weight of the quantized layers, planes, scales and everything counted, not to "
+            "be passed: measures how much every layer matters and gives each bits of its own, in place of --bits.",
+        ),
+    ] = None
     bit_plan: Annotated[
         str | None,
         Field(
@@ -185,6 +193,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
+        if self.avg_bits is not None and self.bit_plan is not None:
+            raise ValueError("avg_bits and bit_plan both say how many bits each layer gets; give one of them")
+        if self.avg_bits is not None and self.calibration == "none":
+            raise ValueError("what bits matter to a layer is measured on text; choose a calibration text for avg_bits")
         if self.group_rows != 1:
             wrong = [
                 text

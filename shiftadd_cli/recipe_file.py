@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1_000_000
 
+# The ways to say how many bits layers get.
+_BITS = ("bits", "avg_bits", "bit_plan")
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -43,6 +46,14 @@ def load_recipe(model: type[Recipe], name_or_path: str, overrides: dict[str, Any
         if not path.exists():
             raise RecipeError(_no_such_recipe(name_or_path))
     values = _read_mapping(path)
+    said = [name for name in _BITS if name in overrides]
+    if len(said) > 1:
+        raise RecipeError(
+            f"{' and '.join(_option(name) for name in said)} say how many bits layers get; give one of them."
+        )
+    if said:
+        # What is said on the command line takes the place of what the file says in another way.
+        values = {name: value for name, value in values.items() if name not in _BITS}
     try:
         return model(**{**values, **overrides})
     except ValidationError as failure:
@@ -98,17 +109,21 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 def _sentence(error: ErrorDetails, path: Path, overrides: dict[str, Any], fields: tuple[str, ...]) -> str:
     location = error["loc"]
     if not location:
-        changed = "".join(f" --{name.replace('_', '-')}" for name in overrides)
+        changed = "".join(f" {_option(name)}" for name in overrides)
         origin = f"Recipe {path}" + (f" with{changed}" if changed else "")
         return f"{origin}: {error['msg'].removeprefix('Value error, ')}"
     field = str(location[0])
-    origin = f"Option --{field.replace('_', '-')}" if field in overrides else f"Recipe {path}, field {field!r}"
+    origin = f"Option {_option(field)}" if field in overrides else f"Recipe {path}, field {field!r}"
     if error["type"] == "extra_forbidden":
         return f"{origin} is unknown{_nearest(field, fields)}"
     value = error["input"]
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{origin}: {_short(value)} is not valid: {message}"
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def _short(value: object) -> str:

@@ -106,6 +106,36 @@ def test_unknown_field_like_no_other_gets_no_suggestion(tmp_path: Path) -> None:
     assert "did you mean" not in refusal(tmp_path, "zzzz: 1\n")
 
 
+def test_bits_said_in_one_way_on_the_command_line_replace_what_the_file_says_in_another(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("avg_bits: 2.5\n")
+    assert Recipe.load(str(path)).avg_bits == 2.5
+    plain = Recipe.load(str(path), {"bits": 4})
+    assert (plain.bits, plain.avg_bits) == (4, None)
+    path.write_text("bits: 2\nbit_plan: plan.json\n")
+    averaged = Recipe.load(str(path), {"avg_bits": 3})
+    assert (averaged.avg_bits, averaged.bit_plan) == (3.0, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"bits": 2, "avg_bits": 2.5}, ["--bits", "--avg-bits"]),
+        ({"avg_bits": 2.5, "bit_plan": "plan.json"}, ["--avg-bits", "--bit-plan"]),
+        ({"avg_bits": 2.5, "calibration": "none", "sweep": "none", "refine_rounds": 0}, ["avg_bits", "calibration"]),
+    ],
+)
+def test_ways_to_say_the_bits_that_exclude_each_other_are_refused(
+    tmp_path: Path, fields: dict[str, Any], words: list[str]
+) -> None:
+    message = refusal(tmp_path, "", **fields)
+    assert all(word in message for word in words)
+
+
+def test_a_file_that_says_the_bits_of_layers_in_two_ways_is_refused(tmp_path: Path) -> None:
+    assert "give one of them" in refusal(tmp_path, "avg_bits: 2.5\nbit_plan: plan.json\n")
+
+
 def test_fault_of_an_override_names_the_option(tmp_path: Path) -> None:
     message = refusal(tmp_path, "bits: 3\n", group_size=0)
     assert message.startswith("Option --group-size: 0 is not valid")
@@ -125,6 +155,9 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         ("bits", "yes"),
         ("bits", "'3'"),
         ("bits", "3.0"),
+        ("avg_bits", "0"),
+        ("avg_bits", "'3'"),
+        ("avg_bits", ".nan"),
         ("bit_plan", "3"),
         ("bit_plan", "''"),
         ("group_size", "0"),
@@ -247,6 +280,7 @@ def test_recipe_is_immutable() -> None:
 def test_fingerprint_is_a_function_of_every_field() -> None:
     others = {
         "bits": 2,
+        "avg_bits": 2.5,
         "bit_plan": "plan.json",
         "group_size": 32,
         "group_rows": 1,

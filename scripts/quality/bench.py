@@ -55,7 +55,7 @@ class Bench:
         made: dict[int, Path] = {}
         for index in indices:
             cell = self.cells[index]
-            self.say(f"{cell.method.label}, {cell.recipe.bits} bits: quantizing")
+            self.say(f"{cell.method.label}, {cell.bits} bits: quantizing")
             try:
                 made[index] = make_artifact(cell, self.conditions.model, self.work)
             except ShiftaddError as error:
@@ -78,7 +78,7 @@ class Bench:
                 machine=machine(),
                 code=sources(),
                 method=cell.method.label,
-                bits=cell.recipe.bits,
+                bits=cell.bits,
                 **read_report(cell, path),
             )
             write_stored(self._row_path(cell), row)
@@ -88,7 +88,7 @@ class Bench:
 
     def _fail(self, index: int, error: ShiftaddError) -> None:
         self.failed[index] = str(error)
-        self.say(f"{self.cells[index].method.label}, {self.cells[index].recipe.bits} bits: {error}")
+        self.say(f"{self.cells[index].method.label}, {self.cells[index].bits} bits: {error}")
 
     def _measure(self, artifacts: Sequence[str]) -> list[dict[str, TestScore]]:
         """Scores by test of each artifact; those of the original are written where they are not known yet."""

@@ -28,20 +28,24 @@ _LIBRARIES = ("torch", "transformers")
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one bit width: what to run, and the settings that fix its artifact and its row."""
+    """One method at one bit width: what to run, and the settings that fix its artifact and its row.
+
+    bits: where it stands in the table; the planes of every layer, unless the method gives layers bits of their own.
+    """
 
     method: Method
+    bits: int
     recipe: Recipe
     artifact_settings: dict[str, Any]
     row_settings: dict[str, Any]
 
     @property
     def artifact_name(self) -> str:
-        return file_name(self.method.label, self.recipe.bits, self.artifact_settings)
+        return file_name(self.method.label, self.bits, self.artifact_settings)
 
     @property
     def row_name(self) -> str:
-        return file_name(self.method.label, self.recipe.bits, self.row_settings) + ".json"
+        return file_name(self.method.label, self.bits, self.row_settings) + ".json"
 
 
 @dataclass
@@ -103,7 +107,7 @@ class Conditions:
             "calibration": text,
             "versions": versions(*packages),
         }
-        return Cell(method, recipe, made, {"artifact": made, "scoring": self.scoring})
+        return Cell(method, bits, recipe, made, {"artifact": made, "scoring": self.scoring})
 
     def _text(self, spec: str, split: Any) -> TextData:
         key = (spec, split)

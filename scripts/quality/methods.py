@@ -29,6 +29,16 @@ class Method:
     overrides: dict[str, Any] = field(default_factory=dict)
     peer: Peer | None = None
 
+    @property
+    def has_own_width(self) -> bool:
+        """Whether the fields of the method say how many bits layers get."""
+        return "avg_bits" in self.overrides or "bit_plan" in self.overrides
+
+    def at(self, bits: int) -> bool:
+        """Whether the method has a row at this width: one with an average does at the whole number below it."""
+        average = self.overrides.get("avg_bits")
+        return not isinstance(average, int | float) or int(average) == bits
+
     def resolve(self, bits: int, common: dict[str, Any]) -> Recipe:
         """The recipe at this bit width. `common`: what all methods share, given way to by the method's own changes;
         a recipe that uses no calibration text stays without.
@@ -38,7 +48,8 @@ class Method:
         try:
             plain = Recipe.load(self.recipe, self.overrides)
             shared = {"calibration": "none"} if plain.calibration == "none" else {}
-            return Recipe.load(self.recipe, {**common, **shared, **self.overrides, "bits": bits})
+            width = {} if self.has_own_width else {"bits": bits}
+            return Recipe.load(self.recipe, {**common, **shared, **self.overrides, **width})
         except RecipeError as error:
             raise RecipeError(f"Method {self.label}: {error}") from None
 

@@ -11,12 +11,14 @@ SCALE_BITS = 16
 
 
 def is_uniform(recipe: Recipe) -> bool:
-    """Whether every group ends on evenly spaced levels: only then does one scale say them all."""
+    """Whether every group ends on evenly spaced levels, as many in every layer: only then does one scale say them."""
     return (
         recipe.fit == "uniform"
         and recipe.scale_format == "float"
         and recipe.refine_rounds == 0
         and not recipe.row_scale
+        and recipe.avg_bits is None
+        and recipe.bit_plan is None
     )
 
 

@@ -28,7 +28,7 @@ def as_json(bench: Bench) -> str:
         "original": bench.original.model_dump(mode="json") if bench.original else None,
         "rows": [{**row.model_dump(mode="json"), "ratio": _ratios(bench, row)} for row in _rows(bench)],
         "failed": [
-            {"method": bench.cells[index].method.label, "bits": bench.cells[index].recipe.bits, "error": error}
+            {"method": bench.cells[index].method.label, "bits": bench.cells[index].bits, "error": error}
             for index, error in sorted(bench.failed.items())
         ],
     }
@@ -38,7 +38,7 @@ def as_json(bench: Bench) -> str:
 def as_markdown(bench: Bench) -> str:
     """The original, a line per row, and below it everything the numbers depend on."""
     tests = list(bench.conditions.tests)
-    header = ["method", "planes", "bits/weight", "native", "file bits/weight"]
+    header = ["method", "bits", "bits/weight", "native", "file bits/weight"]
     for name in tests:
         header += [f"{name}: perplexity", "ratio", "KL, nats/token", "same top token"]
     header += ["seconds", "peak memory"]
@@ -96,7 +96,7 @@ def _notes(bench: Bench) -> list[str]:
         for code in dict.fromkeys(row.code for row in rows)
     ]
     notes += [
-        f"Failed: `{bench.cells[index].method.label}` at {bench.cells[index].recipe.bits} bits: {error}"
+        f"Failed: `{bench.cells[index].method.label}` at {bench.cells[index].bits} bits: {error}"
         for index, error in sorted(bench.failed.items())
     ]
     return [f"- {note}" for note in notes]
@@ -104,7 +104,7 @@ def _notes(bench: Bench) -> list[str]:
 
 def _rows(bench: Bench) -> list[Row]:
     """Finished rows, by bits and then in the order of the methods."""
-    order = sorted(bench.rows, key=lambda index: (bench.cells[index].recipe.bits, index))
+    order = sorted(bench.rows, key=lambda index: (bench.cells[index].bits, index))
     return [bench.rows[index] for index in order]
 
 

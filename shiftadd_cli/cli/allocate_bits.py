@@ -55,7 +55,7 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
 )
 @click.option("--overwrite", is_flag=True, help="Replace PLAN if it exists.")
 @recipe_choice
-@recipe_options_without("bits", "bit_plan", "shard_size")
+@recipe_options_without("bits", "avg_bits", "bit_plan", "shard_size")
 def allocate_bits(
     model: str,
     out: Path,
@@ -88,7 +88,9 @@ def allocate_bits(
     from shiftadd_cli.pipeline.describe_bits import describe_bit_plan, describe_front
     from shiftadd_cli.pipeline.plan import resident_bytes
     from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan
+    from shiftadd_cli.progress import block_bar
     from shiftadd_cli.report.summary import size
+    from shiftadd_cli.source import open_source
 
     start = time.monotonic()
     request = Request(
@@ -96,14 +98,14 @@ def allocate_bits(
     )
     points = [] if curve is None else parse_curve(curve)
     check_plan_output(out, overwrite=overwrite)
-    job = AllocationJob.prepare(model, settings, request)
+    job = AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request)
     others = [job.with_budget(point) for point in points]
-    plan = job.run()
+    plan = job.run(block_bar)
     write_plan(plan, out)
     click.echo(describe_bit_plan(plan, [each.spec for each in job.linears]))
     if others:
         # What the first one measured is remembered.
-        click.echo("\n" + describe_front([other.run() for other in others]) + "\n")
+        click.echo("\n" + describe_front([other.run(block_bar) for other in others]) + "\n")
     click.echo(f"Time          {time.monotonic() - start:.0f} s")
     click.echo(f"Peak memory   {size(resident_bytes())}")
     click.echo(f"Written to    {out}")

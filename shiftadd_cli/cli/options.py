@@ -88,6 +88,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
             settings |= {"type": _NumberOrWord(), "metavar": "|".join(map(str, choices))}
     elif annotation == str | None:
         settings |= {"type": click.STRING, "metavar": "FILE"}
+    elif annotation == float | None:
+        settings["type"] = click.FLOAT
     elif origin in (Union, types.UnionType):
         settings["type"] = _NumberOrWord()
         settings["metavar"] = "N|all" if name == "group_size" else "N|all|1/N"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_options
+
+if TYPE_CHECKING:
+    from shiftadd_cli.pipeline.plan import Plan
 
 
 @click.command()
@@ -33,9 +36,13 @@ def quantize(model: str, out: Path, recipe: str, dry_run: bool, overwrite: bool,
     from shiftadd_cli.report.summary import summarize
 
     job = Job.prepare(model, out, settings, overwrite=overwrite)
-    click.echo(describe_plan(job.plan) + "\n", err=True)
+
+    def show(plan: Plan) -> None:
+        click.echo(describe_plan(plan) + "\n", err=True)
+
+    show(job.plan)
     if dry_run:
         return
-    report = job.run(sys.argv[1:])
+    report = job.run(sys.argv[1:], announce=show)
     click.echo("", err=True)
     click.echo(summarize(report, str(out)))

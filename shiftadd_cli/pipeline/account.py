@@ -35,7 +35,7 @@ class Measured:
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.seconds = {"trace": 0.0, "forward": 0.0, "solve": 0.0, "reconstruct": 0.0, "read_and_write": 0.0}
+        self.seconds = dict.fromkeys(("allocate", "trace", "forward", "solve", "reconstruct", "read_and_write"), 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

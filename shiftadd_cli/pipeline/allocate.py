@@ -21,13 +21,12 @@ from shiftadd_cli.device import choose_device
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline.plan import Plan, PlannedLinear, make_plan
 from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration, move_parts
-from shiftadd_cli.progress import progress
 from shiftadd_cli.recipe import Recipe
-from shiftadd_cli.source import Source, open_source
+from shiftadd_cli.source import Source
 
 # Fields of a recipe that no sensitivity depends on; the text goes by its own fingerprint, whatever it is called.
 _IRRELEVANT = (
-    "bits", "bit_plan", "refine_rounds", "descent_passes", "true_sequential", "asymmetric", "loss_aware",
+    "bits", "avg_bits", "bit_plan", "refine_rounds", "descent_passes", "true_sequential", "asymmetric", "loss_aware",
     "reconstruct_epochs", "embedding_bits", "calibration", "batch_size", "device", "shard_size",
 )  # fmt: skip
 
@@ -63,14 +62,13 @@ class AllocationJob:
     device: torch.device
 
     @classmethod
-    def prepare(cls, model: str, recipe: Recipe, request: Request) -> AllocationJob:
+    def prepare(cls, source: Source, recipe: Recipe, request: Request) -> AllocationJob:
         """Check everything that can be known from headers and the calibration text.
 
         Raises ShiftaddError, saying what to do: also for a budget that no choice of bits meets.
         """
         recipe = recipe.model_copy(update={"bit_plan": None})
         device = choose_device(recipe.device)
-        source = open_source(model, dtype=recipe.dtype)
         plan = make_plan(source, recipe)
         specs = [each.spec for each in plan.linears]
         pinned = pinned_bits(specs, request.keep)
@@ -97,12 +95,12 @@ class AllocationJob:
                 "allow fewer bits with --candidates."
             )
 
-    def run(self, show: Blocks | None = None) -> BitPlan:
+    def run(self, show: Blocks) -> BitPlan:
         """Measure, or remember, the sensitivities, and choose.
 
-        show: wraps the block names, with a description, to show how far it is; by default a bar on standard error.
+        show: wraps the block names, with a description, to show how far it is.
         """
-        sensitivities = self.sensitivities(show or (lambda names, text: progress(names, total=len(names), desc=text)))
+        sensitivities = self.sensitivities(show)
         together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
         tied = tied_groups(self.allowed, [*self.tied, *together])
         layers = self._choices(sensitivities, follow_pins(self.allowed, tied))

@@ -50,8 +50,14 @@ def describe_plan(plan: Plan) -> str:
 
 def _bit_plan(plan: Plan) -> list[str]:
     if plan.bit_plan is None:
-        return []
+        if plan.recipe.avg_bits is None:
+            return []
+        return [
+            f"Bit plan      at most {plan.recipe.avg_bits:g} stored bits per weight on average, given to layers by how much "
+            "each turns out to matter; above is the least"
+        ]
+    made = plan.bit_plan.made_by
     return [
-        f"Bit plan      {plan.recipe.bit_plan}: {plan.planes_per_weight:.3f} planes, {plan.bits_per_weight:.3f} stored "
-        "bits per weight on average"
+        f"Bit plan      {plan.recipe.bit_plan or made.budget}: {plan.planes_per_weight:.3f} planes, "
+        f"{plan.bits_per_weight:.3f} stored bits per weight on average"
     ]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.artifact.output import check_output
 from shiftadd_cli.device import choose_device
+from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.plan import Plan, make_plan
 from shiftadd_cli.pipeline.run import load_calibration, run_plan
-from shiftadd_cli.progress import progress
+from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.source import open_source
@@ -20,12 +23,17 @@ from shiftadd_cli.source import open_source
 
 @dataclass(frozen=True)
 class Job:
-    """A planned run; nothing has been written yet."""
+    """A planned run; nothing has been written yet.
+
+    allocation: what will choose the bits of every layer first, where the recipe gives an average of them; `plan` then
+    has the fewest bits there can be.
+    """
 
     plan: Plan
     out: Path
     device: torch.device
     overwrite: bool
+    allocation: AllocationJob | None = None
 
     @classmethod
     def prepare(cls, model: str, out: Path, recipe: Recipe, *, overwrite: bool = False) -> Job:
@@ -36,18 +44,37 @@ class Job:
         local = Path(model) if Path(model).exists() else None
         check_output(out, local, overwrite=overwrite)
         device = choose_device(recipe.device)
-        plan = make_plan(open_source(model, dtype=recipe.dtype), recipe)
+        source = open_source(model, dtype=recipe.dtype)
+        if recipe.avg_bits is None:
+            allocation, plan = None, make_plan(source, recipe)
+        else:
+            allocation = AllocationJob.prepare(source, recipe, Request(Budget.parse(recipe.avg_bits, None)))
+            plan = allocation.plan_at(min)
         check_output(out, local, overwrite=overwrite, expected_bytes=plan.after_bytes)
-        return cls(plan, out, device, overwrite)
+        return cls(plan, out, device, overwrite, allocation)
 
-    def run(self, command: Sequence[str] = ()) -> Report:
-        """Do it; `command` is what report.json gives as the command that was run."""
+    def run(self, command: Sequence[str] = (), announce: Callable[[Plan], None] | None = None) -> Report:
+        """Do it; `command` is what report.json gives as the command that was run.
+
+        announce: told the plan with the bits that were chosen, where the recipe leaves them to be.
+        """
+        plan, clock = self.plan, Measured()
+        if self.allocation is None:
+            calibration = load_calibration(plan)
+        else:
+            calibration = self.allocation.calibration
+            with clock.phase("allocate"):
+                bit_plan = self.allocation.run(block_bar)
+            plan = replace(make_plan(plan.source, plan.recipe, bit_plan.bits), bit_plan=bit_plan)
+            if announce is not None:
+                announce(plan)
         return run_plan(
-            self.plan,
-            load_calibration(self.plan),
+            plan,
+            calibration,
             self.out,
             device=self.device,
             overwrite=self.overwrite,
             command=command,
-            progress=lambda names, text: progress(names, total=len(names), desc=text),
+            progress=block_bar,
+            clock=clock,
         )

@@ -34,7 +34,7 @@ _ACTIVATION_COPIES = 8
 _TUNING_BYTES = 32
 _TUNING_ACTIVATIONS = 3
 # What a run still loads after planning: libraries and allocator slack, and a tokenizer, by entry of its vocabulary.
-_LATER_BYTES = 50_000_000
+_LATER_BYTES = 120_000_000
 _VOCABULARY_ENTRY_BYTES = 3000
 
 

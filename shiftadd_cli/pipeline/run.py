@@ -57,15 +57,19 @@ def run_plan(
     overwrite: bool,
     command: Sequence[str],
     progress: Blocks,
+    clock: Measured | None = None,
 ) -> Report:
     """Do the work and put the artifact at `out`; returns what report.json says.
 
-    progress: wraps the block names, with a description, to show how far the run is. Raises NumericalError naming a
-    layer whose values cannot be quantized, OutputError when the disk refuses; nothing is left at `out` then.
+    progress: wraps the block names, with a description, to show how far the run is. clock: what the times of the run
+    are added to, if it has been going for a while.
+
+    Raises NumericalError naming a layer whose values cannot be quantized, OutputError when the disk refuses; nothing is
+    left at `out` then.
     """
     with ArtifactWriter(out, overwrite=overwrite, shard_bytes=plan.recipe.shard_bytes) as writer:
         writer.plan(plan.tensors)
-        return _Run(plan, calibration, writer, device, list(command)).execute(progress)
+        return _Run(plan, calibration, writer, device, list(command), clock or Measured()).execute(progress)
 
 
 @dataclass
@@ -75,7 +79,7 @@ class _Run:
     writer: ArtifactWriter
     device: torch.device
     command: list[str]
-    clock: Measured = field(default_factory=Measured)
+    clock: Measured
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     tables: list[TableReport] = field(default_factory=list)

@@ -118,6 +118,7 @@ class TimeReport(_Part):
     """Where the time went."""
 
     total: float
+    allocate: Annotated[float, Field(description="Measuring how much each layer matters, and choosing its bits.")] = 0.0
     trace: Annotated[float, Field(description="Embedding the samples and recording block arguments.")]
     forward: Annotated[float, Field(description="Running blocks, Hessians included.")]
     solve: float

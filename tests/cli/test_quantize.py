@@ -177,6 +177,40 @@ def test_the_bits_of_a_plan_are_shown_before_the_run(model: Path, tmp_path: Path
     assert "planes" in result.output
 
 
+def test_the_bits_of_layers_are_chosen_in_the_same_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `allocate-bits` and then `quantize --bit-plan` would, to the byte."""
+    monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
+    quick = ("--group-size", "16", "--samples", "4", "--seq-len", "24", "--calibration", "builtin")
+    one = quantize(model, "-o", tmp_path / "one", "--avg-bits", "4", *quick)
+    assert one.exit_code == 0
+    assert one.output.count("self_attn.q_proj") == 3, "the plan before and after the choice, and the summary"
+    assert "at most 4 stored bits per weight" in one.output
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert report["size"]["bits_per_weight"] <= 4
+    assert report["seconds"]["allocate"] > 0
+    assert len({layer["bits"] for layer in report["layers"]}) > 1
+    plan = tmp_path / "plan.json"
+    made = CliRunner().invoke(main, ["allocate-bits", str(model), "-o", str(plan), "--avg-bits", "4", *quick])
+    assert made.exit_code == 0
+    assert quantize(model, "-o", tmp_path / "two", "--bit-plan", plan, *quick).exit_code == 0
+    name = "model.safetensors"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_an_average_that_cannot_be_met_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+    assert_refused(quantize(model, "-o", tmp_path / "out", "--avg-bits", "1.5"), "1.5", "cannot be met")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_an_average_says_that_bits_are_still_to_be_chosen(model: Path, tmp_path: Path) -> None:
+    result = quantize(model, "-o", tmp_path / "out", "--avg-bits", "8", "--group-size", "16", "--dry-run")
+    assert result.exit_code == 0
+    assert "above is the least" in result.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(model: Path, tmp_path: Path) -> None:
     result = quantize(model, "-o", tmp_path / "out", "--dry-run")
     assert result.exit_code == 0

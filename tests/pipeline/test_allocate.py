@@ -15,6 +15,7 @@ from shiftadd_cli.pipeline.allocate import _file_bytes as file_bytes
 from shiftadd_cli.pipeline.describe_bits import describe_bit_plan
 from shiftadd_cli.pipeline.job import Job
 from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import open_source
 
 QUICK = {"samples": 4, "seq_len": 24, "batch_size": 3, "group_size": 16, "fit_rounds": 1}
 
@@ -35,7 +36,7 @@ def recipe(**fields):
 
 
 def job_for(model, bits=None, size=None, settings=None, **request):
-    return AllocationJob.prepare(model, settings or recipe(), Request(Budget.parse(bits, size), **request))
+    return AllocationJob.prepare(open_source(model), settings or recipe(), Request(Budget.parse(bits, size), **request))
 
 
 def quiet(names, _):
