@@ -18,7 +18,7 @@ Everything is measured in the original model, whose blocks are read one after an
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -32,11 +32,10 @@ from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.hessian import gather_moments
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.trace import Trace
+from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import LinearSpec, Source, Structure
 
 SensitivityKind = Literal["output", "paper"]
-
-Progress = Callable[[Sequence[str], str], Iterable[str]]
 
 # Damping of the Hessian in the paper's code, relative to its mean diagonal.
 _PAPER_DAMPING = 0.01
@@ -74,7 +73,7 @@ def measure_sensitivities(
     *,
     device: torch.device,
     seed: int,
-    progress: Progress,
+    progress: BlockProgress,
 ) -> Sensitivities:
     """Sensitivities of every linear of `structure` at each of `candidates`.
 
@@ -86,7 +85,7 @@ def measure_sensitivities(
     """
     if kind == "paper":
         return walk_blocks(source, structure, trace, PaperCriterion(candidates), device=device, progress=progress)
-    gradients = squared_gradients(source, structure, windows, trace, device=device, seed=seed)
+    gradients = squared_gradients(source, structure, windows, trace, device=device, seed=seed, progress=progress)
     measure = OutputError(gradients.means, options, candidates)
     found = walk_blocks(source, structure, trace, measure, device=device, progress=progress)
     return replace(found, costs=measure.costs(found.costs))
@@ -159,7 +158,7 @@ def walk_blocks(
     measure: Measure,
     *,
     device: torch.device,
-    progress: Progress,
+    progress: BlockProgress,
 ) -> Sensitivities:
     """Run the calibration inputs through the original blocks and measure the linears of each on what they read."""
     costs: dict[str, dict[int, float]] = {}

@@ -124,9 +124,10 @@ def test_blocks_are_released_and_shared_inputs_are_told(tmp_path):
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
     trace = trace_model(source, structure, WINDOWS, 4, CPU)
-    held = []
+    held, walks = [], []
 
-    def watch(names, _):
+    def watch(names, text):
+        walks.append((text, names))
         for name in names:
             blocks = [source.skeleton().get_submodule(each) for each in structure.blocks]
             held.append(sum(not each.is_meta for block in blocks for each in block.parameters()))
@@ -135,7 +136,9 @@ def test_blocks_are_released_and_shared_inputs_are_told(tmp_path):
     found = measure_sensitivities(
         "output", source, structure, WINDOWS, trace, OPTIONS, (2,), device=CPU, seed=0, progress=watch
     )
-    assert held == [0, 0]
+    assert held == [0] * 6
+    blocks = structure.blocks
+    assert walks == [("Predictions", blocks), ("Gradients", blocks[::-1]), ("Measuring", blocks)]
     first = [tuple(name.removeprefix("model.layers.0.") for name in names) for names in found.shared_inputs[:4]]
     assert first == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
