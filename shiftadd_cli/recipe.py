@@ -66,6 +66,15 @@ class Recipe(BaseModel):
             "which spreads outliers and costs additions only."
         ),
     ] = "hadamard"
+    outlier_columns: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=0.25,
+            description="Share of each linear's input columns, those that carry most, kept at 16 bits beside the "
+            "planes; counted in all sizes.",
+        ),
+    ] = 0.0
     fit: Annotated[
         Literal["search", "greedy", "uniform"],
         Field(
@@ -211,6 +220,8 @@ class Recipe(BaseModel):
                     f"rows that share scales (group_rows {self.group_rows}) cannot be refined or scaled one by one; "
                     f"set {' and '.join(wrong)}, or group_rows to 1"
                 )
+        if self.asymmetric and self.outlier_columns:
+            raise ValueError("outlier_columns do not go with asymmetric calibration; set one of them to 0")
         if self.reconstruct_epochs:
             if self.group_rows != 1:
                 raise ValueError("reconstruct_epochs needs groups that lie in rows; set group_rows to 1, or it to 0")

@@ -2,7 +2,7 @@
 
     {"quant_method": "shiftadd", "format_version": 1,
      "bits": 3, "group_size": 64, "group_rows": 1, "scale_format": "apot2", "row_scale": true, "offset": false,
-     "rotation": "hadamard",
+     "rotation": "hadamard", "outlier_columns": 0.0,
      "modules": {"model.layers.0.self_attn.q_proj": {"shape": [576, 576]},
                  "model.layers.0.mlp.down_proj": {"shape": [576, 1536], "bits": 2}},
      "tables": {"model.embed_tokens": {"shape": [49152, 576]}}}
@@ -34,6 +34,7 @@ FORMAT_VERSION = 1
 # Every tensor that a compressed matrix may have, see `bcq.weight`, and those of a table, see `bcq.int8`.
 SUFFIXES = (
     *("weight_codes", "weight_exponents", "weight_scales", "weight_row_scale", "weight_offset", "weight_signs"),
+    *("weight_columns", "weight_column_ids"),
     *int8.SUFFIXES,
 )
 
@@ -49,6 +50,7 @@ class MatrixFormat:
     row_scale: bool
     offset: bool
     rotation: str = "none"
+    outlier_columns: float = 0.0
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, type(self.bits) is int and 1 <= self.bits <= 8)
@@ -58,6 +60,8 @@ class MatrixFormat:
         _check("row_scale", self.row_scale, type(self.row_scale) is bool)
         _check("offset", self.offset, type(self.offset) is bool)
         _check("rotation", self.rotation, self.rotation in ("none", "hadamard"))
+        share = self.outlier_columns
+        _check("outlier_columns", share, type(share) in (int, float) and 0 <= share <= 1)
 
     def layout(self, out_features: int, in_features: int) -> PackedLayout:
         return PackedLayout.resolve(out_features, in_features, **asdict(self))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ MODULES = {
     "b": (MatrixFormat(2, 64, 1, "apot2", True, True), 1536, 576),
     "c": (MatrixFormat(3, 8, "1/8", "float", False, False), 7, 5),
     "d": (MatrixFormat(3, "all", "all", "pot", True, False), 7, 5),
+    "e": (replace(COMMON, outlier_columns=0.01), 7, 500),
 }
 VALID = ArtifactFormat(COMMON, MODULES).to_dict()
 TABLES = {"embed": (49152, 576), "head": (49152, 576)}
@@ -55,6 +57,8 @@ def test_layouts_resolve_the_words_of_the_recipe() -> None:
         ({"scale_format": "apot4"}, "scale_format = 'apot4'"),
         ({"row_scale": 1}, "row_scale = 1"),
         ({"offset": None}, "offset = None"),
+        ({"outlier_columns": 1.5}, "outlier_columns = 1.5"),
+        ({"outlier_columns": True}, "outlier_columns = True"),
         ({"modules": ["a"]}, "modules = "),
         ({"modules": {"a": {}}}, "no shape for a"),
         ({"modules": {"a": {"shape": [3]}}}, "no shape for a"),

@@ -27,6 +27,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "row_scale": (["--no-row-scale"], False),
     "offset": (["--offset"], True),
     "rotation": (["--rotation", "none"], "none"),
+    "outlier_columns": (["--outlier-columns", "0.01"], 0.01),
     "fit": (["--fit", "greedy"], "greedy"),
     "fit_rounds": (["--fit-rounds", "7"], 7),
     "weight_error": (["--weight-error", "1e-3"], 0.001),
