@@ -8,7 +8,8 @@
      "tables": {"model.embed_tokens": {"shape": [49152, 576]}}}
 
 `modules` is the complete list; `shape` is [out_features, in_features], and any other key of a module overrides the
-common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8").
+common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8"). Without `rotation` or `outlier_columns`
+there are none.
 
 `tables` is the complete list of embeddings and output heads stored as 8-bit rows (see `bcq.int8`): in place of
 `<module>.weight` there are `<module>.weight_int8`, int8 [rows, columns], and `<module>.weight_int8_scale`, bfloat16
@@ -21,7 +22,7 @@ Keys that are not known are kept and ignored: whatever changes the meaning of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from typing import Any
 
 from shiftadd_cli.bcq import int8
@@ -90,10 +91,11 @@ class ArtifactFormat:
                 "upgrade it: pip install -U shiftadd-cli."
             )
         fields = MatrixFormat.__dataclass_fields__
-        absent = [key for key in (*fields, "modules") if key not in config]
+        required = [key for key, each in fields.items() if each.default is MISSING]
+        absent = [key for key in (*required, "modules") if key not in config]
         if absent:
             raise ArtifactError(f"quantization_config lacks {absent[0]!r}; quantize the model again.")
-        common = MatrixFormat(**{key: config[key] for key in fields})
+        common = MatrixFormat(**{key: config[key] for key in fields if key in config})
         _check("modules", config["modules"], isinstance(config["modules"], Mapping))
         modules = {}
         for name, entry in config["modules"].items():

@@ -84,10 +84,17 @@ def test_tables_are_listed_if_there_are_any() -> None:
     assert ArtifactFormat.from_dict(VALID).tables == {}
 
 
-@pytest.mark.parametrize("key", sorted(VALID))
+@pytest.mark.parametrize("key", sorted(VALID.keys() - {"rotation", "outlier_columns"}))
 def test_every_key_is_needed(key: str) -> None:
     with pytest.raises(ArtifactError, match=key):
         ArtifactFormat.from_dict({name: value for name, value in VALID.items() if name != key})
+
+
+def test_what_is_not_said_is_not_there() -> None:
+    short = {name: value for name, value in VALID.items() if name not in ("rotation", "outlier_columns")}
+    found = ArtifactFormat.from_dict(short)
+    assert found == ArtifactFormat(COMMON, MODULES)
+    assert (found.common.rotation, found.common.outlier_columns) == ("none", 0.0)
 
 
 def test_unknown_keys_are_ignored() -> None:
