@@ -108,6 +108,13 @@ class Recipe(BaseModel):
     descent_passes: Annotated[
         int, Field(ge=1, description="Passes of coordinate descent over the columns in each of these rounds.")
     ] = 2
+    bias_correction: Annotated[
+        bool,
+        Field(
+            description="Let the bias of a linear that has one take over the mean of its error, so that its planes "
+            "need only fit inputs about their mean."
+        ),
+    ] = True
     true_sequential: Annotated[
         bool,
         Field(

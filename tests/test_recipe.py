@@ -295,6 +295,7 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
         "sweep_order": "natural",
         "refine_rounds": 17,
         "descent_passes": 17,
+        "bias_correction": False,
         "true_sequential": False,
         "asymmetric": 1.0,
         "loss_aware": 0.5,

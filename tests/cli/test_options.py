@@ -35,6 +35,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "sweep_order": (["--sweep-order", "natural"], "natural"),
     "refine_rounds": (["--refine-rounds", "0"], 0),
     "descent_passes": (["--descent-passes", "5"], 5),
+    "bias_correction": (["--no-bias-correction"], False),
     "true_sequential": (["--no-true-sequential"], False),
     "asymmetric": (["--asymmetric", "0.25"], 0.25),
     "loss_aware": (["--loss-aware", "1"], 1.0),
