@@ -4,8 +4,8 @@
 linear's output costs ½ Σ_o E[g_o²] E[Δy_o²] nats a token, where g is the gradient of the divergence from the original
 at that output (see `calibration.gradients`). With g² averaged over features that is ½ E[g²] · tr[(W − Ŵ) H (W − Ŵ)ᵀ].
 The error is the real one, of the solver that the run will use, with two savings: without its refinement rounds, which
-lower all errors by similar factors and take most of its time, and on an even sample of the rows, which are quantized
-independently. The gradient is one number a layer, so some of the windows are enough for it.
+lower all errors by similar factors and take most of its time, and on a sample of the rows (see `row_sample`). The
+gradient is one number a layer, so some of the windows are enough for it.
 
 `paper`: the criterion of ShiftAddLLM, C = ‖S‖_F · std(S)² with S = W / d by columns, d the diagonal of the upper
 Cholesky factor of the inverse Hessian (its code, `*_analysis.py`; see also Optimal Brain Surgeon). The score does not
@@ -26,6 +26,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.allocation.row_sample import RowSample
 from shiftadd_cli.bcq.hessian import build_objective
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import quantize_matrices
@@ -38,9 +39,8 @@ from shiftadd_cli.source import LinearSpec, Source, Structure
 
 SensitivityKind = Literal["output", "paper"]
 
-# Tokens that gradients are taken at, and rows of a matrix that are quantized.
+# Tokens that gradients are taken at.
 _GRADIENT_TOKENS = 16384
-_SAMPLED_ROWS = 256
 
 # Damping of the Hessian in the paper's code, relative to its mean diagonal.
 _PAPER_DAMPING = 0.01
@@ -112,22 +112,17 @@ class OutputError:
     ) -> list[dict[int, float]]:
         options = self._options if hessian is not None else self._options.without_data()
         names = [spec.name for spec in specs]
+        # Rows that share scales are not quantized independently.
+        samples = [RowSample.of(weight, hessian, whole=options.group_rows != 1) for weight in weights]
         if hessian is not None:
-            for name, weight in zip(names, weights, strict=True):
-                self._signals[name] = 0.5 * self._squares[name] * float(((weight @ hessian) * weight).sum())
+            for name, sample in zip(names, samples, strict=True):
+                self._signals[name] = 0.5 * self._squares[name] * sample.signal
         errors: list[dict[int, float]] = [{} for _ in specs]
-        sampled = [self._sample(weight) for weight in weights]
         for bits in self._candidates:
-            solutions = quantize_matrices(sampled, names, hessian, replace(options, bits=bits))
-            for error, each in zip(errors, solutions, strict=True):
-                error[bits] = each.weight_error if each.output_error is None else each.output_error
+            solutions = quantize_matrices([each.rows for each in samples], names, hessian, replace(options, bits=bits))
+            for error, sample, solution in zip(errors, samples, solutions, strict=True):
+                error[bits] = sample.relative_error(solution)
         return errors
-
-    def _sample(self, weight: Tensor) -> Tensor:
-        """Some rows of a `[out, in]` matrix, evenly spaced; all where they share scales."""
-        if len(weight) <= _SAMPLED_ROWS or self._options.group_rows != 1:
-            return weight
-        return weight[torch.arange(_SAMPLED_ROWS, device=weight.device) * len(weight) // _SAMPLED_ROWS]
 
     def costs(self, errors: Mapping[str, dict[int, float]]) -> dict[str, dict[int, float]]:
         """Predicted loss, in nats a token, from the relative errors of all linears.

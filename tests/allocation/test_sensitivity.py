@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from shiftadd_cli.allocation import sensitivity
+from shiftadd_cli.allocation import row_sample, sensitivity
 from shiftadd_cli.allocation.sensitivity import OutputError, measure_sensitivities, paper_score
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import quantize_matrices
@@ -121,7 +121,8 @@ def test_samples_of_rows_and_of_windows_predict_what_all_of_them_do(tmp_path, mo
         return quantize_matrices(weights, *rest)
 
     monkeypatch.setattr(sensitivity, "quantize_matrices", spy)
-    monkeypatch.setattr(sensitivity, "_SAMPLED_ROWS", 24)
+    monkeypatch.setattr(row_sample, "_LARGEST_ROWS", 4)
+    monkeypatch.setattr(row_sample, "_OTHER_ROWS", 20)
     monkeypatch.setattr(sensitivity, "_GRADIENT_TOKENS", WINDOWS.numel() // 2)
     sampled = measure(tmp_path, "output").costs
     assert max(solved) == 24
@@ -135,7 +136,8 @@ def test_rows_that_share_scales_are_not_sampled(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path)
     options = SolverOptions(group_size=1, group_rows=8, refine_rounds=0, row_scale=False)
     whole = measure(tmp_path, "output", options=options).costs
-    monkeypatch.setattr(sensitivity, "_SAMPLED_ROWS", 24)
+    monkeypatch.setattr(row_sample, "_OTHER_ROWS", 8)
+    monkeypatch.setattr(row_sample, "_LARGEST_ROWS", 4)
     assert measure(tmp_path, "output", options=options).costs == whole
 
 

@@ -1,0 +1,54 @@
+"""Errors from a sample of the rows against those of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bcq_problems import random_hessian, random_weights
+
+from shiftadd_cli.allocation.row_sample import RowSample
+from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
+
+OPTIONS = SolverOptions(bits=2, group_size=16, refine_rounds=0)
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+@pytest.mark.parametrize("massive", [0, 3])
+def test_the_sample_tells_the_error_of_the_whole(with_data: bool, massive: int) -> None:
+    """Also where a few rows have nearly all of the output, and are much finer than the others."""
+    weights = random_weights(1000, 32)
+    hessian = random_hessian(32) if with_data else None
+    if massive:
+        # Rows of two values: two planes hold them exactly, but for the rotation, which is off.
+        weights[100 : 100 + massive] = 20 * torch.sign(weights[100 : 100 + massive])
+    options = replace(OPTIONS, rotation="none")
+    options = options if with_data else options.without_data()
+    sample = RowSample.of(weights, hessian)
+    assert len(sample.rows) == 256
+    assert float(sample.factors.sum()) == pytest.approx(1000)
+    (of_all,) = quantize_matrices([weights], ["layer"], hessian, options)
+    (of_some,) = quantize_matrices([sample.rows], ["layer"], hessian, options)
+    expected = of_all.output_error if with_data else of_all.weight_error
+    assert sample.relative_error(of_some) == pytest.approx(expected, rel=0.15)
+    if massive:
+        told = of_some.output_error if with_data else of_some.weight_error
+        assert abs(told / expected - 1) > 0.5, "the error of the rows taken says nothing of the whole"
+
+
+def test_a_few_rows_are_taken_as_they_are() -> None:
+    weights, hessian = random_weights(20, 32), random_hessian(32)
+    sample = RowSample.of(weights, hessian)
+    assert torch.equal(sample.rows, weights)
+    (solution,) = quantize_matrices([weights], ["layer"], hessian, OPTIONS)
+    assert sample.relative_error(solution) == pytest.approx(solution.output_error, rel=1e-4)
+    many = random_weights(300, 32)
+    assert torch.equal(RowSample.of(many, hessian, whole=True).rows, many)
+
+
+def test_a_matrix_of_zeros_has_no_error() -> None:
+    weights, hessian = torch.zeros(300, 32), random_hessian(32)
+    sample = RowSample.of(weights, hessian)
+    (solution,) = quantize_matrices([sample.rows], ["layer"], hessian, OPTIONS)
+    assert sample.relative_error(solution) == 0.0
