@@ -53,7 +53,13 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     metavar="FIRST:LAST:STEP",
     help="Show the loss predicted at these average bits as well, such as 2.25:4:0.25.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace PLAN if it exists.")
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Draw the plan, and the loss predicted at every size, as .svg, .png or .pdf; needs matplotlib.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace PLAN and the picture if they exist.")
 @recipe_choice
 @recipe_options_without("bits", "avg_bits", "bit_plan", "shard_size")
 def allocate_bits(
@@ -67,6 +73,7 @@ def allocate_bits(
     tie: tuple[str, ...],
     tie_fused: bool,
     curve: str | None,
+    plot: Path | None,
     overwrite: bool,
     recipe: str,
     **fields: Any,
@@ -87,7 +94,8 @@ def allocate_bits(
     from shiftadd_cli.pipeline.allocate import AllocationJob, Request
     from shiftadd_cli.pipeline.describe_bits import describe_bit_plan, describe_front
     from shiftadd_cli.pipeline.plan import resident_bytes
-    from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan
+    from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan, write_whole
+    from shiftadd_cli.pipeline.plot_bits import check_plot_output, draw_bit_plan
     from shiftadd_cli.progress import block_bar
     from shiftadd_cli.report.summary import size
     from shiftadd_cli.source import open_source
@@ -98,14 +106,20 @@ def allocate_bits(
     )
     points = [] if curve is None else parse_curve(curve)
     check_plan_output(out, overwrite=overwrite)
+    if plot is not None:
+        check_plot_output(plot, out, overwrite=overwrite)
     job = AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request)
     others = [job.with_budget(point) for point in points]
-    plan = job.run(block_bar)
+    sensitivities = job.sensitivities(block_bar)
+    plan = job.choose(sensitivities)
     write_plan(plan, out)
-    click.echo(describe_bit_plan(plan, [each.spec for each in job.linears]))
+    linears = [each.spec for each in job.linears]
+    click.echo(describe_bit_plan(plan, linears))
     if others:
-        # What the first one measured is remembered.
-        click.echo("\n" + describe_front([other.run(block_bar) for other in others]) + "\n")
+        click.echo("\n" + describe_front([other.choose(sensitivities) for other in others]) + "\n")
+    if plot is not None:
+        write_whole(draw_bit_plan(plan, linears, job.front(sensitivities), plot.suffix), plot)
+        click.echo(f"Picture       {plot}")
     click.echo(f"Time          {time.monotonic() - start:.0f} s")
     click.echo(f"Peak memory   {size(resident_bytes())}")
     click.echo(f"Written to    {out}")

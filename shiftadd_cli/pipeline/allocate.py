@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -43,6 +44,13 @@ class Request:
     keep: tuple[str, ...] = ()
     tie: tuple[str, ...] = ()
     tie_fused: bool = True
+
+
+class FrontPoint(NamedTuple):
+    """One size and the least loss predicted for it: stored bits per weight, and the unit of the sensitivity."""
+
+    bits_per_weight: float
+    predicted_loss: float
 
 
 @dataclass(frozen=True)
@@ -100,10 +108,14 @@ class AllocationJob:
 
         show: wraps the block names, with a description, to show how far it is.
         """
-        sensitivities = self.sensitivities(show)
-        together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
-        tied = tied_groups(self.allowed, [*self.tied, *together])
-        layers = self._choices(sensitivities, follow_pins(self.allowed, tied))
+        return self.choose(self.sensitivities(show))
+
+    def choose(self, sensitivities: Sensitivities) -> BitPlan:
+        """The best plan within the budget for what was measured.
+
+        Raises AllocationError where fused layers are kept at different bits, or leave no choice within the budget.
+        """
+        layers, tied = self._problem(sensitivities)
         budget, smallest = self.request.budget, self.plan_at(min)
         other = _file_bytes(smallest) - smallest.quantized_bytes
         available = budget.layer_bytes(smallest.quantized_weights, other)
@@ -115,6 +127,18 @@ class AllocationJob:
                 return self._bit_plan(layers, chosen)
             # The files' headers take a few bytes that depend on the choice.
             available = max(available - above, smallest.quantized_bytes)
+
+    def front(self, sensitivities: Sensitivities, points: int = 25) -> list[FrontPoint]:
+        """The least predicted loss at evenly spaced sizes, from the fewest bits allowed to the most."""
+        layers, tied = self._problem(sensitivities)
+        low, high = (sum(choose(each.bytes.values()) for each in layers) for choose in (min, max))
+        weights = sum(each.spec.out_features * each.spec.in_features for each in self.linears)
+        found = []
+        for budget in sorted({low + (high - low) * step // max(points - 1, 1) for step in range(points)}):
+            chosen = allocate(layers, tied, budget)
+            stored = sum(each.bytes[chosen[each.name]] for each in layers)
+            found.append(FrontPoint(8 * stored / weights, sum(each.costs[chosen[each.name]] for each in layers)))
+        return found
 
     def with_budget(self, budget: Budget) -> AllocationJob:
         """The same with another budget. Raises AllocationError where it is too small."""
@@ -138,6 +162,12 @@ class AllocationJob:
             return kept
         known = next(iter(kept.costs.values())).keys() if kept is not None else set[int]()
         return cache.keep(self._measure([bits for bits in wanted if bits not in known], show))
+
+    def _problem(self, sensitivities: Sensitivities) -> tuple[list[Choices], list[tuple[str, ...]]]:
+        """What every layer may be, and the layers that get equal bits."""
+        together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
+        tied = tied_groups(self.allowed, [*self.tied, *together])
+        return self._choices(sensitivities, follow_pins(self.allowed, tied)), tied
 
     def _choices(self, sensitivities: Sensitivities, allowed: Mapping[str, tuple[int, ...]]) -> list[Choices]:
         """Stored bytes and predicted loss of every layer at the bits allowed for it."""

@@ -71,7 +71,25 @@ def test_a_curve_shows_less_predicted_loss_for_more_bits(model: Path, tmp_path: 
     assert result.stderr.count("100%") == 1
 
 
+def test_a_plan_is_drawn(model: Path, tmp_path: Path) -> None:
+    plan, picture = tmp_path / "plan.json", tmp_path / "plan.svg"
+    options = ["-o", plan, "--avg-bits", "5", "--plot", picture, *QUICK]
+    made = shiftadd("allocate-bits", model, *options)
+    assert made.exit_code == 0, made.output
+    assert str(picture) in made.stdout
+    first = picture.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.svg"]
+    plan.unlink()
+    refused = shiftadd("allocate-bits", model, *options)
+    assert (refused.exit_code, plan.exists()) == (2, False)
+    assert "plan.svg exists; add --overwrite" in refused.stderr
+    assert shiftadd("allocate-bits", model, *options, "--overwrite").exit_code == 0
+    assert picture.read_bytes() == first
+
+
 BAD = [
+    (["--avg-bits", "5", "--plot", "picture.jpeg"], ".svg, .png, .pdf"),
+    (["--avg-bits", "5", "--plot", "nowhere/picture.svg"], "nowhere"),
     ([], "--avg-bits"),
     (["--avg-bits", "3", "--target-size", "1MB"], "--avg-bits"),
     (["--avg-bits", "1"], "from"),
