@@ -27,6 +27,20 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     help="Stored bits per weight of the quantized layers, planes, scales and everything counted, not to be passed.",
 )
 @click.option("--target-size", metavar="SIZE", help="Size of all weight files not to be passed, such as 70MB.")
+@click.option(
+    "--cost",
+    type=click.Choice(("bits", "latency", "energy")),
+    default="bits",
+    show_default=True,
+    help="What the budget is of: stored bits, or what a table of yours says layers cost.",
+)
+@click.option(
+    "--cost-table",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="What layers cost at each number of bits, for --cost latency or energy; the README says its form.",
+)
+@click.option("--max-cost", type=float, help="Cost of all quantized layers not to be passed, in the table's unit.")
 @click.option("--candidates", metavar="N,N,...", default="2,3,4", show_default=True, help="Bits a layer may get.")
 @click.option(
     "--sensitivity",
@@ -67,6 +81,9 @@ def allocate_bits(
     out: Path,
     avg_bits: float | None,
     target_size: str | None,
+    cost: Any,
+    cost_table: Path | None,
+    max_cost: float | None,
     candidates: str,
     sensitivity: Any,
     keep: tuple[str, ...],
@@ -89,7 +106,8 @@ def allocate_bits(
     from shiftadd_cli.recipe import Recipe
 
     settings = Recipe.load(recipe, overrides_from(fields))
-    from shiftadd_cli.allocation.budget import Budget, parse_curve
+    from shiftadd_cli.allocation.budget import parse_curve
+    from shiftadd_cli.allocation.cost_table import CostLimit, parse_budget
     from shiftadd_cli.allocation.patterns import parse_candidates
     from shiftadd_cli.pipeline.allocate import AllocationJob, Request
     from shiftadd_cli.pipeline.describe_bits import describe_bit_plan, describe_front
@@ -101,9 +119,8 @@ def allocate_bits(
     from shiftadd_cli.source import open_source
 
     start = time.monotonic()
-    request = Request(
-        Budget.parse(avg_bits, target_size), parse_candidates(candidates), sensitivity, keep, tie, tie_fused
-    )
+    budget = parse_budget(avg_bits, target_size, cost, cost_table, max_cost)
+    request = Request(budget, parse_candidates(candidates), sensitivity, keep, tie, tie_fused)
     points = [] if curve is None else parse_curve(curve)
     check_plan_output(out, overwrite=overwrite)
     if plot is not None:
@@ -115,6 +132,10 @@ def allocate_bits(
     write_plan(plan, out)
     linears = [each.spec for each in job.linears]
     click.echo(describe_bit_plan(plan, linears))
+    if isinstance(budget, CostLimit):
+        click.echo(
+            f"{budget.table.cost.capitalize():<13} {budget.spent(plan.bits, job.shapes):.6g} {budget.table.unit}"
+        )
     if others:
         click.echo("\n" + describe_front([other.choose(sensitivities) for other in others]) + "\n")
     if plot is not None:

@@ -11,6 +11,7 @@ import torch
 
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.cache import SensitivityCache, cache_folder
+from shiftadd_cli.allocation.cost_table import CostLimit
 from shiftadd_cli.allocation.patterns import follow_pins, fused, pinned_bits, tied_by_pattern
 from shiftadd_cli.allocation.plan_file import BitPlan, Origin, PlanCalibration, PlannedLayer, PlannedModel, Storage
 from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, measure_sensitivities
@@ -38,7 +39,7 @@ Blocks = Callable[[Sequence[str], str], Iterable[str]]
 class Request:
     """What is asked: see the options of `shiftadd allocate-bits`."""
 
-    budget: Budget
+    budget: Budget | CostLimit
     candidates: tuple[int, ...] = (2, 3, 4)
     sensitivity: SensitivityKind = "output"
     keep: tuple[str, ...] = ()
@@ -93,7 +94,11 @@ class AllocationJob:
 
     def check_budget(self) -> None:
         """Refuse a budget that is too small whatever the sensitivities."""
-        budget, smallest, largest = self.request.budget, self.plan_at(min), self.plan_at(max)
+        budget = self.request.budget
+        if isinstance(budget, CostLimit):
+            budget.check(self.allowed, self.shapes)
+            return
+        smallest, largest = self.plan_at(min), self.plan_at(max)
         weights = smallest.quantized_weights
         other = _file_bytes(smallest) - smallest.quantized_bytes
         if budget.layer_bytes(weights, other) < smallest.quantized_bytes:
@@ -116,7 +121,13 @@ class AllocationJob:
         Raises AllocationError where fused layers are kept at different bits, or leave no choice within the budget.
         """
         layers, tied = self._problem(sensitivities)
-        budget, smallest = self.request.budget, self.plan_at(min)
+        budget = self.request.budget
+        if isinstance(budget, CostLimit):
+            # Fused layers may have taken the bits of others that are kept.
+            budget.check({each.name: tuple(each.bytes) for each in layers}, self.shapes)
+            priced = [budget.priced(each, self.shapes[each.name]) for each in layers]
+            return self._bit_plan(layers, allocate(priced, tied, budget.steps))
+        smallest = self.plan_at(min)
         other = _file_bytes(smallest) - smallest.quantized_bytes
         available = budget.layer_bytes(smallest.quantized_weights, other)
         while True:
@@ -132,7 +143,7 @@ class AllocationJob:
         """The least predicted loss at evenly spaced sizes, from the fewest bits allowed to the most."""
         layers, tied = self._problem(sensitivities)
         low, high = (sum(choose(each.bytes.values()) for each in layers) for choose in (min, max))
-        weights = sum(each.spec.out_features * each.spec.in_features for each in self.linears)
+        weights = sum(rows * columns for rows, columns in self.shapes.values())
         found = []
         for budget in sorted({low + (high - low) * step // max(points - 1, 1) for step in range(points)}):
             chosen = allocate(layers, tied, budget)
@@ -140,7 +151,7 @@ class AllocationJob:
             found.append(FrontPoint(8 * stored / weights, sum(each.costs[chosen[each.name]] for each in layers)))
         return found
 
-    def with_budget(self, budget: Budget) -> AllocationJob:
+    def with_budget(self, budget: Budget | CostLimit) -> AllocationJob:
         """The same with another budget. Raises AllocationError where it is too small."""
         other = replace(self, request=replace(self.request, budget=budget))
         other.check_budget()
@@ -192,6 +203,11 @@ class AllocationJob:
         return make_plan(self.source, self.recipe, {name: choose(bits) for name, bits in self.allowed.items()})
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """`[out, in]` of every layer by name."""
+        return {each.spec.name: (each.spec.out_features, each.spec.in_features) for each in self.linears}
+
+    @cached_property
     def recipe_fingerprint(self) -> str:
         """Of the fields that a sensitivity may depend on."""
         return self.recipe.fingerprint(without=_IRRELEVANT)
@@ -219,7 +235,6 @@ class AllocationJob:
 
     def _bit_plan(self, layers: Sequence[Choices], chosen: dict[str, int]) -> BitPlan:
         request, windows = self.request, self.calibration.windows
-        shapes = {each.spec.name: (each.spec.out_features, each.spec.in_features) for each in self.linears}
         return BitPlan(
             model=PlannedModel(name=self.source.name, fingerprint=self.source.fingerprint),
             storage=Storage.of(self.recipe),
@@ -239,7 +254,7 @@ class AllocationJob:
             ),
             layers={
                 each.name: PlannedLayer(
-                    bits=chosen[each.name], shape=shapes[each.name], bytes=dict(each.bytes), cost=dict(each.costs)
+                    bits=chosen[each.name], shape=self.shapes[each.name], bytes=dict(each.bytes), cost=dict(each.costs)
                 )
                 for each in layers
             },
