@@ -100,7 +100,7 @@ class AllocationJob:
             return
         smallest, largest = self.plan_at(min), self.plan_at(max)
         weights = smallest.quantized_weights
-        other = _file_bytes(smallest) - smallest.quantized_bytes
+        other = file_bytes(smallest) - smallest.quantized_bytes
         if budget.layer_bytes(weights, other) < smallest.quantized_bytes:
             low, high = (budget.in_words(each.quantized_bytes, weights, other) for each in (smallest, largest))
             raise AllocationError(
@@ -120,28 +120,28 @@ class AllocationJob:
 
         Raises AllocationError where fused layers are kept at different bits, or leave no choice within the budget.
         """
-        layers, tied = self._problem(sensitivities)
+        layers, tied = self.problem(sensitivities)
         budget = self.request.budget
         if isinstance(budget, CostLimit):
             # Fused layers may have taken the bits of others that are kept.
             budget.check({each.name: tuple(each.bytes) for each in layers}, self.shapes)
             priced = [budget.priced(each, self.shapes[each.name]) for each in layers]
-            return self._bit_plan(layers, allocate(priced, tied, budget.steps))
+            return self.bit_plan(layers, allocate(priced, tied, budget.steps))
         smallest = self.plan_at(min)
-        other = _file_bytes(smallest) - smallest.quantized_bytes
+        other = file_bytes(smallest) - smallest.quantized_bytes
         available = budget.layer_bytes(smallest.quantized_weights, other)
         while True:
             chosen = allocate(layers, tied, available)
             plan = make_plan(self.source, self.recipe, chosen)
-            above = 0 if budget.file_bytes is None else _file_bytes(plan) - budget.file_bytes
+            above = 0 if budget.file_bytes is None else file_bytes(plan) - budget.file_bytes
             if above <= 0:
-                return self._bit_plan(layers, chosen)
+                return self.bit_plan(layers, chosen)
             # The files' headers take a few bytes that depend on the choice.
             available = max(available - above, smallest.quantized_bytes)
 
     def front(self, sensitivities: Sensitivities, points: int = 25) -> list[FrontPoint]:
         """The least predicted loss at evenly spaced sizes, from the fewest bits allowed to the most."""
-        layers, tied = self._problem(sensitivities)
+        layers, tied = self.problem(sensitivities)
         low, high = (sum(choose(each.bytes.values()) for each in layers) for choose in (min, max))
         weights = sum(rows * columns for rows, columns in self.shapes.values())
         found = []
@@ -172,9 +172,9 @@ class AllocationJob:
         if kept is not None and kept.covers(wanted):
             return kept
         known = next(iter(kept.costs.values())).keys() if kept is not None else set[int]()
-        return cache.keep(self._measure([bits for bits in wanted if bits not in known], show))
+        return cache.keep(self.measure([bits for bits in wanted if bits not in known], show))
 
-    def _problem(self, sensitivities: Sensitivities) -> tuple[list[Choices], list[tuple[str, ...]]]:
+    def problem(self, sensitivities: Sensitivities) -> tuple[list[Choices], list[tuple[str, ...]]]:
         """What every layer may be, and the layers that get equal bits."""
         together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
         tied = tied_groups(self.allowed, [*self.tied, *together])
@@ -212,7 +212,8 @@ class AllocationJob:
         """Of the fields that a sensitivity may depend on."""
         return self.recipe.fingerprint(without=_IRRELEVANT)
 
-    def _measure(self, candidates: Sequence[int], show: Blocks) -> Sensitivities:
+    def measure(self, candidates: Sequence[int], show: Blocks) -> Sensitivities:
+        """Sensitivities at these bits, whatever is remembered."""
         source, recipe, windows = self.source, self.recipe, self.calibration.windows
         structure = make_plan(source, recipe).structure
         source.materialise(structure.outside)
@@ -233,7 +234,8 @@ class AllocationJob:
         finally:
             source.release(structure.outside)
 
-    def _bit_plan(self, layers: Sequence[Choices], chosen: dict[str, int]) -> BitPlan:
+    def bit_plan(self, layers: Sequence[Choices], chosen: Mapping[str, int]) -> BitPlan:
+        """Bits chosen, by name, out of what the layers may be, with what they were decided on."""
         request, windows = self.request, self.calibration.windows
         return BitPlan(
             model=PlannedModel(name=self.source.name, fingerprint=self.source.fingerprint),
@@ -267,6 +269,6 @@ def _calibrate(plan: Plan) -> CalibrationSet:
     return calibration
 
 
-def _file_bytes(plan: Plan) -> int:
+def file_bytes(plan: Plan) -> int:
     """Size of the weight files of a run, headers included."""
     return sum(shard.nbytes for shard in plan_shards(plan.tensors, plan.recipe.shard_bytes))
