@@ -22,6 +22,7 @@ from quality.methods import parse_methods
 from quality.rows import write_text
 
 from shiftadd_cli.allocation.patterns import parse_candidates
+from shiftadd_cli.cli.scoring import scoring_options
 from shiftadd_cli.errors import RecipeError, ShiftaddError
 
 _POSITIVE = click.IntRange(min=1)
@@ -58,15 +59,7 @@ class _Numbers(click.ParamType):
 @click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each.")
 @click.option("--seeds", type=_Numbers(int), default="0,1,2", show_default=True, help="Seeds of everything random.")
 @click.option("--test", "tests", multiple=True, default=("builtin",), show_default=True, help="Text to measure on.")
-@click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per test window.")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first tokens of each test text.")
-@click.option(
-    "--dtype",
-    type=click.Choice(("auto", "float32", "bfloat16", "float16")),
-    default="auto",
-    show_default=True,
-    help="Type to measure in, as for `shiftadd evaluate`.",
-)
+@scoring_options
 @click.option("--sample-blocks", type=_POSITIVE, default=3, show_default=True, help="Blocks of layers replaced alone.")
 @click.option("--sample-bits", type=_POSITIVE, default=2, show_default=True, help="Bits of these layers.")
 @click.option(

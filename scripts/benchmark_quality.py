@@ -24,6 +24,7 @@ from quality.peers import PEERS
 from quality.rows import write_text
 from quality.table import as_json, as_markdown
 
+from shiftadd_cli.cli.scoring import scoring_options
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.recipe_file import packaged_names
 
@@ -58,15 +59,7 @@ class _Widths(click.ParamType):
 @click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
 @click.option("--test", "tests", multiple=True, default=("builtin",), show_default=True, help="Text to measure on.")
-@click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per test window.")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first tokens of each test text.")
-@click.option(
-    "--dtype",
-    type=click.Choice(("auto", "float32", "bfloat16", "float16")),
-    default="auto",
-    show_default=True,
-    help="Type to measure in, as for `shiftadd evaluate`.",
-)
+@scoring_options
 @click.option(
     "--work",
     type=click.Path(file_okay=False, path_type=Path),

@@ -5,9 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+
+
+class BlockProgress(Protocol):
+    """Passes names of blocks on, and shows under a description how many are done: `block_bar`, or a caller's own."""
+
+    def __call__(self, names: Sequence[str], text: str, /) -> Iterable[str]: ...
+
 
 LINE_SECONDS = 30.0
 LINE_SHARE = 0.1

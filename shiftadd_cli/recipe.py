@@ -66,6 +66,15 @@ class Recipe(BaseModel):
             "which spreads outliers and costs additions only."
         ),
     ] = "hadamard"
+    outlier_columns: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=0.25,
+            description="Share of each linear's input columns, those that carry most, kept at 16 bits beside the "
+            "planes; counted in all sizes.",
+        ),
+    ] = 0.0
     fit: Annotated[
         Literal["search", "greedy", "uniform"],
         Field(
@@ -99,6 +108,13 @@ class Recipe(BaseModel):
     descent_passes: Annotated[
         int, Field(ge=1, description="Passes of coordinate descent over the columns in each of these rounds.")
     ] = 2
+    bias_correction: Annotated[
+        bool,
+        Field(
+            description="Let the bias of a linear that has one take over the mean of its error, so that its planes "
+            "need only fit inputs about their mean."
+        ),
+    ] = True
     true_sequential: Annotated[
         bool,
         Field(
@@ -211,6 +227,8 @@ class Recipe(BaseModel):
                     f"rows that share scales (group_rows {self.group_rows}) cannot be refined or scaled one by one; "
                     f"set {' and '.join(wrong)}, or group_rows to 1"
                 )
+        if self.asymmetric and self.outlier_columns:
+            raise ValueError("outlier_columns do not go with asymmetric calibration; set one of them to 0")
         if self.reconstruct_epochs:
             if self.group_rows != 1:
                 raise ValueError("reconstruct_epochs needs groups that lie in rows; set group_rows to 1, or it to 0")

@@ -29,6 +29,8 @@ def random_weight(layout: PackedLayout, seed: int = 0) -> QuantizedWeight:
     for name, (shape, dtype) in layout.tensors().items():
         if dtype == torch.uint8:
             tensors[name] = torch.randint(0, 256, shape, dtype=dtype, generator=g)
+        elif name == "weight_column_ids":
+            tensors[name] = torch.randperm(layout.grid.columns, generator=g)[: layout.outliers].sort().values.to(dtype)
         elif name == "weight_row_scale":
             tensors[name] = (0.05 + 0.2 * torch.rand(shape, generator=g)).to(dtype)
         else:

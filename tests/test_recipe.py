@@ -122,12 +122,11 @@ def test_bits_said_in_one_way_on_the_command_line_replace_what_the_file_says_in_
     [
         ({"bits": 2, "avg_bits": 2.5}, ["--bits", "--avg-bits"]),
         ({"avg_bits": 2.5, "bit_plan": "plan.json"}, ["--avg-bits", "--bit-plan"]),
+        ({"outlier_columns": 0.01, "asymmetric": 1.0}, ["outlier_columns", "asymmetric"]),
         ({"avg_bits": 2.5, "calibration": "none", "sweep": "none", "refine_rounds": 0}, ["avg_bits", "calibration"]),
     ],
 )
-def test_ways_to_say_the_bits_that_exclude_each_other_are_refused(
-    tmp_path: Path, fields: dict[str, Any], words: list[str]
-) -> None:
+def test_fields_that_exclude_each_other_are_refused(tmp_path: Path, fields: dict[str, Any], words: list[str]) -> None:
     message = refusal(tmp_path, "", **fields)
     assert all(word in message for word in words)
 
@@ -288,6 +287,7 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
         "row_scale": not Recipe().row_scale,
         "offset": not Recipe().offset,
         "rotation": "none",
+        "outlier_columns": 0.01,
         "fit": "greedy",
         "fit_rounds": 17,
         "weight_error": 0.5,
@@ -295,6 +295,7 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
         "sweep_order": "natural",
         "refine_rounds": 17,
         "descent_passes": 17,
+        "bias_correction": False,
         "true_sequential": False,
         "asymmetric": 1.0,
         "loss_aware": 0.5,

@@ -14,7 +14,7 @@ from pathlib import Path
 from shiftadd_cli.allocation.sensitivity import Sensitivities
 
 # Raised whenever sensitivities of the same inputs come out differently.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 def cache_folder() -> Path:

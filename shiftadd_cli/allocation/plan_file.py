@@ -55,6 +55,7 @@ class Storage(_Part):
     row_scale: bool
     offset: bool
     rotation: str
+    outlier_columns: float
 
     @classmethod
     def of(cls, settings: object) -> Storage:

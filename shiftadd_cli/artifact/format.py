@@ -2,13 +2,14 @@
 
     {"quant_method": "shiftadd", "format_version": 1,
      "bits": 3, "group_size": 64, "group_rows": 1, "scale_format": "apot2", "row_scale": true, "offset": false,
-     "rotation": "hadamard",
+     "rotation": "hadamard", "outlier_columns": 0.0,
      "modules": {"model.layers.0.self_attn.q_proj": {"shape": [576, 576]},
                  "model.layers.0.mlp.down_proj": {"shape": [576, 1536], "bits": 2}},
      "tables": {"model.embed_tokens": {"shape": [49152, 576]}}}
 
 `modules` is the complete list; `shape` is [out_features, in_features], and any other key of a module overrides the
-common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8").
+common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8"). Without `rotation` or `outlier_columns`
+there are none.
 
 `tables` is the complete list of embeddings and output heads stored as 8-bit rows (see `bcq.int8`): in place of
 `<module>.weight` there are `<module>.weight_int8`, int8 [rows, columns], and `<module>.weight_int8_scale`, bfloat16
@@ -21,7 +22,7 @@ Keys that are not known are kept and ignored: whatever changes the meaning of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from typing import Any
 
 from shiftadd_cli.bcq import int8
@@ -34,6 +35,7 @@ FORMAT_VERSION = 1
 # Every tensor that a compressed matrix may have, see `bcq.weight`, and those of a table, see `bcq.int8`.
 SUFFIXES = (
     *("weight_codes", "weight_exponents", "weight_scales", "weight_row_scale", "weight_offset", "weight_signs"),
+    *("weight_columns", "weight_column_ids"),
     *int8.SUFFIXES,
 )
 
@@ -49,6 +51,7 @@ class MatrixFormat:
     row_scale: bool
     offset: bool
     rotation: str = "none"
+    outlier_columns: float = 0.0
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, type(self.bits) is int and 1 <= self.bits <= 8)
@@ -58,6 +61,8 @@ class MatrixFormat:
         _check("row_scale", self.row_scale, type(self.row_scale) is bool)
         _check("offset", self.offset, type(self.offset) is bool)
         _check("rotation", self.rotation, self.rotation in ("none", "hadamard"))
+        share = self.outlier_columns
+        _check("outlier_columns", share, type(share) in (int, float) and 0 <= share <= 1)
 
     def layout(self, out_features: int, in_features: int) -> PackedLayout:
         return PackedLayout.resolve(out_features, in_features, **asdict(self))
@@ -86,10 +91,11 @@ class ArtifactFormat:
                 "upgrade it: pip install -U shiftadd-cli."
             )
         fields = MatrixFormat.__dataclass_fields__
-        absent = [key for key in (*fields, "modules") if key not in config]
+        required = [key for key, each in fields.items() if each.default is MISSING]
+        absent = [key for key in (*required, "modules") if key not in config]
         if absent:
             raise ArtifactError(f"quantization_config lacks {absent[0]!r}; quantize the model again.")
-        common = MatrixFormat(**{key: config[key] for key in fields})
+        common = MatrixFormat(**{key: config[key] for key in fields if key in config})
         _check("modules", config["modules"], isinstance(config["modules"], Mapping))
         modules = {}
         for name, entry in config["modules"].items():

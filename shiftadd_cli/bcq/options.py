@@ -13,7 +13,8 @@ from shiftadd_cli.bcq.weight import PackedLayout
 class SolverOptions:
     """The fields are those of the recipe, with the same names.
 
-    Raises ValueError where rows that share scales are to be refined or scaled one by one.
+    Raises ValueError where rows that share scales are to be refined or scaled one by one, and for outlier columns
+    beside asymmetric calibration.
     """
 
     bits: int = 3
@@ -31,11 +32,14 @@ class SolverOptions:
     refine_rounds: int = 2
     descent_passes: int = 2
     asymmetric: float = 0.0
+    outlier_columns: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.group_rows != 1 and (self.refine_rounds or self.row_scale):
             raise ValueError("rows that share scales cannot be refined or scaled one by one")
+        if self.asymmetric and self.outlier_columns:
+            raise ValueError("outlier columns make up for errors in the inputs as they are, not for those of others")
 
     @classmethod
     def from_recipe(cls, recipe: object) -> SolverOptions:
@@ -58,4 +62,5 @@ class SolverOptions:
             row_scale=self.row_scale,
             offset=self.offset,
             rotation=self.rotation,
+            outlier_columns=self.outlier_columns,
         )

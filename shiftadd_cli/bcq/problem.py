@@ -111,10 +111,10 @@ class Problem:
             importance = torch.ones_like(importance)
         blocks = grid.blocks(weights)
         factor = None if unit is None else unit.view(-1, 1, 1).expand(*blocks.shape[:2], 1).reshape(-1, 1)
-        blocks = blocks.view(-1, blocks.shape[-1])
+        blocks = blocks.reshape(-1, blocks.shape[-1])
         fit = fit_groups(
             blocks if factor is None else blocks / factor,
-            grid.blocks(importance.expand_as(weights)).view(blocks.shape),
+            grid.blocks(importance.expand_as(weights)).reshape(blocks.shape),
             self.options.bits,
             method=self.options.fit,
             rounds=self.options.fit_rounds,

@@ -15,6 +15,7 @@ from torch import Tensor
 from shiftadd_cli.bcq.hessian import Objective, build_objective, corrected_target
 from shiftadd_cli.bcq.levels import planes_of
 from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.outliers import choose_outliers, corrections, outlier_count, without_columns, without_inputs
 from shiftadd_cli.bcq.parallel import map_pieces
 from shiftadd_cli.bcq.problem import Problem
 from shiftadd_cli.bcq.rotation import random_signs, rotate_moment, rotate_weight
@@ -60,6 +61,10 @@ def quantize_matrices(
         if matrix.abs().amax() > _LARGEST_WEIGHT:
             raise NumericalError(f"The weight of {name} holds values above 1e12; the source checkpoint is damaged.")
     columns = matrices[0].shape[1]
+    whole = _Whole(matrices, hessian, outlier_count(columns, options.outlier_columns))
+    if whole.ids is not None:
+        matrices = [without_columns(matrix, whole.ids) for matrix in matrices]
+        hessian = None if hessian is None else without_inputs(hessian, whole.ids)
     signs = None
     if options.rotation == "hadamard":
         # Everything from here on happens in the rotated basis, in which no error changes.
@@ -90,9 +95,13 @@ def quantize_matrices(
     solved = map_pieces(lambda piece: Problem(piece, objective, options).solve(), pieces)
     if together:
         solved = _regroup(solved, [len(matrix) for matrix in matrices])
+    packed = [_pack(codes, snapped, options, columns, signs) for codes, snapped in solved]
+    if whole.ids is not None:
+        return whole.completed(packed)
     return [
-        _pack(matrix, codes, snapped, options, hessian, signs)
-        for matrix, (codes, snapped) in zip(matrices, solved, strict=True)
+        # Errors are those of the stored tensors, decoded, not of the solver's own view of them.
+        _solution(weight, matrix, matrix - weight.decode_stored(), hessian)
+        for matrix, weight in zip(matrices, packed, strict=True)
     ]
 
 
@@ -117,18 +126,33 @@ def _weight_objective(columns: int, device: torch.device) -> Objective:
 
 
 def _pack(
-    matrix: Tensor,
-    codes: Tensor,
-    snapped: SnappedScales,
-    options: SolverOptions,
-    hessian: Tensor | None,
-    signs: Tensor | None,
-) -> Solution:
-    layout = options.layout(*matrix.shape)
+    codes: Tensor, snapped: SnappedScales, options: SolverOptions, columns: int, signs: Tensor | None
+) -> QuantizedWeight:
+    layout = options.layout(len(codes), columns)
     planes = planes_of(codes, options.bits)
-    weight = QuantizedWeight.pack(layout, planes, snapped.ratios, snapped.row_scale, snapped.offsets, signs)
-    # Errors are those of the stored tensors, decoded, not of the solver's own view of them.
-    difference = matrix - weight.decode_stored()
+    return QuantizedWeight.pack(layout, planes, snapped.ratios, snapped.row_scale, snapped.offsets, signs)
+
+
+class _Whole:
+    """Matrices and the second moment of their input before outlier columns `ids` (None for `count` 0) are taken out."""
+
+    def __init__(self, matrices: Sequence[Tensor], hessian: Tensor | None, count: int) -> None:
+        self.matrices, self.hessian = matrices, None if hessian is None else hessian.float()
+        self.ids = choose_outliers(matrices, self.hessian, count) if count else None
+
+    def completed(self, packed: Sequence[QuantizedWeight]) -> list[Solution]:
+        """The planes `packed` with the best columns beside them."""
+        assert self.ids is not None
+        solutions = []
+        for matrix, weight in zip(self.matrices, packed, strict=True):
+            columns = corrections(matrix - weight.decode_planes(), self.hessian, self.ids)
+            complete = weight.with_outliers(columns, self.ids)
+            solutions.append(_solution(complete, matrix, matrix - complete.decode(), self.hessian))
+        return solutions
+
+
+def _solution(weight: QuantizedWeight, matrix: Tensor, difference: Tensor, hessian: Tensor | None) -> Solution:
+    """Errors from the difference between `matrix` and what is stored, in any basis, with the second moment in it."""
     weight_error = _ratio(difference.square().sum(), matrix.square().sum())
     if hessian is None:
         return Solution(weight, weight_error, None)

@@ -2,7 +2,8 @@
 
     W[o, i] ≈ row_scale[o] · (Σ_b scale[o, g(i), b] · B_b[o, i]  +  offset[o, g(i)])
 
-With a rotation this is the matrix for rotated inputs, W R⁻¹ (see `rotation`).
+With a rotation this is the matrix for rotated inputs, W R⁻¹ (see `rotation`). Outlier columns are added to what it
+gives for the inputs themselves (see `outliers`).
 
 Stored tensors (names are suffixes of the parameter `weight`; R and C count the groups along rows and columns):
 
@@ -13,6 +14,8 @@ Stored tensors (names are suffixes of the parameter `weight`; R and C count the 
     weight_offset     uint8    [R, ceil(C / 2)]                   optional; nibbles, eighths of the largest scale
                       float16  [R, C]                             instead, for the scale format `float`
     weight_signs      uint8    [ceil(in / 8)]                     optional; diagonal of the rotation, packed as planes
+    weight_columns    bfloat16 [out, K]                           optional; outlier columns
+    weight_column_ids int32    [K]                                which inputs they are of, ascending
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.outliers import outlier_count
 from shiftadd_cli.bcq.packing import pack_nibbles, pack_planes, unpack_nibbles, unpack_signs
 from shiftadd_cli.bcq.rotation import restore_weight
 from shiftadd_cli.bcq.scale_formats import decode_offsets, encode_offsets, offset_multiples, scale_format
@@ -42,6 +46,7 @@ class PackedLayout:
     row_scale: bool
     offset: bool
     rotation: bool = False
+    outliers: int = 0
 
     @classmethod
     def resolve(
@@ -56,10 +61,12 @@ class PackedLayout:
         row_scale: bool,
         offset: bool,
         rotation: str,
+        outlier_columns: float = 0.0,
     ) -> PackedLayout:
         """The form of one `[rows, columns]` matrix under the fields of a recipe."""
         grid = ScaleGrid.resolve(rows, columns, group_rows, group_size)
-        return cls(grid, bits, scale_format, row_scale, offset, rotation == "hadamard")
+        outliers = outlier_count(columns, outlier_columns)
+        return cls(grid, bits, scale_format, row_scale, offset, rotation == "hadamard", outliers)
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every stored tensor, by suffix."""
@@ -79,6 +86,9 @@ class PackedLayout:
             shapes["weight_offset"] = ((rows, groups), torch.float16)
         if self.rotation:
             shapes["weight_signs"] = ((-(-self.grid.columns // 8),), torch.uint8)
+        if self.outliers:
+            shapes["weight_columns"] = ((self.grid.rows, self.outliers), torch.bfloat16)
+            shapes["weight_column_ids"] = ((self.outliers,), torch.int32)
         return shapes
 
     @property
@@ -159,13 +169,32 @@ class QuantizedWeight:
         stored = self.tensors.get("weight_signs")
         return None if stored is None else unpack_signs(stored, self.layout.grid.columns)
 
+    def outliers(self) -> tuple[Tensor, Tensor] | None:
+        """Outlier columns and the inputs they are of, bfloat16 `[out, K]` and int32 `[K]`, or None."""
+        if not self.layout.outliers:
+            return None
+        return self.tensors["weight_columns"], self.tensors["weight_column_ids"]
+
+    def with_outliers(self, columns: Tensor, ids: Tensor) -> QuantizedWeight:
+        """The same planes beside columns `[out, K]` for the inputs `ids` `[K]`, ascending; the layout has room."""
+        added = {"weight_columns": columns.to(torch.bfloat16), "weight_column_ids": ids.to(torch.int32)}
+        return QuantizedWeight(self.layout, self.tensors | added)
+
     def decode(self) -> Tensor:
         """The matrix the stored tensors stand for, the rotation folded back: float32 `[out, in]`."""
+        decoded = self.decode_planes()
+        if (outliers := self.outliers()) is not None:
+            columns, ids = outliers
+            decoded.index_add_(1, ids, columns.float())
+        return decoded
+
+    def decode_planes(self) -> Tensor:
+        """`decode()` without the outlier columns."""
         signs, stored = self.signs(), self.decode_stored()
         return stored if signs is None else restore_weight(stored, signs)
 
     def decode_stored(self) -> Tensor:
-        """The matrix that multiplies (rotated) inputs: float32 `[out, in]`."""
+        """The matrix of the planes, which multiplies (rotated) inputs: float32 `[out, in]`."""
         return next(self.tiles(self.layout.grid.rows))[1]
 
     def tiles(self, height: int) -> Iterator[tuple[slice, Tensor]]:

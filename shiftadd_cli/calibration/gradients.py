@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from shiftadd_cli.calibration.end_loss import EndLoss, Loss
 from shiftadd_cli.calibration.trace import Trace, check_finite
 from shiftadd_cli.errors import NumericalError
+from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import Source, Structure
 
 # Kept block inputs, unless the caller says otherwise.
@@ -64,6 +65,7 @@ def token_weights(
     loss: Loss = "divergence",
     seed: int = 0,
     memory_bytes: int = MEMORY_BYTES,
+    progress: BlockProgress | None = None,
 ) -> dict[str, Tensor]:
     """For every linear of `structure`: float32 `[samples, seq_len]` on the CPU, of mean 1.
 
@@ -71,7 +73,15 @@ def token_weights(
     reaches, and one that does not see all tokens.
     """
     found = squared_gradients(
-        source, structure, windows, trace, device=device, loss=loss, seed=seed, memory_bytes=memory_bytes
+        source,
+        structure,
+        windows,
+        trace,
+        device=device,
+        loss=loss,
+        seed=seed,
+        memory_bytes=memory_bytes,
+        progress=progress,
     )
     return {
         name: torch.ones_like(each) if name in found.partial else _of_mean_one(each)
@@ -89,6 +99,7 @@ def squared_gradients(
     loss: Loss = "divergence",
     seed: int = 0,
     memory_bytes: int = MEMORY_BYTES,
+    progress: BlockProgress | None = None,
 ) -> SquaredGradients:
     """At every linear of `structure`, for each of its tokens and on average.
 
@@ -100,6 +111,7 @@ def squared_gradients(
     seed: for the drawn labels; results depend on it, not on batches.
     memory_bytes: block inputs kept at once, `blocks * seq_len * width` values a window. So many batches go through
         the blocks together, one at least; each such group reads every block twice.
+    progress: shows how far each such walk through the blocks is.
 
     windows: int64 `[samples, seq_len]`; trace: of these windows, as `trace_model` gave it (not changed here). Modules
     outside the blocks must be materialised on `device`; blocks are materialised and released here, one at a time.
@@ -109,7 +121,8 @@ def squared_gradients(
     if trace.hidden.samples != len(windows):
         raise ValueError(f"the trace is of {trace.hidden.samples} windows, not of {len(windows)}")
     squares = {spec.name: torch.zeros(windows.shape) for spec in structure.linears}
-    walk = _Walk(source, structure, trace, device, squares, dict.fromkeys(squares, 0.0))
+    show = progress or (lambda names, _: names)
+    walk = _Walk(source, structure, trace, device, squares, dict.fromkeys(squares, 0.0), show)
     end = EndLoss(source.skeleton(), structure, windows, kind=loss, seed=seed, device=device)
     for batches in _groups(trace, memory_bytes // len(structure.blocks)):
         form = walk.forward(batches)
@@ -131,13 +144,14 @@ class _Walk:
     squares: dict[str, Tensor]
     # Sums over tokens.
     totals: dict[str, float]
+    progress: BlockProgress
     # Linears that did not see all tokens of every batch.
     partial: set[str] = field(default_factory=set)
 
     def forward(self, batches: Sequence[_Batch]) -> Callable[[Tensor], Any]:
         """Append every block's output to the batches' hidden states; returns how a block dresses what it returns."""
         dressed: list[Callable[[Tensor], Any]] = []
-        for depth, name in enumerate(self.structure.blocks):
+        for depth, name in enumerate(self.progress(self.structure.blocks, "Predictions")):
             block = self._load(name)
             with block.register_forward_hook(lambda _, __, output: dressed.append(_dress(output))), torch.no_grad():
                 for batch in batches:
@@ -149,7 +163,9 @@ class _Walk:
 
     def backward(self, batches: Sequence[_Batch]) -> None:
         """Use up the batches' hidden states, whose last are gradients, block by block; fills `squares`."""
-        for depth, name in reversed(list(enumerate(self.structure.blocks))):
+        last = len(self.structure.blocks) - 1
+        for done, name in enumerate(self.progress(self.structure.blocks[::-1], "Gradients")):
+            depth = last - done
             block = self._load(name)
             for batch in batches:
                 gradient = batch.hidden.pop().to(self.device)

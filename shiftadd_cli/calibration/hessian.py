@@ -12,22 +12,32 @@ from shiftadd_cli.calibration.stream import BlockStream
 
 # Columns of a second moment that are added to at once.
 _STRIP = 256
+# Of sums over many tokens in float32.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one input of linears: `hessian` E[x xᵀ], and, when there is an original to compare with, `cross` E[x̃ xᵀ],
-    with x what the linears read now and x̃ what they read in the original model. Both float32 `[in, in]`."""
+    """Of one input x of linears: `hessian` E[x xᵀ], `mean` E[x], and, when there is an original to compare with,
+    `cross` E[x̃ xᵀ], with x̃ what the linears read in the original model. Float32 `[in, in]`, and `[in]`."""
 
     hessian: Tensor
+    mean: Tensor
     cross: Tensor | None = None
+
+    def about_mean(self) -> Tensor:
+        """E[(x − E[x]) (x − E[x])ᵀ]; inputs that never change keep a trace of their power, above its rounding."""
+        spread = self.hessian - torch.outer(self.mean, self.mean)
+        spread.diagonal().clamp_(min=_ROUNDING * self.hessian.diagonal())
+        return spread
 
 
 class _Sum:
-    """Accumulates Σ x xᵀ and Σ x̃ xᵀ over tokens."""
+    """Accumulates Σ x xᵀ, Σ x and Σ x̃ xᵀ over tokens."""
 
     def __init__(self, width: int, device: torch.device, *, cross: bool) -> None:
         self.hessian = torch.zeros(width, width, device=device)
+        self.total = torch.zeros(width, device=device)
         self.cross = torch.zeros(width, width, device=device) if cross else None
         self.rows = 0
 
@@ -38,6 +48,7 @@ class _Sum:
         # The matrix is symmetric: strips from the diagonal rightwards are little more than half the work.
         for start in range(0, rows.shape[1], _STRIP):
             self.hessian[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
+        self.total += rows.sum(0) if root is None else root.view(-1) @ rows
         if self.cross is not None:
             unspoilt = rows
             # Experts may be given other tokens than in the original; such a batch says nothing about the difference.
@@ -49,7 +60,7 @@ class _Sum:
     def mean(self) -> Moments:
         upper = self.hessian.triu()
         hessian = (upper + upper.triu(1).T) / self.rows
-        return Moments(hessian, None if self.cross is None else self.cross / self.rows)
+        return Moments(hessian, self.total / self.rows, None if self.cross is None else self.cross / self.rows)
 
 
 def gather_moments(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shiftadd_cli.cli.scoring import scoring_options
+
 if TYPE_CHECKING:
     from shiftadd_cli.evaluation.compare import Evaluation, Measured
 
@@ -22,27 +24,13 @@ if TYPE_CHECKING:
     help="Test text: 'builtin' (held-out documentation of Python, needs no download), wikitext2, c4, ptb, or a .txt, "
     ".jsonl (field 'text') or .parquet (column 'text') file.",
 )
-@click.option(
-    "--context",
-    type=click.IntRange(min=2),
-    default=512,
-    show_default=True,
-    help="Tokens per window; windows do not overlap.",
-)
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Use only the first tokens of the text.  [default: all]")
+@scoring_options
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
     help="Windows run at once; more needs more memory.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(("auto", "float32", "bfloat16", "float16")),
-    default="auto",
-    show_default=True,
-    help="Type to compute in; 'auto' takes the stored one, or float32 on a CPU that has no such arithmetic.",
 )
 @click.option(
     "--device", default="auto", show_default=True, help="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ..."

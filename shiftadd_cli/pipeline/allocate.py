@@ -23,16 +23,15 @@ from shiftadd_cli.device import choose_device
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline.plan import Plan, PlannedLinear, make_plan
 from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration, move_parts
+from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import Source
 
 # Fields of a recipe that no sensitivity depends on; the text goes by its own fingerprint, whatever it is called.
 _IRRELEVANT = (
     "bits", "avg_bits", "bit_plan", "refine_rounds", "descent_passes", "true_sequential", "asymmetric", "loss_aware",
-    "reconstruct_epochs", "embedding_bits", "calibration", "batch_size", "device", "shard_size",
+    "reconstruct_epochs", "bias_correction", "embedding_bits", "calibration", "batch_size", "device", "shard_size",
 )  # fmt: skip
-
-Blocks = Callable[[Sequence[str], str], Iterable[str]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class AllocationJob:
                 "allow fewer bits with --candidates."
             )
 
-    def run(self, show: Blocks) -> BitPlan:
+    def run(self, show: BlockProgress) -> BitPlan:
         """Measure, or remember, the sensitivities, and choose.
 
         show: wraps the block names, with a description, to show how far it is.
@@ -157,7 +156,7 @@ class AllocationJob:
         other.check_budget()
         return other
 
-    def sensitivities(self, show: Blocks) -> Sensitivities:
+    def sensitivities(self, show: BlockProgress) -> Sensitivities:
         """At every number of bits allowed for any layer, from the cache where it has them."""
         wanted = sorted({bits for each in self.allowed.values() for bits in each})
         cache = SensitivityCache(
@@ -212,7 +211,7 @@ class AllocationJob:
         """Of the fields that a sensitivity may depend on."""
         return self.recipe.fingerprint(without=_IRRELEVANT)
 
-    def measure(self, candidates: Sequence[int], show: Blocks) -> Sensitivities:
+    def measure(self, candidates: Sequence[int], show: BlockProgress) -> Sensitivities:
         """Sensitivities at these bits, whatever is remembered."""
         source, recipe, windows = self.source, self.recipe, self.calibration.windows
         structure = make_plan(source, recipe).structure

@@ -100,10 +100,23 @@ class BlockQuantizer:
         names = [self.specs[kind].name for kind in kinds]
         if moments is None:
             solutions = quantize_matrices(weights, names, None, options.without_data())
+        elif self._biases_take_the_mean(kinds, moments):
+            solutions = quantize_matrices(weights, names, moments.about_mean(), options)
+            for kind, weight, solution in zip(kinds, weights, solutions, strict=True):
+                error = weight.float() - solution.weight.decode()
+                bias = self.block.get_submodule(kind).get_parameter("bias")
+                bias.data = (bias.float() + error @ moments.mean).to(bias.dtype)
         else:
             solutions = quantize_matrices(weights, names, moments.hessian, options, moments.cross)
         for kind, solution in zip(kinds, solutions, strict=True):
             self._put(kind, solution)
+
+    def _biases_take_the_mean(self, kinds: Sequence[str], moments: Moments) -> bool:
+        """Whether the linears have biases to be corrected (Nagel et al. 2019, arXiv:1906.04721, section 4.2). What
+        asymmetric calibration aims at has another mean."""
+        modules = [self.block.get_submodule(kind) for kind in kinds]
+        biased = all(getattr(module, "bias", None) is not None for module in modules)
+        return self.recipe.bias_correction and moments.cross is None and biased
 
     def _put(self, kind: str, solution: Solution) -> None:
         self.solutions[kind] = solution

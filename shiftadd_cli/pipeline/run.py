@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.tables import store_table
+from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.report.schema import BlockReport, LayerReport, Report, TableReport
 from shiftadd_cli.source import LinearSpec
-
-Blocks = Callable[[Sequence[str], str], Iterable[str]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def run_plan(
     device: torch.device,
     overwrite: bool,
     command: Sequence[str],
-    progress: Blocks,
+    progress: BlockProgress,
     clock: Measured | None = None,
 ) -> Report:
     """Do the work and put the artifact at `out`; returns what report.json says.
@@ -85,9 +84,9 @@ class _Run:
     tables: list[TableReport] = field(default_factory=list)
     token_weights: dict[str, Tensor] | None = None
 
-    def execute(self, progress: Blocks) -> Report:
+    def execute(self, progress: BlockProgress) -> Report:
         plan = self.plan
-        trace = self._start()
+        trace = self._start(progress)
         for depth, name in enumerate(progress(plan.structure.blocks, "Quantizing")):
             self._block(depth, name, trace)
         with self.clock.phase("read_and_write"):
@@ -107,7 +106,7 @@ class _Run:
             self.writer.finish(self._config(), report.model_dump(mode="json"))
         return report
 
-    def _start(self) -> Trace | None:
+    def _start(self, progress: BlockProgress) -> Trace | None:
         """Write what lies outside the blocks, and run the samples up to the first block."""
         source, structure = self.plan.source, self.plan.structure
         with self.clock.phase("read_and_write"):
@@ -128,14 +127,22 @@ class _Run:
                     trace.original = trace.hidden.copy()
             if recipe.loss_aware:
                 with self.clock.phase("trace"):
-                    self.token_weights = self._weigh_tokens(windows, trace)
+                    self.token_weights = self._weigh_tokens(windows, trace, progress)
         source.release(structure.outside)
         return trace
 
-    def _weigh_tokens(self, windows: Tensor, trace: Trace) -> dict[str, Tensor]:
+    def _weigh_tokens(self, windows: Tensor, trace: Trace, progress: BlockProgress) -> dict[str, Tensor]:
         """Squared gradients to the power of the recipe, of mean 1 again."""
         recipe, plan = self.plan.recipe, self.plan
-        squares = token_weights(plan.source, plan.structure, windows, trace, device=self.device, seed=recipe.seed)
+        squares = token_weights(
+            plan.source,
+            plan.structure,
+            windows,
+            trace,
+            device=self.device,
+            seed=recipe.seed,
+            progress=progress,
+        )
         powers = {name: each**recipe.loss_aware for name, each in squares.items()}
         return {name: each / each.mean() for name, each in powers.items()}
 

@@ -27,13 +27,16 @@ class TunableWeight(nn.Module):
 
     - `latent` float32 `[out, in]`, in the rotated basis,
     - `row_scale` float32 `[out]`, absent where one power of two serves the matrix,
-    - `ratios` float32 `[out, C, bits]` and `offsets` float32 `[out, C]` or None, relative to the row scale.
+    - `ratios` float32 `[out, C, bits]` and `offsets` float32 `[out, C]` or None, relative to the row scale,
+    - `columns` float32 `[out, K]` or None, the outlier columns.
 
     weight: float32 `[out, in]`, what the compressed matrix stands for, in the basis of the layer's own input.
     """
 
     offsets: nn.Parameter | None
+    columns: nn.Parameter | None
     signs: Tensor | None
+    ids: Tensor | None
 
     def __init__(self, quantized: QuantizedWeight, weight: Tensor) -> None:
         super().__init__()
@@ -46,6 +49,12 @@ class TunableWeight(nn.Module):
         self.ratios = nn.Parameter(ratios)
         self.offsets = None if offsets is None else nn.Parameter(offsets)
         self.row_scale = nn.Parameter(row_scale, requires_grad=self.layout.row_scale)
+        outliers = quantized.outliers()
+        self.columns = None if outliers is None else nn.Parameter(outliers[0].float())
+        self.register_buffer("ids", None if outliers is None else outliers[1])
+        if outliers is not None:
+            # What is left for the planes.
+            weight = weight.index_add(1, outliers[1], outliers[0].float(), alpha=-1)
         rotated = weight if self.signs is None else rotate_weight(weight, self.signs)
         self.latent = nn.Parameter(self._start(quantized.decode_stored(), rotated))
 
@@ -54,7 +63,11 @@ class TunableWeight(nn.Module):
         levels = self._levels()
         values = self._ungroup(levels.gather(-1, self._codes(levels)))
         values = values + (self.latent - self.latent.detach())
-        return values if self.signs is None else restore_weight(values, self.signs)
+        values = values if self.signs is None else restore_weight(values, self.signs)
+        if self.columns is None or self.ids is None:
+            return values
+        columns = _straight(self.columns, self.columns.detach().bfloat16().float())
+        return values.index_add(1, self.ids, columns)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
@@ -62,7 +75,10 @@ class TunableWeight(nn.Module):
         ratios, offsets, row_scale = self._snapped()
         codes = self._ungroup(self._codes(self._levels())).to(torch.uint8)
         planes = planes_of(codes, self.layout.bits)
-        return QuantizedWeight.pack(self.layout, planes, ratios, row_scale, offsets, self.signs)
+        packed = QuantizedWeight.pack(self.layout, planes, ratios, row_scale, offsets, self.signs)
+        if self.columns is None or self.ids is None:
+            return packed
+        return packed.with_outliers(self.columns, self.ids)
 
     def level_spacing(self) -> float:
         """Mean distance of neighbouring levels: the unit in which latent weights move."""

@@ -70,7 +70,10 @@ class LayerReport(_Part):
     weight_error: Annotated[float, Field(description="‖W - Ŵ‖² / ‖W‖².")]
     output_error: Annotated[
         float | None,
-        Field(description="E‖(W - Ŵ)x‖² / E‖Wx‖² over the calibration inputs; null without calibration."),
+        Field(
+            description="E‖(W - Ŵ)x‖² / E‖Wx‖² over the calibration inputs, both about their means where a bias was "
+            "corrected; null without calibration."
+        ),
     ]
     calibrated: Annotated[bool, Field(description="False if no calibration input reached the layer.")]
 

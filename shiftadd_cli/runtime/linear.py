@@ -23,7 +23,8 @@ class PackedLinear(StoredWeight):
 
     The output equals `F.linear(R x, packed().decode_stored().to(x.dtype), bias)`, where R is the rotation, if there is
     one, up to the rounding of the dot products, which torch sums in another order for another tile shape (for float32:
-    a few units in the last place of the sum of |terms|). In exact arithmetic that is `F.linear(x, decode(), bias)`.
+    a few units in the last place of the sum of |terms|), plus the outlier columns' part, if there are any. In exact
+    arithmetic that is `F.linear(x, decode(), bias)`.
 
     `transposed` remembers that the layer stands for a transformers `Conv1D`, whose dense weight is [in, out].
     """
@@ -90,12 +91,16 @@ class PackedLinear(StoredWeight):
         """`[..., in]` → `[..., out]` in the dtype of `x` (float32, bfloat16, float16 or float64)."""
         height = max(1, TILE_BYTES // (4 * self.in_features))
         packed, tiles = self.packed(), []
-        if (signs := packed.signs()) is not None:
-            x = self.rotate(x, signs)
+        signs, outliers = packed.signs(), packed.outliers()
+        rotated = x if signs is None else self.rotate(x, signs)
         for rows, tile in packed.tiles(height):
             bias = None if self.bias is None else self.bias[rows].to(x.dtype)
-            tiles.append(linear(x, tile.to(x.dtype), bias))
-        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
+            tiles.append(linear(rotated, tile.to(x.dtype), bias))
+        output = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
+        if outliers is None:
+            return output
+        columns, ids = outliers
+        return output + linear(x[..., ids], columns.to(x.dtype))
 
     def extra_repr(self) -> str:
         return (

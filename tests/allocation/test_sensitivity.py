@@ -111,6 +111,34 @@ def test_the_predicted_loss_is_of_the_size_of_the_real_divergence(tmp_path):
     assert 2 * concordant / len(pairs) - 1 > 0.7
 
 
+def test_samples_of_rows_and_of_windows_predict_what_all_of_them_do(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path)
+    whole = measure(tmp_path, "output").costs
+    solved = []
+
+    def spy(weights, *rest):
+        solved.extend(map(len, weights))
+        return quantize_matrices(weights, *rest)
+
+    monkeypatch.setattr(sensitivity, "quantize_matrices", spy)
+    monkeypatch.setattr(sensitivity, "_SAMPLED_ROWS", 24)
+    monkeypatch.setattr(sensitivity, "_GRADIENT_TOKENS", WINDOWS.numel() // 2)
+    sampled = measure(tmp_path, "output").costs
+    assert max(solved) == 24
+    ratios = torch.tensor([sampled[name][bits] / whole[name][bits] for name in whole for bits in (2, 4)])
+    assert float(ratios.log().abs().max()) < 0.7
+    assert 0.8 < float(ratios.median()) < 1.25
+    assert not torch.equal(ratios, torch.ones_like(ratios))
+
+
+def test_rows_that_share_scales_are_not_sampled(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path)
+    options = SolverOptions(group_size=1, group_rows=8, refine_rounds=0, row_scale=False)
+    whole = measure(tmp_path, "output", options=options).costs
+    monkeypatch.setattr(sensitivity, "_SAMPLED_ROWS", 24)
+    assert measure(tmp_path, "output", options=options).costs == whole
+
+
 def test_more_bits_cost_less(tmp_path):
     save_tiny("opt", tmp_path)
     for kind in ("output", "paper"):
@@ -124,9 +152,10 @@ def test_blocks_are_released_and_shared_inputs_are_told(tmp_path):
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
     trace = trace_model(source, structure, WINDOWS, 4, CPU)
-    held = []
+    held, walks = [], []
 
-    def watch(names, _):
+    def watch(names, text):
+        walks.append((text, names))
         for name in names:
             blocks = [source.skeleton().get_submodule(each) for each in structure.blocks]
             held.append(sum(not each.is_meta for block in blocks for each in block.parameters()))
@@ -135,7 +164,9 @@ def test_blocks_are_released_and_shared_inputs_are_told(tmp_path):
     found = measure_sensitivities(
         "output", source, structure, WINDOWS, trace, OPTIONS, (2,), device=CPU, seed=0, progress=watch
     )
-    assert held == [0, 0]
+    assert held == [0] * 6
+    blocks = structure.blocks
+    assert walks == [("Predictions", blocks), ("Gradients", blocks[::-1]), ("Measuring", blocks)]
     first = [tuple(name.removeprefix("model.layers.0.") for name in names) for names in found.shared_inputs[:4]]
     assert first == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

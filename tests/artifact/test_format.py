@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ MODULES = {
     "b": (MatrixFormat(2, 64, 1, "apot2", True, True), 1536, 576),
     "c": (MatrixFormat(3, 8, "1/8", "float", False, False), 7, 5),
     "d": (MatrixFormat(3, "all", "all", "pot", True, False), 7, 5),
+    "e": (replace(COMMON, outlier_columns=0.01), 7, 500),
 }
 VALID = ArtifactFormat(COMMON, MODULES).to_dict()
 TABLES = {"embed": (49152, 576), "head": (49152, 576)}
@@ -55,6 +57,8 @@ def test_layouts_resolve_the_words_of_the_recipe() -> None:
         ({"scale_format": "apot4"}, "scale_format = 'apot4'"),
         ({"row_scale": 1}, "row_scale = 1"),
         ({"offset": None}, "offset = None"),
+        ({"outlier_columns": 1.5}, "outlier_columns = 1.5"),
+        ({"outlier_columns": True}, "outlier_columns = True"),
         ({"modules": ["a"]}, "modules = "),
         ({"modules": {"a": {}}}, "no shape for a"),
         ({"modules": {"a": {"shape": [3]}}}, "no shape for a"),
@@ -80,10 +84,17 @@ def test_tables_are_listed_if_there_are_any() -> None:
     assert ArtifactFormat.from_dict(VALID).tables == {}
 
 
-@pytest.mark.parametrize("key", sorted(VALID))
+@pytest.mark.parametrize("key", sorted(VALID.keys() - {"rotation", "outlier_columns"}))
 def test_every_key_is_needed(key: str) -> None:
     with pytest.raises(ArtifactError, match=key):
         ArtifactFormat.from_dict({name: value for name, value in VALID.items() if name != key})
+
+
+def test_what_is_not_said_is_not_there() -> None:
+    short = {name: value for name, value in VALID.items() if name not in ("rotation", "outlier_columns")}
+    found = ArtifactFormat.from_dict(short)
+    assert found == ArtifactFormat(COMMON, MODULES)
+    assert (found.common.rotation, found.common.outlier_columns) == ("none", 0.0)
 
 
 def test_unknown_keys_are_ignored() -> None:

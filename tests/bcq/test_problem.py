@@ -49,6 +49,7 @@ SHAPES: list[dict[str, Any]] = [
     {"group_size": 2, "group_rows": "all", **SHARED},
     {"group_size": 8, "group_rows": "1/8", **SHARED},
     {"group_size": 7, "group_rows": 3, **SHARED},
+    {"group_size": 1, "group_rows": 5, **SHARED},
 ]
 
 

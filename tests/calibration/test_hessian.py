@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from shiftadd_cli.calibration.hessian import gather_moments
+from shiftadd_cli.calibration.hessian import Moments, gather_moments
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.source import find_structure, open_source
@@ -60,6 +60,16 @@ def test_moments_equal_those_of_a_plain_forward_pass(tmp_path, family, batch_siz
         for kind in group:
             expected = rows[kind].T @ rows[kind] / len(rows[kind])
             torch.testing.assert_close(moments.hessian.double(), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(moments.mean.double(), rows[kind].mean(0), rtol=1e-4, atol=1e-5)
+            spread = torch.cov(rows[kind].T, correction=0)
+            torch.testing.assert_close(moments.about_mean().double(), spread, rtol=1e-3, atol=1e-5)
+
+
+def test_inputs_that_never_change_keep_a_positive_spread():
+    hessian = torch.full((2, 2), 9.0)
+    spread = Moments(hessian, torch.tensor([3.0, 3.0]).nextafter(torch.tensor(4.0))).about_mean()
+    assert (spread.diagonal() > 0).all()
+    assert (spread.diagonal() < 1e-3).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -103,6 +113,8 @@ def test_weighted_moments_count_every_token_by_its_weight(tmp_path, family):
         expected = (x * weight.double().reshape(-1, 1)).T @ x / len(x)
         torch.testing.assert_close(moments.hessian.double(), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(moments.cross.double(), expected, rtol=1e-4, atol=1e-5)
+        mean = (x * weight.double().reshape(-1, 1)).mean(0)
+        torch.testing.assert_close(moments.mean.double(), mean, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_of_one_change_no_bit(tmp_path):

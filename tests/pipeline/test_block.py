@@ -134,3 +134,36 @@ def test_the_block_computes_with_the_decoded_weights(tmp_path):
             decoded = quantizer.solutions[spec.kind].weight.decode()
             assert torch.equal(weight, decoded.T if spec.transposed else decoded)
             assert quantizer.solutions[spec.kind].output_error is None
+
+
+def squared_output_errors(tmp_path, **fields):
+    """Mean over the calibration inputs of ‖(Wx + b) − (Ŵx + b̂)‖² and of the size of its mean, by kind of linear."""
+    stream, specs = first_block(tmp_path, "opt")
+    untouched = copy.deepcopy(stream.block)
+    inputs = {spec.kind: read_by(untouched, stream, spec.kind) for spec in specs}
+    quantizer = BlockQuantizer(stream.block, specs, recipe(true_sequential=False, **fields), Measured())
+    quantizer.on(stream, None)
+    found = {}
+    for kind, rows in inputs.items():
+        before, after = untouched.get_submodule(kind).double(), stream.block.get_submodule(kind).double()
+        with torch.no_grad():
+            difference = before(rows) - after(rows)
+        found[kind] = float(difference.square().sum(-1).mean()), float(difference.mean(0).norm())
+    return found
+
+
+def test_biases_take_over_the_mean_of_the_error(tmp_path):
+    plain = squared_output_errors(tmp_path / "plain", bias_correction=False)
+    corrected = squared_output_errors(tmp_path / "corrected")
+    for kind, (error, mean) in corrected.items():
+        assert mean < 1e-5 < plain[kind][1]
+        assert error < plain[kind][0]
+
+
+def test_without_biases_their_correction_changes_nothing(tmp_path):
+    states = []
+    for name, correct in (("a", True), ("b", False)):
+        stream, specs = first_block(tmp_path / name)
+        BlockQuantizer(stream.block, specs, recipe(bias_correction=correct), Measured()).on(stream, None)
+        states.append(stream.block.state_dict())
+    assert all(torch.equal(each, states[1][name]) for name, each in states[0].items())

@@ -71,6 +71,27 @@ def test_the_artifact_loads_and_computes_with_the_decoded_weights(tmp_path, fami
     assert 0 < distance < 0.5
 
 
+@pytest.mark.parametrize("fields", [{}, {"rotation": "none"}, {"reconstruct_epochs": 1}])
+def test_outlier_columns_are_stored_loaded_saved_and_computed_with(tmp_path, fields):
+    source = tmp_path / "source"
+    save_tiny("llama", source)
+    report = quantize(source, tmp_path / "out", outlier_columns=0.05, embedding_bits=16, **fields)
+    artifact = Artifact.open(tmp_path / "out")
+    verify(artifact)
+    assert Contents.of(artifact).bits_per_weight == report.size.bits_per_weight
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).dequantize()
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits(packed, tokens), logits(dense, tokens), rtol=1e-4, atol=1e-4)
+    packed.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(logits(again, tokens), logits(packed, tokens))
+    name = report.layers[0].name
+    ids = packed.get_submodule(name).weight_column_ids
+    assert len(ids) == round(0.05 * report.layers[0].in_features)
+    assert packed.get_submodule(name).weight_columns.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_layers_of_different_bits_load_and_compute_with_the_decoded_weights(tmp_path, family):
     source = tmp_path / "source"

@@ -10,6 +10,7 @@ from bcq_problems import random_hessian, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shiftadd_cli.bcq.rotation import rotate_weight
 from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.reconstruction.weight import TunableWeight
@@ -32,6 +33,7 @@ def solved(rows: int = 6, columns: int = 40, **options: Any) -> tuple[torch.Tens
     row_scale=st.booleans(),
     rotation=st.sampled_from(["none", "hadamard"]),
     columns=st.sampled_from([5, 16, 24, 40]),
+    outlier_columns=st.sampled_from([0.0, 0.1]),
 )
 def test_starts_as_the_stored_weight_bit_for_bit(**options: Any) -> None:
     weights, quantized = solved(**options)
@@ -43,8 +45,11 @@ def test_starts_as_the_stored_weight_bit_for_bit(**options: Any) -> None:
 
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("offset", [False, True])
-def test_the_forward_is_what_would_be_stored_wherever_the_parameters_go(scale_format: str, offset: bool) -> None:
-    weights, quantized = solved(scale_format=scale_format, offset=offset, bits=3)
+@pytest.mark.parametrize("outlier_columns", [0.0, 0.1])
+def test_the_forward_is_what_would_be_stored_wherever_the_parameters_go(
+    scale_format: str, offset: bool, outlier_columns: float
+) -> None:
+    weights, quantized = solved(scale_format=scale_format, offset=offset, bits=3, outlier_columns=outlier_columns)
     tunable = TunableWeight(quantized, weights)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -56,6 +61,19 @@ def test_the_forward_is_what_would_be_stored_wherever_the_parameters_go(scale_fo
     torch.testing.assert_close(tunable(), stored.decode(), rtol=1e-4, atol=1e-5)
     declared = stored.layout.tensors()
     assert {n: (tuple(t.shape), t.dtype) for n, t in stored.tensors.items()} == declared
+
+
+def test_outlier_columns_get_the_gradient_of_their_columns_and_planes_only_what_is_left() -> None:
+    weights, quantized = solved(columns=32, outlier_columns=0.1)
+    tunable = TunableWeight(quantized, weights)
+    upstream = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    (tunable() * upstream).sum().backward()
+    columns, ids = quantized.outliers()
+    torch.testing.assert_close(tunable.columns.grad, upstream[:, ids])
+    left = weights.clone()
+    left[:, ids] -= columns.float()
+    nearer = (rotate_weight(left, quantized.signs()) - tunable.latent.detach()).norm()
+    assert nearer < (rotate_weight(weights, quantized.signs()) - tunable.latent.detach()).norm()
 
 
 def test_gradients_are_those_of_the_unrounded_formula() -> None:

@@ -31,9 +31,10 @@ def layout(
     row_scale: bool = True,
     offset: bool = False,
     rotation: bool = False,
+    outliers: int = 0,
 ) -> PackedLayout:
     grid = ScaleGrid.resolve(rows, columns, group_rows, group_size)
-    return PackedLayout(grid, bits, form, row_scale, offset, rotation)
+    return PackedLayout(grid, bits, form, row_scale, offset, rotation, outliers)
 
 
 def slow_decode(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
@@ -149,9 +150,13 @@ def test_forward_is_the_dense_product(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_forward_rotates_the_input(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rotation", [False, True])
+@pytest.mark.parametrize("outliers", [0, 3])
+def test_forward_rotates_the_input_and_adds_outlier_columns(dtype: torch.dtype, rotation: bool, outliers: int) -> None:
     """In exact arithmetic the product is that of the decoded matrix and the input as it comes."""
-    layer = PackedLinear.from_weight(random_weight(layout(columns=48, rotation=True)), torch.ones(24))
+    weight = random_weight(layout(columns=48, rotation=rotation, outliers=outliers))
+    layer = PackedLinear.from_weight(weight, torch.ones(24))
+    assert (layer.decode() == weight.decode_planes()).all(0).sum() == 48 - outliers
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
     exact = functional.linear(x.double(), layer.decode().double(), layer.bias.double())
     bound = x.double().abs().amax() * 48 * layer.decode().double().abs().amax()
@@ -174,10 +179,11 @@ def test_gradients_reach_the_input_and_nothing_stored() -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("outliers", [0, 2])
 @pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu", torch.float16),
                                   lambda m: m.type(torch.float16)])  # fmt: skip
-def test_dtype_moves_leave_stored_tensors(form: str, offset: bool, move) -> None:
-    weight = random_weight(layout(form=form, offset=offset))
+def test_dtype_moves_leave_stored_tensors(form: str, offset: bool, outliers: int, move) -> None:
+    weight = random_weight(layout(form=form, offset=offset, outliers=outliers))
     # A row scale that float16 turns into infinity.
     weight.tensors["weight_row_scale"][3] = 2.0**20
     layer = PackedLinear.from_weight(weight, torch.ones(24))

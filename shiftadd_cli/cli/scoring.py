@@ -1,0 +1,37 @@
+"""Options that say how models are scored on a text, for `shiftadd evaluate` and the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def scoring_options(function: F) -> F:
+    """Add `--context`, `--max-tokens` and `--dtype`, which arrive as `context`, `max_tokens` and `dtype`."""
+    for option in (
+        click.option(
+            "--dtype",
+            type=click.Choice(("auto", "float32", "bfloat16", "float16")),
+            default="auto",
+            show_default=True,
+            help="Type to compute in; 'auto' takes the stored one, or float32 on a CPU that has no such arithmetic.",
+        ),
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(min=2),
+            help="Use only the first tokens of each text.  [default: all]",
+        ),
+        click.option(
+            "--context",
+            type=click.IntRange(min=2),
+            default=512,
+            show_default=True,
+            help="Tokens per window; windows do not overlap.",
+        ),
+    ):
+        function = option(function)
+    return function
