@@ -68,7 +68,7 @@ def test_a_curve_shows_less_predicted_loss_for_more_bits(model: Path, tmp_path: 
     losses = [float(row[-1]) for row in rows]
     assert losses == sorted(losses, reverse=True)
     # Measured once.
-    assert result.stderr.count("100%") == 1
+    assert result.stderr.count("Measuring: 2/2 (100%)") == 1
 
 
 def test_a_plan_is_drawn(model: Path, tmp_path: Path) -> None:
