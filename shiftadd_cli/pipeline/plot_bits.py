@@ -27,6 +27,8 @@ _DATES: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".png": {}, ".pdf":
 # Inches.
 _CELL, _MARGIN, _CURVE_HEIGHT = 0.28, 1.9, 3.4
 _NARROWEST, _WIDEST = 7.5, 16.0
+# A mixture of experts has a row for each linear of each expert.
+_HIGHEST = 40.0
 # Orange and black against the blue to yellow of cividis: told apart with any kind of colour blindness.
 _CHOSEN, _LINE = "#D55E00", "#00204D"
 
@@ -56,7 +58,8 @@ def draw_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec], front: Sequence[
     blocks = max(spec.block for spec in linears) + 1
     kinds = len({spec.kind for spec in linears})
     width = min(max(_NARROWEST, _MARGIN + blocks * _CELL), _WIDEST)
-    grid_height = kinds * _CELL + 0.6
+    grid_height = min(kinds * _CELL, _HIGHEST) + 0.6
+    cell = ((width - _MARGIN) / blocks, min(_CELL, _HIGHEST / kinds))
     content = io.BytesIO()
     with matplotlib.rc_context():
         # A user's own matplotlibrc must not show.
@@ -64,19 +67,20 @@ def draw_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec], front: Sequence[
         matplotlib.rcParams.update({"svg.hashsalt": "shiftadd", "font.size": 9.0, "axes.titlesize": 10.0})
         figure = Figure(figsize=(width, grid_height + _CURVE_HEIGHT + 1.0), layout="constrained")
         upper, lower = figure.subplots(2, 1, height_ratios=(grid_height, _CURVE_HEIGHT))
-        _draw_grid(upper, plan, linears, cell=(width - _MARGIN) / blocks)
+        _draw_grid(upper, plan, linears, cell)
         _draw_front(lower, plan, front)
         figure.suptitle(f"{plan.model.name}: {plan.bits_per_weight:.3f} stored bits per weight", fontsize=11)
         figure.savefig(content, format=suffix.lower().removeprefix("."), metadata=_DATES[suffix.lower()], dpi=150)
     return content.getvalue()
 
 
-def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: float) -> None:
-    """One cell per layer; those that a block lacks stay empty. cell: width of one, in inches."""
+def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: tuple[float, float]) -> None:
+    """One cell per layer; those that a block lacks stay empty. cell: width and height of one, in inches."""
     import matplotlib
     from matplotlib.patches import Patch, Rectangle
 
     kinds = list(dict.fromkeys(spec.kind for spec in linears))
+    rows = {kind: row for row, kind in enumerate(kinds)}
     blocks = max(spec.block for spec in linears) + 1
     candidates = sorted({bits for layer in plan.layers.values() for bits in layer.bytes})
     colours = {
@@ -85,9 +89,9 @@ def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: f
     }
     for spec in linears:
         bits = plan.layers[spec.name].bits
-        row = kinds.index(spec.kind)
+        row = rows[spec.kind]
         axes.add_patch(Rectangle((spec.block - 0.5, row - 0.5), 1, 1, facecolor=colours[bits], edgecolor="white"))
-        if cell > 0.1:
+        if min(cell) > 0.1:
             light = sum(part * share for part, share in zip(colours[bits], (0.30, 0.59, 0.11), strict=False)) > 0.5
             axes.text(
                 spec.block,
@@ -95,15 +99,15 @@ def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: f
                 str(bits),
                 ha="center",
                 va="center",
-                fontsize=min(9.0, 40 * cell),
+                fontsize=min(9.0, 40 * min(cell)),
                 color="black" if light else "white",
             )
     axes.set_xlim(-0.5, blocks - 0.5)
     axes.set_ylim(len(kinds) - 0.5, -0.5)
-    axes.set_yticks(range(len(kinds)), kinds)
-    # As many numbers as there is room for, at round distances.
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * cell > 0.2)
-    axes.set_xticks(range(0, blocks, step))
+    # As many names and numbers as there is room for, at round distances.
+    across, down = (next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * each > 0.15) for each in cell)
+    axes.set_xticks(range(0, blocks, across))
+    axes.set_yticks(range(0, len(kinds), down), kinds[::down])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("block, from first to last")

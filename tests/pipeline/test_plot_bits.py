@@ -37,7 +37,7 @@ def test_every_layer_and_the_curve_are_on_the_picture(drawn):
 
     plan, linears = drawn
     upper, lower = Figure().subplots(2)
-    plot_bits._draw_grid(upper, plan, linears, cell=0.5)
+    plot_bits._draw_grid(upper, plan, linears, (0.5, 0.5))
     plot_bits._draw_front(lower, plan, FRONT)
     kinds = [label.get_text() for label in upper.get_yticklabels()]
     digits = {(round(text.get_position()[0]), kinds[round(text.get_position()[1])]): text.get_text()
