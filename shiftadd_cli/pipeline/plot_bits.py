@@ -105,7 +105,7 @@ def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: t
     axes.set_xlim(-0.5, blocks - 0.5)
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     # As many names and numbers as there is room for, at round distances.
-    across, down = (next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * each > 0.15) for each in cell)
+    across, down = (next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * each > 0.2) for each in cell)
     axes.set_xticks(range(0, blocks, across))
     axes.set_yticks(range(0, len(kinds), down), kinds[::down])
     axes.tick_params(length=0)
