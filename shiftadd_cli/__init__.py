@@ -15,20 +15,23 @@ from shiftadd_cli import plugin_hook
 from shiftadd_cli.version import __version__
 
 if TYPE_CHECKING:
-    from shiftadd_cli.api import evaluate, load, quantize
+    from shiftadd_cli.allocation.plan_file import BitPlan
+    from shiftadd_cli.api import allocate_bits, evaluate, load, quantize
     from shiftadd_cli.errors import ShiftaddError
     from shiftadd_cli.recipe import Recipe
 
 # Public names and the modules that hold them. They are imported on first use, since most of them need torch.
 _API = {
+    "BitPlan": "shiftadd_cli.allocation.plan_file",
     "Recipe": "shiftadd_cli.recipe",
     "ShiftaddError": "shiftadd_cli.errors",
+    "allocate_bits": "shiftadd_cli.api",
     "evaluate": "shiftadd_cli.api",
     "load": "shiftadd_cli.api",
     "quantize": "shiftadd_cli.api",
 }
 
-__all__ = ["Recipe", "ShiftaddError", "__version__", "evaluate", "load", "quantize"]
+__all__ = ["BitPlan", "Recipe", "ShiftaddError", "__version__", "allocate_bits", "evaluate", "load", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

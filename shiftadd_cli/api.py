@@ -1,19 +1,27 @@
-"""The Python interface: what the command line does, as three functions."""
+"""The Python interface: what the command line does, as functions."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from shiftadd_cli.allocation.cost_table import CostKind, parse_budget
+from shiftadd_cli.allocation.patterns import check_candidates
+from shiftadd_cli.allocation.plan_file import BitPlan
+from shiftadd_cli.allocation.sensitivity import SensitivityKind
 from shiftadd_cli.evaluation.compare import evaluate
+from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.job import Job
+from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.runtime import transformers_plugin
+from shiftadd_cli.source import open_source
 
-__all__ = ["evaluate", "load", "quantize"]
+__all__ = ["allocate_bits", "evaluate", "load", "quantize"]
 
 
 def quantize(
@@ -24,10 +32,48 @@ def quantize(
     recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields (`bits=2`, `group_size=32`, ...).
     Raises ShiftaddError with one sentence that says what to do.
     """
-    settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, fields)
-    if isinstance(recipe, Recipe) and fields:
-        settings = Recipe(**{**recipe.model_dump(), **fields})
-    return Job.prepare(model, Path(out), settings, overwrite=overwrite).run()
+    return Job.prepare(model, Path(out), _settings(recipe, fields), overwrite=overwrite).run()
+
+
+def allocate_bits(
+    model: str,
+    avg_bits: float | None = None,
+    target_size: str | None = None,
+    recipe: str | Recipe = "default",
+    candidates: Iterable[int] = (2, 3, 4),
+    sensitivity: SensitivityKind = "output",
+    keep: Iterable[str] = (),
+    tie: Iterable[str] = (),
+    tie_fused: bool = True,
+    *,
+    cost: CostKind = "bits",
+    cost_table: str | Path | None = None,
+    max_cost: float | None = None,
+    **fields: Any,
+) -> BitPlan:
+    """The best bits for every layer of `model` within a budget; what `shiftadd allocate-bits` writes to plan.json.
+
+    Sensitivities are remembered in $SHIFTADD_CACHE (by default `~/.cache/shiftadd`), so that another budget takes
+    seconds. `write_text(plan.to_json())` makes the file for `quantize(..., bit_plan="plan.json")`.
+
+    Args:
+        model: hub id, folder, .gguf file or `demo`.
+        avg_bits: stored bits per weight of the quantized layers, not to be passed; target_size: size of all weight
+            files not to be passed, such as "70MB". One of them, unless `cost` is another than "bits".
+        recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields. The same as for `quantize`.
+        candidates: bits a layer may get, each from 1 to 8.
+        sensitivity: see `allocation.sensitivity`.
+        keep: `PATTERN=BITS` for layers that get these bits.
+        tie: `PATTERN,PATTERN` for layers that get equal bits inside each block.
+        tie_fused: whether layers that inference engines fuse get equal bits.
+        cost, cost_table, max_cost: a budget in the unit of a table of the user's, see `allocation.cost_table`.
+
+    Raises ShiftaddError with one sentence that says what to do.
+    """
+    budget = parse_budget(avg_bits, target_size, cost, None if cost_table is None else Path(cost_table), max_cost)
+    request = Request(budget, check_candidates(candidates), sensitivity, tuple(keep), tuple(tie), tie_fused)
+    settings = _settings(recipe, fields)
+    return AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request).run(block_bar)
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:
@@ -38,3 +84,10 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     transformers_plugin.register()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     return model
+
+
+def _settings(recipe: str | Recipe, fields: dict[str, Any]) -> Recipe:
+    """The recipe with some fields changed."""
+    if not isinstance(recipe, Recipe):
+        return Recipe.load(recipe, fields)
+    return Recipe(**{**recipe.model_dump(), **fields}) if fields else recipe

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tiny_models import save_tiny
 
 import shiftadd_cli
+from shiftadd_cli.cli import main
 
 QUICK = {"samples": 4, "seq_len": 32, "group_size": 16}
 
@@ -25,6 +27,28 @@ def test_quantize_load_evaluate(tmp_path: Path) -> None:
     )
     row = result.to_dict()["models"][0]
     assert row["kl"] > 0
+
+
+def test_allocated_bits_are_those_of_the_command_and_fit_quantize(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
+    source = str(save_tiny("llama", tmp_path / "source"))
+    plan = shiftadd_cli.allocate_bits(source, 4.5, keep=["*.o_proj=2"], candidates=[3, 2], fit_rounds=1, **QUICK)
+    assert isinstance(plan, shiftadd_cli.BitPlan)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+    command = ["allocate-bits", source, "-o", str(tmp_path / "plan.json"), "--avg-bits=4.5", "--fit-rounds=1"]
+    made = CliRunner().invoke(main, [*command, "--keep=*.o_proj=2", "--candidates=2,3", *options])
+    assert made.exit_code == 0, made.output
+    assert (tmp_path / "plan.json").read_text() == plan.to_json()
+    report = shiftadd_cli.quantize(
+        source, tmp_path / "out", fit_rounds=1, bit_plan=str(tmp_path / "plan.json"), **QUICK
+    )
+    assert {layer.name: layer.bits for layer in report.layers} == plan.bits
+    with pytest.raises(shiftadd_cli.ShiftaddError, match="candidates"):
+        shiftadd_cli.allocate_bits(source, 4.5, candidates=(2, 9))
+    with pytest.raises(shiftadd_cli.ShiftaddError, match="one of"):
+        shiftadd_cli.allocate_bits(source)
 
 
 def test_a_recipe_object_and_fields_on_top_of_it(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,20 @@ def make_artifact(cell: Cell, model: str, work: Path) -> Path:
     else:
         command = ["-m", "shiftadd_cli", "quantize", model, "-o", str(out), "--recipe", str(recipe)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    log = work / "logs" / f"{cell.artifact_name}.log"
+    run_logged(command, work / "logs" / f"{cell.artifact_name}.log")
+    return out
+
+
+def run_logged(arguments: Sequence[str], log: Path) -> None:
+    """Run Python with these arguments, its output in the file `log`. Raises MakingError with the last line of it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as printed:
         done = subprocess.run(
-            [sys.executable, *command], stdout=printed, stderr=subprocess.STDOUT, env=_environment(), check=False
+            [sys.executable, *arguments], stdout=printed, stderr=subprocess.STDOUT, env=_environment(), check=False
         )
     if done.returncode:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         raise MakingError(f"{lines[-1].strip() if lines else f'exit code {done.returncode}'} (see {log})")
-    return out
 
 
 def read_report(cell: Cell, artifact: Path) -> dict[str, Any]:

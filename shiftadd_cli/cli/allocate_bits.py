@@ -27,6 +27,20 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     help="Stored bits per weight of the quantized layers, planes, scales and everything counted, not to be passed.",
 )
 @click.option("--target-size", metavar="SIZE", help="Size of all weight files not to be passed, such as 70MB.")
+@click.option(
+    "--cost",
+    type=click.Choice(("bits", "latency", "energy")),
+    default="bits",
+    show_default=True,
+    help="What the budget is of: stored bits, or what a table of yours says layers cost.",
+)
+@click.option(
+    "--cost-table",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="What layers cost at each number of bits, for --cost latency or energy; the README says its form.",
+)
+@click.option("--max-cost", type=float, help="Cost of all quantized layers not to be passed, in the table's unit.")
 @click.option("--candidates", metavar="N,N,...", default="2,3,4", show_default=True, help="Bits a layer may get.")
 @click.option(
     "--sensitivity",
@@ -53,7 +67,13 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     metavar="FIRST:LAST:STEP",
     help="Show the loss predicted at these average bits as well, such as 2.25:4:0.25.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace PLAN if it exists.")
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Draw the plan, and the loss predicted at every size, as .svg, .png or .pdf; needs matplotlib.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace PLAN and the picture if they exist.")
 @recipe_choice
 @recipe_options_without("bits", "avg_bits", "bit_plan", "shard_size")
 def allocate_bits(
@@ -61,12 +81,16 @@ def allocate_bits(
     out: Path,
     avg_bits: float | None,
     target_size: str | None,
+    cost: Any,
+    cost_table: Path | None,
+    max_cost: float | None,
     candidates: str,
     sensitivity: Any,
     keep: tuple[str, ...],
     tie: tuple[str, ...],
     tie_fused: bool,
     curve: str | None,
+    plot: Path | None,
     overwrite: bool,
     recipe: str,
     **fields: Any,
@@ -82,30 +106,41 @@ def allocate_bits(
     from shiftadd_cli.recipe import Recipe
 
     settings = Recipe.load(recipe, overrides_from(fields))
-    from shiftadd_cli.allocation.budget import Budget, parse_curve
+    from shiftadd_cli.allocation.budget import parse_curve
+    from shiftadd_cli.allocation.cost_table import CostLimit, parse_budget
     from shiftadd_cli.allocation.patterns import parse_candidates
     from shiftadd_cli.pipeline.allocate import AllocationJob, Request
     from shiftadd_cli.pipeline.describe_bits import describe_bit_plan, describe_front
     from shiftadd_cli.pipeline.plan import resident_bytes
-    from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan
+    from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan, write_whole
+    from shiftadd_cli.pipeline.plot_bits import check_plot_output, draw_bit_plan
     from shiftadd_cli.progress import block_bar
     from shiftadd_cli.report.summary import size
     from shiftadd_cli.source import open_source
 
     start = time.monotonic()
-    request = Request(
-        Budget.parse(avg_bits, target_size), parse_candidates(candidates), sensitivity, keep, tie, tie_fused
-    )
+    budget = parse_budget(avg_bits, target_size, cost, cost_table, max_cost)
+    request = Request(budget, parse_candidates(candidates), sensitivity, keep, tie, tie_fused)
     points = [] if curve is None else parse_curve(curve)
     check_plan_output(out, overwrite=overwrite)
+    if plot is not None:
+        check_plot_output(plot, out, overwrite=overwrite)
     job = AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request)
     others = [job.with_budget(point) for point in points]
-    plan = job.run(block_bar)
+    sensitivities = job.sensitivities(block_bar)
+    plan = job.choose(sensitivities)
     write_plan(plan, out)
-    click.echo(describe_bit_plan(plan, [each.spec for each in job.linears]))
+    linears = [each.spec for each in job.linears]
+    click.echo(describe_bit_plan(plan, linears))
+    if isinstance(budget, CostLimit):
+        click.echo(
+            f"{budget.table.cost.capitalize():<13} {budget.spent(plan.bits, job.shapes):.6g} {budget.table.unit}"
+        )
     if others:
-        # What the first one measured is remembered.
-        click.echo("\n" + describe_front([other.run(block_bar) for other in others]) + "\n")
+        click.echo("\n" + describe_front([other.choose(sensitivities) for other in others]) + "\n")
+    if plot is not None:
+        write_whole(draw_bit_plan(plan, linears, job.front(sensitivities), plot.suffix), plot)
+        click.echo(f"Picture       {plot}")
     click.echo(f"Time          {time.monotonic() - start:.0f} s")
     click.echo(f"Peak memory   {size(resident_bytes())}")
     click.echo(f"Written to    {out}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.cache import SensitivityCache, cache_folder
+from shiftadd_cli.allocation.cost_table import CostLimit
 from shiftadd_cli.allocation.patterns import follow_pins, fused, pinned_bits, tied_by_pattern
 from shiftadd_cli.allocation.plan_file import BitPlan, Origin, PlanCalibration, PlannedLayer, PlannedModel, Storage
 from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, measure_sensitivities
@@ -36,12 +38,19 @@ _IRRELEVANT = (
 class Request:
     """What is asked: see the options of `shiftadd allocate-bits`."""
 
-    budget: Budget
+    budget: Budget | CostLimit
     candidates: tuple[int, ...] = (2, 3, 4)
     sensitivity: SensitivityKind = "output"
     keep: tuple[str, ...] = ()
     tie: tuple[str, ...] = ()
     tie_fused: bool = True
+
+
+class FrontPoint(NamedTuple):
+    """One size and the least loss predicted for it: stored bits per weight, and the unit of the sensitivity."""
+
+    bits_per_weight: float
+    predicted_loss: float
 
 
 @dataclass(frozen=True)
@@ -84,9 +93,13 @@ class AllocationJob:
 
     def check_budget(self) -> None:
         """Refuse a budget that is too small whatever the sensitivities."""
-        budget, smallest, largest = self.request.budget, self.plan_at(min), self.plan_at(max)
+        budget = self.request.budget
+        if isinstance(budget, CostLimit):
+            budget.check(self.allowed, self.shapes)
+            return
+        smallest, largest = self.plan_at(min), self.plan_at(max)
         weights = smallest.quantized_weights
-        other = _file_bytes(smallest) - smallest.quantized_bytes
+        other = file_bytes(smallest) - smallest.quantized_bytes
         if budget.layer_bytes(weights, other) < smallest.quantized_bytes:
             low, high = (budget.in_words(each.quantized_bytes, weights, other) for each in (smallest, largest))
             raise AllocationError(
@@ -99,23 +112,45 @@ class AllocationJob:
 
         show: wraps the block names, with a description, to show how far it is.
         """
-        sensitivities = self.sensitivities(show)
-        together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
-        tied = tied_groups(self.allowed, [*self.tied, *together])
-        layers = self._choices(sensitivities, follow_pins(self.allowed, tied))
-        budget, smallest = self.request.budget, self.plan_at(min)
-        other = _file_bytes(smallest) - smallest.quantized_bytes
+        return self.choose(self.sensitivities(show))
+
+    def choose(self, sensitivities: Sensitivities) -> BitPlan:
+        """The best plan within the budget for what was measured.
+
+        Raises AllocationError where fused layers are kept at different bits, or leave no choice within the budget.
+        """
+        layers, tied = self.problem(sensitivities)
+        budget = self.request.budget
+        if isinstance(budget, CostLimit):
+            # Fused layers may have taken the bits of others that are kept.
+            budget.check({each.name: tuple(each.bytes) for each in layers}, self.shapes)
+            priced = [budget.priced(each, self.shapes[each.name]) for each in layers]
+            return self.bit_plan(layers, allocate(priced, tied, budget.steps))
+        smallest = self.plan_at(min)
+        other = file_bytes(smallest) - smallest.quantized_bytes
         available = budget.layer_bytes(smallest.quantized_weights, other)
         while True:
             chosen = allocate(layers, tied, available)
             plan = make_plan(self.source, self.recipe, chosen)
-            above = 0 if budget.file_bytes is None else _file_bytes(plan) - budget.file_bytes
+            above = 0 if budget.file_bytes is None else file_bytes(plan) - budget.file_bytes
             if above <= 0:
-                return self._bit_plan(layers, chosen)
+                return self.bit_plan(layers, chosen)
             # The files' headers take a few bytes that depend on the choice.
             available = max(available - above, smallest.quantized_bytes)
 
-    def with_budget(self, budget: Budget) -> AllocationJob:
+    def front(self, sensitivities: Sensitivities, points: int = 25) -> list[FrontPoint]:
+        """The least predicted loss at evenly spaced sizes, from the fewest bits allowed to the most."""
+        layers, tied = self.problem(sensitivities)
+        low, high = (sum(choose(each.bytes.values()) for each in layers) for choose in (min, max))
+        weights = sum(rows * columns for rows, columns in self.shapes.values())
+        found = []
+        for budget in sorted({low + (high - low) * step // max(points - 1, 1) for step in range(points)}):
+            chosen = allocate(layers, tied, budget)
+            stored = sum(each.bytes[chosen[each.name]] for each in layers)
+            found.append(FrontPoint(8 * stored / weights, sum(each.costs[chosen[each.name]] for each in layers)))
+        return found
+
+    def with_budget(self, budget: Budget | CostLimit) -> AllocationJob:
         """The same with another budget. Raises AllocationError where it is too small."""
         other = replace(self, request=replace(self.request, budget=budget))
         other.check_budget()
@@ -136,7 +171,13 @@ class AllocationJob:
         if kept is not None and kept.covers(wanted):
             return kept
         known = next(iter(kept.costs.values())).keys() if kept is not None else set[int]()
-        return cache.keep(self._measure([bits for bits in wanted if bits not in known], show))
+        return cache.keep(self.measure([bits for bits in wanted if bits not in known], show))
+
+    def problem(self, sensitivities: Sensitivities) -> tuple[list[Choices], list[tuple[str, ...]]]:
+        """What every layer may be, and the layers that get equal bits."""
+        together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
+        tied = tied_groups(self.allowed, [*self.tied, *together])
+        return self._choices(sensitivities, follow_pins(self.allowed, tied)), tied
 
     def _choices(self, sensitivities: Sensitivities, allowed: Mapping[str, tuple[int, ...]]) -> list[Choices]:
         """Stored bytes and predicted loss of every layer at the bits allowed for it."""
@@ -161,11 +202,17 @@ class AllocationJob:
         return make_plan(self.source, self.recipe, {name: choose(bits) for name, bits in self.allowed.items()})
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """`[out, in]` of every layer by name."""
+        return {each.spec.name: (each.spec.out_features, each.spec.in_features) for each in self.linears}
+
+    @cached_property
     def recipe_fingerprint(self) -> str:
         """Of the fields that a sensitivity may depend on."""
         return self.recipe.fingerprint(without=_IRRELEVANT)
 
-    def _measure(self, candidates: Sequence[int], show: BlockProgress) -> Sensitivities:
+    def measure(self, candidates: Sequence[int], show: BlockProgress) -> Sensitivities:
+        """Sensitivities at these bits, whatever is remembered."""
         source, recipe, windows = self.source, self.recipe, self.calibration.windows
         structure = make_plan(source, recipe).structure
         source.materialise(structure.outside)
@@ -186,9 +233,9 @@ class AllocationJob:
         finally:
             source.release(structure.outside)
 
-    def _bit_plan(self, layers: Sequence[Choices], chosen: dict[str, int]) -> BitPlan:
+    def bit_plan(self, layers: Sequence[Choices], chosen: Mapping[str, int]) -> BitPlan:
+        """Bits chosen, by name, out of what the layers may be, with what they were decided on."""
         request, windows = self.request, self.calibration.windows
-        shapes = {each.spec.name: (each.spec.out_features, each.spec.in_features) for each in self.linears}
         return BitPlan(
             model=PlannedModel(name=self.source.name, fingerprint=self.source.fingerprint),
             storage=Storage.of(self.recipe),
@@ -208,7 +255,7 @@ class AllocationJob:
             ),
             layers={
                 each.name: PlannedLayer(
-                    bits=chosen[each.name], shape=shapes[each.name], bytes=dict(each.bytes), cost=dict(each.costs)
+                    bits=chosen[each.name], shape=self.shapes[each.name], bytes=dict(each.bytes), cost=dict(each.costs)
                 )
                 for each in layers
             },
@@ -221,6 +268,6 @@ def _calibrate(plan: Plan) -> CalibrationSet:
     return calibration
 
 
-def _file_bytes(plan: Plan) -> int:
+def file_bytes(plan: Plan) -> int:
     """Size of the weight files of a run, headers included."""
     return sum(shard.nbytes for shard in plan_shards(plan.tensors, plan.recipe.shard_bytes))

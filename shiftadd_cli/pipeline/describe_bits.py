@@ -8,7 +8,8 @@ from shiftadd_cli.allocation.plan_file import BitPlan, PlannedLayer
 from shiftadd_cli.report.summary import size, table
 from shiftadd_cli.source import LinearSpec
 
-_UNITS = {"output": "nats/token", "paper": "no unit"}
+# Of the loss predicted, by sensitivity.
+UNITS = {"output": "nats/token", "paper": "no unit"}
 
 
 def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
@@ -27,7 +28,7 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
     for bits in sorted({bits for layer in layers for bits in layer.bytes}):
         if all(bits in layer.bytes for layer in layers):
             rows.append((f"uniform {bits}", "", *_numbers(layers, [bits] * len(layers))))
-    unit = _UNITS.get(plan.made_by.sensitivity, "no unit")
+    unit = UNITS.get(plan.made_by.sensitivity, "no unit")
     made = plan.made_by
     return "\n".join(
         (

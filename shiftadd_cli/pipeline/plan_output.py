@@ -1,4 +1,4 @@
-"""Where plan.json goes: checked before the work, written after it."""
+"""Where plan.json and its picture go: checked before the work, written after it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.errors import OutputError
 
 
-def check_plan_output(out: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work, a place where plan.json cannot be written. Raises OutputError."""
+def check_plan_output(out: Path, *, overwrite: bool, option: str = "-o", example: str = "plan.json") -> None:
+    """Refuse, before any work, a place where a file cannot be written.
+
+    option: what it was given to; example: a name that would do. Raises OutputError.
+    """
     if out.is_dir():
-        raise OutputError(f"{out} is a folder; give the path of a file, such as plan.json, to -o.")
+        raise OutputError(f"{out} is a folder; give the path of a file, such as {example}, to {option}.")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists; add --overwrite to replace it.")
     if not out.resolve().parent.is_dir():
@@ -24,10 +27,15 @@ def check_plan_output(out: Path, *, overwrite: bool) -> None:
 
 def write_plan(plan: BitPlan, out: Path) -> None:
     """Write plan.json whole or not at all. Raises OutputError when the disk refuses."""
+    write_whole(plan.to_json().encode(), out)
+
+
+def write_whole(content: bytes, out: Path) -> None:
+    """Write a file whole or not at all. Raises OutputError when the disk refuses."""
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     with refusals(out):
         try:
-            partial.write_text(plan.to_json(), encoding="utf-8")
+            partial.write_bytes(content)
             partial.replace(out)
         finally:
             partial.unlink(missing_ok=True)

@@ -68,13 +68,66 @@ def test_a_curve_shows_less_predicted_loss_for_more_bits(model: Path, tmp_path: 
     losses = [float(row[-1]) for row in rows]
     assert losses == sorted(losses, reverse=True)
     # Measured once.
-    assert result.stderr.count("100%") == 1
+    assert result.stderr.count("Measuring: 2/2 (100%)") == 1
+
+
+def test_a_plan_is_drawn(model: Path, tmp_path: Path) -> None:
+    plan, picture = tmp_path / "plan.json", tmp_path / "plan.svg"
+    options = ["-o", plan, "--avg-bits", "5", "--plot", picture, *QUICK]
+    made = shiftadd("allocate-bits", model, *options)
+    assert made.exit_code == 0, made.output
+    assert str(picture) in made.stdout
+    first = picture.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.svg"]
+    plan.unlink()
+    refused = shiftadd("allocate-bits", model, *options)
+    assert (refused.exit_code, plan.exists()) == (2, False)
+    assert "plan.svg exists; add --overwrite" in refused.stderr
+    assert shiftadd("allocate-bits", model, *options, "--overwrite").exit_code == 0
+    assert picture.read_bytes() == first
+
+
+def test_a_budget_of_what_a_table_says(model: Path, tmp_path: Path) -> None:
+    """Half as much again for every further bit, which bytes with their scales are not."""
+    table, plan = tmp_path / "table.json", tmp_path / "plan.json"
+    costs = {"2": 1.0, "3": 1.5, "4": 2.0}
+    table.write_text(
+        json.dumps(
+            {"format": "shiftadd cost table", "version": 1, "cost": "latency", "unit": "ms", "per_weight": costs}
+        )
+    )
+    weights = sum(rows * columns for rows, columns in shapes_of(model, tmp_path))
+    options = ["-o", plan, "--cost", "latency", "--cost-table", table, *QUICK]
+    made = shiftadd("allocate-bits", model, *options, "--max-cost", 1.4 * weights)
+    assert made.exit_code == 0, made.output
+    layers = json.loads(plan.read_text())["layers"].values()
+    spent = sum(costs[str(layer["bits"])] * layer["shape"][0] * layer["shape"][1] for layer in layers)
+    assert 1.3 * weights < spent <= 1.4 * weights * (1 + 1e-6)
+    assert f"Latency       {spent:.6g} ms" in made.stdout
+    few = shiftadd("allocate-bits", model, *options, "--overwrite", "--max-cost", 0.9 * weights)
+    assert few.exit_code == 2
+    assert f"from {weights:.7g} to {2.0 * weights:.7g} ms" in few.stderr
+    lacking = shiftadd("allocate-bits", model, *options, "--overwrite", "--max-cost", weights, "--candidates", "2,5")
+    assert (lacking.exit_code, "no latency of 5 bits" in lacking.stderr) == (2, True)
+
+
+def shapes_of(model: Path, folder: Path) -> list[list[int]]:
+    """`[out, in]` of every layer, from a plan of enough bits."""
+    plan = folder / "shapes.json"
+    assert shiftadd("allocate-bits", model, "-o", plan, "--avg-bits", "9", *QUICK).exit_code == 0
+    return [layer["shape"] for layer in json.loads(plan.read_text())["layers"].values()]
 
 
 BAD = [
+    (["--avg-bits", "5", "--plot", "picture.jpeg"], ".svg, .png, .pdf"),
+    (["--avg-bits", "5", "--plot", "nowhere/picture.svg"], "nowhere"),
     ([], "--avg-bits"),
     (["--avg-bits", "3", "--target-size", "1MB"], "--avg-bits"),
     (["--avg-bits", "1"], "from"),
+    (["--cost", "latency", "--max-cost", "3"], "--cost-table"),
+    (["--cost", "energy", "--cost-table", "lost.json", "--max-cost", "3"], "lost.json"),
+    (["--cost", "energy", "--cost-table", "t.json", "--max-cost", "3", "--avg-bits", "3"], "--avg-bits"),
+    (["--avg-bits", "5", "--max-cost", "3"], "--cost"),
     (["--target-size", "1KB"], "MB"),
     (["--avg-bits", "5", "--curve", "1:4:1"], "from"),
     (["--avg-bits", "5", "--curve", "4"], "--curve"),

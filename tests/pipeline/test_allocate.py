@@ -10,8 +10,7 @@ from tiny_models import save_tiny
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline import allocate as allocate_module
-from shiftadd_cli.pipeline.allocate import AllocationJob, Request
-from shiftadd_cli.pipeline.allocate import _file_bytes as file_bytes
+from shiftadd_cli.pipeline.allocate import AllocationJob, Request, file_bytes
 from shiftadd_cli.pipeline.describe_bits import describe_bit_plan
 from shiftadd_cli.pipeline.job import Job
 from shiftadd_cli.recipe import Recipe
@@ -176,3 +175,19 @@ def test_a_chain_of_ties_follows_the_layer_that_is_kept(model):
     plan = job_for(model, bits=6, keep=("*.q_proj=5",), tie=("*.v_proj,*.o_proj",), candidates=(2, 3)).run(quiet)
     kept = {name.rpartition(".")[2] for name, layer in plan.layers.items() if layer.bits == 5}
     assert kept == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_the_front_is_what_budgets_of_its_sizes_give(model):
+    job = job_for(model, bits=6, candidates=(2, 3), keep=("*.0.self_attn.q_proj=3",))
+    sensitivities = job.sensitivities(quiet)
+    front = job.front(sensitivities, 5)
+    for point in front:
+        plan = job.with_budget(Budget.parse(point.bits_per_weight + 1e-9, None)).choose(sensitivities)
+        assert plan.predicted_loss == pytest.approx(point.predicted_loss)
+    losses = [point.predicted_loss for point in front]
+    assert losses == sorted(losses, reverse=True)
+    whole = job.choose(sensitivities)
+    assert front[-1] == pytest.approx((whole.bits_per_weight, whole.predicted_loss))
+    # Nothing smaller is possible: the kept query takes the key and the value along.
+    smallest = sum(min(layer.bytes.values()) for layer in whole.layers.values())
+    assert front[0].bits_per_weight == pytest.approx(8 * smallest / whole.weights)

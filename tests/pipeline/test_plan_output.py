@@ -40,7 +40,7 @@ def test_a_plan_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(out), "write_text", full)
+    monkeypatch.setattr(type(out), "write_bytes", full)
     with pytest.raises(OutputError, match="space"):
         write_plan(plan, out)
     assert load_plan(out) == plan

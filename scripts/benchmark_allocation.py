@@ -1,0 +1,130 @@
+"""What choosing bits layer by layer is worth: mixes of bits at equal budgets beside each other.
+
+For every budget and calibration seed, the mix that each sensitivity chooses, a random mix that fills the same budget,
+and equal bits of the nearest size that is not smaller are quantized and measured; single layers are replaced alone to
+see how well sensitivities rank them. What is finished is a file in the work folder, so a run that was killed goes on
+where it was. `table.md` and `table.json` in that folder are the result.
+
+    python scripts/benchmark_allocation.py demo --budgets 2.25,2.5,3.0 --seeds 0,1,2 --max-tokens 20000 --work out/mixes
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from mixes.bench import Allocations
+from mixes.table import as_json, as_markdown
+from quality.conditions import Conditions, name_tests
+from quality.methods import parse_methods
+from quality.rows import write_text
+
+from shiftadd_cli.allocation.patterns import parse_candidates
+from shiftadd_cli.cli.scoring import scoring_options
+from shiftadd_cli.errors import RecipeError, ShiftaddError
+
+_POSITIVE = click.IntRange(min=1)
+
+
+class _Numbers(click.ParamType):
+    """Numbers such as `2.25,3`, each once."""
+
+    name = "n,n,..."
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            found = [self.kind(part) for part in str(value).split(",")]
+        except ValueError:
+            found = []
+        if not found or not all(0 <= number < 2**32 for number in found):
+            example = "0,1,2" if self.kind is int else "2.25,2.5,3"
+            self.fail(f"{value!r} is not a list of numbers such as {example}.", param, ctx)
+        return tuple(dict.fromkeys(found))
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option(
+    "--budgets", type=_Numbers(float), default="2.25,2.5,3", show_default=True, help="Stored bits per weight."
+)
+@click.option("--candidates", metavar="N,N,...", default="2,3,4", show_default=True, help="Bits a layer may get.")
+@click.option("--recipe", default="default", show_default=True, help="Recipe of all mixes, with :field=value,... .")
+@click.option("--calibration", default="builtin", show_default=True, help="Text to calibrate on.")
+@click.option("--samples", type=_POSITIVE, default=128, show_default=True, help="Calibration windows.")
+@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each.")
+@click.option("--seeds", type=_Numbers(int), default="0,1,2", show_default=True, help="Seeds of everything random.")
+@click.option("--test", "tests", multiple=True, default=("builtin",), show_default=True, help="Text to measure on.")
+@scoring_options
+@click.option("--sample-blocks", type=_POSITIVE, default=3, show_default=True, help="Blocks of layers replaced alone.")
+@click.option("--sample-bits", type=_POSITIVE, default=2, show_default=True, help="Bits of these layers.")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder of rows, logs and the tables.",
+)
+@click.option("--keep-artifacts", is_flag=True, help="Keep the compressed models in it.")
+@click.option("--together", type=_POSITIVE, default=3, show_default=True, help="Models measured at once.")
+def main(
+    model: str,
+    budgets: tuple[float, ...],
+    candidates: str,
+    recipe: str,
+    calibration: str,
+    samples: int,
+    seq_len: int,
+    seeds: tuple[int, ...],
+    tests: tuple[str, ...],
+    context: int,
+    max_tokens: int | None,
+    dtype: str,
+    sample_blocks: int,
+    sample_bits: int,
+    work: Path,
+    keep_artifacts: bool,
+    together: int,
+) -> None:
+    """Compare ways to choose the bits of MODEL's layers (a hub id, a folder, a .gguf file or `demo`)."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        methods = parse_methods([recipe])
+        if len(methods) != 1:
+            raise RecipeError("Give one recipe to --recipe, such as default:group_size=64.")
+        conditions = [
+            Conditions(model, calibration, samples, seq_len, seed, name_tests(tests), context, max_tokens, dtype)
+            for seed in seeds
+        ]
+        bench = Allocations(
+            conditions,
+            methods[0],
+            budgets,
+            parse_candidates(candidates),
+            sample_blocks,
+            sample_bits,
+            work,
+            together,
+            keep_artifacts,
+            lambda line: click.echo(line, err=True),
+        )
+
+        def write_table() -> None:
+            write_text(work / "table.json", as_json(bench))
+            write_text(work / "table.md", as_markdown(bench))
+
+        bench.fill(write_table)
+    except ShiftaddError as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(as_markdown(bench))
+    if bench.bench.failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

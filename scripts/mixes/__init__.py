@@ -1,0 +1,1 @@
+"""What `benchmark_allocation.py` is made of, beside the modules of `quality`."""

@@ -1,0 +1,67 @@
+"""Mixes of bits to compare at one budget: the best for a sensitivity, a random one, and equal bits for all."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shiftadd_cli.allocation.plan_file import BitPlan
+from shiftadd_cli.allocation.solve import Choices
+
+RANDOM, UNIFORM = "random", "uniform"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Bits of all layers for one line of the table.
+
+    budget: stored bits per weight; planner: a sensitivity, `random` or `uniform`; predicted: total loss by sensitivity.
+    """
+
+    budget: float
+    planner: str
+    seed: int
+    plan: BitPlan
+    predicted: dict[str, float]
+
+
+def random_bits(layers: Sequence[Choices], tied: Sequence[Sequence[str]], budget: int, seed: int) -> dict[str, int]:
+    """Bits of every layer by name, drawn at random until nothing more fits into `budget` bytes.
+
+    All begin with the fewest bits; a group of tied layers, drawn with equal chances out of those that a further number
+    of bits still fits, gets that number, and again. So the budget is used up as far as a planned mix uses it.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    groups = [[by_name[name] for name in names] for names in tied]
+    options = [sorted(group[0].bytes) for group in groups]
+    places = [0] * len(groups)
+
+    def size(index: int, place: int) -> int:
+        return sum(layer.bytes[options[index][place]] for layer in groups[index])
+
+    left = budget - sum(size(index, 0) for index in range(len(groups)))
+    draw = random.Random(seed)
+    open_groups = list(range(len(groups)))
+    while True:
+        # What does not fit now never will: the room only shrinks.
+        open_groups = [
+            index
+            for index in open_groups
+            if places[index] + 1 < len(options[index])
+            and size(index, places[index] + 1) - size(index, places[index]) <= left
+        ]
+        if not open_groups:
+            break
+        index = draw.choice(open_groups)
+        left -= size(index, places[index] + 1) - size(index, places[index])
+        places[index] += 1
+    return {layer.name: options[index][places[index]] for index, group in enumerate(groups) for layer in group}
+
+
+def uniform_bits(layers: Sequence[Choices], budget: int) -> dict[str, int] | None:
+    """Equal bits for all layers, the fewest that take `budget` bytes or more; None where no candidate does."""
+    for bits in sorted(set.intersection(*(set(layer.bytes) for layer in layers))):
+        if sum(layer.bytes[bits] for layer in layers) >= budget:
+            return {layer.name: bits for layer in layers}
+    return None

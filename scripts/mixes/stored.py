@@ -1,0 +1,69 @@
+"""Measurements of the benchmark that are kept on disk, beside the rows of `quality.rows`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field
+from quality.rows import Stored, TestScore, file_name, read_stored, write_stored
+
+from shiftadd_cli.allocation.sensitivity import Sensitivities
+
+S = TypeVar("S", bound="Kept")
+
+
+class Kept(Stored):
+    """A measurement that has no scores by test; `code`: SHA-256 of the sources that made it."""
+
+    scores: dict[str, TestScore] = Field(default_factory=dict)
+    code: str
+
+
+class SensitivityRow(Kept):
+    """Sensitivities by linear and bits, and what measuring them took, in a process of its own."""
+
+    costs: dict[str, dict[int, float]]
+    shared_inputs: tuple[tuple[str, ...], ...]
+    seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def found(self) -> Sensitivities:
+        return Sensitivities(self.costs, self.shared_inputs)
+
+
+class AloneRow(Kept):
+    """KL(original || model) in nats a token where only that linear is replaced, by its full name."""
+
+    bits: int
+    kl: dict[str, float]
+
+
+class SizeRow(Kept):
+    """Bytes of the weight files that were asked for, and those that lay on disk."""
+
+    target_bytes: int
+    file_bytes: int
+
+
+class SolverRow(Kept):
+    """Seconds of the integer program for a model of random sensitivities, at several budgets."""
+
+    blocks: int
+    linears: int
+    candidates: int
+    seconds: tuple[float, ...]
+
+
+def find_or_make(
+    work: Path, label: str, bits: int, kind: type[S], settings: dict[str, Any], make: Callable[[], S]
+) -> S:
+    """The measurement of these settings in `work`, made and written if it is not there."""
+    path = work / "rows" / (file_name(label, bits, settings) + ".json")
+    found = read_stored(path, kind, settings)
+    if found is None:
+        found = make()
+        write_stored(path, found)
+    return found

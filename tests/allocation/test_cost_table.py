@@ -1,0 +1,101 @@
+"""Costs of layers as a user measured them: what is read, what is refused, and the best choice within a limit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import pytest
+
+from shiftadd_cli.allocation.cost_table import CostLimit, CostTable, load_cost_table, parse_budget
+from shiftadd_cli.allocation.solve import Choices, allocate
+from shiftadd_cli.errors import AllocationError
+
+HEAD = {"format": "shiftadd cost table", "version": 1, "cost": "latency", "unit": "ms"}
+MEASURED = [{"shape": [4, 8], "bits": 2, "cost": 0.5}, {"shape": [4, 8], "bits": 3, "cost": 0.75}]
+
+
+def table(**values):
+    return CostTable.model_validate(HEAD | values)
+
+
+def test_a_cost_per_weight_and_measured_shapes_are_read():
+    per_weight = table(per_weight={"2": 0.25, "3": 0.5})
+    assert per_weight.of("layer", (4, 8), 3) == 16.0
+    measured = table(measured=MEASURED)
+    assert measured.of("layer", (4, 8), 3) == 0.75
+    with pytest.raises(AllocationError, match=r"no latency of 4 bits, which blocks\.0\.up may get"):
+        per_weight.of("blocks.0.up", (4, 8), 4)
+    # A matrix lying down is another shape.
+    with pytest.raises(AllocationError, match=r"no latency of the shape 8 x 4 at 2 bits, which blocks\.0\.up may"):
+        measured.of("blocks.0.up", (8, 4), 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_choice_is_the_best_within_the_limit(seed):
+    """Against trying all of them; costs are of no round numbers and do not grow with the bits."""
+    random_ = random.Random(seed)
+    shapes = {f"layer{index}": (index + 1, 3) for index in range(6)}
+    measured = [
+        {"shape": list(shape), "bits": bits, "cost": random_.uniform(1e-7, 1e-5)}
+        for shape in shapes.values()
+        for bits in (2, 3, 4)
+    ]
+    costs = table(measured=measured)
+    layers = [Choices(name, {2: 2, 3: 3, 4: 4}, {bits: random_.random() for bits in (2, 3, 4)}) for name in shapes]
+    options = [dict(zip(shapes, bits, strict=True)) for bits in itertools.product((2, 3, 4), repeat=6)]
+    spent = [CostLimit(costs, 1.0).spent(bits, shapes) for bits in options]
+    for part in (0.0, 0.2, 0.6):
+        limit = CostLimit(costs, min(spent) + part * (max(spent) - min(spent)))
+        limit.check(dict.fromkeys(shapes, (2, 3, 4)), shapes)
+        chosen = allocate([limit.priced(each, shapes[each.name]) for each in layers], [], limit.steps)
+        assert limit.spent(chosen, shapes) <= limit.limit * (1 + 2e-6)
+
+        def loss(bits):
+            return sum(layer.costs[bits[layer.name]] for layer in layers)
+
+        best = min(loss(bits) for bits, each in zip(options, spent, strict=True) if each <= limit.limit)
+        assert loss(chosen) <= best + 1e-9
+
+
+def test_a_limit_that_cannot_be_met_is_refused_with_what_can():
+    costs, shapes = table(measured=MEASURED), {"a": (4, 8), "b": (4, 8)}
+    allowed = {"a": (2, 3), "b": (3,)}
+    CostLimit(costs, 1.25).check(allowed, shapes)
+    with pytest.raises(AllocationError, match=r"1\.2 ms of latency cannot be met.* from 1\.25 to 1\.5 ms"):
+        CostLimit(costs, 1.2).check(allowed, shapes)
+
+
+FAULTY = [
+    ("{", "not valid JSON"),
+    ("[]", "no cost table"),
+    (json.dumps({**HEAD, "format": "other"}), "no cost table"),
+    (json.dumps({**HEAD, "version": 2, "measured": MEASURED}), "version"),
+    (json.dumps(HEAD), "one of per_weight and measured"),
+    (json.dumps({**HEAD, "measured": MEASURED, "per_weight": {"2": 1}}), "one of per_weight and measured"),
+    (json.dumps({**HEAD, "measured": [*MEASURED, MEASURED[0]]}), "given twice"),
+    (json.dumps({**HEAD, "measured": [{**MEASURED[0], "cost": -1}]}), "measured, 0, cost"),
+    (json.dumps({**HEAD, "per_weight": {"9": 1}}), "per_weight"),
+    (json.dumps({**HEAD, "per_weight": {"2": float("nan")}}), "per_weight"),
+    (json.dumps({**HEAD, "measured": MEASURED, "units": "s"}), "units"),
+]
+
+
+@pytest.mark.parametrize(("text", "part"), FAULTY)
+def test_a_faulty_table_is_refused_in_a_sentence(tmp_path, text, part):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(AllocationError, match=part) as caught:
+        load_cost_table(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_table_of_another_cost_is_refused(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({**HEAD, "measured": MEASURED}))
+    with pytest.raises(AllocationError, match="is of latency"):
+        parse_budget(None, None, "energy", path, 3.0)
+    assert parse_budget(None, None, "latency", path, 3.0).text == "3 ms of latency"
+    with pytest.raises(AllocationError, match="--max-cost"):
+        parse_budget(None, None, "latency", path, 0.0)

@@ -1,0 +1,241 @@
+"""`scripts/benchmark_allocation.py` on a tiny random model: what is compared, measured, reused and refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+from benchmark_allocation import main
+from click.testing import CliRunner, Result
+from mixes import bench as bench_module
+from mixes import measure_run
+from quality import making
+from scipy.stats import kendalltau
+from tiny_models import save_tiny
+from transformers import AutoModelForCausalLM
+
+import shiftadd_cli
+from shiftadd_cli.calibration.text import load_text, tokenise
+from shiftadd_cli.cli import main as shiftadd
+from shiftadd_cli.evaluation.models import load_any
+
+CONTEXT, MAX_TOKENS = 32, 200
+BUDGETS = "4.5,5.5"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mixes")
+
+
+@pytest.fixture(scope="module")
+def arguments(folder: Path) -> list[str]:
+    names = sorted(topics)
+    for name, part in (("calibration", names[:8]), ("held-out", names[8:16])):
+        (folder / f"{name}.txt").write_text("\n\n".join(topics[each] for each in part), encoding="utf-8")
+    options: dict[str, Any] = {
+        "--recipe": "default:group_size=16,fit_rounds=1",
+        "--calibration": folder / "calibration.txt",
+        "--test": folder / "held-out.txt",
+        "--samples": 4,
+        "--seq-len": 32,
+        "--context": CONTEXT,
+        "--max-tokens": MAX_TOKENS,
+        "--budgets": BUDGETS,
+        "--seeds": "0,1",
+        "--sample-blocks": 2,
+    }
+    return [str(save_tiny("llama", folder / "model")), *(str(part) for pair in options.items() for part in pair)]
+
+
+def run(arguments: list[str], work: Path, *more: str) -> Result:
+    return CliRunner().invoke(main, [*arguments, "--work", str(work), *more])
+
+
+def in_process(patch: pytest.MonkeyPatch) -> list[str]:
+    """Carry out the commands of the benchmark in this process, which spares them the imports; lists their modules."""
+    modules: list[str] = []
+
+    def record(command: list[str], *, stdout: BinaryIO, **_: Any) -> subprocess.CompletedProcess[bytes]:
+        _, option, module, *rest = command
+        assert option == "-m"
+        modules.append(module)
+        if module == "mixes.measure_run":
+            measure_run.main(rest)
+            return subprocess.CompletedProcess(command, 0)
+        done = CliRunner().invoke(shiftadd, rest)
+        stdout.write(done.output.encode())
+        return subprocess.CompletedProcess(command, done.exit_code)
+
+    patch.setattr(making.subprocess, "run", record)
+    return modules
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return in_process(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def work(folder: Path, arguments: list[str]) -> Path:
+    """The work folder of a finished run, with its artifacts."""
+    with pytest.MonkeyPatch.context() as patch:
+        modules = in_process(patch)
+        result = run(arguments, folder / "work", "--keep-artifacts")
+    assert result.exit_code == 0, result.output
+    assert modules.count("mixes.measure_run") == 4
+    return folder / "work"
+
+
+@pytest.fixture(scope="module")
+def table(work: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((work / "table.json").read_text())
+    return found
+
+
+def test_every_budget_has_its_planned_random_and_uniform_mixes(table: dict[str, Any], work: Path) -> None:
+    found = [(mix["seed"], mix["budget"], mix["planner"]) for mix in table["mixes"]]
+    planners = ("output", "paper", "random", "uniform")
+    assert {each[2] for each in found} >= set(planners)
+    assert [each for each in found if each[2] in planners] == [
+        (seed, budget, planner) for seed in (0, 1) for budget in (4.5, 5.5) for planner in planners
+    ]
+    for mix in table["mixes"]:
+        if mix["planner"] == "uniform":
+            assert len(set(mix["bits"].values())) == 1
+            assert mix["bits_per_weight"] >= mix["budget"]
+        else:
+            assert mix["bits_per_weight"] <= mix["budget"]
+        # What was measured is that mix.
+        assert mix["row"]["stored_bits"] == pytest.approx(mix["bits_per_weight"])
+        rivals = [each for each in table["mixes"] if (each["seed"], each["budget"]) == (mix["seed"], mix["budget"])]
+        if mix["planner"] in mix["predicted"]:
+            kind = mix["planner"]
+            assert all(
+                mix["predicted"][kind] <= each["predicted"][kind] * (1 + 1e-9)
+                for each in rivals
+                if each["planner"] != "uniform"
+            )
+    markdown = (work / "table.md").read_text()
+    assert sum(line.startswith(("| 4.5 | `", "| 5.5 | `")) for line in markdown.splitlines()) == 2 * len(
+        {each[2] for each in found}
+    )
+
+
+def test_sizes_are_met_and_the_cost_of_measuring_is_told(table: dict[str, Any]) -> None:
+    assert len(table["sizes"]) == 5
+    for row in table["sizes"]:
+        assert 0.97 * row["target_bytes"] <= row["file_bytes"] <= row["target_bytes"]
+    assert {(each["sensitivity"], each["seed"]) for each in table["sensitivities"]} >= {
+        (kind, seed) for kind in ("output", "paper") for seed in (0, 1)
+    }
+    assert all(each["seconds"] > 0 and each["peak_memory_bytes"] > 1e6 for each in table["sensitivities"])
+    assert table["solver"]["linears"] == 560
+
+
+def test_a_layer_alone_against_a_model_with_that_weight_changed_by_hand(
+    table: dict[str, Any], work: Path, folder: Path
+) -> None:
+    """KL from the logits of transformers' own model with one dense weight exchanged."""
+    alone = next(each for each in table["alone"] if each["seed"] == 0)
+    assert len(alone["kl"]) == 14
+    name = "model.layers.1.mlp.down_proj"
+    (artifact,) = (
+        path
+        for path in (work / "artifacts").iterdir()
+        if (report := json.loads((path / "report.json").read_text()))["recipe"]["seed"] == 0
+        and {layer["bits"] for layer in report["layers"]} == {2}
+        and report["bit_plan"]
+        and report["calibration"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    tokenizer = load_any(str(folder / "model")).tokenizer
+    tokens = tokenise(load_text(str(folder / "held-out.txt"), split="test").text, tokenizer)[:MAX_TOKENS]
+    windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    rest = tokens[len(windows) * CONTEXT :].unsqueeze(0)
+
+    def chances() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    model(input_ids=part).logits[:, :-1].flatten(0, 1).double().log_softmax(-1)
+                    for part in (windows, rest)
+                ]
+            )
+
+    before = chances()
+    layer = shiftadd_cli.load(artifact).get_submodule(name)
+    inputs = torch.eye(layer.in_features)
+    with torch.no_grad():
+        model.get_submodule(name).weight.copy_(layer(inputs).T)
+    kl = ((before - chances()) * before.exp()).sum(-1).mean()
+    assert alone["kl"][name] == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_rank_correlations_are_those_of_the_rows(table: dict[str, Any], work: Path) -> None:
+    rows = [json.loads(path.read_text()) for path in (work / "rows").glob("sensitivity_output*")]
+    for alone in table["alone"]:
+        measured = [
+            kendalltau([row["costs"][name]["2"] for name in alone["kl"]], list(alone["kl"].values())).statistic
+            for row in rows
+        ]
+        assert min(abs(alone["kendall_tau"]["output"] - each) for each in measured) < 1e-9
+
+
+def test_nothing_is_measured_twice_and_a_killed_run_goes_on(
+    work: Path, arguments: list[str], started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (work / "table.md").read_text()
+    assert run(arguments, work).exit_code == 0
+    assert (started, (work / "table.md").read_text()) == ([], before)
+    few = [*arguments[:-6], "--budgets", "4.5", "--seeds", "0", "--sample-blocks", "1"]
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quality.bench.evaluate", killed)
+        assert run(few, tmp_path).exit_code != 0
+    begun = len(started)
+    assert run(few, tmp_path).exit_code == 0
+    # Sensitivities, the single layers and the first mixes were there; the last mix and the five sizes were not.
+    assert started[begun:].count("mixes.measure_run") == 0
+    mixes = len(json.loads((tmp_path / "table.json").read_text())["mixes"])
+    assert len(started) - begun == max(mixes - 3, 0) + len(bench_module.SIZE_PARTS)
+    assert list((tmp_path / "artifacts").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--budgets", "1.5"], "cannot be met"),
+        (["--budgets", "many"], "list of numbers"),
+        (["--seeds", "0,-1"], "list of numbers"),
+        (["--recipe", "rtn"], "--calibration"),
+        (["--recipe", "default,gptq"], "one recipe"),
+        (["--recipe", "default:avg_bits=3"], "without bits"),
+        (["--candidates", "2,9"], "--candidates"),
+        (["--sample-bits", "5"], "--sample-bits"),
+        (["--test", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_a_slip_is_one_sentence_before_any_work(
+    arguments: list[str], tmp_path: Path, options: list[str], part: str
+) -> None:
+    result = run(arguments, tmp_path / "work", *options)
+    assert result.exit_code == 2, result.output
+    sentence = result.output.strip().splitlines()[-1]
+    assert sentence.startswith("Error: ")
+    assert part in sentence
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_calibration_text_is_no_test(arguments: list[str], folder: Path, tmp_path: Path) -> None:
+    result = run(arguments, tmp_path / "work", "--test", str(folder / "calibration.txt"))
+    assert result.exit_code == 2
+    assert "is the calibration text" in result.output
