@@ -21,9 +21,9 @@ from quality.conditions import Conditions, name_tests
 from quality.methods import parse_methods
 from quality.rows import write_text
 
-from shiftadd_cli.allocation.patterns import parse_candidates
 from shiftadd_cli.cli.scoring import scoring_options
 from shiftadd_cli.errors import RecipeError, ShiftaddError
+from shiftadd_cli.recipe import Recipe
 
 _POSITIVE = click.IntRange(min=1)
 
@@ -52,7 +52,7 @@ class _Numbers(click.ParamType):
 @click.option(
     "--budgets", type=_Numbers(float), default="2.25,2.5,3", show_default=True, help="Stored bits per weight."
 )
-@click.option("--candidates", metavar="N,N,...", default="2,3,4", show_default=True, help="Bits a layer may get.")
+@click.option("--candidates", type=_Numbers(int), default="2,3,4", show_default=True, help="Bits a layer may get.")
 @click.option("--recipe", default="default", show_default=True, help="Recipe of all mixes, with :field=value,... .")
 @click.option("--calibration", default="builtin", show_default=True, help="Text to calibrate on.")
 @click.option("--samples", type=_POSITIVE, default=128, show_default=True, help="Calibration windows.")
@@ -73,7 +73,7 @@ class _Numbers(click.ParamType):
 def main(
     model: str,
     budgets: tuple[float, ...],
-    candidates: str,
+    candidates: tuple[int, ...],
     recipe: str,
     calibration: str,
     samples: int,
@@ -105,7 +105,7 @@ def main(
             conditions,
             methods[0],
             budgets,
-            parse_candidates(candidates),
+            Recipe.load("default", {"candidates": candidates}).candidates,
             sample_blocks,
             sample_bits,
             work,

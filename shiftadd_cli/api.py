@@ -9,7 +9,6 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shiftadd_cli.allocation.cost_table import CostKind, parse_budget
-from shiftadd_cli.allocation.patterns import check_candidates
 from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.allocation.sensitivity import SensitivityKind
 from shiftadd_cli.evaluation.compare import evaluate
@@ -40,11 +39,9 @@ def allocate_bits(
     avg_bits: float | None = None,
     target_size: str | None = None,
     recipe: str | Recipe = "default",
-    candidates: Iterable[int] = (2, 3, 4),
     sensitivity: SensitivityKind = "output",
     keep: Iterable[str] = (),
     tie: Iterable[str] = (),
-    tie_fused: bool = True,
     *,
     cost: CostKind = "bits",
     cost_table: str | Path | None = None,
@@ -60,19 +57,18 @@ def allocate_bits(
         model: hub id, folder, .gguf file or `demo`.
         avg_bits: stored bits per weight of the quantized layers, not to be passed; target_size: size of all weight
             files not to be passed, such as "70MB". One of them, unless `cost` is another than "bits".
-        recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields. The same as for `quantize`.
-        candidates: bits a layer may get, each from 1 to 8.
+        recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields (`candidates=(2, 3)`,
+            `tie_fused=False`, ...). The same as for `quantize`.
         sensitivity: see `allocation.sensitivity`.
         keep: `PATTERN=BITS` for layers that get these bits.
         tie: `PATTERN,PATTERN` for layers that get equal bits inside each block.
-        tie_fused: whether layers that inference engines fuse get equal bits.
         cost, cost_table, max_cost: a budget in the unit of a table of the user's, see `allocation.cost_table`.
 
     Raises ShiftaddError with one sentence that says what to do.
     """
     budget = parse_budget(avg_bits, target_size, cost, None if cost_table is None else Path(cost_table), max_cost)
-    request = Request(budget, check_candidates(candidates), sensitivity, tuple(keep), tuple(tie), tie_fused)
     settings = _settings(recipe, fields)
+    request = Request(budget, settings.candidates, sensitivity, tuple(keep), tuple(tie), settings.tie_fused)
     return AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request).run(block_bar)
 
 

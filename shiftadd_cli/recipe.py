@@ -36,6 +36,17 @@ class Recipe(BaseModel):
             "be passed: measures how much every layer matters and gives each bits of its own, in place of --bits.",
         ),
     ] = None
+    candidates: Annotated[
+        tuple[int, ...],
+        Field(strict=False, description="Bits that a layer may get where layers get bits of their own."),
+    ] = (2, 3, 4)
+    tie_fused: Annotated[
+        bool,
+        Field(
+            description="Equal bits for layers that inference engines fuse (query, key and value; gate and up), where "
+            "layers get bits of their own."
+        ),
+    ] = True
     bit_plan: Annotated[
         str | None,
         Field(
@@ -192,6 +203,13 @@ class Recipe(BaseModel):
             "a whole number above 0, 'all' or a fraction '1/N'" if fractions else "a whole number above 0 or 'all'"
         )
         raise ValueError(f"must be {choices}")
+
+    @field_validator("candidates", mode="before")
+    @classmethod
+    def _numbers_of_bits(cls, value: object) -> object:
+        if isinstance(value, (list, tuple)) and value and all(type(bits) is int and 1 <= bits <= 8 for bits in value):
+            return tuple(sorted(set(value)))
+        raise ValueError("must be a list of whole numbers from 1 to 8, such as [2, 3, 4]")
 
     @field_validator("skip")
     @classmethod

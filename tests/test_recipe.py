@@ -157,6 +157,10 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         ("avg_bits", "0"),
         ("avg_bits", "'3'"),
         ("avg_bits", ".nan"),
+        ("candidates", "[]"),
+        ("candidates", "[2, 9]"),
+        ("candidates", "[2, true]"),
+        ("candidates", "2"),
         ("bit_plan", "3"),
         ("bit_plan", "''"),
         ("group_size", "0"),
@@ -270,6 +274,12 @@ def test_following_the_cure_cures() -> None:
     Recipe.load("default", {"calibration": "none", "sweep": "none", "refine_rounds": 0})
 
 
+def test_candidates_are_sorted_and_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("candidates: [4, 2, 3, 2]\n")
+    assert Recipe.load(str(path)).candidates == (2, 3, 4)
+
+
 def test_recipe_is_immutable() -> None:
     recipe = Recipe()
     with pytest.raises(ValidationError):
@@ -280,6 +290,8 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
     others = {
         "bits": 2,
         "avg_bits": 2.5,
+        "candidates": (2, 4),
+        "tie_fused": False,
         "bit_plan": "plan.json",
         "group_size": 32,
         "group_rows": 1,

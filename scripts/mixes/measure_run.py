@@ -14,7 +14,6 @@ from typing import Any
 from quality.rows import write_text
 
 from shiftadd_cli.allocation.budget import Budget
-from shiftadd_cli.allocation.patterns import parse_candidates
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.plan import resident_bytes
@@ -26,11 +25,12 @@ from shiftadd_cli.source import open_source
 _ANY = Budget.parse(1000.0, None)
 
 
-def measure(model: str, recipe: Recipe, sensitivity: Any, candidates: tuple[int, ...]) -> dict[str, Any]:
-    """The fields of a `SensitivityRow` that are measured."""
-    job = AllocationJob.prepare(open_source(model, dtype=recipe.dtype), recipe, Request(_ANY, candidates, sensitivity))
+def measure(model: str, recipe: Recipe, sensitivity: Any) -> dict[str, Any]:
+    """The fields of a `SensitivityRow` that are measured, at the candidates of the recipe."""
+    request = Request(_ANY, recipe.candidates, sensitivity)
+    job = AllocationJob.prepare(open_source(model, dtype=recipe.dtype), recipe, request)
     start = time.monotonic()
-    found = job.measure(candidates, block_bar)
+    found = job.measure(recipe.candidates, block_bar)
     return {
         "costs": found.costs,
         "shared_inputs": found.shared_inputs,
@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> None:
     """See the module."""
     model, recipe, sensitivity, candidates, out = arguments
     try:
-        found = measure(model, Recipe.load(recipe, {}), sensitivity, parse_candidates(candidates))
+        fields = {"candidates": tuple(map(int, candidates.split(",")))}
+        found = measure(model, Recipe.load(recipe, fields), sensitivity)
     except ShiftaddError as error:
         sys.exit(f"Error: {error}")
     write_text(Path(out), json.dumps(found))

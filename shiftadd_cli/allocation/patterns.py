@@ -9,22 +9,6 @@ from shiftadd_cli.source import LinearSpec
 from shiftadd_cli.source.structure import matching_pattern
 
 
-def parse_candidates(text: str) -> tuple[int, ...]:
-    """`2,3,4` as numbers of bits, in order. Raises AllocationError."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and 1 <= int(part) <= 8 for part in parts):
-        raise AllocationError(f"--candidates {text!r} is not valid; give numbers from 1 to 8, such as 2,3,4.")
-    return check_candidates(map(int, parts))
-
-
-def check_candidates(candidates: Iterable[int]) -> tuple[int, ...]:
-    """Numbers of bits in order, each once. Raises AllocationError for none, or for one that is not from 1 to 8."""
-    found = tuple(sorted(set(candidates)))
-    if not found or not all(isinstance(bits, int) and 1 <= bits <= 8 for bits in found):
-        raise AllocationError(f"The candidates {found} are not valid; give numbers from 1 to 8, such as (2, 3, 4).")
-    return found
-
-
 def pinned_bits(linears: Sequence[LinearSpec], keep: Sequence[str]) -> dict[str, int]:
     """Bits of the linears that entries `PATTERN=BITS` name, by full name; a pattern may match a module they are in.
 

@@ -41,7 +41,6 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     help="What layers cost at each number of bits, for --cost latency or energy; the README says its form.",
 )
 @click.option("--max-cost", type=float, help="Cost of all quantized layers not to be passed, in the table's unit.")
-@click.option("--candidates", metavar="N,N,...", default="2,3,4", show_default=True, help="Bits a layer may get.")
 @click.option(
     "--sensitivity",
     type=click.Choice(("output", "paper")),
@@ -56,11 +55,6 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     metavar="PATTERN,PATTERN",
     multiple=True,
     help="Layers that get equal bits inside each block; may be repeated.",
-)
-@click.option(
-    "--tie-fused/--no-tie-fused",
-    default=True,
-    help="Equal bits for layers that inference engines fuse (query, key, value; gate, up).  [default: on]",
 )
 @click.option(
     "--curve",
@@ -84,11 +78,9 @@ def allocate_bits(
     cost: Any,
     cost_table: Path | None,
     max_cost: float | None,
-    candidates: str,
     sensitivity: Any,
     keep: tuple[str, ...],
     tie: tuple[str, ...],
-    tie_fused: bool,
     curve: str | None,
     plot: Path | None,
     overwrite: bool,
@@ -108,7 +100,6 @@ def allocate_bits(
     settings = Recipe.load(recipe, overrides_from(fields))
     from shiftadd_cli.allocation.budget import parse_curve
     from shiftadd_cli.allocation.cost_table import CostLimit, parse_budget
-    from shiftadd_cli.allocation.patterns import parse_candidates
     from shiftadd_cli.pipeline.allocate import AllocationJob, Request
     from shiftadd_cli.pipeline.describe_bits import describe_bit_plan, describe_front
     from shiftadd_cli.pipeline.plan import resident_bytes
@@ -120,7 +111,7 @@ def allocate_bits(
 
     start = time.monotonic()
     budget = parse_budget(avg_bits, target_size, cost, cost_table, max_cost)
-    request = Request(budget, parse_candidates(candidates), sensitivity, keep, tie, tie_fused)
+    request = Request(budget, settings.candidates, sensitivity, keep, tie, settings.tie_fused)
     points = [] if curve is None else parse_curve(curve)
     check_plan_output(out, overwrite=overwrite)
     if plot is not None:

@@ -27,6 +27,18 @@ class _NumberOrWord(click.ParamType):
             return str(value)
 
 
+class _Numbers(click.ParamType):
+    """`2,3,4` becomes a tuple of ints, anything else stays text for the recipe to judge."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...] | str:
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            return str(value)
+
+
 def recipe_options(function: F) -> F:
     """Add one option per field of `Recipe`, in the order of the fields; an option not given arrives as None or ()."""
     return recipe_options_without()(function)
@@ -70,7 +82,9 @@ def default_text(field: FieldInfo) -> str:
     """The default of a field as a user would type it."""
     if isinstance(field.default, bool):
         return "on" if field.default else "off"
-    return "none" if field.default in ((), None) else str(field.default)
+    if isinstance(field.default, tuple):
+        return ",".join(map(str, field.default)) or "none"
+    return "none" if field.default is None else str(field.default)
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
@@ -93,6 +107,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     elif origin in (Union, types.UnionType):
         settings["type"] = _NumberOrWord()
         settings["metavar"] = "N|all" if name == "group_size" else "N|all|1/N"
+    elif annotation == tuple[int, ...]:
+        settings |= {"type": _Numbers(), "metavar": "N,N,..."}
     elif origin is tuple:
         settings |= {"type": click.STRING, "multiple": True, "metavar": "PATTERN"}
     elif annotation in (int, float, str):

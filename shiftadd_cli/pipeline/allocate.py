@@ -29,8 +29,9 @@ from shiftadd_cli.source import Source
 
 # Fields of a recipe that no sensitivity depends on; the text goes by its own fingerprint, whatever it is called.
 _IRRELEVANT = (
-    "bits", "avg_bits", "bit_plan", "refine_rounds", "descent_passes", "true_sequential", "asymmetric", "loss_aware",
-    "reconstruct_epochs", "bias_correction", "embedding_bits", "calibration", "batch_size", "device", "shard_size",
+    "bits", "avg_bits", "candidates", "tie_fused", "bit_plan", "refine_rounds", "descent_passes", "bias_correction",
+    "true_sequential", "asymmetric", "loss_aware", "reconstruct_epochs", "embedding_bits", "calibration", "batch_size",
+    "device", "shard_size",
 )  # fmt: skip
 
 

@@ -48,7 +48,10 @@ class Job:
         if recipe.avg_bits is None:
             allocation, plan = None, make_plan(source, recipe)
         else:
-            allocation = AllocationJob.prepare(source, recipe, Request(Budget.parse(recipe.avg_bits, None)))
+            request = Request(
+                Budget.parse(recipe.avg_bits, None), candidates=recipe.candidates, tie_fused=recipe.tie_fused
+            )
+            allocation = AllocationJob.prepare(source, recipe, request)
             plan = allocation.plan_at(min)
         check_output(out, local, overwrite=overwrite, expected_bytes=plan.after_bytes)
         return cls(plan, out, device, overwrite, allocation)

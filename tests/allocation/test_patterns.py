@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from shiftadd_cli.allocation.patterns import follow_pins, fused, parse_candidates, pinned_bits, tied_by_pattern
+from shiftadd_cli.allocation.patterns import follow_pins, fused, pinned_bits, tied_by_pattern
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.source import LinearSpec
 
 KINDS = ("attn.q", "attn.k", "mlp.up", "mlp.down")
 LINEARS = [LinearSpec(f"h.{block}.{kind}", kind, block, 8, 8, False, False) for block in range(2) for kind in KINDS]
-
-
-def test_candidates_are_sorted_and_told_once():
-    assert parse_candidates("4, 2,3,2") == (2, 3, 4)
-
-
-@pytest.mark.parametrize("text", ["", "2,", "two", "0,2", "9", "2.5", "-1", "2;3"])
-def test_candidates_that_are_no_bits_are_refused(text):
-    with pytest.raises(AllocationError, match="--candidates"):
-        parse_candidates(text)
 
 
 def test_patterns_pin_layers_and_modules():
