@@ -20,7 +20,7 @@ from shiftadd_cli.recipe import Recipe
 OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "bits": (["--bits", "2"], 2),
     "avg_bits": (["--avg-bits", "2.5"], 2.5),
-    "candidates": (["--candidates", "4,2"], (2, 4)),
+    "candidates": (["--candidates", "2,4"], (2, 4)),
     "tie_fused": (["--no-tie-fused"], False),
     "bit_plan": (["--bit-plan", "plan.json"], "plan.json"),
     "group_size": (["--group-size", "128"], 128),
