@@ -4,7 +4,7 @@ Generates Llama models with random weights that differ in the number of blocks a
 own, and prints the peak the operating system saw beside what the plan had said. Memory must not grow with the number of
 blocks: a block's weights are read, quantized, written and dropped.
 
-    python scripts/benchmark_memory.py --blocks 4 8 16 --width 1024
+    python scripts/benchmark_memory.py --blocks 4 --blocks 8 --blocks 16 --width 1024
 """
 
 from __future__ import annotations
