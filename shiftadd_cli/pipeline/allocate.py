@@ -17,10 +17,10 @@ from shiftadd_cli.allocation.solve import Choices, allocate, tied_groups
 from shiftadd_cli.artifact.shards import plan_shards
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.calibration.trace import trace_model
-from shiftadd_cli.device import choose_device
+from shiftadd_cli.device import choose_device, move_parts
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline.plan import Plan, PlannedLinear, make_plan
-from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration, move_parts
+from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import Source
 
