@@ -53,8 +53,8 @@ def _bit_plan(plan: Plan) -> list[str]:
         if plan.recipe.avg_bits is None:
             return []
         return [
-            f"Bit plan      at most {plan.recipe.avg_bits:g} stored bits per weight on average, given to layers by how much "
-            "each turns out to matter; above is the least"
+            f"Bit plan      at most {plan.recipe.avg_bits:g} stored bits per weight on average, given to layers by how "
+            "much each turns out to matter; above is the least"
         ]
     made = plan.bit_plan.made_by
     return [
