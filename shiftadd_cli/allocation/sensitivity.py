@@ -3,8 +3,10 @@
 `output`: to second order, and dropping what couples different layers, output features and tokens, an error Δy of a
 linear's output costs ½ Σ_o E[g_o²] E[Δy_o²] nats a token, where g is the gradient of the divergence from the original
 at that output (see `calibration.gradients`). With g² averaged over features that is ½ E[g²] · tr[(W − Ŵ) H (W − Ŵ)ᵀ].
-The error is the real one, of the solver that the run will use, without its refinement rounds: these lower all errors
-by similar factors and take most of its time.
+The error is the real one, of the solver that the run will use, but for what takes most of its time (see `candidates`).
+
+`divergence`: of the model with one linear replaced by the same solver's result from the original, in nats a token,
+measured on a few windows; see `divergence`. It drops what couples different layers and nothing else.
 
 `paper`: the criterion of ShiftAddLLM, C = ‖S‖_F · std(S)² with S = W / d by columns, d the diagonal of the upper
 Cholesky factor of the inverse Hessian (its code, `*_analysis.py`; see also Optimal Brain Surgeon). The score does not
@@ -18,25 +20,25 @@ Everything is measured in the original model, whose blocks are read one after an
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.allocation.candidates import CandidateSolver, relative_error
+from shiftadd_cli.allocation.divergence import Divergence, Progress, probe_windows
 from shiftadd_cli.bcq.hessian import build_objective
 from shiftadd_cli.bcq.options import SolverOptions
-from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.hessian import gather_moments
+from shiftadd_cli.calibration.replay import Replay
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.trace import Trace
 from shiftadd_cli.source import LinearSpec, Source, Structure
 
-SensitivityKind = Literal["output", "paper"]
-
-Progress = Callable[[Sequence[str], str], Iterable[str]]
+SensitivityKind = Literal["output", "divergence", "paper"]
 
 # Damping of the Hessian in the paper's code, relative to its mean diagonal.
 _PAPER_DAMPING = 0.01
@@ -86,6 +88,11 @@ def measure_sensitivities(
     """
     if kind == "paper":
         return walk_blocks(source, structure, trace, PaperCriterion(candidates), device=device, progress=progress)
+    if kind == "divergence":
+        replay = Replay(source, structure, probe_windows(windows), len(trace.hidden[0]), device)
+        divergence = Divergence(replay, structure, options, candidates, progress=progress)
+        found = walk_blocks(source, structure, trace, divergence, device=device, progress=progress)
+        return replace(found, costs=divergence.costs(found.costs))
     gradients = squared_gradients(source, structure, windows, trace, device=device, seed=seed)
     measure = OutputError(gradients.means, options, candidates)
     found = walk_blocks(source, structure, trace, measure, device=device, progress=progress)
@@ -97,23 +104,21 @@ class OutputError:
 
     def __init__(self, squares: Mapping[str, float], options: SolverOptions, candidates: Sequence[int]) -> None:
         """squares: mean squared gradient of the end loss at each linear's output, over tokens and features."""
-        self._squares, self._candidates = squares, candidates
-        self._options = replace(options, refine_rounds=0, asymmetric=0.0)
+        self._squares = squares
+        self._solve = CandidateSolver(options, candidates)
         self._signals: dict[str, float] = {}
 
     def __call__(
         self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
     ) -> list[dict[int, float]]:
-        options = self._options if hessian is not None else self._options.without_data()
         names = [spec.name for spec in specs]
         if hessian is not None:
             for name, weight in zip(names, weights, strict=True):
                 self._signals[name] = 0.5 * self._squares[name] * float(((weight @ hessian) * weight).sum())
         errors: list[dict[int, float]] = [{} for _ in specs]
-        for bits in self._candidates:
-            solutions = quantize_matrices(weights, names, hessian, replace(options, bits=bits))
+        for bits, solutions in self._solve(names, weights, hessian):
             for error, each in zip(errors, solutions, strict=True):
-                error[bits] = each.weight_error if each.output_error is None else each.output_error
+                error[bits] = relative_error(each)
         return errors
 
     def costs(self, errors: Mapping[str, dict[int, float]]) -> dict[str, dict[int, float]]:

@@ -30,11 +30,12 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
 @click.option("--candidates", metavar="N,N,...", default="2,3,4", show_default=True, help="Bits a layer may get.")
 @click.option(
     "--sensitivity",
-    type=click.Choice(("output", "paper")),
+    type=click.Choice(("output", "divergence", "paper")),
     default="output",
     show_default=True,
     help="How to tell what bits matter to a layer: 'output' takes its real error and the curvature of the model's "
-    "loss; 'paper' the criterion of ShiftAddLLM.",
+    "loss; 'divergence' replaces each layer alone and runs the model, which takes far longer; 'paper' takes the "
+    "criterion of ShiftAddLLM.",
 )
 @click.option("--keep", metavar="PATTERN=BITS", multiple=True, help="Layers that get these bits; may be repeated.")
 @click.option(

@@ -8,7 +8,7 @@ from shiftadd_cli.allocation.plan_file import BitPlan, PlannedLayer
 from shiftadd_cli.report.summary import size, table
 from shiftadd_cli.source import LinearSpec
 
-_UNITS = {"output": "nats/token", "paper": "no unit"}
+_UNITS = {"output": "nats/token", "divergence": "nats/token", "paper": "no unit"}
 
 
 def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
