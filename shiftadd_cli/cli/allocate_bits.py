@@ -27,6 +27,12 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     help="Stored bits per weight of the quantized layers, planes, scales and everything counted, not to be passed.",
 )
 @click.option("--target-size", metavar="SIZE", help="Size of all weight files not to be passed, such as 70MB.")
+@click.option(
+    "--max-divergence",
+    metavar="NATS",
+    type=float,
+    help="Predicted loss, in nats a token, not to be passed: gives the smallest plan. Predicted, not measured.",
+)
 @click.option("--candidates", metavar="N,N,...", default="2,3,4", show_default=True, help="Bits a layer may get.")
 @click.option(
     "--sensitivity",
@@ -62,6 +68,7 @@ def allocate_bits(
     out: Path,
     avg_bits: float | None,
     target_size: str | None,
+    max_divergence: float | None,
     candidates: str,
     sensitivity: Any,
     keep: tuple[str, ...],
@@ -94,9 +101,8 @@ def allocate_bits(
     from shiftadd_cli.source import open_source
 
     start = time.monotonic()
-    request = Request(
-        Budget.parse(avg_bits, target_size), parse_candidates(candidates), sensitivity, keep, tie, tie_fused
-    )
+    budget = Budget.parse(avg_bits, target_size, max_divergence)
+    request = Request(budget, parse_candidates(candidates), sensitivity, keep, tie, tie_fused)
     points = [] if curve is None else parse_curve(curve)
     check_plan_output(out, overwrite=overwrite)
     job = AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request)

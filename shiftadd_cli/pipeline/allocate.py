@@ -11,9 +11,17 @@ import torch
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.cache import SensitivityCache, cache_folder
 from shiftadd_cli.allocation.patterns import follow_pins, fused, pinned_bits, tied_by_pattern
-from shiftadd_cli.allocation.plan_file import BitPlan, Origin, PlanCalibration, PlannedLayer, PlannedModel, Storage
+from shiftadd_cli.allocation.plan_file import (
+    BitPlan,
+    Origin,
+    PlanCalibration,
+    PlannedLayer,
+    PlannedModel,
+    Storage,
+    round_cost,
+)
 from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, measure_sensitivities
-from shiftadd_cli.allocation.solve import Choices, allocate, tied_groups
+from shiftadd_cli.allocation.solve import Choices, allocate, allocate_smallest, tied_groups
 from shiftadd_cli.artifact.shards import plan_shards
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.calibration.trace import trace_model
@@ -35,7 +43,10 @@ Blocks = Callable[[Sequence[str], str], Iterable[str]]
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: see the options of `shiftadd allocate-bits`."""
+    """What is asked: see the options of `shiftadd allocate-bits`.
+
+    Raises AllocationError for a budget in a unit that the sensitivity does not have.
+    """
 
     budget: Budget
     candidates: tuple[int, ...] = (2, 3, 4)
@@ -43,6 +54,13 @@ class Request:
     keep: tuple[str, ...] = ()
     tie: tuple[str, ...] = ()
     tie_fused: bool = True
+
+    def __post_init__(self) -> None:
+        if self.budget.divergence is not None and self.sensitivity == "paper":
+            raise AllocationError(
+                "--max-divergence is in nats a token, and what --sensitivity paper predicts has no unit; use "
+                "--sensitivity output or divergence."
+            )
 
 
 @dataclass(frozen=True)
@@ -84,7 +102,9 @@ class AllocationJob:
         return job
 
     def check_budget(self) -> None:
-        """Refuse a budget that is too small whatever the sensitivities."""
+        """Refuse a budget that is too small whatever the sensitivities. What may be lost shows only after them."""
+        if self.request.budget.divergence is not None:
+            return
         budget, smallest, largest = self.request.budget, self.plan_at(min), self.plan_at(max)
         weights = smallest.quantized_weights
         other = _file_bytes(smallest) - smallest.quantized_bytes
@@ -99,12 +119,16 @@ class AllocationJob:
         """Measure, or remember, the sensitivities, and choose.
 
         show: wraps the block names, with a description, to show how far it is.
+
+        Raises AllocationError for layers that must and cannot have equal bits, and for a divergence that no bits reach.
         """
         sensitivities = self.sensitivities(show)
         together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
         tied = tied_groups(self.allowed, [*self.tied, *together])
         layers = self._choices(sensitivities, follow_pins(self.allowed, tied))
         budget, smallest = self.request.budget, self.plan_at(min)
+        if budget.divergence is not None:
+            return self._bit_plan(layers, allocate_smallest(layers, tied, budget.divergence))
         other = _file_bytes(smallest) - smallest.quantized_bytes
         available = budget.layer_bytes(smallest.quantized_weights, other)
         while True:
@@ -140,7 +164,7 @@ class AllocationJob:
         return cache.keep(self._measure([bits for bits in wanted if bits not in known], show))
 
     def _choices(self, sensitivities: Sensitivities, allowed: Mapping[str, tuple[int, ...]]) -> list[Choices]:
-        """Stored bytes and predicted loss of every layer at the bits allowed for it."""
+        """Stored bytes and predicted loss, as the plan will say it, of every layer at the bits allowed for it."""
         options = SolverOptions.from_recipe(self.recipe)
         found = []
         for spec in (each.spec for each in self.linears):
@@ -152,7 +176,7 @@ class AllocationJob:
                 Choices(
                     spec.name,
                     {bits: layout.nbytes for bits, layout in layouts.items()},
-                    {bits: sensitivities.costs[spec.name][bits] for bits in layouts},
+                    {bits: round_cost(sensitivities.costs[spec.name][bits]) for bits in layouts},
                 )
             )
         return found
