@@ -43,6 +43,7 @@ def allocate_bits(
     keep: Iterable[str] = (),
     tie: Iterable[str] = (),
     *,
+    max_divergence: float | None = None,
     cost: CostKind = "bits",
     cost_table: str | Path | None = None,
     max_cost: float | None = None,
@@ -56,7 +57,8 @@ def allocate_bits(
     Args:
         model: hub id, folder, .gguf file or `demo`.
         avg_bits: stored bits per weight of the quantized layers, not to be passed; target_size: size of all weight
-            files not to be passed, such as "70MB". One of them, unless `cost` is another than "bits".
+            files not to be passed, such as "70MB"; max_divergence: predicted loss not to be passed, in nats a token,
+            with as few bytes as possible. One of them, unless `cost` is another than "bits".
         recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields (`candidates=(2, 3)`,
             `tie_fused=False`, ...). The same as for `quantize`.
         sensitivity: see `allocation.sensitivity`.
@@ -66,7 +68,8 @@ def allocate_bits(
 
     Raises ShiftaddError with one sentence that says what to do.
     """
-    budget = parse_budget(avg_bits, target_size, cost, None if cost_table is None else Path(cost_table), max_cost)
+    table = None if cost_table is None else Path(cost_table)
+    budget = parse_budget(avg_bits, target_size, max_divergence, cost, table, max_cost)
     settings = _settings(recipe, fields)
     request = Request(budget, settings.candidates, sensitivity, tuple(keep), tuple(tie), settings.tie_fused)
     return AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request).run(block_bar)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from shiftadd_cli.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,3 +28,14 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RecipeError(f"--device {name} is not available on this machine; use --device cpu.") from error
     return device
+
+
+def move_parts(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    """Move modules, or parameters and buffers that stand by themselves, to the device."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if name in modules:
+            modules[name].to(device)
+        else:
+            tensor = operator.attrgetter(name)(model)
+            tensor.data = tensor.data.to(device)

@@ -251,7 +251,7 @@ class Allocations:
             "blocks": SOLVER_BLOCKS,
             "candidates": list(SOLVER_CANDIDATES),
             "parts": list(SOLVER_PARTS),
-            "versions": versions("scipy"),
+            "versions": versions(),
         }
 
         def make() -> SolverRow:

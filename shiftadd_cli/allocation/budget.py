@@ -1,4 +1,4 @@
-"""How much may be stored, as a user says it, in bytes for the quantized layers."""
+"""How much may be stored, as a user says it, in bytes for the quantized layers; or how much may be lost."""
 
 from __future__ import annotations
 
@@ -17,18 +17,29 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class Budget:
-    """Either `average_bits`, stored bits per weight of the quantized layers with scales and everything counted, or
-    `file_bytes`, the size of all weight files. `text` is how it was said."""
+    """One of `average_bits`, stored bits per weight of the quantized layers with scales and everything counted,
+    `file_bytes`, the size of all weight files, and `divergence`, the loss that is predicted, in nats a token. `text` is
+    how it was said."""
 
     text: str
     average_bits: float | None = None
     file_bytes: int | None = None
+    divergence: float | None = None
 
     @classmethod
-    def parse(cls, average_bits: float | None, target_size: str | None) -> Budget:
+    def parse(cls, average_bits: float | None, target_size: str | None, max_divergence: float | None = None) -> Budget:
         """From the options of the command line, of which exactly one must be given. Raises AllocationError."""
-        if (average_bits is None) == (target_size is None):
-            raise AllocationError("Say how much may be stored: give one of --avg-bits and --target-size.")
+        if sum(each is not None for each in (average_bits, target_size, max_divergence)) != 1:
+            raise AllocationError(
+                "Say how much may be stored, or lost: give one of --avg-bits, --target-size and --max-divergence."
+            )
+        if max_divergence is not None:
+            if not (math.isfinite(max_divergence) and max_divergence > 0):
+                raise AllocationError(
+                    f"--max-divergence {max_divergence} is not valid; give a number of nats a token above 0, such as "
+                    "0.05."
+                )
+            return cls(f"{max_divergence:g} nats/token of predicted loss", divergence=max_divergence)
         if average_bits is not None:
             if not (math.isfinite(average_bits) and average_bits > 0):
                 raise AllocationError(f"--avg-bits {average_bits} is not valid; give a number above 0, such as 2.5.")
@@ -40,7 +51,10 @@ class Budget:
         return cls(target_size, file_bytes=int(float(match[1]) * _UNITS[match[2].upper()]))
 
     def layer_bytes(self, weights: int, other_bytes: int) -> int:
-        """Bytes left for quantized layers of so many weights, beside so many bytes of everything else in the files."""
+        """Bytes left for quantized layers of so many weights, beside so many bytes of everything else in the files.
+
+        For budgets of storage, not of divergence.
+        """
         if self.average_bits is not None:
             return math.floor(self.average_bits * weights / 8)
         assert self.file_bytes is not None

@@ -138,6 +138,7 @@ class CostLimit:
 def parse_budget(
     average_bits: float | None,
     target_size: str | None,
+    max_divergence: float | None = None,
     cost: CostKind = "bits",
     cost_table: Path | None = None,
     max_cost: float | None = None,
@@ -146,9 +147,11 @@ def parse_budget(
     if cost == "bits":
         if cost_table is not None or max_cost is not None:
             raise AllocationError("--cost-table and --max-cost are for --cost latency or energy; say which.")
-        return Budget.parse(average_bits, target_size)
-    if average_bits is not None or target_size is not None:
-        raise AllocationError(f"--avg-bits and --target-size are for --cost bits; give --max-cost for --cost {cost}.")
+        return Budget.parse(average_bits, target_size, max_divergence)
+    if any(each is not None for each in (average_bits, target_size, max_divergence)):
+        raise AllocationError(
+            f"--avg-bits, --target-size and --max-divergence are for --cost bits; give --max-cost for --cost {cost}."
+        )
     if cost_table is None or max_cost is None:
         raise AllocationError(
             f"--cost {cost} needs --cost-table, a file of what layers cost, and --max-cost in its unit; give both."

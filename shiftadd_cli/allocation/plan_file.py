@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -140,8 +141,8 @@ class BitPlan(_Part):
 
     @property
     def predicted_loss(self) -> float:
-        """Sum of the layers' costs, in the unit of the sensitivity."""
-        return sum(layer.cost[layer.bits] for layer in self.layers.values())
+        """Sum of the layers' costs, in the unit of the sensitivity; rounded once, as where it was chosen."""
+        return math.fsum(layer.cost[layer.bits] for layer in self.layers.values())
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the plan's text."""
@@ -223,6 +224,11 @@ def load_plan(path: Path) -> BitPlan:
         raise AllocationError(f"Bit plan {path}, {place}: {message}; mend it, or {again}.") from None
 
 
+def round_cost(cost: float) -> float:
+    """To the six digits that the file has, which is more than any cost is known to."""
+    return float(f"{cost:.6g}")
+
+
 def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
@@ -236,11 +242,11 @@ _Value = TypeVar("_Value")
 
 
 def _readable(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer with the candidates in order; costs to six digits, which is more than any of them is known to."""
+    """A layer with the candidates in order and costs as they are written."""
     return {
         **layer,
         "bytes": _by_bits(layer["bytes"]),
-        "cost": {bits: float(f"{cost:.6g}") for bits, cost in _by_bits(layer["cost"]).items()},
+        "cost": {bits: round_cost(cost) for bits, cost in _by_bits(layer["cost"]).items()},
     }
 
 

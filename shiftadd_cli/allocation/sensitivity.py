@@ -3,9 +3,11 @@
 `output`: to second order, and dropping what couples different layers, output features and tokens, an error Δy of a
 linear's output costs ½ Σ_o E[g_o²] E[Δy_o²] nats a token, where g is the gradient of the divergence from the original
 at that output (see `calibration.gradients`). With g² averaged over features that is ½ E[g²] · tr[(W − Ŵ) H (W − Ŵ)ᵀ].
-The error is the real one, of the solver that the run will use, with two savings: without its refinement rounds, which
-lower all errors by similar factors and take most of its time, and on a sample of the rows (see `row_sample`). The
-gradient is one number a layer, so some of the windows are enough for it.
+The error is the real one, of the solver that the run will use, but for what takes most of its time (see `candidates`),
+on a sample of the rows (see `row_sample`). The gradient is one number a layer: some of the windows are enough for it.
+
+`divergence`: of the model with one linear replaced by the same solver's result from the original, in nats a token,
+measured on a few windows; see `divergence`. It drops what couples different layers and nothing else.
 
 `paper`: the criterion of ShiftAddLLM, C = ‖S‖_F · std(S)² with S = W / d by columns, d the diagonal of the upper
 Cholesky factor of the inverse Hessian (its code, `*_analysis.py`; see also Optimal Brain Surgeon). The score does not
@@ -26,18 +28,20 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.allocation.candidates import CandidateSolver
+from shiftadd_cli.allocation.divergence import Divergence, probe_windows
 from shiftadd_cli.allocation.row_sample import RowSample
 from shiftadd_cli.bcq.hessian import build_objective
 from shiftadd_cli.bcq.options import SolverOptions
-from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.hessian import gather_moments
+from shiftadd_cli.calibration.replay import Replay
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.trace import Trace, trace_model
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import LinearSpec, Source, Structure
 
-SensitivityKind = Literal["output", "paper"]
+SensitivityKind = Literal["output", "divergence", "paper"]
 
 # Tokens that gradients are taken at.
 _GRADIENT_TOKENS = 16384
@@ -90,6 +94,11 @@ def measure_sensitivities(
     """
     if kind == "paper":
         return walk_blocks(source, structure, trace, PaperCriterion(candidates), device=device, progress=progress)
+    if kind == "divergence":
+        replay = Replay(source, structure, probe_windows(windows), len(trace.hidden[0]), device)
+        divergence = Divergence(replay, structure, options, candidates, progress=progress)
+        found = walk_blocks(source, structure, trace, divergence, device=device, progress=progress)
+        return replace(found, costs=divergence.costs(found.costs))
     probe = windows[:: max(1, windows.numel() // _GRADIENT_TOKENS)]
     traced = trace_model(source, structure, probe, max(trace.calls), device)
     gradients = squared_gradients(source, structure, probe, traced, device=device, seed=seed, progress=progress)
@@ -103,23 +112,22 @@ class OutputError:
 
     def __init__(self, squares: Mapping[str, float], options: SolverOptions, candidates: Sequence[int]) -> None:
         """squares: mean squared gradient of the end loss at each linear's output, over tokens and features."""
-        self._squares, self._candidates = squares, candidates
-        self._options = replace(options, refine_rounds=0, asymmetric=0.0)
+        self._squares = squares
+        self._solve = CandidateSolver(options, candidates)
+        self._whole = options.group_rows != 1
         self._signals: dict[str, float] = {}
 
     def __call__(
         self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
     ) -> list[dict[int, float]]:
-        options = self._options if hessian is not None else self._options.without_data()
         names = [spec.name for spec in specs]
         # Rows that share scales are not quantized independently.
-        samples = [RowSample.of(weight, hessian, whole=options.group_rows != 1) for weight in weights]
+        samples = [RowSample.of(weight, hessian, whole=self._whole) for weight in weights]
         if hessian is not None:
             for name, sample in zip(names, samples, strict=True):
                 self._signals[name] = 0.5 * self._squares[name] * sample.signal
         errors: list[dict[int, float]] = [{} for _ in specs]
-        for bits in self._candidates:
-            solutions = quantize_matrices([each.rows for each in samples], names, hessian, replace(options, bits=bits))
+        for bits, solutions in self._solve(names, [each.rows for each in samples], hessian):
             for error, sample, solution in zip(errors, samples, solutions, strict=True):
                 error[bits] = sample.relative_error(solution)
         return errors

@@ -1,22 +1,18 @@
-"""The best bits for every layer under a budget of bytes, as an exact integer program.
+"""The best bits for every layer, chosen exactly: the least loss in so many bytes, or the fewest bytes for such a loss.
 
-Minimise the sum of the layers' costs, with one choice for each group of layers that are tied together, subject to the
-true stored bytes of all layers staying within the budget. That is a multiple-choice knapsack; HiGHS (through
-`scipy.optimize.milp`) solves it to proven optimality.
+One choice is made for each group of layers that are tied together. Either the sum of the layers' costs is least and the
+true stored bytes of all stay within a budget, or the bytes are least and the sum of the costs stays within a limit.
+Both are the same integer program, a multiple-choice knapsack, with the roles exchanged; see `knapsack`.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from shiftadd_cli.allocation.knapsack import knapsack
 from shiftadd_cli.errors import AllocationError
-
-# HiGHS stops at an absolute gap of 1e-6: total costs are scaled to this, so that the gap is nothing.
-_COST_SCALE = 1e4
 
 
 @dataclass(frozen=True)
@@ -35,19 +31,39 @@ def allocate(layers: Sequence[Choices], tied: Iterable[Iterable[str]], budget: i
 
     Raises AllocationError where tied layers have no bits in common, or where the budget is too small.
     """
-    by_name = {layer.name: layer for layer in layers}
-    groups = [_merged([by_name[name] for name in names]) for names in tied_groups(by_name, tied)]
-    smallest = sum(min(group.bytes.values()) for group in groups)
+    groups = _groups(layers, tied)
+    sizes, costs = [group.bytes for group in groups], [group.costs for group in groups]
+    smallest = sum(min(each.values()) for each in sizes)
     if budget < smallest:
         raise AllocationError(
             f"{budget:,} bytes for the quantized layers are too few: the bits allowed need from {smallest:,} to "
-            f"{sum(max(group.bytes.values()) for group in groups):,}; raise the budget or allow fewer bits."
+            f"{sum(max(each.values()) for each in sizes):,}; raise the budget or allow fewer bits."
         )
-    if sum(map(_cheapest_bytes, groups)) <= budget:
-        chosen = [min(group.costs, key=lambda bits: (group.costs[bits], group.bytes[bits])) for group in groups]
-    else:
-        chosen = _knapsack(groups, budget)
-    return {name: bits for group, bits in zip(groups, chosen, strict=True) for name in group.names}
+    return _by_name(groups, knapsack(costs, sizes, budget, lambda chosen: _bytes(groups, chosen) <= budget))
+
+
+def allocate_smallest(layers: Sequence[Choices], tied: Iterable[Iterable[str]], most: float) -> dict[str, int]:
+    """Bits of every layer, by name: the fewest bytes at a total cost of at most `most`, and among choices of so many
+    bytes the one of least cost. The total is that of `math.fsum` and is never above `most`.
+
+    tied: as for `allocate`.
+
+    Raises AllocationError where tied layers have no bits in common, or where no choice costs so little.
+    """
+    groups = _groups(layers, tied)
+    sizes, costs = [group.bytes for group in groups], [group.costs for group in groups]
+    least = _cost(groups, [min(each, key=each.__getitem__) for each in costs])
+    if most < least:
+        largest = _cost(groups, [max(each, key=each.__getitem__) for each in costs])
+        raise AllocationError(
+            f"A predicted loss of at most {most:g} cannot be met: with the bits allowed it is from {_above(least)} to "
+            f"{_above(largest)}; raise --max-divergence, or allow more bits with --candidates."
+        )
+    chosen = knapsack(sizes, costs, most, lambda chosen: _cost(groups, chosen) <= most)
+    # Blocks are alike, so very many choices have the same size.
+    size = _bytes(groups, chosen)
+    other = knapsack(costs, sizes, size, lambda chosen: _bytes(groups, chosen) <= size)
+    return _by_name(groups, min(chosen, other, key=lambda each: _cost(groups, each)))
 
 
 def tied_groups(layers: Iterable[str], tied: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
@@ -72,82 +88,44 @@ def tied_groups(layers: Iterable[str], tied: Iterable[Iterable[str]]) -> list[tu
 
 @dataclass(frozen=True)
 class _Group:
-    names: tuple[str, ...]
+    members: tuple[Choices, ...]
     bytes: Mapping[int, int]
     costs: Mapping[int, float]
 
 
+def _groups(layers: Sequence[Choices], tied: Iterable[Iterable[str]]) -> list[_Group]:
+    by_name = {layer.name: layer for layer in layers}
+    return [_merged([by_name[name] for name in names]) for names in tied_groups(by_name, tied)]
+
+
 def _merged(members: Sequence[Choices]) -> _Group:
-    names = tuple(member.name for member in members)
     common = [bits for bits in members[0].bytes if all(bits in member.bytes for member in members)]
     if not common:
         told = ", ".join(f"{each.name} ({'/'.join(map(str, each.bytes))})" for each in members)
         raise AllocationError(f"Tied layers have no bits in common: {told}; untie them or keep them at equal bits.")
     return _Group(
-        names,
+        tuple(members),
         {bits: sum(member.bytes[bits] for member in members) for bits in common},
-        {bits: sum(member.costs[bits] for member in members) for bits in common},
+        {bits: math.fsum(member.costs[bits] for member in members) for bits in common},
     )
 
 
-def _cheapest_bytes(group: _Group) -> int:
-    """Bytes of the choice of least cost, the smaller of equal ones."""
-    return min((cost, group.bytes[bits]) for bits, cost in group.costs.items())[1]
+def _by_name(groups: Sequence[_Group], chosen: Sequence[int]) -> dict[str, int]:
+    return {member.name: bits for group, bits in zip(groups, chosen, strict=True) for member in group.members}
 
 
-def _knapsack(groups: Sequence[_Group], budget: int) -> list[int]:
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    choices = [(index, bits) for index, group in enumerate(groups) for bits in group.bytes]
-    owner = np.array([index for index, _ in choices])
-    costs = np.array([groups[index].costs[bits] for index, bits in choices])
-    sizes = np.array([groups[index].bytes[bits] for index, bits in choices], dtype=np.int64)
-    # A choice counts by what it stores and costs beyond its group's least: small numbers are safe from rounding.
-    base = np.array([min(group.bytes.values()) for group in groups], dtype=np.int64)
-    extra = sizes - base[owner]
-    spare = budget - int(base.sum())
-    largest = float(extra.max())
-    least = np.array([min(group.costs.values()) for group in groups])
-    regret = costs - least[owner]
-    total = float(regret.sum())
-    scaled = regret * (_COST_SCALE / total) if total > 0 else regret
-    pick_one = csr_array((np.ones(len(choices)), (owner, np.arange(len(choices)))), shape=(len(groups), len(choices)))
-    allowed = spare
-    while True:
-        with _standard_output_closed():
-            result = milp(
-                scaled,
-                integrality=np.ones(len(choices)),
-                bounds=Bounds(0, 1),
-                constraints=[
-                    LinearConstraint(pick_one, 1, 1),
-                    LinearConstraint(extra.reshape(1, -1) / largest, -np.inf, allowed / largest),
-                ],
-                options={"mip_rel_gap": 0.0},
-            )
-        if result.x is None:
-            raise RuntimeError(f"HiGHS gave no solution: {result.message}")
-        taken = result.x > 0.5
-        used = int(extra[taken].sum())
-        if used <= spare:
-            return [bits for (_, bits), on in zip(choices, taken, strict=True) if on]
-        # The constraint holds within a millionth of the largest choice, which may be some bytes too many.
-        allowed -= used - spare
+def _bytes(groups: Sequence[_Group], chosen: Sequence[int]) -> int:
+    return sum(group.bytes[bits] for group, bits in zip(groups, chosen, strict=True))
 
 
-@contextmanager
-def _standard_output_closed() -> Iterator[None]:
-    """HiGHS 1.12 leaves a debugging line on standard output now and then, whatever its options say, and it writes past
-    Python's own streams."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+def _cost(groups: Sequence[_Group], chosen: Sequence[int]) -> float:
+    """The sum over layers, rounded once: whoever adds them up in this way finds the same."""
+    return math.fsum(member.costs[bits] for group, bits in zip(groups, chosen, strict=True) for member in group.members)
+
+
+def _above(cost: float) -> str:
+    """To four digits, rounded up: what is said to be possible is."""
+    if cost == 0:
+        return "0"
+    step = 10.0 ** (math.floor(math.log10(cost)) - 3)
+    return next(text for extra in (0, 1, 2) if float(text := f"{(math.ceil(cost / step) + extra) * step:.4g}") >= cost)

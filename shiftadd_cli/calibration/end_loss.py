@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from shiftadd_cli.calibration.head import returning, slices
 from shiftadd_cli.source import Structure
 
 Loss = Literal["divergence", "cross_entropy"]
@@ -21,9 +21,7 @@ _BYTES_PER_LOGIT = 16
 class EndLoss:
     """The loss of `windows` int64 `[samples, seq_len]` as a function of what the last block gives out.
 
-    The model's own forward runs with its blocks replaced by stubs that return given hidden states, so whatever comes
-    after the blocks (norms, projections, head, factors, soft caps) is the model's code. All of that acts on each token
-    by itself, so it runs on slices of tokens: logits of a large vocabulary never exist for a whole batch.
+    Whatever comes after the blocks is the model's code and runs on slices of tokens; see `calibration.head`.
 
     The loss is a sum over tokens, not a mean. `cross_entropy` scores the text: the last token of a window has no label
     and adds nothing. `divergence` scores labels drawn from the model's own distribution, at every token; the same
@@ -50,19 +48,15 @@ class EndLoss:
         """
         found = torch.zeros_like(hidden)
         scored = hidden.shape[1] - (self._uniform is None)
-        step = min(scored, self._tokens)
-        group = max(1, self._tokens // scored)
-        for top in range(0, len(hidden), group):
-            for left in range(0, scored, step):
-                tokens = slice(left, min(left + step, scored))
-                rows = slice(first + top, first + min(top + group, len(hidden)))
-                states = hidden[top : top + group, tokens].to(self._device)
-                found[top : top + group, tokens] = self._of_slice(states, rows, tokens, form)
+        for rows, tokens in slices(len(hidden), scored, self._tokens):
+            states = hidden[rows, tokens].to(self._device)
+            windows = slice(first + rows.start, first + rows.stop)
+            found[rows, tokens] = self._of_slice(states, windows, tokens, form)
         return found
 
     def _of_slice(self, states: Tensor, rows: slice, tokens: slice, form: Callable[[Tensor], Any]) -> Tensor:
         states = states.detach().requires_grad_()
-        with torch.enable_grad(), _returning(self._blocks, form(states)):
+        with torch.enable_grad(), returning(self._blocks, form(states)):
             # The ids only give the stubs' callers their shapes.
             logits = self._model(input_ids=self._windows[rows, tokens].to(self._device), use_cache=False).logits
         # The gradient of cross entropy is written down, since its first half is also what labels are drawn from.
@@ -80,15 +74,3 @@ class EndLoss:
         # Rounding must not reach the top: a label of no probability would have the largest gradient of all.
         drawn = self._uniform[rows, tokens].to(self._device).unsqueeze(-1) * top
         return torch.searchsorted(heights, drawn.minimum(top.nextafter(torch.zeros_like(top))), right=True)
-
-
-@contextmanager
-def _returning(blocks: list[nn.Module], output: Any) -> Iterator[None]:
-    """While this lasts, each of `blocks` does nothing and returns `output`."""
-    for block in blocks:
-        block.__dict__["forward"] = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.__dict__["forward"]

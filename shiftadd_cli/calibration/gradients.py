@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.end_loss import EndLoss, Loss
+from shiftadd_cli.calibration.head import dress
 from shiftadd_cli.calibration.trace import Trace, check_finite
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress
@@ -153,7 +154,7 @@ class _Walk:
         dressed: list[Callable[[Tensor], Any]] = []
         for depth, name in enumerate(self.progress(self.structure.blocks, "Predictions")):
             block = self._load(name)
-            with block.register_forward_hook(lambda _, __, output: dressed.append(_dress(output))), torch.no_grad():
+            with block.register_forward_hook(lambda _, __, output: dressed.append(dress(output))), torch.no_grad():
                 for batch in batches:
                     output = self.trace.calls[batch.size][depth].run(block, batch.hidden[-1].to(self.device))
                     check_finite(output, name)
@@ -205,14 +206,6 @@ class _Walk:
                 output.register_hook(add)
 
         return watch
-
-
-def _dress(output: Any) -> Callable[[Tensor], Any]:
-    """What puts other hidden states in the place of those in a block's `output`."""
-    if isinstance(output, (tuple, list)):
-        others = (None,) * (len(output) - 1)
-        return lambda hidden: (hidden, *others)
-    return lambda hidden: hidden
 
 
 def _groups(trace: Trace, memory_bytes: int) -> Iterator[list[_Batch]]:

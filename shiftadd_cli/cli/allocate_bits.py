@@ -28,6 +28,12 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
 )
 @click.option("--target-size", metavar="SIZE", help="Size of all weight files not to be passed, such as 70MB.")
 @click.option(
+    "--max-divergence",
+    metavar="NATS",
+    type=float,
+    help="Predicted loss, in nats a token, not to be passed: gives the smallest plan. Predicted, not measured.",
+)
+@click.option(
     "--cost",
     type=click.Choice(("bits", "latency", "energy")),
     default="bits",
@@ -43,11 +49,12 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
 @click.option("--max-cost", type=float, help="Cost of all quantized layers not to be passed, in the table's unit.")
 @click.option(
     "--sensitivity",
-    type=click.Choice(("output", "paper")),
+    type=click.Choice(("output", "divergence", "paper")),
     default="output",
     show_default=True,
     help="How to tell what bits matter to a layer: 'output' takes its real error and the curvature of the model's "
-    "loss; 'paper' the criterion of ShiftAddLLM.",
+    "loss; 'divergence' replaces each layer alone and runs the model, which takes far longer; 'paper' takes the "
+    "criterion of ShiftAddLLM.",
 )
 @click.option("--keep", metavar="PATTERN=BITS", multiple=True, help="Layers that get these bits; may be repeated.")
 @click.option(
@@ -75,6 +82,7 @@ def allocate_bits(
     out: Path,
     avg_bits: float | None,
     target_size: str | None,
+    max_divergence: float | None,
     cost: Any,
     cost_table: Path | None,
     max_cost: float | None,
@@ -110,7 +118,7 @@ def allocate_bits(
     from shiftadd_cli.source import open_source
 
     start = time.monotonic()
-    budget = parse_budget(avg_bits, target_size, cost, cost_table, max_cost)
+    budget = parse_budget(avg_bits, target_size, max_divergence, cost, cost_table, max_cost)
     request = Request(budget, settings.candidates, sensitivity, keep, tie, settings.tie_fused)
     points = [] if curve is None else parse_curve(curve)
     check_plan_output(out, overwrite=overwrite)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shiftadd_cli.calibration.distribution import Reference
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.evaluation.logits import RowLogits
 from shiftadd_cli.evaluation.windows import batch_count, batches, scored_tokens
@@ -148,7 +149,7 @@ def _score_batch(readers: list[RowLogits], sums: list[_Sums], windows: Tensor, *
     kl = torch.empty(len(readers), len(targets), dtype=torch.float64)
     rows = max(1, BUFFER_BYTES // (4 * readers[0].vocab_size))
     for piece in (slice(start, start + rows) for start in range(0, len(targets), rows)):
-        reference: _Reference | None = None
+        reference: Reference | None = None
         for index, (reader, total) in enumerate(zip(readers, sums, strict=True)):
             start = time.monotonic()
             chances = reader.logits(states[index][piece]).log_softmax(-1)
@@ -158,7 +159,7 @@ def _score_batch(readers: list[RowLogits], sums: list[_Sums], windows: Tensor, *
                 kl[index, piece] = reference.divergence(chances).double().cpu()
                 total.agreed += int((chances.argmax(-1) == reference.top).sum())
             elif against_first:
-                reference = _Reference(chances)
+                reference = Reference(chances)
             total.seconds += time.monotonic() - start
     for index, (reader, total) in enumerate(zip(readers, sums, strict=True)):
         reader.refuse_not_finite(nll[index], "likelihood")
@@ -167,25 +168,6 @@ def _score_batch(readers: list[RowLogits], sums: list[_Sums], windows: Tensor, *
         if against_first and index > 0:
             reader.refuse_not_finite(kl[index], "KL divergence from the original")
             total.kl.append(kl[index].view(count, length).sum(1))
-
-
-class _Reference:
-    """The original's distribution on some rows, from log-probabilities, float32 `[rows, vocabulary]`."""
-
-    def __init__(self, chances: Tensor) -> None:
-        self.chances = chances
-        self.top = chances.argmax(-1)
-        self.probabilities = chances.exp()
-
-    def divergence(self, chances: Tensor) -> Tensor:
-        """KL(original || model) of each row in nats, from the model's log-probabilities."""
-        # Difference first: a KL is far smaller than the two entropies it could be taken from.
-        gap = self.chances - chances.to(self.chances.device)
-        found = (gap * self.probabilities).sum(-1)
-        if not torch.isfinite(found).all():
-            # What the original rules out (minus infinity) counts nothing, as in the limit of p log p.
-            found = gap.masked_fill_(self.probabilities == 0, 0.0).mul_(self.probabilities).sum(-1)
-        return found
 
 
 def _check_fit(name: str, model: Any, context: int, vocab_size: int, original: RowLogits | None) -> None:

@@ -13,16 +13,24 @@ from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.cache import SensitivityCache, cache_folder
 from shiftadd_cli.allocation.cost_table import CostLimit
 from shiftadd_cli.allocation.patterns import follow_pins, fused, pinned_bits, tied_by_pattern
-from shiftadd_cli.allocation.plan_file import BitPlan, Origin, PlanCalibration, PlannedLayer, PlannedModel, Storage
+from shiftadd_cli.allocation.plan_file import (
+    BitPlan,
+    Origin,
+    PlanCalibration,
+    PlannedLayer,
+    PlannedModel,
+    Storage,
+    round_cost,
+)
 from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, measure_sensitivities
-from shiftadd_cli.allocation.solve import Choices, allocate, tied_groups
+from shiftadd_cli.allocation.solve import Choices, allocate, allocate_smallest, tied_groups
 from shiftadd_cli.artifact.shards import plan_shards
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.calibration.trace import trace_model
-from shiftadd_cli.device import choose_device
+from shiftadd_cli.device import choose_device, move_parts
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline.plan import Plan, PlannedLinear, make_plan
-from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration, move_parts
+from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import Source
@@ -37,7 +45,10 @@ _IRRELEVANT = (
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: see the options of `shiftadd allocate-bits`."""
+    """What is asked: see the options of `shiftadd allocate-bits`.
+
+    Raises AllocationError for a budget in a unit that the sensitivity does not have.
+    """
 
     budget: Budget | CostLimit
     candidates: tuple[int, ...] = (2, 3, 4)
@@ -45,6 +56,13 @@ class Request:
     keep: tuple[str, ...] = ()
     tie: tuple[str, ...] = ()
     tie_fused: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, Budget) and self.budget.divergence is not None and self.sensitivity == "paper":
+            raise AllocationError(
+                "--max-divergence is in nats a token, and what --sensitivity paper predicts has no unit; use "
+                "--sensitivity output or divergence."
+            )
 
 
 class FrontPoint(NamedTuple):
@@ -93,10 +111,12 @@ class AllocationJob:
         return job
 
     def check_budget(self) -> None:
-        """Refuse a budget that is too small whatever the sensitivities."""
+        """Refuse a budget that is too small whatever the sensitivities. What may be lost shows only after them."""
         budget = self.request.budget
         if isinstance(budget, CostLimit):
             budget.check(self.allowed, self.shapes)
+            return
+        if budget.divergence is not None:
             return
         smallest, largest = self.plan_at(min), self.plan_at(max)
         weights = smallest.quantized_weights
@@ -112,13 +132,16 @@ class AllocationJob:
         """Measure, or remember, the sensitivities, and choose.
 
         show: wraps the block names, with a description, to show how far it is.
+
+        Raises AllocationError for layers that must and cannot have equal bits, and for a divergence that no bits reach.
         """
         return self.choose(self.sensitivities(show))
 
     def choose(self, sensitivities: Sensitivities) -> BitPlan:
         """The best plan within the budget for what was measured.
 
-        Raises AllocationError where fused layers are kept at different bits, or leave no choice within the budget.
+        Raises AllocationError where fused layers are kept at different bits, or leave no choice within the budget, and
+        for a divergence that no bits reach.
         """
         layers, tied = self.problem(sensitivities)
         budget = self.request.budget
@@ -127,6 +150,8 @@ class AllocationJob:
             budget.check({each.name: tuple(each.bytes) for each in layers}, self.shapes)
             priced = [budget.priced(each, self.shapes[each.name]) for each in layers]
             return self.bit_plan(layers, allocate(priced, tied, budget.steps))
+        if budget.divergence is not None:
+            return self.bit_plan(layers, allocate_smallest(layers, tied, budget.divergence))
         smallest = self.plan_at(min)
         other = file_bytes(smallest) - smallest.quantized_bytes
         available = budget.layer_bytes(smallest.quantized_weights, other)
@@ -181,7 +206,7 @@ class AllocationJob:
         return self._choices(sensitivities, follow_pins(self.allowed, tied)), tied
 
     def _choices(self, sensitivities: Sensitivities, allowed: Mapping[str, tuple[int, ...]]) -> list[Choices]:
-        """Stored bytes and predicted loss of every layer at the bits allowed for it."""
+        """Stored bytes and predicted loss, as the plan will say it, of every layer at the bits allowed for it."""
         options = SolverOptions.from_recipe(self.recipe)
         found = []
         for spec in (each.spec for each in self.linears):
@@ -193,7 +218,7 @@ class AllocationJob:
                 Choices(
                     spec.name,
                     {bits: layout.nbytes for bits, layout in layouts.items()},
-                    {bits: sensitivities.costs[spec.name][bits] for bits in layouts},
+                    {bits: round_cost(sensitivities.costs[spec.name][bits]) for bits in layouts},
                 )
             )
         return found

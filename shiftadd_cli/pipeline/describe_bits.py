@@ -9,7 +9,7 @@ from shiftadd_cli.report.summary import size, table
 from shiftadd_cli.source import LinearSpec
 
 # Of the loss predicted, by sensitivity.
-UNITS = {"output": "nats/token", "paper": "no unit"}
+UNITS = {"output": "nats/token", "divergence": "nats/token", "paper": "no unit"}
 
 
 def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution
@@ -19,6 +18,7 @@ from shiftadd_cli.calibration.gradients import token_weights
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.text import TextData, load_text, sample_windows
 from shiftadd_cli.calibration.trace import Trace, trace_model
+from shiftadd_cli.device import move_parts
 from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.pipeline.plan import Plan
@@ -199,17 +199,6 @@ class _Run:
         config["dtype"] = str(source.dtype).removeprefix("torch.")
         config["quantization_config"] = self.plan.artifact_format().to_dict()
         return config
-
-
-def move_parts(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
-    """Move modules, or parameters and buffers that stand by themselves, to the device."""
-    modules = dict(model.named_modules())
-    for name in names:
-        if name in modules:
-            modules[name].to(device)
-        else:
-            tensor = operator.attrgetter(name)(model)
-            tensor.data = tensor.data.to(device)
 
 
 def _layer_report(spec: LinearSpec, solution: Solution) -> LayerReport:

@@ -75,6 +75,20 @@ class Source:
         """Return everything at or below these names to the meta device, tied parameters under all their names."""
         self._loader.release(prefixes)
 
+    def at(self, dtype: torch.dtype) -> Source:
+        """The same files at another dtype: a source with a skeleton of its own, of which nothing is in memory."""
+        return Source(
+            spec=self.spec,
+            name=self.name,
+            path=self.path,
+            config=self.config,
+            model_class=self._model_class,
+            weights=self._weights,
+            dtype=dtype,
+            fingerprint=self.fingerprint,
+            remote_code=self._remote_code,
+        )
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, read once.
 

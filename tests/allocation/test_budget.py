@@ -34,6 +34,24 @@ def test_anything_else_is_refused_with_the_cure(bits, size):
         Budget.parse(bits, size)
 
 
+def test_a_divergence_is_a_budget_too():
+    budget = Budget.parse(None, None, 0.05)
+    assert (budget.divergence, budget.average_bits, budget.file_bytes) == (0.05, None, None)
+    assert budget.text == "0.05 nats/token of predicted loss"
+
+
+@pytest.mark.parametrize("nats", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_divergence_that_is_none_is_refused_with_the_cure(nats):
+    with pytest.raises(AllocationError, match=r"--max-divergence .*above 0, such as 0\.05"):
+        Budget.parse(None, None, nats)
+
+
+@pytest.mark.parametrize(("bits", "size", "nats"), [(None, "70MB", 0.1), (2.5, None, 0.1), (2.5, "70MB", 0.1)])
+def test_two_budgets_are_refused(bits, size, nats):
+    with pytest.raises(AllocationError, match="give one of --avg-bits, --target-size and --max-divergence"):
+        Budget.parse(bits, size, nats)
+
+
 @pytest.mark.parametrize(
     ("text", "points"),
     [

@@ -95,7 +95,7 @@ def test_a_table_of_another_cost_is_refused(tmp_path):
     path = tmp_path / "table.json"
     path.write_text(json.dumps({**HEAD, "measured": MEASURED}))
     with pytest.raises(AllocationError, match="is of latency"):
-        parse_budget(None, None, "energy", path, 3.0)
-    assert parse_budget(None, None, "latency", path, 3.0).text == "3 ms of latency"
+        parse_budget(None, None, None, "energy", path, 3.0)
+    assert parse_budget(None, None, None, "latency", path, 3.0).text == "3 ms of latency"
     with pytest.raises(AllocationError, match="--max-cost"):
-        parse_budget(None, None, "latency", path, 0.0)
+        parse_budget(None, None, None, "latency", path, 0.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from shiftadd_cli.allocation import row_sample, sensitivity
+from shiftadd_cli.allocation import candidates, row_sample, sensitivity
 from shiftadd_cli.allocation.sensitivity import OutputError, measure_sensitivities, paper_score
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import quantize_matrices
@@ -71,7 +71,7 @@ def test_output_costs_are_half_the_squared_gradient_times_the_squared_error(tmp_
         solved.update({(name, options.bits): each for name, each in zip(names, solutions, strict=True)})
         return solutions
 
-    monkeypatch.setattr(sensitivity, "quantize_matrices", spy)
+    monkeypatch.setattr(candidates, "quantize_matrices", spy)
     found = measure(tmp_path, "output")
     source = open_source(str(tmp_path))
     structure = find_structure(source.skeleton())
@@ -120,7 +120,7 @@ def test_samples_of_rows_and_of_windows_predict_what_all_of_them_do(tmp_path, mo
         solved.extend(map(len, weights))
         return quantize_matrices(weights, *rest)
 
-    monkeypatch.setattr(sensitivity, "quantize_matrices", spy)
+    monkeypatch.setattr(candidates, "quantize_matrices", spy)
     monkeypatch.setattr(row_sample, "_LARGEST_ROWS", 4)
     monkeypatch.setattr(row_sample, "_OTHER_ROWS", 20)
     monkeypatch.setattr(sensitivity, "_GRADIENT_TOKENS", WINDOWS.numel() // 2)

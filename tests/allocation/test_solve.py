@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 
@@ -11,7 +12,7 @@ from bcq_problems import quick
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiftadd_cli.allocation.solve import Choices, allocate, tied_groups
+from shiftadd_cli.allocation.solve import Choices, allocate, allocate_smallest, tied_groups
 from shiftadd_cli.errors import AllocationError
 
 
@@ -39,7 +40,7 @@ def everything(layers, tied):
     for bits in itertools.product(*(layer.bytes for layer in layers)):
         chosen = {layer.name: each for layer, each in zip(layers, bits, strict=True)}
         if all(len({chosen[name] for name in names}) == 1 for names in tied):
-            cost = sum(layer.costs[chosen[layer.name]] for layer in layers)
+            cost = math.fsum(layer.costs[chosen[layer.name]] for layer in layers)
             yield cost, sum(layer.bytes[chosen[layer.name]] for layer in layers), chosen
 
 
@@ -57,6 +58,86 @@ def test_nothing_that_fits_the_budget_costs_less(problem):
     cost, stored, _ = next(each for each in everything(layers, tied) if each[2] == chosen)
     assert stored <= budget
     assert cost == pytest.approx(min(fitting), rel=1e-9, abs=1e-8)
+
+
+@st.composite
+def limits(draw):
+    """A problem and a limit on its cost: one that some choice meets to the last bit, misses by it, or any number."""
+    layers, tied, _ = draw(problems())
+    digits = draw(st.sampled_from([1, 3, 17]))
+    layers = [
+        Choices(each.name, each.bytes, {bits: float(f"{cost:.{digits}g}") for bits, cost in each.costs.items()})
+        for each in layers
+    ]
+    all_of_them = [cost for cost, _, _ in everything(layers, tied)]
+    if not all_of_them or draw(st.booleans()):
+        return layers, tied, draw(st.floats(0, 60))
+    meant = draw(st.sampled_from(all_of_them))
+    return (
+        layers,
+        tied,
+        draw(st.sampled_from([meant, math.nextafter(meant, 0), meant * (1 - 1e-7), meant * (1 + 1e-7)])),
+    )
+
+
+@quick
+@given(limits())
+def test_nothing_that_costs_so_little_is_smaller(problem):
+    layers, tied, most = problem
+    fitting = [(stored, cost) for cost, stored, _ in everything(layers, tied) if cost <= most]
+    if not fitting:
+        with pytest.raises(AllocationError):
+            allocate_smallest(layers, tied, most)
+        return
+    chosen = allocate_smallest(layers, tied, most)
+    assert set(chosen) == {layer.name for layer in layers}
+    cost, stored, _ = next(each for each in everything(layers, tied) if each[2] == chosen)
+    assert cost <= most
+    smallest = min(fitting)
+    assert stored == smallest[0]
+    # And of that size there is nothing better.
+    assert cost == pytest.approx(smallest[1], rel=1e-9, abs=1e-8)
+
+
+def test_layers_of_very_different_sizes_are_chosen_to_the_byte():
+    """What solvers of integer programs tolerate of a limit, a millionth, is more than the small layers are."""
+    chance = random.Random(3)
+    for _ in range(20):
+        layers = [
+            Choices(
+                str(index),
+                {bits: int(10 ** (index % 8) * chance.uniform(1, 2)) * bits for bits in (2, 3, 4)},
+                {bits: 10 ** -(index % 6) * chance.uniform(1, 2) * 4.0**-bits for bits in (2, 3, 4)},
+            )
+            for index in range(8)
+        ]
+        every = list(everything(layers, []))
+        most, budget, _ = chance.choice(every)
+        for limit in (most, math.nextafter(most, 0), most * (1 - 1e-9)):
+            best = min((stored, cost) for cost, stored, _ in every if cost <= limit)
+            chosen = allocate_smallest(layers, [], limit)
+            assert (sum(layer.bytes[chosen[layer.name]] for layer in layers)) == best[0]
+            assert math.fsum(layer.costs[chosen[layer.name]] for layer in layers) <= limit
+        chosen = allocate(layers, [], budget)
+        least = min(cost for cost, stored, _ in every if stored <= budget)
+        assert sum(layer.bytes[chosen[layer.name]] for layer in layers) <= budget
+        assert math.fsum(layer.costs[chosen[layer.name]] for layer in layers) == pytest.approx(least, rel=1e-8)
+
+
+def test_a_loss_that_no_choice_has_names_the_range():
+    layers = [Choices(name, {2: 100, 3: 150}, {2: 1.0, 3: 0.1}) for name in "abc"]
+    with pytest.raises(AllocationError, match=r"from 0\.3001 to 3; raise --max-divergence"):
+        allocate_smallest(layers, [], 0.2999)
+    # What is said to be possible is, though three times 0.1 is a little more than 0.3.
+    assert set(allocate_smallest(layers, [], 0.3001).values()) == {3}
+    assert set(allocate_smallest(layers, [], 3).values()) == {2}
+    assert set(allocate_smallest(layers, [], 1e9).values()) == {2}
+
+
+def test_of_equal_sizes_the_one_that_loses_least_is_taken():
+    layers = [Choices(str(index), {2: 100, 3: 150}, {2: 1.0 + index / 10, 3: 0.5}) for index in range(6)]
+    chosen = allocate_smallest(layers, [], 5.7)
+    assert [name for name, bits in chosen.items() if bits == 3] == ["4", "5"]
 
 
 def test_a_budget_that_is_too_small_names_the_range():
@@ -107,6 +188,12 @@ def test_a_model_of_eighty_blocks_takes_seconds_and_is_solved_to_the_byte(capfd)
     assert stored <= budget
     assert cost >= (bound := relaxation(layers, budget))
     assert cost <= bound * 1.001
+    start = time.process_time()
+    back = allocate_smallest(layers, [], cost)
+    assert time.process_time() - start < 30
+    assert sum(layer.costs[back[layer.name]] for layer in layers) <= cost * (1 + 1e-12)
+    # What is best for so many bytes is (as good as) smallest for what it loses.
+    assert stored * 0.9999 <= sum(layer.bytes[back[layer.name]] for layer in layers) <= stored
 
 
 def relaxation(layers, budget):

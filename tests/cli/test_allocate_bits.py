@@ -118,11 +118,34 @@ def shapes_of(model: Path, folder: Path) -> list[list[int]]:
     return [layer["shape"] for layer in json.loads(plan.read_text())["layers"].values()]
 
 
+def test_the_smallest_plan_for_a_measured_divergence(model: Path, tmp_path: Path) -> None:
+    options = ["--sensitivity", "divergence", "--candidates", "2,3", *QUICK]
+    made = shiftadd("allocate-bits", model, "-o", tmp_path / "all", "--max-divergence", "1e9", *options)
+    assert made.exit_code == 0, made.output
+    whole = json.loads((tmp_path / "all").read_text())
+    assert {layer["bits"] for layer in whole["layers"].values()} == {2}
+    asked = 0.6 * sum(layer["cost"]["2"] for layer in whole["layers"].values())
+    made = shiftadd("allocate-bits", model, "-o", tmp_path / "plan", "--max-divergence", asked, *options)
+    assert made.exit_code == 0, made.output
+    assert f"Budget        {asked:g} nats/token of predicted loss" in made.stdout
+    assert "(nats/token), from the sensitivity 'divergence'" in made.stdout
+    plan = json.loads((tmp_path / "plan").read_text())
+    assert sum(layer["cost"][str(layer["bits"])] for layer in plan["layers"].values()) <= asked
+    refused = shiftadd("allocate-bits", model, "-o", tmp_path / "none", "--max-divergence", "1e-9", *options)
+    assert refused.exit_code == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith("Error: A predicted loss of at most 1e-09 cannot be met")
+    assert not (tmp_path / "none").exists()
+
+
 BAD = [
     (["--avg-bits", "5", "--plot", "picture.jpeg"], ".svg, .png, .pdf"),
     (["--avg-bits", "5", "--plot", "nowhere/picture.svg"], "nowhere"),
     ([], "--avg-bits"),
     (["--avg-bits", "3", "--target-size", "1MB"], "--avg-bits"),
+    (["--avg-bits", "3", "--max-divergence", "0.1"], "--max-divergence"),
+    (["--max-divergence", "nan"], "above 0"),
+    (["--max-divergence", "-1"], "above 0"),
+    (["--max-divergence", "0.1", "--sensitivity", "paper"], "--sensitivity output"),
     (["--avg-bits", "1"], "from"),
     (["--cost", "latency", "--max-cost", "3"], "--cost-table"),
     (["--cost", "energy", "--cost-table", "lost.json", "--max-cost", "3"], "lost.json"),

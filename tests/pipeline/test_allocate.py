@@ -8,6 +8,7 @@ import pytest
 from tiny_models import save_tiny
 
 from shiftadd_cli.allocation.budget import Budget
+from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline import allocate as allocate_module
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request, file_bytes
@@ -34,8 +35,9 @@ def recipe(**fields):
     return Recipe.load("default", QUICK | fields)
 
 
-def job_for(model, bits=None, size=None, settings=None, **request):
-    return AllocationJob.prepare(open_source(model), settings or recipe(), Request(Budget.parse(bits, size), **request))
+def job_for(model, bits=None, size=None, settings=None, nats=None, **request):
+    budget = Budget.parse(bits, size, nats)
+    return AllocationJob.prepare(open_source(model), settings or recipe(), Request(budget, **request))
 
 
 def quiet(names, _):
@@ -127,16 +129,22 @@ def test_another_budget_measures_nothing_again(model, monkeypatch):
     assert {tuple(layer.cost) for layer in whole.layers.values()} == {(2, 3, 4)}
     for settings in (recipe(seed=1), recipe(group_size=8), recipe(weight_error=0.1), recipe(samples=3)):
         job_for(model, bits=5.8, candidates=(2, 3), settings=settings).run(quiet)
-    job_for(model, bits=3.8, candidates=(2, 3), sensitivity="paper").run(quiet)
-    assert measured[1:] == [(2, 3)] * 5
+    for sensitivity in ("paper", "divergence", "divergence"):
+        job_for(model, bits=3.8, candidates=(2, 3), sensitivity=sensitivity).run(quiet)
+    assert measured[1:] == [(2, 3)] * 6
 
 
-def test_a_plan_measured_in_two_goes_is_that_of_one(model, cache):
-    job_for(model, bits=6, candidates=(3,), keep=("*.down_proj=2",), tie_fused=False).run(quiet)
-    twice = job_for(model, bits=4.4).run(quiet)
+@pytest.mark.parametrize("sensitivity", ["output", "divergence"])
+def test_a_plan_measured_in_two_goes_is_that_of_one(model, cache, sensitivity):
+    job_for(model, bits=6, candidates=(3,), keep=("*.down_proj=2",), tie_fused=False, sensitivity=sensitivity).run(
+        quiet
+    )
+    twice = job_for(model, bits=4.4, sensitivity=sensitivity).run(quiet)
     for file in (cache / "sensitivities").iterdir():
         file.unlink()
-    assert job_for(model, bits=4.4).run(quiet) == twice
+    assert job_for(model, bits=4.4, sensitivity=sensitivity).run(quiet) == twice
+    # What was decided on is what the file says.
+    assert BitPlan.model_validate_json(twice.to_json()) == twice
 
 
 @pytest.mark.parametrize(("bits", "size"), [(2.0, None), (None, "20KB")])
@@ -151,6 +159,38 @@ def test_a_budget_that_cannot_be_met_is_refused_before_any_work_with_the_range(m
         assert f"from {low.bits_per_weight:.3f} {unit} to {high.bits_per_weight:.3f} {unit}" in message
     # Exactly the least that is said to be possible is possible.
     assert job_for(model, bits=low.bits_per_weight).run(quiet).bits == low.bits
+
+
+@pytest.mark.parametrize("sensitivity", ["output", "divergence"])
+def test_the_smallest_plan_for_a_loss_is_found_and_loses_no_more(model, sensitivity):
+    plan_of = lambda **asked: job_for(model, candidates=(2, 3), sensitivity=sensitivity, **asked).run(quiet)  # noqa: E731
+    most, least = (plan_of(bits=9.0, keep=(f"*={bits}",)).predicted_loss for bits in (2, 3))
+    for part in (0.1, 0.5, 0.9):
+        nats = least + part * (most - least)
+        plan = plan_of(nats=nats)
+        assert plan.predicted_loss <= nats
+        assert plan.made_by.budget == f"{nats:g} nats/token of predicted loss"
+        blocks = [f"model.layers.{number}" for number in range(2)]
+        fused = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")]
+        kinds = [*fused, ("self_attn.o_proj",), ("mlp.down_proj",)]
+        groups = [tuple(f"{block}.{kind}" for kind in names) for block in blocks for names in kinds]
+        # One byte less, and nothing loses so little.
+        assert brute_force(plan, groups, plan.stored_bytes) == pytest.approx(plan.predicted_loss, rel=1e-9)
+        assert (brute_force(plan, groups, plan.stored_bytes - 1) or most) > nats
+
+
+def test_a_loss_that_no_bits_reach_names_the_range(model):
+    low, high = (job_for(model, bits=9.0, keep=(f"*={bits}",)).run(quiet).predicted_loss for bits in (4, 2))
+    with pytest.raises(AllocationError, match=r"from .* to .*; raise --max-divergence, or .*--candidates") as caught:
+        job_for(model, nats=low * 0.99).run(quiet)
+    words = str(caught.value).split("from ")[1].split(";")[0].split(" to ")
+    assert [float(word) for word in words] == pytest.approx([low, high], rel=1e-3)
+    assert job_for(model, nats=float(words[0])).run(quiet).predicted_loss <= float(words[0])
+
+
+def test_a_loss_without_a_unit_is_no_budget(model):
+    with pytest.raises(AllocationError, match=r"nats a token.*--sensitivity output or divergence"):
+        Request(Budget.parse(None, None, 0.1), sensitivity="paper")
 
 
 def test_a_run_without_text_cannot_measure(model):

@@ -73,3 +73,14 @@ def test_whole_model(family: str, tmp_path: Path) -> None:
         assert model.dtype == reference.dtype
         assert torch.equal(model(tokens).logits, reference(tokens).logits)
     assert all(each.is_meta for each in source.skeleton().parameters())
+
+
+def test_the_same_files_at_another_dtype_are_a_source_of_their_own(tmp_path: Path) -> None:
+    source = open_source(str(save_tiny("qwen2", tmp_path, dtype=torch.bfloat16)))
+    twin = source.at(torch.float32)
+    twin.materialise([""])
+    assert (source.dtype, twin.dtype) == (torch.bfloat16, torch.float32)
+    assert twin.fingerprint == source.fingerprint
+    assert all(each.is_meta for each in source.skeleton().parameters())
+    expected = source.load_model(torch.float32).state_dict()
+    assert all(torch.equal(each, expected[name]) for name, each in twin.skeleton().state_dict().items())

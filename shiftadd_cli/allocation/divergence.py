@@ -1,0 +1,195 @@
+"""How far the model's predictions go from the original's when one linear is replaced by its quantized self.
+
+For every linear and every number of bits, KL(original || model with only this linear replaced) is measured, not
+estimated, in nats a token, over all tokens of a few probe windows. A *variant* is the model with one linear replaced;
+up to the block of that linear it is the original, so only its states behind this block exist and only the blocks behind
+it are run again:
+
+    through    block 0      block 1         block 2              norm, head
+               original  →  original     →  original          →  reference
+                            variants     →  variants          →  divergences
+                            of block 0      of blocks 0, 1
+
+The walk over the blocks that solves the linears takes the variants along: each block is read once, and all variants
+from before it go through it together with the original, one after another, since the probe windows of one variant
+already keep the processor busy. Their hidden states, float32, take `MEMORY_BYTES` at most (one variant at least): when
+the next would not fit, all that are held run to the end, which reads the blocks behind this one once more, and make
+room. So every block is read at most once more than there are such groups, whose number is
+linears x candidates x windows x seq_len x width x 4 / MEMORY_BYTES. Logits exist for some tokens of one variant at a
+time, and the original's for the same tokens.
+
+The time is that of linears x candidates x (half the model) forwards of the probe windows, and of as many heads.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.allocation.candidates import CandidateSolver, relative_error
+from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.calibration.replay import Replay
+from shiftadd_cli.calibration.trace import hooked
+from shiftadd_cli.errors import NumericalError
+from shiftadd_cli.progress import BlockProgress
+from shiftadd_cli.source import LinearSpec, Structure
+
+# Calibration windows that divergences are measured on; the quantized weights are solved on all of them.
+PROBE_WINDOWS = 4
+# Hidden states of variants, unless the caller says otherwise.
+MEMORY_BYTES = 1 << 30
+
+
+def probe_windows(windows: Tensor) -> Tensor:
+    """At most `PROBE_WINDOWS` of int64 `[samples, seq_len]`, evenly from the first to the last."""
+    count = min(PROBE_WINDOWS, len(windows))
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
+@dataclass
+class _Variant:
+    """`hidden` float32 `[windows, seq_len, width]`: states behind the deepest block that was entered."""
+
+    name: str
+    bits: int
+    hidden: Tensor
+
+
+class Divergence:
+    """Measures the linears of one block after another, in order; `costs` then has the divergences."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        structure: Structure,
+        options: SolverOptions,
+        candidates: Sequence[int],
+        *,
+        progress: BlockProgress,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        """replay: of the probe windows; memory_bytes: of variants held at once, one at least."""
+        self._replay, self._structure, self._progress = replay, structure, progress
+        self._solve = CandidateSolver(options, candidates)
+        self._room = max(1, memory_bytes // replay.hidden.nbytes)
+        self._by_block: dict[int, list[LinearSpec]] = {}
+        for spec in structure.linears:
+            self._by_block.setdefault(spec.block, []).append(spec)
+        # The original's states in front of the block that was entered last, number `_depth`, and behind it.
+        self._depth = -1
+        self._inputs = self._outputs = replay.hidden
+        self._held: list[_Variant] = []
+        self._reached: set[str] = set()
+        self._found: dict[str, dict[int, float]] = {}
+
+    def __call__(
+        self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
+    ) -> list[dict[int, float]]:
+        """Relative errors of linears of one block that read one input; see `sensitivity.Measure`."""
+        self._enter(specs[0].block)
+        errors: list[dict[int, float]] = [{} for _ in specs]
+        for bits, solutions in self._solve([spec.name for spec in specs], weights, hessian):
+            for spec, error, solution in zip(specs, errors, solutions, strict=True):
+                error[bits] = relative_error(solution)
+                if spec.name in self._reached:
+                    self._hold(spec, bits, solution.weight.decode())
+        return errors
+
+    def costs(self, errors: Mapping[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+        """Divergences in nats a token, finite and not negative, of all linears, from the relative errors of all.
+
+        What no probe token reached (an expert that none was sent to) counts as its relative error times the median of
+        the others' divergence / error at these bits: that nothing was measured there does not mean that nothing
+        depends on it.
+        """
+        self._finish()
+        found = self._found
+        return {
+            name: found[name] if name in found else {bits: _usual(found, errors, bits) * error[bits] for bits in error}
+            for name, error in errors.items()
+        }
+
+    def _enter(self, depth: int) -> None:
+        """Take the original and all variants through the blocks up to number `depth`, which stays loaded."""
+        while self._depth < depth:
+            if self._depth >= 0:
+                self._replay.release(self._depth)
+            self._depth += 1
+            block = self._replay.load(self._depth)
+            self._inputs = self._outputs
+            with self._noting_what_is_reached(block):
+                self._outputs = self._replay.run(self._depth, self._inputs)
+            self._advance(self._depth)
+
+    def _advance(self, depth: int) -> None:
+        for variant in self._held:
+            variant.hidden = self._replay.run(depth, variant.hidden)
+
+    def _hold(self, spec: LinearSpec, bits: int, weight: Tensor) -> None:
+        """Run the block with the linear's weight replaced, float32 `[out, in]`, and hold what comes out."""
+        if len(self._held) == self._room:
+            self._finish()
+        block = self._replay.load(spec.block)
+        with _replaced(block.get_submodule(spec.kind), weight.T if spec.transposed else weight):
+            self._held.append(_Variant(spec.name, bits, self._replay.run(spec.block, self._inputs)))
+
+    def _finish(self) -> None:
+        """Run all variants to the end, note their divergences and forget them."""
+        if not self._held:
+            return
+        original = self._outputs
+        ahead = {name: depth for depth, name in enumerate(self._structure.blocks) if depth > self._depth}
+        for name in self._progress(list(ahead), "Replaying") if ahead else ():
+            self._replay.load(ahead[name])
+            original = self._replay.run(ahead[name], original)
+            self._advance(ahead[name])
+            self._replay.release(ahead[name])
+        held, self._held = self._held, []
+        divergences = self._replay.divergences(original, [variant.hidden for variant in held], self._progress)
+        for variant, divergence in zip(held, divergences, strict=True):
+            if not math.isfinite(divergence):
+                raise NumericalError(
+                    f"The predictions are not finite when {variant.name} has {variant.bits} bits; leave it as it is "
+                    "with --skip, or mend the source."
+                )
+            self._found.setdefault(variant.name, {})[variant.bits] = divergence
+
+    @contextmanager
+    def _noting_what_is_reached(self, block: nn.Module) -> Iterator[None]:
+        """Note the linears of the block that are run on a token at least."""
+
+        def note(name: str, inputs: Tensor) -> None:
+            if inputs.numel():
+                self._reached.add(name)
+
+        specs = self._by_block.get(self._depth, [])
+        modules = {spec.name: block.get_submodule(spec.kind) for spec in specs}
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+            for name, module in modules.items()
+        ]
+        with hooked(handles):
+            yield
+
+
+def _usual(found: Mapping[str, dict[int, float]], errors: Mapping[str, dict[int, float]], bits: int) -> float:
+    """Median of divergence / relative error at so many bits, over the linears where there is an error."""
+    ratios = [each[bits] / errors[name][bits] for name, each in found.items() if errors[name][bits] > 0]
+    return statistics.median(ratios) if ratios else 1.0
+
+
+@contextmanager
+def _replaced(linear: nn.Module, weight: Tensor) -> Iterator[None]:
+    parameter = linear.get_parameter("weight")
+    kept = parameter.data
+    parameter.data = weight.to(kept)
+    try:
+        yield
+    finally:
+        parameter.data = kept
