@@ -68,7 +68,9 @@ def summarize(report: Report, out: str) -> str:
             f"Bits/weight   {report.size.bits_per_weight:.3f} in the quantized layers{_planes(report)}, "
             f"{report.size.whole_file_bits_per_weight:.3f} over the whole file",
             *_reconstruction(report),
-            f"Time          {time.total:.0f} s (start {time.trace:.0f}, running blocks {time.forward:.0f}, "
+            f"Time          {time.total:.0f} s ("
+            + (f"choosing bits {time.allocate:.0f}, " if time.allocate else "")
+            + f"start {time.trace:.0f}, running blocks {time.forward:.0f}, "
             f"solving {time.solve:.0f}, "
             + (f"reconstructing {time.reconstruct:.0f}, " if report.blocks else "")
             + f"reading and writing {time.read_and_write:.0f})",
