@@ -19,13 +19,11 @@ from mixes.bench import Allocations
 from mixes.table import as_json, as_markdown
 from quality.conditions import Conditions, name_tests
 from quality.methods import parse_methods
+from quality.options import POSITIVE, comparison_options
 from quality.rows import write_text
 
-from shiftadd_cli.cli.scoring import scoring_options
 from shiftadd_cli.errors import RecipeError, ShiftaddError
 from shiftadd_cli.recipe import Recipe
-
-_POSITIVE = click.IntRange(min=1)
 
 
 class _Numbers(click.ParamType):
@@ -54,22 +52,10 @@ class _Numbers(click.ParamType):
 )
 @click.option("--candidates", type=_Numbers(int), default="2,3,4", show_default=True, help="Bits a layer may get.")
 @click.option("--recipe", default="default", show_default=True, help="Recipe of all mixes, with :field=value,... .")
-@click.option("--calibration", default="builtin", show_default=True, help="Text to calibrate on.")
-@click.option("--samples", type=_POSITIVE, default=128, show_default=True, help="Calibration windows.")
-@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each.")
 @click.option("--seeds", type=_Numbers(int), default="0,1,2", show_default=True, help="Seeds of everything random.")
-@click.option("--test", "tests", multiple=True, default=("builtin",), show_default=True, help="Text to measure on.")
-@scoring_options
-@click.option("--sample-blocks", type=_POSITIVE, default=3, show_default=True, help="Blocks of layers replaced alone.")
-@click.option("--sample-bits", type=_POSITIVE, default=2, show_default=True, help="Bits of these layers.")
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="Folder of rows, logs and the tables.",
-)
-@click.option("--keep-artifacts", is_flag=True, help="Keep the compressed models in it.")
-@click.option("--together", type=_POSITIVE, default=3, show_default=True, help="Models measured at once.")
+@click.option("--sample-blocks", type=POSITIVE, default=3, show_default=True, help="Blocks of layers replaced alone.")
+@click.option("--sample-bits", type=POSITIVE, default=2, show_default=True, help="Bits of these layers.")
+@comparison_options
 def main(
     model: str,
     budgets: tuple[float, ...],

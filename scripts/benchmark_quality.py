@@ -20,15 +20,13 @@ import click
 from quality.bench import Bench
 from quality.conditions import Conditions, name_tests
 from quality.methods import parse_methods
+from quality.options import comparison_options
 from quality.peers import PEERS
 from quality.rows import write_text
 from quality.table import as_json, as_markdown
 
-from shiftadd_cli.cli.scoring import scoring_options
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.recipe_file import packaged_names
-
-_POSITIVE = click.IntRange(min=1)
 
 
 class _Widths(click.ParamType):
@@ -54,26 +52,8 @@ class _Widths(click.ParamType):
     f"{', '.join(f'peer:{name}' for name in PEERS)}; each with :field=value,... for changes.",
 )
 @click.option("--bits", type=_Widths(), default="2,3,4", show_default=True, help="Planes per weight.")
-@click.option("--calibration", default="builtin", show_default=True, help="Text for the methods that read one.")
-@click.option("--samples", type=_POSITIVE, default=128, show_default=True, help="Calibration windows.")
-@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
-@click.option("--test", "tests", multiple=True, default=("builtin",), show_default=True, help="Text to measure on.")
-@scoring_options
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="Folder of rows, logs and the table.",
-)
-@click.option("--keep-artifacts", is_flag=True, help="Keep the compressed models in it.")
-@click.option(
-    "--together",
-    type=_POSITIVE,
-    default=3,
-    show_default=True,
-    help="Compressed models measured beside one run of the original; more saves time and needs more memory.",
-)
+@comparison_options
 def main(
     model: str,
     methods: tuple[str, ...],

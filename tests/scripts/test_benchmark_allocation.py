@@ -88,7 +88,7 @@ def work(folder: Path, arguments: list[str]) -> Path:
         modules = in_process(patch)
         result = run(arguments, folder / "work", "--keep-artifacts")
     assert result.exit_code == 0, result.output
-    assert modules.count("mixes.measure_run") == 4
+    assert modules.count("mixes.measure_run") == 6
     return folder / "work"
 
 
@@ -100,7 +100,7 @@ def table(work: Path) -> dict[str, Any]:
 
 def test_every_budget_has_its_planned_random_and_uniform_mixes(table: dict[str, Any], work: Path) -> None:
     found = [(mix["seed"], mix["budget"], mix["planner"]) for mix in table["mixes"]]
-    planners = ("output", "paper", "random", "uniform")
+    planners = ("output", "divergence", "paper", "random", "uniform")
     assert {each[2] for each in found} >= set(planners)
     assert [each for each in found if each[2] in planners] == [
         (seed, budget, planner) for seed in (0, 1) for budget in (4.5, 5.5) for planner in planners
@@ -132,7 +132,7 @@ def test_sizes_are_met_and_the_cost_of_measuring_is_told(table: dict[str, Any]) 
     for row in table["sizes"]:
         assert 0.97 * row["target_bytes"] <= row["file_bytes"] <= row["target_bytes"]
     assert {(each["sensitivity"], each["seed"]) for each in table["sensitivities"]} >= {
-        (kind, seed) for kind in ("output", "paper") for seed in (0, 1)
+        (kind, seed) for kind in ("output", "divergence", "paper") for seed in (0, 1)
     }
     assert all(each["seconds"] > 0 and each["peak_memory_bytes"] > 1e6 for each in table["sensitivities"])
     assert table["solver"]["linears"] == 560
