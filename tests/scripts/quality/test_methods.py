@@ -36,7 +36,16 @@ def test_a_packaged_recipe_is_a_method(name: str) -> None:
     (method,) = parse_methods([name])
     packaged = Recipe.load(name)
     shared = {**COMMON, "calibration": "none"} if packaged.calibration == "none" else COMMON
-    assert method.resolve(4, COMMON) == packaged.model_copy(update={**shared, "bits": 4})
+    # Bits on the command line take the place of an average.
+    assert method.resolve(4, COMMON) == packaged.model_copy(update={**shared, "bits": 4, "avg_bits": None})
+
+
+def test_a_method_with_an_average_has_a_row_at_the_width_below_it_and_no_other() -> None:
+    (method, plain) = parse_methods(["best:avg_bits=2.25,reconstruct_epochs=0,best"])
+    assert [method.at(bits) for bits in (2, 3)] == [True, False]
+    assert [plain.at(bits) for bits in (2, 3)] == [True, True]
+    assert method.resolve(2, COMMON).avg_bits == 2.25
+    assert plain.resolve(2, COMMON).avg_bits is None
 
 
 def test_changes_win_over_what_is_shared() -> None:
