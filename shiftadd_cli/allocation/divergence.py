@@ -136,7 +136,7 @@ class Divergence:
         if len(self._held) == self._room:
             self._finish()
         block = self._replay.load(spec.block)
-        with _replaced(block.get_submodule(spec.kind), weight.T if spec.transposed else weight):
+        with _replaced(block.get_submodule(spec.kind), spec.turned(weight)):
             self._held.append(_Variant(spec.name, bits, self._replay.run(spec.block, self._inputs)))
 
     def _finish(self) -> None:

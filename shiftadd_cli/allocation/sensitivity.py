@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shiftadd_cli.allocation.candidates import CandidateSolver
 from shiftadd_cli.allocation.divergence import Divergence, probe_windows
@@ -191,16 +191,10 @@ def walk_blocks(
         left = [(kind,) for kind in specs if not any(kind in group for group in groups)]
         for group, hessian in [*zip(groups, moments, strict=True), *((group, None) for group in left)]:
             members = [specs[kind] for kind in group]
-            found = measure(members, [_matrix(block, spec) for spec in members], hessian)
+            found = measure(members, [spec.matrix(block).float() for spec in members], hessian)
             costs |= {spec.name: each for spec, each in zip(members, found, strict=True)}
         shared += [tuple(specs[kind].name for kind in group) for group in groups]
         if depth + 1 < len(structure.blocks):
             stream.advance(name)
         source.release([name])
     return Sensitivities({spec.name: costs[spec.name] for spec in structure.linears}, tuple(shared))
-
-
-def _matrix(block: nn.Module, spec: LinearSpec) -> Tensor:
-    """The weight as float32 `[out, in]`."""
-    weight = block.get_submodule(spec.kind).get_parameter("weight").detach().float()
-    return weight.T if spec.transposed else weight

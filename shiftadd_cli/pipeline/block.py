@@ -76,7 +76,7 @@ class BlockQuantizer:
                 stream,
                 original.hidden,
                 {kind: solution.weight for kind, solution in self.solutions.items()},
-                {kind: _matrix(original.block.get_submodule(kind), spec).float() for kind, spec in self.specs.items()},
+                {kind: spec.matrix(original.block).float() for kind, spec in self.specs.items()},
                 [kind for kind, spec in self.specs.items() if spec.transposed],
                 epochs=self.recipe.reconstruct_epochs,
                 seed=self.recipe.seed,
@@ -96,7 +96,7 @@ class BlockQuantizer:
 
     def _solve_alike(self, kinds: Sequence[str], moments: Moments | None, bits: int) -> None:
         options = replace(self.options, bits=bits)
-        weights = [_matrix(self.block.get_submodule(kind), self.specs[kind]) for kind in kinds]
+        weights = [self.specs[kind].matrix(self.block) for kind in kinds]
         names = [self.specs[kind].name for kind in kinds]
         if moments is None:
             solutions = quantize_matrices(weights, names, None, options.without_data())
@@ -123,13 +123,7 @@ class BlockQuantizer:
         _replace(self.block.get_submodule(kind), solution.weight.decode(), self.specs[kind])
 
 
-def _matrix(module: nn.Module, spec: LinearSpec) -> Tensor:
-    """The weight as `[out, in]`."""
-    weight = module.get_parameter("weight").detach()
-    return weight.T if spec.transposed else weight
-
-
 def _replace(module: nn.Module, weight: Tensor, spec: LinearSpec) -> None:
     """Put `weight` `[out, in]` in the place of the module's own, in its layout and dtype."""
     parameter = module.get_parameter("weight")
-    parameter.data = (weight.T.contiguous() if spec.transposed else weight).to(parameter.dtype)
+    parameter.data = spec.turned(weight).contiguous().to(parameter.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.skeleton import tied_groups
@@ -27,6 +27,14 @@ class LinearSpec:
     in_features: int
     has_bias: bool
     transposed: bool
+
+    def turned(self, weight: Tensor) -> Tensor:
+        """A weight as it is stored as `[out, in]`, and the other way round; a view."""
+        return weight.T if self.transposed else weight
+
+    def matrix(self, block: nn.Module) -> Tensor:
+        """The weight of this linear in its block as `[out, in]`, detached, in the dtype it has there."""
+        return self.turned(block.get_submodule(self.kind).get_parameter("weight").detach())
 
 
 @dataclass(frozen=True)
