@@ -46,6 +46,16 @@ class SquaredGradients:
     means: dict[str, float]
     partial: frozenset[str]
 
+    def token_weights(self) -> dict[str, Tensor]:
+        """For every linear `tokens` divided by their mean: float32 `[samples, seq_len]`, of mean 1.
+
+        Ones get a linear that no gradient reaches, and one that does not see all tokens.
+        """
+        return {
+            name: torch.ones_like(each) if name in self.partial else _of_mean_one(each)
+            for name, each in self.tokens.items()
+        }
+
 
 @dataclass
 class _Batch:
@@ -54,40 +64,6 @@ class _Batch:
     first: int
     size: int
     hidden: list[Tensor] = field(default_factory=list)
-
-
-def token_weights(
-    source: Source,
-    structure: Structure,
-    windows: Tensor,
-    trace: Trace,
-    *,
-    device: torch.device,
-    loss: Loss = "divergence",
-    seed: int = 0,
-    memory_bytes: int = MEMORY_BYTES,
-    progress: BlockProgress | None = None,
-) -> dict[str, Tensor]:
-    """For every linear of `structure`: float32 `[samples, seq_len]` on the CPU, of mean 1.
-
-    These are the `squared_gradients` of the tokens, divided by the mean of all. Ones get a linear that no gradient
-    reaches, and one that does not see all tokens.
-    """
-    found = squared_gradients(
-        source,
-        structure,
-        windows,
-        trace,
-        device=device,
-        loss=loss,
-        seed=seed,
-        memory_bytes=memory_bytes,
-        progress=progress,
-    )
-    return {
-        name: torch.ones_like(each) if name in found.partial else _of_mean_one(each)
-        for name, each in found.tokens.items()
-    }
 
 
 def squared_gradients(
@@ -230,4 +206,4 @@ def _refuse_not_finite(gradient: Tensor, where: str) -> None:
 
 def _of_mean_one(squares: Tensor) -> Tensor:
     mean = squares.double().mean()
-    return squares.div_(mean) if mean > 0 else torch.ones_like(squares)
+    return squares / mean if mean > 0 else torch.ones_like(squares)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution
-from shiftadd_cli.calibration.gradients import token_weights
+from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.text import TextData, load_text, sample_windows
 from shiftadd_cli.calibration.trace import Trace, trace_model
@@ -134,7 +134,7 @@ class _Run:
     def _weigh_tokens(self, windows: Tensor, trace: Trace, progress: BlockProgress) -> dict[str, Tensor]:
         """Squared gradients to the power of the recipe, of mean 1 again."""
         recipe, plan = self.plan.recipe, self.plan
-        squares = token_weights(
+        found = squared_gradients(
             plan.source,
             plan.structure,
             windows,
@@ -143,7 +143,7 @@ class _Run:
             seed=recipe.seed,
             progress=progress,
         )
-        powers = {name: each**recipe.loss_aware for name, each in squares.items()}
+        powers = {name: each**recipe.loss_aware for name, each in found.token_weights().items()}
         return {name: each / each.mean() for name, each in powers.items()}
 
     def _block(self, depth: int, name: str, trace: Trace | None) -> None:

@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, save_tiny, tiny_config
 from transformers import AutoModelForCausalLM
 
 from shiftadd_cli.calibration import end_loss
-from shiftadd_cli.calibration.gradients import squared_gradients, token_weights
+from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.source import find_structure, open_source
@@ -31,7 +31,7 @@ def prepare(path, windows, batch_size=2):
 
 def weights_of(path, windows, batch_size=2, **options):
     source, structure, trace = prepare(path, windows, batch_size)
-    return token_weights(source, structure, windows, trace, device=CPU, **options)
+    return squared_gradients(source, structure, windows, trace, device=CPU, **options).token_weights()
 
 
 def plain_forward(path, windows):
@@ -142,7 +142,7 @@ def test_weights_do_not_depend_on_batches_groups_or_slices(tmp_path, loss, batch
     source, structure, trace = prepare(tmp_path, windows, batch_size)
     rows = []
     source.skeleton().get_output_embeddings().register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1]))
-    found = token_weights(source, structure, windows, trace, device=CPU, loss=loss, memory_bytes=1)
+    found = squared_gradients(source, structure, windows, trace, device=CPU, loss=loss, memory_bytes=1).token_weights()
     assert max(rows) == (1, 7)
     for name, weights in found.items():
         torch.testing.assert_close(weights, wanted[name], rtol=2e-3, atol=1e-5)
@@ -189,7 +189,7 @@ def test_the_trace_stays_as_it_is(tmp_path):
     windows = random_windows()
     source, structure, trace = prepare(tmp_path, windows)
     before = [batch.clone() for batch in trace.hidden]
-    token_weights(source, structure, windows, trace, device=CPU)
+    squared_gradients(source, structure, windows, trace, device=CPU).token_weights()
     for batch, kept in zip(trace.hidden, before, strict=True):
         assert torch.equal(batch, kept)
         assert not batch.requires_grad
@@ -210,7 +210,7 @@ def test_one_block_is_in_memory_at_a_time_and_each_group_of_batches_reads_it_twi
     monkeypatch.setattr(source, "materialise", materialise)
     # Room for two of the three batches.
     room = 2 * len(blocks) * next(iter(trace.hidden)).nbytes
-    token_weights(source, structure, windows, trace, device=CPU, memory_bytes=room)
+    squared_gradients(source, structure, windows, trace, device=CPU, memory_bytes=room).token_weights()
     assert read == 2 * [*structure.blocks, *reversed(structure.blocks)]
     assert all(each.is_meta for block in blocks for each in block.parameters())
     assert not any("forward" in vars(block) for block in blocks)
@@ -229,7 +229,7 @@ def test_linears_without_a_gradient_for_every_token_weigh_all_alike(tmp_path):
         return mlp.down_proj(gate + hidden.mean(-1, keepdim=True) + 0 * mlp.up_proj(hidden))
 
     mlp.forward = experts
-    found = token_weights(source, structure, windows, trace, device=CPU)
+    found = squared_gradients(source, structure, windows, trace, device=CPU).token_weights()
     uniform = {name for name, weights in found.items() if torch.equal(weights, torch.ones(2, 8))}
     assert uniform == {"model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"}
 
@@ -245,11 +245,11 @@ def test_a_gradient_that_is_not_finite_is_refused_by_name(tmp_path):
 
     source.skeleton().get_submodule(f"{structure.blocks[1]}.mlp.act_fn").register_forward_hook(overflow)
     with pytest.raises(NumericalError, match=rf"input of {structure.blocks[1]} is not finite in float32"):
-        token_weights(source, structure, windows, trace, device=CPU)
+        squared_gradients(source, structure, windows, trace, device=CPU).token_weights()
 
 
 def test_windows_must_be_those_of_the_trace(tmp_path):
     save_tiny("llama", tmp_path)
     source, structure, trace = prepare(tmp_path, random_windows(2, 8))
     with pytest.raises(ValueError, match="of 2 windows, not of 3"):
-        token_weights(source, structure, random_windows(3, 8), trace, device=CPU)
+        squared_gradients(source, structure, random_windows(3, 8), trace, device=CPU).token_weights()
