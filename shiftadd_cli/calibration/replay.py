@@ -7,7 +7,7 @@ to 16 bits does to them. Measured on SmolLM2-135M, 512 tokens: noise of 0.3% on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from shiftadd_cli.calibration.distribution import Reference
 from shiftadd_cli.calibration.head import dress, returning, slices
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.device import move_parts
+from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import Source, Structure
 
 # Logits, their logarithms, the original's and two differences, float32, are held for so many tokens at once.
@@ -69,10 +70,7 @@ class Replay:
 
     @torch.no_grad()
     def divergences(
-        self,
-        original: Tensor,
-        others: Sequence[Tensor],
-        progress: Callable[[Sequence[str], str], Iterable[str]] = lambda names, _: names,
+        self, original: Tensor, others: Sequence[Tensor], progress: BlockProgress = lambda names, _: names
     ) -> list[float]:
         """Mean over tokens of KL(original || other), in nats, of the predictions made from outputs of the last block.
 
