@@ -87,6 +87,4 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
 
 def _settings(recipe: str | Recipe, fields: dict[str, Any]) -> Recipe:
     """The recipe with some fields changed."""
-    if not isinstance(recipe, Recipe):
-        return Recipe.load(recipe, fields)
-    return Recipe(**{**recipe.model_dump(), **fields}) if fields else recipe
+    return recipe.changed(fields) if isinstance(recipe, Recipe) else Recipe.load(recipe, fields)

@@ -299,3 +299,9 @@ class Recipe(BaseModel):
         from shiftadd_cli.recipe_file import load_recipe
 
         return load_recipe(cls, name_or_path, overrides or {})
+
+    def changed(self, fields: dict[str, Any]) -> Recipe:
+        """This recipe with other values of some fields, as `load` puts `overrides` on top of a file's."""
+        from shiftadd_cli.recipe_file import change_recipe
+
+        return change_recipe(self, fields)

@@ -45,19 +45,27 @@ def load_recipe(model: type[Recipe], name_or_path: str, overrides: dict[str, Any
         path = Path(name_or_path)
         if not path.exists():
             raise RecipeError(_no_such_recipe(name_or_path))
-    values = _read_mapping(path)
+    return _build(model, _read_mapping(path), overrides, f"Recipe {path}")
+
+
+def change_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """See `Recipe.changed`."""
+    return _build(type(recipe), recipe.model_dump(), overrides, "The recipe")
+
+
+def _build(model: type[Recipe], values: dict[str, Any], overrides: dict[str, Any], origin: str) -> Recipe:
     said = [name for name in _BITS if name in overrides]
     if len(said) > 1:
         raise RecipeError(
             f"{' and '.join(_option(name) for name in said)} say how many bits layers get; give one of them."
         )
     if said:
-        # What is said on the command line takes the place of what the file says in another way.
+        # What is said on top takes the place of what is said below in another way.
         values = {name: value for name, value in values.items() if name not in _BITS}
     try:
         return model(**{**values, **overrides})
     except ValidationError as failure:
-        faults = [_sentence(error, path, overrides, tuple(model.model_fields)) for error in failure.errors()]
+        faults = [_sentence(error, origin, overrides, tuple(model.model_fields)) for error in failure.errors()]
         raise RecipeError("; ".join(dict.fromkeys(faults)) + ".") from None
 
 
@@ -106,14 +114,14 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _sentence(error: ErrorDetails, path: Path, overrides: dict[str, Any], fields: tuple[str, ...]) -> str:
+def _sentence(error: ErrorDetails, recipe: str, overrides: dict[str, Any], fields: tuple[str, ...]) -> str:
     location = error["loc"]
     if not location:
         changed = "".join(f" {_option(name)}" for name in overrides)
-        origin = f"Recipe {path}" + (f" with{changed}" if changed else "")
+        origin = recipe + (f" with{changed}" if changed else "")
         return f"{origin}: {error['msg'].removeprefix('Value error, ')}"
     field = str(location[0])
-    origin = f"Option {_option(field)}" if field in overrides else f"Recipe {path}, field {field!r}"
+    origin = f"Option {_option(field)}" if field in overrides else f"{recipe}, field {field!r}"
     if error["type"] == "extra_forbidden":
         return f"{origin} is unknown{_nearest(field, fields)}"
     value = error["input"]

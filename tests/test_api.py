@@ -58,6 +58,15 @@ def test_a_recipe_object_and_fields_on_top_of_it(tmp_path: Path) -> None:
     assert (report.recipe["group_size"], report.recipe["bits"], report.calibration) == (12, 4, None)
 
 
+def test_bits_on_top_of_a_recipe_object_replace_its_average_as_on_top_of_a_file(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "source")
+    recipe = shiftadd_cli.Recipe.load("best", {"reconstruct_epochs": 0})
+    report = shiftadd_cli.quantize(str(source), tmp_path / "out", recipe, bits=2, **QUICK)
+    assert (report.recipe["avg_bits"], {layer.bits for layer in report.layers}) == (None, {2})
+    with pytest.raises(shiftadd_cli.ShiftaddError, match="--bits: 9"):
+        shiftadd_cli.quantize(str(source), tmp_path / "more", recipe, bits=9)
+
+
 def test_errors_are_of_one_family(tmp_path: Path) -> None:
     with pytest.raises(shiftadd_cli.ShiftaddError, match="nowhere"):
         shiftadd_cli.quantize(str(tmp_path / "nowhere"), tmp_path / "out")
