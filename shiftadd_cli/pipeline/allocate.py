@@ -155,14 +155,15 @@ class AllocationJob:
         smallest = self.plan_at(min)
         other = file_bytes(smallest) - smallest.quantized_bytes
         available = budget.layer_bytes(smallest.quantized_weights, other)
-        while True:
-            chosen = allocate(layers, tied, available)
-            plan = make_plan(self.source, self.recipe, chosen)
-            above = 0 if budget.file_bytes is None else file_bytes(plan) - budget.file_bytes
+        chosen = allocate(layers, tied, available)
+        while budget.file_bytes is not None:
+            above = file_bytes(make_plan(self.source, self.recipe, chosen)) - budget.file_bytes
             if above <= 0:
-                return self.bit_plan(layers, chosen)
+                break
             # The files' headers take a few bytes that depend on the choice.
             available = max(available - above, smallest.quantized_bytes)
+            chosen = allocate(layers, tied, available)
+        return self.bit_plan(layers, chosen)
 
     def front(self, sensitivities: Sensitivities, points: int = 25) -> list[FrontPoint]:
         """The least predicted loss at evenly spaced sizes, from the fewest bits allowed to the most."""
