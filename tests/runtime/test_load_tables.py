@@ -9,18 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from artifacts import Checkpoint, edit_config, edit_tensors, write_checkpoint
+from loading import IDS, assert_close, assert_same_state, load, logits
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.table import Int8Embedding, Int8Linear
-from shiftadd_cli.runtime.transformers_plugin import register
 
-register()
-IDS = torch.randint(0, VOCAB_SIZE, (2, 17), generator=torch.Generator().manual_seed(0))
 TIED = ("qwen2", "qwen3", "gemma3", "opt", "gpt2", "bloom")
 UNTIED = ("llama", "mistral", "phi")
 
@@ -29,28 +27,6 @@ UNTIED = ("llama", "mistral", "phi")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     folder = tmp_path_factory.mktemp("checkpoints")
     return {name: write_checkpoint(tiny_model(name), folder / name, tables=True) for name in FAMILIES}
-
-
-def load(folder: Path, **options: object) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    return model(IDS).logits
-
-
-def assert_close(one: torch.Tensor, other: torch.Tensor, eps: float = 1e-4) -> None:
-    assert torch.isfinite(other).all()
-    assert (one.float() - other.float()).abs().max() <= eps * other.float().abs().max()
-
-
-def assert_same_state(one: PreTrainedModel, other: PreTrainedModel) -> None:
-    left, right = one.state_dict(), other.state_dict()
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert tensor.dtype == right[name].dtype
-        assert torch.equal(tensor, right[name])
 
 
 def ends(model: PreTrainedModel) -> tuple[Int8Embedding, Int8Linear]:

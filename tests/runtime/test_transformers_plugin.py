@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from artifacts import COMMON, FORMATS, Checkpoint, edit_config, write_checkpoint
-from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
+from loading import IDS, assert_close, assert_same_state, load, logits
+from tiny_models import FAMILIES, tiny_model
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from shiftadd_cli.artifact.format import SUFFIXES, MatrixFormat
@@ -18,8 +19,6 @@ from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.transformers_plugin import register
 
-register()
-IDS = torch.randint(0, VOCAB_SIZE, (2, 17), generator=torch.Generator().manual_seed(0))
 ROTATED = {"rotation": "hadamard"}
 ACC = MatrixFormat(bits=2, group_size=1, group_rows="all", scale_format="apot3", row_scale=True, offset=False)
 LAT = MatrixFormat(bits=3, group_size=8, group_rows="1/8", scale_format="pot", row_scale=False, offset=False)
@@ -38,28 +37,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
            "fc2": OFFSET, "mlp.c_proj": OFFSET, "dense_4h_to_h": ACC}  # fmt: skip
     folder = tmp_path_factory.mktemp("checkpoints")
     return {name: write_checkpoint(tiny_model(name), folder / name, own=own) for name in FAMILIES}
-
-
-def load(folder: Path, **options: object) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    return model(IDS).logits
-
-
-def assert_close(one: torch.Tensor, other: torch.Tensor, eps: float = 1e-4) -> None:
-    assert torch.isfinite(other).all()
-    assert (one.float() - other.float()).abs().max() <= eps * other.float().abs().max()
-
-
-def assert_same_state(one: PreTrainedModel, other: PreTrainedModel) -> None:
-    left, right = one.state_dict(), other.state_dict()
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert tensor.dtype == right[name].dtype
-        assert torch.equal(tensor, right[name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
