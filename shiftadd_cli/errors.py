@@ -37,5 +37,9 @@ class ArtifactError(ShiftaddError):
     """A compressed checkpoint is damaged, of another version, or not one of ours."""
 
 
+class RuntimeChoiceError(ShiftaddError):
+    """The environment asks for kernels that do not exist or cannot run on this machine."""
+
+
 class OutputError(ShiftaddError):
     """The result cannot be written where the user asked."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,13 +19,55 @@ else:
     tomllib = pytest.importorskip("tomllib")
 
 
-@pytest.fixture(scope="module")
-def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(build, cwd=repository, check=True, capture_output=True, timeout=120)
+def build_wheel(sources: Path, folder: Path, **environment: str) -> Path:
+    """A wheel of a copy of the sources, built with what is installed here."""
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
+    # A folder of its own: CMake remembers the compiler it found before.
+    build += [f"-Cbuild-dir={folder / 'build'}", str(sources)]
+    done = subprocess.run(build, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def sources(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a source distribution: what CMake found out about this machine must not leak into a build."""
+    folder = tmp_path_factory.mktemp("sources") / "shiftadd"
+    unwanted = shutil.ignore_patterns(
+        "*.so",
+        "CMakeCache.txt",
+        "CMakeFiles",
+        "*.ninja",
+        "*.a",
+        "__pycache__",
+        ".git",
+        ".venv*",
+        "out",
+        "build",
+        ".*_cache",
+    )
+    shutil.copytree(repository, folder, ignore=unwanted)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As on a machine without a compiler, which is the quickest to build."""
+    return build_wheel(sources, tmp_path_factory.mktemp("wheel"), CC="/bin/false", CXX="/bin/false")
+
+
+def test_without_a_compiler_the_wheel_is_pure_python(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_with_a_compiler_the_wheel_holds_the_kernels(sources: Path, tmp_path: Path) -> None:
+    names = zipfile.ZipFile(build_wheel(sources, tmp_path)).namelist()
+    kernels = [name for name in names if name.startswith("shiftadd_cli/runtime/kernels/_native")]
+    assert len(kernels) == 1
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".a", "CMakeLists.txt"))]
 
 
 def test_wheel_holds_recipes_types_and_licence_but_no_tests(wheel: Path) -> None:

@@ -1,8 +1,9 @@
-"""The linear layer over a compressed weight, in plain torch."""
+"""The linear layer over a compressed weight: on look-up tables where they can run, else in plain torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +11,41 @@ from torch.nn.functional import linear
 
 from shiftadd_cli.bcq.rotation import rotate_input
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.runtime.kernels.choice import Precision
+from shiftadd_cli.runtime.kernels.cpu_weight import CpuWeight
+from shiftadd_cli.runtime.kernels.ops import lookup_linear
 from shiftadd_cli.runtime.stored import StoredWeight
 
 # Decoded rows held at a time, float32; a matrix of a small model is one tile.
 TILE_BYTES = 4 << 20
 
+_CODES = "weight_codes"
+_LOOKUP_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class PackedLinear(StoredWeight):
-    """`x @ W.T + bias` with W in compressed form, decoded tile by tile on every call.
+    """`x @ W.T + bias` with W in compressed form.
 
-    The stored tensors are frozen parameters named as in `bcq.weight`.
+    The stored tensors are frozen parameters named as in `bcq.weight`. Once `prepare` was called, the planes are held in
+    the order of the CPU kernels instead, and every call looks up and adds; until then, and for what the kernels do not
+    take (float64, gradients), the matrix is decoded tile by tile on every call.
 
     The output equals `F.linear(R x, packed().decode_stored().to(x.dtype), bias)`, where R is the rotation, if there is
-    one, up to the rounding of the dot products, which torch sums in another order for another tile shape (for float32:
-    a few units in the last place of the sum of |terms|), plus the outlier columns' part, if there are any. In exact
-    arithmetic that is `F.linear(x, decode(), bias)`.
+    one, up to the rounding of the dot products, which are summed in another order (for float32: a few units in the last
+    place of the sum of |terms|; with 16-bit tables, see `kernels.choice`, 8e-4 of the output's norm), plus the outlier
+    columns' part, if there are any. In exact arithmetic that is `F.linear(x, decode(), bias)`.
 
     `transposed` remembers that the layer stands for a transformers `Conv1D`, whose dense weight is [in, out].
     """
 
     bias: nn.Parameter | None
+    # Buffers of a prepared layer, see `kernels.cpu_weight`.
+    words: Tensor
+    scale_codes: Tensor | None
+    scales: Tensor | None
+    offsets: Tensor | None
+    row_scale: Tensor
+    signs: Tensor | None
     # (x `[..., in]`, signs `[in]`) → R x; layers that read the same input may be given one that remembers it.
     rotate: Callable[[Tensor, Tensor], Tensor]
 
@@ -47,6 +63,7 @@ class PackedLinear(StoredWeight):
         self.layout = layout
         self.transposed = transposed
         self.rotate = rotate_input
+        self.precision: Precision | None = None
         self._stand_for(tuple(layout.tensors()), (layout.grid.rows, layout.grid.columns), dtype)
         for suffix, (shape, kind) in layout.tensors().items():
             empty = torch.zeros(shape, dtype=kind, device=device)
@@ -80,8 +97,37 @@ class PackedLinear(StoredWeight):
         return self.layout.grid.rows
 
     def packed(self) -> QuantizedWeight:
-        """The compressed matrix; shares memory with the parameters."""
-        return QuantizedWeight(self.layout, {name: self.get_parameter(name).detach() for name in self.layout.tensors()})
+        """The compressed matrix; shares memory with the parameters, unless the layer was prepared."""
+        tensors = {name: self.get_parameter(name).detach() for name in self.layout.tensors()}
+        if self.prepared:
+            tensors[_CODES] = self._cpu_weight().codes(self.layout)
+        return QuantizedWeight(self.layout, tensors)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the planes are held in the order of the CPU kernels."""
+        return self.precision is not None
+
+    def prepare(self, precision: Precision) -> None:
+        """Arrange the planes, which must be on the CPU, for the CPU kernels; the stored ones are dropped.
+
+        They are not parameters afterwards, but state dicts hold them as ever. Only for layouts that
+        `kernels.cpu_weight.supports`.
+        """
+        if not self.prepared:
+            for name, tensor in CpuWeight.pack(self.packed()).tensors().items():
+                self.register_buffer(name, tensor, persistent=False)
+            self.get_parameter(_CODES).data = torch.empty(0, dtype=torch.uint8)
+        self.precision = precision
+
+    def restore(self) -> None:
+        """Undo `prepare`."""
+        if self.prepared:
+            arranged = self._cpu_weight()
+            self.get_parameter(_CODES).data = arranged.codes(self.layout)
+            self.precision = None
+            for name in arranged.tensors():
+                delattr(self, name)
 
     def decode(self) -> Tensor:
         """The matrix the layer stands for: float32 `[out, in]`."""
@@ -89,18 +135,66 @@ class PackedLinear(StoredWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` → `[..., out]` in the dtype of `x` (float32, bfloat16, float16 or float64)."""
+        looks_up = self.prepared and x.dtype in _LOOKUP_TYPES and not (x.requires_grad and torch.is_grad_enabled())
+        output = self._look_up(x) if looks_up else self._decode_and_multiply(x)
+        if not self.layout.outliers:
+            return output
+        columns, ids = self.get_parameter("weight_columns"), self.get_parameter("weight_column_ids")
+        return output + linear(x[..., ids], columns.to(x.dtype))
+
+    def _look_up(self, x: Tensor) -> Tensor:
+        fast = self.precision is Precision.FAST or (self.precision is Precision.AUTO and x.dtype != torch.float32)
+        weight = self._cpu_weight()
+        signs = weight.signs
+        if signs is not None and self.rotate is not rotate_input:
+            # Another layer may have rotated this very input already.
+            x, signs = self.rotate(x, signs), None
+        return lookup_linear(
+            x,
+            weight.words,
+            weight.scale_codes,
+            weight.scales,
+            weight.offsets,
+            weight.row_scale,
+            self.bias,
+            signs,
+            self.layout.grid.group_columns,
+            self.layout.bits,
+            fast,
+        )
+
+    def _decode_and_multiply(self, x: Tensor) -> Tensor:
         height = max(1, TILE_BYTES // (4 * self.in_features))
         packed, tiles = self.packed(), []
-        signs, outliers = packed.signs(), packed.outliers()
+        signs = packed.signs()
         rotated = x if signs is None else self.rotate(x, signs)
         for rows, tile in packed.tiles(height):
             bias = None if self.bias is None else self.bias[rows].to(x.dtype)
             tiles.append(linear(rotated, tile.to(x.dtype), bias))
-        output = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
-        if outliers is None:
-            return output
-        columns, ids = outliers
-        return output + linear(x[..., ids], columns.to(x.dtype))
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
+
+    def _cpu_weight(self) -> CpuWeight:
+        return CpuWeight(self.words, self.scale_codes, self.scales, self.offsets, self.row_scale, self.signs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        precision = self.precision
+        self.restore()
+        super()._apply(fn, recurse)
+        if precision is not None and self.get_parameter(_CODES).device.type == "cpu":
+            self.prepare(precision)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.prepared:
+            destination[prefix + _CODES] = self._cpu_weight().codes(self.layout)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        precision = self.precision
+        self.restore()
+        super()._load_from_state_dict(*arguments)
+        if precision is not None:
+            self.prepare(precision)
 
     def extra_repr(self) -> str:
         return (

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.bcq.rotation import rotate_input
+from shiftadd_cli.runtime.kernels import ops
+from shiftadd_cli.runtime.kernels.extension import cpu_extension
 from shiftadd_cli.runtime.linear import PackedLinear
 
 
@@ -27,12 +29,12 @@ class SharedRotation:
         """R x for `x` `[..., in]` and `signs` ±1 `[in]`."""
         # Tensors of inference mode do not count their changes; a compiler shares equal work by itself.
         if torch.compiler.is_compiling() or x.is_inference():
-            return rotate_input(x, signs)
+            return rotate(x, signs)
         state = (x._version, torch.is_grad_enabled())
         last = self._last
         if last is not None and last[0]() is x and last[1] == state:
             return last[2]
-        rotated = rotate_input(x, signs)
+        rotated = rotate(x, signs)
         self._last = (weakref.ref(x, self._forget), state, rotated)
         return rotated
 
@@ -46,6 +48,14 @@ class SharedRotation:
 
     def __setstate__(self, _: dict[str, Any]) -> None:
         self._last = None
+
+
+def rotate(x: Tensor, signs: Tensor) -> Tensor:
+    """`rotate_input`, by the compiled kernel where it can: that has no gradient."""
+    inference = not (torch.is_grad_enabled() and x.requires_grad)
+    if x.device.type == "cpu" and x.dtype != torch.float64 and inference and cpu_extension() is not None:
+        return ops.rotate(x, signs)
+    return rotate_input(x, signs)
 
 
 def share_rotations(model: nn.Module) -> None:

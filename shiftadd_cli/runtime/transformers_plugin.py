@@ -23,6 +23,7 @@ from shiftadd_cli.runtime.checks import check_files, check_loaded
 from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.load_tables import connect_tables, place_tables, restore_dense
 from shiftadd_cli.runtime.places import find_module
+from shiftadd_cli.runtime.prepare import prepare_layers
 from shiftadd_cli.runtime.rotation import share_rotations
 
 
@@ -94,15 +95,19 @@ class ShiftAddQuantizer(HfQuantizer):
                 module.get_parameter(suffix).requires_grad_(False)
         connect_tables(model)
         share_rotations(model)
+        prepare_layers(_packed_modules(model).values())
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         """Replace every packed layer and every table by the dense layer it was made from, one at a time."""
+        # A config that was saved has its dtype by name.
+        named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        wanted: torch.dtype = named or torch.get_default_dtype()
         for name, module in _packed_modules(model).items():
             if module.get_parameter("weight_codes").is_meta:
                 raise ArtifactError(f"{name} is offloaded to disk; load the model without offloading to dequantize it.")
-            model.set_submodule(name, _dense(module, dtype or torch.get_default_dtype()))
-        restore_dense(model, dtype or torch.get_default_dtype())
+            model.set_submodule(name, _dense(module, wanted))
+        restore_dense(model, wanted)
         return model
 
     def is_serializable(self) -> bool:

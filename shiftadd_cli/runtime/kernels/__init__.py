@@ -1,0 +1,1 @@
+"""Kernels that multiply by compressed weights without making dense ones of them."""

@@ -1,0 +1,88 @@
+// AVX-512 (F, BW, DQ, VL): a table is one register, and a permutation by the low four bits of each lane is a look-up.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels_impl.h"
+
+namespace shiftadd {
+namespace {
+
+struct Avx512 {
+    static constexpr const char* kName = "avx512";
+    static constexpr int kLanes = 16, kRegisters = 32;
+    static constexpr int kTile = 12;  // rows of a tile: 24 registers of sums, 2 of weights, 1 of activations
+    static constexpr bool kHasPairs = false;
+    using Word = __m512i;
+    using Float = __m512;
+    using Half = __m512i;
+    using Words32 = uint32_t __attribute__((vector_size(64)));
+    using Words16 = uint16_t __attribute__((vector_size(64)));
+
+    static int64_t most_lookups(int bits, bool fast) { return (fast ? 96 : 36) / bits; }
+
+    static Float zero() { return _mm512_setzero_ps(); }
+    static Float set(float value) { return _mm512_set1_ps(value); }
+    static Float load(const float* from) { return _mm512_loadu_ps(from); }
+    static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
+    static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+    static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+    static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+    static Word load_words(const uint32_t* from) { return _mm512_loadu_si512(from); }
+    static Word shift_right(Word x, int n) { return Word(Words32(x) >> n); }
+    static Word shift_left(Word x, int n) { return Word(Words32(x) << n); }
+    static void prefetch(const char* from) { _mm_prefetch(from, _MM_HINT_T0); }
+
+    static Float negate(Float x) { return flip(x, _mm512_set1_epi32(INT32_MIN)); }
+    // Changes the sign where the highest bit of `by` is set.
+    static Float flip(Float x, Word by) {
+        const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+        // x ^ (by & sign)
+        return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(x), by, sign, 0x78));
+    }
+
+    // 2^-e plus or minus 2^-(e+d), by integer arithmetic on the exponent field; see `layout.h`.
+    static Float decode_scales(const uint8_t* codes) {
+        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+        const __m512i e = _mm512_and_si512(code, _mm512_set1_epi32(15));
+        const __m512i d = _mm512_and_si512(_mm512_srli_epi32(code, 4), _mm512_set1_epi32(7));
+        const __m512i minus = _mm512_slli_epi32(_mm512_srli_epi32(code, 7), 31);
+        const __m512i place = _mm512_sub_epi32(_mm512_set1_epi32(127), e);
+        const __mmask16 some = _mm512_cmpneq_epi32_mask(e, _mm512_set1_epi32(15));
+        const __m512i first = _mm512_maskz_slli_epi32(some, place, 23);
+        const __m512i second = _mm512_or_si512(_mm512_slli_epi32(_mm512_sub_epi32(place, d), 23), minus);
+        const __mmask16 both = _mm512_mask_test_epi32_mask(some, d, d);
+        const __m512 value = _mm512_castsi512_ps(first);
+        return _mm512_mask_add_ps(value, both, value, _mm512_castsi512_ps(second));
+    }
+
+    static void build_table(const float* x, float* table) {
+        const __m512 zero = _mm512_setzero_ps();
+        __m512 sum = _mm512_mask_sub_ps(set(x[0]), 0x5555, zero, set(x[0]));
+        for (int c = 1; c < kLookupColumns; ++c) {
+            static constexpr __mmask16 kMinus[] = {0x5555, 0x3333, 0x0f0f, 0x00ff};
+            const __m512 value = set(x[c]);
+            sum = _mm512_mask_sub_ps(_mm512_add_ps(sum, value), kMinus[c], sum, value);
+        }
+        store(table, sum);
+    }
+    static Float load_table(const float* table) { return _mm512_loadu_ps(table); }
+    static Float look_up(Float table, Word index) { return _mm512_permutexvar_ps(index, table); }
+
+    static Half zero_half() { return _mm512_setzero_si512(); }
+    static Half add_half(Half a, Half b) { return _mm512_add_epi16(a, b); }
+    static Word shift_right_half(Word x, int n) { return Word(Words16(x) >> n); }
+    // Twice the same 16 entries: the fifth bit of an index, which belongs to the next look-up, then makes no difference.
+    static Half load_table_half(const int16_t* table) {
+        return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+    }
+    static Half look_up_half(Half table, Word index) { return _mm512_permutexvar_epi16(index, table); }
+    static Float low_halves(Half x) {
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 16), 16));
+    }
+    static Float high_halves(Half x) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(x, 16)); }
+};
+
+}  // namespace
+
+}  // namespace shiftadd

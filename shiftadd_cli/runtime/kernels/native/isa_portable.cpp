@@ -1,0 +1,116 @@
+// Plain C++, for any processor; the compiler makes of the loops what it can.
+#include <bit>
+
+#include "kernels_impl.h"
+
+namespace shiftadd {
+namespace {
+
+struct Portable {
+    static constexpr const char* kName = "portable";
+    static constexpr int kLanes = 8, kRegisters = 32;
+    static constexpr int kTile = 2;
+    static constexpr bool kHasPairs = false;
+    struct Word {
+        uint32_t lane[kLanes];
+    };
+    struct Float {
+        float lane[kLanes];
+    };
+    struct Half {
+        int16_t lane[2 * kLanes];
+    };
+
+    template <class R, class F>
+    static R each(F value) {
+        R result;
+        for (int i = 0; i < static_cast<int>(sizeof(result.lane) / sizeof(result.lane[0])); ++i)
+            result.lane[i] = value(i);
+        return result;
+    }
+
+    static int64_t most_lookups(int bits, bool) { return 24 / bits; }
+
+    static Float zero() { return set(0); }
+    static Float set(float value) {
+        return each<Float>([&](int) { return value; });
+    }
+    static Float load(const float* from) {
+        return each<Float>([&](int i) { return from[i]; });
+    }
+    static void store(float* to, const Float& value) { std::memcpy(to, value.lane, sizeof(value)); }
+    static Float add(const Float& a, const Float& b) {
+        return each<Float>([&](int i) { return a.lane[i] + b.lane[i]; });
+    }
+    static Float mul(const Float& a, const Float& b) {
+        return each<Float>([&](int i) { return a.lane[i] * b.lane[i]; });
+    }
+    static Float fma(const Float& a, const Float& b, const Float& c) {
+        return each<Float>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+    }
+    static Word load_words(const uint32_t* from) {
+        return each<Word>([&](int i) { return from[i]; });
+    }
+    static Word shift_right(const Word& x, int n) {
+        return each<Word>([&](int i) { return x.lane[i] >> n; });
+    }
+    static Word shift_left(const Word& x, int n) {
+        return each<Word>([&](int i) { return x.lane[i] << n; });
+    }
+    static void prefetch(const char* from) { __builtin_prefetch(from); }
+
+    static Float negate(const Float& x) {
+        return each<Float>([&](int i) { return -x.lane[i]; });
+    }
+    static Float flip(const Float& x, const Word& by) {
+        return each<Float>([&](int i) {
+            return std::bit_cast<float>(std::bit_cast<uint32_t>(x.lane[i]) ^ (by.lane[i] & 0x80000000u));
+        });
+    }
+
+    static Float decode_scales(const uint8_t* codes) {
+        return each<Float>([&](int i) {
+            const uint32_t e = codes[i] & 15, d = (codes[i] >> 4) & 7, minus = codes[i] >> 7;
+            if (e == 15) return 0.0f;
+            const float first = std::bit_cast<float>((127 - e) << 23);
+            return d ? first + std::bit_cast<float>((127 - e - d) << 23 | minus << 31) : first;
+        });
+    }
+
+    static void build_table(const float* x, float* table) {
+        for (int entry = 0; entry < kTable; ++entry) {
+            float sum = entry & 1 ? x[0] : -x[0];
+            for (int c = 1; c < kLookupColumns; ++c) sum += (entry >> c) & 1 ? x[c] : -x[c];
+            table[entry] = sum;
+        }
+    }
+    static const float* load_table(const float* table) { return table; }
+    static Float look_up(const float* table, const Word& index) {
+        return each<Float>([&](int i) { return table[index.lane[i] & 15]; });
+    }
+
+    static Half zero_half() {
+        return each<Half>([](int) { return int16_t{0}; });
+    }
+    static Half add_half(const Half& a, const Half& b) {
+        return each<Half>([&](int i) { return static_cast<int16_t>(a.lane[i] + b.lane[i]); });
+    }
+    // Only the low four bits of each half are ever used, so shifting the word whole is as good.
+    static Word shift_right_half(const Word& x, int n) { return shift_right(x, n); }
+    static const int16_t* load_table_half(const int16_t* table) { return table; }
+    static Half look_up_half(const int16_t* table, const Word& index) {
+        return each<Half>([&](int i) { return table[(index.lane[i / 2] >> (16 * (i % 2))) & 15]; });
+    }
+    static Float low_halves(const Half& x) {
+        return each<Float>([&](int i) { return static_cast<float>(x.lane[2 * i]); });
+    }
+    static Float high_halves(const Half& x) {
+        return each<Float>([&](int i) { return static_cast<float>(x.lane[2 * i + 1]); });
+    }
+};
+
+}  // namespace
+
+const Kernels* portable_kernels() { return Kernel<Portable>::table(); }
+
+}  // namespace shiftadd

@@ -1,0 +1,71 @@
+// What a set of kernels for one instruction set offers, and what it is given.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "layout.h"
+
+namespace shiftadd {
+
+// One compressed matrix; pointers into tensors that the caller keeps alive. See `layout.h`.
+struct Matrix {
+    Layout layout;
+    const uint32_t* words;
+    const uint8_t* scale_codes;  // one of these two
+    const float* scales;
+    const float* offsets;    // or null
+    const float* row_scale;  // [rows]
+    const float* bias;       // [rows], or null
+};
+
+// Activations of a few rows, made ready for look-up: `batch` of them at a stride.
+struct Lookups {
+    int batch;
+    // [batch][padded_columns / 4][16] sums ± ± ± ±, in float32 or in units of `units` (fast).
+    const float* exact;
+    const int16_t* fast;
+    const float* units;  // [batch][chunks]
+    const float* sums;   // [batch][chunks] of the activations of each chunk
+    float* output;       // [batch][rows], float32
+};
+
+// Activations of many rows: `values` holds chunk after chunk, each [batch][columns of the chunk].
+struct Panel {
+    int64_t batch;
+    const float* values;
+    const uint16_t* halves;  // instead, for `multiply_half`: bfloat16
+    float* output;           // [batch][rows], float32
+};
+
+struct Kernels {
+    const char* name;
+    // Rows of activations up to which looking up beats decoding and multiplying, for so many planes; measured.
+    int64_t (*most_lookups)(int bits, bool fast);
+
+    // Writes the tables of one padded row [padded_columns].
+    void (*build_exact)(const float* row, int64_t columns, float* tables);
+    // The same in 16 bits: a unit per chunk, so small that no sum over the chunk leaves the range.
+    void (*build_fast)(const Layout&, const float* row, int16_t* tables, float* units);
+    // Sums of the chunks of one padded row.
+    void (*sum_chunks)(const Layout&, const float* row, float* sums);
+    // Rows of one stripe of the output.
+    void (*look_up)(const Matrix&, const Lookups&, int64_t stripe);
+    void (*look_up_fast)(const Matrix&, const Lookups&, int64_t stripe);
+    // Rows of one block of the output, from weights decoded in cache.
+    void (*multiply)(const Matrix&, const Panel&, int64_t block);
+    // The same in products of bfloat16 numbers, summed in float32; null where the processor has none.
+    void (*multiply_half)(const Matrix&, const Panel&, int64_t block);
+};
+
+const Kernels* portable_kernels();
+// Each in builds for its architecture only.
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+const Kernels* neon_kernels();
+
+// Each column times its sign, then 2^-k H on every `order` columns: the rotation of shiftadd_cli/bcq/rotation.py.
+void rotate(float* row, const float* signs, int64_t columns, int64_t order);
+
+}  // namespace shiftadd

@@ -1,0 +1,408 @@
+// The kernels, written once over the operations that an instruction set `I` offers (isa_*.h):
+//
+//     kLanes                     32-bit lanes of a register; 16 rows are kParts = 16 / kLanes registers
+//     Word, Float, Half          registers of 32-bit words, of float32, of int16 (2 · kLanes of them)
+//     ...                        and what can be done with them
+//
+// A translation unit per instruction set instantiates them, compiled with that set's flags only.
+#pragma once
+
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace shiftadd {
+
+// Distance in bytes at which words are asked for ahead of their use: a few hundred nanoseconds of streaming.
+constexpr int kPrefetch = 6144;
+
+template <class I>
+struct Kernel {
+    static constexpr int kLanes = I::kLanes;
+    static constexpr int kParts = kPairs / kLanes;
+    using Word = typename I::Word;
+    using Float = typename I::Float;
+    using Half = typename I::Half;
+
+    // ---- scales -------------------------------------------------------------------------------------------------
+
+    // Scales of one plane for 16 rows, from row `half · 16` of the block on.
+    static inline void load_scales(const Matrix& m, int64_t block, int64_t group, int plane, int half, Float* out) {
+        const int64_t at = ((block * m.layout.groups() + group) * m.layout.bits + plane) * kBlockRows + half * kPairs;
+        for (int part = 0; part < kParts; ++part)
+            out[part] = m.scale_codes ? I::decode_scales(m.scale_codes + at + part * kLanes)
+                                      : I::load(m.scales + at + part * kLanes);
+    }
+
+    static inline const float* offsets_of(const Matrix& m, int64_t block, int64_t group) {
+        return m.offsets + (block * m.layout.groups() + group) * kBlockRows;
+    }
+
+    // ---- output -------------------------------------------------------------------------------------------------
+
+    // Turns sums of a block's rows, in units of the row scales, into output.
+    static inline void finish(const Matrix& m, const float* sums, int64_t block, float* output) {
+        const int64_t first = block * kBlockRows;
+        const int64_t rows = std::min<int64_t>(kBlockRows, m.layout.rows - first);
+        const float* scale = m.row_scale + first;
+        if (m.bias)
+            for (int64_t i = 0; i < rows; ++i) output[first + i] = sums[i] * scale[i] + m.bias[first + i];
+        else
+            for (int64_t i = 0; i < rows; ++i) output[first + i] = sums[i] * scale[i];
+    }
+
+    // ---- look-up ------------------------------------------------------------------------------------------------
+
+    static void build_exact(const float* row, int64_t columns, float* tables) {
+        for (int64_t at = 0; at < columns; at += kLookupColumns, tables += kTable) I::build_table(row + at, tables);
+    }
+
+    static void sum_chunks(const Layout& layout, const float* row, float* sums) {
+        for_each_chunk(layout, [&](int64_t, int64_t word, int words) {
+            float sum = 0;
+            for (int64_t i = word * kWordColumns; i < (word + words) * kWordColumns; ++i) sum += row[i];
+            *sums++ = sum;
+        });
+    }
+
+    static void build_fast(const Layout& layout, const float* row, int16_t* tables, float* units) {
+        for_each_chunk(layout, [&](int64_t, int64_t word, int words) {
+            const float* values = row + word * kWordColumns;
+            const int columns = words * kWordColumns;
+            float size = 0;
+            for (int i = 0; i < columns; ++i) size += std::fabs(values[i]);
+            // Rounding adds at most half a unit per column.
+            constexpr float kRange = 32767 - kChunkColumns / 2;
+            const float inverse = size > 0 ? kRange / size : 0;
+            *units++ = size / kRange;
+            int16_t rounded[kChunkColumns];
+            for (int i = 0; i < columns; ++i) rounded[i] = static_cast<int16_t>(std::lrint(values[i] * inverse));
+            for (int i = 0; i < columns; i += kLookupColumns) {
+                const int16_t* v = rounded + i;
+                for (int entry = 0; entry < kTable; ++entry) {
+                    int sum = 0;
+                    for (int c = 0; c < kLookupColumns; ++c) sum += (entry >> c) & 1 ? v[c] : -v[c];
+                    *(tables + word * kWordTables * kTable + i / kLookupColumns * kTable + entry) =
+                        static_cast<int16_t>(sum);
+                }
+            }
+        });
+    }
+
+    // Adds `value · scale` of every plane, and the offset's part, to the sums of a block.
+    template <int Q, int B>
+    static inline void accumulate(const Matrix& m, const Lookups& in, int64_t block, int64_t group, int64_t chunk,
+                                  const Float (&found)[B][Q][2][kParts], float (*sums)[B][kBlockRows]) {
+        for (int half = 0; half < 2; ++half) {
+            Float total[B][kParts];
+            for (int b = 0; b < B; ++b)
+                for (int part = 0; part < kParts; ++part)
+                    total[b][part] = I::load((*sums)[b] + half * kPairs + part * kLanes);
+            for (int plane = 0; plane < Q; ++plane) {
+                Float scale[kParts];
+                load_scales(m, block, group, plane, half, scale);
+                for (int b = 0; b < B; ++b)
+                    for (int part = 0; part < kParts; ++part)
+                        total[b][part] = I::fma(found[b][plane][half][part], scale[part], total[b][part]);
+            }
+            for (int b = 0; b < B; ++b)
+                for (int part = 0; part < kParts; ++part) {
+                    if (m.offsets) {
+                        const Float offset = I::load(offsets_of(m, block, group) + half * kPairs + part * kLanes);
+                        const Float sum = I::set(in.sums[b * m.layout.chunks() + chunk]);
+                        total[b][part] = I::fma(offset, sum, total[b][part]);
+                    }
+                    I::store((*sums)[b] + half * kPairs + part * kLanes, total[b][part]);
+                }
+        }
+    }
+
+    // Sums over a chunk of one block, by look-up in 32-bit tables.
+    template <int Q, int B>
+    static inline void chunk_exact(const uint32_t* words, int count, const float* tables, int64_t stride,
+                                   Float (&found)[B][Q][2][kParts]) {
+        for (auto& row : found)
+            for (auto& plane : row)
+                for (auto& half : plane)
+                    for (auto& each : half) each = I::zero();
+        for (int word = 0; word < count; ++word, words += Q * kPairs, tables += kWordTables * kTable) {
+            Word index[Q][kParts];
+            for (int plane = 0; plane < Q; ++plane)
+                for (int part = 0; part < kParts; ++part) {
+                    const uint32_t* at = words + plane * kPairs + part * kLanes;
+                    index[plane][part] = I::load_words(at);
+                    I::prefetch(reinterpret_cast<const char*>(at) + kPrefetch);
+                }
+#pragma GCC unroll 4
+            for (int step = 0; step < kWordTables; ++step)
+                for (int b = 0; b < B; ++b) {
+                    const auto table = I::load_table(tables + b * stride + step * kTable);
+                    for (int plane = 0; plane < Q; ++plane)
+                        for (int part = 0; part < kParts; ++part) {
+                            auto& low = found[b][plane][0][part];
+                            auto& high = found[b][plane][1][part];
+                            low = I::add(low, I::look_up(table, I::shift_right(index[plane][part], 4 * step)));
+                            high = I::add(high, I::look_up(table, I::shift_right(index[plane][part], 16 + 4 * step)));
+                        }
+                }
+        }
+    }
+
+    // The same in 16-bit tables; sums cannot leave the range, see `build_fast`.
+    template <int Q, int B>
+    static inline void chunk_fast(const uint32_t* words, int count, const int16_t* tables, int64_t stride,
+                                  const float* units, int64_t unit_stride, Float (&found)[B][Q][2][kParts]) {
+        Half sums[B][Q][kParts];
+        for (auto& row : sums)
+            for (auto& plane : row)
+                for (auto& each : plane) each = I::zero_half();
+        for (int word = 0; word < count; ++word, words += Q * kPairs, tables += kWordTables * kTable) {
+            Word index[Q][kParts];
+            for (int plane = 0; plane < Q; ++plane)
+                for (int part = 0; part < kParts; ++part) {
+                    const uint32_t* at = words + plane * kPairs + part * kLanes;
+                    index[plane][part] = I::load_words(at);
+                    I::prefetch(reinterpret_cast<const char*>(at) + kPrefetch);
+                }
+#pragma GCC unroll 4
+            for (int step = 0; step < kWordTables; ++step)
+                for (int b = 0; b < B; ++b) {
+                    const auto table = I::load_table_half(tables + b * stride + step * kTable);
+                    for (int plane = 0; plane < Q; ++plane)
+                        for (int part = 0; part < kParts; ++part)
+                            sums[b][plane][part] = I::add_half(
+                                sums[b][plane][part],
+                                I::look_up_half(table, I::shift_right_half(index[plane][part], 4 * step)));
+                }
+        }
+        for (int b = 0; b < B; ++b) {
+            const Float unit = I::set(units[b * unit_stride]);
+            for (int plane = 0; plane < Q; ++plane)
+                for (int part = 0; part < kParts; ++part) {
+                    found[b][plane][0][part] = I::mul(I::low_halves(sums[b][plane][part]), unit);
+                    found[b][plane][1][part] = I::mul(I::high_halves(sums[b][plane][part]), unit);
+                }
+        }
+    }
+
+    template <int Q, int B, bool Fast>
+    static void stripe(const Matrix& m, const Lookups& in, int first_row, int64_t number) {
+        const Layout& layout = m.layout;
+        const int blocks = layout.stripe_blocks(number);
+        const int64_t stride = layout.padded_words() * kWordTables * kTable;
+        const uint32_t* words = m.words + layout.stripe_start(number);
+        // From here on row 0 is the first of the B rows in hand.
+        Lookups rows = in;
+        rows.sums = in.sums ? in.sums + first_row * layout.chunks() : nullptr;
+        alignas(64) float sums[kStripeBlocks][B][kBlockRows] = {};
+        int64_t chunk = 0;
+        for_each_chunk(layout, [&](int64_t group, int64_t word, int count) {
+            for (int block = 0; block < blocks; ++block) {
+                Float found[B][Q][2][kParts];
+                const int64_t table = first_row * stride + word * kWordTables * kTable;
+                if constexpr (Fast)
+                    chunk_fast<Q, B>(words, count, in.fast + table, stride,
+                                     in.units + first_row * layout.chunks() + chunk, layout.chunks(), found);
+                else
+                    chunk_exact<Q, B>(words, count, in.exact + table, stride, found);
+                accumulate<Q, B>(m, rows, number * kStripeBlocks + block, group, chunk, found, &sums[block]);
+                words += count * layout.word_entries();
+            }
+            ++chunk;
+        });
+        for (int b = 0; b < B; ++b)
+            for (int block = 0; block < blocks; ++block)
+                finish(m, sums[block][b], number * kStripeBlocks + block, in.output + (first_row + b) * layout.rows);
+    }
+
+    // As many rows at once as accumulators fit in registers.
+    template <int Q>
+    static constexpr int rows_at_once() {
+        constexpr int registers = I::kRegisters * 3 / 4;
+        constexpr int fit = registers / (2 * Q * kParts);
+        return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+    }
+
+    template <int Q, bool Fast>
+    static void all_rows(const Matrix& m, const Lookups& in, int64_t number) {
+        int row = 0;
+        constexpr int most = rows_at_once<Q>();
+        for (; row + most <= in.batch; row += most) stripe<Q, most, Fast>(m, in, row, number);
+        if constexpr (most > 2)
+            for (; row + 2 <= in.batch; row += 2) stripe<Q, 2, Fast>(m, in, row, number);
+        for (; row < in.batch; ++row) stripe<Q, 1, Fast>(m, in, row, number);
+    }
+
+    template <bool Fast>
+    static void look_up(const Matrix& m, const Lookups& in, int64_t number) {
+        switch (m.layout.bits) {
+            case 1: return all_rows<1, Fast>(m, in, number);
+            case 2: return all_rows<2, Fast>(m, in, number);
+            case 3: return all_rows<3, Fast>(m, in, number);
+            case 4: return all_rows<4, Fast>(m, in, number);
+            case 5: return all_rows<5, Fast>(m, in, number);
+            case 6: return all_rows<6, Fast>(m, in, number);
+            case 7: return all_rows<7, Fast>(m, in, number);
+            case 8: return all_rows<8, Fast>(m, in, number);
+        }
+    }
+
+    // ---- multiplication -----------------------------------------------------------------------------------------
+
+    // Decodes a chunk of one block, in units of the row scales: `decoded` [columns of the chunk][32 rows].
+    template <int Q>
+    static inline void decode(const Matrix& m, const uint32_t* words, int count, int64_t block, int64_t group,
+                              float* decoded) {
+        Float negative[Q][2][kParts], start[2][kParts];
+        for (int half = 0; half < 2; ++half) {
+            for (int part = 0; part < kParts; ++part)
+                start[half][part] =
+                    m.offsets ? I::load(offsets_of(m, block, group) + half * kPairs + part * kLanes) : I::zero();
+            for (int plane = 0; plane < Q; ++plane) {
+                load_scales(m, block, group, plane, half, negative[plane][half]);
+                for (auto& each : negative[plane][half]) each = I::negate(each);
+            }
+        }
+        for (int word = 0; word < count; ++word, words += Q * kPairs)
+            for (int part = 0; part < kParts; ++part) {
+                Word index[Q];
+                for (int plane = 0; plane < Q; ++plane)
+                    index[plane] = I::load_words(words + plane * kPairs + part * kLanes);
+                float* out = decoded + word * kWordColumns * kBlockRows + part * kLanes;
+#pragma GCC unroll 16
+                for (int column = 0; column < kWordColumns; ++column, out += kBlockRows) {
+                    Float low = start[0][part], high = start[1][part];
+                    for (int plane = 0; plane < Q; ++plane) {
+                        low = I::add(low, I::flip(negative[plane][0][part], I::shift_left(index[plane], 31 - column)));
+                        high = I::add(high, I::flip(negative[plane][1][part], I::shift_left(index[plane], 15 - column)));
+                    }
+                    I::store(out, low);
+                    I::store(out + kPairs, high);
+                }
+            }
+    }
+
+    // Weights of one chunk and block for `multiply_tile`, and what a tile multiplies them by.
+    struct Plain {
+        using Value = float;
+        static constexpr int kColumns = 1;  // of a step
+        alignas(64) float decoded[kChunkColumns * kBlockRows];
+
+        static const Value* values(const Panel& in) { return in.values; }
+        void arrange(int) {}
+        Float load(int at) const { return I::load(decoded + at); }
+        static Float add_product(const Value* value, Float weight, Float sum) {
+            return I::fma(I::set(*value), weight, sum);
+        }
+    };
+
+    // Pairs of columns, rounded to bfloat16: [columns / 2][32 rows].
+    struct Paired {
+        using Value = uint16_t;
+        static constexpr int kColumns = 2;
+        alignas(64) float decoded[kChunkColumns * kBlockRows];
+        alignas(64) uint32_t pairs[kChunkColumns / 2 * kBlockRows];
+
+        static const Value* values(const Panel& in) { return in.halves; }
+        void arrange(int columns) {
+            for (int column = 0; column < columns; column += 2)
+                for (int row = 0; row < kBlockRows; row += kLanes) {
+                    const float* from = decoded + column * kBlockRows + row;
+                    I::store_pairs(pairs + column / 2 * kBlockRows + row,
+                                   I::pair(I::load(from), I::load(from + kBlockRows)));
+                }
+        }
+        auto load(int at) const { return I::load_pairs(pairs + at); }
+        template <class Pairs>
+        static Float add_product(const Value* value, Pairs weight, Float sum) {
+            uint32_t both;
+            std::memcpy(&both, value, sizeof(both));
+            return I::dot(I::set_pairs(both), weight, sum);
+        }
+    };
+
+    // sums[B][32] += values[B][columns] · weights[columns][32]
+    template <int B, class Weights>
+    static inline void multiply_tile(const Weights& weights, const typename Weights::Value* values, int columns,
+                                     float* sums) {
+        constexpr int kParts32 = kBlockRows / kLanes;
+        Float total[B][kParts32];
+        for (int b = 0; b < B; ++b)
+            for (int r = 0; r < kParts32; ++r) total[b][r] = I::load(sums + b * kBlockRows + r * kLanes);
+        for (int column = 0; column < columns; column += Weights::kColumns) {
+            const int at = column / Weights::kColumns * kBlockRows;
+            decltype(weights.load(0)) weight[kParts32];
+            for (int r = 0; r < kParts32; ++r) weight[r] = weights.load(at + r * kLanes);
+            for (int b = 0; b < B; ++b)
+                for (int r = 0; r < kParts32; ++r)
+                    total[b][r] = Weights::add_product(values + b * columns + column, weight[r], total[b][r]);
+        }
+        for (int b = 0; b < B; ++b)
+            for (int r = 0; r < kParts32; ++r) I::store(sums + b * kBlockRows + r * kLanes, total[b][r]);
+    }
+
+    template <int Q, class Weights>
+    static void multiply_block(const Matrix& m, const Panel& in, int64_t block) {
+        const Layout& layout = m.layout;
+        const int64_t number = block / kStripeBlocks;
+        const int blocks = layout.stripe_blocks(number), place = static_cast<int>(block % kStripeBlocks);
+        Weights weights;
+        constexpr int kTile = I::kTile;
+        // Batches go in slices whose sums stay in the L1 or L2 cache.
+        constexpr int64_t kSlice = 256;
+        alignas(64) float sums[kSlice * kBlockRows];
+        for (int64_t first = 0; first < in.batch; first += kSlice) {
+            const int64_t batch = std::min<int64_t>(kSlice, in.batch - first);
+            std::memset(sums, 0, batch * kBlockRows * sizeof(float));
+            const uint32_t* words = m.words + layout.stripe_start(number);
+            for_each_chunk(layout, [&](int64_t group, int64_t word, int count) {
+                const int columns = count * kWordColumns;
+                decode<Q>(m, words + place * count * layout.word_entries(), count, block, group, weights.decoded);
+                weights.arrange(columns);
+                const auto* values = Weights::values(in) + word * kWordColumns * in.batch + first * columns;
+                int64_t b = 0;
+                for (; b + kTile <= batch; b += kTile)
+                    multiply_tile<kTile>(weights, values + b * columns, columns, sums + b * kBlockRows);
+                for (; b < batch; ++b) multiply_tile<1>(weights, values + b * columns, columns, sums + b * kBlockRows);
+                words += blocks * count * layout.word_entries();
+            });
+            for (int64_t b = 0; b < batch; ++b)
+                finish(m, sums + b * kBlockRows, block, in.output + (first + b) * layout.rows);
+        }
+    }
+
+    template <class Weights>
+    static void multiply(const Matrix& m, const Panel& in, int64_t block) {
+        switch (m.layout.bits) {
+            case 1: return multiply_block<1, Weights>(m, in, block);
+            case 2: return multiply_block<2, Weights>(m, in, block);
+            case 3: return multiply_block<3, Weights>(m, in, block);
+            case 4: return multiply_block<4, Weights>(m, in, block);
+            case 5: return multiply_block<5, Weights>(m, in, block);
+            case 6: return multiply_block<6, Weights>(m, in, block);
+            case 7: return multiply_block<7, Weights>(m, in, block);
+            case 8: return multiply_block<8, Weights>(m, in, block);
+        }
+    }
+
+    static const Kernels* table() {
+        static const Kernels kernels = [] {
+            Kernels all{};
+            all.name = I::kName;
+            all.most_lookups = I::most_lookups;
+            all.build_exact = build_exact;
+            all.build_fast = build_fast;
+            all.sum_chunks = sum_chunks;
+            all.look_up = look_up<false>;
+            all.look_up_fast = look_up<true>;
+            all.multiply = multiply<Plain>;
+            if constexpr (I::kHasPairs) all.multiply_half = multiply<Paired>;
+            return all;
+        }();
+        return &kernels;
+    }
+};
+
+}  // namespace shiftadd

@@ -1,0 +1,100 @@
+// Python's view of the kernels. Tensors come as addresses: the extension is built without torch, and so serves every
+// version of it. The Python side (cpu_kernels.py) checks shapes, dtypes and contiguity before it passes any.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "engine.h"
+#include "pack.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace shiftadd;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+const Kernels& kernels_named(const std::string& name) {
+    const Kernels* found = name.empty() ? *available_kernels() : find_kernels(name.c_str());
+    if (!found) throw nb::value_error("this processor or build has no such kernels");
+    return *found;
+}
+
+Number number(int type) { return type == 0 ? Number::kFloat32 : Number::kBFloat16; }
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    // Python keeps layouts in a cache until the interpreter is gone; that is no leak.
+    nb::set_leak_warnings(false);
+    nb::class_<Layout>(m, "Layout")
+        .def(
+            "__init__",
+            [](Layout* self, int64_t rows, int64_t columns, int64_t group_columns, int bits) {
+                if (rows < 1 || columns < 1 || group_columns < 1 || bits < 1 || bits > 8)
+                    throw nb::value_error("sizes must be positive, and bits 1 to 8");
+                new (self) Layout{rows, columns, group_columns < columns ? group_columns : columns, bits};
+            },
+            nb::arg("rows"), nb::arg("columns"), nb::arg("group_columns"), nb::arg("bits"))
+        .def_prop_ro("entries", &Layout::entries)
+        .def_prop_ro("blocks", &Layout::blocks)
+        .def_prop_ro("groups", &Layout::groups)
+        .def_ro("bits", &Layout::bits)
+        .def_ro("rows", &Layout::rows);
+
+    m.def("available", [] {
+        std::vector<std::string> names;
+        for (const Kernels* const* each = available_kernels(); *each; ++each) names.emplace_back((*each)->name);
+        return names;
+    });
+
+    m.def("advise_huge_pages", [](uintptr_t memory, size_t bytes) { advise_huge_pages(at<void>(memory), bytes); });
+
+    m.def(
+        "pack",
+        [](const Layout& layout, uintptr_t codes, uintptr_t words, int threads) {
+            Pool::shared().run(layout.stripes(), threads, [&](int64_t stripe) {
+                pack_stripe(layout, at<const uint8_t>(codes), at<uint32_t>(words), stripe);
+            });
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+
+    m.def(
+        "unpack",
+        [](const Layout& layout, uintptr_t words, uintptr_t codes, int threads) {
+            Pool::shared().run(layout.stripes(), threads, [&](int64_t stripe) {
+                unpack_stripe(layout, at<const uint32_t>(words), at<uint8_t>(codes), stripe);
+            });
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+
+    m.def(
+        "rotate",
+        [](uintptr_t x, int type, int64_t rows, int64_t columns, uintptr_t signs, int64_t order, uintptr_t output,
+           int threads) {
+            const Activations input{at<const void>(x), number(type), rows, at<const float>(signs), order};
+            rotate_rows(input, columns, at<void>(output), threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+
+    m.def(
+        "linear",
+        [](const Layout& layout, uintptr_t words, uintptr_t scale_codes, uintptr_t scales, uintptr_t offsets,
+           uintptr_t row_scale, uintptr_t bias, uintptr_t x, int type, int64_t rows, uintptr_t signs, int64_t order,
+           uintptr_t output, bool fast, int method, const std::string& kernels, int threads) {
+            const Matrix matrix{layout,
+                                at<const uint32_t>(words),
+                                at<const uint8_t>(scale_codes),
+                                at<const float>(scales),
+                                at<const float>(offsets),
+                                at<const float>(row_scale),
+                                at<const float>(bias)};
+            const Activations input{at<const void>(x), number(type), rows, at<const float>(signs), order};
+            linear(kernels_named(kernels), matrix, input, at<void>(output), fast, static_cast<Method>(method), threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+}

@@ -1,0 +1,192 @@
+"""The CPU kernels as torch operators, so that torch.compile and its checks see through them.
+
+    shiftadd::lookup_linear     a compressed linear layer
+    shiftadd::rotate            the rotation of its input
+
+Both are for inference: a backward pass through them raises RuntimeError.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.runtime.kernels.cpu_weight import native_layout
+from shiftadd_cli.runtime.kernels.extension import cpu_extension
+
+# As `Number` in native/engine.h.
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+METHODS = {"auto": 0, "look-up": 1, "multiply": 2}
+
+_library = torch.library.Library("shiftadd", "DEF")
+_library.define(
+    "lookup_linear(Tensor x, Tensor words, Tensor? scale_codes, Tensor? scales, Tensor? offsets, Tensor row_scale, "
+    "Tensor? bias, Tensor? signs, int group_columns, int bits, bool fast, str method, str kernels) -> Tensor"
+)
+_library.define("rotate(Tensor x, Tensor signs) -> Tensor")
+
+
+def lookup_linear(
+    x: Tensor,
+    words: Tensor,
+    scale_codes: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    group_columns: int,
+    bits: int,
+    fast: bool,
+    method: str = "auto",
+    kernels: str = "",
+) -> Tensor:
+    """`x` `[..., in]` → `[..., out]` in the dtype of `x`, which is float32, bfloat16 or float16.
+
+    words to row_scale: fields of a `CpuWeight`; bias: `[out]` or None; signs: those of the weight if `x` is still to be
+    rotated. fast: look up in 16-bit tables. method: one of `METHODS`; kernels: an instruction set, "" for the best.
+    """
+    result: Tensor = torch.ops.shiftadd.lookup_linear.default(
+        x, words, scale_codes, scales, offsets, row_scale, bias, signs, group_columns, bits, fast, method, kernels
+    )
+    return result
+
+
+def rotate(x: Tensor, signs: Tensor) -> Tensor:
+    """R x for `x` `[..., in]`, see `bcq.rotation`, in the dtype of `x`; signs: float32 `[in]` of ±1."""
+    result: Tensor = torch.ops.shiftadd.rotate.default(x, signs)
+    return result
+
+
+def _lookup_linear(
+    x: Tensor,
+    words: Tensor,
+    scale_codes: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    group_columns: int,
+    bits: int,
+    fast: bool,
+    method: str,
+    kernels: str,
+) -> Tensor:
+    rows, columns = row_scale.shape[0], x.shape[-1]
+    layout = native_layout(rows, columns, group_columns, bits)
+    bias = None if bias is None else bias.float().contiguous()
+    _check(x, words, scale_codes, scales, offsets, bias, signs, layout)
+    given = _ready(x)
+    output = torch.empty(*x.shape[:-1], rows, dtype=given.dtype)
+    _extension().linear(
+        layout,
+        words.data_ptr(),
+        _address(scale_codes),
+        _address(scales),
+        _address(offsets),
+        row_scale.data_ptr(),
+        _address(bias),
+        given.data_ptr(),
+        _TYPES[given.dtype],
+        given.numel() // columns,
+        _address(signs),
+        columns & -columns,
+        output.data_ptr(),
+        fast,
+        METHODS[method],
+        kernels,
+        torch.get_num_threads(),
+    )
+    return output if output.dtype == x.dtype else output.to(x.dtype)
+
+
+def _rotate(x: Tensor, signs: Tensor) -> Tensor:
+    columns = x.shape[-1]
+    if signs.shape != (columns,) or signs.dtype != torch.float32:
+        raise RuntimeError(f"signs must be float32 [{columns}], not {signs.dtype} {list(signs.shape)}.")
+    given = _ready(x)
+    output = torch.empty_like(given)
+    _extension().rotate(
+        given.data_ptr(),
+        _TYPES[given.dtype],
+        given.numel() // columns,
+        columns,
+        signs.data_ptr(),
+        columns & -columns,
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return output if output.dtype == x.dtype else output.to(x.dtype)
+
+
+def _ready(x: Tensor) -> Tensor:
+    """`x` in the kernels' terms: contiguous, float32 or bfloat16."""
+    if x.dtype == torch.float16:
+        x = x.float()
+    if x.dtype not in _TYPES:
+        raise RuntimeError(f"Compressed layers take float32, bfloat16 or float16 activations, not {x.dtype}.")
+    return x.contiguous()
+
+
+def _check(
+    x: Tensor,
+    words: Tensor,
+    scale_codes: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    layout: Any,
+) -> None:
+    """Addresses are passed on unseen, so a tensor of another size must not get there."""
+    groups, scale_set = layout.blocks * layout.groups * 32, scale_codes if scales is None else scales
+    right = (
+        words.dtype == torch.int32
+        and words.numel() == layout.entries
+        and scale_set is not None
+        and scale_set.dtype == (torch.uint8 if scales is None else torch.float32)
+        and scale_set.numel() == groups * layout.bits
+        and (offsets is None or offsets.numel() == groups)
+        and (bias is None or bias.shape == (layout.rows,))
+        and (signs is None or signs.shape == x.shape[-1:])
+    )
+    if not right:
+        raise RuntimeError(f"The packed tensors do not fit an input of {x.shape[-1]} columns.")
+
+
+def _extension() -> Any:
+    extension = cpu_extension()
+    if extension is None:
+        raise RuntimeError("This installation of shiftadd has no compiled kernels.")
+    return extension
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "Compressed layers run on look-up tables, which have no gradient; load the model with "
+        "SHIFTADD_KERNEL=reference, or call its dequantize()."
+    )
+
+
+_library.impl("lookup_linear", _lookup_linear, "CPU")
+_library.impl("rotate", _rotate, "CPU")
+for _name in ("lookup_linear", "rotate"):
+    torch.library.register_autograd(f"shiftadd::{_name}", _refuse, lib=_library)
+
+
+@torch.library.register_fake("shiftadd::lookup_linear", lib=_library)
+def _fake_linear(x: Tensor, words: Tensor, *rest: Any) -> Tensor:
+    row_scale: Tensor = rest[3]
+    return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+
+
+@torch.library.register_fake("shiftadd::rotate", lib=_library)
+def _fake_rotate(x: Tensor, signs: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

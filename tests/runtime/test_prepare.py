@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from artifacts import Checkpoint, random_weight, write_checkpoint
+from compiled import needs_kernels
+from loading import assert_close, assert_same_state, load, logits
+from tiny_models import tiny_model
+
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.runtime import prepare
+from shiftadd_cli.runtime.kernels.choice import Precision
+from shiftadd_cli.runtime.linear import PackedLinear
+from shiftadd_cli.runtime.prepare import prepare_layers
+
+
+def layer(group_size: int = 16) -> PackedLinear:
+    layout = PackedLayout(ScaleGrid.resolve(40, 64, 1, group_size), 3, "apot2", True, False, rotation=True)
+    return PackedLinear.from_weight(random_weight(layout), torch.ones(40))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return write_checkpoint(tiny_model("llama"), tmp_path_factory.mktemp("checkpoint"))
+
+
+def packed_layers(model: torch.nn.Module) -> list[PackedLinear]:
+    return [each for each in model.modules() if isinstance(each, PackedLinear)]
+
+
+@needs_kernels
+def test_prepared_layers_compute_the_same_and_hold_planes_once() -> None:
+    plain, prepared = layer(), layer()
+    prepare_layers([prepared])
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(prepared(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert prepared.prepared
+    assert prepared.get_parameter("weight_codes").numel() == 0
+    assert torch.equal(prepared.decode(), plain.decode())
+
+
+@needs_kernels
+def test_state_dicts_and_copies_know_nothing_of_it() -> None:
+    plain, prepared = layer(), layer()
+    prepare_layers([prepared])
+    assert prepared.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(each, plain.state_dict()[name]) for name, each in prepared.state_dict().items())
+    other = PackedLinear(plain.layout, bias=True)
+    prepare_layers([other])
+    other.load_state_dict(prepared.state_dict())
+    stream = io.BytesIO()
+    torch.save(prepared, stream)
+    stream.seek(0)
+    x = torch.randn(5, 64)
+    for each in (other, copy.deepcopy(prepared), torch.load(stream, weights_only=False)):
+        assert each.prepared
+        assert torch.equal(each(x), prepared(x))
+
+
+@needs_kernels
+def test_what_the_kernels_do_not_take_is_decoded() -> None:
+    prepared = layer()
+    prepare_layers([prepared])
+    x = torch.randn(5, 64, requires_grad=True)
+    prepared(x).sum().backward()
+    torch.testing.assert_close(x.grad, prepared.decode().sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
+    double = prepared(x.detach().double())
+    torch.testing.assert_close(double, layer()(x.detach().double()))
+
+
+@needs_kernels
+def test_moves_keep_a_layer_prepared() -> None:
+    prepared = layer()
+    prepare_layers([prepared])
+    before = prepared.decode()
+    prepared.to(torch.bfloat16)
+    assert prepared.prepared
+    assert prepared.bias.dtype == prepared.weight.dtype == torch.bfloat16
+    assert torch.equal(prepared.decode(), before)
+    prepared.to("meta")
+    assert not prepared.prepared
+    assert prepared.get_parameter("weight_codes").shape == (40, 3, 8)
+
+
+@needs_kernels
+def test_narrow_groups_stay_as_they_are() -> None:
+    narrow = layer(group_size=8)
+    prepare_layers([narrow])
+    assert not narrow.prepared
+
+
+@needs_kernels
+@pytest.mark.parametrize(("wish", "expected"), [("", Precision.AUTO), ("fast", Precision.FAST)])
+def test_models_are_prepared_when_loaded(
+    checkpoint: Checkpoint, wish: str, expected: Precision, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SHIFTADD_PRECISION", wish)
+    model = load(checkpoint.folder)
+    assert {each.precision for each in packed_layers(model)} == {expected}
+    assert_close(logits(model), logits(checkpoint.dense), eps=1e-3)
+    model.save_pretrained(tmp_path / "again")
+    assert_same_state(load(tmp_path / "again"), model)
+    dense = model.dequantize()
+    assert not packed_layers(dense)
+    assert_close(logits(dense), logits(checkpoint.dense))
+
+
+def test_the_reference_can_be_asked_for(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHIFTADD_KERNEL", "reference")
+    assert not any(each.prepared for each in packed_layers(load(checkpoint.folder)))
+
+
+def test_without_kernels_it_says_so_once(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(prepare, "cpu_extension", lambda: None)
+    monkeypatch.setattr(prepare, "_said", set())
+    with caplog.at_level(logging.WARNING, logger="shiftadd_cli"):
+        model = load(checkpoint.folder)
+        load(checkpoint.folder)
+    assert [each.message for each in caplog.records if "C++ compiler" in each.message] == [caplog.records[0].message]
+    assert_close(logits(model), logits(checkpoint.dense))
