@@ -92,7 +92,7 @@ def _layers(layers: tuple[LayerSpeed, ...], roof: Roof) -> str:
     header = [
         *("layer", "count", "rows", *(f"x {name}" for name in dense), f"us in {layers[0].dtype}"),
         *(f"dense {name}, us" for name in dense),
-        *("of the roof", *(f"dense {name}" for name in dense)),
+        *("of the roof", *(f"dense {name}" for name in dense), "cores busy"),
     ]
     rows = []
     for rows_in in ROWS:
@@ -107,6 +107,7 @@ def _layers(layers: tuple[LayerSpeed, ...], roof: Roof) -> str:
                     *(_ratio(way.calls[rows_in].seconds.over(mine.seconds)) for way in layer.dense),
                     *(_micro(way.calls[rows_in]) for way in ways),
                     *(_share(way, roof, rows_in) for way in ways),
+                    _number(mine.cores.median),
                 ]
             )
     return table(header, rows)
@@ -120,7 +121,7 @@ def _layer_name(layer: LayerSpeed) -> str:
 
 def _share(way: WaySpeed, roof: Roof, rows: int) -> str:
     share = way.roof_share(roof, rows)
-    return "in cache" if share is None else f"{share:.0%}"
+    return "in cache" if share is None else f"{share:.1%}"
 
 
 def _micro(timed: Timed) -> str:

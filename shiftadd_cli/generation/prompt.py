@@ -35,16 +35,20 @@ def encode_prompt(text: str, tokenizer: Any, *, name: str, chat: bool | None = N
     if chat and not template:
         raise PromptError(f"The tokenizer of {name} has no chat template; leave out --chat.")
     use_chat = bool(template) if chat is None else chat
+    # Of a length beyond what it was made for the tokenizer would warn; `room_for` decides.
+    quiet = {"verbose": False}
     if use_chat:
         message = [{"role": "user", "content": text}]
         try:
-            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=quiet
+            )
         except TemplateError as error:
             raise PromptError(
                 f"The chat template of {name} does not take a message of the user alone ({error}); use --no-chat."
             ) from error
     else:
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, **quiet)["input_ids"]
     if not ids:
         raise PromptError(f"The tokenizer of {name} makes no token of the prompt; give another text.")
     return Prompt(tuple(ids), use_chat)

@@ -89,12 +89,12 @@ def test_layers_stand_beside_dense_ones_and_the_roof(result):
     # 10 kB in 10 us are 1 GB/s, half of the roof.
     assert one == [
         *(", 64 x 128, 3 bits, apot2, 1 x 16", "1", "1", "8.00 x", "3.00 x"),
-        *("10.0 (10.0 - 10.0)", "80.0 (80.0 - 80.0)", "30.0 (30.0 - 30.0)", "50%", "50%", "50%"),
+        *("10.0 (10.0 - 10.0)", "80.0 (80.0 - 80.0)", "30.0 (30.0 - 30.0)", "50.0%", "50.0%", "50.0%", "2.00"),
     ]
     assert many[2:6] == ["64", "8.00 x", "3.00 x", "40.0 (40.0 - 40.0)"]
     assert "In cache" not in text
     cached = describe_benchmark(replace(result, layers=(layer(cold=False),)))
-    assert row(cached, ", 64 x 128")[-3:] == ["in cache"] * 3
+    assert row(cached, ", 64 x 128")[-4:-1] == ["in cache"] * 3
     assert "In cache      the copies" in cached
 
 
