@@ -30,6 +30,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def use_threads(count: int | None) -> int:
+    """Let torch compute with `count` threads of the CPU, or for None with as many as it does now; says how many."""
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
 def move_parts(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
     """Move modules, or parameters and buffers that stand by themselves, to the device."""
     modules = dict(model.named_modules())

@@ -29,6 +29,10 @@ class AllocationError(ShiftaddError):
     """A bit plan cannot be used for this run, or no choice of bits meets what is asked."""
 
 
+class PromptError(ShiftaddError):
+    """The prompt cannot be given to the model."""
+
+
 class NumericalError(ShiftaddError):
     """A layer holds or produces values that cannot be quantized; the message names the layer."""
 

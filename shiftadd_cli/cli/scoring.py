@@ -7,19 +7,15 @@ from typing import Any, TypeVar
 
 import click
 
+from shiftadd_cli.cli.computing import dtype_option
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def scoring_options(function: F) -> F:
     """Add `--context`, `--max-tokens` and `--dtype`, which arrive as `context`, `max_tokens` and `dtype`."""
     for option in (
-        click.option(
-            "--dtype",
-            type=click.Choice(("auto", "float32", "bfloat16", "float16")),
-            default="auto",
-            show_default=True,
-            help="Type to compute in; 'auto' takes the stored one, or float32 on a CPU that has no such arithmetic.",
-        ),
+        dtype_option,
         click.option(
             "--max-tokens",
             type=click.IntRange(min=2),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,12 +57,37 @@ class Opened:
 
     def __init__(self, spec: str, path: Path, source: Source | None, config: dict[str, Any]) -> None:
         self.spec, self.path, self._source, self._config = spec, path, source, config
+        self._tokenizer: Any = None
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype of what is not compressed, in the files."""
+        return self._source.dtype if self._source is not None else _dtype_of(self._config)
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest text the model takes; None for one whose configuration names no limit."""
+        found: int | None = getattr(self._text_config, "max_position_embeddings", None)
+        return found
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the model knows."""
+        size: int = self._text_config.vocab_size
+        return size
+
+    @cached_property
+    def _text_config(self) -> Any:
+        config = _read_config(self.path) if self._source is None else self._source.config
+        return config.get_text_config()
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer; raises SourceError if there is none."""
+        """The tokenizer, read once; raises SourceError if there is none."""
         if self._source is not None:
             return self._source.load_tokenizer()
-        return load_tokenizer(self.path, remote_code=False)
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.path, remote_code=False)
+        return self._tokenizer
 
     def load(self, dtype: str = "auto", device: torch.device | None = None) -> Loaded:
         """Load the model; `dtype` is `auto` (see `computing_dtype`), `float32`, `bfloat16` or `float16`.
@@ -70,7 +96,7 @@ class Opened:
             SourceError, ArtifactError: the files are damaged or incomplete.
         """
         device = device or torch.device("cpu")
-        stored = self._source.dtype if self._source is not None else _dtype_of(self._config)
+        stored = self.stored_dtype
         computed = computing_dtype(dtype, stored, device)
         model: Any
         if self._source is not None:
@@ -148,6 +174,20 @@ def _load_artifact(path: Path, dtype: torch.dtype) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ArtifactError(
             f"The checkpoint {path} cannot be loaded ({reason}); see `shiftadd inspect --verify`, and quantize again."
+        ) from error
+
+
+def _read_config(path: Path) -> Any:
+    """The configuration of a checkpoint of ours as transformers reads it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ArtifactError(
+            f"The configuration of {path} cannot be read ({reason}); quantize the model again."
         ) from error
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_tiny, tiny_model
+from tiny_models import VOCAB_SIZE, save_tiny, tiny_model
 
 from shiftadd_cli.errors import ArtifactError, SourceError
 from shiftadd_cli.evaluation import models as module
@@ -101,6 +101,21 @@ def test_a_truncated_artifact_is_refused(artifact, tmp_path):
     weights.unlink()
     with pytest.raises(ArtifactError):
         load_any(str(tmp_path))
+
+
+def test_limits_are_known_before_a_model_is_loaded(original, artifact, tmp_path):
+    for folder in (original, artifact):
+        opened = open_any(str(folder))
+        assert (opened.positions, opened.vocab_size, opened.stored_dtype) == (512, VOCAB_SIZE, torch.float32)
+        assert opened.load_tokenizer() is opened.load_tokenizer()
+    assert open_any(str(save_tiny("bloom", tmp_path / "bloom"))).positions is None
+
+
+def test_a_configuration_that_transformers_does_not_know_is_refused(artifact, tmp_path):
+    config = json.loads((artifact / "config.json").read_text()) | {"model_type": "nonsense"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        assert open_any(str(tmp_path)).positions
 
 
 @pytest.mark.parametrize("spec", ["/nowhere/at/all", "no-such/model", "missing.gguf"])

@@ -1,0 +1,1 @@
+"""How fast a compressed model is: whole models beside each other, and its layers beside dense ones."""

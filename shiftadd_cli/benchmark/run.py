@@ -1,0 +1,145 @@
+"""A benchmark from the names of its models to its result."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.benchmark.layer_speed import LayerSpeed, layer_kinds, measure_layers
+from shiftadd_cli.benchmark.machine import ASSUMED_CACHE_BYTES, Machine, free_memory
+from shiftadd_cli.benchmark.model_speed import Candidate, measure_models
+from shiftadd_cli.benchmark.result import Benchmark
+from shiftadd_cli.benchmark.roof import Roof, better_roof, read_roof, roof_bytes
+from shiftadd_cli.calibration.text import load_text, tokenise
+from shiftadd_cli.device import use_threads
+from shiftadd_cli.errors import RecipeError
+from shiftadd_cli.evaluation.models import Loaded, Opened, computing_dtype, open_any
+from shiftadd_cli.source.memory import trim
+
+DEFAULT_LENGTHS = (128, 512)
+
+_CPU = torch.device("cpu")
+
+
+def benchmark(
+    model: str,
+    *,
+    against: str | None = None,
+    prompt_tokens: Sequence[int] | None = None,
+    new_tokens: int = 64,
+    batch: int = 1,
+    rounds: int = 5,
+    threads: int | None = None,
+    dtype: str = "auto",
+    layers: bool = True,
+    show_progress: bool = True,
+) -> Benchmark:
+    """Measure how fast `model` runs on the CPU, beside the original it was made from.
+
+    All models are in memory at once, and take turns.
+
+    Args:
+        model, against: names of originals or of checkpoints of ours, see `open_any`. The original is measured in the
+            dtype it computes in by itself (see `computing_dtype`), and in float32.
+        prompt_tokens: lengths of prompts; by default those of `DEFAULT_LENGTHS` that fit.
+        new_tokens: tokens to write, 2 or more.
+        batch: prompts at once.
+        threads: of torch, None leaves them as they are.
+        dtype: that `model` computes in.
+        layers: measure single layers and the speed of the memory as well.
+
+    Raises:
+        ShiftaddError: with what is wrong: a model, or lengths beyond a model's context.
+    """
+    count = use_threads(threads)
+    opened = open_any(model)
+    original = None if against is None else open_any(against)
+    candidates = _candidates(opened, dtype, original)
+    lengths = _lengths(candidates, prompt_tokens, new_tokens)
+    tokens = _prompt(candidates, max(lengths))
+    speeds, first = measure_models(
+        candidates,
+        tokens,
+        lengths=lengths,
+        new_tokens=new_tokens,
+        batch=batch,
+        rounds=rounds,
+        show_progress=show_progress,
+    )
+    roof, found = _layers(first, rounds, show_progress) if layers else (None, [])
+    return Benchmark(
+        machine=Machine.this(count),
+        prompt_tokens=lengths,
+        new_tokens=new_tokens,
+        batch=batch,
+        rounds=rounds,
+        models=tuple(speeds),
+        roof=roof,
+        layers=tuple(found),
+    )
+
+
+def _candidates(opened: Opened, dtype: str, original: Opened | None) -> list[Candidate]:
+    wanted = [(opened, computing_dtype(dtype, opened.stored_dtype, _CPU))]
+    if original is not None:
+        own = computing_dtype("auto", original.stored_dtype, _CPU)
+        wanted += [(original, each) for each in dict.fromkeys((own, torch.float32))]
+    names = [(each, str(kind).removeprefix("torch.")) for each, kind in wanted]
+    return list({(each.spec, kind): Candidate(f"{each.spec} in {kind}", each, kind) for each, kind in names}.values())
+
+
+def _lengths(candidates: Sequence[Candidate], asked: Sequence[int] | None, new_tokens: int) -> tuple[int, ...]:
+    """Lengths of prompts, ascending; raises RecipeError for those beyond the context of a candidate."""
+    limits = {each.name: each.opened.positions for each in candidates}
+    tight = {name: limit for name, limit in limits.items() if limit is not None}
+    if not tight:
+        return tuple(sorted(set(asked or DEFAULT_LENGTHS)))
+    name = min(tight, key=tight.__getitem__)
+    limit = tight[name]
+    if asked is None:
+        usable = limit - new_tokens
+        asked = [n for n in DEFAULT_LENGTHS if n <= limit] if usable >= min(DEFAULT_LENGTHS) else [max(1, usable)]
+    lengths = tuple(sorted(set(asked)))
+    context = f"beyond the context of {limit:,} tokens of {name}; give smaller --prompt-tokens"
+    if lengths[-1] > limit:
+        raise RecipeError(f"A prompt of {lengths[-1]:,} tokens is {context}.")
+    if lengths[0] + new_tokens > limit:
+        raise RecipeError(
+            f"A prompt of {lengths[0]:,} tokens and {new_tokens:,} new ones are {context} or --new-tokens."
+        )
+    return lengths
+
+
+def _prompt(candidates: Sequence[Candidate], length: int) -> Tensor:
+    """The first tokens of the builtin test text, from its beginning again where it is too short: int64 `[length]`."""
+    tokens = tokenise(load_text("builtin", split="test").text, candidates[0].opened.load_tokenizer())
+    tokens = tokens.repeat(-(-length // len(tokens)))[:length]
+    for each in candidates[1:]:
+        if int(tokens.max()) >= each.opened.vocab_size:
+            raise RecipeError(
+                f"{each.opened.spec} does not know all tokens of {candidates[0].opened.spec}; give the original that "
+                "it was made from."
+            )
+    return tokens
+
+
+def _layers(first: Loaded, rounds: int, show_progress: bool) -> tuple[Roof, list[LayerSpeed]]:
+    """Speeds of single layers between two looks at the memory's speed, of which the better counts."""
+    # The originals went with `measure_models`: their memory is needed for copies of layers.
+    gc.collect()
+    trim()
+    machine_cache, free = Machine.this(0).cache_bytes or ASSUMED_CACHE_BYTES, free_memory()
+    nbytes = roof_bytes(machine_cache, free)
+    before = read_roof(nbytes)
+    found = measure_layers(
+        layer_kinds(first.model),
+        getattr(torch, first.info.dtype),
+        rounds=rounds,
+        cache_bytes=machine_cache,
+        free_bytes=free,
+        show_progress=show_progress,
+    )
+    return better_roof(before, read_roof(nbytes)), found

@@ -1,0 +1,102 @@
+"""`shiftadd benchmark`: how fast a compressed model is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from shiftadd_cli.cli.computing import dtype_option, threads_option
+
+
+class _Lengths(click.ParamType):
+    """`128,512` becomes a tuple of numbers above 0."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is no list of numbers above 0, such as 128,512.", param, ctx)
+        return tuple(map(int, parts))
+
+
+@click.command()
+@click.argument("model", metavar="OUT")
+@click.option(
+    "--against", metavar="ORIGINAL", help="Model to compare with, measured in the type it computes in and in float32."
+)
+@click.option(
+    "--prompt-tokens",
+    type=_Lengths(),
+    metavar="N,N,...",
+    help="Lengths of the prompts to read.  [default: 128,512, as far as the model's context reaches]",
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Tokens to write after the shortest prompt.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Prompts to read and go on with at once."
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="How often everything is measured, in turns.",
+)
+@threads_option
+@dtype_option
+@click.option(
+    "--layers/--no-layers",
+    default=True,
+    show_default=True,
+    help="Measure every kind of compressed layer by itself as well, beside dense ones and the speed of the memory.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on standard output.")
+def benchmark(
+    model: str,
+    against: str | None,
+    prompt_tokens: tuple[int, ...] | None,
+    new_tokens: int,
+    batch: int,
+    rounds: int,
+    threads: int | None,
+    dtype: str,
+    layers: bool,
+    as_json: bool,
+) -> None:
+    """Measure how fast OUT runs on this machine's CPU, and with --against how much faster than the original.
+
+    OUT is a folder written by `shiftadd quantize`, or an original, as for `shiftadd generate`. Models and layers take
+    turns in every round, so that what else the machine does falls on all alike; medians are shown. Weights of single
+    layers are read from memory, not from the cache, as in a model. --dtype is that of OUT.
+    """
+    from transformers.utils import logging
+
+    from shiftadd_cli.benchmark import run
+    from shiftadd_cli.benchmark.table import describe_benchmark
+
+    logging.disable_progress_bar()
+    result = run.benchmark(
+        model,
+        against=against,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        rounds=rounds,
+        threads=threads,
+        dtype=dtype,
+        layers=layers,
+    )
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        click.echo(describe_benchmark(result))

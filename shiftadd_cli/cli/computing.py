@@ -1,0 +1,17 @@
+"""Options that say how a model is run, for the verbs that run one."""
+
+from __future__ import annotations
+
+import click
+
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(("auto", "float32", "bfloat16", "float16")),
+    default="auto",
+    show_default=True,
+    help="Type to compute in; 'auto' takes the stored one, or float32 on a CPU that has no such arithmetic.",
+)
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: as torch chooses]"
+)

@@ -1,0 +1,135 @@
+"""`shiftadd generate`: let a model write."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from shiftadd_cli.cli.computing import dtype_option, threads_option
+
+if TYPE_CHECKING:
+    from shiftadd_cli.generation.run import Generated
+
+
+@click.command()
+@click.argument("model", metavar="OUT")
+@click.option("--prompt", metavar="TEXT", required=True, help="What the model reads first; - reads standard input.")
+@click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Tokens to make at most.")
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="How freely tokens are drawn; 0 always takes the likeliest.",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Draw among the likeliest tokens that together have this probability.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draws: the same gives the same text.")
+@click.option(
+    "--chat/--no-chat",
+    default=None,
+    help="Give the prompt as a message in the model's chat template, or as the beginning of a text to go on with.  "
+    "[default: as a message, where the model has a chat template]",
+)
+@dtype_option
+@click.option(
+    "--device", default="auto", show_default=True, help="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ..."
+)
+@threads_option
+@click.option("--json", "as_json", is_flag=True, help="Print text and measurements as JSON, at the end.")
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    chat: bool | None,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Let the model OUT write, and show how fast it does.
+
+    OUT is a folder written by `shiftadd quantize`, or an original: a hub id, a folder with safetensors, a .gguf file,
+    or `demo`. The text appears on standard output as it is made, without the prompt; the last line, on standard error,
+    says the speed of reading the prompt (until the first new token) and of writing the rest. Settings that the model
+    brings along, such as penalties, are not used.
+    """
+    from shiftadd_cli.generation.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    text = _read(prompt)
+
+    import time
+
+    from transformers.utils import logging
+
+    from shiftadd_cli.device import choose_device, use_threads
+    from shiftadd_cli.evaluation.models import open_any
+    from shiftadd_cli.generation.prompt import encode_prompt, room_for
+    from shiftadd_cli.generation.run import generate_text
+    from shiftadd_cli.pipeline.plan import resident_bytes
+
+    logging.disable_progress_bar()
+    place = choose_device(device)
+    use_threads(threads)
+    opened = open_any(model)
+    encoded = encode_prompt(text, opened.load_tokenizer(), name=model, chat=chat)
+    room = room_for(encoded, opened.positions, name=model)
+    start = time.perf_counter()
+    loaded = opened.load(dtype, place)
+    load_seconds = time.perf_counter() - start
+    try:
+        found = generate_text(loaded, encoded, sampling, room=room, write=None if as_json else _show)
+    except KeyboardInterrupt:
+        # On a terminal the text ends in the middle of a line.
+        click.echo(err=True)
+        raise
+    peak = resident_bytes()
+    if as_json:
+        table = {"model": model, "dtype": loaded.info.dtype, "device": str(place), "chat": encoded.chat}
+        table |= found.to_dict() | {"load_seconds": load_seconds, "peak_memory_bytes": peak}
+        click.echo(json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    if not found.text.endswith("\n"):
+        click.echo()
+    click.echo(_describe(found, load_seconds, peak), err=True)
+
+
+def _read(prompt: str) -> str:
+    """The prompt itself, or standard input without its last line break."""
+    from shiftadd_cli.errors import PromptError
+
+    if prompt != "-":
+        return prompt
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError("What standard input holds is no UTF-8 text; convert it first.") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _show(piece: str) -> None:
+    click.echo(piece, nl=False)
+
+
+def _describe(found: Generated, load_seconds: float, peak: int) -> str:
+    from shiftadd_cli.report.summary import size
+
+    rate = "" if found.decode_rate is None else f" at {found.decode_rate:.1f} tokens/s"
+    stopped = ", where the context ended" if found.stopped == "context" else ""
+    return (
+        f"Prompt {found.prompt_tokens:,} tokens at {found.prefill_rate:.1f} tokens/s; "
+        f"new {found.new_tokens:,} tokens{rate}{stopped}; "
+        f"loaded in {load_seconds:.1f} s; peak memory {size(peak)}"
+    )

@@ -1,0 +1,166 @@
+"""One text from a loaded model, shown as it is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from shiftadd_cli.errors import NumericalError
+from shiftadd_cli.evaluation.models import Loaded
+from shiftadd_cli.generation.pieces import TextPieces
+from shiftadd_cli.generation.prompt import Prompt
+from shiftadd_cli.generation.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A text and how fast it came.
+
+    Attributes:
+        text: what the model added to the prompt.
+        new_tokens: with the one that ended the text, if one did.
+        prefill_seconds: until the first new token; decode_seconds: from the first to the last.
+        stopped: by a token that ends texts, by the number of tokens asked for, or by the end of the model's context.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    stopped: Literal["end", "length", "context"]
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens of the prompt per second."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float | None:
+        """New tokens per second, the first apart; None if there is no other."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, rates as well, as JSON types."""
+        return asdict(self) | {
+            "prefill_tokens_per_second": self.prefill_rate,
+            "decode_tokens_per_second": self.decode_rate,
+        }
+
+
+def generate_text(
+    loaded: Loaded,
+    prompt: Prompt,
+    sampling: Sampling,
+    *,
+    room: int | None = None,
+    write: Callable[[str], None] | None = None,
+    now: Callable[[], float] = time.perf_counter,
+) -> Generated:
+    """Let the model go on from the prompt until it ends the text, or has made as many tokens as wanted.
+
+    The model's own settings of generation (penalties, temperatures, ...) are not used, but for the tokens that end a
+    text. The same prompt and sampling give the same text on the same machine with the same threads.
+
+    Args:
+        room: tokens the model's context has left, see `room_for`.
+        write: shown every piece of the text as soon as it is known.
+        now: clock in seconds.
+
+    Raises:
+        NumericalError: the model gives logits that are not numbers.
+    """
+    wanted = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ends = _end_tokens(model, tokenizer)
+    # Replaced, and not merely overruled: transformers fills what is not given from what the checkpoint brings along.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=wanted,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        **_choice(sampling),
+    )
+    stream = _Stream(TextPieces(tokenizer, prompt.ids), write, now)
+    ids = torch.tensor([prompt.ids], device=model.device)
+    torch.manual_seed(sampling.seed)
+    start = now()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        streamer=stream,
+        logits_processor=LogitsProcessorList([_RefuseNoNumbers(loaded.info.spec, loaded.info.dtype)]),
+    )
+    ended = stream.tokens[-1] in ends
+    full = wanted < sampling.max_new_tokens
+    return Generated(
+        text="".join(stream.pieces),
+        prompt_tokens=len(prompt.ids),
+        new_tokens=len(stream.tokens),
+        prefill_seconds=stream.times[0] - start,
+        decode_seconds=stream.times[-1] - stream.times[0],
+        stopped="end" if ended else "context" if full else "length",
+    )
+
+
+class _Stream(BaseStreamer):
+    """Given the prompt once and then every token by transformers."""
+
+    def __init__(self, pieces: TextPieces, write: Callable[[str], None] | None, now: Callable[[], float]) -> None:
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.pieces: list[str] = []
+        self._pieces, self._write, self._now = pieces, write, now
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self.times.append(self._now())
+        self.tokens.append(int(value))
+        self._show(self._pieces.add(self.tokens[-1]))
+
+    def end(self) -> None:
+        self._show(self._pieces.finish())
+
+    def _show(self, piece: str) -> None:
+        if piece:
+            self.pieces.append(piece)
+            if self._write is not None:
+                self._write(piece)
+
+
+class _RefuseNoNumbers(LogitsProcessor):
+    """Leaves logits alone; without it NaN would give some text where the likeliest token is taken, or a traceback."""
+
+    def __init__(self, name: str, dtype: str) -> None:
+        self._name, self._dtype = name, dtype
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if torch.isnan(scores).any() or torch.isposinf(scores).any():
+            raise NumericalError(
+                f"{self._name} gives logits that are not finite in {self._dtype}; try --dtype float32, and if that "
+                "does not help the checkpoint is damaged."
+            )
+        return scores
+
+
+def _choice(sampling: Sampling) -> dict[str, Any]:
+    if sampling.temperature == 0:
+        return {"do_sample": False}
+    # top_k would be 50 by transformers' default.
+    return {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text: those of the checkpoint, which may know more than one, and the tokenizer's."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ends = list(named) if isinstance(named, (list, tuple)) else [named]
+    return list(dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id) if end is not None))

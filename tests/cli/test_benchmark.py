@@ -1,0 +1,115 @@
+"""`shiftadd benchmark` as a user types it; nothing here says how fast anything must be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from artifacts import write_checkpoint
+from click.testing import CliRunner, Result
+from tiny_models import save_tiny, tiny_model, tiny_tokenizer
+
+from shiftadd_cli.benchmark import layer_speed, run
+from shiftadd_cli.cli import main
+from shiftadd_cli.evaluation.models import Opened
+
+SHORT = ("--rounds", "2", "--prompt-tokens", "6,3", "--new-tokens", "4")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny("llama", tmp_path_factory.mktemp("models") / "original"))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = write_checkpoint(tiny_model("llama"), tmp_path_factory.mktemp("models") / "packed", tables=True).folder
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little memory is read, and samples are short."""
+    monkeypatch.setattr(run, "roof_bytes", lambda cache, free: 1 << 20)
+    monkeypatch.setattr(layer_speed, "_MOST_COPIES", 4)
+    monkeypatch.setattr(layer_speed, "SAMPLE_SECONDS", 1e-4)
+
+
+def benchmark(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["benchmark", *arguments])
+
+
+def test_models_and_layers_are_tables(packed, original):
+    result = benchmark(packed, "--against", original, *SHORT)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0].split("  ")[-1].strip() == "original, float32"
+    assert lines[1].startswith("decode, tokens/s")
+    assert [line for line in lines if line.startswith("prefill of 6")]
+    assert [line for line in lines if line.startswith("gate_proj/up_proj, 100 x 48, 3 bits, apot2, 1 x 16")]
+    assert "prompts of 3, 6 tokens, 4 new ones" in result.stdout
+    for what in ("Loading", "Generating", "Layers"):
+        assert f"{what}: " in result.stderr
+        assert f"{what}: " not in result.stdout
+
+
+def test_json_is_all_there_is_on_standard_output(packed, original):
+    result = benchmark(packed, "--against", original, "--json", "--dtype", "bfloat16", "--batch", "2", *SHORT)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert [each["name"] for each in told["models"]] == [f"{packed} in bfloat16", f"{original} in float32"]
+    assert (told["batch"], told["rounds"], told["new_tokens"], told["prompt_tokens"]) == (2, 2, 4, [3, 6])
+    gains = told["gains"][f"{original} in float32"]
+    assert gains.keys() == {"decode", "prefill of 3", "prefill of 6", "load", "weights in memory", "size on disk"}
+    assert gains["size on disk"]["median"] > 1
+    first = told["models"][0]
+    assert len(first["decode_tokens_per_second"]["rounds"]) == 2
+    assert first["times"]["prefill"]["6"]["amount"] == 12
+    assert first["times"]["decode"]["amount"] == 6
+    assert told["roof"]["bytes_per_second"] > 0
+    layers = {"/".join(name.rpartition(".")[2] for name in each["names"]): each for each in told["layers"]}
+    assert list(layers) == ["q_proj/o_proj", "k_proj/v_proj", "gate_proj/up_proj", "down_proj", "lm_head"]
+    assert layers["down_proj"]["dtype"] == "bfloat16"
+    assert layers["down_proj"]["ways"].keys() == {"compressed", "float32", "bfloat16"}
+
+
+def test_layers_can_be_left_out(packed, monkeypatch):
+    monkeypatch.setattr(run, "measure_layers", lambda *_, **__: pytest.fail("layers were measured"))
+    result = benchmark(packed, "--no-layers", *SHORT)
+    assert result.exit_code == 0, result.output
+    assert "down_proj" not in result.stdout
+    assert "Memory" not in result.stdout
+
+
+def test_an_original_alone_can_be_measured(original):
+    result = benchmark(original, *SHORT)
+    assert result.exit_code == 0, result.output
+    assert "none: the model has no compressed linear layer" in result.stdout
+
+
+BAD = {
+    "no model": ([], "Missing argument 'OUT'"),
+    "missing model": (["/nowhere/at/all"], "There is no model at /nowhere/at/all"),
+    "missing original": (["{packed}", "--against", "/nowhere"], "There is no model at /nowhere"),
+    "no number": (["{packed}", "--prompt-tokens", "12,x"], "'12,x' is no list of numbers above 0"),
+    "no tokens": (["{packed}", "--prompt-tokens", "0"], "'0' is no list of numbers above 0"),
+    "too long": (["{packed}", "--prompt-tokens", "5000"], "beyond the context of 512 tokens"),
+    "too many": (["{packed}", "--new-tokens", "5000"], "beyond the context of 512 tokens"),
+    "one new token": (["{packed}", "--new-tokens", "1"], "'--new-tokens'"),
+    "no rounds": (["{packed}", "--rounds", "0"], "'--rounds'"),
+    "no batch": (["{packed}", "--batch", "0"], "'--batch'"),
+    "no threads": (["{packed}", "--threads", "0"], "'--threads'"),
+    "unknown dtype": (["{packed}", "--dtype", "int8"], "'--dtype'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_sentence_before_a_model_is_loaded(case, packed, monkeypatch):
+    monkeypatch.setattr(Opened, "load", lambda *_: pytest.fail("a model was loaded"))
+    arguments, message = BAD[case]
+    result = benchmark(*(argument.format(packed=packed) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
