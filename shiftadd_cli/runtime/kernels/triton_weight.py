@@ -1,0 +1,90 @@
+"""A compressed matrix as the Triton kernels take it: views of what is stored, and two small tensors made at load.
+
+See `triton_decode` for words and lanes. Whatever is large (codes, scales) is not copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.bcq.scale_formats import scale_format
+from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class TritonWeight:
+    """The planes of one `[out, in]` matrix; a rotation or outlier columns, if there are any, are not part of it.
+
+    codes:     int32 or uint8 `[out · bits, words]`, a view of `weight_codes`
+    scales:    uint8 `[out, bytes]` or float16 `[out, groups · bits]`, a view of `weight_exponents` or `weight_scales`
+    offsets:   float16 `[out, groups]`, or float32 where float16 would round them, relative to the row scale; or None
+    row_scale: float32 `[out]`
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    row_scale: Tensor
+    columns: int
+    bits: int
+    # 4-bit fields of a scale; 0: the scale is a float16 number.
+    nibbles: int
+    groups: int
+    # Words that share their scales; of the last group some may be missing.
+    group_words: int
+
+    @property
+    def words(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def lanes(self) -> int:
+        """Columns of a word."""
+        return 8 * self.codes.itemsize
+
+
+def supports(layout: PackedLayout) -> bool:
+    """Whether the kernels can multiply by a matrix of this layout: groups that do not reach over rows, and that end at
+    the end of a byte of the planes or of the row."""
+    grid = layout.grid
+    return grid.group_rows == 1 and (grid.group_columns % 8 == 0 or grid.column_groups == 1)
+
+
+def prepare(weight: QuantizedWeight) -> TritonWeight:
+    """The tensors for the kernels, on the device of `weight`, whose layout is one that `supports` accepts."""
+    layout, stored = weight.layout, weight.tensors
+    grid, nibbles = layout.grid, scale_format(layout.scale_format).nibbles
+    codes = stored["weight_codes"].view(grid.rows * layout.bits, -1)
+    whole = grid.column_groups == 1
+    if codes.shape[1] % 4 == 0 and (whole or grid.group_columns % 32 == 0) and _begins_at_a_word(codes):
+        codes = codes.view(torch.int32)
+    row_scale = stored["weight_row_scale"].float()
+    return TritonWeight(
+        codes=codes,
+        scales=stored["weight_exponents"] if nibbles else stored["weight_scales"].flatten(1),
+        offsets=_offsets(weight),
+        row_scale=row_scale.expand(grid.rows).contiguous(),
+        columns=grid.columns,
+        bits=layout.bits,
+        nibbles=nibbles,
+        groups=grid.column_groups,
+        group_words=codes.shape[1] if whole else grid.group_columns // (8 * codes.itemsize),
+    )
+
+
+def _begins_at_a_word(codes: Tensor) -> bool:
+    """Whether a uint8 tensor may be read as int32: a slice of a larger one, or of a file, may begin anywhere."""
+    return codes.storage_offset() % 4 == 0 and codes.data_ptr() % 4 == 0
+
+
+def _offsets(weight: QuantizedWeight) -> Tensor | None:
+    """`weight.offsets`, as float16 where that is exact (all but sums of three powers of two)."""
+    if not weight.layout.offset:
+        return None
+    wide = weight.offsets(weight.ratios())
+    assert wide is not None
+    narrow = wide.half()
+    return narrow if torch.equal(narrow.float(), wide) else wide
