@@ -66,6 +66,18 @@ class LevelTable:
         return rank, self.levels.gather(0, rank.unsqueeze(0)).squeeze(0)
 
 
+def ranks_within(values: Tensor, midpoints: Tensor) -> Tensor:
+    """How many of the ascending `midpoints` `[..., L − 1]` lie below each of `values` `[..., n]`: int64 `[..., n]`, as
+    `torch.searchsorted` gives them."""
+    if midpoints.shape[-1] >= _COUNTING_LIMIT:
+        return torch.searchsorted(midpoints.contiguous(), values.contiguous())
+    # In bytes: four times as fast as a search of a few levels for each value.
+    ranks = torch.zeros_like(values, dtype=torch.uint8)
+    for midpoint in midpoints.split(1, dim=-1):
+        ranks += values > midpoint
+    return ranks.long()
+
+
 def planes_of(codes: Tensor, bits: int) -> Tensor:
     """Planes of codes: uint8 `[out, in]` → bool `[out, bits, in]`."""
     shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device).view(1, bits, 1)

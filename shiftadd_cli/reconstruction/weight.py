@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from shiftadd_cli.bcq.levels import code_signs, planes_of, sorted_levels
+from shiftadd_cli.bcq.levels import code_signs, planes_of, ranks_within, sorted_levels
 from shiftadd_cli.bcq.rotation import restore_weight, rotate_weight
 from shiftadd_cli.bcq.scale_formats import scale_format
 from shiftadd_cli.bcq.weight import QuantizedWeight
@@ -91,7 +91,7 @@ class TunableWeight(nn.Module):
         levels, _ = sorted_levels(self.ratios.detach(), None if self.offsets is None else self.offsets.detach())
         midpoints = (levels[..., 1:] + levels[..., :-1]) / 2 * self.row_scale.detach().view(-1, 1, 1)
         ends = midpoints.new_full((*midpoints.shape[:-1], 1), torch.inf)
-        rank = torch.searchsorted(midpoints, self._group(values))
+        rank = ranks_within(self._group(values), midpoints)
         low = torch.cat((-ends, midpoints), dim=-1).gather(-1, rank)
         high = torch.cat((midpoints, ends), dim=-1).gather(-1, rank)
         inside = self._ungroup(torch.minimum(torch.maximum(self._group(target), low), high))
@@ -119,7 +119,7 @@ class TunableWeight(nn.Module):
         """Code of the level nearest to each latent weight: int64 `[out, C, group]`."""
         ordered, order = levels.sort(dim=-1, stable=True)
         midpoints = (ordered[..., 1:] + ordered[..., :-1]) / 2
-        return order.gather(-1, torch.searchsorted(midpoints.contiguous(), self._group(self.latent)))
+        return order.gather(-1, ranks_within(self._group(self.latent), midpoints))
 
     def _group(self, matrix: Tensor) -> Tensor:
         """`[out, in]` as `[out, C, group]`, padded."""

@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from bcq_problems import all_levels, generator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from shiftadd_cli.bcq.levels import LevelTable, code_signs, planes_of
+from shiftadd_cli.bcq.levels import LevelTable, code_signs, planes_of, ranks_within
 
 
 def tables(bits: int, offset: bool, seed: int = 0) -> tuple[Tensor, Tensor | None, LevelTable]:
@@ -70,3 +72,14 @@ def test_bit_b_of_a_code_is_the_sign_of_plane_b(bits: int) -> None:
     for b in range(bits):
         assert torch.equal(planes[:, b], (codes.int() // 2**b) % 2 == 1)
         assert torch.equal(planes[:, b].float() * 2 - 1, signs[codes.int(), b])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**31))
+def test_ranks_within_are_those_of_a_search(levels: int, count: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    midpoints = torch.randn(3, 2, levels, generator=g).sort(-1).values
+    values = torch.randn(3, 2, count, generator=g)
+    # A value on a midpoint belongs below it.
+    values[0, 0, 0] = midpoints[0, 0, 0]
+    assert torch.equal(ranks_within(values, midpoints), torch.searchsorted(midpoints, values))
