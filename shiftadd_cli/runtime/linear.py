@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,23 +12,25 @@ from torch.nn.functional import linear
 
 from shiftadd_cli.bcq.rotation import rotate_input
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
-from shiftadd_cli.runtime.kernels.choice import Precision
+from shiftadd_cli.runtime.kernels import triton_weight
+from shiftadd_cli.runtime.kernels.choice import Kernel, Precision, chosen_precision, suited_kernel
 from shiftadd_cli.runtime.kernels.cpu_weight import CpuWeight
-from shiftadd_cli.runtime.kernels.ops import lookup_linear
+from shiftadd_cli.runtime.kernels.ops import gpu_linear, lookup_linear
+from shiftadd_cli.runtime.kernels.triton_weight import TritonWeight
 from shiftadd_cli.runtime.stored import StoredWeight
 
 # Decoded rows held at a time, float32; a matrix of a small model is one tile.
 TILE_BYTES = 4 << 20
 
 _CODES = "weight_codes"
-_LOOKUP_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PackedLinear(StoredWeight):
     """`x @ W.T + bias` with W in compressed form.
 
-    The stored tensors are frozen parameters named as in `bcq.weight`. Once `prepare` was called, the planes are held in
-    the order of the CPU kernels instead, and every call looks up and adds; until then, and for what the kernels do not
+    The stored tensors are frozen parameters named as in `bcq.weight`. Once `prepare` was called, the layer computes by
+    the kernels that suit its device, on a CPU by looking up and adding; until then, and for what the kernels do not
     take (float64, gradients), the matrix is decoded tile by tile on every call.
 
     The output equals `F.linear(R x, packed().decode_stored().to(x.dtype), bias)`, where R is the rotation, if there is
@@ -63,7 +66,10 @@ class PackedLinear(StoredWeight):
         self.layout = layout
         self.transposed = transposed
         self.rotate = rotate_input
-        self.precision: Precision | None = None
+        self.kernel: Kernel | None = None
+        self.precision = Precision.AUTO
+        self._on_gpu: TritonWeight | None = None
+        self._rotation: Tensor | None = None
         self._stand_for(tuple(layout.tensors()), (layout.grid.rows, layout.grid.columns), dtype)
         for suffix, (shape, kind) in layout.tensors().items():
             empty = torch.zeros(shape, dtype=kind, device=device)
@@ -97,37 +103,36 @@ class PackedLinear(StoredWeight):
         return self.layout.grid.rows
 
     def packed(self) -> QuantizedWeight:
-        """The compressed matrix; shares memory with the parameters, unless the layer was prepared."""
+        """The compressed matrix; shares memory with the parameters where they hold all of it."""
         tensors = {name: self.get_parameter(name).detach() for name in self.layout.tensors()}
-        if self.prepared:
-            tensors[_CODES] = self._cpu_weight().codes(self.layout)
+        if self.kernel is Kernel.CPU:
+            tensors[_CODES] = self._on_cpu().codes(self.layout)
         return QuantizedWeight(self.layout, tensors)
 
-    @property
-    def prepared(self) -> bool:
-        """Whether the planes are held in the order of the CPU kernels."""
-        return self.precision is not None
+    def prepare(self) -> None:
+        """Choose the kernels that suit the layer's device, and arrange its tensors for them, see `kernels.choice`.
 
-    def prepare(self, precision: Precision) -> None:
-        """Arrange the planes, which must be on the CPU, for the CPU kernels; the stored ones are dropped.
-
-        They are not parameters afterwards, but state dicts hold them as ever. Only for layouts that
-        `kernels.cpu_weight.supports`.
+        For the CPU kernels the planes are arranged anew and the stored ones dropped: they are no parameter afterwards,
+        but state dicts hold them as ever. A layer that is moved to another device is prepared again.
         """
-        if not self.prepared:
-            for name, tensor in CpuWeight.pack(self.packed()).tensors().items():
+        self.restore()
+        weight, kernel = self.packed(), suited_kernel(self.layout, self._device)
+        if kernel is Kernel.CPU:
+            for name, tensor in CpuWeight.pack(weight).tensors().items():
                 self.register_buffer(name, tensor, persistent=False)
             self.get_parameter(_CODES).data = torch.empty(0, dtype=torch.uint8)
-        self.precision = precision
+        elif kernel is Kernel.TRITON:
+            self._on_gpu, self._rotation = triton_weight.prepare(weight), weight.signs()
+        self.kernel, self.precision = kernel, chosen_precision()
 
     def restore(self) -> None:
         """Undo `prepare`."""
-        if self.prepared:
-            arranged = self._cpu_weight()
+        if self.kernel is Kernel.CPU:
+            arranged = self._on_cpu()
             self.get_parameter(_CODES).data = arranged.codes(self.layout)
-            self.precision = None
             for name in arranged.tensors():
                 delattr(self, name)
+        self.kernel = self._on_gpu = self._rotation = None
 
     def decode(self) -> Tensor:
         """The matrix the layer stands for: float32 `[out, in]`."""
@@ -135,8 +140,15 @@ class PackedLinear(StoredWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` → `[..., out]` in the dtype of `x` (float32, bfloat16, float16 or float64)."""
-        looks_up = self.prepared and x.dtype in _LOOKUP_TYPES and not (x.requires_grad and torch.is_grad_enabled())
-        output = self._look_up(x) if looks_up else self._decode_and_multiply(x)
+        kernel = self.kernel
+        if x.dtype not in _KERNEL_TYPES or (x.requires_grad and torch.is_grad_enabled()):
+            kernel = Kernel.REFERENCE
+        if kernel is Kernel.CPU:
+            output = self._look_up(x)
+        elif kernel is Kernel.TRITON:
+            output = self._multiply_on_gpu(x)
+        else:
+            output = self._decode_and_multiply(x)
         if not self.layout.outliers:
             return output
         columns, ids = self.get_parameter("weight_columns"), self.get_parameter("weight_column_ids")
@@ -144,7 +156,7 @@ class PackedLinear(StoredWeight):
 
     def _look_up(self, x: Tensor) -> Tensor:
         fast = self.precision is Precision.FAST or (self.precision is Precision.AUTO and x.dtype != torch.float32)
-        weight = self._cpu_weight()
+        weight = self._on_cpu()
         signs = weight.signs
         if signs is not None and self.rotate is not rotate_input:
             # Another layer may have rotated this very input already.
@@ -163,6 +175,11 @@ class PackedLinear(StoredWeight):
             fast,
         )
 
+    def _multiply_on_gpu(self, x: Tensor) -> Tensor:
+        assert self._on_gpu is not None, "prepare made it"
+        rotated = x if self._rotation is None else self.rotate(x, self._rotation)
+        return gpu_linear(rotated, self._on_gpu, self.bias)
+
     def _decode_and_multiply(self, x: Tensor) -> Tensor:
         height = max(1, TILE_BYTES // (4 * self.in_features))
         packed, tiles = self.packed(), []
@@ -173,28 +190,31 @@ class PackedLinear(StoredWeight):
             tiles.append(linear(rotated, tile.to(x.dtype), bias))
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
 
-    def _cpu_weight(self) -> CpuWeight:
+    def _on_cpu(self) -> CpuWeight:
         return CpuWeight(self.words, self.scale_codes, self.scales, self.offsets, self.row_scale, self.signs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        precision = self.precision
-        self.restore()
-        super()._apply(fn, recurse)
-        if precision is not None and self.get_parameter(_CODES).device.type == "cpu":
-            self.prepare(precision)
+        with self._restored():
+            super()._apply(fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.prepared:
-            destination[prefix + _CODES] = self._cpu_weight().codes(self.layout)
+        if self.kernel is Kernel.CPU:
+            destination[prefix + _CODES] = self._on_cpu().codes(self.layout)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        precision = self.precision
+        with self._restored():
+            super()._load_from_state_dict(*arguments)
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """The stored tensors in their places meanwhile, prepared again afterwards if the layer was."""
+        prepared = self.kernel is not None
         self.restore()
-        super()._load_from_state_dict(*arguments)
-        if precision is not None:
-            self.prepare(precision)
+        yield
+        if prepared:
+            self.prepare()
 
     def extra_repr(self) -> str:
         return (

@@ -15,7 +15,8 @@ from tiny_models import tiny_model
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.runtime import prepare
-from shiftadd_cli.runtime.kernels.choice import Precision
+from shiftadd_cli.runtime.kernels import choice
+from shiftadd_cli.runtime.kernels.choice import Kernel, Precision
 from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.prepare import prepare_layers
 
@@ -40,7 +41,7 @@ def test_prepared_layers_compute_the_same_and_hold_planes_once() -> None:
     prepare_layers([prepared])
     x = torch.randn(5, 64)
     torch.testing.assert_close(prepared(x), plain(x), rtol=1e-4, atol=1e-4)
-    assert prepared.prepared
+    assert prepared.kernel is Kernel.CPU
     assert prepared.get_parameter("weight_codes").numel() == 0
     assert torch.equal(prepared.decode(), plain.decode())
 
@@ -59,7 +60,7 @@ def test_state_dicts_and_copies_know_nothing_of_it() -> None:
     stream.seek(0)
     x = torch.randn(5, 64)
     for each in (other, copy.deepcopy(prepared), torch.load(stream, weights_only=False)):
-        assert each.prepared
+        assert each.kernel is Kernel.CPU
         assert torch.equal(each(x), prepared(x))
 
 
@@ -80,11 +81,11 @@ def test_moves_keep_a_layer_prepared() -> None:
     prepare_layers([prepared])
     before = prepared.decode()
     prepared.to(torch.bfloat16)
-    assert prepared.prepared
+    assert prepared.kernel is Kernel.CPU
     assert prepared.bias.dtype == prepared.weight.dtype == torch.bfloat16
     assert torch.equal(prepared.decode(), before)
     prepared.to("meta")
-    assert not prepared.prepared
+    assert prepared.kernel is Kernel.REFERENCE
     assert prepared.get_parameter("weight_codes").shape == (40, 3, 8)
 
 
@@ -92,7 +93,7 @@ def test_moves_keep_a_layer_prepared() -> None:
 def test_narrow_groups_stay_as_they_are() -> None:
     narrow = layer(group_size=8)
     prepare_layers([narrow])
-    assert not narrow.prepared
+    assert narrow.kernel is Kernel.REFERENCE
 
 
 @needs_kernels
@@ -113,16 +114,32 @@ def test_models_are_prepared_when_loaded(
 
 def test_the_reference_can_be_asked_for(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHIFTADD_KERNEL", "reference")
-    assert not any(each.prepared for each in packed_layers(load(checkpoint.folder)))
+    assert not any(each.kernel is Kernel.CPU for each in packed_layers(load(checkpoint.folder)))
 
 
 def test_without_kernels_it_says_so_once(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(prepare, "cpu_extension", lambda: None)
+    for module in (prepare, choice):
+        monkeypatch.setattr(module, "cpu_extension", lambda: None)
     monkeypatch.setattr(prepare, "_said", set())
     with caplog.at_level(logging.WARNING, logger="shiftadd_cli"):
         model = load(checkpoint.folder)
         load(checkpoint.folder)
     assert [each.message for each in caplog.records if "C++ compiler" in each.message] == [caplog.records[0].message]
     assert_close(logits(model), logits(checkpoint.dense))
+
+
+def test_triton_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its interpreter, which computes on the CPU (tests/conftest.py)."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("SHIFTADD_KERNEL", "triton")
+    plain, prepared = layer(), layer()
+    prepare_layers([prepared])
+    assert prepared.kernel is Kernel.TRITON
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(prepared(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(copy.deepcopy(prepared)(x), prepared(x))
+    monkeypatch.setenv("SHIFTADD_KERNEL", "reference")
+    prepared.to(torch.float32)
+    assert prepared.kernel is Kernel.REFERENCE

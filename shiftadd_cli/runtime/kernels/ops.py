@@ -1,9 +1,10 @@
-"""The CPU kernels as torch operators, so that torch.compile and its checks see through them.
+"""The kernels as torch operators, so that torch.compile and its checks see through them.
 
-    shiftadd::lookup_linear     a compressed linear layer
-    shiftadd::rotate            the rotation of its input
+    shiftadd::lookup_linear     a compressed linear layer on a CPU
+    shiftadd::rotate            the rotation of its input, on a CPU
+    shiftadd::triton_linear     a compressed linear layer on a GPU
 
-Both are for inference: a backward pass through them raises RuntimeError.
+They are for inference: a backward pass through them raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from shiftadd_cli.runtime.kernels.cpu_weight import native_layout
 from shiftadd_cli.runtime.kernels.extension import cpu_extension
+from shiftadd_cli.runtime.kernels.triton_weight import TritonWeight
 
 # As `Number` in native/engine.h.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -26,6 +28,10 @@ _library.define(
     "Tensor? bias, Tensor? signs, int group_columns, int bits, bool fast, str method, str kernels) -> Tensor"
 )
 _library.define("rotate(Tensor x, Tensor signs) -> Tensor")
+_library.define(
+    "triton_linear(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor row_scale, Tensor? bias, "
+    "int columns, int bits, int nibbles, int groups, int group_words) -> Tensor"
+)
 
 
 def lookup_linear(
@@ -57,6 +63,24 @@ def lookup_linear(
 def rotate(x: Tensor, signs: Tensor) -> Tensor:
     """R x for `x` `[..., in]`, see `bcq.rotation`, in the dtype of `x`; signs: float32 `[in]` of ±1."""
     result: Tensor = torch.ops.shiftadd.rotate.default(x, signs)
+    return result
+
+
+def gpu_linear(x: Tensor, weight: TritonWeight, bias: Tensor | None) -> Tensor:
+    """`x` `[..., in]`, rotated if the weight is, → `[..., out]`; see `triton_linear.multiply`."""
+    result: Tensor = torch.ops.shiftadd.triton_linear.default(
+        x,
+        weight.codes,
+        weight.scales,
+        weight.offsets,
+        weight.row_scale,
+        bias,
+        weight.columns,
+        weight.bits,
+        weight.nibbles,
+        weight.groups,
+        weight.group_words,
+    )
     return result
 
 
@@ -122,6 +146,27 @@ def _rotate(x: Tensor, signs: Tensor) -> Tensor:
     return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
+def _triton_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    bits: int,
+    nibbles: int,
+    groups: int,
+    group_words: int,
+) -> Tensor:
+    # Triton is optional, and takes a second to import.
+    from shiftadd_cli.runtime.kernels.triton_linear import multiply
+
+    weight = TritonWeight(codes, scales, offsets, row_scale, columns, bits, nibbles, groups, group_words)
+    # The gradient is refused at the backward pass, as for all operators here.
+    return multiply(x.detach(), weight, bias)
+
+
 def _ready(x: Tensor) -> Tensor:
     """`x` in the kernels' terms: contiguous, float32 or bfloat16."""
     if x.dtype == torch.float16:
@@ -170,20 +215,30 @@ def _address(tensor: Tensor | None) -> int:
 
 def _refuse(*_: Any) -> NoReturn:
     raise RuntimeError(
-        "Compressed layers run on look-up tables, which have no gradient; load the model with "
+        "The kernels of compressed layers have no gradient; load the model with "
         "SHIFTADD_KERNEL=reference, or call its dequantize()."
     )
 
 
 _library.impl("lookup_linear", _lookup_linear, "CPU")
 _library.impl("rotate", _rotate, "CPU")
-for _name in ("lookup_linear", "rotate"):
+_library.impl("triton_linear", _triton_linear, "CUDA")
+# For its interpreter, which computes on the CPU.
+_library.impl("triton_linear", _triton_linear, "CPU")
+for _name in ("lookup_linear", "rotate", "triton_linear"):
     torch.library.register_autograd(f"shiftadd::{_name}", _refuse, lib=_library)
 
 
 @torch.library.register_fake("shiftadd::lookup_linear", lib=_library)
 def _fake_linear(x: Tensor, words: Tensor, *rest: Any) -> Tensor:
     row_scale: Tensor = rest[3]
+    return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+
+
+@torch.library.register_fake("shiftadd::triton_linear", lib=_library)
+def _fake_triton(
+    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, row_scale: Tensor, *_: Any
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], row_scale.shape[0])
 
 

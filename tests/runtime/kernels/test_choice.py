@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import RuntimeChoiceError
 from shiftadd_cli.runtime.kernels import choice
-from shiftadd_cli.runtime.kernels.choice import Kernel, Precision, chosen_kernel, chosen_precision
+from shiftadd_cli.runtime.kernels.choice import Kernel, Precision, chosen_kernel, chosen_precision, suited_kernel
 
 
 def test_nothing_said_is_auto(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,4 +36,48 @@ def test_kernels_that_are_not_there_cannot_be_asked_for(monkeypatch: pytest.Monk
     monkeypatch.setenv("SHIFTADD_KERNEL", "cpu")
     monkeypatch.setattr(choice, "cpu_extension", lambda: None)
     with pytest.raises(RuntimeChoiceError, match="install a C\\+\\+ compiler"):
+        chosen_kernel()
+
+
+LAYOUT = PackedLayout(ScaleGrid.resolve(64, 128, 1, 64), 3, "apot2", True, False)
+NARROW = PackedLayout(ScaleGrid.resolve(64, 128, "all", 1), 3, "apot2", False, False)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("wish", "layout", "device", "compiled", "gpu", "expected"),
+    [
+        ("auto", LAYOUT, CPU, True, False, Kernel.CPU),
+        ("auto", LAYOUT, CPU, False, False, Kernel.REFERENCE),
+        ("auto", LAYOUT, CUDA, True, True, Kernel.TRITON),
+        ("auto", LAYOUT, CUDA, True, False, Kernel.REFERENCE),
+        ("auto", LAYOUT, torch.device("meta"), True, True, Kernel.REFERENCE),
+        ("auto", NARROW, CPU, True, True, Kernel.REFERENCE),
+        ("auto", NARROW, CUDA, True, True, Kernel.REFERENCE),
+        ("reference", LAYOUT, CPU, True, True, Kernel.REFERENCE),
+        ("reference", LAYOUT, CUDA, True, True, Kernel.REFERENCE),
+        ("cpu", LAYOUT, CPU, True, False, Kernel.CPU),
+        ("cpu", LAYOUT, CUDA, True, True, Kernel.REFERENCE),
+        ("triton", LAYOUT, CUDA, True, True, Kernel.TRITON),
+    ],
+)
+def test_each_device_gets_what_suits_it(
+    wish: str,
+    layout: PackedLayout,
+    device: torch.device,
+    compiled: bool,
+    gpu: bool,
+    expected: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SHIFTADD_KERNEL", wish)
+    monkeypatch.setattr(choice, "cpu_extension", lambda: compiled or None)
+    monkeypatch.setattr(choice, "triton_runs", lambda: gpu)
+    assert suited_kernel(layout, device) is expected
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHIFTADD_KERNEL", "triton")
+    monkeypatch.setattr(choice, "triton_runs", lambda: False)
+    with pytest.raises(RuntimeChoiceError, match="needs an NVIDIA GPU"):
         chosen_kernel()
