@@ -22,11 +22,12 @@ from functools import partial
 
 import click
 import torch
+from matrices import random_matrix
 from torch import Tensor
 from torch.nn.functional import linear
 
 from shiftadd_cli.bcq.grid import ScaleGrid
-from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.report.summary import table
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -59,18 +60,6 @@ class Row:
     def rate(self) -> float:
         """GB/s of stored bytes."""
         return self.stored_bytes / self.microseconds / 1e3
-
-
-def random_matrix(layout: PackedLayout, generator: torch.Generator) -> QuantizedWeight:
-    """Random stored tensors, on the device of the generator: every byte is a valid code."""
-    device = generator.device
-    tensors = {}
-    for name, (shape, dtype) in layout.tensors().items():
-        if dtype == torch.uint8:
-            tensors[name] = torch.randint(0, 256, shape, dtype=dtype, device=device, generator=generator)
-        else:
-            tensors[name] = (0.05 + 0.2 * torch.rand(shape, device=device, generator=generator)).to(dtype)
-    return QuantizedWeight(layout, tensors)
 
 
 def relative_error(y: Tensor, x: Tensor, matrix: Tensor) -> float:

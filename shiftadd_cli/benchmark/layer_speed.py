@@ -196,8 +196,8 @@ def measure_layers(
 def _measure(
     kind: LayerKind, dtype: torch.dtype, rounds: int, cache_bytes: int, most_bytes: int, clock: Clock
 ) -> LayerSpeed:
-    def ring(layers: list[Layer], nbytes: int, kind_of_input: torch.dtype) -> _Ring:
-        return _Ring(layers, nbytes, cold=len(layers) * nbytes > cache_bytes, dtype=kind_of_input)
+    def ring(layers: list[Layer], nbytes: int, kind_of_input: torch.dtype) -> Ring:
+        return Ring(layers, nbytes, cold=len(layers) * nbytes > cache_bytes, dtype=kind_of_input)
 
     count = copies_for(kind.stored_bytes, cache_bytes, most_bytes)
     rings = {COMPRESSED: ring(_compressed_copies(kind, count), kind.stored_bytes, dtype)}
@@ -222,7 +222,7 @@ def _measure(
     return LayerSpeed(kind, _name(dtype), speeds.pop(COMPRESSED), tuple(speeds.values()))
 
 
-class _Ring:
+class Ring:
     """One layer in copies that are called in turn, over and over."""
 
     def __init__(self, layers: list[Layer], nbytes: int, *, cold: bool, dtype: torch.dtype) -> None:

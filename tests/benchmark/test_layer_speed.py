@@ -16,6 +16,7 @@ from shiftadd_cli.benchmark import layer_speed as module
 from shiftadd_cli.benchmark.layer_speed import WaySpeed, copies_for, layer_kinds, measure_layers
 from shiftadd_cli.benchmark.roof import Roof
 from shiftadd_cli.benchmark.timing import Span, Timed
+from shiftadd_cli.runtime.kernels.choice import Kernel
 from shiftadd_cli.runtime.linear import PackedLinear
 
 TWO_BITS = MatrixFormat(**{**COMMON.__dict__, "bits": 2})
@@ -64,7 +65,7 @@ def test_tiny_layers_have_a_limited_number_of_copies():
 def test_calls_go_through_all_copies_in_turn_across_samples():
     called: list[int] = []
     layers = [lambda x, number=number: (called.append(number), x)[1] for number in range(3)]
-    ring = module._Ring(layers, 10, cold=True, dtype=torch.float32)
+    ring = module.Ring(layers, 10, cold=True, dtype=torch.float32)
     x = torch.ones(1, 2)
     # Once through all, and then three calls of a third of a second each.
     assert ring.calls_for(x, ticking()) == 1
@@ -79,7 +80,7 @@ def test_the_models_own_layers_come_first_and_copies_are_equal_but_apart(model):
     kind = layer_kinds(model)[0]
     layers = module._compressed_copies(kind, 6)
     assert all(one is two for one, two in zip(layers, kind.modules, strict=False))
-    places = {each.get_parameter("weight_codes").data_ptr() for each in layers}
+    places = {(each.words if each.kernel is Kernel.CPU else each.weight_codes).data_ptr() for each in layers}
     assert len(layers) == len(places) == 6
     x = torch.randn(2, kind.in_features)
     assert torch.equal(layers[5](x), kind.modules[0](x))
@@ -114,14 +115,14 @@ def test_all_kinds_are_measured_beside_dense_layers(model, monkeypatch):
 
 def test_dense_layers_compute_what_the_compressed_one_does(model, monkeypatch):
     seen: dict[str, torch.Tensor] = {}
-    sample = module._Ring.sample
+    sample = module.Ring.sample
 
     def note(self, x, calls, clock):
         if x.dtype == torch.float32 and len(x) == 64:
             seen[str(self.nbytes)] = self.layers[0](x)
         return sample(self, x, calls, clock)
 
-    monkeypatch.setattr(module._Ring, "sample", note)
+    monkeypatch.setattr(module.Ring, "sample", note)
     monkeypatch.setattr(module, "_MOST_COPIES", 2)
     measure_layers(
         layer_kinds(model)[:1],

@@ -1,0 +1,206 @@
+"""Times the CPU kernels on single layers against torch's dense product in float32 and bfloat16.
+
+The candidates take turns, round after round, each on as many copies of its matrix as do not fit into the last-level
+cache twice over, as the layers of a model would; medians are printed, wall time and processor time. `roof` is the
+fastest that memory was read in the same run, with as many threads.
+
+    python scripts/benchmark_kernels.py --shape 4096x4096 --bits 2,3,4 --batch 1,16 --threads 1,2
+
+`exact` and `fast` are float32 activations by 32-bit and 16-bit tables, `bfloat16` what a model in that dtype gets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import click
+import torch
+from matrices import random_matrix
+from torch import Tensor
+from torch.nn.functional import linear
+
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.benchmark.layer_speed import Ring, copies_for
+from shiftadd_cli.benchmark.machine import ASSUMED_CACHE_BYTES, Machine, free_memory
+from shiftadd_cli.benchmark.roof import Roof, read_roof, roof_bytes
+from shiftadd_cli.benchmark.timing import Clock, Span, Timed, interleave
+from shiftadd_cli.progress import progress
+from shiftadd_cli.report.summary import table
+from shiftadd_cli.runtime.kernels import ops
+from shiftadd_cli.runtime.kernels.cpu_weight import CpuWeight
+from shiftadd_cli.runtime.kernels.extension import instruction_sets
+
+# SmolLM2-135M's layers last.
+SHAPES = ("4096x4096", "11008x4096", "768x768", "576x576", "1536x576", "576x1536")
+OURS = {"exact": (torch.float32, False), "fast": (torch.float32, True), "bfloat16": (torch.bfloat16, True)}
+DENSE = {"torch float32": torch.float32, "torch bfloat16": torch.bfloat16}
+MOST_BYTES = 2 << 30
+
+
+class Numbers(click.ParamType):
+    """Whole numbers such as `1,4,16`."""
+
+    name = "n,n,..."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is no list of whole numbers such as 1,4,16.", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """All candidates on one problem; seconds are medians of one call."""
+
+    shape: str
+    bits: int
+    batch: int
+    threads: int
+    bits_per_weight: float
+    seconds: dict[str, float]
+    cpu_seconds: dict[str, float]
+    weight_bytes: dict[str, int]
+    roof: float
+
+    def ratio(self, dense: str, ours: str) -> float:
+        return self.seconds[dense] / self.seconds[ours]
+
+    def roof_share(self, name: str) -> float:
+        return self.weight_bytes[name] / self.seconds[name] / self.roof
+
+
+def packed_call(weight: QuantizedWeight, fast: bool, kernels: str) -> tuple[Callable[[Tensor], Tensor], int]:
+    """A call of the compressed layer, and the bytes it reads of the weight."""
+    packed, layout = CpuWeight.pack(weight), weight.layout
+    tensors = packed.tensors()
+    size = sum(each.nbytes for each in tensors.values() if each is not None)
+    call = partial(
+        ops.lookup_linear,
+        **tensors,
+        bias=None,
+        group_columns=layout.grid.group_columns,
+        bits=layout.bits,
+        fast=fast,
+        kernels=kernels,
+    )
+    return call, size
+
+
+def rings_of(layout: PackedLayout, cache_bytes: int, kernels: str) -> dict[str, Ring]:
+    """The candidates, each with copies enough."""
+    generator = torch.Generator().manual_seed(0)
+    weight = random_matrix(layout, generator)
+    rings = {}
+    for name, (dtype, fast) in OURS.items():
+        first, size = packed_call(weight, fast, kernels)
+        count = copies_for(size, cache_bytes, MOST_BYTES)
+        calls = [first, *(packed_call(weight, fast, kernels)[0] for _ in range(count - 1))]
+        rings[name] = Ring(calls, size, cold=count * size > cache_bytes, dtype=dtype)
+    decoded = weight.decode_stored()
+    for name, dtype in DENSE.items():
+        dense = decoded.to(dtype)
+        count = copies_for(dense.nbytes, cache_bytes, MOST_BYTES)
+        layers = [partial(linear, weight=dense.clone()) for _ in range(count)]
+        rings[name] = Ring(layers, dense.nbytes, cold=count * dense.nbytes > cache_bytes, dtype=dtype)
+    return rings
+
+
+def measure(rings: dict[str, Ring], layout: PackedLayout, batch: int, threads: int, rounds: int, roof: Roof) -> Row:
+    """One problem, the candidates in turns."""
+    torch.set_num_threads(threads)
+    clock = Clock()
+    x = torch.randn(batch, layout.grid.columns, generator=torch.Generator().manual_seed(batch))
+    samples: dict[str, Callable[[], Span]] = {}
+    for name, ring in rings.items():
+        mine = x.to(ring.dtype)
+        samples[name] = partial(ring.sample, mine, ring.calls_for(mine, clock), clock)
+    timed = {name: Timed(tuple(spans)) for name, spans in interleave(samples, rounds).items()}
+    return Row(
+        shape=f"{layout.grid.rows}x{layout.grid.columns}",
+        bits=layout.bits,
+        batch=batch,
+        threads=threads,
+        bits_per_weight=layout.bits_per_weight,
+        seconds={name: each.seconds.median for name, each in timed.items()},
+        cpu_seconds={name: each.seconds.median * each.cores.median for name, each in timed.items()},
+        weight_bytes={name: ring.nbytes for name, ring in rings.items()},
+        roof=roof.bytes_per_second,
+    )
+
+
+def as_text(rows: list[Row]) -> str:
+    """Ratios first: how many times as fast as dense layers ours are."""
+    header = ["shape", "bits", "stored", "batch", "threads", "exact/fp32", "fast/fp32", "bf16/fp32", "bf16/bf16"]
+    header += ["exact", "fast", "bf16", "fp32", "bf16 dense", "roof exact", "fast"]
+    lines = []
+    for row in rows:
+        cells = [row.shape, str(row.bits), f"{row.bits_per_weight:.2f}", str(row.batch), str(row.threads)]
+        cells += [f"{row.ratio('torch float32', name):.2f}" for name in OURS]
+        cells.append(f"{row.ratio('torch bfloat16', 'bfloat16'):.2f}")
+        cells += [f"{1e6 * row.seconds[name]:.0f} ({1e6 * row.cpu_seconds[name]:.0f})" for name in (*OURS, *DENSE)]
+        cells += [f"{row.roof_share(name):.0%}" if row.batch == 1 else "-" for name in ("exact", "fast")]
+        lines.append(cells)
+    return table(header, lines)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="Rows x columns; repeatable.")
+@click.option("--bits", type=Numbers(), default="2,3,4", show_default=True)
+@click.option("--batch", type=Numbers(), default="1,4,16,64,256", show_default=True, help="Rows of activations.")
+@click.option("--threads", type=Numbers(), default="1,2", show_default=True)
+@click.option("--group-size", default=128, show_default=True, help="Columns that share a scale set.")
+@click.option("--scale-format", type=click.Choice(["pot", "apot2", "apot3", "float"]), default="apot2")
+@click.option(
+    "--kernels", default="", help=f"Instruction set, of {', '.join(instruction_sets())}; the best by default."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+def main(
+    shapes: tuple[str, ...],
+    bits: tuple[int, ...],
+    batch: tuple[int, ...],
+    threads: tuple[int, ...],
+    group_size: int,
+    scale_format: str,
+    kernels: str,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """Compare the kernels with torch on this machine."""
+    if not instruction_sets():
+        raise click.UsageError("This installation has no compiled kernels; install a C++ compiler and it again.")
+    if kernels and kernels not in instruction_sets():
+        raise click.UsageError(f"This machine runs {', '.join(instruction_sets())}, not {kernels!r}.")
+    machine = Machine.this(max(threads))
+    cache = machine.cache_bytes or ASSUMED_CACHE_BYTES
+    roofs = {}
+    for count in threads:
+        torch.set_num_threads(count)
+        roofs[count] = read_roof(roof_bytes(cache, free_memory()))
+    rows = []
+    problems = [(shape, each) for shape in shapes for each in bits]
+    for shape, each in progress(problems, total=len(problems), desc="Layers"):
+        height, width = (int(part) for part in shape.split("x"))
+        layout = PackedLayout(ScaleGrid.resolve(height, width, 1, group_size), each, scale_format, True, False)
+        rings = rings_of(layout, cache, kernels)
+        rows += [measure(rings, layout, size, count, rounds, roofs[count]) for count in threads for size in batch]
+    if as_json:
+        roof_bytes_read = {count: roof.to_dict() for count, roof in roofs.items()}
+        document = {"machine": machine.to_dict(), "roofs": roof_bytes_read, "rows": [asdict(row) for row in rows]}
+        click.echo(json.dumps(document, indent=2))
+        return
+    click.echo(as_text(rows))
+    told = ", ".join(f"{roof.bytes_per_second / 1e9:.1f} GB/s with {count}" for count, roof in roofs.items())
+    click.echo(f"\n{machine.cpu}; kernels {kernels or instruction_sets()[0]}; memory read at {told} threads.")
+    click.echo("Times in microseconds, medians; processor time in brackets. A ratio above 1: ours is faster.")
+
+
+if __name__ == "__main__":
+    main()
