@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def test_load_dtype_leaves_what_is_stored(
     assert model.dtype == moved.dtype == dtype
     assert_same_state(model, moved)
     assert is_one_table(model) == is_one_table(moved) == (family in TIED)
-    assert_close(logits(model), logits(dense), eps=0.03)
+    exact, rounded = logits(dense), logits(copy.deepcopy(dense).to(dtype)).float()
+    # Kernels sum in another order and may round in other places, but no more than the dense model does.
+    assert (logits(model).float() - exact).abs().max() <= 2 * (rounded - exact).abs().max()
     model.save_pretrained(tmp_path / "half")
     assert_same_state(load(tmp_path / "half", dtype=dtype), model)
 

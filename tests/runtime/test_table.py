@@ -74,6 +74,28 @@ def test_head_is_the_dense_product(
             <= bound * 64 * torch.finfo(torch.float32).eps + (product.abs() + exact.abs()) * eps).all()  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+def test_few_rows_are_multiplied_by_the_codes_themselves(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module = filled(nn.Linear(64, 30)).to(dtype)
+    x = torch.randn(rows, 1, 64).to(dtype)
+    found = module(x)
+    monkeypatch.setattr(table_module, "_ROWS_OF_CODES", {})
+    decoded = module(x)
+    assert (found.dtype, found.shape) == (dtype, (rows, 1, 30))
+    torch.testing.assert_close(found, decoded, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    scale = module.weight_int8_scale.double()
+    exact = (x.double() @ module.weight_int8.double().T) * scale + module.bias.double()
+    bound = (x.double().abs() @ module.weight_int8.double().abs().T) * scale
+    product = exact - module.bias.double()
+    eps = torch.finfo(dtype).eps
+    # The product is rounded, and the sum with the bias.
+    assert ((found.double() - exact).abs() <= eps * (product.abs() + exact.abs()) + 1e-5 * bound).all()
+
+
 def test_sums_of_codes_stay_within_float16() -> None:
     dense = nn.Linear(600, 3, bias=False)
     dense.weight.data.fill_(0.01)
