@@ -5,6 +5,7 @@ OUT ?= out/smollm2-3bit
 DEMO_TOKENS ?= 20000
 
 BIN := $(VENV)/bin
+NATIVE := shiftadd_cli/runtime/kernels/native
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -43,7 +44,8 @@ $(VENV)/.torch: constraints.txt scripts/install_torch.sh
 	scripts/install_torch.sh $(BIN)/python
 	touch $@
 
-$(VENV)/.package: $(VENV)/.torch pyproject.toml
+# Compiles the kernels, anew after a change of theirs.
+$(VENV)/.package: $(VENV)/.torch pyproject.toml $(wildcard $(addprefix $(NATIVE)/,*.cpp *.h CMakeLists.txt))
 	$(PIP_INSTALL) --quiet --editable .
 	touch $@
 
