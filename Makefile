@@ -45,7 +45,7 @@ $(VENV)/.torch: constraints.txt scripts/install_torch.sh
 	touch $@
 
 # Compiles the kernels, anew after a change of theirs.
-$(VENV)/.package: $(VENV)/.torch pyproject.toml $(wildcard $(addprefix $(NATIVE)/,*.cpp *.h CMakeLists.txt))
+$(VENV)/.package: $(VENV)/.torch pyproject.toml $(wildcard $(addprefix $(NATIVE)/,*.cpp *.h CMakeLists.txt kernels.cmake))
 	$(PIP_INSTALL) --quiet --editable .
 	touch $@
 

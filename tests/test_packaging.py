@@ -67,7 +67,7 @@ def test_with_a_compiler_the_wheel_holds_the_kernels(sources: Path, tmp_path: Pa
     names = zipfile.ZipFile(build_wheel(sources, tmp_path)).namelist()
     kernels = [name for name in names if name.startswith("shiftadd_cli/runtime/kernels/_native")]
     assert len(kernels) == 1
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".a", "CMakeLists.txt"))]
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".a", ".cmake", "CMakeLists.txt"))]
 
 
 def test_wheel_holds_recipes_types_and_licence_but_no_tests(wheel: Path) -> None:

@@ -27,6 +27,7 @@ public:
         const size_t bytes = count * sizeof(T);
         if (bytes > bytes_) {
             memory_.reset();
+            bytes_ = 0;  // it stays so if there is no memory
             memory_.reset(::operator new(bytes, kAlignment));
             bytes_ = bytes;
         }

@@ -12,11 +12,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace shiftadd {
 
 // Distance in bytes at which words are asked for ahead of their use: a few hundred nanoseconds of streaming.
 constexpr int kPrefetch = 6144;
+// Activations of a chunk whose absolute values sum to less are taken for 0 in 16 bits: the inverse of their unit would
+// leave the range of float32.
+constexpr float kLeastSize = 1e-30f;
 
 template <class I>
 struct Kernel {
@@ -75,10 +79,14 @@ struct Kernel {
             for (int i = 0; i < columns; ++i) size += std::fabs(values[i]);
             // Rounding adds at most half a unit per column.
             constexpr float kRange = 32767 - kChunkColumns / 2;
-            const float inverse = size > 0 ? kRange / size : 0;
             *units++ = size / kRange;
-            int16_t rounded[kChunkColumns];
-            for (int i = 0; i < columns; ++i) rounded[i] = static_cast<int16_t>(std::lrint(values[i] * inverse));
+            int16_t rounded[kChunkColumns] = {};
+            // What cannot be counted in units stays 0: next to nothing, and numbers without end or none at all, which
+            // come back with the unit, as 0 times it is no number.
+            if (size >= kLeastSize && size <= std::numeric_limits<float>::max()) {
+                const float inverse = kRange / size;
+                for (int i = 0; i < columns; ++i) rounded[i] = static_cast<int16_t>(std::lrint(values[i] * inverse));
+            }
             for (int i = 0; i < columns; i += kLookupColumns) {
                 const int16_t* v = rounded + i;
                 for (int entry = 0; entry < kTable; ++entry) {

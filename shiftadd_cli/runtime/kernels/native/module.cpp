@@ -1,5 +1,5 @@
 // Python's view of the kernels. Tensors come as addresses: the extension is built without torch, and so serves every
-// version of it. The Python side (cpu_kernels.py) checks shapes, dtypes and contiguity before it passes any.
+// version of it. The Python side (ops.py) checks shapes, dtypes and contiguity before it passes any.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>

@@ -1,5 +1,9 @@
 #include "pool.h"
 
+#include <algorithm>
+#include <system_error>
+#include <utility>
+
 #if defined(__linux__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -44,11 +48,16 @@ Pool::~Pool() {
     for (auto& worker : workers_) worker.join();
 }
 
-void Pool::grow(size_t workers) {
-    while (workers_.size() < workers) {
+size_t Pool::grow(size_t wanted) {
+    while (workers_.size() < wanted) {
         const size_t index = workers_.size();
-        workers_.emplace_back([this, index] { work(index); });
+        try {
+            workers_.emplace_back([this, index] { work(index); });
+        } catch (const std::system_error&) {
+            break;  // a limit of the process or its container
+        }
     }
+    return std::min(workers_.size(), wanted);
 }
 
 void Pool::run(int64_t count, int threads, const std::function<void(int64_t)>& task) {
@@ -58,8 +67,7 @@ void Pool::run(int64_t count, int threads, const std::function<void(int64_t)>& t
         return;
     }
     const size_t wanted = static_cast<size_t>(threads < count ? threads : count) - 1;
-    const size_t helpers = wanted < kHelperMask ? wanted : kHelperMask;
-    grow(helpers);
+    const size_t helpers = grow(wanted < kHelperMask ? wanted : kHelperMask);
     task_ = &task;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
@@ -77,10 +85,18 @@ void Pool::run(int64_t count, int threads, const std::function<void(int64_t)>& t
         if (++spins < kSpins) relax();
         else std::this_thread::yield();
     }
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 void Pool::take() {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*task_)(i);
+    try {
+        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*task_)(i);
+    } catch (...) {
+        // It may not leave a worker, nor the caller while others still use the task.
+        next_.store(count_, std::memory_order_relaxed);
+        std::lock_guard lock(failing_);
+        if (!failure_) failure_ = std::current_exception();
+    }
 }
 
 void Pool::work(size_t index) {

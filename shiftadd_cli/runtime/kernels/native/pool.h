@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -19,7 +20,8 @@ public:
     static Pool& shared();
 
     // Calls `task(i)` for i in [0, count) on at most `threads` threads, the caller's included; returns when all are
-    // done. A second caller at the same time computes alone. Tasks must not throw.
+    // done. A second caller at the same time computes alone. Threads that the system refuses are done without. If tasks
+    // throw, tasks that nobody has begun may be left out, and the first exception is thrown again at the end.
     void run(int64_t count, int threads, const std::function<void(int64_t)>& task);
 
     ~Pool();
@@ -27,7 +29,8 @@ public:
 private:
     void work(size_t index);
     void take();
-    void grow(size_t workers);
+    // Returns how many workers there are, `wanted` at most.
+    size_t grow(size_t wanted);
 
     std::mutex busy_;
     std::vector<std::thread> workers_;
@@ -40,6 +43,8 @@ private:
     std::atomic<bool> stop_{false};
     int64_t count_ = 0;
     const std::function<void(int64_t)>* task_ = nullptr;
+    std::mutex failing_;
+    std::exception_ptr failure_;
 };
 
 }  // namespace shiftadd

@@ -1,0 +1,30 @@
+# The kernels' sources and flags, for the extension (CMakeLists.txt) and for the program that checks them (check/).
+#
+# Each instruction set is compiled in a file of its own with its own flags, and chosen at run time: the rest is built
+# for the plainest processor of the architecture, so a wheel runs everywhere.
+set(SHIFTADD_KERNELS_FOLDER "${CMAKE_CURRENT_LIST_DIR}")
+
+function(shiftadd_add_kernels target)
+  set(sources engine pack pool rotate isa_portable)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+    list(APPEND sources isa_avx2 isa_avx512 isa_avx512_bf16)
+  elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+    list(APPEND sources isa_neon)
+  endif()
+  foreach(source ${sources})
+    target_sources(${target} PRIVATE "${SHIFTADD_KERNELS_FOLDER}/${source}.cpp")
+  endforeach()
+  target_include_directories(${target} PRIVATE "${SHIFTADD_KERNELS_FOLDER}")
+
+  # No contraction: where an instruction set fuses a product and a sum, its file says so, and nowhere else.
+  target_compile_options(${target} PRIVATE -ffp-contract=off)
+  target_link_libraries(${target} PRIVATE Threads::Threads)
+
+  set(avx512 "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma")
+  set(folder "${SHIFTADD_KERNELS_FOLDER}")
+  set_source_files_properties("${folder}/isa_avx2.cpp" PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma")
+  set_source_files_properties("${folder}/isa_avx512.cpp" PROPERTIES COMPILE_OPTIONS "${avx512}")
+  set_source_files_properties("${folder}/isa_avx512_bf16.cpp" PROPERTIES COMPILE_OPTIONS "${avx512};-mavx512bf16")
+  # Only there so that the package runs at all: at -O3 it takes most of the build, and is no faster.
+  set_source_files_properties("${folder}/isa_portable.cpp" PROPERTIES COMPILE_OPTIONS "-O2")
+endfunction()
