@@ -83,6 +83,8 @@ def test_recipes_load_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> No
     zipfile.ZipFile(wheel).extractall(tmp_path)
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        # That of a development install comes before the path.
+        "sys.meta_path[:] = [each for each in sys.meta_path if 'ScikitBuild' not in type(each).__name__]\n"
         "import shiftadd_cli, shiftadd_cli.recipe_file as files\n"
         "from shiftadd_cli import Recipe\n"
         "print(shiftadd_cli.__file__, files.configs_folder(), *files.packaged_names(), Recipe.load('rtn').fit)\n"
