@@ -127,6 +127,17 @@ struct Kernel {
         }
     }
 
+    // The planes of one word, and those to come into the cache.
+    template <int Q>
+    static inline void load_word(const uint32_t* words, Word (&index)[Q][kParts]) {
+        for (int plane = 0; plane < Q; ++plane)
+            for (int part = 0; part < kParts; ++part) {
+                const uint32_t* at = words + plane * kPairs + part * kLanes;
+                index[plane][part] = I::load_words(at);
+                I::prefetch(reinterpret_cast<const char*>(at) + kPrefetch);
+            }
+    }
+
     // Sums over a chunk of one block, by look-up in 32-bit tables.
     template <int Q, int B>
     static inline void chunk_exact(const uint32_t* words, int count, const float* tables, int64_t stride,
@@ -137,12 +148,7 @@ struct Kernel {
                     for (auto& each : half) each = I::zero();
         for (int word = 0; word < count; ++word, words += Q * kPairs, tables += kWordTables * kTable) {
             Word index[Q][kParts];
-            for (int plane = 0; plane < Q; ++plane)
-                for (int part = 0; part < kParts; ++part) {
-                    const uint32_t* at = words + plane * kPairs + part * kLanes;
-                    index[plane][part] = I::load_words(at);
-                    I::prefetch(reinterpret_cast<const char*>(at) + kPrefetch);
-                }
+            load_word<Q>(words, index);
 #pragma GCC unroll 4
             for (int step = 0; step < kWordTables; ++step)
                 for (int b = 0; b < B; ++b) {
@@ -168,12 +174,7 @@ struct Kernel {
                 for (auto& each : plane) each = I::zero_half();
         for (int word = 0; word < count; ++word, words += Q * kPairs, tables += kWordTables * kTable) {
             Word index[Q][kParts];
-            for (int plane = 0; plane < Q; ++plane)
-                for (int part = 0; part < kParts; ++part) {
-                    const uint32_t* at = words + plane * kPairs + part * kLanes;
-                    index[plane][part] = I::load_words(at);
-                    I::prefetch(reinterpret_cast<const char*>(at) + kPrefetch);
-                }
+            load_word<Q>(words, index);
 #pragma GCC unroll 4
             for (int step = 0; step < kWordTables; ++step)
                 for (int b = 0; b < B; ++b) {
