@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+import torch
 
 
 @cache
 def cpu_extension() -> Any:
     """The extension module, or None where it was not built or cannot be loaded."""
     try:
-        return importlib.import_module("shiftadd_cli.runtime.kernels._native")
+        extension = importlib.import_module("shiftadd_cli.runtime.kernels._native")
     except ImportError:
         return None
+    if (team := _torchs_team()) is not None:
+        extension.use_team(team)
+    return extension
+
+
+def _torchs_team() -> int | None:
+    """Address of the function by which torch's own GNU OpenMP runtime runs work on its threads; None for another."""
+    (*_, library) = (None, *sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")))
+    if library is None:
+        return None
+    try:
+        # It is loaded already, so this gives the very one that torch uses.
+        function = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def instruction_sets() -> tuple[str, ...]:

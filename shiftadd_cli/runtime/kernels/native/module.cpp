@@ -52,6 +52,9 @@ NB_MODULE(_native, m) {
         return names;
     });
 
+    // The address of GOMP_parallel in the OpenMP runtime that torch uses, see pool.h.
+    m.def("use_team", [](uintptr_t address) { Pool::use_team(reinterpret_cast<Team>(address)); });
+
     m.def("advise_huge_pages", [](uintptr_t memory, size_t bytes) { advise_huge_pages(at<void>(memory), bytes); });
 
     m.def(

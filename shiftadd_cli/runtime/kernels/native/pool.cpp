@@ -24,7 +24,26 @@ inline void relax() {
 #endif
 }
 
+std::atomic<Team> team{nullptr};
+
 }  // namespace
+
+void Round::take() {
+    try {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*task)(i);
+    } catch (...) {
+        // It may not leave a worker, nor the caller while others still use the task.
+        next.store(count, std::memory_order_relaxed);
+        std::lock_guard lock(failing);
+        if (!failure) failure = std::current_exception();
+    }
+}
+
+void Round::rethrow() {
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+}
+
+void Pool::use_team(Team found) { team = found; }
 
 Pool& Pool::shared() {
     // Never destroyed: a module is unloaded after its threads could still be asked, and a forked child has none of them.
@@ -61,16 +80,25 @@ size_t Pool::grow(size_t wanted) {
 }
 
 void Pool::run(int64_t count, int threads, const std::function<void(int64_t)>& task) {
+    const int64_t most = std::min<int64_t>(threads, count);
+    if (const Team found = team; found && most > 1) {
+        Round round;
+        round.count = count;
+        round.task = &task;
+        found([](void* data) { static_cast<Round*>(data)->take(); }, &round, static_cast<unsigned>(most), 0);
+        round.rethrow();
+        return;
+    }
     std::unique_lock lock(busy_, std::try_to_lock);
-    if (threads <= 1 || count <= 1 || !lock.owns_lock()) {
+    if (most <= 1 || !lock.owns_lock()) {
         for (int64_t i = 0; i < count; ++i) task(i);
         return;
     }
-    const size_t wanted = static_cast<size_t>(threads < count ? threads : count) - 1;
+    const size_t wanted = static_cast<size_t>(most) - 1;
     const size_t helpers = grow(wanted < kHelperMask ? wanted : kHelperMask);
-    task_ = &task;
-    count_ = count;
-    next_.store(0, std::memory_order_relaxed);
+    tasks_.task = &task;
+    tasks_.count = count;
+    tasks_.next.store(0, std::memory_order_relaxed);
     running_.store(helpers, std::memory_order_relaxed);
     {
         // Under the lock of the sleepers: none can miss the round between its last look and its sleep.
@@ -79,24 +107,13 @@ void Pool::run(int64_t count, int threads, const std::function<void(int64_t)>& t
         round_.store(number << kHelperBits | helpers, std::memory_order_release);
     }
     wake_.notify_all();
-    take();
+    tasks_.take();
     int spins = 0;
     while (running_.load(std::memory_order_acquire) != 0) {
         if (++spins < kSpins) relax();
         else std::this_thread::yield();
     }
-    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
-}
-
-void Pool::take() {
-    try {
-        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*task_)(i);
-    } catch (...) {
-        // It may not leave a worker, nor the caller while others still use the task.
-        next_.store(count_, std::memory_order_relaxed);
-        std::lock_guard lock(failing_);
-        if (!failure_) failure_ = std::current_exception();
-    }
+    tasks_.rethrow();
 }
 
 void Pool::work(size_t index) {
@@ -111,7 +128,7 @@ void Pool::work(size_t index) {
         seen = round_.load(std::memory_order_acquire);
         // Threads beyond those asked for sit this round out.
         if (index >= (seen & kHelperMask)) continue;
-        take();
+        tasks_.take();
         running_.fetch_sub(1, std::memory_order_release);
     }
 }

@@ -1,7 +1,8 @@
 // A few threads that wait for work, so that a matrix product of 20 microseconds can use them.
 //
-// torch brings an OpenMP runtime of its own under a name of its own; an extension that links the system's would run a
-// second pool beside it, and two OpenMP pools that spin for work starve each other.
+// torch brings an OpenMP runtime of its own, whose threads spin for milliseconds after each of its operations; a second
+// pool beside it starves (SmolLM2 on two cores: 51 ms a token, with torch's own team 2 or 3 times less). So the team of
+// that runtime is used where Python has found it, and a pool of our own elsewhere.
 #pragma once
 
 #include <atomic>
@@ -15,9 +16,28 @@
 
 namespace shiftadd {
 
+// GOMP_parallel of libgomp: calls `work(data)` on a team of threads, the caller among them, and waits for all.
+using Team = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+
+// Tasks that several threads take one by one.
+struct Round {
+    int64_t count = 0;
+    const std::function<void(int64_t)>* task = nullptr;
+    std::atomic<int64_t> next{0};
+    std::mutex failing;
+    std::exception_ptr failure;
+
+    // Does tasks until none is left; what they throw is kept.
+    void take();
+    void rethrow();
+};
+
 class Pool {
 public:
     static Pool& shared();
+
+    // From now on `run` has its tasks done by this team, if it is not null.
+    static void use_team(Team team);
 
     // Calls `task(i)` for i in [0, count) on at most `threads` threads, the caller's included; returns when all are
     // done. A second caller at the same time computes alone. Threads that the system refuses are done without. If tasks
@@ -28,7 +48,6 @@ public:
 
 private:
     void work(size_t index);
-    void take();
     // Returns how many workers there are, `wanted` at most.
     size_t grow(size_t wanted);
 
@@ -38,13 +57,9 @@ private:
     std::condition_variable wake_;
     // Number of the round, and in the low bits how many helpers it wants: one value, so that no helper mixes two rounds.
     std::atomic<uint64_t> round_{0};
-    std::atomic<int64_t> next_{0};
     std::atomic<size_t> running_{0};
     std::atomic<bool> stop_{false};
-    int64_t count_ = 0;
-    const std::function<void(int64_t)>* task_ = nullptr;
-    std::mutex failing_;
-    std::exception_ptr failure_;
+    Round tasks_;
 };
 
 }  // namespace shiftadd
