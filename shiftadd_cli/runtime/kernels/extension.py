@@ -25,12 +25,12 @@ def cpu_extension() -> Any:
 
 def _torchs_team() -> int | None:
     """Address of the function by which torch's own GNU OpenMP runtime runs work on its threads; None for another."""
-    (*_, library) = (None, *sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")))
-    if library is None:
+    libraries = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    if not libraries:
         return None
     try:
         # It is loaded already, so this gives the very one that torch uses.
-        function = ctypes.CDLL(str(library)).GOMP_parallel
+        function = ctypes.CDLL(str(libraries[0])).GOMP_parallel
     except (OSError, AttributeError):
         return None
     return ctypes.cast(function, ctypes.c_void_p).value

@@ -1,8 +1,8 @@
 // A few threads that wait for work, so that a matrix product of 20 microseconds can use them.
 //
 // torch brings an OpenMP runtime of its own, whose threads spin for milliseconds after each of its operations; a second
-// pool beside it starves (SmolLM2 on two cores: 51 ms a token, with torch's own team 2 or 3 times less). So the team of
-// that runtime is used where Python has found it, and a pool of our own elsewhere.
+// pool beside it starves (SmolLM2 on two cores: 51 ms a token, 26 on torch's own team). So the team of that runtime is
+// used where Python has found it (extension.py), and a pool of our own elsewhere.
 #pragma once
 
 #include <atomic>
