@@ -102,7 +102,7 @@ def _lookup_linear(
     rows, columns = row_scale.shape[0], x.shape[-1]
     layout = native_layout(rows, columns, group_columns, bits)
     bias = None if bias is None else bias.float().contiguous()
-    _check(x, words, scale_codes, scales, offsets, bias, signs, layout)
+    _check(x, words, scale_codes, scales, offsets, row_scale, bias, signs, layout)
     given = _ready(x)
     output = torch.empty(*x.shape[:-1], rows, dtype=given.dtype)
     _extension().linear(
@@ -182,14 +182,19 @@ def _check(
     scale_codes: Tensor | None,
     scales: Tensor | None,
     offsets: Tensor | None,
+    row_scale: Tensor,
     bias: Tensor | None,
     signs: Tensor | None,
     layout: Any,
 ) -> None:
-    """Addresses are passed on unseen, so a tensor of another size must not get there."""
+    """Addresses are passed on unseen, so a tensor of another size, dtype or order must not get there."""
     groups, scale_set = layout.blocks * layout.groups * 32, scale_codes if scales is None else scales
+    numbers = [each for each in (scales, offsets, row_scale, bias, signs) if each is not None]
+    everything = [words, *numbers] if scale_codes is None else [words, scale_codes, *numbers]
     right = (
-        words.dtype == torch.int32
+        all(each.dtype == torch.float32 for each in numbers)
+        and all(each.is_contiguous() for each in everything)
+        and words.dtype == torch.int32
         and words.numel() == layout.entries
         and scale_set is not None
         and scale_set.dtype == (torch.uint8 if scales is None else torch.float32)

@@ -219,7 +219,8 @@ def test_a_backward_pass_is_refused() -> None:
     "change",
     [{"words": torch.zeros(5, dtype=torch.int32)}, {"x": torch.randn(3, 60)}, {"bits": 3}, {"scale_codes": None},
      {"scale_codes": torch.zeros(3, dtype=torch.uint8)}, {"offsets": torch.zeros(1)}, {"signs": torch.ones(3)},
-     {"bias": torch.ones(3)}],
+     {"bias": torch.ones(3)}, {"signs": torch.ones(64).bfloat16()}, {"row_scale": torch.ones(40).bfloat16()},
+     {"row_scale": torch.ones(80)[::2]}, {"offsets": torch.ones(2, 2, 32).half()}],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(RuntimeError, match="do not fit"):
