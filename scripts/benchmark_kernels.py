@@ -7,24 +7,30 @@ fastest that memory was read in the same run, with as many threads.
     python scripts/benchmark_kernels.py --shape 4096x4096 --bits 2,3,4 --batch 1,16 --threads 1,2
 
 `exact` and `fast` are float32 activations by 32-bit and 16-bit tables, `bfloat16` what a model in that dtype gets.
+With `--ggml`, the library that scripts/ggml builds, llama.cpp's products take their turns too, on weights of its format
+of about as many bits, as its files store them and, where it has one, in the layout it repacks them into.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import click
 import torch
+from ggml_layers import FORMATS, GgmlLayers, GgmlLibrary
 from matrices import random_matrix
 from torch import Tensor
 from torch.nn.functional import linear
 
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
-from shiftadd_cli.benchmark.layer_speed import Ring, copies_for
+from shiftadd_cli.benchmark.layer_speed import SAMPLE_SECONDS, Ring, copies_for
 from shiftadd_cli.benchmark.machine import ASSUMED_CACHE_BYTES, Machine, free_memory
 from shiftadd_cli.benchmark.roof import Roof, read_roof, roof_bytes
 from shiftadd_cli.benchmark.timing import Clock, Span, Timed, interleave
@@ -69,8 +75,18 @@ class Row:
     weight_bytes: dict[str, int]
     roof: float
 
-    def ratio(self, dense: str, ours: str) -> float:
-        return self.seconds[dense] / self.seconds[ours]
+    def ratio(self, other: str, ours: str) -> float:
+        return self.seconds[other] / self.seconds[ours]
+
+    @property
+    def ggml(self) -> str | None:
+        """The faster of llama.cpp's candidates."""
+        return min(
+            (name for name in self.seconds if name.startswith("ggml ")), key=self.seconds.__getitem__, default=None
+        )
+
+    def microseconds(self, name: str) -> str:
+        return f"{1e6 * self.seconds[name]:.0f} ({1e6 * self.cpu_seconds[name]:.0f})"
 
     def roof_share(self, name: str) -> float:
         return self.weight_bytes[name] / self.seconds[name] / self.roof
@@ -112,16 +128,61 @@ def rings_of(layout: PackedLayout, cache_bytes: int, kernels: str) -> dict[str, 
     return rings
 
 
-def measure(rings: dict[str, Ring], layout: PackedLayout, batch: int, threads: int, rounds: int, roof: Roof) -> Row:
+def ggml_layers(
+    library: GgmlLibrary, layout: PackedLayout, x: Tensor, threads: int, cache_bytes: int
+) -> Iterator[tuple[str, GgmlLayers]]:
+    """llama.cpp's candidates for a layout; none where it has no format for such bits or columns."""
+    kind = FORMATS.get(layout.bits)
+    if kind is None:
+        return
+    weight = torch.randn(layout.grid.rows, layout.grid.columns, generator=torch.Generator().manual_seed(0))
+    copies = copies_for(layout.nbytes, cache_bytes, MOST_BYTES)
+    for name, repack in ((f"ggml {kind}", False), (f"ggml {kind} repacked", True)):
+        try:
+            yield name, GgmlLayers(library, kind, weight, x, copies=copies, threads=threads, repack=repack)
+        except ValueError:
+            continue
+
+
+def ggml_sample(layers: GgmlLayers, clock: Clock) -> Callable[[], Span]:
+    """Measures the time of one product, the mean of as many as make a sample."""
+    layers.run()
+    passes = max(1, math.ceil(SAMPLE_SECONDS / max(clock.time(layers.run).wall, 1e-9)))
+
+    def sample() -> Span:
+        start = clock.now()
+        for _ in range(passes):
+            layers.run()
+        return (clock.now() - start) / (passes * layers.copies)
+
+    return sample
+
+
+def measure(
+    rings: dict[str, Ring],
+    layout: PackedLayout,
+    batch: int,
+    threads: int,
+    rounds: int,
+    roof: Roof,
+    ggml: GgmlLibrary | None = None,
+    cache_bytes: int = ASSUMED_CACHE_BYTES,
+) -> Row:
     """One problem, the candidates in turns."""
     torch.set_num_threads(threads)
     clock = Clock()
     x = torch.randn(batch, layout.grid.columns, generator=torch.Generator().manual_seed(batch))
     samples: dict[str, Callable[[], Span]] = {}
+    weight_bytes = {name: ring.nbytes for name, ring in rings.items()}
     for name, ring in rings.items():
         mine = x.to(ring.dtype)
         samples[name] = partial(ring.sample, mine, ring.calls_for(mine, clock), clock)
-    timed = {name: Timed(tuple(spans)) for name, spans in interleave(samples, rounds).items()}
+    with ExitStack() as stack:
+        if ggml is not None:
+            for name, layers in ggml_layers(ggml, layout, x, threads, cache_bytes):
+                samples[name] = ggml_sample(stack.enter_context(layers), clock)
+                weight_bytes[name] = layers.nbytes
+        timed = {name: Timed(tuple(spans)) for name, spans in interleave(samples, rounds).items()}
     return Row(
         shape=f"{layout.grid.rows}x{layout.grid.columns}",
         bits=layout.bits,
@@ -130,7 +191,7 @@ def measure(rings: dict[str, Ring], layout: PackedLayout, batch: int, threads: i
         bits_per_weight=layout.bits_per_weight,
         seconds={name: each.seconds.median for name, each in timed.items()},
         cpu_seconds={name: each.seconds.median * each.cores.median for name, each in timed.items()},
-        weight_bytes={name: ring.nbytes for name, ring in rings.items()},
+        weight_bytes=weight_bytes,
         roof=roof.bytes_per_second,
     )
 
@@ -139,15 +200,29 @@ def as_text(rows: list[Row]) -> str:
     """Ratios first: how many times as fast as dense layers ours are."""
     header = ["shape", "bits", "stored", "batch", "threads", "exact/fp32", "fast/fp32", "bf16/fp32", "bf16/bf16"]
     header += ["exact", "fast", "bf16", "fp32", "bf16 dense", "roof exact", "fast"]
+    compared = any(row.ggml for row in rows)
+    header += ["exact/ggml", "fast/ggml", "ggml", "faster format", "stored"] * compared
     lines = []
     for row in rows:
         cells = [row.shape, str(row.bits), f"{row.bits_per_weight:.2f}", str(row.batch), str(row.threads)]
         cells += [f"{row.ratio('torch float32', name):.2f}" for name in OURS]
         cells.append(f"{row.ratio('torch bfloat16', 'bfloat16'):.2f}")
-        cells += [f"{1e6 * row.seconds[name]:.0f} ({1e6 * row.cpu_seconds[name]:.0f})" for name in (*OURS, *DENSE)]
+        cells += [row.microseconds(name) for name in (*OURS, *DENSE)]
         cells += [f"{row.roof_share(name):.0%}" if row.batch == 1 else "-" for name in ("exact", "fast")]
+        cells += ggml_cells(row) * compared
         lines.append(cells)
     return table(header, lines)
+
+
+def ggml_cells(row: Row) -> list[str]:
+    """What the faster of llama.cpp's candidates took beside ours."""
+    name = row.ggml
+    if name is None:
+        return ["-"] * 5
+    height, width = (int(part) for part in row.shape.split("x"))
+    ratios = [f"{row.ratio(name, ours):.2f}" for ours in ("exact", "fast")]
+    stored = 8 * row.weight_bytes[name] / (height * width)
+    return [*ratios, row.microseconds(name), name.removeprefix("ggml "), f"{stored:.2f}"]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -160,6 +235,11 @@ def as_text(rows: list[Row]) -> str:
 @click.option(
     "--kernels", default="", help=f"Instruction set, of {', '.join(instruction_sets())}; the best by default."
 )
+@click.option(
+    "--ggml",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Library built from scripts/ggml, to compare with llama.cpp.",
+)
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
 def main(
@@ -170,6 +250,7 @@ def main(
     group_size: int,
     scale_format: str,
     kernels: str,
+    ggml: Path | None,
     rounds: int,
     as_json: bool,
 ) -> None:
@@ -178,6 +259,12 @@ def main(
         raise click.UsageError("This installation has no compiled kernels; install a C++ compiler and it again.")
     if kernels and kernels not in instruction_sets():
         raise click.UsageError(f"This machine runs {', '.join(instruction_sets())}, not {kernels!r}.")
+    library = None
+    if ggml is not None:
+        try:
+            library = GgmlLibrary(ggml)
+        except OSError as failure:
+            raise click.UsageError(f"--ggml: {failure}; build it as scripts/ggml/CMakeLists.txt says.") from failure
     machine = Machine.this(max(threads))
     cache = machine.cache_bytes or ASSUMED_CACHE_BYTES
     roofs = {}
@@ -190,7 +277,11 @@ def main(
         height, width = (int(part) for part in shape.split("x"))
         layout = PackedLayout(ScaleGrid.resolve(height, width, 1, group_size), each, scale_format, True, False)
         rings = rings_of(layout, cache, kernels)
-        rows += [measure(rings, layout, size, count, rounds, roofs[count]) for count in threads for size in batch]
+        rows += [
+            measure(rings, layout, size, count, rounds, roofs[count], library, cache)
+            for count in threads
+            for size in batch
+        ]
     if as_json:
         roof_bytes_read = {count: roof.to_dict() for count, roof in roofs.items()}
         document = {"machine": machine.to_dict(), "roofs": roof_bytes_read, "rows": [asdict(row) for row in rows]}
