@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from shiftadd_cli.cli.scoring import scoring_options
+from shiftadd_cli.cli.tasks import check_options, show_tasks, task_options
 
 if TYPE_CHECKING:
     from shiftadd_cli.evaluation.compare import Evaluation, Measured
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 @click.option(
     "--device", default="auto", show_default=True, help="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ..."
 )
+@task_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on standard output.")
 def evaluate(
     models: tuple[str, ...],
@@ -45,19 +48,39 @@ def evaluate(
     batch_size: int,
     dtype: str,
     device: str,
+    tasks: str | None,
+    task_path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
     as_json: bool,
 ) -> None:
     """Measure the perplexity of each MODEL, and with --against its distance from the original.
 
     MODEL is a folder written by `shiftadd quantize`, or an original: a hub id, a folder with safetensors, a .gguf file,
     or `demo`. The text is tokenised as one string and cut into windows; every token but each window's first is scored.
+    With --tasks the models answer those instead, and the original of --against answers first.
     """
+    check_options(click.get_current_context())
     from transformers.utils import logging
 
     from shiftadd_cli.device import choose_device
     from shiftadd_cli.evaluation import compare
 
     logging.disable_progress_bar()
+    if tasks is not None:
+        everyone = ([] if against is None else [against]) + list(models)
+        show_tasks(
+            everyone,
+            tasks,
+            task_path=task_path,
+            fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=choose_device(device),
+            as_json=as_json,
+        )
+        return
     result = compare.evaluate(
         models,
         against=against,

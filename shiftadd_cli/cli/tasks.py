@@ -1,0 +1,116 @@
+"""`shiftadd evaluate --tasks`: its options, and its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+if TYPE_CHECKING:
+    import torch
+
+    from shiftadd_cli.evaluation.tasks import TaskEvaluation, TaskScore
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Options of one way to measure that say nothing in the other.
+_OF_TEXT = ("dataset", "context", "max_tokens")
+_OF_TASKS = ("task_path", "num_fewshot", "limit")
+
+
+def task_options(function: F) -> F:
+    """Add `--tasks` and its companions, which arrive as `tasks`, `task_path`, `num_fewshot` and `limit`."""
+    for option in (
+        click.option(
+            "--limit", type=click.IntRange(min=1), help="Use only the first documents of each task.  [default: all]"
+        ),
+        click.option(
+            "--num-fewshot",
+            type=click.IntRange(min=0),
+            help="Examples in each prompt.  [default: as each task says]",
+        ),
+        click.option(
+            "--task-path",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            help="Folder of task files (.yaml) of your own, for --tasks.",
+        ),
+        click.option(
+            "--tasks",
+            metavar="NAME,...",
+            help="Tasks of lm-evaluation-harness to score in place of a text, or 'paper' for the eight of ShiftAddLLM. "
+            "Needs: pip install 'shiftadd-cli[eval]'.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def show_tasks(
+    models: Sequence[str],
+    tasks: str,
+    *,
+    task_path: Path | None,
+    fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+    dtype: str,
+    device: torch.device,
+    as_json: bool,
+) -> None:
+    """Measure, and print a table with one row for each metric and one column for each model, or JSON."""
+    from shiftadd_cli.evaluation.tasks import evaluate_tasks, task_names
+
+    result = evaluate_tasks(
+        models,
+        task_names(tasks),
+        task_path=task_path,
+        fewshot=fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+    )
+    click.echo(
+        json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) if as_json else _describe(result)
+    )
+
+
+def check_options(context: click.Context) -> None:
+    """Refuse options that the chosen way to measure would pass over in silence. Raises UsageError."""
+    chosen = context.params["tasks"] is not None
+    for name in _OF_TEXT if chosen else _OF_TASKS:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = f"--{name.replace('_', '-')}"
+            cure = "leave one of them out" if chosen else "give --tasks too, or leave it out"
+            raise click.UsageError(f"{option} says nothing {'with' if chosen else 'without'} --tasks; {cure}.")
+
+
+def _describe(result: TaskEvaluation) -> str:
+    from shiftadd_cli.report.summary import table, with_error
+
+    header = ["task", "metric", "documents", *(each.info.spec for each in result.models)]
+    rows = []
+    for scores in zip(*(each.scores for each in result.models), strict=True):
+        first = scores[0]
+        values = [with_error(score.value, score.error, 4) for score in scores]
+        rows.append([first.task, _metric(first), f"{first.samples:,}", *values])
+    fewshot = "as each task says" if result.fewshot is None else str(result.fewshot)
+    lines = [
+        table(header, rows),
+        "",
+        f"Tasks         by lm-evaluation-harness {result.harness}, examples in the prompt: {fewshot}"
+        + ("" if result.limit is None else f", the first {result.limit} documents of each"),
+        f"Computed      on {result.device}: "
+        + ", ".join(f"{each.info.spec} in {each.info.dtype}, {each.seconds:.0f} s" for each in result.models),
+    ]
+    return "\n".join(lines)
+
+
+def _metric(score: TaskScore) -> str:
+    """With an arrow for the better direction, and the filter where there is one."""
+    arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}[score.higher_is_better]
+    return score.metric + ("" if score.filter == "none" else f", {score.filter}") + arrow

@@ -1,0 +1,243 @@
+"""Zero-shot and few-shot tasks by lm-evaluation-harness, on the model objects themselves.
+
+Models run one after another, each on the same requests. Scores are the harness's own: its prompts, its metrics, its
+standard errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.evaluation.models import Loaded, ModelInfo, open_any
+
+# ShiftAddLLM (arXiv:2406.05981), section 5.1: ARC (challenge, easy), BoolQ, COPA, PIQA, RTE, StoryCloze and MMLU.
+PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "copa", "piqa", "rte", "storycloze_2016", "mmlu")
+PRESETS: Mapping[str, tuple[str, ...]] = {"paper": PAPER_TASKS}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task or group of tasks.
+
+    Attributes:
+        task, metric: by the harness's names.
+        filter: what it does to the output before the metric sees it; "none" for nothing.
+        value, error: the metric and its standard error; None where the harness gives none.
+        samples: documents it is a mean over.
+        version: of the task's definition.
+        higher_is_better: None where the task does not say.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    error: float | None
+    samples: int
+    version: str
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class ModelTasks:
+    """What one model scored, in the order of the tasks asked for, and the seconds it took."""
+
+    info: ModelInfo
+    scores: tuple[TaskScore, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """Scores of several models on the same requests."""
+
+    models: tuple[ModelTasks, ...]
+    tasks: tuple[str, ...]
+    fewshot: int | None
+    limit: int | None
+    device: str
+    harness: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def task_names(text: str) -> tuple[str, ...]:
+    """Names in `text`, separated by commas; presets stand for several. Raises CalibrationError if there are none."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    found = dict.fromkeys(each for name in names for each in PRESETS.get(name, (name,)))
+    if not found:
+        raise CalibrationError("--tasks names no task; give names such as arc_easy,piqa, or the preset 'paper'.")
+    return tuple(found)
+
+
+def evaluate_tasks(
+    models: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    task_path: Path | None = None,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    seed: int = 0,
+) -> TaskEvaluation:
+    """Scores of each model on tasks of lm-evaluation-harness.
+
+    Args:
+        models: names of originals or of checkpoints of ours, see `open_any`.
+        tasks: names of tasks, groups or tags that the harness knows, or that `task_path` defines.
+        task_path: folder of task files (.yaml) of the user's own.
+        fewshot: examples in the prompt, for tasks that do not fix them; None: what each task says.
+        limit: documents of each task that are used, the first ones; None: all.
+        seed: of the choice of examples.
+
+    Raises:
+        ShiftaddError: the harness is not installed, a task is unknown or its data cannot be had, a model is wrong;
+            all but the last before a model is loaded.
+    """
+    device = device or torch.device("cpu")
+    opened = [open_any(spec) for spec in models]
+    with _quiet():
+        manager, built = _build(tuple(tasks), task_path)
+        found = []
+        for each in opened:
+            start = time.monotonic()
+            loaded = each.load(dtype, device)
+            scores = _run(loaded, built, manager, fewshot=fewshot, limit=limit, batch_size=batch_size, seed=seed)
+            found.append(ModelTasks(loaded.info, scores, time.monotonic() - start))
+    return TaskEvaluation(tuple(found), tuple(tasks), fewshot, limit, str(device), version("lm_eval"))
+
+
+def check_harness() -> None:
+    """Raise CalibrationError with the cure where lm-evaluation-harness is not installed."""
+    try:
+        version("lm_eval")
+    except PackageNotFoundError:
+        raise CalibrationError(
+            "--tasks needs lm-evaluation-harness; install it with: pip install 'shiftadd-cli[eval]'"
+        ) from None
+
+
+@cache
+def harness_tasks(task_path: Path | None, own_only: bool = False) -> Any:
+    """The harness's `TaskManager`, which reads ten thousand files for tasks of its own, in 5 seconds or more.
+
+    own_only: know those in `task_path` alone, at once.
+    """
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if task_path is None else str(task_path), include_defaults=not own_only)
+
+
+def _build(names: tuple[str, ...], task_path: Path | None) -> tuple[Any, list[Any]]:
+    """The harness's manager, and its objects of the tasks with their data loaded."""
+    check_harness()
+    manager = harness_tasks(task_path, own_only=True) if task_path is not None else None
+    # A group may have members among the harness's own tasks.
+    if manager is None or not set(names) <= set(manager.all_tasks) - set(manager.all_groups):
+        manager = harness_tasks(task_path)
+    for name in names:
+        if name not in manager.all_tasks:
+            where = "" if task_path is None else f" and no task file in {task_path} defines it"
+            raise CalibrationError(
+                f"lm-evaluation-harness knows no task {name!r}{where}; `lm-eval ls tasks` lists those it has."
+            )
+    built: list[Any] = []
+    for name in names:
+        try:
+            loaded = manager.load([name])
+        # What goes wrong between a task and its data has no class of its own: hub, network, builder scripts, files.
+        except Exception as failure:
+            reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
+            raise CalibrationError(
+                f"The data of task {name} cannot be had ({reason}); check the network, or give --task-path with a task "
+                "on local files."
+            ) from failure
+        whole = loaded["groups"].get(name)
+        # A tag is no more than its tasks.
+        built += [whole] if whole is not None else list(loaded["tasks"].values())
+    return manager, built
+
+
+def _run(
+    loaded: Loaded,
+    tasks: list[Any],
+    manager: Any,
+    *,
+    fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+) -> tuple[TaskScore, ...]:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=batch_size)
+    found = simple_evaluate(
+        model,
+        tasks=tasks,
+        task_manager=manager,
+        num_fewshot=fewshot,
+        limit=limit,
+        log_samples=False,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    assert found is not None, "the only process is the one that gets the results"
+    return tuple(_scores(found))
+
+
+def _scores(found: Mapping[str, Any]) -> Iterator[TaskScore]:
+    """Every metric in the harness's results: `{task: {"metric,filter": value, "metric_stderr,filter": error}}`."""
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            yield TaskScore(
+                task=task,
+                metric=metric,
+                filter=kind,
+                value=float(value),
+                error=float(error) if isinstance(error, (int, float)) else None,
+                samples=int(_samples(found, task)),
+                version=str(found["versions"].get(task, "")),
+                higher_is_better=found["higher_is_better"].get(task, {}).get(metric),
+            )
+
+
+def _samples(found: Mapping[str, Any], task: str) -> int:
+    """Documents of a task, or of all tasks of a group."""
+    counts = found["n-samples"]
+    if task in counts:
+        return int(counts[task]["effective"])
+    return sum(_samples(found, member) for member in found["group_subtasks"].get(task, ()))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness tells of every step and seed; only what goes wrong is of interest here."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

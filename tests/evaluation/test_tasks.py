@@ -1,0 +1,112 @@
+"""Tasks of lm-evaluation-harness on local files, against log-likelihoods that transformers alone gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.evaluation.tasks import PAPER_TASKS, evaluate_tasks, harness_tasks, task_names
+
+QUESTIONS = [
+    {"question": "The colour of the sky is", "choices": ["blue", "a number", "two"], "label": 0},
+    {"question": "A statement ends with", "choices": ["the module", "a newline", "nothing at all"], "label": 1},
+    {"question": "Names are bound by", "choices": ["rain", "assignment", "colour"], "label": 1},
+    {"question": "Objects have", "choices": ["a type", "weather", "seas"], "label": 0},
+    {"question": "The word is", "choices": ["x", "yes or no", "import"], "label": 2},
+    {"question": "Numbers are", "choices": ["objects", "birds", "if and else"], "label": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "questions.jsonl"
+    data.write_text("\n".join(json.dumps(each) for each in QUESTIONS))
+    (folder / "questions.yaml").write_text(
+        f"""
+task: shiftadd_questions
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {json.dumps(str(data))}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: label
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 3.0}}
+"""
+    )
+    return folder
+
+
+@torch.no_grad()
+def log_likelihood(model, tokenizer, question: str, answer: str) -> float:
+    start = tokenizer(question, return_tensors="pt").input_ids
+    whole = tokenizer(f"{question} {answer}", return_tensors="pt").input_ids
+    chances = model(whole).logits[0, :-1].double().log_softmax(-1)
+    targets = whole[0, 1:]
+    return float(chances.gather(1, targets[:, None])[start.shape[1] - 1 :].sum())
+
+
+def test_accuracy_is_that_of_the_likeliest_answers(model: Path, tasks: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    right = []
+    for each in QUESTIONS:
+        scores = [log_likelihood(original, tokenizer, each["question"], choice) for choice in each["choices"]]
+        right.append(scores.index(max(scores)) == each["label"])
+    assert 0 < sum(right) < len(right), "the questions must tell something"
+
+    result = evaluate_tasks([str(model), str(model)], ["shiftadd_questions"], task_path=tasks, fewshot=0)
+    assert [each.info.spec for each in result.models] == [str(model)] * 2
+    for each in result.models:
+        (score,) = each.scores
+        assert (score.task, score.metric, score.filter) == ("shiftadd_questions", "acc", "none")
+        assert score.value == pytest.approx(sum(right) / len(right))
+        assert score.error is not None
+        assert score.error > 0
+        assert (score.samples, score.higher_is_better) == (len(QUESTIONS), True)
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["tasks"] == ["shiftadd_questions"]
+
+
+def test_a_limit_takes_the_first_documents(model: Path, tasks: Path) -> None:
+    result = evaluate_tasks([str(model)], ["shiftadd_questions"], task_path=tasks, limit=2)
+    assert result.models[0].scores[0].samples == 2
+    assert result.limit == 2
+
+
+def test_unknown_tasks_are_refused_by_name_before_a_model_is_read(model: Path, tasks: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"knows no task 'no_such_task' and no task file in .* defines it"):
+        evaluate_tasks([str(model)], ["no_such_task"], task_path=tasks)
+
+
+def test_data_that_cannot_be_had_is_named_by_its_task(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "lost.yaml").write_text(
+        f"task: shiftadd_lost\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/no.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: t\n"
+    )
+    with pytest.raises(CalibrationError, match="The data of task shiftadd_lost cannot be had"):
+        evaluate_tasks([str(model)], ["shiftadd_lost"], task_path=tmp_path)
+
+
+def test_presets_stand_for_their_tasks_once() -> None:
+    assert task_names("piqa, paper ,mmlu") == ("piqa", *(each for each in PAPER_TASKS if each != "piqa"))
+    with pytest.raises(CalibrationError, match="names no task"):
+        task_names(" , ")
+
+
+def test_the_harness_knows_every_task_of_the_paper() -> None:
+    assert set(PAPER_TASKS) <= set(harness_tasks(None).all_tasks)
