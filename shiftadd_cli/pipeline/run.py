@@ -21,6 +21,7 @@ from shiftadd_cli.calibration.trace import Trace, trace_model
 from shiftadd_cli.device import move_parts
 from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
+from shiftadd_cli.pipeline.pages import checkpoint_pages
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.tables import store_table
 from shiftadd_cli.progress import BlockProgress
@@ -103,6 +104,8 @@ class _Run:
                 device=self.device,
                 command=self.command,
             )
+            for name, text in checkpoint_pages(plan, report, self.writer.out.name).items():
+                self.writer.add_file(name, text)
             self.writer.finish(self._config(), report.model_dump(mode="json"))
         return report
 
