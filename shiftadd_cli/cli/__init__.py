@@ -25,6 +25,7 @@ VERBS = (
     "cost",
     "generate",
     "benchmark",
+    "export",
 )
 
 _CURES = {

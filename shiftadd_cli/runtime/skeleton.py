@@ -12,13 +12,14 @@ from shiftadd_cli.source.config import causal_lm_class
 from shiftadd_cli.source.skeleton import build_skeleton
 
 
-def artifact_skeleton(folder: Path) -> Any:
-    """The dense model on meta in the checkpoint's dtype, tied weights tied.
+def artifact_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The dense model on meta in the checkpoint's dtype, or another, tied weights tied.
 
     Raises ArtifactError where its configuration cannot be read, SourceError where it is of no model known.
     """
     config = read_artifact_config(folder)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    if dtype is None:
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     model_class, config = causal_lm_class(config, str(folder), remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
