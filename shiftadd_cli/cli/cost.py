@@ -73,7 +73,7 @@ def _describe(result: Cost) -> str:
             "",
             table(("whole model", *_COLUMNS), _rows(result.model)),
             "",
-            "Data movement is charged to every way alike. Attention and the cache are left out of all.",
+            "Data movement is charged to every way alike. Attention and its cache are left out; experts all count.",
         )
     )
 

@@ -27,7 +27,7 @@ class DecodedModel:
     `skeleton` is the dense model on meta: names, shapes and dtypes of what is given are its own, each tied parameter
     once, in the order of the files. Values are those of the model's `dequantize()`.
 
-    Raises ArtifactError where the checkpoint holds other tensors than the model has.
+    Raises ArtifactError where the checkpoint holds other tensors than the model has, or of other shapes.
     """
 
     def __init__(self, artifact: Artifact, skeleton: Any) -> None:
@@ -52,7 +52,13 @@ class DecodedModel:
                     f"{artifact.folder} holds {name}, which {type(skeleton).__name__} does not have; quantize the "
                     "model again."
                 )
-            self.tensors[name] = (tuple(state[name].shape), state[name].dtype)
+            shape, found = tuple(state[name].shape), self._shape(name)
+            if found != shape:
+                raise ArtifactError(
+                    f"{name} in {artifact.folder} is {list(found)}, and by the model's sizes {list(shape)}; quantize "
+                    "the model again."
+                )
+            self.tensors[name] = (shape, state[name].dtype)
         if absent := [name for name, _ in skeleton.named_parameters() if name not in self.tensors]:
             raise ArtifactError(f"{artifact.folder} lacks {absent[0]}; copy it again, or quantize the model again.")
 
@@ -67,16 +73,21 @@ class DecodedModel:
             where = {tensor: files[file] for file, header in artifact.headers.items() for tensor in header}
             for name, stored in self._stored.items():
                 tensors = {each.rpartition(".")[2]: where[each].get_tensor(each) for each in stored}
-                shape, dtype = self.tensors[name]
+                dtype = self.tensors[name][1]
                 tensor = self._decode(name, tensors, dtype)
-                if tuple(tensor.shape) != shape:
-                    raise ArtifactError(
-                        f"{name} in {artifact.folder} is {list(tensor.shape)}, and by config.json {list(shape)}; "
-                        "quantize the model again."
-                    )
                 if dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
                     raise ExportError(f"{name} holds numbers too large for float16; export with --dtype bfloat16.")
                 yield name, tensor
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of the dense tensor, by what is stored for it."""
+        module = name.rpartition(".")[0]
+        if name == f"{module}.weight" and module in self._artifact.format.tables:
+            return self._artifact.format.tables[module]
+        if name == f"{module}.weight" and module in self._transposed:
+            grid = self._artifact.layouts[module].grid
+            return (grid.columns, grid.rows) if self._transposed[module] else (grid.rows, grid.columns)
+        return self._artifact.tensors[name][0]
 
     def _decode(self, name: str, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         module = name.rpartition(".")[0]

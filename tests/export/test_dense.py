@@ -113,7 +113,14 @@ def test_nothing_is_overwritten(tmp_path):
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("change", [{"model.norm.weight": None}, {"model.more.weight": torch.zeros(3)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model.norm.weight": None},
+        {"model.norm.weight": torch.zeros(3)},
+        {"model.more.weight": torch.zeros(3)},
+    ],
+)
 def test_other_tensors_than_the_model_has_are_refused(tmp_path, change):
     folder = write_checkpoint(tiny_model("llama"), tmp_path / "packed", shard_bytes=10_000_000).folder
     edit_tensors(folder, change)
