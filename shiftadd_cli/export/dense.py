@@ -14,10 +14,11 @@ from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.export.decode import DecodedModel
 from shiftadd_cli.export.place import check_place
 from shiftadd_cli.progress import progress
+from shiftadd_cli.runtime.remote_code import CODE_FILE
 from shiftadd_cli.runtime.skeleton import artifact_skeleton
 
 # What is said of the compressed checkpoint, and would not be true of the other.
-_OWN_FILES = {"config.json", "report.json", "report.html", "evaluation.json", "README.md"}
+_OWN_FILES = {"config.json", "report.json", "report.html", "evaluation.json", "README.md", CODE_FILE}
 
 
 def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None) -> int:
@@ -32,6 +33,8 @@ def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None) -> i
     decoded = DecodedModel(artifact, artifact_skeleton(folder, dtype))
     check_place(out, folder, sum(map(nbytes, decoded.tensors.values())))
     config = {name: value for name, value in artifact.config.items() if name != "quantization_config"}
+    if (folder / CODE_FILE).is_file():
+        config.pop("auto_map", None)
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
     with ArtifactWriter(out) as writer:

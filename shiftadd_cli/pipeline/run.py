@@ -26,6 +26,7 @@ from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.tables import store_table
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.report.schema import BlockReport, LayerReport, Report, TableReport
+from shiftadd_cli.runtime.remote_code import code_entry
 from shiftadd_cli.source import LinearSpec
 
 
@@ -195,9 +196,9 @@ class _Run:
             self.writer.add(name, state[name])
 
     def _config(self) -> dict[str, Any]:
-        """config.json: the source's own, with its dtype, its class and our quantization_config."""
+        """config.json: the source's own, with its dtype, its class, our quantization_config and code file."""
         source = self.plan.source
-        config: dict[str, Any] = json.loads(source.config.to_json_string())
+        config: dict[str, Any] = json.loads(source.config.to_json_string()) | code_entry(source.config)
         config["architectures"] = [type(source.skeleton()).__name__]
         config["dtype"] = str(source.dtype).removeprefix("torch.")
         config["quantization_config"] = self.plan.artifact_format().to_dict()
