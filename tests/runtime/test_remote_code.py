@@ -32,6 +32,17 @@ for folder in sys.argv[1:]:
 """
 
 
+# Makes this package as good as not installed.
+HIDE = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "shiftadd_cli":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+"""
+
+
 def checkpoint_with_code(family: str, folder: Path) -> Checkpoint:
     checkpoint = write_checkpoint(tiny_model(family), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -63,14 +74,9 @@ def test_a_program_that_trusts_it_gets_the_packed_model(tmp_path):
 
 def test_without_this_package_it_is_told_what_to_install(tmp_path):
     folder = checkpoint_with_code("llama", tmp_path / "out").folder
-    hide = "import sys\nsys.modules['shiftadd_cli'] = None\n"
-    result = run(
-        hide + PROGRAM.replace('assert "shiftadd_cli" not in sys.modules\n', ""),
-        folder,
-        HF_MODULES_CACHE=str(tmp_path / "modules"),
-    )
+    result = run(HIDE + PROGRAM, folder, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert result.returncode != 0
-    assert "shiftadd_cli" in result.stderr.strip().splitlines()[-1]
+    assert "pip install shiftadd_cli" in result.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "out.logits").exists()
 
 
