@@ -6,7 +6,7 @@ Energy is modelled, from a table of unit costs; time never is: `shiftadd benchma
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,45 +169,56 @@ def _other_counts(
 
     Every other linear layer multiplies; an embedding gives one row of its matrix; the rest is read once.
     """
-    stored, dense = Counts(), Counts()
-    parameters = dict(model.named_parameters())
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    looked_up = {names[id(module.weight)]: module for module in model.modules() if isinstance(module, nn.Embedding)}
-    multiplied: set[str] = set()
-    for name, module in model.named_modules():
-        sizes = linear_sizes(module)
-        if sizes is None or name in layouts:
-            continue
-        # A head may be tied to the embedding, and is stored under its name.
-        weight = names[id(module.get_parameter("weight"))]
-        multiplied.add(weight)
-        rows, columns = sizes[:2]
-        dense.update(operations.dense(rows, columns))
-        stored.update(_stored_counts(weight, rows, columns, tensors))
+    stored: Counts = Counter()
+    dense: Counts = Counter()
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     packed = {f"{name}.weight" for name in layouts}
-    for name, parameter in parameters.items():
-        if name in packed:
+    multiplied: set[int] = set()
+    looked_up: set[int] = set()
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Embedding):
+            looked_up.add(id(weight))
+        if (sizes := linear_sizes(module)) is not None and name not in layouts:
+            # A head may be tied to the embedding, and is stored under its name.
+            multiplied.add(id(weight))
+            rows, columns = sizes[:2]
+            dense.update(operations.dense(rows, columns))
+            stored.update(_stored_counts(names.get(id(weight), []), rows, columns, tensors))
+    for parameter in model.parameters():
+        aliases = names[id(parameter)]
+        if packed.intersection(aliases):
             continue
-        if name in looked_up:
-            row = parameter.shape[1]
-            dense.update(dram_byte=2 * row)
-            stored.update(
-                dram_byte=row + 2 if f"{name}_int8" in tensors else nbytes(tensors[name]) // parameter.shape[0]
-            )
-        elif name not in multiplied:
+        nbytes_stored, table = _stored_bytes(aliases, tensors)
+        if id(parameter) in looked_up:
+            dense.update(dram_byte=2 * parameter.shape[-1])
+            # The scale of a row comes along.
+            stored.update(dram_byte=parameter.shape[-1] + 2 if table else nbytes_stored // parameter.shape[0])
+        elif id(parameter) not in multiplied:
             dense.update(dram_byte=2 * parameter.numel())
-            stored.update(dram_byte=nbytes(tensors[name]))
+            stored.update(dram_byte=nbytes_stored)
     return stored, dense
 
 
-def _stored_counts(weight: str, rows: int, columns: int, tensors: Mapping[str, TensorShape]) -> Counts:
-    if f"{weight}_int8" in tensors:
-        return operations.table_of_rows(
-            rows, columns, sum(nbytes(tensors[f"{weight}{end}"]) for end in ("_int8", "_int8_scale"))
-        )
+def _stored_counts(aliases: Sequence[str], rows: int, columns: int, tensors: Mapping[str, TensorShape]) -> Counts:
+    stored, table = _stored_bytes(aliases, tensors)
+    if table:
+        return operations.table_of_rows(rows, columns, stored)
     counts = operations.dense(rows, columns)
-    counts["dram_byte"] = nbytes(tensors[weight])
+    counts["dram_byte"] = stored
     return counts
+
+
+def _stored_bytes(aliases: Sequence[str], tensors: Mapping[str, TensorShape]) -> tuple[int, bool]:
+    """Bytes of a parameter under any of its names, and whether it is a table of 8-bit rows."""
+    for name in aliases:
+        if f"{name}_int8" in tensors:
+            return nbytes(tensors[f"{name}_int8"]) + nbytes(tensors[f"{name}_int8_scale"]), True
+        if name in tensors:
+            return nbytes(tensors[name]), False
+    return 0, False
 
 
 def _priced(way: Way, counts: Counts, units: UnitCosts, batch: int) -> WayCost:
