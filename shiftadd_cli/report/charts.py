@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 # Drawings are as wide as a phone, in pixels, so that their text is as large as that around them.
 WIDTH, HEIGHT = 320, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 36
 _MARKS = ("circle", "square", "diamond", "triangle", "cross")
 
 Point = tuple[float, float]
@@ -202,7 +202,10 @@ def _round_step(step: float) -> float:
 
 
 def _label(value: float) -> str:
-    return f"{value:.3g}" if value else "0"
+    if value and abs(value) < 0.001:
+        digits, power = f"{value:.0e}".split("e")
+        return f"{digits}e{int(power)}"
+    return f"{value:.3g}"
 
 
 def _round(place: float) -> float:
