@@ -45,5 +45,13 @@ class RuntimeChoiceError(ShiftaddError):
     """The environment asks for kernels that do not exist or cannot run on this machine."""
 
 
+class CostError(ShiftaddError):
+    """A file of unit costs cannot be used."""
+
+
+class ExportError(ShiftaddError):
+    """The checkpoint cannot be written in the format asked for."""
+
+
 class OutputError(ShiftaddError):
     """The result cannot be written where the user asked."""

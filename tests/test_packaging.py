@@ -70,11 +70,12 @@ def test_with_a_compiler_the_wheel_holds_the_kernels(sources: Path, tmp_path: Pa
     assert not [name for name in names if name.endswith((".cpp", ".h", ".a", ".cmake", "CMakeLists.txt"))]
 
 
-def test_wheel_holds_recipes_types_and_licence_but_no_tests(wheel: Path) -> None:
+def test_wheel_holds_recipes_types_templates_and_licence_but_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for recipe in packaged_names():
         assert f"shiftadd_cli/configs/{recipe}.yaml" in names
-    assert "shiftadd_cli/py.typed" in names
+    for file in ("py.typed", "report/unit_costs_45nm.yaml", "report/templates/base.html.jinja"):
+        assert f"shiftadd_cli/{file}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if not name.startswith(("shiftadd_cli/", "shiftadd_cli-"))]
 

@@ -31,7 +31,7 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool, expected_by
     if place.is_dir() and any(place.iterdir()):
         if not overwrite:
             raise OutputError(f"{out} exists and is not empty; add --overwrite to replace it.")
-        if not _is_ours(place):
+        if not is_checkpoint(place):
             raise OutputError(
                 f"{out} was not written by shiftadd, so --overwrite does not delete it; remove it yourself or choose "
                 "another folder."
@@ -59,12 +59,24 @@ def _check_apart(out: Path, place: Path, source: Path) -> None:
         raise OutputError(f"The model {source} is inside {out}; choose another folder.")
 
 
-def _is_ours(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint of ours."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def write_file(path: Path, text: str) -> None:
+    """Put `text` at `path` in one step, over what is there. Raises OutputError if the system refuses."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with refusals(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -16,7 +16,17 @@ from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.version import __version__
 
 # Each verb is the attribute of that name, with `_` for `-`, in the module of that name in this package.
-VERBS = ("quantize", "allocate-bits", "evaluate", "inspect", "generate", "benchmark")
+VERBS = (
+    "quantize",
+    "allocate-bits",
+    "evaluate",
+    "inspect",
+    "report",
+    "cost",
+    "generate",
+    "benchmark",
+    "export",
+)
 
 _CURES = {
     errno.ENOSPC: "the disk is full; free some space, or write to another disk",

@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     "--device", default="auto", show_default=True, help="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ..."
 )
 @task_options
+@click.option(
+    "--save",
+    is_flag=True,
+    help="Keep what was measured in evaluation.json in each compressed MODEL, for `shiftadd report`.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on standard output.")
 def evaluate(
     models: tuple[str, ...],
@@ -52,6 +57,7 @@ def evaluate(
     task_path: Path | None,
     num_fewshot: int | None,
     limit: int | None,
+    save: bool,
     as_json: bool,
 ) -> None:
     """Measure the perplexity of each MODEL, and with --against its distance from the original.
@@ -65,7 +71,10 @@ def evaluate(
 
     from shiftadd_cli.device import choose_device
     from shiftadd_cli.evaluation import compare
+    from shiftadd_cli.report.evaluation_file import check_saving, save_evaluations
 
+    if save:
+        check_saving(models)
     logging.disable_progress_bar()
     if tasks is not None:
         everyone = ([] if against is None else [against]) + list(models)
@@ -98,6 +107,8 @@ def evaluate(
                 "choose another --dataset.",
                 err=True,
             )
+    if save:
+        save_evaluations(result)
     click.echo(
         json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) if as_json else _describe(result)
     )

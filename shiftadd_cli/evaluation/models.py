@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.runtime.skeleton import read_artifact_config
 from shiftadd_cli.source import Source, open_source
 from shiftadd_cli.source.config import OWN_METHOD
 from shiftadd_cli.source.locate import locate
@@ -78,7 +79,7 @@ class Opened:
 
     @cached_property
     def _text_config(self) -> Any:
-        config = _read_config(self.path) if self._source is None else self._source.config
+        config = read_artifact_config(self.path) if self._source is None else self._source.config
         return config.get_text_config()
 
     def load_tokenizer(self) -> Any:
@@ -174,20 +175,6 @@ def _load_artifact(path: Path, dtype: torch.dtype) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ArtifactError(
             f"The checkpoint {path} cannot be loaded ({reason}); see `shiftadd inspect --verify`, and quantize again."
-        ) from error
-
-
-def _read_config(path: Path) -> Any:
-    """The configuration of a checkpoint of ours as transformers reads it."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ArtifactError(
-            f"The configuration of {path} cannot be read ({reason}); quantize the model again."
         ) from error
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from shiftadd_cli.allocation.front import lower_bound, uniform_points
 from shiftadd_cli.calibration.text import TextData
 from shiftadd_cli.pipeline.plan import Plan, resident_bytes
 from shiftadd_cli.report.schema import (
@@ -25,8 +26,12 @@ from shiftadd_cli.report.schema import (
     SourceReport,
     TableReport,
     TimeReport,
+    TradeOffPoint,
+    UniformPoint,
     average_kinds,
 )
+from shiftadd_cli.source.card import source_license
+from shiftadd_cli.source.locate import hub_id
 from shiftadd_cli.version import __version__
 
 
@@ -78,6 +83,8 @@ def make_report(
             parameters=plan.parameters,
             file_bytes=source.file_bytes,
             model_bytes=source.model_bytes,
+            hub_id=hub_id(source.spec),
+            license=source_license(source.path),
         ),
         recipe=plan.recipe.model_dump(mode="json"),
         recipe_fingerprint=plan.recipe.fingerprint(),
@@ -116,10 +123,20 @@ def make_report(
 def _bit_plan(plan: Plan) -> BitPlanReport | None:
     if plan.bit_plan is None:
         return None
+    made = plan.bit_plan
+    bits_per_byte = 8 / made.weights
     return BitPlanReport(
-        fingerprint=plan.bit_plan.fingerprint(),
-        sensitivity=plan.bit_plan.made_by.sensitivity,
-        predicted_loss=plan.bit_plan.predicted_loss,
+        fingerprint=made.fingerprint(),
+        sensitivity=made.made_by.sensitivity,
+        predicted_loss=made.predicted_loss,
+        uniform=[
+            UniformPoint(bits=bits, bits_per_weight=point.nbytes * bits_per_byte, predicted_loss=point.predicted_loss)
+            for bits, point in uniform_points(made).items()
+        ],
+        bound=[
+            TradeOffPoint(bits_per_weight=point.nbytes * bits_per_byte, predicted_loss=point.predicted_loss)
+            for point in lower_bound(made)
+        ],
     )
 
 

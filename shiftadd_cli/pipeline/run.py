@@ -21,10 +21,12 @@ from shiftadd_cli.calibration.trace import Trace, trace_model
 from shiftadd_cli.device import move_parts
 from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
+from shiftadd_cli.pipeline.pages import checkpoint_pages
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.tables import store_table
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.report.schema import BlockReport, LayerReport, Report, TableReport
+from shiftadd_cli.runtime.remote_code import code_entry
 from shiftadd_cli.source import LinearSpec
 
 
@@ -103,6 +105,8 @@ class _Run:
                 device=self.device,
                 command=self.command,
             )
+            for name, text in checkpoint_pages(plan, report, self.writer.out.name).items():
+                self.writer.add_file(name, text)
             self.writer.finish(self._config(), report.model_dump(mode="json"))
         return report
 
@@ -192,9 +196,9 @@ class _Run:
             self.writer.add(name, state[name])
 
     def _config(self) -> dict[str, Any]:
-        """config.json: the source's own, with its dtype, its class and our quantization_config."""
+        """config.json: the source's own, with its dtype, its class, our quantization_config and code file."""
         source = self.plan.source
-        config: dict[str, Any] = json.loads(source.config.to_json_string())
+        config: dict[str, Any] = json.loads(source.config.to_json_string()) | code_entry(source.config)
         config["architectures"] = [type(source.skeleton()).__name__]
         config["dtype"] = str(source.dtype).removeprefix("torch.")
         config["quantization_config"] = self.plan.artifact_format().to_dict()

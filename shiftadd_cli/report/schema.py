@@ -24,6 +24,8 @@ class SourceReport(_Part):
     parameters: Annotated[int, Field(description="Parameters, tied ones once.")]
     file_bytes: Annotated[int, Field(description="Size of the original's weight files.")]
     model_bytes: Annotated[int, Field(description="Size of the original's parameters at `dtype`.")]
+    hub_id: Annotated[str | None, Field(description="null where it was not named by its id on the hub.")] = None
+    license: Annotated[str | None, Field(description="As the original's model card or file says.")] = None
 
 
 class CalibrationReport(_Part):
@@ -49,12 +51,32 @@ class SizeReport(_Part):
     whole_file_bits_per_weight: Annotated[float, Field(description="All weight files over all parameters.")]
 
 
+class TradeOffPoint(_Part):
+    """Stored bits per weight of the quantized layers, and the loss predicted for them."""
+
+    bits_per_weight: float
+    predicted_loss: float
+
+
+class UniformPoint(TradeOffPoint):
+    """The same with equal bits for all layers."""
+
+    bits: int
+
+
 class BitPlanReport(_Part):
     """The plan that gave the layers their bits."""
 
     fingerprint: Annotated[str, Field(description="SHA-256 of the plan.")]
     sensitivity: Annotated[str, Field(description="How it was measured what bits matter to a layer.")]
     predicted_loss: Annotated[float, Field(description="Sum over layers, in the unit of the sensitivity.")]
+    uniform: Annotated[
+        list[UniformPoint], Field(description="For every number of bits that all layers could have.")
+    ] = []
+    bound: Annotated[
+        list[TradeOffPoint],
+        Field(description="No plan lies below these points, joined: the lower convex hull without ties of layers."),
+    ] = []
 
 
 class LayerReport(_Part):

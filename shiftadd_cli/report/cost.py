@@ -1,0 +1,232 @@
+"""What a compressed model takes in memory, and what a token takes in energy by a model of the hardware.
+
+Energy is modelled, from a table of unit costs; time never is: `shiftadd benchmark` measures it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from shiftadd_cli.allocation.cost_table import TABLE_FORMAT, CostTable, MeasuredCost
+from shiftadd_cli.artifact.shards import TensorShape, nbytes
+from shiftadd_cli.bcq.int8 import SUFFIXES as TABLE_SUFFIXES
+from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.report import operations
+from shiftadd_cli.report.operations import WAYS, Counts, Way
+from shiftadd_cli.report.unit_costs import UnitCosts
+from shiftadd_cli.source.structure import linear_sizes
+
+# What the tensors of a compressed layer are called.
+_PARTS = {
+    "weight_codes": "planes",
+    "weight_exponents": "scales",
+    "weight_scales": "scales",
+    "weight_row_scale": "row scales",
+    "weight_offset": "offsets",
+    "weight_signs": "signs of the rotation",
+    "weight_columns": "outlier columns",
+    "weight_column_ids": "outlier columns",
+}
+ROWS, KEPT = "8-bit rows", "kept as they were"
+
+
+@dataclass(frozen=True)
+class WayCost:
+    """One way of computing: operations by name, and picojoules for one token."""
+
+    way: Way
+    counts: dict[str, int]
+    arithmetic: float
+    on_chip: float
+    dram: float
+
+    @property
+    def total(self) -> float:
+        return self.arithmetic + self.on_chip + self.dram
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Costs of a checkpoint.
+
+    Attributes:
+        parts: bytes stored by kind of tensor; dense_bytes: of all parameters in 16 bits.
+        layers: of the compressed layers alone; model: with the head and what else multiplies, computed by every way as
+            it is stored here, but for fp16, which stores all in 16 bits.
+        batch: tokens that share a read of the weights; unit_costs: name of the table.
+    """
+
+    parts: dict[str, int]
+    dense_bytes: int
+    batch: int
+    unit_costs: str
+    layers: tuple[WayCost, ...]
+    model: tuple[WayCost, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON; energies are in picojoules for one token."""
+
+        def plain(costs: tuple[WayCost, ...]) -> dict[str, Any]:
+            return {
+                each.way: {
+                    "operations": each.counts,
+                    "arithmetic_pj": each.arithmetic,
+                    "on_chip_pj": each.on_chip,
+                    "dram_pj": each.dram,
+                    "total_pj": each.total,
+                }
+                for each in costs
+            }
+
+        return {
+            "stored_bytes": self.parts | {"total": sum(self.parts.values())},
+            "dense_bytes": self.dense_bytes,
+            "unit_costs": self.unit_costs,
+            "batch": self.batch,
+            "layers": plain(self.layers),
+            "model": plain(self.model),
+        }
+
+
+def model_cost(
+    model: nn.Module,
+    layouts: Mapping[str, PackedLayout],
+    tensors: Mapping[str, TensorShape],
+    units: UnitCosts,
+    *,
+    batch: int = 1,
+) -> Cost:
+    """Costs of a checkpoint from headers alone.
+
+    model: the dense model on meta; layouts: of the compressed layers by name; tensors: all that is stored; batch:
+    tokens that share one read of the weights, above 0.
+    """
+    layers: dict[Way, Counts] = {way: Counter() for way in WAYS}
+    for layout in layouts.values():
+        for way in WAYS:
+            layers[way].update(layer_counts(layout, way))
+    others, others_dense = _other_counts(model, layouts, tensors)
+    whole = {way: counts + (others_dense if way == "fp16" else others) for way, counts in layers.items()}
+    return Cost(
+        parts=stored_parts(layouts, tensors),
+        dense_bytes=2 * sum(each.numel() for each in model.parameters()),
+        batch=batch,
+        unit_costs=units.name,
+        layers=tuple(_priced(way, counts, units, batch) for way, counts in layers.items()),
+        model=tuple(_priced(way, counts, units, batch) for way, counts in whole.items()),
+    )
+
+
+def layer_counts(layout: PackedLayout, way: Way) -> Counts:
+    """Operations of one token in one compressed layer, or in the same layer held in another way."""
+    rows, columns = layout.grid.rows, layout.grid.columns
+    if way == "fp16":
+        return operations.dense(rows, columns)
+    if way == "int8":
+        return operations.int8(rows, columns)
+    if way == "int4":
+        return operations.int4(rows, columns)
+    return operations.planes(layout, tables=way == "look-ups")
+
+
+def stored_parts(layouts: Mapping[str, PackedLayout], tensors: Mapping[str, TensorShape]) -> dict[str, int]:
+    """Bytes by kind of tensor, the kinds that are there."""
+    parts: Counter[str] = Counter()
+    for name, shape in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if module in layouts and suffix in _PARTS:
+            parts[_PARTS[suffix]] += nbytes(shape)
+        else:
+            parts[ROWS if suffix in TABLE_SUFFIXES else KEPT] += nbytes(shape)
+    order = [*dict.fromkeys(_PARTS.values()), ROWS, KEPT]
+    return {part: parts[part] for part in order if parts[part]}
+
+
+def energy_table(layouts: Mapping[str, PackedLayout], units: UnitCosts, *, batch: int = 1) -> CostTable:
+    """Modelled energy in nanojoules a token of every shape at 1 to 8 bits, for `allocate-bits --cost energy`.
+
+    Each layer is computed in the cheaper of the two ways there are for planes. Layouts of one shape are taken to be
+    alike but for their bits.
+    """
+    rows = []
+    for shape, layout in {(each.grid.rows, each.grid.columns): each for each in layouts.values()}.items():
+        for bits in range(1, 9):
+            counts = [layer_counts(replace(layout, bits=bits), way) for way in ("additions", "look-ups")]
+            cheapest = min(_priced("additions", each, units, batch).total for each in counts)
+            rows.append(MeasuredCost(shape=shape, bits=bits, cost=float(f"{cheapest / 1000:.6g}")))
+    return CostTable(format=TABLE_FORMAT, version=1, cost="energy", unit="nJ", measured=tuple(rows))
+
+
+def _other_counts(
+    model: nn.Module, layouts: Mapping[str, PackedLayout], tensors: Mapping[str, TensorShape]
+) -> tuple[Counts, Counts]:
+    """Operations outside the compressed layers: as stored, and with everything in 16 bits.
+
+    Every other linear layer multiplies; an embedding gives one row of its matrix; the rest is read once.
+    """
+    stored: Counts = Counter()
+    dense: Counts = Counter()
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    packed = {f"{name}.weight" for name in layouts}
+    multiplied: set[int] = set()
+    looked_up: set[int] = set()
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Embedding):
+            looked_up.add(id(weight))
+        if (sizes := linear_sizes(module)) is not None and name not in layouts:
+            # A head may be tied to the embedding, and is stored under its name.
+            multiplied.add(id(weight))
+            rows, columns = sizes[:2]
+            dense.update(operations.dense(rows, columns))
+            stored.update(_stored_counts(names.get(id(weight), []), rows, columns, tensors))
+    for parameter in model.parameters():
+        aliases = names[id(parameter)]
+        if packed.intersection(aliases):
+            continue
+        nbytes_stored, table = _stored_bytes(aliases, tensors)
+        if id(parameter) in looked_up:
+            dense.update(dram_byte=2 * parameter.shape[-1])
+            # The scale of a row comes along.
+            stored.update(dram_byte=parameter.shape[-1] + 2 if table else nbytes_stored // parameter.shape[0])
+        elif id(parameter) not in multiplied:
+            dense.update(dram_byte=2 * parameter.numel())
+            stored.update(dram_byte=nbytes_stored)
+    return stored, dense
+
+
+def _stored_counts(aliases: Sequence[str], rows: int, columns: int, tensors: Mapping[str, TensorShape]) -> Counts:
+    stored, table = _stored_bytes(aliases, tensors)
+    if table:
+        return operations.table_of_rows(rows, columns, stored)
+    counts = operations.dense(rows, columns)
+    counts["dram_byte"] = stored
+    return counts
+
+
+def _stored_bytes(aliases: Sequence[str], tensors: Mapping[str, TensorShape]) -> tuple[int, bool]:
+    """Bytes of a parameter under any of its names, and whether it is a table of 8-bit rows."""
+    for name in aliases:
+        if f"{name}_int8" in tensors:
+            return nbytes(tensors[f"{name}_int8"]) + nbytes(tensors[f"{name}_int8_scale"]), True
+        if name in tensors:
+            return nbytes(tensors[name]), False
+    return 0, False
+
+
+def _priced(way: Way, counts: Counts, units: UnitCosts, batch: int) -> WayCost:
+    moved = ("sram_16_bits", "dram_byte")
+    return WayCost(
+        way=way,
+        counts={name: counts[name] for name in units.operations if counts[name]},
+        arithmetic=units.energy({name: count for name, count in counts.items() if name not in moved}),
+        on_chip=units.energy({"sram_16_bits": counts["sram_16_bits"]}),
+        dram=units.energy({"dram_byte": counts["dram_byte"]}) / batch,
+    )

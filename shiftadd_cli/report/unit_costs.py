@@ -1,0 +1,68 @@
+"""What single operations cost in energy: a documented YAML file, the packaged one or the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shiftadd_cli.errors import CostError
+
+UNIT_COSTS_FORMAT: Final = "shiftadd unit costs"
+PACKAGED = Path(__file__).with_name("unit_costs_45nm.yaml")
+_MAX_BYTES = 100_000
+
+Operation = Literal[
+    "fp16_multiply", "fp32_add", "int8_multiply", "int32_add", "shift", "sram_16_bits", "dram_byte"
+]  # fmt: skip
+OPERATIONS: Final[tuple[Operation, ...]] = get_args(Operation)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class UnitCost(_Part):
+    """Energy of one operation, and where the number is from."""
+
+    picojoules: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    source: Annotated[str, Field(min_length=1)]
+
+
+class UnitCosts(_Part):
+    """The file: one entry for each of `OPERATIONS`."""
+
+    format: Literal["shiftadd unit costs"]
+    version: Literal[1]
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    operations: dict[Operation, UnitCost]
+
+    def energy(self, counts: Mapping[Operation, int]) -> float:
+        """Picojoules of so many operations."""
+        return sum(count * self.operations[name].picojoules for name, count in counts.items())
+
+
+def load_unit_costs(path: Path = PACKAGED) -> UnitCosts:
+    """Read a file of unit costs. Raises CostError in one sentence where it cannot be read, is none or lacks one."""
+    if not path.is_file():
+        raise CostError(f"There is no file of unit costs {path}; give the path of a YAML file.")
+    if path.stat().st_size > _MAX_BYTES:
+        raise CostError(f"{path} has more than {_MAX_BYTES:,} bytes, which no file of unit costs has; make it again.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as failure:
+        raise CostError(f"Unit costs {path} are no valid YAML ({failure}); mend the file.") from None
+    if not isinstance(values, dict) or values.get("format") != UNIT_COSTS_FORMAT:
+        raise CostError(f"{path} holds no unit costs; it must begin with format: {UNIT_COSTS_FORMAT}.")
+    try:
+        costs = UnitCosts.model_validate(values)
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        place = "".join(f", {part}" for part in error["loc"])
+        raise CostError(f"Unit costs {path}{place}: {error['msg']}; mend the file.") from None
+    if absent := [name for name in OPERATIONS if name not in costs.operations]:
+        raise CostError(f"Unit costs {path} have no {absent[0]}; add it.")
+    return costs

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from artifacts import COMMON, edit_tensors, write_checkpoint
+from safetensors import safe_open
+from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import shiftadd_cli  # noqa: F401 - registers the format with transformers
+from shiftadd_cli.errors import ArtifactError, ExportError, OutputError
+from shiftadd_cli.export.dense import export_dense
+
+TOKENS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+ROTATED = replace(COMMON, rotation="hadamard", outlier_columns=0.05)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def tensors_of(folder):
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_model_that_dequantize_gives(tmp_path, family):
+    checkpoint = write_checkpoint(tiny_model(family), tmp_path / "packed", common=ROTATED, tables=family != "gemma3")
+    out = tmp_path / "dense"
+    written = export_dense(checkpoint.folder, out)
+    assert written == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    expected = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).dequantize()
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    assert plain.dtype == torch.float32
+    state = plain.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    assert all(torch.equal(state[name], each) for name, each in expected.state_dict().items())
+    assert torch.equal(logits(plain), logits(expected))
+    tied = bool(plain.all_tied_weights_keys)
+    assert (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight) == tied
+    assert len(tensors_of(out)) == len(state) - len(plain.all_tied_weights_keys)
+
+
+def test_it_loads_where_this_package_is_not(tmp_path):
+    checkpoint = write_checkpoint(tiny_model("llama"), tmp_path / "packed")
+    tiny_tokenizer().save_pretrained(checkpoint.folder)
+    export_dense(checkpoint.folder, tmp_path / "dense")
+    program = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model, info = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'dense')!r}, output_loading_info=True)\n"
+        "assert 'shiftadd_cli' not in sys.modules\n"
+        "assert not info['missing_keys'] and not info['unexpected_keys'], info\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    assert tokenizer.encode("Hello") == tiny_tokenizer().encode("Hello")
+    assert tokenizer.chat_template == tiny_tokenizer().chat_template
+
+
+def test_another_dtype_is_rounded_once(tmp_path):
+    checkpoint = write_checkpoint(tiny_model("gpt2"), tmp_path / "packed", tables=True)
+    export_dense(checkpoint.folder, tmp_path / "dense", torch.bfloat16)
+    state = checkpoint.dense.state_dict()
+    for name, tensor in tensors_of(tmp_path / "dense").items():
+        assert torch.equal(tensor, state[name].to(torch.bfloat16)), name
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_numbers_too_large_for_float16_are_refused_and_nothing_is_left(tmp_path):
+    model = tiny_model("llama")
+    model.model.norm.weight.data[0] = 1e6
+    checkpoint = write_checkpoint(model, tmp_path / "packed")
+    with pytest.raises(ExportError, match=r"model\.norm\.weight.*bfloat16"):
+        export_dense(checkpoint.folder, tmp_path / "dense", torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_equal_checkpoints_give_equal_bytes_and_only_what_is_true_of_them(tmp_path):
+    folder = write_checkpoint(tiny_model("llama"), tmp_path / "packed").folder
+    for name in ("README.md", "report.html", "evaluation.json", "generation_config.json"):
+        (folder / name).write_text("{}")
+    for out in ("one", "two"):
+        export_dense(folder, tmp_path / out)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "two"))
+    assert one == two
+    assert set(one) == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_nothing_is_overwritten(tmp_path):
+    folder = write_checkpoint(tiny_model("llama"), tmp_path / "packed").folder
+    out = tmp_path / "dense"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        export_dense(folder, out)
+    with pytest.raises(OutputError, match="not empty"):
+        export_dense(folder, folder)
+    with pytest.raises(OutputError, match="inside"):
+        export_dense(folder, folder / "dense")
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model.norm.weight": None},
+        {"model.norm.weight": torch.zeros(3)},
+        {"model.more.weight": torch.zeros(3)},
+    ],
+)
+def test_other_tensors_than_the_model_has_are_refused(tmp_path, change):
+    folder = write_checkpoint(tiny_model("llama"), tmp_path / "packed", shard_bytes=10_000_000).folder
+    edit_tensors(folder, change)
+    with pytest.raises(ArtifactError, match=next(iter(change))):
+        export_dense(folder, tmp_path / "dense")
+    shutil.rmtree(folder)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,133 @@
+"""Operation counts against machines that compute with counted numbers, one operation at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from artifacts import random_weight
+
+from shiftadd_cli.bcq.packing import unpack_signs
+from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.report import operations
+
+
+def layout_of(rows: int, columns: int, **fields: object) -> PackedLayout:
+    common = {"bits": 2, "group_size": 8, "group_rows": 1, "scale_format": "apot2", "row_scale": False, "offset": False}
+    return PackedLayout.resolve(rows, columns, **(common | {"rotation": "none"} | fields))
+
+
+class Machine:
+    """Adds, shifts and multiplies, and counts."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def add(self, one: float, other: float) -> float:
+        self.counts["fp32_add"] += 1
+        return one + other
+
+    def shift(self, number: float, power: float) -> float:
+        self.counts["shift"] += 1
+        return number * power
+
+    def multiply(self, one: float, other: float) -> float:
+        self.counts["fp16_multiply"] += 1
+        return one * other
+
+    def look_up(self, table: dict[tuple[float, ...], float], signs: tuple[float, ...]) -> float:
+        self.counts["sram_16_bits"] += 1
+        if signs in table:
+            return table[signs]
+        return -table[tuple(-sign for sign in signs)]
+
+    def make_table(self, inputs: list[float]) -> dict[tuple[float, ...], float]:
+        """Signed sums of 4 inputs with a plus first; what is stored is counted as it is written."""
+        a, b, c, d = inputs
+        table = {}
+        halves = [(s, self.add(a, s * b)) for s in (1.0, -1.0)]
+        others = [(s, self.add(c, s * d)) for s in (1.0, -1.0)]
+        for second, left in halves:
+            for fourth, right in others:
+                for third in (1.0, -1.0):
+                    table[(1.0, second, third, third * fourth)] = self.add(left, third * right)
+                    self.counts["sram_16_bits"] += 1
+        return table
+
+
+def by_machine(layout: PackedLayout, *, tables: bool) -> tuple[Machine, torch.Tensor, torch.Tensor]:
+    """What a machine computes and what it should, for groups in rows, of whole fours."""
+    weight, machine, grid = random_weight(layout), Machine(), layout.grid
+    x = torch.randn(grid.columns, dtype=torch.float64).tolist()
+    planes = unpack_signs(weight.tensors["weight_codes"], grid.columns)
+    ratios = weight.ratios()
+    machine.counts["sram_16_bits"] += grid.columns + grid.rows
+    machine.counts["dram_byte"] += layout.nbytes
+    made = [machine.make_table(x[at : at + 4]) for at in range(0, grid.columns, 4)] if tables else []
+    outputs = []
+    for row in range(grid.rows):
+        total = 0.0
+        for group in range(grid.column_groups):
+            for plane in range(layout.bits):
+                signs = planes[row, plane].tolist()
+                part = 0.0
+                columns = range(group * grid.group_columns, (group + 1) * grid.group_columns)
+                if tables:
+                    for at in columns[::4]:
+                        part = machine.add(part, machine.look_up(made[at // 4], tuple(signs[at : at + 4])))
+                else:
+                    for column in columns:
+                        part = machine.add(part, signs[column] * x[column])
+                # Two terms of one scale: each shifts the sum and is added to the output. How it splits changes nothing.
+                scale = float(ratios[row, group, plane])
+                for term in (scale / 2, scale / 2):
+                    total = machine.add(total, machine.shift(part, term))
+        factor = float(weight.tensors["weight_row_scale"].flatten()[row if layout.row_scale else 0])
+        outputs.append(machine.multiply(total, factor) if layout.row_scale else machine.shift(total, factor))
+    expected = weight.decode().double() @ torch.tensor(x, dtype=torch.float64)
+    return machine, torch.tensor(outputs, dtype=torch.float64), expected
+
+
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize("row_scale", [False, True])
+def test_planes_take_what_a_machine_takes_that_computes_the_product(tables, row_scale):
+    layout = layout_of(3, 24, row_scale=row_scale)
+    machine, found, expected = by_machine(layout, tables=tables)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert dict(machine.counts) == {
+        name: count for name, count in operations.planes(layout, tables=tables).items() if count
+    }
+
+
+def test_dense_and_integer_ways_take_one_multiplication_and_one_addition_a_weight():
+    for counts, multiplied, added, nbytes in (
+        (operations.dense(6, 256), "fp16_multiply", "fp32_add", 2 * 6 * 256),
+        (operations.int8(6, 256), "int8_multiply", "int32_add", 6 * 256 + 6 * 2),
+        (operations.int4(6, 256), "int8_multiply", "int32_add", 6 * 128 + 6 * 2 * 2),
+    ):
+        assert counts[multiplied] == counts[added] == 6 * 256
+        assert counts["dram_byte"] == nbytes
+        assert counts["sram_16_bits"] == 6 + 256
+
+
+def test_scales_that_rows_share_are_put_on_the_inputs():
+    shared = operations.planes(layout_of(64, 32, group_size=1, group_rows="all"), tables=False)
+    assert shared["shift"] == 2 * 2 * 32 + 64  # terms, planes, inputs; and the one factor of the matrix
+    alone = operations.planes(layout_of(64, 32, group_size=32), tables=False)
+    assert alone["shift"] == 2 * 2 * 64 + 64
+
+
+def test_every_part_of_a_form_is_charged():
+    plain = operations.planes(layout_of(8, 64), tables=False)
+    rotated = operations.planes(layout_of(8, 64, rotation="hadamard"), tables=False)
+    assert rotated["fp32_add"] - plain["fp32_add"] == 64 * 6
+    offset = operations.planes(layout_of(8, 64, offset=True), tables=False)
+    assert offset["fp16_multiply"] - plain["fp16_multiply"] == 8 * 8
+    assert offset["fp32_add"] - plain["fp32_add"] == 64 + 2 * 8 * 8
+    outliers = operations.planes(layout_of(8, 64, outlier_columns=2 / 64), tables=False)
+    assert outliers["fp16_multiply"] - plain["fp16_multiply"] == 8 * 2
+    floats = operations.planes(layout_of(8, 64, scale_format="float"), tables=False)
+    assert floats["fp16_multiply"] == 8 * 8 * 2
+    for counts in (rotated, offset, outliers, floats):
+        assert counts["dram_byte"] > plain["dram_byte"]

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from shiftadd_cli.errors import CostError
+from shiftadd_cli.report.unit_costs import OPERATIONS, PACKAGED, load_unit_costs
+
+# M. Horowitz, ISSCC 2014, in picojoules at 45 nm; memories for 64 bits.
+HOROWITZ = {"fp16_multiply": 1.1, "fp32_add": 0.9, "int8_multiply": 0.2, "int32_add": 0.1, "shift": 0.03}
+
+
+def test_the_packaged_file_says_where_every_number_is_from():
+    units = load_unit_costs()
+    assert tuple(units.operations) == OPERATIONS
+    assert all("Horowitz" in each.source for each in units.operations.values())
+    assert {name: units.operations[name].picojoules for name in HOROWITZ} == HOROWITZ
+    assert units.operations["sram_16_bits"].picojoules == 10 / 4
+    assert units.operations["dram_byte"].picojoules == 1300 / 8
+
+
+def test_energy_is_a_sum():
+    assert load_unit_costs().energy({"fp32_add": 10, "shift": 100}) == pytest.approx(9 + 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"format": "something"}, "holds no unit costs"),
+        ({"version": 2}, "version"),
+        ({"shift": None}, "have no shift"),
+        ({"shift": {"picojoules": -1, "source": "x"}}, "shift, picojoules"),
+        ({"shift": {"picojoules": float("inf"), "source": "x"}}, "finite"),
+        ({"shift": {"picojoules": 1}}, "source"),
+        ({"warp": {"picojoules": 1, "source": "x"}}, "warp"),
+    ],
+)
+def test_other_files_are_refused_in_one_sentence(tmp_path, change, part):
+    values = yaml.safe_load(PACKAGED.read_text())
+    for name, value in change.items():
+        where = values if name in values else values["operations"]
+        where[name] = value
+        if value is None:
+            del where[name]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(CostError, match=part) as refusal:
+        load_unit_costs(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_no_file_and_no_yaml(tmp_path):
+    with pytest.raises(CostError, match="There is no file"):
+        load_unit_costs(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("{")
+    with pytest.raises(CostError, match="no valid YAML"):
+        load_unit_costs(tmp_path / "broken.yaml")

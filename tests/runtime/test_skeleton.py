@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from artifacts import write_checkpoint
+from tiny_models import FAMILIES, tiny_model
+
+from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.runtime.skeleton import artifact_skeleton
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_the_dense_model_without_its_weights(tmp_path, family):
+    checkpoint = write_checkpoint(tiny_model(family), tmp_path / "out")
+    skeleton = artifact_skeleton(checkpoint.folder)
+    assert {name: each.shape for name, each in skeleton.state_dict().items()} == {
+        name: each.shape for name, each in checkpoint.dense.state_dict().items()
+    }
+    assert all(each.is_meta and each.dtype == torch.float32 for each in skeleton.parameters())
+    tied = skeleton.get_input_embeddings().weight is skeleton.get_output_embeddings().weight
+    assert tied == bool(checkpoint.dense.all_tied_weights_keys)
+
+
+def test_a_configuration_of_no_model_is_refused(tmp_path):
+    folder = write_checkpoint(tiny_model("llama"), tmp_path / "out").folder
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "no-such-model"}))
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        artifact_skeleton(folder)
