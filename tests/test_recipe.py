@@ -83,6 +83,10 @@ def test_a_file_that_says_the_bits_of_layers_in_two_ways_is_refused(tmp_path: Pa
         ("candidates", "[2, 9]"),
         ("candidates", "[2, true]"),
         ("candidates", "2"),
+        ("candidates", "[shift3]"),
+        ("candidates", "[2, shift1-5]"),
+        ("primitive", "shift"),
+        ("primitive", "null"),
         ("bit_plan", "3"),
         ("bit_plan", "''"),
         ("group_size", "0"),
@@ -131,6 +135,9 @@ def test_value_of_wrong_type_or_range_is_refused_by_field(tmp_path: Path, field:
         ({"calibration": "none"}, ("sweep to none", "refine_rounds to 0")),
         ({"calibration": "none", "refine_rounds": 0}, ("sweep to none",)),
         ({"calibration": "none", "sweep": "none"}, ("refine_rounds to 0",)),
+        ({"primitive": "shift1", "bits": 5}, ("2 to 4 bits",)),
+        ({"primitive": "shift2", "avg_bits": 3.0}, ("bits in place of avg_bits", "primitive to bcq")),
+        ({"primitive": "shift2", "bit_plan": "plan.json"}, ("bits in place of bit_plan",)),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused_with_the_cure(fields: dict[str, Any], cures: tuple) -> None:
@@ -150,6 +157,8 @@ def test_candidates_are_sorted_and_told_once(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("candidates: [4, 2, 3, 2]\n")
     assert Recipe.load(str(path)).candidates == (2, 3, 4)
+    path.write_text("candidates: [shift2, 4, shift1-2, 2, shift2-4]\n")
+    assert Recipe.load(str(path)).candidates == (2, 4, "shift1-2", "shift2-4")
 
 
 def test_recipe_is_immutable() -> None:
@@ -160,6 +169,7 @@ def test_recipe_is_immutable() -> None:
 
 def test_fingerprint_is_a_function_of_every_field() -> None:
     others = {
+        "primitive": "shift1",
         "bits": 2,
         "avg_bits": 2.5,
         "candidates": (2, 4),

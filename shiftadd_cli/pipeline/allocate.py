@@ -40,8 +40,8 @@ from shiftadd_cli.source import Source
 # Fields of a recipe that no sensitivity depends on; the text goes by its own fingerprint, whatever it is called.
 _IRRELEVANT = (
     "primitive", "bits", "avg_bits", "candidates", "tie_fused", "bit_plan", "refine_rounds", "descent_passes",
-    "bias_correction", "true_sequential", "asymmetric", "loss_aware", "reconstruct_epochs", "embedding_bits", "calibration", "batch_size",
-    "device", "shard_size",
+    "bias_correction", "true_sequential", "asymmetric", "loss_aware", "reconstruct_epochs", "embedding_bits",
+    "calibration", "batch_size", "device", "shard_size",
 )  # fmt: skip
 
 
