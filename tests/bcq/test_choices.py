@@ -30,7 +30,7 @@ def test_the_short_words_stand_for_usual_widths() -> None:
 
 @pytest.mark.parametrize("value", [0, 9, True, 3.0, None, "", "9", "-3", "shift3", "shift1-5", "shift2-", "shift1-03"])
 def test_what_is_none_is_refused_with_what_there_is(value: object) -> None:
-    with pytest.raises(ValueError, match="planes from 1 to 8.*shift1, shift2"):
+    with pytest.raises(ValueError, match=r"planes from 1 to 8.*shift1, shift2"):
         parse_choice(value)
 
 
