@@ -34,7 +34,7 @@ from torch import Tensor
 from shiftadd_cli.bcq.choices import Choice, Primitive, choice_of
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.outliers import outlier_count
-from shiftadd_cli.bcq.packing import pack_nibbles, pack_planes, unpack_nibbles, unpack_planes, unpack_signs
+from shiftadd_cli.bcq.packing import pack_nibbles, pack_planes, unpack_codes, unpack_nibbles, unpack_signs
 from shiftadd_cli.bcq.rotation import restore_weight
 from shiftadd_cli.bcq.scale_formats import (
     ScaleFormat,
@@ -260,11 +260,8 @@ class QuantizedWeight:
     def _decode_shifts(self, rows: slice, out: Tensor) -> None:
         """The same for a shift layer."""
         levels = shift_levels(self.layout.primitive, self.layout.bits).to(out.device)
-        planes = unpack_planes(self.tensors["weight_codes"][rows], self.layout.grid.columns)
-        places = torch.zeros_like(out, dtype=torch.int32)
-        for plane in range(self.layout.bits):
-            places |= planes[:, plane].int() << plane
-        out.copy_(levels[places])
+        codes = unpack_codes(self.tensors["weight_codes"][rows], self.layout.grid.columns)
+        out.copy_(levels.index_select(0, codes.flatten()).view_as(out))
 
 
 def _pack_scales(form: ScaleFormat, ratios: Tensor, offsets: Tensor | None) -> dict[str, Tensor]:
