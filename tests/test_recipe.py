@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 from recipe_faults import refusal
 
+from shiftadd_cli.bcq.choices import CODE_BITS, parts_of_choice
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.recipe import Recipe
@@ -16,7 +17,8 @@ from shiftadd_cli.recipe_file import configs_folder, packaged_names
 
 
 def test_packaged_recipes_are_the_documented_ones() -> None:
-    assert packaged_names() == ("best", "default", "fast", "gptq", "rtn", "shiftaddllm-acc", "shiftaddllm-lat")
+    papers = ("shiftaddllm-acc", "shiftaddllm-lat", "shiftaddvit")
+    assert packaged_names() == ("best", "default", "fast", "gptq", "rtn", *papers)
 
 
 @pytest.mark.parametrize("name", packaged_names())
@@ -42,6 +44,13 @@ def test_recipes_of_the_paper_have_its_block_shapes(name: str, shape: tuple[int,
     assert (recipe.fit, recipe.sweep, recipe.sweep_order, recipe.scale_format) == (fit, sweep, "hessian", "apot3")
     assert recipe.refine_rounds == 0
     assert not recipe.row_scale
+
+
+def test_the_mixture_of_primitives_is_the_default_but_for_what_layers_may_be() -> None:
+    recipe, same = Recipe.load("shiftaddvit"), Recipe()
+    changed = {name for name in Recipe.model_fields if getattr(recipe, name) != getattr(same, name)}
+    assert changed == {"avg_bits", "candidates"}
+    assert {parts_of_choice(choice)[0] for choice in recipe.candidates} == set(CODE_BITS)
 
 
 @pytest.mark.parametrize("name", ["fast", "rtn"])
