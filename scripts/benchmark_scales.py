@@ -5,6 +5,8 @@ scale format, group size, offsets, rotation. Prints the geometric mean over the 
 ‖(W − Ŵ) X‖² / ‖W X‖² beside what is stored, and marks the forms that no other beats at fewer or equally many bits.
 
     python scripts/benchmark_scales.py demo --blocks 3,10,20,29 --bits 2,3,4 --work out/scales
+
+Shift layers (`--shifts`), which have no such forms, stand beside them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.allocation.sensitivity import walk_blocks
+from shiftadd_cli.bcq.choices import Primitive, parse_choice, parts_of_choice
 from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.errors import ShiftaddError
@@ -43,6 +46,7 @@ class Form:
     group_size: int | str
     offset: bool
     rotation: str
+    primitive: Primitive = "bcq"
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def as_table(rows: Sequence[Row]) -> str:
             lines.append(
                 (
                     str(form.bits),
-                    form.scale_format,
+                    form.scale_format if form.primitive == "bcq" else form.primitive,
                     str(form.group_size),
                     "yes" if form.offset else "no",
                     form.rotation,
@@ -144,6 +148,7 @@ def _words(text: str) -> list[str]:
 @click.option("--groups", default="32,64,128,all", show_default=True)
 @click.option("--offsets", type=click.Choice(("no", "yes", "both")), default="both", show_default=True)
 @click.option("--rotations", default="hadamard", show_default=True, help="Of none,hadamard.")
+@click.option("--shifts", default="", help="Shift layers as well, such as shift1-3,shift2-4.")
 @click.option("--calibration", default="builtin", show_default=True)
 @click.option("--samples", type=int, default=32, show_default=True)
 @click.option("--seq-len", type=int, default=512, show_default=True)
@@ -156,6 +161,7 @@ def main(
     groups: str,
     offsets: str,
     rotations: str,
+    shifts: str,
     calibration: str,
     samples: int,
     seq_len: int,
@@ -175,6 +181,10 @@ def main(
                 _words(rotations),
             )
         ]
+        for choice, rotation in itertools.product(map(parse_choice, _words(shifts)), _words(rotations)):
+            primitive, width = parts_of_choice(choice)
+            # They have one scale a row, whatever the fields on scales say.
+            forms.append(Form(width, "pot", "all", False, rotation, primitive))
         for form in forms:
             # Refused before any work, in the words of the recipe.
             Recipe.load("default", fields | asdict(form))

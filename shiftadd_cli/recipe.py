@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from shiftadd_cli.bcq.choices import CODE_BITS, Choice, Primitive, ordered_choices, parse_choice
+
 _FRACTION = re.compile(r"1/([1-9][0-9]{0,8})")
 _SIZE = re.compile(r"([1-9][0-9]{0,8})(KB|MB|GB)")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -27,7 +29,22 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    bits: Annotated[int, Field(ge=1, le=8, description="Binary planes per weight, 1 to 8.")] = 3
+    primitive: Annotated[
+        Primitive,
+        Field(
+            description="What weights are made of: 'bcq', binary planes times scales; 'shift1', a signed power of two, "
+            "or 'shift2', a signed sum of two, times the scale of the row."
+        ),
+    ] = "bcq"
+    bits: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=8,
+            description="Binary planes per weight, 1 to 8; with --primitive shift1 (2 to 4) or shift2 (2 to 5) the "
+            "bits of a weight's code.",
+        ),
+    ] = 3
     avg_bits: Annotated[
         float | None,
         Field(
@@ -37,14 +54,18 @@ class Recipe(BaseModel):
         ),
     ] = None
     candidates: Annotated[
-        tuple[int, ...],
-        Field(strict=False, description="Bits that a layer may get where layers get bits of their own."),
+        tuple[Choice, ...],
+        Field(
+            strict=False,
+            description="What a layer may get where layers get bits of their own: numbers of planes, and shift1 and "
+            "shift2 (shift1-2 to shift1-4 and shift2-2 to shift2-5 say the bits of the code, else 3 and 4).",
+        ),
     ] = (2, 3, 4)
     tie_fused: Annotated[
         bool,
         Field(
-            description="Equal bits for layers that inference engines fuse (query, key and value; gate and up), where "
-            "layers get bits of their own."
+            description="Equal bits and primitives for layers that inference engines fuse (query, key and value; gate "
+            "and up), where layers get bits of their own."
         ),
     ] = True
     bit_plan: Annotated[
@@ -206,10 +227,10 @@ class Recipe(BaseModel):
 
     @field_validator("candidates", mode="before")
     @classmethod
-    def _numbers_of_bits(cls, value: object) -> object:
-        if isinstance(value, (list, tuple)) and value and all(type(bits) is int and 1 <= bits <= 8 for bits in value):
-            return tuple(sorted(set(value)))
-        raise ValueError("must be a list of whole numbers from 1 to 8, such as [2, 3, 4]")
+    def _choices(cls, value: object) -> object:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError("must be a list of numbers of planes and shifts, such as [2, 3, 4] or [2, 3, shift2]")
+        return ordered_choices(parse_choice(each) for each in value)
 
     @field_validator("skip")
     @classmethod
@@ -231,6 +252,18 @@ class Recipe(BaseModel):
             raise ValueError("avg_bits and bit_plan both say how many bits each layer gets; give one of them")
         if self.avg_bits is not None and self.calibration == "none":
             raise ValueError("what bits matter to a layer is measured on text; choose a calibration text for avg_bits")
+        if self.primitive != "bcq":
+            if self.bits not in (widths := CODE_BITS[self.primitive]):
+                raise ValueError(
+                    f"a code of {self.primitive} has {widths[0]} to {widths[-1]} bits and not {self.bits}; set bits to "
+                    "one of these"
+                )
+            if self.avg_bits is not None or self.bit_plan is not None:
+                name = "avg_bits" if self.avg_bits is not None else "bit_plan"
+                raise ValueError(
+                    f"primitive {self.primitive} is for all layers, and {name} gives each its own; give bits in place "
+                    f"of {name}, or set primitive to bcq and name shifts among the candidates"
+                )
         if self.group_rows != 1:
             wrong = [
                 text

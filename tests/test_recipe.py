@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 from recipe_faults import refusal
 
+from shiftadd_cli.bcq.choices import CODE_BITS, parts_of_choice
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.recipe import Recipe
@@ -16,7 +17,8 @@ from shiftadd_cli.recipe_file import configs_folder, packaged_names
 
 
 def test_packaged_recipes_are_the_documented_ones() -> None:
-    assert packaged_names() == ("best", "default", "fast", "gptq", "rtn", "shiftaddllm-acc", "shiftaddllm-lat")
+    papers = ("shiftaddllm-acc", "shiftaddllm-lat", "shiftaddvit")
+    assert packaged_names() == ("best", "default", "fast", "gptq", "rtn", *papers)
 
 
 @pytest.mark.parametrize("name", packaged_names())
@@ -42,6 +44,13 @@ def test_recipes_of_the_paper_have_its_block_shapes(name: str, shape: tuple[int,
     assert (recipe.fit, recipe.sweep, recipe.sweep_order, recipe.scale_format) == (fit, sweep, "hessian", "apot3")
     assert recipe.refine_rounds == 0
     assert not recipe.row_scale
+
+
+def test_the_mixture_of_primitives_is_the_default_but_for_what_layers_may_be() -> None:
+    recipe, same = Recipe.load("shiftaddvit"), Recipe()
+    changed = {name for name in Recipe.model_fields if getattr(recipe, name) != getattr(same, name)}
+    assert changed == {"avg_bits", "candidates"}
+    assert {parts_of_choice(choice)[0] for choice in recipe.candidates} == set(CODE_BITS)
 
 
 @pytest.mark.parametrize("name", ["fast", "rtn"])
@@ -83,6 +92,10 @@ def test_a_file_that_says_the_bits_of_layers_in_two_ways_is_refused(tmp_path: Pa
         ("candidates", "[2, 9]"),
         ("candidates", "[2, true]"),
         ("candidates", "2"),
+        ("candidates", "[shift3]"),
+        ("candidates", "[2, shift1-5]"),
+        ("primitive", "shift"),
+        ("primitive", "null"),
         ("bit_plan", "3"),
         ("bit_plan", "''"),
         ("group_size", "0"),
@@ -131,6 +144,9 @@ def test_value_of_wrong_type_or_range_is_refused_by_field(tmp_path: Path, field:
         ({"calibration": "none"}, ("sweep to none", "refine_rounds to 0")),
         ({"calibration": "none", "refine_rounds": 0}, ("sweep to none",)),
         ({"calibration": "none", "sweep": "none"}, ("refine_rounds to 0",)),
+        ({"primitive": "shift1", "bits": 5}, ("2 to 4 bits",)),
+        ({"primitive": "shift2", "avg_bits": 3.0}, ("bits in place of avg_bits", "primitive to bcq")),
+        ({"primitive": "shift2", "bit_plan": "plan.json"}, ("bits in place of bit_plan",)),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused_with_the_cure(fields: dict[str, Any], cures: tuple) -> None:
@@ -150,6 +166,8 @@ def test_candidates_are_sorted_and_told_once(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("candidates: [4, 2, 3, 2]\n")
     assert Recipe.load(str(path)).candidates == (2, 3, 4)
+    path.write_text("candidates: [shift2, 4, shift1-2, 2, shift2-4]\n")
+    assert Recipe.load(str(path)).candidates == (2, 4, "shift1-2", "shift2-4")
 
 
 def test_recipe_is_immutable() -> None:
@@ -160,6 +178,7 @@ def test_recipe_is_immutable() -> None:
 
 def test_fingerprint_is_a_function_of_every_field() -> None:
     others = {
+        "primitive": "shift1",
         "bits": 2,
         "avg_bits": 2.5,
         "candidates": (2, 4),

@@ -99,11 +99,15 @@ class Conditions:
             if fingerprint == text:
                 raise CalibrationError(f"{name} is the calibration text of {method.label} and a test; give another.")
         packages = (method.peer.package,) if method.peer else ()
+        fields = recipe.model_dump(mode="json", exclude={"calibration"})
+        if recipe.primitive == "bcq":
+            # Rows that were measured before there was another keep their names.
+            del fields["primitive"]
         made = {
             "model": self.model_fingerprint,
             "peer": method.peer.name if method.peer else None,
             # The text counts, not the name of its file.
-            "recipe": recipe.model_dump(mode="json", exclude={"calibration"}),
+            "recipe": fields,
             "calibration": text,
             "versions": versions(*packages),
         }

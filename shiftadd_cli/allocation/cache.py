@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from shiftadd_cli.allocation.sensitivity import Sensitivities
+from shiftadd_cli.bcq.choices import parse_choice
 
 # Raised whenever sensitivities of the same inputs come out differently.
 CACHE_VERSION = 3
@@ -36,7 +37,7 @@ class SensitivityCache:
         try:
             values = json.loads(self.path.read_text(encoding="utf-8"))
             costs = {
-                str(name): {int(bits): float(cost) for bits, cost in each.items()}
+                str(name): {parse_choice(bits): float(cost) for bits, cost in each.items()}
                 for name, each in values["costs"].items()
             }
             return Sensitivities(costs, tuple(tuple(map(str, names)) for names in values["shared_inputs"]))

@@ -1,4 +1,4 @@
-"""What the solver makes of a linear at every number of bits that it may get."""
+"""What the solver makes of a linear as everything that it may be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import Solution, quantize_matrices
 
@@ -15,19 +16,19 @@ class CandidateSolver:
     """The solver that the run will use, without its refinement rounds (these lower all errors by similar factors and
     take most of its time) and without asymmetric calibration (nothing before a linear is quantized here)."""
 
-    def __init__(self, options: SolverOptions, candidates: Sequence[int]) -> None:
-        """options: of the run, whose bits do not matter; candidates: numbers of bits."""
+    def __init__(self, options: SolverOptions, candidates: Sequence[Choice]) -> None:
+        """options: of the run, whose bits and primitive do not matter."""
         self._options = replace(options, refine_rounds=0, asymmetric=0.0)
         self._candidates = candidates
 
     def __call__(
         self, names: Sequence[str], weights: Sequence[Tensor], hessian: Tensor | None
-    ) -> Iterator[tuple[int, list[Solution]]]:
-        """By bits, the solutions of linears that read one input: weights `[out, in]`, second moment `[in, in]`, None
-        for those that no calibration input reached."""
+    ) -> Iterator[tuple[Choice, list[Solution]]]:
+        """By candidate, the solutions of linears that read one input: weights `[out, in]`, second moment `[in, in]`,
+        None for those that no calibration input reached."""
         options = self._options if hessian is not None else self._options.without_data()
-        for bits in self._candidates:
-            yield bits, quantize_matrices(weights, names, hessian, replace(options, bits=bits))
+        for choice in self._candidates:
+            yield choice, quantize_matrices(weights, names, hessian, options.at(choice))
 
 
 def relative_error(solution: Solution) -> float:

@@ -10,7 +10,7 @@ or for layers of given shapes, `[out, in]`, as they were measured:
     {"format": "shiftadd cost table", "version": 1, "cost": "energy", "unit": "mJ",
      "measured": [{"shape": [576, 576], "bits": 2, "cost": 0.031}, ...]}
 
-Costs of layers are added up.
+Shift layers go by their words, such as "shift2-4", in place of a number of bits. Costs of layers are added up.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shiftadd_cli.allocation.budget import Budget
-from shiftadd_cli.allocation.plan_file import Bits
+from shiftadd_cli.allocation.plan_file import Kind
 from shiftadd_cli.allocation.solve import Choices
+from shiftadd_cli.bcq.choices import Choice, choice_words
 from shiftadd_cli.errors import AllocationError
 
 CostKind = Literal["bits", "latency", "energy"]
@@ -51,7 +52,7 @@ class MeasuredCost(_Part):
     """What a layer of this shape costs at these bits."""
 
     shape: tuple[Width, Width]
-    bits: Bits
+    bits: Kind
     cost: Cost
 
 
@@ -62,21 +63,21 @@ class CostTable(_Part):
     version: Literal[1]
     cost: Literal["latency", "energy"]
     unit: Annotated[str, Field(min_length=1, max_length=40)]
-    per_weight: dict[Bits, Cost] | None = None
+    per_weight: dict[Kind, Cost] | None = None
     measured: tuple[MeasuredCost, ...] | None = None
 
     @model_validator(mode="after")
     def _one_form(self) -> CostTable:
         if (self.per_weight is None) == (self.measured is None):
             raise ValueError("give one of per_weight and measured")
-        seen: set[tuple[tuple[int, int], int]] = set()
+        seen: set[tuple[tuple[int, int], Choice]] = set()
         for each in self.measured or ():
             if (each.shape, each.bits) in seen:
-                raise ValueError(f"shape {list(each.shape)} at {each.bits} bits is given twice")
+                raise ValueError(f"shape {list(each.shape)} at {choice_words(each.bits)} is given twice")
             seen.add((each.shape, each.bits))
         return self
 
-    def of(self, name: str, shape: tuple[int, int], bits: int) -> float:
+    def of(self, name: str, shape: tuple[int, int], bits: Choice) -> float:
         """Cost of the layer `name` of a shape `[out, in]`. Raises AllocationError where the table does not have it."""
         if self.per_weight is not None:
             if bits in self.per_weight:
@@ -85,7 +86,9 @@ class CostTable(_Part):
             for each in self.measured or ():
                 if (each.shape, each.bits) == (shape, bits):
                     return each.cost
-        missing = f"{bits} bits" if self.per_weight is not None else f"the shape {shape[0]} x {shape[1]} at {bits} bits"
+        missing = choice_words(bits)
+        if self.per_weight is None:
+            missing = f"the shape {shape[0]} x {shape[1]} at {missing}"
         raise AllocationError(
             f"The cost table has no {self.cost} of {missing}, which {name} may get; add it, or leave these bits out "
             "with --candidates."
@@ -108,11 +111,11 @@ class CostLimit:
         """The budget as the integer program counts; see `priced`."""
         return _STEPS
 
-    def spent(self, bits: Mapping[str, int], shapes: Shapes) -> float:
+    def spent(self, bits: Mapping[str, Choice], shapes: Shapes) -> float:
         """Cost of layers with these bits."""
         return sum(self.table.of(name, shapes[name], each) for name, each in bits.items())
 
-    def check(self, allowed: Mapping[str, tuple[int, ...]], shapes: Shapes) -> None:
+    def check(self, allowed: Mapping[str, tuple[Choice, ...]], shapes: Shapes) -> None:
         """Refuse a limit that no choice of the bits allowed meets, and a table that lacks one of them.
 
         Raises AllocationError.

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.allocation.candidates import CandidateSolver, relative_error
+from shiftadd_cli.bcq.choices import Choice, choice_words
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.calibration.replay import Replay
 from shiftadd_cli.calibration.trace import hooked
@@ -57,7 +58,7 @@ class _Variant:
     """`hidden` float32 `[windows, seq_len, width]`: states behind the deepest block that was entered."""
 
     name: str
-    bits: int
+    bits: Choice
     hidden: Tensor
 
 
@@ -69,7 +70,7 @@ class Divergence:
         replay: Replay,
         structure: Structure,
         options: SolverOptions,
-        candidates: Sequence[int],
+        candidates: Sequence[Choice],
         *,
         progress: BlockProgress,
         memory_bytes: int = MEMORY_BYTES,
@@ -86,14 +87,14 @@ class Divergence:
         self._inputs = self._outputs = replay.hidden
         self._held: list[_Variant] = []
         self._reached: set[str] = set()
-        self._found: dict[str, dict[int, float]] = {}
+        self._found: dict[str, dict[Choice, float]] = {}
 
     def __call__(
         self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
-    ) -> list[dict[int, float]]:
+    ) -> list[dict[Choice, float]]:
         """Relative errors of linears of one block that read one input; see `sensitivity.Measure`."""
         self._enter(specs[0].block)
-        errors: list[dict[int, float]] = [{} for _ in specs]
+        errors: list[dict[Choice, float]] = [{} for _ in specs]
         for bits, solutions in self._solve([spec.name for spec in specs], weights, hessian):
             for spec, error, solution in zip(specs, errors, solutions, strict=True):
                 error[bits] = relative_error(solution)
@@ -101,7 +102,7 @@ class Divergence:
                     self._hold(spec, bits, solution.weight.decode())
         return errors
 
-    def costs(self, errors: Mapping[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    def costs(self, errors: Mapping[str, dict[Choice, float]]) -> dict[str, dict[Choice, float]]:
         """Divergences in nats a token, finite and not negative, of all linears, from the relative errors of all.
 
         What no probe token reached (an expert that none was sent to) counts as its relative error times the median of
@@ -131,7 +132,7 @@ class Divergence:
         for variant in self._held:
             variant.hidden = self._replay.run(depth, variant.hidden)
 
-    def _hold(self, spec: LinearSpec, bits: int, weight: Tensor) -> None:
+    def _hold(self, spec: LinearSpec, bits: Choice, weight: Tensor) -> None:
         """Run the block with the linear's weight replaced, float32 `[out, in]`, and hold what comes out."""
         if len(self._held) == self._room:
             self._finish()
@@ -155,8 +156,8 @@ class Divergence:
         for variant, divergence in zip(held, divergences, strict=True):
             if not math.isfinite(divergence):
                 raise NumericalError(
-                    f"The predictions are not finite when {variant.name} has {variant.bits} bits; leave it as it is "
-                    "with --skip, or mend the source."
+                    f"The predictions are not finite when {variant.name} has {choice_words(variant.bits)}; leave it as "
+                    "it is with --skip, or mend the source."
                 )
             self._found.setdefault(variant.name, {})[variant.bits] = divergence
 
@@ -178,7 +179,7 @@ class Divergence:
             yield
 
 
-def _usual(found: Mapping[str, dict[int, float]], errors: Mapping[str, dict[int, float]], bits: int) -> float:
+def _usual(found: Mapping[str, dict[Choice, float]], errors: Mapping[str, dict[Choice, float]], bits: Choice) -> float:
     """Median of divergence / relative error at so many bits, over the linears where there is an error."""
     ratios = [each[bits] / errors[name][bits] for name, each in found.items() if errors[name][bits] > 0]
     return statistics.median(ratios) if ratios else 1.0

@@ -15,9 +15,11 @@ had to be asked again with a smaller limit; on layers of very different sizes th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
 
 # Partial choices in the pass that finds a good choice; and at all, so that memory is bounded. Where that many cannot be
 # told apart, which takes losses that are proportional to sizes, those with the best bounds are kept.
@@ -27,11 +29,11 @@ _ROUNDING = 1e-12
 
 
 def knapsack(
-    aims: Sequence[Mapping[int, float]],
-    loads: Sequence[Mapping[int, float]],
+    aims: Sequence[Mapping[Key, float]],
+    loads: Sequence[Mapping[Key, float]],
     limit: float,
-    fits: Callable[[Sequence[int]], bool],
-) -> list[int]:
+    fits: Callable[[Sequence[Key]], bool],
+) -> list[Key]:
     """The key chosen for every group: the least total of `aims` (by group and key) at a total load of at most `limit`.
 
     aims, loads: not negative; the same keys for each group. fits: tells exactly whether a choice is within the limit,
@@ -49,8 +51,8 @@ def knapsack(
     )
 
 
-class _Search:
-    def __init__(self, aims: Sequence[Mapping[int, float]], loads: Sequence[Mapping[int, float]], limit: float) -> None:
+class _Search(Generic[Key]):
+    def __init__(self, aims: Sequence[Mapping[Key, float]], loads: Sequence[Mapping[Key, float]], limit: float) -> None:
         import numpy as np
 
         self._keys = [list(load) for load in loads]
@@ -70,10 +72,10 @@ class _Search:
         ]
         self._steps = np.array(sorted(steps, key=lambda step: step[1] / step[0])).reshape(-1, 3)
 
-    def total(self, chosen: Sequence[int]) -> float:
+    def total(self, chosen: Sequence[Key]) -> float:
         return sum(float(aim[keys.index(key)]) for aim, keys, key in zip(self._aims, self._keys, chosen, strict=True))
 
-    def choices(self, cap: int, most: float) -> Iterator[list[int]]:
+    def choices(self, cap: int, most: float) -> Iterator[list[Key]]:
         """Choices within the limit whose aim is at most `most`, the least first, from at most `cap` partial ones."""
         import numpy as np
 
@@ -105,7 +107,7 @@ class _Search:
         least = aim + start_aim + np.interp(room, along[:, 0], along[:, 1])
         return np.where(room >= 0, least, math.inf)
 
-    def _trace(self, origins: Sequence[Any], last: int) -> list[int]:
+    def _trace(self, origins: Sequence[Any], last: int) -> list[Key]:
         """The keys of a full choice, from the number it has at the end."""
         found = []
         for kept, keys in zip(reversed(origins), reversed(self._keys), strict=True):

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from shiftadd_cli.bcq.choices import Choice, parse_choice
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.source import LinearSpec
 from shiftadd_cli.source.structure import matching_pattern
 
 
-def pinned_bits(linears: Sequence[LinearSpec], keep: Sequence[str]) -> dict[str, int]:
+def pinned_bits(linears: Sequence[LinearSpec], keep: Sequence[str]) -> dict[str, Choice]:
     """Bits of the linears that entries `PATTERN=BITS` name, by full name; a pattern may match a module they are in.
 
     Raises AllocationError for an entry that is malformed, matches nothing, or contradicts another.
     """
-    found: dict[str, tuple[int, str]] = {}
+    found: dict[str, tuple[Choice, str]] = {}
     for entry in keep:
-        pattern, _, number = entry.rpartition("=")
-        if not pattern or not number.isdecimal() or not 1 <= int(number) <= 8:
-            raise AllocationError(f"--keep {entry!r} is not valid; write PATTERN=BITS, such as '*.down_proj=4'.")
+        pattern, _, word = entry.rpartition("=")
+        try:
+            choice = parse_choice(word)
+        except ValueError:
+            choice = 0
+        if not pattern or not choice:
+            raise AllocationError(
+                f"--keep {entry!r} is not valid; write PATTERN=BITS, such as '*.down_proj=4' or '*.down_proj=shift2'."
+            )
         for spec in _matched(linears, [pattern], "--keep"):
-            bits, other = found.setdefault(spec.name, (int(number), entry))
-            if bits != int(number):
+            kept, other = found.setdefault(spec.name, (choice, entry))
+            if kept != choice:
                 raise AllocationError(f"--keep {other!r} and {entry!r} both name {spec.name}; give one of them.")
-    return {name: bits for name, (bits, _) in found.items()}
+    return {name: choice for name, (choice, _) in found.items()}
 
 
 def tied_by_pattern(linears: Sequence[LinearSpec], tie: Sequence[str]) -> list[tuple[str, ...]]:
@@ -44,7 +51,9 @@ def tied_by_pattern(linears: Sequence[LinearSpec], tie: Sequence[str]) -> list[t
     return groups
 
 
-def follow_pins(allowed: Mapping[str, tuple[int, ...]], tied: Iterable[Sequence[str]]) -> dict[str, tuple[int, ...]]:
+def follow_pins(
+    allowed: Mapping[str, tuple[Choice, ...]], tied: Iterable[Sequence[str]]
+) -> dict[str, tuple[Choice, ...]]:
     """The bits allowed for every layer, where those tied to a layer that keeps its bits get the same.
 
     Raises AllocationError for tied layers that are to keep different bits.

@@ -9,7 +9,8 @@ compared line by line.
                                                     "cost": {"2": 0.0123, ...}}, ...}}
 
 `bytes` are what is stored for the layer and `cost` the loss predicted, for every number of bits that was allowed. Bits
-may be changed by hand to any of these.
+may be changed by hand to any of these. Shift layers have a word, such as `shift2-4`, in place of a number; a plan of
+layers that may be such has version 2.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from shiftadd_cli.bcq.choices import Choice, bits_of_choice, ordered_choices, parse_choice
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.source import LinearSpec
 
 PLAN_FORMAT: Final = "shiftadd bit plan"
-PLAN_VERSION: Final = 1
+# What is read; what is written is the least that a plan needs.
+PLAN_VERSION: Final = 2
 # A layer takes some 300 bytes: room for a hundred thousand of them.
 MAX_BYTES = 50_000_000
 
-Bits = Annotated[int, Field(ge=1, le=8)]
+# Numbers of planes are keys of JSON objects too, and so text.
+Kind = Annotated[Choice, BeforeValidator(parse_choice)]
 
 
 class _Part(BaseModel):
@@ -86,19 +90,21 @@ class Origin(_Part):
 
 
 class PlannedLayer(_Part):
-    """Bits of one layer, and its stored bytes and predicted loss at each number of bits that was allowed."""
+    """What one layer is, and its stored bytes and predicted loss as each of what was allowed."""
 
-    bits: Bits
+    bits: Kind
     shape: tuple[int, int]
-    bytes: dict[Bits, int]
-    cost: dict[Bits, float]
+    bytes: dict[Kind, int]
+    cost: dict[Kind, float]
 
     @model_validator(mode="after")
     def _bits_are_known(self) -> PlannedLayer:
         if self.bytes.keys() != self.cost.keys():
             raise ValueError("bytes and cost must be of the same numbers of bits")
         if self.bits not in self.bytes:
-            raise ValueError(f"bits is {self.bits}, which is none of {', '.join(map(str, sorted(self.bytes)))}")
+            raise ValueError(
+                f"bits is {self.bits}, which is none of {', '.join(map(str, ordered_choices(self.bytes)))}"
+            )
         return self
 
     @property
@@ -110,15 +116,21 @@ class BitPlan(_Part):
     """Bits for every layer of one model."""
 
     format: Literal["shiftadd bit plan"] = PLAN_FORMAT
-    version: Literal[1] = PLAN_VERSION
+    version: Literal[1, 2] = 1
     model: PlannedModel
     storage: Storage
     made_by: Origin
     layers: Annotated[dict[str, PlannedLayer], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _version_knows_primitives(self) -> BitPlan:
+        if self.version < plan_version(self.layers.values()):
+            raise ValueError(f"shift layers need version {PLAN_VERSION}, and this is version {self.version}")
+        return self
+
     @property
-    def bits(self) -> dict[str, int]:
-        """Bits by name of the layer."""
+    def bits(self) -> dict[str, Choice]:
+        """Bits, or the word of a shift primitive, by name of the layer."""
         return {name: layer.bits for name, layer in self.layers.items()}
 
     @property
@@ -136,8 +148,8 @@ class BitPlan(_Part):
 
     @property
     def planes_per_weight(self) -> float:
-        """Bits, averaged over weights."""
-        return sum(layer.bits * layer.weights for layer in self.layers.values()) / self.weights
+        """Bits of codes, averaged over weights."""
+        return sum(bits_of_choice(layer.bits) * layer.weights for layer in self.layers.values()) / self.weights
 
     @property
     def predicted_loss(self) -> float:
@@ -211,9 +223,9 @@ def load_plan(path: Path) -> BitPlan:
     if not isinstance(values, dict) or values.get("format") != PLAN_FORMAT:
         raise AllocationError(f"{path} is no bit plan; {again.replace('it again', 'one')}.")
     version = values.get("version")
-    if version != PLAN_VERSION:
+    if type(version) is not int or not 1 <= version <= PLAN_VERSION:
         raise AllocationError(
-            f"Bit plan {path} has version {version!r}, and this shiftadd reads {PLAN_VERSION}; {again}."
+            f"Bit plan {path} has version {version!r}, and this shiftadd reads up to {PLAN_VERSION}; {again}."
         )
     try:
         return BitPlan.model_validate(values)
@@ -222,6 +234,12 @@ def load_plan(path: Path) -> BitPlan:
         place = " ".join(str(part) for part in error["loc"])
         message = error["msg"].removeprefix("Value error, ")
         raise AllocationError(f"Bit plan {path}, {place}: {message}; mend it, or {again}.") from None
+
+
+def plan_version(layers: Iterable[PlannedLayer]) -> Literal[1, 2]:
+    """The least version of a plan of these layers."""
+    shifts = any(isinstance(choice, str) for layer in layers for choice in layer.bytes)
+    return 2 if shifts else 1
 
 
 def round_cost(cost: float) -> float:
@@ -251,7 +269,7 @@ def _readable(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_bits(values: Mapping[str, _Value]) -> dict[str, _Value]:
-    return {bits: values[bits] for bits in sorted(values, key=int)}
+    return {str(choice): values[str(choice)] for choice in ordered_choices(map(parse_choice, values))}
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

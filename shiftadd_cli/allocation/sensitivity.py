@@ -31,6 +31,7 @@ from torch import Tensor
 from shiftadd_cli.allocation.candidates import CandidateSolver
 from shiftadd_cli.allocation.divergence import Divergence, probe_windows
 from shiftadd_cli.allocation.row_sample import RowSample
+from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.bcq.hessian import build_objective
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.calibration.gradients import squared_gradients
@@ -54,10 +55,10 @@ _PAPER_DAMPING = 0.01
 class Sensitivities:
     """`costs`: predicted loss by linear and bits; `shared_inputs`: the linears that read one tensor, by full name."""
 
-    costs: dict[str, dict[int, float]]
+    costs: dict[str, dict[Choice, float]]
     shared_inputs: tuple[tuple[str, ...], ...]
 
-    def covers(self, candidates: Iterable[int]) -> bool:
+    def covers(self, candidates: Iterable[Choice]) -> bool:
         """Whether every linear has a cost at each of these bits."""
         wanted = set(candidates)
         return all(wanted <= costs.keys() for costs in self.costs.values())
@@ -68,7 +69,7 @@ class Measure(Protocol):
 
     def __call__(
         self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
-    ) -> list[dict[int, float]]: ...
+    ) -> list[dict[Choice, float]]: ...
 
 
 def measure_sensitivities(
@@ -78,7 +79,7 @@ def measure_sensitivities(
     windows: Tensor,
     trace: Trace,
     options: SolverOptions,
-    candidates: Sequence[int],
+    candidates: Sequence[Choice],
     *,
     device: torch.device,
     seed: int,
@@ -110,7 +111,7 @@ def measure_sensitivities(
 class OutputError:
     """Relative errors ‖(W − Ŵ) x‖² / ‖W x‖², and what each is a part of: ½ E[g²] · tr[W H Wᵀ], in nats a token."""
 
-    def __init__(self, squares: Mapping[str, float], options: SolverOptions, candidates: Sequence[int]) -> None:
+    def __init__(self, squares: Mapping[str, float], options: SolverOptions, candidates: Sequence[Choice]) -> None:
         """squares: mean squared gradient of the end loss at each linear's output, over tokens and features."""
         self._squares = squares
         self._solve = CandidateSolver(options, candidates)
@@ -119,20 +120,20 @@ class OutputError:
 
     def __call__(
         self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
-    ) -> list[dict[int, float]]:
+    ) -> list[dict[Choice, float]]:
         names = [spec.name for spec in specs]
         # Rows that share scales are not quantized independently.
         samples = [RowSample.of(weight, hessian, whole=self._whole) for weight in weights]
         if hessian is not None:
             for name, sample in zip(names, samples, strict=True):
                 self._signals[name] = 0.5 * self._squares[name] * sample.signal
-        errors: list[dict[int, float]] = [{} for _ in specs]
+        errors: list[dict[Choice, float]] = [{} for _ in specs]
         for bits, solutions in self._solve(names, [each.rows for each in samples], hessian):
             for error, sample, solution in zip(errors, samples, solutions, strict=True):
                 error[bits] = sample.relative_error(solution)
         return errors
 
-    def costs(self, errors: Mapping[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    def costs(self, errors: Mapping[str, dict[Choice, float]]) -> dict[str, dict[Choice, float]]:
         """Predicted loss, in nats a token, from the relative errors of all linears.
 
         What no calibration input or no gradient reached (an expert that no token was sent to) counts as the median of
@@ -147,16 +148,16 @@ class OutputError:
 
 
 class PaperCriterion:
-    """C · 4^−bits; see the module."""
+    """C · 4^−bits; see the module. Numbers of planes alone: it has no word for other primitives."""
 
-    def __init__(self, candidates: Sequence[int]) -> None:
-        self._candidates = candidates
+    def __init__(self, candidates: Sequence[Choice]) -> None:
+        self._planes = [bits for bits in candidates if isinstance(bits, int)]
 
     def __call__(
         self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
-    ) -> list[dict[int, float]]:
+    ) -> list[dict[Choice, float]]:
         scores = [paper_score(weight, hessian, spec.name) for spec, weight in zip(specs, weights, strict=True)]
-        return [{bits: score * 4.0**-bits for bits in self._candidates} for score in scores]
+        return [{bits: score * 4.0**-bits for bits in self._planes} for score in scores]
 
 
 def paper_score(weight: Tensor, hessian: Tensor | None, name: str) -> float:
@@ -178,7 +179,7 @@ def walk_blocks(
     progress: BlockProgress,
 ) -> Sensitivities:
     """Run the calibration inputs through the original blocks and measure the linears of each on what they read."""
-    costs: dict[str, dict[int, float]] = {}
+    costs: dict[str, dict[Choice, float]] = {}
     shared: list[tuple[str, ...]] = []
     for depth, name in enumerate(progress(structure.blocks, "Measuring")):
         source.materialise([name])

@@ -1,5 +1,7 @@
 """The best bits for every layer, chosen exactly: the least loss in so many bytes, or the fewest bytes for such a loss.
 
+What is said of bits is true of primitives as well: each is one of the things that a layer may be, see `bcq.choices`.
+
 One choice is made for each group of layers that are tied together. Either the sum of the layers' costs is least and the
 true stored bytes of all stay within a budget, or the bytes are least and the sum of the costs stays within a limit.
 Both are the same integer program, a multiple-choice knapsack, with the roles exchanged; see `knapsack`.
@@ -12,19 +14,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shiftadd_cli.allocation.knapsack import knapsack
+from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.errors import AllocationError
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a layer may be: stored bytes and cost (predicted loss, not negative) by bits. Both have the same keys."""
+    """What a layer may be: stored bytes and cost (predicted loss, not negative) by choice (bits, or the word of a shift
+    primitive). Both have the same keys."""
 
     name: str
-    bytes: Mapping[int, int]
-    costs: Mapping[int, float]
+    bytes: Mapping[Choice, int]
+    costs: Mapping[Choice, float]
 
 
-def allocate(layers: Sequence[Choices], tied: Iterable[Iterable[str]], budget: int) -> dict[str, int]:
+def allocate(layers: Sequence[Choices], tied: Iterable[Iterable[str]], budget: int) -> dict[str, Choice]:
     """Bits of every layer, by name: the least total cost at a total of at most `budget` bytes.
 
     tied: sets of names that must get equal bits; sets that overlap become one.
@@ -42,7 +46,7 @@ def allocate(layers: Sequence[Choices], tied: Iterable[Iterable[str]], budget: i
     return _by_name(groups, knapsack(costs, sizes, budget, lambda chosen: _bytes(groups, chosen) <= budget))
 
 
-def allocate_smallest(layers: Sequence[Choices], tied: Iterable[Iterable[str]], most: float) -> dict[str, int]:
+def allocate_smallest(layers: Sequence[Choices], tied: Iterable[Iterable[str]], most: float) -> dict[str, Choice]:
     """Bits of every layer, by name: the fewest bytes at a total cost of at most `most`, and among choices of so many
     bytes the one of least cost. The total is that of `math.fsum` and is never above `most`.
 
@@ -89,8 +93,8 @@ def tied_groups(layers: Iterable[str], tied: Iterable[Iterable[str]]) -> list[tu
 @dataclass(frozen=True)
 class _Group:
     members: tuple[Choices, ...]
-    bytes: Mapping[int, int]
-    costs: Mapping[int, float]
+    bytes: Mapping[Choice, int]
+    costs: Mapping[Choice, float]
 
 
 def _groups(layers: Sequence[Choices], tied: Iterable[Iterable[str]]) -> list[_Group]:
@@ -110,15 +114,15 @@ def _merged(members: Sequence[Choices]) -> _Group:
     )
 
 
-def _by_name(groups: Sequence[_Group], chosen: Sequence[int]) -> dict[str, int]:
+def _by_name(groups: Sequence[_Group], chosen: Sequence[Choice]) -> dict[str, Choice]:
     return {member.name: bits for group, bits in zip(groups, chosen, strict=True) for member in group.members}
 
 
-def _bytes(groups: Sequence[_Group], chosen: Sequence[int]) -> int:
+def _bytes(groups: Sequence[_Group], chosen: Sequence[Choice]) -> int:
     return sum(group.bytes[bits] for group, bits in zip(groups, chosen, strict=True))
 
 
-def _cost(groups: Sequence[_Group], chosen: Sequence[int]) -> float:
+def _cost(groups: Sequence[_Group], chosen: Sequence[Choice]) -> float:
     """The sum over layers, rounded once: whoever adds them up in this way finds the same."""
     return math.fsum(member.costs[bits] for group, bits in zip(groups, chosen, strict=True) for member in group.members)
 

@@ -25,6 +25,7 @@ class Packed:
     bits: int
     scale_format: str
     stored_bytes: int
+    primitive: str = "bcq"
 
     @property
     def weights(self) -> int:
@@ -87,7 +88,16 @@ class Contents:
             else:
                 kept.append(Kept(name, 1, shape[0], str(shape[1]).removeprefix("torch."), nbytes(shape)))
         layers = tuple(
-            Packed(name, 1, layout.grid.rows, layout.grid.columns, layout.bits, layout.scale_format, stored[name])
+            Packed(
+                name,
+                1,
+                layout.grid.rows,
+                layout.grid.columns,
+                layout.bits,
+                layout.scale_format,
+                stored[name],
+                layout.primitive,
+            )
             for name, layout in artifact.layouts.items()
         )
         return cls(

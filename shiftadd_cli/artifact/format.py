@@ -16,6 +16,10 @@ there are none.
 [rows]; `shape` is [rows, columns]. Modules whose weights the model ties are stored, and listed, once: under the name
 that comes first in the model. Without tables the key may be absent.
 
+A module with `primitive` "shift1" or "shift2" is a shift layer, see `bcq.shifts`: `bits` are those of its codes, and
+`group_size`, `group_rows`, `scale_format`, `row_scale` and `offset` say nothing of it. Without the key it is "bcq".
+`format_version` is 2 where there are shift layers, and 1 where there are none.
+
 Keys that are not known are kept and ignored: whatever changes the meaning of the tensors raises `format_version`.
 """
 
@@ -26,11 +30,13 @@ from dataclasses import MISSING, asdict, dataclass, field, replace
 from typing import Any
 
 from shiftadd_cli.bcq import int8
+from shiftadd_cli.bcq.choices import CODE_BITS, Primitive
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 
 QUANT_METHOD = "shiftadd"
-FORMAT_VERSION = 1
+# What is read; what is written is the least that a checkpoint needs: 2 knows shift layers.
+FORMAT_VERSION = 2
 
 # Every tensor that a compressed matrix may have, see `bcq.weight`, and those of a table, see `bcq.int8`.
 SUFFIXES = (
@@ -52,9 +58,11 @@ class MatrixFormat:
     offset: bool
     rotation: str = "none"
     outlier_columns: float = 0.0
+    primitive: Primitive = "bcq"
 
     def __post_init__(self) -> None:
-        _check("bits", self.bits, type(self.bits) is int and 1 <= self.bits <= 8)
+        _check("primitive", self.primitive, self.primitive in tuple(CODE_BITS))
+        _check("bits", self.bits, type(self.bits) is int and self.bits in CODE_BITS[self.primitive])
         _check("group_size", self.group_size, self.group_size == "all" or _is_size(self.group_size))
         _check("group_rows", self.group_rows, self.group_rows == "all" or _is_size(self.group_rows, fraction=True))
         _check("scale_format", self.scale_format, self.scale_format in ("pot", "apot2", "apot3", "float"))
@@ -109,11 +117,14 @@ class ArtifactFormat:
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `from_dict`; a module shows only what differs from the common values."""
         common = asdict(self.common)
+        shifts = any(own.primitive != "bcq" for own, _, _ in self.modules.values())
         modules = {
             name: {"shape": [rows, columns]} | {k: v for k, v in asdict(own).items() if v != common[k]}
             for name, (own, rows, columns) in self.modules.items()
         }
-        config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **common, "modules": modules}
+        if not shifts:
+            del common["primitive"]
+        config = {"quant_method": QUANT_METHOD, "format_version": 1 + shifts, **common, "modules": modules}
         if self.tables:
             config["tables"] = {name: {"shape": list(shape)} for name, shape in self.tables.items()}
         return config

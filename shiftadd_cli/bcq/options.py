@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from shiftadd_cli.bcq.choices import Choice, Primitive, parts_of_choice
 from shiftadd_cli.bcq.fit import FitMethod
 from shiftadd_cli.bcq.weight import PackedLayout
 
@@ -12,6 +13,9 @@ from shiftadd_cli.bcq.weight import PackedLayout
 @dataclass(frozen=True)
 class SolverOptions:
     """The fields are those of the recipe, with the same names.
+
+    Shift layers have their row scale alone: fields on groups, scales, offsets and their fit are of binary planes, and a
+    sweep is always static.
 
     Raises ValueError where rows that share scales are to be refined or scaled one by one, and for outlier columns
     beside asymmetric calibration.
@@ -34,6 +38,7 @@ class SolverOptions:
     asymmetric: float = 0.0
     outlier_columns: float = 0.0
     seed: int = 0
+    primitive: Primitive = "bcq"
 
     def __post_init__(self) -> None:
         if self.group_rows != 1 and (self.refine_rounds or self.row_scale):
@@ -45,6 +50,16 @@ class SolverOptions:
     def from_recipe(cls, recipe: object) -> SolverOptions:
         """The part of a recipe the solver needs: its fields of the same names."""
         return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
+
+    def at(self, choice: Choice) -> SolverOptions:
+        """The same for matrices that are stored as `choice` says."""
+        primitive, bits = parts_of_choice(choice)
+        return replace(self, primitive=primitive, bits=bits)
+
+    @property
+    def independent_rows(self) -> bool:
+        """Whether no row shares a scale with another."""
+        return self.primitive != "bcq" or (self.group_rows == 1 and self.row_scale)
 
     def without_data(self) -> SolverOptions:
         """The same format and fit, for a layer that no calibration input reached."""
@@ -63,4 +78,5 @@ class SolverOptions:
             offset=self.offset,
             rotation=self.rotation,
             outlier_columns=self.outlier_columns,
+            primitive=self.primitive,
         )

@@ -31,9 +31,24 @@ def unpack_planes(packed: Tensor, columns: int) -> Tensor:
 
 def unpack_signs(packed: Tensor, columns: int) -> Tensor:
     """Planes as float32 signs: uint8 `[..., ceil(columns / 8)]` → `[..., columns]` of −1.0 and +1.0."""
+    return _signs(packed, columns).float()
+
+
+def unpack_codes(packed: Tensor, columns: int) -> Tensor:
+    """Codes whose bits, the lowest first, are planes: uint8 `[rows, bits, ceil(columns / 8)]` with up to 7 bits → int32
+    `[rows, columns]`."""
+    # Σ ±2^b is 2 · code − (2^bits − 1), so signs, which come eight at a time, serve here as well.
+    doubled, *others = (_signs(plane, columns) for plane in packed.unbind(1))
+    for place, signs in enumerate(others, start=1):
+        doubled.add_(signs, alpha=1 << place)
+    return (doubled.int() + ((1 << packed.shape[1]) - 1)) >> 1
+
+
+def _signs(packed: Tensor, columns: int) -> Tensor:
+    """int8 `[..., columns]` of −1 and +1."""
     # One 64-bit load brings the eight signs of a byte; indexing a table of floats moves four times the memory.
     eights = sign_table(packed.device).index_select(0, packed.flatten().int())
-    return eights.view(torch.int8).view(*packed.shape[:-1], -1)[..., :columns].float()
+    return eights.view(torch.int8).view(*packed.shape[:-1], -1)[..., :columns]
 
 
 @cache

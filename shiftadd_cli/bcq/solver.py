@@ -1,7 +1,7 @@
 """Quantize the weights that read one input: from `[out, in]` matrices and a Hessian to their compressed form.
 
-Rows of matrices with row-wise groups do not depend on each other, so all matrices that read the same input are solved
-as one tall matrix. Column-wise and block forms share scales over rows and are solved one by one.
+Rows of matrices with row-wise groups, and of shift layers, do not depend on each other, so all matrices that read the
+same input are solved as one tall matrix. Column-wise and block forms share scales over rows and are solved one by one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from shiftadd_cli.bcq.outliers import choose_outliers, corrections, outlier_coun
 from shiftadd_cli.bcq.parallel import map_pieces
 from shiftadd_cli.bcq.problem import Problem
 from shiftadd_cli.bcq.rotation import random_signs, rotate_moment, rotate_weight
+from shiftadd_cli.bcq.shift_problem import ShiftProblem
 from shiftadd_cli.bcq.snap import SnappedScales
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.errors import NumericalError
@@ -82,7 +83,7 @@ def quantize_matrices(
             names[0],
             order=options.sweep_order,
             group_columns=width,
-            whole_groups=options.sweep == "dynamic",
+            whole_groups=options.sweep == "dynamic" and options.primitive == "bcq",
         )
         if cross is not None and options.asymmetric:
             heights = [len(matrix) for matrix in matrices]
@@ -90,10 +91,10 @@ def quantize_matrices(
                 torch.cat(matrices), objective.damped, hessian.float(), cross.float(), options.asymmetric
             )
             matrices = list(tall.split(heights))
-    together = options.layout(1, columns).grid.group_rows == 1 and options.group_rows == 1 and options.row_scale
-    pieces = _even_pieces(torch.cat(matrices)) if together else matrices
-    solved = map_pieces(lambda piece: Problem(piece, objective, options).solve(), pieces)
-    if together:
+    pieces = _even_pieces(torch.cat(matrices)) if options.independent_rows else matrices
+    problem = Problem if options.primitive == "bcq" else ShiftProblem
+    solved = map_pieces(lambda piece: problem(piece, objective, options).solve(), pieces)
+    if options.independent_rows:
         solved = _regroup(solved, [len(matrix) for matrix in matrices])
     packed = [_pack(codes, snapped, options, columns, signs) for codes, snapped in solved]
     if whole.ids is not None:

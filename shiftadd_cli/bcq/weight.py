@@ -2,12 +2,15 @@
 
     W[o, i] ≈ row_scale[o] · (Σ_b scale[o, g(i), b] · B_b[o, i]  +  offset[o, g(i)])
 
+or, for a shift layer, W[o, i] ≈ row_scale[o] · level[code[o, i]] (see `shifts`).
+
 With a rotation this is the matrix for rotated inputs, W R⁻¹ (see `rotation`). Outlier columns are added to what it
 gives for the inputs themselves (see `outliers`).
 
 Stored tensors (names are suffixes of the parameter `weight`; R and C count the groups along rows and columns):
 
-    weight_codes      uint8    [out, bits, ceil(in / 8)]          planes, see `packing`
+    weight_codes      uint8    [out, bits, ceil(in / 8)]          planes, see `packing`; for shift layers the
+                                                                  bits of the codes, lowest first
     weight_exponents  uint8    [R, ceil(C · bits · n / 2)]        scale codes of n nibbles, order (C, bits, n)
     weight_scales     float16  [R, C, bits]                       instead, for the scale format `float`
     weight_row_scale  bfloat16 [out] or [1]                       [1]: one power of two for the whole matrix
@@ -16,21 +19,31 @@ Stored tensors (names are suffixes of the parameter `weight`; R and C count the 
     weight_signs      uint8    [ceil(in / 8)]                     optional; diagonal of the rotation, packed as planes
     weight_columns    bfloat16 [out, K]                           optional; outlier columns
     weight_column_ids int32    [K]                                which inputs they are of, ascending
+
+Shift layers have a row scale `[out]`, and no exponents, scales or offsets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from shiftadd_cli.bcq.choices import Choice, Primitive, choice_of
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.outliers import outlier_count
-from shiftadd_cli.bcq.packing import pack_nibbles, pack_planes, unpack_nibbles, unpack_signs
+from shiftadd_cli.bcq.packing import pack_nibbles, pack_planes, unpack_codes, unpack_nibbles, unpack_signs
 from shiftadd_cli.bcq.rotation import restore_weight
-from shiftadd_cli.bcq.scale_formats import decode_offsets, encode_offsets, offset_multiples, scale_format
+from shiftadd_cli.bcq.scale_formats import (
+    ScaleFormat,
+    decode_offsets,
+    encode_offsets,
+    offset_multiples,
+    scale_format,
+)
+from shiftadd_cli.bcq.shifts import shift_levels
 
 # Weights decoded at a time, so that the planes of a large matrix meet in the processor's cache.
 _CACHED_WEIGHTS = 1 << 18
@@ -38,7 +51,10 @@ _CACHED_WEIGHTS = 1 << 18
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Everything that fixes the shapes and dtypes of a compressed matrix."""
+    """Everything that fixes the shapes and dtypes of a compressed matrix.
+
+    A shift layer is one group of columns with a row scale, whose scale format is `none`.
+    """
 
     grid: ScaleGrid
     bits: int
@@ -47,6 +63,7 @@ class PackedLayout:
     offset: bool
     rotation: bool = False
     outliers: int = 0
+    primitive: Primitive = "bcq"
 
     @classmethod
     def resolve(
@@ -62,19 +79,35 @@ class PackedLayout:
         offset: bool,
         rotation: str,
         outlier_columns: float = 0.0,
+        primitive: Primitive = "bcq",
     ) -> PackedLayout:
         """The form of one `[rows, columns]` matrix under the fields of a recipe."""
+        outliers, rotated = outlier_count(columns, outlier_columns), rotation == "hadamard"
+        if primitive != "bcq":
+            return cls(ScaleGrid(rows, columns, 1, columns), bits, "none", True, False, rotated, outliers, primitive)
         grid = ScaleGrid.resolve(rows, columns, group_rows, group_size)
-        outliers = outlier_count(columns, outlier_columns)
-        return cls(grid, bits, scale_format, row_scale, offset, rotation == "hadamard", outliers)
+        return cls(grid, bits, scale_format, row_scale, offset, rotated, outliers)
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every stored tensor, by suffix."""
-        rows, groups = self.grid.row_groups, self.grid.column_groups
-        nibbles = scale_format(self.scale_format).nibbles
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "weight_codes": ((self.grid.rows, self.bits, -(-self.grid.columns // 8)), torch.uint8)
         }
+        if self.primitive == "bcq":
+            shapes |= self._scale_tensors()
+        else:
+            shapes["weight_row_scale"] = ((self.grid.rows,), torch.bfloat16)
+        if self.rotation:
+            shapes["weight_signs"] = ((-(-self.grid.columns // 8),), torch.uint8)
+        if self.outliers:
+            shapes["weight_columns"] = ((self.grid.rows, self.outliers), torch.bfloat16)
+            shapes["weight_column_ids"] = ((self.outliers,), torch.int32)
+        return shapes
+
+    def _scale_tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        rows, groups = self.grid.row_groups, self.grid.column_groups
+        nibbles = scale_format(self.scale_format).nibbles
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         if nibbles:
             shapes["weight_exponents"] = ((rows, -(-groups * self.bits * nibbles // 2)), torch.uint8)
         else:
@@ -84,12 +117,12 @@ class PackedLayout:
             shapes["weight_offset"] = ((rows, -(-groups // 2)), torch.uint8)
         elif self.offset:
             shapes["weight_offset"] = ((rows, groups), torch.float16)
-        if self.rotation:
-            shapes["weight_signs"] = ((-(-self.grid.columns // 8),), torch.uint8)
-        if self.outliers:
-            shapes["weight_columns"] = ((self.grid.rows, self.outliers), torch.bfloat16)
-            shapes["weight_column_ids"] = ((self.outliers,), torch.int32)
         return shapes
+
+    @property
+    def choice(self) -> Choice:
+        """Primitive and bits in one."""
+        return choice_of(self.primitive, self.bits)
 
     @property
     def nbytes(self) -> int:
@@ -123,29 +156,20 @@ class QuantizedWeight:
     ) -> QuantizedWeight:
         """Pack a solution whose scales already lie on the scale format.
 
-        planes: bool `[out, bits, in]`; ratios: float32 `[R, C, bits]`; row_scale: `[out]` or `[1]`;
-        offsets: float32 `[R, C]` relative to the row scale, or None; signs: ±1 `[in]` of the rotation, or None.
+        planes: bool `[out, bits, in]`; ratios: float32 `[R, C, bits]`, of no meaning for a shift layer; row_scale:
+        `[out]` or `[1]`; offsets: float32 `[R, C]` relative to the row scale, or None; signs: ±1 `[in]` of the
+        rotation, or None.
         """
-        form = scale_format(layout.scale_format)
         tensors = {"weight_codes": pack_planes(planes)}
-        if form.nibbles:
-            codes = form.encode(ratios).unsqueeze(-1)
-            shifts = 4 * torch.arange(form.nibbles, dtype=torch.int32, device=codes.device)
-            tensors["weight_exponents"] = pack_nibbles(((codes >> shifts) & 15).flatten(1))
-        else:
-            tensors["weight_scales"] = ratios.half()
+        if layout.primitive == "bcq":
+            tensors |= _pack_scales(scale_format(layout.scale_format), ratios, offsets)
         tensors["weight_row_scale"] = row_scale.to(torch.bfloat16)
-        if offsets is not None:
-            if form.nibbles:
-                tensors["weight_offset"] = pack_nibbles(encode_offsets(offset_multiples(offsets, ratios)))
-            else:
-                tensors["weight_offset"] = offsets.half()
         if signs is not None:
             tensors["weight_signs"] = pack_planes(signs > 0)
         return cls(layout, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
     def ratios(self) -> Tensor:
-        """Scales relative to the row scale: float32 `[R, C, bits]`."""
+        """Scales relative to the row scale: float32 `[R, C, bits]`; a shift layer has none."""
         grid, bits, form = self.layout.grid, self.layout.bits, scale_format(self.layout.scale_format)
         if not form.nibbles:
             return self.tensors["weight_scales"].float()
@@ -203,30 +227,57 @@ class QuantizedWeight:
         Beside the tile itself only the scales of the whole matrix are held. Every tile is bit-identical to the same
         rows of the whole.
         """
-        ratios = self.ratios()
-        offsets = self.offsets(ratios)
-        by_plane = ratios.permute(2, 0, 1).contiguous()
         grid, device = self.layout.grid, self.tensors["weight_codes"].device
+        decode = self._plane_decoder() if self.layout.primitive == "bcq" else self._decode_shifts
+        row_scale = self.tensors["weight_row_scale"].float()
         step = max(1, _CACHED_WEIGHTS // grid.columns)
         for start in range(0, grid.rows, height):
             stop = min(start + height, grid.rows)
             tile = torch.zeros(stop - start, grid.columns, dtype=torch.float32, device=device)
             for first in range(start, stop, step):
                 rows = slice(first, min(first + step, stop))
-                self._decode_rows(rows, by_plane, offsets, tile[first - start : rows.stop - start])
+                part = tile[first - start : rows.stop - start]
+                decode(rows, part)
+                part.mul_(row_scale if row_scale.numel() == 1 else row_scale[rows].unsqueeze(-1))
             yield slice(start, stop), tile
 
-    def _decode_rows(self, rows: slice, by_plane: Tensor, offsets: Tensor | None, out: Tensor) -> None:
-        """Add some rows, from ratios `[bits, R, C]` and offsets `[R, C]`, to zeros in `out` `[rows, in]`."""
-        grid = self.layout.grid
-        codes = self.tensors["weight_codes"][rows]
-        for plane, ratios in enumerate(by_plane):
-            signs = unpack_signs(codes[:, plane], grid.columns)
-            _add_products(out, signs, grid.select_rows(ratios, rows), grid.group_columns)
-        if offsets is not None:
-            out += grid.expand_columns(grid.select_rows(offsets, rows))
-        row_scale = self.tensors["weight_row_scale"].float()
-        out.mul_(row_scale if row_scale.numel() == 1 else row_scale[rows].unsqueeze(-1))
+    def _plane_decoder(self) -> Callable[[slice, Tensor], None]:
+        """Adds some rows, relative to the row scale, to zeros `[rows, in]`."""
+        ratios, grid = self.ratios(), self.layout.grid
+        offsets = self.offsets(ratios)
+        by_plane = ratios.permute(2, 0, 1).contiguous()
+
+        def decode(rows: slice, out: Tensor) -> None:
+            codes = self.tensors["weight_codes"][rows]
+            for plane, scales in enumerate(by_plane):
+                signs = unpack_signs(codes[:, plane], grid.columns)
+                _add_products(out, signs, grid.select_rows(scales, rows), grid.group_columns)
+            if offsets is not None:
+                out += grid.expand_columns(grid.select_rows(offsets, rows))
+
+        return decode
+
+    def _decode_shifts(self, rows: slice, out: Tensor) -> None:
+        """The same for a shift layer."""
+        levels = shift_levels(self.layout.primitive, self.layout.bits).to(out.device)
+        codes = unpack_codes(self.tensors["weight_codes"][rows], self.layout.grid.columns)
+        out.copy_(levels.index_select(0, codes.flatten()).view_as(out))
+
+
+def _pack_scales(form: ScaleFormat, ratios: Tensor, offsets: Tensor | None) -> dict[str, Tensor]:
+    """Scales and offsets as they are stored."""
+    tensors = {}
+    if form.nibbles:
+        codes = form.encode(ratios).unsqueeze(-1)
+        shifts = 4 * torch.arange(form.nibbles, dtype=torch.int32, device=codes.device)
+        tensors["weight_exponents"] = pack_nibbles(((codes >> shifts) & 15).flatten(1))
+    else:
+        tensors["weight_scales"] = ratios.half()
+    if offsets is not None and form.nibbles:
+        tensors["weight_offset"] = pack_nibbles(encode_offsets(offset_multiples(offsets, ratios)))
+    elif offsets is not None:
+        tensors["weight_offset"] = offsets.half()
+    return tensors
 
 
 def _add_products(out: Tensor, signs: Tensor, scales: Tensor, width: int) -> None:

@@ -60,7 +60,10 @@ class LayerKind:
         if self.layout is None:
             return "8-bit rows"
         grid = self.layout.grid
-        parts = [f"{self.layout.bits} bits", self.layout.scale_format, f"{grid.group_rows} x {grid.group_columns}"]
+        if self.layout.primitive == "bcq":
+            parts = [f"{self.layout.bits} bits", self.layout.scale_format, f"{grid.group_rows} x {grid.group_columns}"]
+        else:
+            parts = [f"{self.layout.bits} bits", self.layout.primitive, "row scales"]
         parts += ["rotated"] * self.layout.rotation + ["offsets"] * self.layout.offset
         parts += [f"{self.layout.outliers} outliers"] * (self.layout.outliers > 0)
         return ", ".join(parts)

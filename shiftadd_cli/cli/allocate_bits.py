@@ -56,7 +56,12 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     "loss; 'divergence' replaces each layer alone and runs the model, which takes far longer; 'paper' takes the "
     "criterion of ShiftAddLLM.",
 )
-@click.option("--keep", metavar="PATTERN=BITS", multiple=True, help="Layers that get these bits; may be repeated.")
+@click.option(
+    "--keep",
+    metavar="PATTERN=BITS",
+    multiple=True,
+    help="Layers that get these bits, or shift1 or shift2; may be repeated.",
+)
 @click.option(
     "--tie",
     metavar="PATTERN,PATTERN",
@@ -76,7 +81,7 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
 )
 @click.option("--overwrite", is_flag=True, help="Replace PLAN and the picture if they exist.")
 @recipe_choice
-@recipe_options_without("bits", "avg_bits", "bit_plan", "shard_size")
+@recipe_options_without("primitive", "bits", "avg_bits", "bit_plan", "shard_size")
 def allocate_bits(
     model: str,
     out: Path,

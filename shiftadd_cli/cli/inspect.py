@@ -45,7 +45,7 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
             str(row.count),
             f"{row.out_features} x {row.in_features}",
             str(row.bits),
-            row.scale_format,
+            row.scale_format if row.primitive == "bcq" else row.primitive,
             f"{8 * row.stored_bytes / row.weights:.3f}",
             size(row.stored_bytes),
         )
@@ -59,7 +59,7 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
         f"{contents.folder}: {contents.architecture}, format version {contents.format_version}, "
         f"{contents.files} weight file{'s' if contents.files > 1 else ''}",
         "",
-        table(("compressed", "count", "shape", "bits", "scales", "bits/weight", "stored"), rows),
+        table(("compressed", "count", "shape", "bits", "form", "bits/weight", "stored"), rows),
         *_tables(contents),
         "",
         table(("kept as they were", "count", "shape", "dtype", "stored"), kept),

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
+from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.recipe_file import packaged_names
 
@@ -27,16 +28,14 @@ class _NumberOrWord(click.ParamType):
             return str(value)
 
 
-class _Numbers(click.ParamType):
-    """`2,3,4` becomes a tuple of ints, anything else stays text for the recipe to judge."""
+class _Choices(click.ParamType):
+    """`2,3,shift2` becomes a tuple of ints and words, for the recipe to judge."""
 
-    name = "n,n,..."
+    name = "choice,choice,..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...] | str:
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            return str(value)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | str, ...]:
+        parts = [part.strip() for part in str(value).split(",")]
+        return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 def recipe_options(function: F) -> F:
@@ -107,8 +106,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     elif origin in (Union, types.UnionType):
         settings["type"] = _NumberOrWord()
         settings["metavar"] = "N|all" if name == "group_size" else "N|all|1/N"
-    elif annotation == tuple[int, ...]:
-        settings |= {"type": _Numbers(), "metavar": "N,N,..."}
+    elif annotation == tuple[Choice, ...]:
+        settings |= {"type": _Choices(), "metavar": "N|SHIFT,..."}
     elif origin is tuple:
         settings |= {"type": click.STRING, "multiple": True, "metavar": "PATTERN"}
     elif annotation in (int, float, str):

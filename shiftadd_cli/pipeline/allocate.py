@@ -20,11 +20,13 @@ from shiftadd_cli.allocation.plan_file import (
     PlannedLayer,
     PlannedModel,
     Storage,
+    plan_version,
     round_cost,
 )
 from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, measure_sensitivities
 from shiftadd_cli.allocation.solve import Choices, allocate, allocate_smallest, tied_groups
 from shiftadd_cli.artifact.shards import plan_shards
+from shiftadd_cli.bcq.choices import Choice, ordered_choices
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.device import choose_device, move_parts
@@ -37,9 +39,9 @@ from shiftadd_cli.source import Source
 
 # Fields of a recipe that no sensitivity depends on; the text goes by its own fingerprint, whatever it is called.
 _IRRELEVANT = (
-    "bits", "avg_bits", "candidates", "tie_fused", "bit_plan", "refine_rounds", "descent_passes", "bias_correction",
-    "true_sequential", "asymmetric", "loss_aware", "reconstruct_epochs", "embedding_bits", "calibration", "batch_size",
-    "device", "shard_size",
+    "primitive", "bits", "avg_bits", "candidates", "tie_fused", "bit_plan", "refine_rounds", "descent_passes",
+    "bias_correction", "true_sequential", "asymmetric", "loss_aware", "reconstruct_epochs", "embedding_bits",
+    "calibration", "batch_size", "device", "shard_size",
 )  # fmt: skip
 
 
@@ -51,7 +53,7 @@ class Request:
     """
 
     budget: Budget | CostLimit
-    candidates: tuple[int, ...] = (2, 3, 4)
+    candidates: tuple[Choice, ...] = (2, 3, 4)
     sensitivity: SensitivityKind = "output"
     keep: tuple[str, ...] = ()
     tie: tuple[str, ...] = ()
@@ -83,7 +85,7 @@ class AllocationJob:
     recipe: Recipe
     request: Request
     linears: tuple[PlannedLinear, ...]
-    allowed: dict[str, tuple[int, ...]]
+    allowed: dict[str, tuple[Choice, ...]]
     tied: list[tuple[str, ...]]
     calibration: CalibrationSet
     device: torch.device
@@ -94,7 +96,7 @@ class AllocationJob:
 
         Raises ShiftaddError, saying what to do: also for a budget that no choice of bits meets.
         """
-        recipe = recipe.model_copy(update={"bit_plan": None})
+        recipe = recipe.model_copy(update={"primitive": "bcq", "bit_plan": None})
         device = choose_device(recipe.device)
         plan = make_plan(source, recipe)
         specs = [each.spec for each in plan.linears]
@@ -102,6 +104,12 @@ class AllocationJob:
         allowed = {spec.name: (pinned[spec.name],) if spec.name in pinned else request.candidates for spec in specs}
         tied = tied_groups(allowed, tied_by_pattern(specs, request.tie))
         allowed = follow_pins(allowed, tied)
+        words = [choice for each in allowed.values() for choice in each if isinstance(choice, str)]
+        if words and request.sensitivity == "paper":
+            raise AllocationError(
+                f"--sensitivity paper knows of bits alone, and not of {words[0]}; use --sensitivity output or "
+                "divergence."
+            )
         if not plan.calibrated:
             raise AllocationError(
                 "What bits matter to a layer is measured on text; choose a --calibration, and a recipe that uses one."
@@ -184,8 +192,8 @@ class AllocationJob:
         return other
 
     def sensitivities(self, show: BlockProgress) -> Sensitivities:
-        """At every number of bits allowed for any layer, from the cache where it has them."""
-        wanted = sorted({bits for each in self.allowed.values() for bits in each})
+        """At everything allowed for any layer, from the cache where it has them."""
+        wanted = ordered_choices(choice for each in self.allowed.values() for choice in each)
         cache = SensitivityCache(
             cache_folder(),
             self.request.sensitivity,
@@ -197,7 +205,7 @@ class AllocationJob:
         kept = cache.load()
         if kept is not None and kept.covers(wanted):
             return kept
-        known = next(iter(kept.costs.values())).keys() if kept is not None else set[int]()
+        known = next(iter(kept.costs.values())).keys() if kept is not None else set[Choice]()
         return cache.keep(self.measure([bits for bits in wanted if bits not in known], show))
 
     def problem(self, sensitivities: Sensitivities) -> tuple[list[Choices], list[tuple[str, ...]]]:
@@ -206,14 +214,13 @@ class AllocationJob:
         tied = tied_groups(self.allowed, [*self.tied, *together])
         return self._choices(sensitivities, follow_pins(self.allowed, tied)), tied
 
-    def _choices(self, sensitivities: Sensitivities, allowed: Mapping[str, tuple[int, ...]]) -> list[Choices]:
+    def _choices(self, sensitivities: Sensitivities, allowed: Mapping[str, tuple[Choice, ...]]) -> list[Choices]:
         """Stored bytes and predicted loss, as the plan will say it, of every layer at the bits allowed for it."""
         options = SolverOptions.from_recipe(self.recipe)
         found = []
         for spec in (each.spec for each in self.linears):
             layouts = {
-                bits: replace(options, bits=bits).layout(spec.out_features, spec.in_features)
-                for bits in allowed[spec.name]
+                bits: options.at(bits).layout(spec.out_features, spec.in_features) for bits in allowed[spec.name]
             }
             found.append(
                 Choices(
@@ -225,8 +232,12 @@ class AllocationJob:
         return found
 
     def plan_at(self, choose: Callable[[Iterable[int]], int]) -> Plan:
-        """The run with the bits that `choose` takes of those allowed for each layer."""
-        return make_plan(self.source, self.recipe, {name: choose(bits) for name, bits in self.allowed.items()})
+        """The run with what stores the bytes that `choose` takes of those allowed for each layer."""
+        options, chosen = SolverOptions.from_recipe(self.recipe), {}
+        for name, choices in self.allowed.items():
+            stored = {options.at(choice).layout(*self.shapes[name]).nbytes: choice for choice in reversed(choices)}
+            chosen[name] = stored[choose(stored)]
+        return make_plan(self.source, self.recipe, chosen)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -238,7 +249,7 @@ class AllocationJob:
         """Of the fields that a sensitivity may depend on."""
         return self.recipe.fingerprint(without=_IRRELEVANT)
 
-    def measure(self, candidates: Sequence[int], show: BlockProgress) -> Sensitivities:
+    def measure(self, candidates: Sequence[Choice], show: BlockProgress) -> Sensitivities:
         """Sensitivities at these bits, whatever is remembered."""
         source, recipe, windows = self.source, self.recipe, self.calibration.windows
         structure = make_plan(source, recipe).structure
@@ -260,10 +271,17 @@ class AllocationJob:
         finally:
             source.release(structure.outside)
 
-    def bit_plan(self, layers: Sequence[Choices], chosen: Mapping[str, int]) -> BitPlan:
+    def bit_plan(self, layers: Sequence[Choices], chosen: Mapping[str, Choice]) -> BitPlan:
         """Bits chosen, by name, out of what the layers may be, with what they were decided on."""
         request, windows = self.request, self.calibration.windows
+        planned = {
+            each.name: PlannedLayer(
+                bits=chosen[each.name], shape=self.shapes[each.name], bytes=dict(each.bytes), cost=dict(each.costs)
+            )
+            for each in layers
+        }
         return BitPlan(
+            version=plan_version(planned.values()),
             model=PlannedModel(name=self.source.name, fingerprint=self.source.fingerprint),
             storage=Storage.of(self.recipe),
             made_by=Origin(
@@ -280,12 +298,7 @@ class AllocationJob:
                 tie=request.tie,
                 tie_fused=request.tie_fused,
             ),
-            layers={
-                each.name: PlannedLayer(
-                    bits=chosen[each.name], shape=self.shapes[each.name], bytes=dict(each.bytes), cost=dict(each.costs)
-                )
-                for each in layers
-            },
+            layers=planned,
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.bcq.choices import Choice, choice_of
 from shiftadd_cli.bcq.solver import Solution, SolverOptions, quantize_matrices
 from shiftadd_cli.calibration.hessian import Moments, gather_moments
 from shiftadd_cli.calibration.stream import BlockStream
@@ -28,15 +29,16 @@ class BlockQuantizer:
         recipe: Recipe,
         clock: Measured,
         token_weights: Mapping[str, Tensor] | None = None,
-        bits: Mapping[str, int] | None = None,
+        bits: Mapping[str, Choice] | None = None,
     ) -> None:
         """token_weights: by full name of a linear, float32 `[samples, seq_len]`, see `calibration.gradients`.
-        bits: by full name of a linear, where the recipe's are not meant for all."""
+        bits: by full name of a linear, where the recipe's primitive and bits are not meant for all."""
         self.block, self.recipe, self.clock = block, recipe, clock
         self.specs: Mapping[str, LinearSpec] = {spec.kind: spec for spec in specs}
         self.token_weights = token_weights
         self.options = SolverOptions.from_recipe(recipe)
-        self.bits = {spec.kind: recipe.bits if bits is None else bits[spec.name] for spec in specs}
+        usual = choice_of(recipe.primitive, recipe.bits)
+        self.bits = {spec.kind: usual if bits is None else bits[spec.name] for spec in specs}
         self.solutions: dict[str, Solution] = {}
 
     def without_data(self) -> None:
@@ -94,8 +96,8 @@ class BlockQuantizer:
         for bits in dict.fromkeys(self.bits[kind] for kind in kinds):
             self._solve_alike([kind for kind in kinds if self.bits[kind] == bits], moments, bits)
 
-    def _solve_alike(self, kinds: Sequence[str], moments: Moments | None, bits: int) -> None:
-        options = replace(self.options, bits=bits)
+    def _solve_alike(self, kinds: Sequence[str], moments: Moments | None, bits: Choice) -> None:
+        options = self.options.at(bits)
         weights = [self.specs[kind].matrix(self.block) for kind in kinds]
         names = [self.specs[kind].name for kind in kinds]
         if moments is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from shiftadd_cli.bcq.choices import choices_in_words
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.report.summary import bits_range, size, table
+from shiftadd_cli.report.summary import size, table
 
 
 def describe_plan(plan: Plan) -> str:
@@ -17,7 +18,7 @@ def describe_plan(plan: Plan) -> str:
         weights = sum(plan.linears[i].spec.out_features * plan.linears[i].spec.in_features for i in members)
         stored = sum(plan.linears[i].layout.nbytes for i in members)
         shape = f"{first.spec.out_features} x {first.spec.in_features}"
-        bits = bits_range(plan.linears[i].layout.bits for i in members)
+        bits = choices_in_words(plan.linears[i].layout.choice for i in members)
         rows.append((kind, str(len(members)), shape, bits, f"{8 * stored / weights:.3f}", size(stored)))
     reasons: dict[str, int] = {}
     for _, reason in plan.kept_modules:

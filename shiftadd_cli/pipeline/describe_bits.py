@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from shiftadd_cli.allocation.plan_file import BitPlan, PlannedLayer
+from shiftadd_cli.bcq.choices import Choice, bits_of_choice, choice_symbols, ordered_choices
 from shiftadd_cli.report.summary import size, table
 from shiftadd_cli.source import LinearSpec
 
@@ -17,15 +18,17 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
     kinds: dict[str, list[LinearSpec]] = {}
     for spec in linears:
         kinds.setdefault(spec.kind, []).append(spec)
+    candidates = ordered_choices(choice for layer in plan.layers.values() for choice in layer.bytes)
+    symbols = choice_symbols(candidates)
     rows = []
     for kind, members in kinds.items():
         layers = [plan.layers[spec.name] for spec in members]
-        depths = {spec.block: plan.layers[spec.name].bits for spec in members}
-        over_depth = "".join(str(depths.get(block, "-")) for block in range(max(spec.block for spec in linears) + 1))
+        depths = {spec.block: symbols[plan.layers[spec.name].bits] for spec in members}
+        over_depth = "".join(depths.get(block, "-") for block in range(max(spec.block for spec in linears) + 1))
         rows.append((kind, over_depth, *_numbers(layers, [layer.bits for layer in layers])))
     layers = list(plan.layers.values())
     rows.append(("all", "", *_numbers(layers, [layer.bits for layer in layers])))
-    for bits in sorted({bits for layer in layers for bits in layer.bytes}):
+    for bits in candidates:
         if all(bits in layer.bytes for layer in layers):
             rows.append((f"uniform {bits}", "", *_numbers(layers, [bits] * len(layers))))
     unit = UNITS.get(plan.made_by.sensitivity, "no unit")
@@ -34,6 +37,7 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
         (
             table(("layers", "bits from first to last block", "planes", "bits/weight", "predicted loss"), rows),
             "",
+            *_letters(symbols),
             f"Budget        {made.budget}",
             f"Stored        {size(plan.stored_bytes)} for the quantized layers: {plan.bits_per_weight:.3f} stored bits "
             f"per weight, {plan.planes_per_weight:.3f} planes",
@@ -41,6 +45,11 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
             f"{made.calibration.name}, {made.calibration.samples} x {made.calibration.seq_len} tokens",
         )
     )
+
+
+def _letters(symbols: Mapping[Choice, str]) -> list[str]:
+    shifts = [f"{symbol} is {choice}" for choice, symbol in symbols.items() if isinstance(choice, str)]
+    return [f"Letters       {', '.join(shifts)}"] if shifts else []
 
 
 def describe_front(plans: Sequence[BitPlan]) -> str:
@@ -58,9 +67,9 @@ def describe_front(plans: Sequence[BitPlan]) -> str:
     return table(("budget", "planes", "bits/weight", "stored", "predicted loss"), rows)
 
 
-def _numbers(layers: Sequence[PlannedLayer], bits: Sequence[int]) -> tuple[str, str, str]:
+def _numbers(layers: Sequence[PlannedLayer], bits: Sequence[Choice]) -> tuple[str, str, str]:
     weights = sum(layer.weights for layer in layers)
-    planes = sum(each * layer.weights for layer, each in zip(layers, bits, strict=True)) / weights
+    planes = sum(bits_of_choice(each) * layer.weights for layer, each in zip(layers, bits, strict=True)) / weights
     stored = 8 * sum(layer.bytes[each] for layer, each in zip(layers, bits, strict=True)) / weights
     loss = sum(layer.cost[each] for layer, each in zip(layers, bits, strict=True))
     return f"{planes:.3f}", f"{stored:.3f}", f"{loss:.4g}"

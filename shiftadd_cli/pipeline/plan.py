@@ -16,6 +16,7 @@ from torch import nn
 from shiftadd_cli.allocation.plan_file import BitPlan, load_plan
 from shiftadd_cli.artifact.format import ArtifactFormat, MatrixFormat
 from shiftadd_cli.artifact.shards import TensorShape
+from shiftadd_cli.bcq.choices import Choice, parts_of_choice
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
@@ -113,20 +114,21 @@ class Plan:
         """The quantization_config of the artifact."""
         fields = {name: getattr(self.recipe, name) for name in MatrixFormat.__dataclass_fields__}
         # Most layers then need no word of their own.
-        fields["bits"] = Counter(each.layout.bits for each in self.linears).most_common(1)[0][0]
+        usual = Counter(each.layout.choice for each in self.linears).most_common(1)[0][0]
+        fields["primitive"], fields["bits"] = parts_of_choice(usual)
         common = MatrixFormat(**fields)
-        modules = {
-            each.spec.name: (replace(common, bits=each.layout.bits), each.spec.out_features, each.spec.in_features)
-            for each in self.linears
-        }
+        modules = {}
+        for each in self.linears:
+            own = replace(common, primitive=each.layout.primitive, bits=each.layout.bits)
+            modules[each.spec.name] = (own, each.spec.out_features, each.spec.in_features)
         return ArtifactFormat(common, modules, {each.name: (each.rows, each.columns) for each in self.tables})
 
 
-def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, int] | None = None) -> Plan:
+def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None = None) -> Plan:
     """Plan a run from headers alone.
 
-    bits: of every linear that the recipe does not skip, by full name; by default those of the recipe's bit plan, or
-        its bits for all.
+    bits: of every linear that the recipe does not skip (or the word of a shift primitive), by full name; by default
+        those of the recipe's bit plan, or its primitive and bits for all.
 
     Raises SourceError when there is nothing to quantize, see `find_structure`; AllocationError when the bit plan cannot
     be read, or is of another model or another way to store it.
@@ -142,9 +144,7 @@ def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, int] | None = N
     linears = tuple(
         PlannedLinear(
             spec,
-            replace(options, bits=recipe.bits if bits is None else bits[spec.name]).layout(
-                spec.out_features, spec.in_features
-            ),
+            (options if bits is None else options.at(bits[spec.name])).layout(spec.out_features, spec.in_features),
         )
         for spec in structure.linears
     )

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shiftadd_cli.allocation.plan_file import BitPlan
+from shiftadd_cli.bcq.choices import Choice, choice_symbols, ordered_choices
 from shiftadd_cli.errors import OutputError
 from shiftadd_cli.pipeline.allocate import FrontPoint
 from shiftadd_cli.pipeline.describe_bits import UNITS
@@ -82,7 +83,8 @@ def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: t
     kinds = list(dict.fromkeys(spec.kind for spec in linears))
     rows = {kind: row for row, kind in enumerate(kinds)}
     blocks = max(spec.block for spec in linears) + 1
-    candidates = sorted({bits for layer in plan.layers.values() for bits in layer.bytes})
+    symbols = choice_symbols(choice for layer in plan.layers.values() for choice in layer.bytes)
+    candidates = list(symbols)
     colours = {
         bits: matplotlib.colormaps["cividis"](place / max(len(candidates) - 1, 1))
         for place, bits in enumerate(candidates)
@@ -96,7 +98,7 @@ def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: t
             axes.text(
                 spec.block,
                 row,
-                str(bits),
+                symbols[bits],
                 ha="center",
                 va="center",
                 fontsize=min(9.0, 40 * min(cell)),
@@ -111,9 +113,11 @@ def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: t
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("block, from first to last")
-    axes.set_title("bits (binary planes) of every layer", loc="left")
+    planes_alone = all(isinstance(choice, int) for choice in candidates)
+    # A legend of shifts takes the whole width.
+    axes.set_title("bits (binary planes) of every layer" if planes_alone else "", loc="left")
     axes.legend(
-        handles=[Patch(facecolor=colours[bits], label=f"{bits} bits") for bits in candidates],
+        handles=[Patch(facecolor=colours[bits], label=_label(bits, symbols)) for bits in candidates],
         loc="lower right",
         bbox_to_anchor=(1, 1),
         ncols=len(candidates),
@@ -121,6 +125,10 @@ def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: t
         borderaxespad=0.2,
         handlelength=1.0,
     )
+
+
+def _label(choice: Choice, symbols: Mapping[Choice, str]) -> str:
+    return f"{choice} bits" if isinstance(choice, int) else f"{symbols[choice]} {choice}"
 
 
 def _draw_front(axes: Axes, plan: BitPlan, front: Sequence[FrontPoint]) -> None:
@@ -136,7 +144,8 @@ def _draw_front(axes: Axes, plan: BitPlan, front: Sequence[FrontPoint]) -> None:
         label="best choice at each size",
     )
     layers = list(plan.layers.values())
-    uniform = [bits for bits in range(1, 9) if all(bits in layer.bytes for layer in layers)]
+    candidates = ordered_choices(choice for layer in layers for choice in layer.bytes)
+    uniform = [choice for choice in candidates if all(choice in layer.bytes for layer in layers)]
     places = [
         (8 * sum(layer.bytes[bits] for layer in layers) / plan.weights, sum(layer.cost[bits] for layer in layers))
         for bits in uniform

@@ -157,7 +157,7 @@ class _Run:
             block = source.skeleton().get_submodule(name)
             block.to(self.device)
         specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
-        bits = {each.spec.name: each.layout.bits for each in self.plan.linears}
+        bits = {each.spec.name: each.layout.choice for each in self.plan.linears}
         quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights, bits)
         if trace is None:
             quantizer.without_data()
@@ -213,6 +213,7 @@ def _layer_report(spec: LinearSpec, solution: Solution) -> LayerReport:
         block=spec.block,
         out_features=spec.out_features,
         in_features=spec.in_features,
+        primitive=layout.primitive,
         bits=layout.bits,
         bits_per_weight=layout.bits_per_weight,
         weight_error=solution.weight_error,

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from shiftadd_cli.bcq.levels import code_signs, planes_of, ranks_within, sorted_levels
 from shiftadd_cli.bcq.rotation import restore_weight, rotate_weight
 from shiftadd_cli.bcq.scale_formats import scale_format
+from shiftadd_cli.bcq.shifts import shift_levels
 from shiftadd_cli.bcq.weight import QuantizedWeight
 
 # A latent weight starts on the way from its level to the weight itself, as far as its cell allows, times this: weights
@@ -27,12 +28,14 @@ class TunableWeight(nn.Module):
 
     - `latent` float32 `[out, in]`, in the rotated basis,
     - `row_scale` float32 `[out]`, absent where one power of two serves the matrix,
-    - `ratios` float32 `[out, C, bits]` and `offsets` float32 `[out, C]` or None, relative to the row scale,
+    - `ratios` float32 `[out, C, bits]`, None for a shift layer, and `offsets` float32 `[out, C]` or None, relative to
+      the row scale,
     - `columns` float32 `[out, K]` or None, the outlier columns.
 
     weight: float32 `[out, in]`, what the compressed matrix stands for, in the basis of the layer's own input.
     """
 
+    ratios: nn.Parameter | None
     offsets: nn.Parameter | None
     columns: nn.Parameter | None
     signs: Tensor | None
@@ -41,12 +44,11 @@ class TunableWeight(nn.Module):
     def __init__(self, quantized: QuantizedWeight, weight: Tensor) -> None:
         super().__init__()
         self.layout = quantized.layout
-        self.form = scale_format(self.layout.scale_format)
         self.register_buffer("signs", quantized.signs())
-        ratios = quantized.ratios()
-        offsets = quantized.offsets(ratios)
+        ratios = quantized.ratios() if self.layout.primitive == "bcq" else None
+        offsets = None if ratios is None else quantized.offsets(ratios)
         row_scale = quantized.tensors["weight_row_scale"].float()
-        self.ratios = nn.Parameter(ratios)
+        self.ratios = None if ratios is None else nn.Parameter(ratios)
         self.offsets = None if offsets is None else nn.Parameter(offsets)
         self.row_scale = nn.Parameter(row_scale, requires_grad=self.layout.row_scale)
         outliers = quantized.outliers()
@@ -72,10 +74,14 @@ class TunableWeight(nn.Module):
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """The compressed form of the present values."""
-        ratios, offsets, row_scale = self._snapped()
         codes = self._ungroup(self._codes(self._levels())).to(torch.uint8)
         planes = planes_of(codes, self.layout.bits)
-        packed = QuantizedWeight.pack(self.layout, planes, ratios, row_scale, offsets, self.signs)
+        if self.ratios is None:
+            nothing = self.row_scale.new_zeros(len(self.row_scale), 1, 0)
+            packed = QuantizedWeight.pack(self.layout, planes, nothing, self._row_scale(), None, self.signs)
+        else:
+            ratios, offsets = self._snapped(self.ratios)
+            packed = QuantizedWeight.pack(self.layout, planes, ratios, self._row_scale(), offsets, self.signs)
         if self.columns is None or self.ids is None:
             return packed
         return packed.with_outliers(self.columns, self.ids)
@@ -88,7 +94,11 @@ class TunableWeight(nn.Module):
 
     def _start(self, values: Tensor, target: Tensor) -> Tensor:
         """Latent weights `[out, in]`: between the present values and the target, inside the cells of the values."""
-        levels, _ = sorted_levels(self.ratios.detach(), None if self.offsets is None else self.offsets.detach())
+        if self.ratios is None:
+            levels = shift_levels(self.layout.primitive, self.layout.bits).to(values.device).sort().values
+            levels = levels.expand(len(values), 1, -1)
+        else:
+            levels, _ = sorted_levels(self.ratios.detach(), None if self.offsets is None else self.offsets.detach())
         midpoints = (levels[..., 1:] + levels[..., :-1]) / 2 * self.row_scale.detach().view(-1, 1, 1)
         ends = midpoints.new_full((*midpoints.shape[:-1], 1), torch.inf)
         rank = ranks_within(self._group(values), midpoints)
@@ -97,22 +107,28 @@ class TunableWeight(nn.Module):
         inside = self._ungroup(torch.minimum(torch.maximum(self._group(target), low), high))
         return values + _TOWARDS_WEIGHT * (inside - values)
 
-    def _snapped(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Ratios, offsets and row scale as they would be stored, with straight-through gradients."""
-        ratios = _straight(self.ratios, self.form.round(self.ratios.detach()))
-        row_scale = _straight(self.row_scale, self.row_scale.detach().bfloat16().float())
+    def _row_scale(self) -> Tensor:
+        """As it would be stored, with a straight-through gradient."""
+        return _straight(self.row_scale, self.row_scale.detach().bfloat16().float())
+
+    def _snapped(self, free: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Ratios `free` and offsets as they would be stored, with straight-through gradients."""
+        form = scale_format(self.layout.scale_format)
+        ratios = _straight(free, form.round(free.detach()))
         if self.offsets is None:
-            return ratios, None, row_scale
-        offsets = self.form.round_offsets(self.offsets.detach(), ratios.detach())
-        return ratios, _straight(self.offsets, offsets), row_scale
+            return ratios, None
+        return ratios, _straight(self.offsets, form.round_offsets(self.offsets.detach(), ratios.detach()))
 
     def _levels(self) -> Tensor:
         """Level of every code: `[out, C, 2 ** bits]`."""
-        ratios, offsets, row_scale = self._snapped()
+        row_scale = self._row_scale().view(-1, 1, 1)
+        if self.ratios is None:
+            return shift_levels(self.layout.primitive, self.layout.bits).to(row_scale) * row_scale
+        ratios, offsets = self._snapped(self.ratios)
         levels = ratios @ code_signs(self.layout.bits).to(ratios).T
         if offsets is not None:
             levels = levels + offsets.unsqueeze(-1)
-        return levels * row_scale.view(-1, 1, 1)
+        return levels * row_scale
 
     @torch.no_grad()
     def _codes(self, levels: Tensor) -> Tensor:

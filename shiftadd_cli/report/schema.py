@@ -87,7 +87,8 @@ class LayerReport(_Part):
     block: int
     out_features: int
     in_features: int
-    bits: int
+    primitive: Annotated[str, Field(description="bcq, shift1 or shift2.")] = "bcq"
+    bits: Annotated[int, Field(description="Binary planes, or bits of the codes of a shift layer.")]
     bits_per_weight: float
     weight_error: Annotated[float, Field(description="‖W - Ŵ‖² / ‖W‖².")]
     output_error: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from shiftadd_cli.report.schema import Report
 
@@ -22,12 +22,6 @@ def with_error(value: float | None, error: float | None, digits: int) -> str:
     if value is None:
         return "-"
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def bits_range(bits: Iterable[int]) -> str:
-    """Bits of several layers: `3`, or `2-4` where they differ."""
-    found = sorted(set(bits))
-    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

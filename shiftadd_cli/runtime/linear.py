@@ -38,6 +38,8 @@ class PackedLinear(StoredWeight):
     place of the sum of |terms|; with 16-bit tables, see `kernels.choice`, 8e-4 of the output's norm), plus the outlier
     columns' part, if there are any. In exact arithmetic that is `F.linear(x, decode(), bias)`.
 
+    Of a shift layer the matrix is always decoded, tile by tile: no kernel takes one.
+
     `transposed` remembers that the layer stands for a transformers `Conv1D`, whose dense weight is [in, out].
     """
 
@@ -217,7 +219,9 @@ class PackedLinear(StoredWeight):
             self.prepare()
 
     def extra_repr(self) -> str:
+        layout = self.layout
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.layout.bits}, scale_format={self.layout.scale_format}, rotation={self.layout.rotation}"
+            f"primitive={layout.primitive}, bits={layout.bits}, scale_format={layout.scale_format}, "
+            f"rotation={layout.rotation}"
         )

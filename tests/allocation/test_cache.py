@@ -29,6 +29,8 @@ def test_later_candidates_join_those_that_are_there(tmp_path):
     cache.keep(FOUND)
     whole = cache.keep(Sensitivities({"a.q": {4: 0.02}, "a.k": {4: 0.03}}, FOUND.shared_inputs))
     assert whole.costs == {"a.q": {2: 0.5, 3: 0.1, 4: 0.02}, "a.k": {2: 1e-9, 3: 0.0, 4: 0.03}}
+    whole = cache.keep(Sensitivities({"a.q": {"shift2-4": 0.5}, "a.k": {"shift2-4": 0.25}}, FOUND.shared_inputs))
+    assert whole.costs["a.k"] == {2: 1e-9, 3: 0.0, 4: 0.03, "shift2-4": 0.25}
     assert cache.load() == whole
 
 

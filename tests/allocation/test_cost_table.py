@@ -32,6 +32,17 @@ def test_a_cost_per_weight_and_measured_shapes_are_read():
         measured.of("blocks.0.up", (8, 4), 2)
 
 
+def test_shift_layers_have_costs_under_their_words():
+    per_weight = table(per_weight={"2": 0.25, "shift2": 0.5})
+    assert per_weight.of("layer", (4, 8), "shift2-4") == 16.0
+    measured = table(measured=[*MEASURED, {"shape": [4, 8], "bits": "shift1-2", "cost": 0.125}])
+    assert measured.of("layer", (4, 8), "shift1-2") == 0.125
+    with pytest.raises(AllocationError, match=r"no latency of shift1-3, which blocks\.0\.up may get"):
+        per_weight.of("blocks.0.up", (4, 8), "shift1-3")
+    with pytest.raises(ValueError, match="shift1-2 is given twice"):
+        table(measured=[{"shape": [4, 8], "bits": "shift1-2", "cost": cost} for cost in (1.0, 2.0)])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_choice_is_the_best_within_the_limit(seed):
     """Against trying all of them; costs are of no round numbers and do not grow with the bits."""

@@ -19,6 +19,10 @@ def test_patterns_pin_layers_and_modules():
         "h.0.attn.q": 3,
         "h.0.attn.k": 3,
     }
+    assert pinned_bits(LINEARS, ["*.up=shift2", "h.0.mlp.up=shift2-4"]) == {
+        "h.0.mlp.up": "shift2-4",
+        "h.1.mlp.up": "shift2-4",
+    }
     assert pinned_bits(LINEARS, ["*.q=2", "h.0.attn.q=2"]) == {"h.0.attn.q": 2, "h.1.attn.q": 2}
 
 
@@ -29,6 +33,8 @@ def test_patterns_pin_layers_and_modules():
         (["=3"], "PATTERN=BITS"),
         (["*.down=9"], "PATTERN=BITS"),
         (["*.down=x"], "PATTERN=BITS"),
+        (["*.down=shift1-9"], "PATTERN=BITS"),
+        (["*.q=3", "h.0=shift1-3"], "both name h.0.attn.q"),
         (["*.nothing=3"], "matches no layer"),
         (["*.q=2", "h.0=3"], "both name h.0.attn.q"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from bit_plans import plan_for
 from tiny_models import save_tiny
 
-from shiftadd_cli.allocation.plan_file import BitPlan, load_plan
+from shiftadd_cli.allocation.plan_file import BitPlan, load_plan, plan_version
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline.plan import make_plan
@@ -118,7 +118,8 @@ BREAKS = {
     "another file": ('{"bits": 3}', "is no bit plan"),
     "no layers": ({"layers": {}}, "layers: "),
     "unknown key": ({"colour": "red"}, "colour: "),
-    "later": ({"version": 2}, "has version 2"),
+    "later": ({"version": 3}, "has version 3"),
+    "shifts too early": ({"bytes": {"shift1-3": 9}, "cost": {"shift1-3": 9.0}, "bits": "shift1"}, "need version 2"),
     "nine bits": ({"bits": 9}, "bits: "),
     "bits not offered": ({"bits": 7}, "bits is 7, which is none of 2, 3, 4"),
     "no cost": ({"cost": {"2": 1.0}}, "bytes and cost"),
@@ -131,7 +132,7 @@ def test_a_broken_file_is_refused_in_one_sentence(plan, tmp_path, case):
     change, said = BREAKS[case]
     if isinstance(change, dict):
         values = json.loads(plan.to_json())
-        inner = change.keys() & {"bits", "cost"}
+        inner = change.keys() & {"bits", "cost", "bytes"}
         (next(iter(values["layers"].values())) if inner else values).update(change)
         change = values
     path = write(tmp_path, change)
@@ -149,6 +150,39 @@ def test_a_file_that_is_not_there_says_how_to_make_one(tmp_path):
         load_plan(tmp_path / "plan.json")
 
 
-def test_the_format_is_that_of_version_one():
+def with_shifts(plan):
+    """The plan with a shift layer, which others may be as well."""
+    name, layer = next(iter(plan.layers.items()))
+    shifted = layer.model_copy(
+        update={
+            "bits": "shift2-4",
+            "bytes": {**layer.bytes, "shift2-4": 700, "shift1-3": 500},
+            "cost": {**layer.cost, "shift2-4": 0.01, "shift1-3": 0.04},
+        }
+    )
+    return plan.model_copy(update={"version": 2, "layers": {**plan.layers, name: shifted}})
+
+
+def test_a_plan_of_shift_layers_survives_its_file(plan, tmp_path):
+    mixed = with_shifts(plan)
+    loaded = load_plan(write(tmp_path, mixed.to_json()))
+    assert loaded == mixed
+    assert loaded.to_json() == mixed.to_json()
+    (shifted,) = (layer for layer in loaded.layers.values() if layer.bits == "shift2-4")
+    assert list(shifted.bytes) == [2, 3, 4, "shift1-3", "shift2-4"]
+    bits = {2: 2, 3: 3, 4: 4, "shift2-4": 4}
+    assert loaded.planes_per_weight == pytest.approx(
+        sum(bits[layer.bits] * layer.weights for layer in loaded.layers.values()) / loaded.weights
+    )
+
+
+def test_a_plan_of_planes_alone_is_written_as_ever(plan):
+    assert json.loads(plan.to_json())["version"] == 1
+    assert "shift" not in plan.to_json().split('"layers"')[1]
+    assert plan_version(plan.layers.values()) == 1
+    assert plan_version(with_shifts(plan).layers.values()) == 2
+
+
+def test_the_format_is_that_of_version_two():
     """A change here needs a new version."""
     assert set(BitPlan.model_fields) == {"format", "version", "model", "storage", "made_by", "layers"}

@@ -19,7 +19,8 @@ from shiftadd_cli.errors import AllocationError
 @st.composite
 def problems(draw):
     """Up to five layers with two to four candidates, some pinned, some tied, and a budget."""
-    candidates = draw(st.lists(st.integers(1, 8), min_size=2, max_size=4, unique=True))
+    kinds = st.integers(1, 8) | st.sampled_from(["shift1-3", "shift2-3", "shift2-4"])
+    candidates = draw(st.lists(kinds, min_size=2, max_size=4, unique=True))
     layers = []
     for index in range(draw(st.integers(1, 5))):
         bits = candidates if draw(st.booleans()) else candidates[: draw(st.integers(1, len(candidates)))]

@@ -99,3 +99,36 @@ def test_what_is_not_said_is_not_there() -> None:
 
 def test_unknown_keys_are_ignored() -> None:
     assert ArtifactFormat.from_dict(VALID | {"tool": "x"}) == ArtifactFormat.from_dict(VALID)
+
+
+SHIFT = replace(COMMON, primitive="shift2", bits=4)
+
+
+def test_shift_layers_say_so_and_need_the_second_version() -> None:
+    mixed = ArtifactFormat(COMMON, {**MODULES, "s": (SHIFT, 576, 576)})
+    written = json.loads(json.dumps(mixed.to_dict()))
+    assert written["format_version"] == 2
+    assert written["modules"]["s"] == {"shape": [576, 576], "bits": 4, "primitive": "shift2"}
+    assert ArtifactFormat.from_dict(written) == mixed
+    layout = mixed.layouts()["s"]
+    assert (layout.primitive, layout.bits, layout.grid.column_groups, layout.scale_format) == ("shift2", 4, 1, "none")
+
+
+def test_planes_among_shift_layers_say_so() -> None:
+    mixed = ArtifactFormat(SHIFT, {"a": (SHIFT, 8, 8), "b": (COMMON, 8, 8)})
+    written = json.loads(json.dumps(mixed.to_dict()))
+    assert (written["primitive"], written["modules"]["b"]["primitive"]) == ("shift2", "bcq")
+    assert ArtifactFormat.from_dict(written) == mixed
+
+
+def test_without_shift_layers_nothing_is_written_of_them() -> None:
+    assert VALID["format_version"] == 1
+    assert "primitive" not in json.dumps(VALID)
+
+
+@pytest.mark.parametrize(
+    "change", [{"primitive": "shift3"}, {"primitive": ["shift1"]}, {"primitive": "shift1", "bits": 5}]
+)
+def test_shift_layers_that_do_not_exist_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match="which is not valid"):
+        ArtifactFormat.from_dict(VALID | {"format_version": 2, "modules": {"a": {"shape": [3, 4], **change}}})

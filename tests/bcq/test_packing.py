@@ -5,7 +5,14 @@ from bcq_problems import generator, quick
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiftadd_cli.bcq.packing import pack_nibbles, pack_planes, unpack_nibbles, unpack_planes, unpack_signs
+from shiftadd_cli.bcq.packing import (
+    pack_nibbles,
+    pack_planes,
+    unpack_codes,
+    unpack_nibbles,
+    unpack_planes,
+    unpack_signs,
+)
 
 shapes = st.tuples(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 35)).map(lambda s: (*s[0], s[1]))
 
@@ -31,6 +38,16 @@ def test_lowest_column_is_the_least_significant_bit_and_padding_is_zero(plane: l
         if bit:
             expected[column // 8] += 2 ** (column % 8)
     assert pack_planes(torch.tensor(plane)).tolist() == expected
+
+
+@quick
+@given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 35), st.integers(0, 99))
+def test_codes_come_back_from_their_bits(rows: int, bits: int, columns: int, seed: int) -> None:
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator(seed))
+    planes = torch.stack([codes >> bit & 1 for bit in range(bits)], dim=1).bool()
+    found = unpack_codes(pack_planes(planes), columns)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), codes)
 
 
 def test_planes_pack_from_any_memory_order() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.scale_formats import scale_format
+from shiftadd_cli.bcq.shifts import MAGNITUDES
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 
 FORMATS = ("pot", "apot2", "apot3", "float")
@@ -179,3 +180,41 @@ def test_layout_counts_every_stored_bit() -> None:
     layout = PackedLayout(ScaleGrid.resolve(960, 576, 1, 64), 3, "apot2", True, True)
     assert layout.bits_per_weight == 3 + (9 * 3 * 8 + 40 + 16) / 576
     assert layout.nbytes == 960 * (576 * 3 // 8 + 27 + 5 + 2)
+
+
+@quick
+@given(
+    kind=st.sampled_from(sorted(MAGNITUDES)),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 40),
+    seed=st.integers(0, 99),
+    rotation=st.sampled_from(["none", "hadamard"]),
+)
+def test_shift_layers_decode_to_the_levels_that_were_packed(
+    kind: tuple[Any, int], rows: int, columns: int, seed: int, rotation: str
+) -> None:
+    primitive, bits = kind
+    layout = PackedLayout.resolve(
+        rows, columns, primitive=primitive, bits=bits, group_size=16, group_rows="all", scale_format="apot2",
+        row_scale=False, offset=True, rotation=rotation,
+    )  # fmt: skip
+    g = generator(seed)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=g)
+    row_scale = (0.01 + torch.rand(rows, generator=g)).bfloat16().float()
+    planes = torch.stack([codes >> bit & 1 for bit in range(bits)], dim=1).bool()
+    signs = torch.ones(columns) if rotation == "hadamard" else None
+    weight = QuantizedWeight.pack(layout, planes, torch.zeros(rows, 1, 0), row_scale, None, signs)
+    check_layout(weight)
+    # Nothing but codes and row scales is stored, whatever the fields on scales say.
+    assert layout.nbytes == rows * (bits * -(-columns // 8) + 2) + (-(-columns // 8) if signs is not None else 0)
+    # The highest bit is the sign, the others are the place of a magnitude, whose unit is a power of two.
+    magnitudes = MAGNITUDES[kind]
+    unit = 2.0 ** -(magnitudes[-1].bit_length() - 1)
+    for o in range(rows):
+        for i in range(columns):
+            code = sum((int(weight.tensors["weight_codes"][o, b, i // 8]) >> (i % 8) & 1) << b for b in range(bits))
+            sign = 1 if code >> (bits - 1) else -1
+            expected = sign * magnitudes[code % 2 ** (bits - 1)] * unit * float(row_scale[o])
+            assert float(weight.decode_stored()[o, i]) == pytest.approx(expected, rel=1e-7)
+    for height in (1, 4):
+        assert torch.equal(torch.cat([tile for _, tile in weight.tiles(height)]), weight.decode_stored())

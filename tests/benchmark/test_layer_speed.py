@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,9 @@ def test_the_form_names_what_is_there():
     form = MatrixFormat(4, "all", 1, "float", True, offset=True, rotation="hadamard", outlier_columns=0.25)
     layer = PackedLinear.from_weight(random_weight(form.layout(8, 16)))
     assert layer_kinds(layer)[0].form == "4 bits, float, 1 x 16, rotated, offsets, 4 outliers"
+    shift = replace(form, primitive="shift2", outlier_columns=0.0)
+    layer = PackedLinear.from_weight(random_weight(shift.layout(8, 16)))
+    assert layer_kinds(layer)[0].form == "4 bits, shift2, row scales, rotated"
 
 
 @pytest.mark.parametrize(

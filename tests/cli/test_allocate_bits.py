@@ -111,6 +111,26 @@ def test_a_budget_of_what_a_table_says(model: Path, tmp_path: Path) -> None:
     assert (lacking.exit_code, "no latency of 5 bits" in lacking.stderr) == (2, True)
 
 
+def test_a_mixture_of_primitives_within_an_energy_of_a_table(model: Path, tmp_path: Path) -> None:
+    """Shift layers are given where the table says that they cost less, and the plan is one that quantize takes."""
+    table, plan, out = tmp_path / "table.json", tmp_path / "plan.json", tmp_path / "out"
+    costs = {"2": 1.0, "3": 1.5, "shift1": 0.5, "shift2": 0.75}
+    head = {"format": "shiftadd cost table", "version": 1, "cost": "energy", "unit": "pJ"}
+    table.write_text(json.dumps(head | {"per_weight": costs}))
+    weights = sum(rows * columns for rows, columns in shapes_of(model, tmp_path))
+    options = ["--cost", "energy", "--cost-table", table, "--candidates", "2,3,shift1,shift2", *QUICK]
+    made = shiftadd("allocate-bits", model, "-o", plan, *options, "--max-cost", 0.7 * weights)
+    assert made.exit_code == 0, made.output
+    layers = json.loads(plan.read_text())["layers"].values()
+    assert {layer["bits"] for layer in layers} == {"shift1-3", "shift2-4"}
+    assert "a is shift1-3, b is shift2-4" in made.stdout
+    done = shiftadd("quantize", model, "-o", out, "--bit-plan", plan, *QUICK)
+    assert done.exit_code == 0, done.output
+    told = shiftadd("inspect", out, "--verify", "--layers").stdout
+    assert "format version 2" in told
+    assert all(sum(name in line.split() for line in told.splitlines()) for name in ("shift1", "shift2"))
+
+
 def shapes_of(model: Path, folder: Path) -> list[list[int]]:
     """`[out, in]` of every layer, from a plan of enough bits."""
     plan = folder / "shapes.json"
@@ -156,6 +176,9 @@ BAD = [
     (["--avg-bits", "5", "--curve", "4"], "--curve"),
     (["--target-size", "much"], "--target-size"),
     (["--avg-bits", "5", "--candidates", "0,1"], "--candidates"),
+    (["--avg-bits", "5", "--candidates", "2,shift9"], "--candidates"),
+    (["--avg-bits", "5", "--candidates", "2,shift1", "--sensitivity", "paper"], "shift1-3"),
+    (["--avg-bits", "5", "--keep", "*.o_proj=shift9"], "PATTERN=BITS"),
     (["--avg-bits", "5", "--keep", "*.nothing=3"], "--keep"),
     (["--avg-bits", "5", "--keep", "q_proj"], "PATTERN=BITS"),
     (["--avg-bits", "5", "--tie", "*.nothing"], "--tie"),

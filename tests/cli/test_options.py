@@ -18,9 +18,10 @@ from shiftadd_cli.cli.options import (
 from shiftadd_cli.recipe import Recipe
 
 OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
+    "primitive": (["--primitive", "shift1"], "shift1"),
     "bits": (["--bits", "2"], 2),
     "avg_bits": (["--avg-bits", "2.5"], 2.5),
-    "candidates": (["--candidates", "2,4"], (2, 4)),
+    "candidates": (["--candidates", "2,4, shift2-5"], (2, 4, "shift2-5")),
     "tie_fused": (["--no-tie-fused"], False),
     "bit_plan": (["--bit-plan", "plan.json"], "plan.json"),
     "group_size": (["--group-size", "128"], 128),

@@ -9,11 +9,13 @@ from tiny_models import save_tiny
 
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.plan_file import BitPlan
+from shiftadd_cli.bcq.choices import parts_of_choice
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline import allocate as allocate_module
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request, file_bytes
 from shiftadd_cli.pipeline.describe_bits import describe_bit_plan
 from shiftadd_cli.pipeline.job import Job
+from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source
 
@@ -231,3 +233,73 @@ def test_the_front_is_what_budgets_of_its_sizes_give(model):
     # Nothing smaller is possible: the kept query takes the key and the value along.
     smallest = sum(min(layer.bytes.values()) for layer in whole.layers.values())
     assert front[0].bits_per_weight == pytest.approx(8 * smallest / whole.weights)
+
+
+MIXTURE = (2, 3, "shift1-2", "shift2-3", "shift2-4")
+
+
+def test_a_mixture_of_primitives_is_the_best_there_is_and_is_written_as_planned(model, tmp_path):
+    kept = "model.layers.0.self_attn.o_proj"
+    job = job_for(model, bits=3.9, candidates=MIXTURE, keep=(f"{kept}=3",))
+    plan = job.run(quiet)
+    assert plan.version == 2
+    assert plan.bits_per_weight <= 3.9
+    groups = {}
+    for name in plan.layers:
+        kind = name.rpartition(".")[2]
+        fused = "qkv" if kind in ("q_proj", "k_proj", "v_proj") else "up" if kind in ("gate_proj", "up_proj") else kind
+        groups.setdefault((name.split(".")[2], fused), []).append(name)
+    budget, best = int(3.9 * plan.weights / 8), float("inf")
+    allowed = [(3,) if kept in names else MIXTURE for names in groups.values()]
+    for choices in itertools.product(*allowed):
+        chosen = [(name, choice) for names, choice in zip(groups.values(), choices, strict=True) for name in names]
+        if sum(plan.layers[name].bytes[choice] for name, choice in chosen) <= budget:
+            best = min(best, sum(plan.layers[name].cost[choice] for name, choice in chosen))
+    assert plan.predicted_loss == pytest.approx(best, rel=1e-6)
+    for names in groups.values():
+        assert len({plan.layers[name].bits for name in names}) == 1
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json())
+    report = Job.prepare(model, tmp_path / "out", recipe(bit_plan=str(path))).run()
+    assert report.size.quantized_bytes == plan.stored_bytes
+    chosen = {layer.name: (layer.primitive, layer.bits) for layer in report.layers}
+    assert chosen == {name: parts_of_choice(choice) for name, choice in plan.bits.items()}
+    assert {"bcq", "shift2"} <= {primitive for primitive, _ in chosen.values()}
+    text = describe_bit_plan(plan, [each.spec for each in job.linears])
+    assert "a is shift1-2, b is shift2-3, c is shift2-4" in text
+    letters = {2: "2", 3: "3", "shift1-2": "a", "shift2-3": "b", "shift2-4": "c"}
+    o_proj = "".join(letters[plan.layers[f"model.layers.{block}.self_attn.o_proj"].bits] for block in range(2))
+    assert any(line.split()[:2] == ["self_attn.o_proj", o_proj] for line in text.splitlines())
+
+
+def test_quantize_takes_shifts_among_its_candidates(model, tmp_path):
+    settings = recipe(avg_bits=4.5, candidates=[2, "shift2-4"], shard_size="1GB")
+    job = Job.prepare(model, tmp_path / "out", settings)
+    report = job.run()
+    assert report.size.bits_per_weight <= 4.5
+    assert {layer.primitive for layer in report.layers} <= {"bcq", "shift2"}
+    assert "shift2" in {layer.primitive for layer in report.layers}
+
+
+def test_the_smallest_and_the_largest_choice_go_by_what_they_store(model):
+    """Two planes in groups of 16 columns take more than two bits of a shift layer with one scale a row."""
+    job = job_for(model, bits=3.9, candidates=MIXTURE)
+    assert {each.layout.choice for each in job.plan_at(min).linears} == {"shift1-2"}
+    sizes = {choice: make_plan(job.source, job.recipe, dict.fromkeys(job.allowed, choice)) for choice in MIXTURE}
+    assert job.plan_at(min).quantized_bytes == min(each.quantized_bytes for each in sizes.values())
+    assert job.plan_at(max).quantized_bytes == max(each.quantized_bytes for each in sizes.values())
+
+
+def test_the_criterion_of_the_paper_has_no_word_for_shifts(model):
+    with pytest.raises(AllocationError, match=r"knows of bits alone, and not of shift2-4; use --sensitivity output"):
+        job_for(model, bits=4.5, candidates=(2, "shift2-4"), sensitivity="paper")
+    with pytest.raises(AllocationError, match="not of shift1-3"):
+        job_for(model, bits=4.5, candidates=(2, 3), keep=("*.o_proj=shift1",), sensitivity="paper")
+
+
+def test_shifts_are_measured_where_only_planes_are_remembered(model):
+    before = job_for(model, bits=4.2, candidates=(2, 3)).sensitivities(quiet)
+    after = job_for(model, bits=4.2, candidates=(2, 3, "shift2-4")).sensitivities(quiet)
+    for name, costs in before.costs.items():
+        assert {choice: cost for choice, cost in after.costs[name].items() if choice != "shift2-4"} == costs
+        assert 0 < after.costs[name]["shift2-4"] < costs[3]

@@ -54,6 +54,28 @@ def test_every_layer_and_the_curve_are_on_the_picture(drawn):
     assert "bits per weight" in lower.get_xlabel()
 
 
+def test_shift_layers_are_letters_with_a_legend(drawn):
+    from matplotlib.figure import Figure
+
+    from shiftadd_cli.pipeline import plot_bits
+
+    plan, linears = drawn
+    layers = {
+        name: each.model_copy(
+            update={"bytes": {**each.bytes, "shift2-4": 9}, "cost": {**each.cost, "shift2-4": 0.25}, "bits": "shift2-4"}
+        )
+        for name, each in plan.layers.items()
+    }
+    upper, lower = Figure().subplots(2)
+    mixed = plan.model_copy(update={"version": 2, "layers": layers})
+    plot_bits._draw_grid(upper, mixed, linears, (0.5, 0.5))
+    plot_bits._draw_front(lower, mixed, FRONT)
+    assert {text.get_text() for text in upper.texts} == {"a"}
+    legend = [text.get_text() for text in upper.get_legend().get_texts()]
+    assert legend == ["2 bits", "3 bits", "4 bits", "a shift2-4"]
+    assert [text.get_text() for text in lower.texts] == ["2", "3", "4", "shift2-4"]
+
+
 @pytest.mark.parametrize(("suffix", "start"), [(".svg", b"<?xml"), (".png", b"\x89PNG"), (".PDF", b"%PDF")])
 def test_the_same_plan_gives_the_same_bytes_and_no_setting_is_left_changed(drawn, suffix, start):
     import matplotlib

@@ -118,6 +118,27 @@ def test_layers_of_different_bits_load_and_compute_with_the_decoded_weights(tmp_
     torch.testing.assert_close(logits(packed, tokens), logits(dense, tokens), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("primitive", ["shift1", "shift2"])
+@pytest.mark.parametrize("fields", [{}, {"reconstruct_epochs": 1, "outlier_columns": 0.05}])
+def test_shift_layers_are_stored_loaded_saved_and_computed_with(tmp_path, primitive, fields):
+    source = tmp_path / "source"
+    save_tiny("llama", source)
+    report = quantize(source, tmp_path / "out", primitive=primitive, bits=3, embedding_bits=16, **fields)
+    assert {(layer.primitive, layer.bits) for layer in report.layers} == {(primitive, 3)}
+    artifact = Artifact.open(tmp_path / "out")
+    verify(artifact)
+    contents = Contents.of(artifact)
+    assert (contents.format_version, {each.primitive for each in contents.layers}) == (2, {primitive})
+    assert contents.bits_per_weight == report.size.bits_per_weight
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).dequantize()
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits(packed, tokens), logits(dense, tokens), rtol=1e-4, atol=1e-4)
+    packed.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(logits(again, tokens), logits(packed, tokens))
+
+
 def test_the_report_says_which_plan_gave_the_bits(tmp_path):
     source, path = tmp_path / "source", tmp_path / "plan.json"
     save_tiny("llama", source)

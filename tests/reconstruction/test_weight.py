@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shiftadd_cli.bcq.rotation import rotate_weight
+from shiftadd_cli.bcq.shifts import MAGNITUDES
 from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.reconstruction.weight import TunableWeight
@@ -41,6 +42,25 @@ def test_starts_as_the_stored_weight_bit_for_bit(**options: Any) -> None:
     again = tunable.quantized()
     assert torch.equal(again.decode(), quantized.decode())
     torch.testing.assert_close(tunable(), quantized.decode(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("primitive", "bits"), sorted(MAGNITUDES))
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+def test_shift_layers_start_as_stored_and_are_what_would_be_stored_wherever_they_go(
+    primitive: str, bits: int, rotation: str
+) -> None:
+    weights, quantized = solved(primitive=primitive, bits=bits, rotation=rotation)
+    tunable = TunableWeight(quantized, weights)
+    assert torch.equal(tunable.quantized().decode(), quantized.decode())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tunable.parameters():
+            parameter += 0.5 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+    stored = tunable.quantized()
+    assert not torch.equal(stored.tensors["weight_codes"], quantized.tensors["weight_codes"])
+    torch.testing.assert_close(tunable(), stored.decode(), rtol=1e-4, atol=1e-5)
+    tunable().square().sum().backward()
+    assert all(parameter.grad is not None for parameter in tunable.parameters())
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shiftadd_cli.report.summary import bits_range, size, table
+from shiftadd_cli.report.summary import size, table
 
 
 @pytest.mark.parametrize(
@@ -11,11 +11,6 @@ from shiftadd_cli.report.summary import bits_range, size, table
 )
 def test_sizes_use_decimal_units(count, text):
     assert size(count) == text
-
-
-@pytest.mark.parametrize(("bits", "text"), [([3, 3], "3"), ([4, 2, 2], "2-4"), ([2, 3], "2-3")])
-def test_bits_of_layers_are_one_number_or_a_range(bits, text):
-    assert bits_range(bits) == text
 
 
 def test_tables_align_numbers_to_the_right():

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shiftadd_cli.bcq import weight as weight_module
+from shiftadd_cli.bcq.choices import Primitive
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 from shiftadd_cli.runtime import linear
+from shiftadd_cli.runtime.kernels.choice import Kernel
 from shiftadd_cli.runtime.linear import PackedLinear
 
 
@@ -240,3 +242,30 @@ def test_decoding_ignores_the_default_dtype() -> None:
         assert torch.equal(weight.decode(), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+@pytest.mark.parametrize(("primitive", "bits"), [("shift1", 4), ("shift2", 5)])
+def test_shift_layers_are_decoded_in_every_dtype_and_pass_gradients_on(
+    primitive: Primitive, bits: int, rotation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay = PackedLayout.resolve(
+        24, 40, primitive=primitive, bits=bits, group_size=16, group_rows=1, scale_format="pot", row_scale=True,
+        offset=False, rotation=rotation, outlier_columns=0.1,
+    )  # fmt: skip
+    weight = random_weight(lay)
+    layer = PackedLinear.from_weight(weight, torch.randn(24, generator=torch.Generator().manual_seed(1)))
+    monkeypatch.setattr(linear, "TILE_BYTES", 4 * 40 * 7)
+    layer.prepare()
+    assert layer.kernel is Kernel.REFERENCE
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+    output = layer(x)
+    assert output.dtype == dtype
+    expected = functional.linear(x.double(), weight.decode().double(), layer.bias.double())
+    rounding = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    assert (output - expected).norm() <= rounding * expected.norm()
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    assert (gradient - weight.decode().double().sum(0)).norm() <= rounding * 3 * weight.decode().sum(0).norm()
+    state = copy.deepcopy(layer).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in weight.tensors.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,10 @@ OFFSET = MatrixFormat(
 )
 
 
+SHIFT1 = replace(COMMON, primitive="shift1", bits=3)
+SHIFT2 = replace(COMMON, primitive="shift2", bits=5, rotation="hadamard")
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     """One checkpoint per family in which the forms of the paper, offsets and several bit widths are mixed."""
@@ -47,6 +52,25 @@ def test_loaded_model_computes_with_the_decoded_weights(checkpoints: dict[str, C
     assert len(packed) >= 8
     assert_close(logits(model), logits(dense))
     assert not any(module.get_parameter(name).requires_grad for module in packed for name in module.layout.tensors())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_shift_layers_beside_planes_compute_with_the_decoded_weights(
+    family: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHIFTADD_KERNEL", kernel)
+    own = {"q_proj": SHIFT1, "down_proj": SHIFT2, "c_attn": SHIFT2, "c_fc": SHIFT1}
+    folder, dense = write_checkpoint(tiny_model(family), tmp_path / "out", own=own)
+    model = load(folder)
+    found = {module.layout.primitive for module in model.modules() if isinstance(module, PackedLinear)}
+    assert found == {"bcq", "shift1", "shift2"}
+    assert_close(logits(model), logits(dense))
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert_same_state(model, again)
+    assert torch.equal(logits(model), logits(again))
+    assert_close(logits(load(folder).dequantize()), logits(dense))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -176,7 +200,7 @@ MODULE = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format_version": 2}, "format_version 2, and this shiftadd reads up to 1; upgrade it"),
+        ({"format_version": 3}, "format_version 3, and this shiftadd reads up to 2; upgrade it"),
         ({"bits": None}, "lacks 'bits'"),
         ({"modules": {"model.layers.7.mlp.up_proj": {"shape": [100, 48]}}}, "layers.7.mlp.up_proj .* no such module"),
         ({"modules": {"model.norm": {"shape": [48, 48]}}}, "model.norm .* is a LlamaRMSNorm"),

@@ -40,6 +40,19 @@ def test_rows_tell_what_the_command_stores(model: Path, tmp_path: Path) -> None:
     assert "*" in done.output
 
 
+def test_shift_layers_stand_beside_planes(model: Path, tmp_path: Path) -> None:
+    forms = ("--bits", "2", "--formats", "pot", "--groups", "16", "--offsets", "no", "--shifts", "shift1-2,shift2")
+    done = run(model, tmp_path, "--blocks", "0,1", *forms)
+    assert done.exit_code == 0, done.output
+    rows = {row["form"]["primitive"]: row for row in json.loads((tmp_path / "scales.json").read_text())}
+    assert set(rows) == {"bcq", "shift1", "shift2"}
+    fields = {"samples": 4, "seq_len": 32, "primitive": "shift2", "bits": 4}
+    report = shiftadd_cli.quantize(str(model), tmp_path / "out", **fields)
+    assert rows["shift2"]["stored_bits"] == pytest.approx(report.size.bits_per_weight)
+    assert rows["shift2"]["error"] < rows["shift1"]["error"] < 1
+    assert run(model, tmp_path, "--blocks", "0", "--shifts", "shift3").exit_code == 2
+
+
 def test_errors_are_those_of_a_run(model: Path, tmp_path: Path) -> None:
     """The linears of the first block see the same inputs in both, if none waits for another and the embedding stays."""
     arguments = ("--blocks", "0", "--bits", "3", "--formats", "apot2", "--groups", "16", "--offsets", "no")

@@ -3,9 +3,10 @@
     SHIFTADD_KERNEL     auto (default), reference (plain torch), cpu (look-up tables) or triton (CUDA)
     SHIFTADD_PRECISION  auto (default), exact (32-bit tables) or fast (16-bit tables), for cpu
 
-Both are read when a checkpoint is loaded. Layers that the kernel asked for cannot compute (groups of a few columns, or
-on another device) take the reference. 16-bit tables keep outputs to 8e-4 of their size, where rounding activations
-to bfloat16 alone costs 2e-3; so `auto` takes them for half-precision activations and 32-bit ones for float32.
+Both are read when a checkpoint is loaded. Layers that the kernel asked for cannot compute (groups of a few columns,
+shift layers, or on another device) take the reference. 16-bit tables keep outputs to 8e-4 of their size, where rounding
+activations to bfloat16 alone costs 2e-3; so `auto` takes them for half-precision activations and 32-bit ones for
+float32.
 """
 
 from __future__ import annotations

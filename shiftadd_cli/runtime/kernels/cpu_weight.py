@@ -77,7 +77,7 @@ class CpuWeight:
 def supports(layout: PackedLayout) -> bool:
     """Whether the CPU kernels can multiply by a matrix of this layout."""
     grid = layout.grid
-    return grid.group_columns >= min(_NARROWEST_GROUP, grid.columns)
+    return layout.primitive == "bcq" and grid.group_columns >= min(_NARROWEST_GROUP, grid.columns)
 
 
 @cache

@@ -47,10 +47,11 @@ class TritonWeight:
 
 
 def supports(layout: PackedLayout) -> bool:
-    """Whether the kernels can multiply by a matrix of this layout: groups that do not reach over rows, and that end at
-    the end of a byte of the planes or of the row."""
+    """Whether the kernels can multiply by a matrix of this layout: planes, in groups that do not reach over rows, and
+    that end at the end of a byte of the planes or of the row."""
     grid = layout.grid
-    return grid.group_rows == 1 and (grid.group_columns % 8 == 0 or grid.column_groups == 1)
+    ends = grid.group_columns % 8 == 0 or grid.column_groups == 1
+    return layout.primitive == "bcq" and grid.group_rows == 1 and ends
 
 
 def prepare(weight: QuantizedWeight) -> TritonWeight:

@@ -41,6 +41,7 @@ def test_kernels_that_are_not_there_cannot_be_asked_for(monkeypatch: pytest.Monk
 
 LAYOUT = PackedLayout(ScaleGrid.resolve(64, 128, 1, 64), 3, "apot2", True, False)
 NARROW = PackedLayout(ScaleGrid.resolve(64, 128, "all", 1), 3, "apot2", False, False)
+SHIFTS = PackedLayout(ScaleGrid.resolve(64, 128, 1, 128), 4, "none", True, False, primitive="shift2")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -54,6 +55,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("auto", LAYOUT, torch.device("meta"), True, True, Kernel.REFERENCE),
         ("auto", NARROW, CPU, True, True, Kernel.REFERENCE),
         ("auto", NARROW, CUDA, True, True, Kernel.REFERENCE),
+        ("auto", SHIFTS, CPU, True, False, Kernel.REFERENCE),
+        ("auto", SHIFTS, CUDA, True, True, Kernel.REFERENCE),
+        ("cpu", SHIFTS, CPU, True, False, Kernel.REFERENCE),
+        ("triton", SHIFTS, CUDA, True, True, Kernel.REFERENCE),
         ("reference", LAYOUT, CPU, True, True, Kernel.REFERENCE),
         ("reference", LAYOUT, CUDA, True, True, Kernel.REFERENCE),
         ("cpu", LAYOUT, CPU, True, False, Kernel.CPU),

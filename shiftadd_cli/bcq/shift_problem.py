@@ -1,0 +1,129 @@
+"""One tall matrix of shift layers under one quadratic form, from its weights to codes and row scales.
+
+fit the scale of each row  →  compensated sweep  →  repeat: refit the scales, coordinate descent on the codes  →  keep,
+per row, what had the smallest error
+
+This is `problem` with levels that are fixed up to their row scale, one group that is the whole row, and so one unknown
+where planes have several. What is kept is never worse than rounding: neither at the scale that was fitted, nor at the
+one that puts the row's largest weight on the largest level.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.bcq.descent import descend_codes
+from shiftadd_cli.bcq.hessian import Objective
+from shiftadd_cli.bcq.levels import LevelTable
+from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.ranks import nearest_ranks
+from shiftadd_cli.bcq.shifts import ascending_levels
+from shiftadd_cli.bcq.snap import SnappedScales
+from shiftadd_cli.bcq.sweep import compensated_sweep
+
+# Scales tried for each row, from one that puts the largest level at the row's root mean square to one that puts it at
+# its largest weight; and rounds of least squares and nearest level for each.
+_STARTS = 12
+_ROUNDS = 2
+
+
+class ShiftProblem:
+    """`weights` float32 `[out, in]`, to be coded under `options` with the least error in `objective`.
+
+    Rows are scaled by powers of two to begin with, so that rows of any size are solved alike, to the bit.
+    """
+
+    def __init__(self, weights: Tensor, objective: Objective, options: SolverOptions) -> None:
+        largest = weights.abs().amax(1)
+        # frexp gives a mantissa below 1. Reciprocals of smaller numbers are infinite, and nothing is gained by them.
+        exponent = torch.frexp(largest)[1].clamp(-120, 120)
+        self.unit = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
+        self.transposed = (weights / self.unit.unsqueeze(1)).T.contiguous()
+        self.objective, self.options = objective, options
+        levels, self.codes = ascending_levels(options.primitive, options.bits)
+        self.levels, self.codes = levels.to(weights.device), self.codes.to(weights.device)
+        self.width = len(self.transposed)
+        self._best_error = weights.new_full((len(weights),), torch.inf)
+        self._best_scale = torch.zeros_like(self._best_error)
+        self._best_ranks = torch.zeros_like(self.transposed, dtype=torch.uint8)
+
+    def solve(self) -> tuple[Tensor, SnappedScales]:
+        """Codes uint8 `[out, in]` and the row scales; there are no others."""
+        scale = self._fit()
+        table, peak = self._table(scale), _stored(self.transposed.abs().amax(0) / self.levels[-1])
+        self._offer(*nearest_ranks(self.transposed, self._table(peak), self.width), peak)
+        ranks, values = nearest_ranks(self.transposed, table, self.width)
+        self._offer(ranks, values, scale)
+        if self.options.sweep != "none":
+            ranks, values = compensated_sweep(self.transposed.T, self.objective, self.width, lambda *_: table[0])
+            self._offer(ranks, values, scale)
+        for _ in range(self.options.refine_rounds):
+            scale = self._refit(values, scale)
+            ranks, values = descend_codes(
+                self.transposed,
+                self.objective.damped,
+                self._table(scale),
+                self.width,
+                ranks,
+                self.options.descent_passes,
+            )
+            self._offer(ranks, values, scale)
+        codes = self.codes[self._best_ranks.long()].T
+        # A power of two: nothing is rounded unless it leaves the range of the format.
+        row_scale = _stored(self._best_scale * self.unit)
+        return codes, SnappedScales(row_scale.new_zeros(len(row_scale), 1, 0), None, row_scale)
+
+    def _offer(self, ranks: Tensor, values: Tensor, scale: Tensor) -> None:
+        """Keep the rows that are better than all before. `ranks` and `values`: `[in, out]`."""
+        difference = self.transposed - values
+        error = ((self.objective.damped @ difference) * difference).sum(0)
+        better = error < self._best_error
+        self._best_error = torch.where(better, error, self._best_error)
+        self._best_scale = torch.where(better, scale, self._best_scale)
+        self._best_ranks = torch.where(better, ranks, self._best_ranks)
+
+    def _fit(self) -> Tensor:
+        """The scale of each row, `[out]`, with the least error when every input counts by its power alone."""
+        weights = self.transposed.T.contiguous()
+        importance = self.objective.damped.diagonal()
+        low = (weights.square() @ importance / importance.sum()).sqrt()
+        high = weights.abs().amax(1)
+        low = torch.minimum(low, high).clamp_min(torch.finfo(low.dtype).tiny)
+        midpoints = (self.levels[1:] + self.levels[:-1]) / 2
+        best, best_error = torch.zeros_like(high), torch.full_like(high, torch.inf)
+        for start in range(_STARTS):
+            top = low * (high / low) ** (start / (_STARTS - 1))
+            scale = top / self.levels[-1]
+            for step in range(_ROUNDS + 1):
+                scale = _stored(scale)
+                values = self.levels[torch.bucketize(weights / _divisor(scale).unsqueeze(1), midpoints)]
+                products, squares = (weights * values) @ importance, values.square() @ importance
+                # Up to the energy of the row, which is the same for all.
+                error = scale * (scale * squares - 2 * products)
+                better = error < best_error
+                best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+                if step < _ROUNDS:
+                    scale = products / _divisor(squares)
+        return torch.where(high > 0, best, 0.0)
+
+    def _refit(self, values: Tensor, scale: Tensor) -> Tensor:
+        """The best scale `[out]`, in the full form, for the levels of `values` `[in, out]`, made with `scale`."""
+        pushed = self.objective.damped @ values
+        factor = (pushed * self.transposed).sum(0) / _divisor((pushed * values).sum(0))
+        return torch.where(factor > 0, _stored(factor * scale), scale)
+
+    def _table(self, scale: Tensor) -> LevelTable:
+        """Levels of one group, batch shape `[1, out]`."""
+        levels = (self.levels.unsqueeze(1) * scale).unsqueeze(1)
+        return LevelTable(levels, (levels[1:] + levels[:-1]) / 2, self.codes.view(-1, 1, 1).expand_as(levels))
+
+
+def _stored(scale: Tensor) -> Tensor:
+    """The nearest scale that can be stored."""
+    return scale.bfloat16().float()
+
+
+def _divisor(value: Tensor) -> Tensor:
+    """Not 0; what it divides is 0 where it was."""
+    return torch.where(value > 0, value, 1.0)
