@@ -94,6 +94,17 @@ class Plan:
         return self.quantized_bytes + self.table_bytes + self.kept_bytes
 
     @property
+    def state_bytes(self) -> int:
+        """What a run keeps beside the artifact until it ends, to go on from: hidden states at two depths, in so many
+        versions, and token weights."""
+        if not self.calibrated:
+            return 0
+        recipe = self.recipe
+        tokens = recipe.samples * recipe.seq_len
+        depths = 2 * _versions(recipe) * tokens * _width(self.source) * self.source.dtype.itemsize
+        return depths + (4 * tokens * len(self.linears) if recipe.loss_aware else 0)
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the quantized layers, scales and offsets included."""
         return 8 * self.quantized_bytes / self.quantized_weights
@@ -178,6 +189,16 @@ def _tensors(
     return tensors, tuple(kept)
 
 
+def _versions(recipe: Recipe) -> int:
+    """Models that hidden states are kept of: the one being quantized, and the original where it is aimed at."""
+    return 2 if recipe.asymmetric or recipe.reconstruct_epochs else 1
+
+
+def _width(source: Source) -> int:
+    width: int = source.config.get_text_config().hidden_size
+    return width
+
+
 def _nbytes(shape: TensorShape) -> int:
     return torch.Size(shape[0]).numel() * shape[1].itemsize
 
@@ -216,7 +237,7 @@ def _peak_memory(
     resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * text_config.vocab_size
     if recipe.calibration == NO_CALIBRATION:
         return resident + max(outside + codes, block + solver)
-    versions = 2 if recipe.asymmetric or recipe.reconstruct_epochs else 1
+    versions = _versions(recipe)
     tokens, itemsize = recipe.batch_size * recipe.seq_len, source.dtype.itemsize
     width = text_config.hidden_size
     widest = max([*widths, *(each.spec.out_features for each in linears)])
