@@ -91,7 +91,7 @@ def _values(artifact: Artifact) -> Iterator[str]:
             bad = [suffix for suffix, tensor in stored.items() if not _finite(tensor)]
             if bad:
                 yield f"{module}.{bad[0]} holds values that are not finite"
-            elif layout.outliers and not _ascending(stored["weight_column_ids"], layout.grid.columns):
+            elif layout.outliers and not ascending(stored["weight_column_ids"], layout.grid.columns):
                 yield f"{module}.weight_column_ids names columns that are not there, or not in order"
             elif not all(_finite(tile) for _, tile in QuantizedWeight(layout, stored).tiles(_TILE_ROWS)):
                 yield f"{module} decodes to weights that are not finite"
@@ -108,7 +108,8 @@ def _values(artifact: Artifact) -> Iterator[str]:
                 yield f"{name} holds values that are not finite"
 
 
-def _ascending(ids: torch.Tensor, columns: int) -> bool:
+def ascending(ids: torch.Tensor, columns: int) -> bool:
+    """Whether these are numbers of some of so many columns, each one once and in order."""
     return bool((ids >= 0).all() and (ids < columns).all() and (ids.diff() > 0).all())
 
 

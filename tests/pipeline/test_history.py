@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,30 @@ def test_a_changed_model_text_or_code_is_refused(model: Path, tmp_path: Path, mo
             with pytest.raises(ResumeError, match=said):
                 shiftadd_cli.quantize(str(source), out, **fields)
     shiftadd_cli.quantize(str(source), out, **fields)
+
+
+@pytest.mark.parametrize("when", [0, 2**33])
+def test_what_the_clock_says_does_not_matter(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    out = tmp_path / "out"
+    stopped(monkeypatch, 1, str(model), out, **QUICK)
+    for path in partial(out).rglob("*"):
+        os.utime(path, (when, when))
+    begun = []
+    monkeypatch.setattr(history.History, "states", _noting(history.History.states, begun))
+    shiftadd_cli.quantize(str(model), out, **QUICK)
+    assert begun == [1]
+
+
+def _noting(states: Callable[..., object], begun: list[int]) -> Callable[..., object]:
+    """`History.states`, that notes how many blocks were done."""
+
+    def noted(self: history.History, *given: int) -> object:
+        begun.append(self.done)
+        return states(self, *given)
+
+    return noted
 
 
 def test_bits_that_were_chosen_are_not_chosen_again(
