@@ -49,6 +49,10 @@ class OutputError(ShiftaddError):
     """The result cannot be written where the user asked."""
 
 
+class MemoryLimitError(ShiftaddError):
+    """A run is expected to need more memory than it may take."""
+
+
 class ResumeError(ShiftaddError):
     """An unfinished run is damaged, or was begun with other options, another model or another text."""
 

@@ -21,7 +21,12 @@ _FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 # Imports once, and forks from there.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
-    ["shiftadd_cli.cli.quantize", "shiftadd_cli.pipeline.job", "shiftadd_cli.pipeline.describe"]
+    [
+        "stopped_runs",
+        "shiftadd_cli.cli.quantize",
+        "shiftadd_cli.pipeline.job",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 
 

@@ -94,6 +94,9 @@ class Workspace:
         """The lock goes last: whoever waits for it finds a folder that is empty, or none."""
         if self._lock is None or not self.folder.exists():
             return
+        if self._old.exists() and not self.out.exists():
+            # `publish` could rename neither the new one nor the old one back; the next run will.
+            return
         self._empty()
         (self.folder / "lock").unlink(missing_ok=True)
         for folder in (self.folder, *self._created):

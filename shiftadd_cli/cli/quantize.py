@@ -29,7 +29,21 @@ if TYPE_CHECKING:
     show_default=True,
     help="Go on where an earlier run of the same command was stopped; or start anew.",
 )
-def quantize(model: str, out: Path, recipe: str, dry_run: bool, overwrite: bool, resume: bool, **fields: Any) -> None:
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Memory that the run may take, such as 4GB: one that is expected to need more is refused before it begins.",
+)
+def quantize(
+    model: str,
+    out: Path,
+    recipe: str,
+    dry_run: bool,
+    overwrite: bool,
+    resume: bool,
+    max_memory: str | None,
+    **fields: Any,
+) -> None:
     """Compress MODEL and write a checkpoint folder that transformers loads.
 
     MODEL is a hub id, a folder with safetensors, a .gguf file, or `demo` (SmolLM2-135M-Instruct). A run that was
@@ -43,7 +57,7 @@ def quantize(model: str, out: Path, recipe: str, dry_run: bool, overwrite: bool,
     from shiftadd_cli.report.summary import summarize
     from shiftadd_cli.signals import terminable
 
-    job = Job.prepare(model, out, settings, overwrite=overwrite, resume=resume)
+    job = Job.prepare(model, out, settings, overwrite=overwrite, resume=resume, max_memory=max_memory)
 
     def show(plan: Plan) -> None:
         click.echo(describe_plan(plan) + "\n", err=True)

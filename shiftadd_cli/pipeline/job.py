@@ -12,16 +12,17 @@ from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.artifact.output import check_output
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.device import choose_device
-from shiftadd_cli.errors import Interrupted, OutputError
+from shiftadd_cli.errors import Interrupted, MemoryLimitError, OutputError
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.history import Asked, History
-from shiftadd_cli.pipeline.plan import Plan, make_plan
+from shiftadd_cli.pipeline.plan import Plan, least_memory, make_plan
 from shiftadd_cli.pipeline.run import load_calibration, run_plan
 from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.signals import Terminated
+from shiftadd_cli.sizes import parse_size
 from shiftadd_cli.source import open_source
 
 
@@ -41,8 +42,20 @@ class Job:
     allocation: AllocationJob | None = None
 
     @classmethod
-    def prepare(cls, model: str, out: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = True) -> Job:
+    def prepare(
+        cls,
+        model: str,
+        out: Path,
+        recipe: Recipe,
+        *,
+        overwrite: bool = False,
+        resume: bool = True,
+        max_memory: str | None = None,
+    ) -> Job:
         """Plan to compress `model` (hub id, folder, .gguf file or `demo`) into the folder `out`, from headers alone.
+
+        max_memory: what the run may take of the machine's memory, such as "4GB"; one that is expected to need more is
+            refused.
 
         Raises ShiftaddError, saying what to do, for everything that can be known to be wrong now.
         """
@@ -58,6 +71,8 @@ class Job:
             )
             allocation = AllocationJob.prepare(source, recipe, request)
             plan = allocation.plan_at(min)
+        if max_memory is not None:
+            _check_memory(plan, max_memory)
         check_output(out, local, overwrite=overwrite, expected_bytes=plan.after_bytes + plan.state_bytes)
         return cls(plan, out, device, overwrite, resume, allocation)
 
@@ -109,3 +124,21 @@ class Job:
         if announce is not None:
             announce(plan)
         return plan
+
+
+def _check_memory(plan: Plan, max_memory: str) -> None:
+    limit = parse_size(max_memory)
+    if limit is None:
+        raise MemoryLimitError(f"--max-memory {max_memory!r} is not valid; give a size such as 800MB or 4GB.")
+    if plan.peak_memory_bytes <= limit:
+        return
+    batch_size, least = least_memory(plan, limit)
+    needs = f"This run is expected to need {_upwards(plan.peak_memory_bytes)}, and --max-memory allows {max_memory}"
+    if least > limit:
+        raise MemoryLimitError(f"{needs}; the least it can do with is {_upwards(least)}, with --batch-size 1.")
+    raise MemoryLimitError(f"{needs}; give --batch-size {batch_size}, with which it is {_upwards(least)}.")
+
+
+def _upwards(count: int) -> str:
+    """Bytes in MB, rounded up: what is said is enough."""
+    return f"{-(-count // 10**6)}MB"

@@ -227,3 +227,15 @@ def test_the_summary_names_calibration_size_and_place(model: Path, tmp_path: Pat
     assert result.exit_code == 0
     for part in ("builtin", "4 x 32 tokens", "Bits/weight", "Peak memory", str(tmp_path / "out")):
         assert part in result.stdout
+
+
+def test_a_run_that_needs_more_memory_than_allowed_is_refused_with_a_figure_that_will_do(
+    model: Path, tmp_path: Path
+) -> None:
+    options = (model, "-o", tmp_path / "out", "--recipe", "fast")
+    refused = quantize(*options, "--max-memory", "10MB")
+    assert_refused(refused, "--max-memory allows 10MB", "the least it can do with is")
+    assert not list(tmp_path.iterdir())
+    assert_refused(quantize(*options, "--max-memory", "plenty"), "800MB")
+    assert quantize(*options, "--max-memory", "8GB").exit_code == 0
+    assert_refused(quantize(model, "-o", tmp_path / "more", "--seq-len", "8192", "--max-memory", "2GB"), "--batch-size")
