@@ -225,13 +225,13 @@ def test_changed_values(place: Path, case: str) -> None:
 def with_another_value(whole: Any, data: st.DataObject) -> Any:
     """Replace or remove something somewhere inside."""
     if not isinstance(whole, (dict, list)) or not whole:
-        return data.draw(VALUES)
+        return copy.deepcopy(data.draw(VALUES))
     key = data.draw(st.sampled_from(list(whole) if isinstance(whole, dict) else list(range(len(whole)))))
     what = data.draw(st.sampled_from(["inside", "inside", "replace", "remove"]))
     if what == "inside":
         whole[key] = with_another_value(whole[key], data)
     elif what == "replace":
-        whole[key] = data.draw(VALUES)
+        whole[key] = copy.deepcopy(data.draw(VALUES))
     else:
         del whole[key]
     return whole
