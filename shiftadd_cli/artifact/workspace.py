@@ -22,6 +22,10 @@ from shiftadd_cli.artifact.output import partial_folder, refusals
 from shiftadd_cli.errors import NumericalError, OutputError
 
 
+# Records of a run that has finished nothing.
+_BEGUN = 1
+
+
 class Workspace:
     """`.OUT.partial`, locked while it is entered. What the system refuses raises OutputError.
 
@@ -58,14 +62,15 @@ class Workspace:
         if not self.resume or not self.artifact.is_dir():
             self._empty()
         self.journal = Journal(self.folder / "journal")
-        if not self.journal:
+        if len(self.journal) <= _BEGUN:
             self._empty()
+            self.journal = Journal(self.folder / "journal")
         self.artifact.mkdir(exist_ok=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if len(self.journal) <= 1 or isinstance(value, NumericalError):
+        if len(self.journal) <= _BEGUN or isinstance(value, NumericalError):
             self._remove()
         self._unlock()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shiftadd_cli.artifact.format import SUFFIXES
 from shiftadd_cli.artifact.shards import read_header
-from shiftadd_cli.artifact.verify import ascending
+from shiftadd_cli.bcq.outliers import are_columns
 from shiftadd_cli.errors import ArtifactError
 
 _AGAIN = "quantize the model again"
@@ -65,7 +65,7 @@ def check_values(name: str, stored: Mapping[str, Tensor], columns: int) -> None:
             continue
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"{name}.{suffix} holds values that are not finite; copy it again, or {_AGAIN}.")
-        if suffix == "weight_column_ids" and not ascending(tensor, columns):
+        if suffix == "weight_column_ids" and not are_columns(tensor, columns):
             raise ArtifactError(
                 f"{name}.{suffix} names columns that are not there, or not in order; copy it again, or {_AGAIN}."
             )

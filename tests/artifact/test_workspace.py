@@ -45,6 +45,17 @@ def test_it_is_kept_while_more_than_its_beginning_is_known(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_left_of_a_killed_run_that_had_finished_nothing(tmp_path: Path) -> None:
+    """Its files might be laid out in another way than those of the next run."""
+    begin(tmp_path / "out", "run", "start")
+    folder = tmp_path / ".out.partial"
+    (folder / "journal" / "start.json").unlink()
+    (folder / "artifact" / "model-00001-of-00007.safetensors").write_text("")
+    with Workspace(tmp_path / "out") as workspace:
+        assert len(workspace.journal) == 0
+        assert list(workspace.artifact.iterdir()) == []
+
+
 def test_what_would_fail_again_is_removed(tmp_path: Path) -> None:
     begin(tmp_path / "out", "run", "start")
     with pytest.raises(NumericalError), Workspace(tmp_path / "out"):
