@@ -21,7 +21,6 @@ from shiftadd_cli.artifact.journal import Journal
 from shiftadd_cli.artifact.output import partial_folder, refusals
 from shiftadd_cli.errors import NumericalError, OutputError
 
-
 # Records of a run that has finished nothing.
 _BEGUN = 1
 
