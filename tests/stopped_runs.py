@@ -68,9 +68,9 @@ def contents(folder: Path) -> dict[str, Any]:
 def run_disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) -> None:
     """Be the command `shiftadd`, with a fault at its file operation number `moment` in a partial folder.
 
-    For a process of its own. fault: a signal by name, or an errno by name, which the operation then fails with. Python
-    announces every open, rename and removal, so a moment is the same in every run. The number of operations is the last
-    line of `log`, which takes standard output and error too.
+    For a process of its own. fault: a signal by name, or an errno by name, with which the next file to be written then
+    cannot be opened, or nothing. Python announces every open, rename and removal, so a moment is the same in every run.
+    The number of operations is the last line of `log`, which takes standard output and error too.
     """
     import errno
     import os
@@ -82,18 +82,18 @@ def run_disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) 
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    seen = 0
+    seen, failed = 0, False
 
     def watch(event: str, details: tuple[Any, ...]) -> None:
-        nonlocal seen
+        nonlocal seen, failed
         if event not in _FILE_OPERATIONS or ".partial" not in str(details[0]):
             return
         seen += 1
-        if seen != moment:
-            return
         if fault.startswith("SIG"):
-            os.kill(os.getpid(), getattr(signal, fault))
-        else:
+            if seen == moment:
+                os.kill(os.getpid(), getattr(signal, fault))
+        elif fault and seen >= moment and not failed and event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR):
+            failed = True
             number = getattr(errno, fault)
             raise OSError(number, os.strerror(number), str(details[0]))
 

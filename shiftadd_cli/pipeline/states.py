@@ -14,7 +14,7 @@ from shiftadd_cli.artifact.journal import damaged
 from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.artifact.shards import Shard, plan_shards, read_header
 from shiftadd_cli.calibration.streams import HiddenStates
-from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.errors import ArtifactError, OutputError
 
 _TENSOR = "hidden_states"
 
@@ -52,8 +52,13 @@ class _File:
 
     def read(self, first: int, count: int) -> Tensor:
         """The states of `count` windows from `first` on."""
-        with self.path.open("rb", buffering=0) as file:
-            return read_tensor(file, self._place(first), (count, *self.shape[1:]), self.dtype)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                return read_tensor(file, self._place(first), (count, *self.shape[1:]), self.dtype)
+        except OSError as failure:
+            raise OutputError(
+                f"{self.path}, which this run wrote, cannot be read ({failure.strerror or failure}); see to the disk."
+            ) from failure
 
     def write(self, first: int, batch: Tensor) -> int:
         """Write the states of windows from `first` on; returns their CRC-32."""

@@ -26,7 +26,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[s
 def whole(tmp_path_factory: pytest.TempPathFactory, command: Callable[[Path], list[str]]) -> tuple[dict[str, Any], int]:
     """The artifact of an undisturbed run, and its number of file operations."""
     place = tmp_path_factory.mktemp("whole")
-    code, said = disturbed("none", 0, command(place / "out"), place / "log")
+    code, said = disturbed("", 0, command(place / "out"), place / "log")
     assert code == 0, said
     return contents(place / "out"), int(said.splitlines()[-1])
 
@@ -41,7 +41,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     code, said = disturbed("SIGKILL", moment, command(tmp_path / "out"), tmp_path / "log")
     assert code == -9, said
     if not (tmp_path / "out").exists():
-        code, said = disturbed("none", 0, command(tmp_path / "out"), tmp_path / "log")
+        code, said = disturbed("", 0, command(tmp_path / "out"), tmp_path / "log")
         assert code == 0, said
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert contents(tmp_path / "out") == expected
@@ -71,7 +71,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does(
     assert "the same command goes on" in text
     assert "Traceback" not in text
     assert not (tmp_path / "out").exists()
-    found, text = disturbed("none", 0, command(tmp_path / "out"), tmp_path / "log")
+    found, text = disturbed("", 0, command(tmp_path / "out"), tmp_path / "log")
     assert found == 0, text
     assert "were done before" in text
     assert contents(tmp_path / "out") == expected

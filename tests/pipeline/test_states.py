@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shiftadd_cli.calibration.streams import HiddenStates
-from shiftadd_cli.errors import ResumeError
+from shiftadd_cli.errors import OutputError, ResumeError
 from shiftadd_cli.pipeline.states import StoredStates
 
 BATCH = 3
@@ -87,6 +87,15 @@ def test_a_block_that_is_not_finished_does_not_turn(tmp_path: Path) -> None:
     disk.replace(0, batches(1)[0])
     with pytest.raises(AssertionError):
         disk.turn()
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    _, disk = both(tmp_path)
+    path = tmp_path / "states" / "quantized-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert torch.equal(disk[0], batches(0)[0])
+    with pytest.raises(OutputError, match=r"quantized-00000\.safetensors, which this run wrote, cannot be read"):
+        disk[2]
 
 
 def test_batches_of_other_shapes_or_types_are_defects(tmp_path: Path) -> None:
