@@ -41,7 +41,14 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool, expected_by
         raise OutputError(f"{parent} is a file, so {out} cannot be created; choose another folder.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"No permission to write in {parent}; choose another folder.")
-    # What an unfinished run takes is there for the run that goes on, or starts anew.
+    check_space(out, expected_bytes)
+
+
+def check_space(out: Path, expected_bytes: int) -> None:
+    """Raise OutputError if the disk of `out` has less free. What an unfinished run takes there counts as free: it is
+    for the run that goes on, or starts anew."""
+    place = out.resolve()
+    parent = next(folder for folder in place.parents if folder.exists())
     free = shutil.disk_usage(parent).free + _disk_bytes(partial_folder(place))
     if free < expected_bytes:
         raise OutputError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from shiftadd_cli.allocation.budget import Budget
-from shiftadd_cli.artifact.output import check_output
+from shiftadd_cli.artifact.output import check_output, check_space
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.device import choose_device
 from shiftadd_cli.errors import Interrupted, MemoryLimitError, OutputError
@@ -73,7 +73,7 @@ class Job:
             plan = allocation.plan_at(min)
         if max_memory is not None:
             _check_memory(plan, max_memory)
-        check_output(out, local, overwrite=overwrite, expected_bytes=plan.after_bytes + plan.state_bytes)
+        check_output(out, local, overwrite=overwrite, expected_bytes=plan.after_bytes)
         return cls(plan, out, device, overwrite, resume, allocation)
 
     def run(self, command: Sequence[str] = (), announce: Callable[[Plan], None] | None = None) -> Report:
@@ -87,6 +87,7 @@ class Job:
         """
         clock = Measured()
         calibration = load_calibration(self.plan) if self.allocation is None else self.allocation.calibration
+        check_space(self.out, self.plan.after_bytes + self.plan.state_bytes)
         with Workspace(self.out, resume=self.resume) as workspace:
             history = History(workspace, self.plan.structure.blocks)
             history.begin(Asked.of(self.plan, None if calibration is None else calibration.windows))

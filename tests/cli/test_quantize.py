@@ -238,4 +238,5 @@ def test_a_run_that_needs_more_memory_than_allowed_is_refused_with_a_figure_that
     assert not list(tmp_path.iterdir())
     assert_refused(quantize(*options, "--max-memory", "plenty"), "800MB")
     assert quantize(*options, "--max-memory", "8GB").exit_code == 0
-    assert_refused(quantize(model, "-o", tmp_path / "more", "--seq-len", "8192", "--max-memory", "2GB"), "--batch-size")
+    longer = quantize(model, "-o", tmp_path / "more", "--seq-len", "400000", "--max-memory", "6GB")
+    assert_refused(longer, "give --batch-size")

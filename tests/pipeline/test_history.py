@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,17 @@ def test_a_run_that_ends_well_or_has_nothing_to_keep_leaves_nothing(
     monkeypatch.setattr(run, "trace_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted, match="Nothing was finished"):
         shiftadd_cli.quantize(str(model), tmp_path / "deep" / "out", **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_must_be_space_for_hidden_states_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = job.Job.prepare(str(model), tmp_path / "out", Recipe.load("default", QUICK)).plan
+    assert plan.state_bytes > 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=plan.after_bytes + plan.state_bytes - 1))
+    with pytest.raises(OutputError, match="MB are needed"):
+        shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
     assert not list(tmp_path.iterdir())
 
 
