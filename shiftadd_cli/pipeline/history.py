@@ -129,14 +129,14 @@ class History:
         if self.asked is None:
             raise damaged(self.workspace.journal.folder, "what was asked is missing")
         begun = f"The unfinished run of {self.workspace.out} was begun with"
-        if difference := _difference(self.asked, asked):
-            raise ResumeError(f"{begun} {difference}; start anew with --no-resume.")
         for field, value in asked.recipe.items():
             if field not in MAY_CHANGE and (was := self.asked.recipe.get(field)) != value:
                 raise ResumeError(
                     f"{begun} {field} = {_word(was)}, and this one has {_word(value)}; give {_word(was)} again to go "
                     "on, or start anew with --no-resume."
                 )
+        if difference := _difference(self.asked, asked):
+            raise ResumeError(f"{begun} {difference}; start anew with --no-resume.")
         names = [each.name for each in self.blocks]
         if names != list(self.names[: len(names)]) or (names and self.start is None):
             raise damaged(self.workspace.journal.folder, "steps are missing")
@@ -176,9 +176,10 @@ class History:
 
     def keep_bits(self, plan: BitPlan, clock: Measured) -> None:
         """Keep a bit plan that was chosen."""
-        self.bits = Bits(plan=plan.to_json(), spent=clock.spent())
         with uninterrupted():
-            self.workspace.journal.put("bits", self.bits.model_dump(mode="json"))
+            record = Bits(plan=plan.to_json(), spent=clock.spent())
+            self.workspace.journal.put("bits", record.model_dump(mode="json"))
+            self.bits = record
 
     def keep_start(
         self,
@@ -189,13 +190,14 @@ class History:
     ) -> None:
         """Keep all that precedes the blocks."""
         with uninterrupted():
-            self.start = Start(
+            record = Start(
                 written=writer.sync(),
                 states=_synced(states),
                 token_weights=None if token_weights is None else self._save_token_weights(token_weights),
                 spent=clock.spent(),
             )
-            self.workspace.journal.put("start", self.start.model_dump(mode="json"))
+            self.workspace.journal.put("start", record.model_dump(mode="json"))
+            self.start = record
 
     def keep_block(
         self,
@@ -300,7 +302,7 @@ def _difference(was: Asked, now: Asked) -> str | None:
         return "another calibration text, or its file has changed"
     if was.bit_plan != now.bit_plan:
         return "another bit plan, or its file has changed"
-    for name in was.versions.keys() | now.versions.keys():
+    for name in sorted(was.versions.keys() | now.versions.keys()):
         if was.versions.get(name) != now.versions.get(name):
             return f"another version of {name} ({was.versions.get(name)}, now {now.versions.get(name)})"
     return None if was.code == now.code else "another state of shiftadd's own code"

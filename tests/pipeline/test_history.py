@@ -133,7 +133,7 @@ def test_what_would_fail_again_is_not_kept(model: Path, tmp_path: Path, monkeypa
     [
         ({"bits": 2}, "bits = 3, and this one has 2"),
         ({"batch_size": 4}, "batch_size = 3"),
-        ({"seed": 1}, "calibration text"),
+        ({"seed": 1}, "seed = 0, and this one has 1"),
         ({"offset": True}, "offset = false"),
     ],
 )
