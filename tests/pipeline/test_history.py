@@ -54,9 +54,8 @@ def test_a_run_stopped_at_any_step_ends_in_the_same_bytes(
     expected = contents(tmp_path / "whole")
     out = tmp_path / "out"
     # Stopped before the first block, before the second, before the end; going on each time.
-    for _ in range(2):
-        stopped(monkeypatch, 0, str(model), out, **fields)
-        stopped(monkeypatch, 1, str(model), out, **fields)
+    for step in (0, 1, 1):
+        stopped(monkeypatch, step, str(model), out, **fields)
         assert not out.exists()
     report = shiftadd_cli.quantize(str(model), out, **fields)
     assert contents(out) == expected
@@ -147,8 +146,15 @@ def test_other_options_are_refused_by_name(
         shiftadd_cli.quantize(str(model), out, **QUICK | fields)
     assert "--no-resume" in str(refusal.value)
     assert {path: path.stat().st_size for path in partial(out).rglob("*")} == before
-    report = shiftadd_cli.quantize(str(model), out, resume=False, **QUICK | fields)
-    assert report.recipe == Recipe.load("default", QUICK | fields).model_dump(mode="json")
+
+
+def test_without_resuming_a_run_starts_anew(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    stopped(monkeypatch, 1, str(model), out, **QUICK)
+    report = shiftadd_cli.quantize(str(model), out, resume=False, **QUICK | {"bits": 2})
+    assert {layer.bits for layer in report.layers} == {2}
+    assert len({layer.block for layer in report.layers}) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_another_device_may_go_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +251,6 @@ def test_a_flipped_bit_is_found_and_named(
         shiftadd_cli.quantize(str(model), out, **fields)
     assert Path(file).name in str(failure.value)
     assert "--no-resume" in str(failure.value)
-    shiftadd_cli.quantize(str(model), out, resume=False, **fields)
 
 
 def test_a_flipped_bit_in_a_finished_block_is_found(
