@@ -124,7 +124,7 @@ def main(
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    header = ("recipe", "blocks", "model", "cached states", "peak memory", "planned", "seconds")
+    header = ("recipe", "blocks", "model", "states on disk", "peak memory", "planned", "seconds")
     cells = [
         (
             row["recipe"],

@@ -24,14 +24,26 @@ __all__ = ["allocate_bits", "evaluate", "load", "quantize"]
 
 
 def quantize(
-    model: str, out: str | Path, recipe: str | Recipe = "default", *, overwrite: bool = False, **fields: Any
+    model: str,
+    out: str | Path,
+    recipe: str | Recipe = "default",
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    max_memory: str | None = None,
+    **fields: Any,
 ) -> Report:
     """Compress `model` (hub id, folder, .gguf file or `demo`) into the folder `out`; returns what report.json says.
 
+    resume: go on where an earlier call with the same arguments was stopped. max_memory: what it may take of the
+    machine's memory, such as "4GB"; a run that is expected to need more is refused.
     recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields (`bits=2`, `group_size=32`, ...).
     Raises ShiftaddError with one sentence that says what to do.
     """
-    return Job.prepare(model, Path(out), _settings(recipe, fields), overwrite=overwrite).run()
+    job = Job.prepare(
+        model, Path(out), _settings(recipe, fields), overwrite=overwrite, resume=resume, max_memory=max_memory
+    )
+    return job.run()
 
 
 def allocate_bits(

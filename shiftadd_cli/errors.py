@@ -55,3 +55,19 @@ class ExportError(ShiftaddError):
 
 class OutputError(ShiftaddError):
     """The result cannot be written where the user asked."""
+
+
+class MemoryLimitError(ShiftaddError):
+    """A run is expected to need more memory than it may take."""
+
+
+class ResumeError(ShiftaddError):
+    """An unfinished run is damaged, or was begun with other options, another model or another text."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by the user (exit code 130) or asked to end by the system (143); says how to go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

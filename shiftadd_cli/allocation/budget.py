@@ -7,12 +7,11 @@ import re
 from dataclasses import dataclass
 
 from shiftadd_cli.errors import AllocationError
+from shiftadd_cli.sizes import parse_size
 
-_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?) ?(KB|MB|GB)", flags=re.IGNORECASE)
 _CURVE = re.compile(r"([0-9]+(?:\.[0-9]+)?):([0-9]+(?:\.[0-9]+)?):([0-9]+(?:\.[0-9]+)?)")
 # More points than this say nothing more.
 _LONGEST_CURVE = 200
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,10 @@ class Budget:
                 raise AllocationError(f"--avg-bits {average_bits} is not valid; give a number above 0, such as 2.5.")
             return cls(f"{average_bits:g} bits per weight", average_bits=average_bits)
         assert target_size is not None
-        match = _SIZE.fullmatch(target_size)
-        if match is None:
+        size = parse_size(target_size)
+        if size is None:
             raise AllocationError(f"--target-size {target_size!r} is not valid; give a size such as 70MB or 1.5GB.")
-        return cls(target_size, file_bytes=int(float(match[1]) * _UNITS[match[2].upper()]))
+        return cls(target_size, file_bytes=size)
 
     def layer_bytes(self, weights: int, other_bytes: int) -> int:
         """Bytes left for quantized layers of so many weights, beside so many bytes of everything else in the files.

@@ -77,7 +77,7 @@ class Contents:
     @classmethod
     def of(cls, artifact: Artifact) -> Contents:
         """Count an artifact's headers; raises ArtifactError as `Artifact` does for damaged files."""
-        tensors = artifact.tensors
+        tensors, names = artifact.tensors, artifact.config.get("architectures")
         suffixes = {module: layout.tensors() for module, layout in artifact.layouts.items()} | artifact.tables
         stored = dict.fromkeys(suffixes, 0)
         kept = []
@@ -102,7 +102,7 @@ class Contents:
         )
         return cls(
             folder=str(artifact.folder),
-            architecture=", ".join(artifact.config.get("architectures") or ["unknown model"]),
+            architecture=", ".join(map(str, names)) if isinstance(names, list) and names else "unknown model",
             format_version=artifact.config["quantization_config"]["format_version"],
             files=len(artifact.headers),
             file_bytes=artifact.file_bytes,

@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises ArtifactError if it is anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
+    except (OSError, ValueError, RecursionError) as failure:
         raise ArtifactError(f"{path} cannot be read as JSON ({failure}); copy it again.") from failure
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} is no JSON object; copy it again.")

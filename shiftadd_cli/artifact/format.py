@@ -38,6 +38,9 @@ QUANT_METHOD = "shiftadd"
 # What is read; what is written is the least that a checkpoint needs: 2 knows shift layers.
 FORMAT_VERSION = 2
 
+# Of a size. Larger ones overflow what counts bytes.
+_MAX_DIGITS = 9
+
 # Every tensor that a compressed matrix may have, see `bcq.weight`, and those of a table, see `bcq.int8`.
 SUFFIXES = (
     *("weight_codes", "weight_exponents", "weight_scales", "weight_row_scale", "weight_offset", "weight_signs"),
@@ -144,8 +147,8 @@ def _shape(name: str, entry: object) -> tuple[int, int]:
 def _is_size(value: object, *, fraction: bool = False) -> bool:
     if fraction and isinstance(value, str) and value.startswith("1/"):
         digits = value.removeprefix("1/")
-        return digits.isdecimal() and int(digits) > 0
-    return type(value) is int and value > 0
+        return digits.isdecimal() and len(digits) <= _MAX_DIGITS and int(digits) > 0
+    return type(value) is int and 0 < value < 10**_MAX_DIGITS
 
 
 def _check(key: str, value: object, good: bool) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shiftadd_cli.artifact.format import QUANT_METHOD
@@ -41,12 +41,33 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool, expected_by
         raise OutputError(f"{parent} is a file, so {out} cannot be created; choose another folder.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"No permission to write in {parent}; choose another folder.")
-    free = shutil.disk_usage(parent).free
+    check_space(out, expected_bytes)
+
+
+def check_space(out: Path, expected_bytes: int) -> None:
+    """Raise OutputError if the disk of `out` has less free. What an unfinished run takes there counts as free: it is
+    for the run that goes on, or starts anew."""
+    place = out.resolve()
+    parent = next(folder for folder in place.parents if folder.exists())
+    free = shutil.disk_usage(parent).free + _disk_bytes(partial_folder(place))
     if free < expected_bytes:
         raise OutputError(
             f"{parent} has {free / 1e6:,.0f} MB free and {expected_bytes / 1e6:,.0f} MB are needed; free some space or "
             "choose another disk."
         )
+
+
+def partial_folder(out: Path) -> Path:
+    """The folder of the unfinished run that is to become `out`."""
+    return out.parent / f".{out.name}.partial"
+
+
+def _disk_bytes(folder: Path) -> int:
+    taken = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # a run at work there removes files
+            taken += 512 * path.stat().st_blocks
+    return taken
 
 
 def _check_apart(out: Path, place: Path, source: Path) -> None:

@@ -13,6 +13,7 @@ from shiftadd_cli.artifact.format import SUFFIXES
 from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.artifact.writer import sha256
 from shiftadd_cli.bcq import int8
+from shiftadd_cli.bcq.outliers import are_columns
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.errors import ArtifactError
 
@@ -91,7 +92,7 @@ def _values(artifact: Artifact) -> Iterator[str]:
             bad = [suffix for suffix, tensor in stored.items() if not _finite(tensor)]
             if bad:
                 yield f"{module}.{bad[0]} holds values that are not finite"
-            elif layout.outliers and not _ascending(stored["weight_column_ids"], layout.grid.columns):
+            elif layout.outliers and not are_columns(stored["weight_column_ids"], layout.grid.columns):
                 yield f"{module}.weight_column_ids names columns that are not there, or not in order"
             elif not all(_finite(tile) for _, tile in QuantizedWeight(layout, stored).tiles(_TILE_ROWS)):
                 yield f"{module} decodes to weights that are not finite"
@@ -106,10 +107,6 @@ def _values(artifact: Artifact) -> Iterator[str]:
         for name, file in where.items():
             if name not in packed and not name.endswith(int8.SUFFIXES) and not _finite(file.get_tensor(name)):
                 yield f"{name} holds values that are not finite"
-
-
-def _ascending(ids: torch.Tensor, columns: int) -> bool:
-    return bool((ids >= 0).all() and (ids < columns).all() and (ids.diff() > 0).all())
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
+from shiftadd_cli.artifact.durable import checksum, read_tensor, reserve, sync, write_all, write_tensor
+from shiftadd_cli.artifact.journal import damaged
 from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.artifact.shards import INDEX_FILE, Shard, TensorShape, plan_shards
+from shiftadd_cli.artifact.workspace import Workspace
 
 DEFAULT_SHARD_BYTES = 2_000_000_000
 _HASH_CHUNK = 1 << 20
@@ -31,41 +31,51 @@ class ArtifactWriter:
             writer.add_file("tokenizer.json", text)
             writer.finish(config, report)
 
-    Leaving the block without `finish` (an error, an interrupt) removes the hidden folder; an existing `out` stays as
-    it was until the final rename. Bytes depend only on what is added, and on the order of the plan. Space for all
-    tensors is reserved by `plan`, so a full disk shows before the work and not after it. Everything the system
-    refuses raises OutputError.
+    Leaving the block without `finish` (an error, an interrupt) removes the hidden folder, unless it is that of a
+    `workspace`, which is the caller's to enter and to leave; an existing `out` stays as it was until the final rename.
+    Bytes depend only on what is added, and on the order of the plan. Space for all tensors is reserved by `plan`, so a
+    full disk shows before the work and not after it. Everything the system refuses raises OutputError.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
-        self.out = out.resolve()
+    def __init__(
+        self,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self._owned = workspace is None
+        self.workspace = Workspace(out, resume=False) if workspace is None else workspace
+        self.out = self.workspace.out
         self.overwrite = overwrite
         self.shard_bytes = shard_bytes
-        self.folder = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
+        self.folder = self.workspace.artifact
         self._shards: list[Shard] = []
         self._open: dict[str, BinaryIO] = {}
         self._where: dict[str, Shard] = {}
         self._missing: set[str] = set()
-        self._created: list[Path] = []
+        # CRC-32 by name of what was added since the last `sync`.
+        self._fresh: dict[str, int] = {}
 
     def __enter__(self) -> ArtifactWriter:
-        self._created = [folder for folder in self.out.parents if not folder.exists()]
-        with refusals(self.out):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+        if self._owned:
+            self.workspace.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for folder in self._created:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+        if self._owned:
+            self.workspace.__exit__(kind, value, trace)
 
-    def plan(self, tensors: Mapping[str, TensorShape]) -> None:
-        """Fix the shape and dtype of every tensor, and reserve the space."""
+    def plan(self, tensors: Mapping[str, TensorShape], written: Mapping[str, int] | None = None) -> None:
+        """Fix the shape and dtype of every tensor, and reserve the space.
+
+        written: what an earlier run added of the same plan and `sync` gave, CRC-32 by name: these tensors are there.
+            Raises ResumeError where they are not.
+        """
         if self._shards:
             raise RuntimeError("plan() was called before")
         self._shards = plan_shards(tensors, self.shard_bytes)
@@ -73,10 +83,26 @@ class ArtifactWriter:
         self._missing = set(self._where)
         for shard in self._shards:
             path = self.folder / shard.name
+            if written is not None:
+                self._reopen(path, shard, written)
+                continue
             with refusals(path):
                 file = self._open[shard.name] = path.open("wb+", buffering=0)
-                _reserve(file, shard.nbytes)
-                _write(file, memoryview(shard.header))
+                reserve(file, shard.nbytes)
+                write_all(file, memoryview(shard.header))
+
+    def _reopen(self, path: Path, shard: Shard, written: Mapping[str, int]) -> None:
+        try:
+            file = self._open[shard.name] = path.open("rb+", buffering=0)
+            if os.fstat(file.fileno()).st_size != shard.nbytes or file.read(len(shard.header)) != shard.header:
+                raise damaged(path, "it is not as this run laid it out")
+            for name in shard.entries.keys() & written.keys():
+                entry = shard.entries[name]
+                if checksum(read_tensor(file, entry.start, entry.shape, entry.dtype)) != written[name]:
+                    raise damaged(path, f"{name} does not fit its checksum")
+                self._missing.discard(name)
+        except OSError as failure:
+            raise damaged(path, failure.strerror or str(failure)) from failure
 
     @property
     def nbytes(self) -> int:
@@ -91,11 +117,17 @@ class ArtifactWriter:
         entry = shard.entries[name]
         if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {entry.dtype} {entry.shape}")
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         with refusals(self.folder / shard.name):
-            self._open[shard.name].seek(entry.start)
-            _write(self._open[shard.name], data.data)
+            self._fresh[name] = write_tensor(self._open[shard.name], entry.start, tensor)
         self._missing.discard(name)
+
+    def sync(self) -> dict[str, int]:
+        """Wait until what was added since the last call is on the disk; returns the CRC-32 of each, for `plan`."""
+        fresh, self._fresh = self._fresh, {}
+        for name in {self._where[tensor].name for tensor in fresh}:
+            with refusals(self.folder / name):
+                os.fsync(self._open[name].fileno())
+        return fresh
 
     def add_file(self, name: str, content: bytes | str) -> None:
         """Write a small file; text as UTF-8. Files may also be put into `self.folder` directly."""
@@ -128,27 +160,10 @@ class ArtifactWriter:
         with refusals(self.out):
             for path in self.folder.rglob("*"):
                 if path.is_file():
-                    _sync(path)
-            _sync(self.folder)
-            self._swap()
-            _sync(self.out.parent)
+                    sync(path)
+            sync(self.folder)
+        self.workspace.publish(overwrite=self.overwrite)
         return self.out
-
-    def _swap(self) -> None:
-        """Rename the finished folder to `out`; an old one goes only when the new one is in its place."""
-        if not self.out.exists() or not any(self.out.iterdir()):
-            os.rename(self.folder, self.out)
-            return
-        if not self.overwrite:
-            raise FileExistsError(f"{self.out} appeared meanwhile")
-        old = self.out.parent / f".{self.out.name}.old-{os.getpid()}"
-        os.rename(self.out, old)
-        try:
-            os.rename(self.folder, self.out)
-        except BaseException:
-            os.rename(old, self.out)
-            raise
-        shutil.rmtree(old)
 
     def _close(self) -> None:
         for file in self._open.values():
@@ -167,29 +182,3 @@ def sha256(path: Path) -> str:
 
 def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _reserve(file: BinaryIO, size: int) -> None:
-    # Without posix_fallocate (macOS, some file systems) the file is sparse, and a full disk shows on writing.
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-            return
-        except OSError as failure:
-            if failure.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-    file.truncate(size)
-
-
-def _write(file: BinaryIO, data: memoryview) -> None:
-    """Write all of `data`: an unbuffered file may take less than it is given."""
-    while data:
-        data = data[file.write(data) :]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -26,6 +26,11 @@ def outlier_count(columns: int, share: float) -> int:
     return min(columns, max(1, round(share * columns))) if share > 0 else 0
 
 
+def are_columns(ids: Tensor, columns: int) -> bool:
+    """Whether these are some of so many columns, each named once and in order."""
+    return bool((ids >= 0).all() and (ids < columns).all() and (ids.diff() > 0).all())
+
+
 def choose_outliers(matrices: Sequence[Tensor], hessian: Tensor | None, count: int) -> Tensor:
     """The columns K of matrices `[out_i, in]` that read inputs of second moment `hessian` `[in, in]` (None: of equal
     power): int64 `[count]`, ascending."""

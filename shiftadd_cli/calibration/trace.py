@@ -46,19 +46,30 @@ class StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Leaves a forward where nothing more is needed: the head's logits would cost more than all the rest."""
 
 
-def trace_model(source: Source, structure: Structure, windows: Tensor, batch_size: int, device: torch.device) -> Trace:
+def trace_model(
+    source: Source,
+    structure: Structure,
+    windows: Tensor,
+    batch_size: int,
+    device: torch.device,
+    hidden: HiddenStates | None = None,
+) -> Trace:
     """Run `windows` int64 `[samples, seq_len]` to the first block, and one batch of each size through all blocks.
+
+    hidden: where hidden states are kept, by default in memory; batches that it holds already are not computed.
 
     Modules outside the blocks must be materialised on `device`; blocks are materialised and released here. Raises
     SourceError when the model does not pass hidden states straight from block to block.
     """
     model = source.skeleton()
     batches = windows.split(batch_size)
-    trace = Trace(HiddenStates(len(windows)))
-    for batch in batches:
+    trace = Trace(HiddenStates(len(windows)) if hidden is None else hidden)
+    known = len(trace.hidden)
+    for index, batch in enumerate(batches):
         if len(batch) not in trace.calls:
             trace.calls[len(batch)] = _record_calls(source, structure, model, batch, device)
-        trace.hidden.append(_first_input(structure, model, batch, device))
+        if index >= known:
+            trace.hidden.append(_first_input(structure, model, batch, device))
     return trace
 
 

@@ -1,6 +1,7 @@
 """The command `shiftadd`: finds the verbs, and turns what went wrong into one line and an exit code.
 
-Exit codes: 0 done, 2 the user can cure it (one line, `Error: ...`), 130 interrupted. Anything else is a defect of ours
+Exit codes: 0 done, 2 the user can cure it (one line, `Error: ...`), 130 interrupted (143 by
+SIGTERM, for a run that can go on). Anything else is a defect of ours
 and shows its traceback.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 import click
 
-from shiftadd_cli.errors import ShiftaddError
+from shiftadd_cli.errors import Interrupted, ShiftaddError
 from shiftadd_cli.version import __version__
 
 # Each verb is the attribute of that name, with `_` for `-`, in the module of that name in this package.
@@ -70,6 +71,9 @@ class _Group(click.Group):
                 raise
             place = f"{failure.filename}: " if failure.filename is not None else ""
             raise _Curable(f"{place}{_CURES[failure.errno]}.") from failure
+        except Interrupted as stop:
+            click.echo(str(stop), err=True)
+            ctx.exit(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)

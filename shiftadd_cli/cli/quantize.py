@@ -23,10 +23,31 @@ if TYPE_CHECKING:
 @recipe_options
 @click.option("--dry-run", is_flag=True, help="Show the plan and stop; reads headers only.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a checkpoint of ours.")
-def quantize(model: str, out: Path, recipe: str, dry_run: bool, overwrite: bool, **fields: Any) -> None:
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on where an earlier run of the same command was stopped; or start anew.",
+)
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Memory that the run may take, such as 4GB: one that is expected to need more is refused before it begins.",
+)
+def quantize(
+    model: str,
+    out: Path,
+    recipe: str,
+    dry_run: bool,
+    overwrite: bool,
+    resume: bool,
+    max_memory: str | None,
+    **fields: Any,
+) -> None:
     """Compress MODEL and write a checkpoint folder that transformers loads.
 
-    MODEL is a hub id, a folder with safetensors, a .gguf file, or `demo` (SmolLM2-135M-Instruct).
+    MODEL is a hub id, a folder with safetensors, a .gguf file, or `demo` (SmolLM2-135M-Instruct). A run that was
+    stopped goes on after its last finished block when the same command is given again.
     """
     from shiftadd_cli.recipe import Recipe
 
@@ -34,8 +55,9 @@ def quantize(model: str, out: Path, recipe: str, dry_run: bool, overwrite: bool,
     from shiftadd_cli.pipeline.describe import describe_plan
     from shiftadd_cli.pipeline.job import Job
     from shiftadd_cli.report.summary import summarize
+    from shiftadd_cli.signals import terminable
 
-    job = Job.prepare(model, out, settings, overwrite=overwrite)
+    job = Job.prepare(model, out, settings, overwrite=overwrite, resume=resume, max_memory=max_memory)
 
     def show(plan: Plan) -> None:
         click.echo(describe_plan(plan) + "\n", err=True)
@@ -43,6 +65,7 @@ def quantize(model: str, out: Path, recipe: str, dry_run: bool, overwrite: bool,
     show(job.plan)
     if dry_run:
         return
-    report = job.run(sys.argv[1:], announce=show)
+    with terminable():
+        report = job.run(sys.argv[1:], announce=show)
     click.echo("", err=True)
     click.echo(summarize(report, str(out)))

@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from shiftadd_cli.allocation.front import lower_bound, uniform_points
@@ -34,13 +36,32 @@ from shiftadd_cli.source.card import source_license
 from shiftadd_cli.source.locate import hub_id
 from shiftadd_cli.version import __version__
 
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Spent(BaseModel):
+    """What a run had taken by some moment: seconds by phase and in all, and its peak memory in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    seconds: dict[str, Seconds]
+    total: Seconds
+    peak_memory_bytes: Annotated[int, Field(ge=0)]
+
 
 class Measured:
-    """Wall-clock seconds by phase."""
+    """Wall-clock seconds by phase. A run that goes on adds its own to those of the steps that were finished before."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.seconds = dict.fromkeys(("allocate", "trace", "forward", "solve", "reconstruct", "read_and_write"), 0.0)
+        self._before = Spent(seconds={}, total=0.0, peak_memory_bytes=0)
+
+    def go_on_from(self, before: Spent) -> None:
+        """Add what an earlier run took for the steps that this one need not take."""
+        for name, value in before.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+        self._before = before
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -51,9 +72,27 @@ class Measured:
         finally:
             self.seconds[name] += time.monotonic() - start
 
+    def spent(self) -> Spent:
+        """Up to now."""
+        return Spent(
+            seconds=dict(self.seconds),
+            total=self._before.total + time.monotonic() - self.started,
+            peak_memory_bytes=max(resident_bytes(), self._before.peak_memory_bytes),
+        )
+
     def report(self) -> TimeReport:
-        rounded = {name: round(value, 3) for name, value in self.seconds.items()}
-        return TimeReport(total=round(time.monotonic() - self.started, 3), **rounded)
+        spent = self.spent()
+        rounded = {name: round(value, 3) for name, value in spent.seconds.items()}
+        return TimeReport(total=round(spent.total, 3), **rounded)
+
+
+def versions() -> dict[str, str]:
+    """Versions of shiftadd, Python, and the libraries that what is computed hangs on."""
+    return {
+        "shiftadd-cli": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+    }
 
 
 def make_report(
@@ -109,13 +148,9 @@ def make_report(
         machine=MachineReport(
             device=str(device),
             threads=torch.get_num_threads(),
-            peak_memory_bytes=resident_bytes(),
+            peak_memory_bytes=clock.spent().peak_memory_bytes,
             expected_memory_bytes=plan.peak_memory_bytes,
-            versions={
-                "shiftadd-cli": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "safetensors")},
-            },
+            versions=versions(),
         ),
     )
 

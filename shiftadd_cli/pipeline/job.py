@@ -9,15 +9,20 @@ from pathlib import Path
 import torch
 
 from shiftadd_cli.allocation.budget import Budget
-from shiftadd_cli.artifact.output import check_output
+from shiftadd_cli.artifact.output import check_output, check_space
+from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.device import choose_device
+from shiftadd_cli.errors import Interrupted, MemoryLimitError, OutputError
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
-from shiftadd_cli.pipeline.plan import Plan, make_plan
+from shiftadd_cli.pipeline.history import Asked, History
+from shiftadd_cli.pipeline.plan import Plan, least_memory, make_plan
 from shiftadd_cli.pipeline.run import load_calibration, run_plan
 from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
+from shiftadd_cli.signals import Terminated
+from shiftadd_cli.sizes import parse_size
 from shiftadd_cli.source import open_source
 
 
@@ -25,19 +30,32 @@ from shiftadd_cli.source import open_source
 class Job:
     """A planned run; nothing has been written yet.
 
-    allocation: what will choose the bits of every layer first, where the recipe gives an average of them; `plan` then
-    has the fewest bits there can be.
+    resume: go on with an unfinished run, instead of starting anew. allocation: what will choose the bits of every layer
+    first, where the recipe gives an average of them; `plan` then has the fewest bits there can be.
     """
 
     plan: Plan
     out: Path
     device: torch.device
     overwrite: bool
+    resume: bool = True
     allocation: AllocationJob | None = None
 
     @classmethod
-    def prepare(cls, model: str, out: Path, recipe: Recipe, *, overwrite: bool = False) -> Job:
+    def prepare(
+        cls,
+        model: str,
+        out: Path,
+        recipe: Recipe,
+        *,
+        overwrite: bool = False,
+        resume: bool = True,
+        max_memory: str | None = None,
+    ) -> Job:
         """Plan to compress `model` (hub id, folder, .gguf file or `demo`) into the folder `out`, from headers alone.
+
+        max_memory: what the run may take of the machine's memory, such as "4GB"; one that is expected to need more is
+            refused.
 
         Raises ShiftaddError, saying what to do, for everything that can be known to be wrong now.
         """
@@ -53,31 +71,75 @@ class Job:
             )
             allocation = AllocationJob.prepare(source, recipe, request)
             plan = allocation.plan_at(min)
+        if max_memory is not None:
+            _check_memory(plan, max_memory)
         check_output(out, local, overwrite=overwrite, expected_bytes=plan.after_bytes)
-        return cls(plan, out, device, overwrite, allocation)
+        return cls(plan, out, device, overwrite, resume, allocation)
 
     def run(self, command: Sequence[str] = (), announce: Callable[[Plan], None] | None = None) -> Report:
-        """Do it; `command` is what report.json gives as the command that was run.
+        """Do it, or go on with what an earlier run of this job has finished; `command` is what report.json gives as the
+        command that was run.
 
         announce: told the plan with the bits that were chosen, where the recipe leaves them to be.
+
+        Raises ResumeError where the unfinished run was begun with something else, before any work; Interrupted, saying
+        how to go on, when it is stopped.
         """
-        plan, clock = self.plan, Measured()
+        clock = Measured()
+        calibration = load_calibration(self.plan) if self.allocation is None else self.allocation.calibration
+        check_space(self.out, self.plan.after_bytes + self.plan.state_bytes)
+        with Workspace(self.out, resume=self.resume) as workspace:
+            history = History(workspace, self.plan.structure.blocks)
+            history.begin(Asked.of(self.plan, None if calibration is None else calibration.windows))
+            if history.spent is not None:
+                clock.go_on_from(history.spent)
+            try:
+                plan = self._with_bits(history, clock, announce)
+                return run_plan(
+                    plan,
+                    calibration,
+                    self.out,
+                    device=self.device,
+                    overwrite=self.overwrite,
+                    command=command,
+                    progress=block_bar,
+                    clock=clock,
+                    history=history,
+                )
+            except KeyboardInterrupt as stop:
+                code = 143 if isinstance(stop, Terminated) else 130
+                raise Interrupted(f"Interrupted. {history.how_to_go_on()}", code) from stop
+            except OutputError as failure:
+                raise OutputError(f"{failure} {history.how_to_go_on()}") from failure
+
+    def _with_bits(self, history: History, clock: Measured, announce: Callable[[Plan], None] | None) -> Plan:
+        """The plan with the bits that the allocation chooses, or has chosen before it was stopped."""
         if self.allocation is None:
-            calibration = load_calibration(plan)
-        else:
-            calibration = self.allocation.calibration
+            return self.plan
+        bit_plan = history.bit_plan
+        if bit_plan is None:
             with clock.phase("allocate"):
                 bit_plan = self.allocation.run(block_bar)
-            plan = replace(make_plan(plan.source, plan.recipe, bit_plan.bits), bit_plan=bit_plan)
-            if announce is not None:
-                announce(plan)
-        return run_plan(
-            plan,
-            calibration,
-            self.out,
-            device=self.device,
-            overwrite=self.overwrite,
-            command=command,
-            progress=block_bar,
-            clock=clock,
-        )
+            history.keep_bits(bit_plan, clock)
+        plan = replace(make_plan(self.plan.source, self.plan.recipe, bit_plan.bits), bit_plan=bit_plan)
+        if announce is not None:
+            announce(plan)
+        return plan
+
+
+def _check_memory(plan: Plan, max_memory: str) -> None:
+    limit = parse_size(max_memory)
+    if limit is None:
+        raise MemoryLimitError(f"--max-memory {max_memory!r} is not valid; give a size such as 800MB or 4GB.")
+    if plan.peak_memory_bytes <= limit:
+        return
+    batch_size, least = least_memory(plan, limit)
+    needs = f"This run is expected to need {_upwards(plan.peak_memory_bytes)}, and --max-memory allows {max_memory}"
+    if least > limit:
+        raise MemoryLimitError(f"{needs}; the least it can do with is {_upwards(least)}, with --batch-size 1.")
+    raise MemoryLimitError(f"{needs}; give --batch-size {batch_size}, with which it is {_upwards(least)}.")
+
+
+def _upwards(count: int) -> str:
+    """Bytes in MB, rounded up: what is said is enough."""
+    return f"{-(-count // 10**6)}MB"

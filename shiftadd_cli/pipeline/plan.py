@@ -19,6 +19,7 @@ from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.bcq.choices import Choice, parts_of_choice
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import LinearSpec, Source, Structure, find_structure
@@ -95,6 +96,17 @@ class Plan:
         return self.quantized_bytes + self.table_bytes + self.kept_bytes
 
     @property
+    def state_bytes(self) -> int:
+        """What a run keeps beside the artifact until it ends, to go on from: hidden states at two depths, in so many
+        versions, and token weights."""
+        if not self.calibrated:
+            return 0
+        recipe = self.recipe
+        tokens = recipe.samples * recipe.seq_len
+        depths = 2 * _versions(recipe) * tokens * _width(self.source) * self.source.dtype.itemsize
+        return depths + (4 * tokens * len(self.linears) if recipe.loss_aware else 0)
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the quantized layers, scales and offsets included."""
         return 8 * self.quantized_bytes / self.quantized_weights
@@ -154,6 +166,17 @@ def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None 
     return Plan(source, structure, recipe, linears, tables, tensors, kept, kept_modules, peak, bit_plan)
 
 
+def least_memory(plan: Plan, limit: int) -> tuple[int, int]:
+    """The largest batch size, of the recipe's own and its halves, with which a run is expected to take at most `limit`
+    bytes, or 1; and the bytes that it then is expected to take."""
+    batch_size, expected = plan.recipe.batch_size, plan.peak_memory_bytes
+    while expected > limit and batch_size > 1:
+        batch_size //= 2
+        recipe = plan.recipe.model_copy(update={"batch_size": batch_size})
+        expected = _peak_memory(plan.source, plan.structure, plan.linears, plan.tables, recipe)
+    return batch_size, expected
+
+
 def _tensors(
     model: nn.Module,
     structure: Structure,
@@ -178,6 +201,16 @@ def _tensors(
     return tensors, tuple(kept)
 
 
+def _versions(recipe: Recipe) -> int:
+    """Models that hidden states are kept of: the one being quantized, and the original where it is aimed at."""
+    return 2 if recipe.asymmetric or recipe.reconstruct_epochs else 1
+
+
+def _width(source: Source) -> int:
+    width: int = source.config.get_text_config().hidden_size
+    return width
+
+
 def _nbytes(shape: TensorShape) -> int:
     return torch.Size(shape[0]).numel() * shape[1].itemsize
 
@@ -195,9 +228,10 @@ def _peak_memory(
 ) -> int:
     """Expected peak resident memory of the process, in bytes.
 
-    What is resident now and will be loaded for any model, the cached hidden states, and the larger of two moments:
-    embeddings and one block while the first inputs are made; one block with its moments and the solver's copies.
-    Asymmetric calibration and block reconstruction keep states and block again as they are in the original.
+    What is resident now and will be loaded for any model, and the larger of two moments: embeddings and one block while
+    the first inputs are made; one block with its moments and the solver's copies. Hidden states are on disk, but while
+    gradients, or what bits matter to each layer, are measured. Asymmetric calibration and block reconstruction keep the
+    block again as it is in the original.
     """
     model = source.skeleton()
     blocks = {name: model.get_submodule(name) for name in structure.blocks}
@@ -216,12 +250,12 @@ def _peak_memory(
     resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * text_config.vocab_size
     if recipe.calibration == NO_CALIBRATION:
         return resident + max(outside + codes, block + solver)
-    versions = 2 if recipe.asymmetric or recipe.reconstruct_epochs else 1
+    versions = _versions(recipe)
     tokens, itemsize = recipe.batch_size * recipe.seq_len, source.dtype.itemsize
-    width = text_config.hidden_size
+    width = _width(source)
     widest = max([*widths, *(each.spec.out_features for each in linears)])
     activations = _ACTIVATION_COPIES * tokens * widest * itemsize + 4 * tokens * max(widths)
-    hidden = versions * recipe.samples * recipe.seq_len * width * itemsize
+    hidden = recipe.samples * recipe.seq_len * width * itemsize
     # Width and rows of the linears that read one input, by block; a block may have none left.
     inputs = [[(key[2], rows) for key, rows in tall.items() if key[0] == index] for index in range(len(blocks))]
     squares = [[width**2 for width, _ in each] for each in inputs]
@@ -231,7 +265,17 @@ def _peak_memory(
     if recipe.reconstruct_epochs:
         weights = max(sum(width * rows for width, rows in each) for each in inputs)
         tuning = _TUNING_BYTES * weights + _TUNING_ACTIVATIONS * activations
-    return resident + hidden + max(outside + max(codes, block + activations), versions * block + max(solving, tuning))
+    starting = outside + max(codes, block + activations)
+    running = versions * block + max(solving, tuning)
+    token_weights = 0
+    if recipe.loss_aware:
+        token_weights = 4 * recipe.samples * recipe.seq_len * len(linears)
+        # Squared gradients, and their powers, beside the inputs of the blocks.
+        starting += 2 * token_weights + min(GRADIENT_BYTES, len(blocks) * hidden)
+    if recipe.avg_bits is not None:
+        measuring = outside + running + hidden + min(GRADIENT_BYTES, len(blocks) * hidden)
+        return resident + max(starting, running + token_weights, measuring)
+    return resident + max(starting, running + token_weights)
 
 
 def resident_bytes() -> int:

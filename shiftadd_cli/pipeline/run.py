@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution
 from shiftadd_cli.calibration.gradients import squared_gradients
@@ -21,8 +23,10 @@ from shiftadd_cli.calibration.trace import Trace, trace_model
 from shiftadd_cli.device import move_parts
 from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
+from shiftadd_cli.pipeline.history import Asked, History
 from shiftadd_cli.pipeline.pages import checkpoint_pages
 from shiftadd_cli.pipeline.plan import Plan
+from shiftadd_cli.pipeline.states import StoredStates
 from shiftadd_cli.pipeline.tables import store_table
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.report.schema import BlockReport, LayerReport, Report, TableReport
@@ -59,18 +63,26 @@ def run_plan(
     command: Sequence[str],
     progress: BlockProgress,
     clock: Measured | None = None,
+    history: History | None = None,
 ) -> Report:
     """Do the work and put the artifact at `out`; returns what report.json says.
 
     progress: wraps the block names, with a description, to show how far the run is. clock: what the times of the run
-    are added to, if it has been going for a while.
+    are added to, if it has been going for a while. history: of the run, which goes on where that ends; begun, in a
+    workspace that is entered. By default the run starts anew.
 
     Raises NumericalError naming a layer whose values cannot be quantized, OutputError when the disk refuses; nothing is
-    left at `out` then.
+    at `out` then.
     """
-    with ArtifactWriter(out, overwrite=overwrite, shard_bytes=plan.recipe.shard_bytes) as writer:
-        writer.plan(plan.tensors)
-        return _Run(plan, calibration, writer, device, list(command), clock or Measured()).execute(progress)
+    with ExitStack() as stack:
+        if history is None:
+            history = History(stack.enter_context(Workspace(out, resume=False)), plan.structure.blocks)
+            history.begin(Asked.of(plan, None if calibration is None else calibration.windows))
+        writer = stack.enter_context(
+            ArtifactWriter(out, overwrite=overwrite, shard_bytes=plan.recipe.shard_bytes, workspace=history.workspace)
+        )
+        writer.plan(plan.tensors, history.written)
+        return _Run(plan, calibration, writer, device, list(command), clock or Measured(), history).execute(progress)
 
 
 @dataclass
@@ -81,15 +93,21 @@ class _Run:
     device: torch.device
     command: list[str]
     clock: Measured
+    history: History
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     tables: list[TableReport] = field(default_factory=list)
     token_weights: dict[str, Tensor] | None = None
+    states: dict[str, StoredStates] = field(default_factory=dict)
 
     def execute(self, progress: BlockProgress) -> Report:
-        plan = self.plan
+        plan, names, done = self.plan, self.plan.structure.blocks, self.history.done
+        for block in self.history.blocks:
+            self.layers += block.layers
+            self.blocks += block.blocks
         trace = self._start(progress)
-        for depth, name in enumerate(progress(plan.structure.blocks, "Quantizing")):
+        text = f"Quantizing ({done} of {len(names)} blocks were done before)" if done else "Quantizing"
+        for depth, name in enumerate(progress(names[done:], text), done):
             self._block(depth, name, trace)
         with self.clock.phase("read_and_write"):
             plan.source.save_tokenizer(self.writer.folder)
@@ -111,28 +129,49 @@ class _Run:
         return report
 
     def _start(self, progress: BlockProgress) -> Trace | None:
-        """Write what lies outside the blocks, and run the samples up to the first block."""
-        source, structure = self.plan.source, self.plan.structure
+        """Write what lies outside the blocks, and run the samples up to the first block.
+
+        For a run that goes on, all but the arguments of the blocks is there.
+        """
+        source, structure, history = self.plan.source, self.plan.structure, self.history
+        begun = history.start is not None
         with self.clock.phase("read_and_write"):
             source.materialise(structure.outside)
             blocks = tuple(f"{name}." for name in structure.blocks)
-            self._write_kept(name for name in self.plan.kept if not name.startswith(blocks))
+            if not begun:
+                self._write_kept(name for name in self.plan.kept if not name.startswith(blocks))
             # Before anything is run: the first block calibrates on what the artifact will look up.
-            self.tables += [store_table(each, source.skeleton(), self.writer.add) for each in self.plan.tables]
+            add = (lambda name, tensor: None) if begun else self.writer.add
+            self.tables += [store_table(each, source.skeleton(), add) for each in self.plan.tables]
         trace = None
-        if self.calibration is not None:
+        if self.calibration is not None and history.done < len(structure.blocks):
             with self.clock.phase("trace"):
                 model = source.skeleton()
                 move_parts(model, structure.outside, self.device)
-                windows = self.calibration.windows
-                recipe = self.plan.recipe
-                trace = trace_model(source, structure, windows, recipe.batch_size, self.device)
-                if recipe.asymmetric or recipe.reconstruct_epochs:
-                    trace.original = trace.hidden.copy()
-            if recipe.loss_aware:
+                trace = self._trace(self.calibration.windows)
+            if begun:
+                self.token_weights = history.token_weights()
+            elif self.plan.recipe.loss_aware:
                 with self.clock.phase("trace"):
-                    self.token_weights = self._weigh_tokens(windows, trace, progress)
+                    self.token_weights = self._weigh_tokens(self.calibration.windows, trace, progress)
         source.release(structure.outside)
+        if not begun:
+            with self.clock.phase("read_and_write"):
+                history.keep_start(self.writer, self.states, self.token_weights, self.clock)
+        return trace
+
+    def _trace(self, windows: Tensor) -> Trace:
+        """The trace, its hidden states on disk: as they were kept, or else those that reach the first block."""
+        recipe, source, structure = self.plan.recipe, self.plan.source, self.plan.structure
+        self.history.drop_old_states()
+        self.states = self.history.states(len(windows), recipe.batch_size)
+        hidden = self.states.get("quantized")
+        if hidden is None:
+            hidden = StoredStates(self.history.workspace.states, len(windows), recipe.batch_size)
+            self.states["quantized"] = hidden
+        trace = trace_model(source, structure, windows, recipe.batch_size, self.device, hidden)
+        if recipe.asymmetric or recipe.reconstruct_epochs:
+            trace.original = self.states.setdefault("original", hidden.copy())
         return trace
 
     def _weigh_tokens(self, windows: Tensor, trace: Trace, progress: BlockProgress) -> dict[str, Tensor]:
@@ -159,6 +198,8 @@ class _Run:
         specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
         bits = {each.spec.name: each.layout.choice for each in self.plan.linears}
         quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights, bits)
+        last = depth + 1 == len(self.plan.structure.blocks)
+        blocks: list[BlockReport] = []
         if trace is None:
             quantizer.without_data()
         else:
@@ -168,27 +209,36 @@ class _Run:
             if trace.original is not None:
                 original = BlockStream(copy.deepcopy(block), trace.original, calls, self.device)
             quantizer.on(stream, original if recipe.asymmetric else None)
-            last = depth + 1 == len(self.plan.structure.blocks)
             if original is not None and (recipe.reconstruct_epochs or not last):
                 with self.clock.phase("forward"):
                     original.advance(name)
             if original is not None and recipe.reconstruct_epochs and specs:
-                self.blocks.append(quantizer.reconstruct(name, stream, original))
+                blocks.append(quantizer.reconstruct(name, stream, original))
             if not last:
                 with self.clock.phase("forward"):
                     # The next block calibrates on what it will see.
                     stream.advance(name)
+                    for each in self.states.values():
+                        each.turn()
         with self.clock.phase("read_and_write"):
             self._write_kept(kept for kept in self.plan.kept if kept.startswith(f"{name}."))
-            self._write_solutions(specs, quantizer)
+            layers = self._write_solutions(specs, quantizer)
         source.release([name])
+        self.layers += layers
+        self.blocks += blocks
+        if last:
+            self.states = {}
+        with self.clock.phase("read_and_write"):
+            self.history.keep_block(name, layers, blocks, self.writer, self.states, self.clock)
 
-    def _write_solutions(self, specs: Sequence[LinearSpec], quantizer: BlockQuantizer) -> None:
+    def _write_solutions(self, specs: Sequence[LinearSpec], quantizer: BlockQuantizer) -> list[LayerReport]:
+        layers = []
         for spec in specs:
             solution = quantizer.solutions[spec.kind]
             for suffix, tensor in solution.weight.tensors.items():
                 self.writer.add(f"{spec.name}.{suffix}", tensor)
-            self.layers.append(_layer_report(spec, solution))
+            layers.append(_layer_report(spec, solution))
+        return layers
 
     def _write_kept(self, names: Iterable[str]) -> None:
         state = self.plan.source.skeleton().state_dict()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.artifact.format import SUFFIXES
 from shiftadd_cli.artifact.shards import read_header
+from shiftadd_cli.bcq.outliers import are_columns
 from shiftadd_cli.errors import ArtifactError
 
 _AGAIN = "quantize the model again"
@@ -20,6 +22,9 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
     Names that the model lacks are left to `check_loaded`: transformers may rename them on loading.
     """
     expected = model.state_dict()
+    # The index names files, and comes from outside.
+    if len({Path(file).parent for file in files}) > 1 or any(".." in Path(file).parts for file in files):
+        raise ArtifactError(f"The index of {files[0]} names files outside its folder; do not use this checkpoint.")
     for file in files:
         if not file.endswith(".safetensors"):
             raise ArtifactError(f"{file} is no safetensors file, which shiftadd checkpoints consist of; {_AGAIN}.")
@@ -47,6 +52,23 @@ def check_loaded(model: nn.Module, architectures: Sequence[str]) -> None:
         loaded = parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
         if not loaded and (everything or name.endswith(SUFFIXES)):
             raise ArtifactError(f"The checkpoint lacks the tensor {name}; copy it again, or {_AGAIN}.")
+
+
+def check_values(name: str, stored: Mapping[str, Tensor], columns: int) -> None:
+    """Raise ArtifactError for stored values of the module `name`, of so many input columns, that no writer stores.
+
+    stored: tensors by suffix. Codes of planes and exponents may be anything; what is on the meta device is not looked
+    at. Outlier columns that are not there would be read from memory that is not theirs.
+    """
+    for suffix, tensor in stored.items():
+        if tensor.is_meta:
+            continue
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"{name}.{suffix} holds values that are not finite; copy it again, or {_AGAIN}.")
+        if suffix == "weight_column_ids" and not are_columns(tensor, columns):
+            raise ArtifactError(
+                f"{name}.{suffix} names columns that are not there, or not in order; copy it again, or {_AGAIN}."
+            )
 
 
 def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:

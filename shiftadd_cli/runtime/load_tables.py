@@ -10,6 +10,7 @@ from torch import nn
 
 from shiftadd_cli.bcq.int8 import CODES, SCALE
 from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.runtime.checks import check_values
 from shiftadd_cli.runtime.places import find_module, try_find_module
 from shiftadd_cli.runtime.table import Int8Embedding, Table, can_hold_table, drop_table, hold_table
 from shiftadd_cli.runtime.ties import Ties
@@ -41,7 +42,8 @@ def connect_tables(model: Any) -> None:
     """Let tied modules read one table, once it is loaded: transformers ties parameters, and a scale is none. Then mark
     embeddings with their dtype, for `model.dtype`.
 
-    Raises ArtifactError if the checkpoint holds codes for a module that the model ties to another.
+    Raises ArtifactError if the checkpoint holds codes for a module that the model ties to another, or scales that are
+    not finite.
     """
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     tables = _tables(model)
@@ -51,6 +53,8 @@ def connect_tables(model: Any) -> None:
     for name, module in tables.items():
         if isinstance(module, Int8Embedding):
             module.show_dtype()
+        if SCALE not in module._non_persistent_buffers_set:
+            check_values(name, {SCALE: module.weight_int8_scale}, module.weight.shape[1])
         if SCALE not in module._non_persistent_buffers_set:
             continue
         if (source := ties.get(f"{name}.{CODES}")) is None:

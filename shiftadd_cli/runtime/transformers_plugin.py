@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from shiftadd_cli.artifact.format import QUANT_METHOD, SUFFIXES, ArtifactFormat
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
-from shiftadd_cli.runtime.checks import check_files, check_loaded
+from shiftadd_cli.runtime.checks import check_files, check_loaded, check_values
 from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.load_tables import connect_tables, place_tables, restore_dense
 from shiftadd_cli.runtime.places import find_module
@@ -90,10 +90,12 @@ class ShiftAddQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
         check_loaded(model, model.config.architectures or ())
-        for module in _packed_modules(model).values():
+        for name, module in _packed_modules(model).items():
+            stored = {suffix: module.get_parameter(suffix) for suffix in module.layout.tensors()}
+            check_values(name, stored, module.layout.grid.columns)
             # transformers makes every floating-point tensor it loads trainable.
-            for suffix in module.layout.tensors():
-                module.get_parameter(suffix).requires_grad_(False)
+            for parameter in stored.values():
+                parameter.requires_grad_(False)
         connect_tables(model)
         share_rotations(model)
         prepare_layers(_packed_modules(model).values())

@@ -98,7 +98,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
         raise SourceError(f"{folder} has no config.json, so it is no model folder; give the folder that holds it.")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{file} is no valid JSON ({_first_line(error)}); download it again.") from error
     if not isinstance(raw, dict):
         raise SourceError(f"{file} is not a table of settings; download it again.")

@@ -105,7 +105,7 @@ def read_index(index: Path) -> dict[str, str]:
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         entries = [(name, where) for name, where in placed.items() if isinstance(where, str)]
         complete = len(entries) == len(placed) > 0
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{index} is no valid index of safetensors shards; download it again.") from error
     if not complete:
         raise SourceError(f"{index} names no shards, or not by name; download it again.")

@@ -58,7 +58,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorHeader], bytes]:
         raw = file.read(length)
     try:
         entries = json.loads(raw)
-    except ValueError as error:  # JSON and Unicode errors both derive from it
+    except (ValueError, RecursionError) as error:  # JSON and Unicode errors both derive from ValueError
         raise _damaged(path, f"its header is no valid JSON ({error})") from error
     if not isinstance(entries, dict):
         raise _damaged(path, "its header is not a table of tensors")

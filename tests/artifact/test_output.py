@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from shiftadd_cli.artifact import output
-from shiftadd_cli.artifact.output import check_output, refusals
+from shiftadd_cli.artifact.output import check_output, check_space, partial_folder, refusals
 from shiftadd_cli.errors import OutputError
 
 
@@ -111,6 +112,18 @@ def test_too_little_space_says_how_much(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(OutputError, match=r"MB free and [\d,]+ MB are needed"):
         check_output(tmp_path / "out", None, overwrite=False, expected_bytes=2 * free + 10**9)
+
+
+def test_what_an_unfinished_run_takes_is_there_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = partial_folder(tmp_path / "out")
+    partial.mkdir()
+    (partial / "states").write_bytes(bytes(1_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    check_space(tmp_path / "out", 1_000_000)
+    with pytest.raises(OutputError, match="MB are needed"):
+        check_space(tmp_path / "out", 1_100_000)
+    with pytest.raises(OutputError, match="MB are needed"):
+        check_space(tmp_path / "other", 1_000_000)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from shiftadd_cli.artifact import writer as writer_module
 from shiftadd_cli.artifact.shards import INDEX_FILE
+from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter, sha256
 from shiftadd_cli.errors import OutputError
 
@@ -85,7 +86,7 @@ def test_nothing_is_left_after_an_error_and_nothing_was_visible_before_the_end(t
             writer.plan({"a": ((3,), torch.float32)})
             writer.add("a", torch.zeros(3))
             assert not out.exists()
-            assert (out.parent / f".out.partial-{os.getpid()}").is_dir()
+            assert (out.parent / ".out.partial").is_dir()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -141,13 +142,23 @@ def test_an_existing_folder_survives_failures_up_to_the_swap(tmp_path: Path, mon
     rename = os.rename
 
     def refuse(old: Path, new: Path) -> None:
-        if ".partial-" in str(old):
+        if Path(old).name in refused:
             raise OSError(errno.EIO, "Input/output error")
         rename(old, new)
 
-    monkeypatch.setattr(writer_module.os, "rename", refuse)
+    monkeypatch.setattr(os, "rename", refuse)
+    refused = ["artifact"]
     with pytest.raises(OutputError, match="Input/output error"):
         write(out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    refused = ["artifact", "old"]
+    with pytest.raises(OutputError, match="Input/output error"):
+        write(out, overwrite=True)
+    assert not out.exists()
+    monkeypatch.undo()
+    with Workspace(out):
+        pass
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

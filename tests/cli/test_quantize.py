@@ -137,15 +137,15 @@ def test_a_folder_without_write_permission(model: Path, tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("after", [0, 3, 10])
-def test_a_disk_that_fills_up_leaves_nothing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+@pytest.mark.parametrize(("after", "kept"), [(0, False), (3, False), (50, True)])
+def test_a_disk_that_fills_up(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, kept: bool
 ) -> None:
     """Writing fails, with the system's error for a full disk, at the start and in the middle of the work."""
-    from shiftadd_cli.artifact import writer
+    from shiftadd_cli.artifact import durable
 
     written = []
-    plain = writer._write
+    plain = durable.write_all
 
     def fill_up(file: object, data: memoryview) -> None:
         written.append(len(data))
@@ -153,9 +153,13 @@ def test_a_disk_that_fills_up_leaves_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(file, data)
 
-    monkeypatch.setattr(writer, "_write", fill_up)
-    assert_refused(quantize(model, "-o", tmp_path / "out", "--recipe", "fast"), "space")
-    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "write_all", fill_up)
+        result = quantize(model, "-o", tmp_path / "out", "--recipe", "fast")
+    assert_refused(result, "space", "the same command goes on" if kept else "Nothing was finished")
+    assert [path.name for path in tmp_path.iterdir()] == ([".out.partial"] if kept else [])
+    assert quantize(model, "-o", tmp_path / "out", "--recipe", "fast").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_bit_plan_of_another_model_or_format_is_refused(model: Path, tmp_path: Path) -> None:
@@ -223,3 +227,16 @@ def test_the_summary_names_calibration_size_and_place(model: Path, tmp_path: Pat
     assert result.exit_code == 0
     for part in ("builtin", "4 x 32 tokens", "Bits/weight", "Peak memory", str(tmp_path / "out")):
         assert part in result.stdout
+
+
+def test_a_run_that_needs_more_memory_than_allowed_is_refused_with_a_figure_that_will_do(
+    model: Path, tmp_path: Path
+) -> None:
+    options = (model, "-o", tmp_path / "out", "--recipe", "fast")
+    refused = quantize(*options, "--max-memory", "10MB")
+    assert_refused(refused, "--max-memory allows 10MB", "the least it can do with is")
+    assert not list(tmp_path.iterdir())
+    assert_refused(quantize(*options, "--max-memory", "plenty"), "800MB")
+    assert quantize(*options, "--max-memory", "8GB").exit_code == 0
+    longer = quantize(model, "-o", tmp_path / "more", "--seq-len", "400000", "--max-memory", "6GB")
+    assert_refused(longer, "give --batch-size")

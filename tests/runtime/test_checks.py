@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from artifacts import edit_tensors, write_checkpoint
+from artifacts import COMMON, edit_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -42,6 +44,50 @@ def test_lacking_and_ill_shaped_tensors_are_named(
 ) -> None:
     edit_tensors(folder, {name: value})
     with pytest.raises(ArtifactError, match=said):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+SCALES = "model.decoder.layers.0.fc1.weight_row_scale"
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_scales_that_are_not_finite_are_named(folder: Path, value: float) -> None:
+    scales = load_file(folder / "model.safetensors")[SCALES].clone()
+    scales[-1] = value
+    edit_tensors(folder, {SCALES: scales})
+    with pytest.raises(ArtifactError, match=f"{SCALES} holds values that are not finite"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_table_whose_scales_are_not_finite_is_named(tmp_path: Path) -> None:
+    folder = write_checkpoint(tiny_model("llama"), tmp_path / "out", shard_bytes=10**9, tables=True).folder
+    name = "model.embed_tokens.weight_int8_scale"
+    edit_tensors(folder, {name: torch.full_like(load_file(folder / "model.safetensors")[name], torch.nan)})
+    with pytest.raises(ArtifactError, match=f"{name} holds values that are not finite"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("ids", [[40, 41], [-1, 3], [3, 3], [5, 4], [0, 2**31 - 1]])
+def test_outlier_columns_that_are_not_there_are_never_read(tmp_path: Path, ids: list[int]) -> None:
+    common = replace(COMMON, outlier_columns=0.05)
+    folder = write_checkpoint(tiny_model("opt"), tmp_path / "out", shard_bytes=10**9, common=common).folder
+    name = "model.decoder.layers.0.fc1.weight_column_ids"
+    assert load_file(folder / "model.safetensors")[name].shape == (len(ids),)
+    edit_tensors(folder, {name: torch.tensor(ids, dtype=torch.int32)})
+    with pytest.raises(ArtifactError, match=f"{name} names columns that are not there"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tiny_model("opt"), tmp_path / "out").folder
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = min(index["weight_map"].values())
+    (folder / file).rename(tmp_path / file)
+    index["weight_map"] = {
+        name: f"../{file}" if where == file else where for name, where in index["weight_map"].items()
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match="outside its folder"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -1,0 +1,102 @@
+"""Kill runs of `shiftadd quantize` with SIGKILL at random moments, let each go on, and compare with an undisturbed run.
+
+Prints for every kill when it came, how many blocks were finished, what it cost in seconds (both sessions together,
+less an undisturbed run just before: work that was lost, and opening and tracing the model again; starting Python is not
+counted), and whether the artifact is the same to the byte but for the times in report.json. Ends with exit code 1 where
+one is not.
+
+    python scripts/benchmark_faults.py demo --kills 20 -- --samples 16 --seq-len 128
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shiftadd_cli.report.summary import table
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["shiftadd_cli.cli.quantize", "shiftadd_cli.pipeline.job"])
+
+
+def quantize(arguments: list[str]) -> None:
+    """The command, in a process of its own; what it prints is dropped."""
+    from shiftadd_cli.cli import main
+
+    sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115 - until the process ends
+    main(["quantize", *arguments])
+
+
+def run(arguments: list[str], kill_after: float | None = None) -> tuple[float, bool]:
+    """Seconds that the command ran, and whether it was killed."""
+    process = _PROCESSES.Process(target=quantize, args=(arguments,))
+    start = time.monotonic()
+    process.start()
+    process.join(kill_after)
+    killed = process.is_alive()
+    if killed:
+        process.kill()
+        process.join()
+    elif process.exitcode:
+        raise click.ClickException(f"shiftadd quantize {' '.join(arguments)} ended with {process.exitcode}")
+    return time.monotonic() - start, killed
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Files by name; report.json without what no two runs have in common."""
+    files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = json.loads(files["report.json"])
+    for part in ("seconds", "machine", "command"):
+        del report[part]
+    return files | {"report.json": report}
+
+
+@click.command()
+@click.argument("model")
+@click.option("--kills", default=20, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.argument("options", nargs=-1)
+def main(model: str, kills: int, seed: int, options: tuple[str, ...]) -> None:
+    """Kill and go on; OPTIONS are those of `shiftadd quantize`."""
+    draw = random.Random(seed)
+    rows: list[tuple[str, ...]] = []
+    losses, same = [], 0
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, out = Path(scratch) / "whole", Path(scratch) / "out"
+        partial = Path(scratch) / ".out.partial"
+        run([model, "-o", str(whole), *options])  # reads every file into the system's cache
+        expected = contents(whole)
+        while len(rows) < kills:
+            # Measured anew each time: what else the machine does changes.
+            undisturbed, _ = run([model, "-o", str(whole), "--overwrite", *options])
+            first, killed = run([model, "-o", str(out), *options], kill_after=draw.uniform(0, undisturbed))
+            if not killed or out.exists():
+                shutil.rmtree(out)
+                continue
+            finished = len(list((partial / "journal").glob("block-*.json")))
+            kept = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+            second, _ = run([model, "-o", str(out), *options])
+            alike = contents(out) == expected and not partial.exists()
+            same += alike
+            losses.append(first + second - undisturbed)
+            row = (f"{first:.1f}", f"{undisturbed:.1f}", str(finished), f"{kept / 1e6:.2f}", f"{losses[-1]:.1f}")
+            rows.append((str(len(rows) + 1), *row, str(alike)))
+            shutil.rmtree(out)
+    header = ("kill", "after, s", "undisturbed, s", "blocks finished", "kept, MB", "lost, s", "same bytes")
+    click.echo(table(header, rows))
+    click.echo(f"\n{same} of {kills} the same; lost {statistics.median(losses):.1f} s in the median")
+    sys.exit(same != kills)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Writing that outlives a kill and a power cut: what is said to be written is on the disk, and whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Give `file` that size, and its space where the system can reserve it, so that a full disk shows now."""
+    # Without posix_fallocate (macOS, some file systems) the file is sparse, and a full disk shows on writing.
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as failure:
+            if failure.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    file.truncate(size)
+
+
+def write_all(file: BinaryIO, data: memoryview) -> None:
+    """Write all of `data`: an unbuffered file may take less than it is given."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def write_tensor(file: BinaryIO, start: int, tensor: Tensor) -> int:
+    """Write a tensor's bytes at position `start`; returns their CRC-32."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    file.seek(start)
+    write_all(file, data)
+    return zlib.crc32(data)
+
+
+def read_tensor(file: BinaryIO, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor from the bytes at position `start`; OSError where the file ends before them.
+
+    Read, not mapped: pages of a mapping count as memory of the process.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    file.seek(start)
+    while data:
+        read = file.readinto(data)  # type: ignore[attr-defined]
+        if not read:
+            raise OSError(errno.EIO, "the file was cut off", getattr(file, "name", None))
+        data = data[read:]
+    return tensor
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a contiguous tensor's bytes."""
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file that is there whole, on the disk, or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,328 @@
+"""A run's journal: what it was asked, what it has done, and whether another run may go on from there.
+
+Records: `run` (what was asked), `bits` (a bit plan chosen on the way), `start` (all that precedes the blocks) and
+`block-00000`, ... one for each finished block. What a block needs of those before it, the hidden states, lies beside
+the journal, as it was: states that are computed anew are not the same to the last bit. A run that goes on may have
+another device, and no other field of its recipe changed. Bits hang on batch sizes too: sums over tokens round by batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shiftadd_cli.allocation.plan_file import BitPlan
+from shiftadd_cli.artifact.durable import sync
+from shiftadd_cli.artifact.journal import damaged
+from shiftadd_cli.artifact.output import refusals
+from shiftadd_cli.artifact.workspace import Workspace
+from shiftadd_cli.artifact.writer import ArtifactWriter, sha256
+from shiftadd_cli.errors import ResumeError
+from shiftadd_cli.pipeline.account import Measured, Spent, versions
+from shiftadd_cli.pipeline.plan import Plan
+from shiftadd_cli.pipeline.states import StoredStates
+from shiftadd_cli.report.schema import BlockReport, LayerReport
+from shiftadd_cli.signals import uninterrupted
+
+# Fields of a recipe that may change when a run goes on.
+MAY_CHANGE = ("device",)
+
+_TOKEN_WEIGHTS = "token_weights.safetensors"
+
+Checksum = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Asked(_Part):
+    """What decides the bytes of an artifact. `versions` are of shiftadd, Python and the libraries; `code` is the
+    SHA-256 of shiftadd's own modules, `tokens` of the calibration windows, `bit_plan` of the plan that the recipe
+    names."""
+
+    recipe: dict[str, JsonValue]
+    source: str
+    tokens: str | None
+    bit_plan: str | None
+    versions: dict[str, str]
+    code: str
+
+    @classmethod
+    def of(cls, plan: Plan, windows: Tensor | None) -> Asked:
+        return cls(
+            recipe=plan.recipe.model_dump(mode="json"),
+            source=plan.source.fingerprint,
+            tokens=None if windows is None else _fingerprint(windows),
+            bit_plan=None if plan.bit_plan is None else plan.bit_plan.fingerprint(),
+            versions=versions(),
+            code=_code(),
+        )
+
+
+class StatesRecord(_Part):
+    """A file of hidden states, and the CRC-32 of each batch in it."""
+
+    file: Annotated[str, Field(pattern=r"^(quantized|original)-\d{5,}\.safetensors$")]
+    sums: list[Checksum]
+
+
+class Step(_Part):
+    """What every finished step leaves: tensors of the artifact, CRC-32 by name; hidden states by name; the time."""
+
+    written: dict[str, Checksum]
+    states: dict[str, StatesRecord]
+    spent: Spent
+
+
+class Start(Step):
+    """`token_weights`: SHA-256 of their file, if there is one."""
+
+    token_weights: str | None
+
+
+class Block(Step):
+    """A finished block; `blocks` holds its own report, if it was reconstructed."""
+
+    name: str
+    layers: list[LayerReport]
+    blocks: list[BlockReport]
+
+
+class Bits(_Part):
+    """A bit plan that was chosen, as the text of plan.json."""
+
+    plan: str
+    spent: Spent
+
+
+class History:
+    """The journal of `workspace`, which is entered, for a run over the blocks `names`.
+
+    Raises ResumeError where records are damaged or lacking.
+    """
+
+    def __init__(self, workspace: Workspace, names: tuple[str, ...]) -> None:
+        self.workspace, self.names = workspace, names
+        self.asked = self._read("run", Asked)
+        self.bits = self._read("bits", Bits)
+        self.start = self._read("start", Start)
+        found = workspace.journal.starting("block-")
+        self.blocks = [each for name in found if (each := self._read(name, Block)) is not None]
+
+    def begin(self, asked: Asked) -> None:
+        """Keep what is asked; refuse it, in words, where the unfinished run was asked for something else."""
+        if self.spent is None:
+            self.workspace.journal.put("run", asked.model_dump(mode="json"))
+            self.asked = asked
+            return
+        if self.asked is None:
+            raise damaged(self.workspace.journal.folder, "what was asked is missing")
+        begun = f"The unfinished run of {self.workspace.out} was begun with"
+        for field, value in asked.recipe.items():
+            if field not in MAY_CHANGE and (was := self.asked.recipe.get(field)) != value:
+                raise ResumeError(
+                    f"{begun} {field} = {_word(was)}, and this one has {_word(value)}; give {_word(was)} again to go "
+                    "on, or start anew with --no-resume."
+                )
+        if difference := _difference(self.asked, asked):
+            raise ResumeError(f"{begun} {difference}; start anew with --no-resume.")
+        names = [each.name for each in self.blocks]
+        if names != list(self.names[: len(names)]) or (names and self.start is None):
+            raise damaged(self.workspace.journal.folder, "steps are missing")
+
+    @property
+    def done(self) -> int:
+        """How many blocks are finished."""
+        return len(self.blocks)
+
+    @property
+    def last(self) -> Step | None:
+        """The last finished step, of the start and the blocks."""
+        return self.blocks[-1] if self.blocks else self.start
+
+    @property
+    def spent(self) -> Spent | None:
+        """Time that the finished steps took, idle time and work that was lost not counted."""
+        last = self.last or self.bits
+        return None if last is None else last.spent
+
+    @property
+    def written(self) -> dict[str, int] | None:
+        """Tensors that are in the artifact, CRC-32 by name; None where it has not been begun."""
+        if self.start is None:
+            return None
+        return {name: each for step in (self.start, *self.blocks) for name, each in step.written.items()}
+
+    @property
+    def bit_plan(self) -> BitPlan | None:
+        """The bit plan that was chosen on the way."""
+        if self.bits is None:
+            return None
+        try:
+            return BitPlan.model_validate_json(self.bits.plan)
+        except ValidationError as failure:
+            raise damaged(self.workspace.journal.folder / "bits.json", "it holds no bit plan") from failure
+
+    def keep_bits(self, plan: BitPlan, clock: Measured) -> None:
+        """Keep a bit plan that was chosen."""
+        with uninterrupted():
+            record = Bits(plan=plan.to_json(), spent=clock.spent())
+            self.workspace.journal.put("bits", record.model_dump(mode="json"))
+            self.bits = record
+
+    def keep_start(
+        self,
+        writer: ArtifactWriter,
+        states: Mapping[str, StoredStates],
+        token_weights: Mapping[str, Tensor] | None,
+        clock: Measured,
+    ) -> None:
+        """Keep all that precedes the blocks."""
+        with uninterrupted():
+            record = Start(
+                written=writer.sync(),
+                states=_synced(states),
+                token_weights=None if token_weights is None else self._save_token_weights(token_weights),
+                spent=clock.spent(),
+            )
+            self.workspace.journal.put("start", record.model_dump(mode="json"))
+            self.start = record
+
+    def keep_block(
+        self,
+        name: str,
+        layers: list[LayerReport],
+        blocks: list[BlockReport],
+        writer: ArtifactWriter,
+        states: Mapping[str, StoredStates],
+        clock: Measured,
+    ) -> None:
+        """Keep a block that is finished, with the inputs of the next, and drop the inputs it had."""
+        with uninterrupted():
+            record = Block(
+                name=name,
+                layers=layers,
+                blocks=blocks,
+                written=writer.sync(),
+                states=_synced(states),
+                spent=clock.spent(),
+            )
+            self.workspace.journal.put(_block_name(self.done), record.model_dump(mode="json"))
+            self.blocks.append(record)
+            self.drop_old_states()
+
+    def drop_old_states(self) -> None:
+        """Remove hidden states that no block will be fed."""
+        if self.last is None or not self.workspace.states.is_dir():
+            return
+        needed = {each.file for each in self.last.states.values()} | {_TOKEN_WEIGHTS}
+        with refusals(self.workspace.states):
+            for path in self.workspace.states.iterdir():
+                if path.name not in needed:
+                    path.unlink()
+
+    def states(self, samples: int, batch_size: int) -> dict[str, StoredStates]:
+        """The hidden states that the next block is fed, by name. Raises ResumeError where they are damaged."""
+        if self.last is None:
+            return {}
+        return {
+            name: StoredStates.reopen(self.workspace.states, samples, batch_size, name, self.done, each.file, each.sums)
+            for name, each in self.last.states.items()
+        }
+
+    def token_weights(self) -> dict[str, Tensor] | None:
+        """Token weights by name of the linear, if there are any. Raises ResumeError where they are damaged."""
+        if self.start is None or self.start.token_weights is None:
+            return None
+        path = self.workspace.states / _TOKEN_WEIGHTS
+        try:
+            if sha256(path) != self.start.token_weights:
+                raise damaged(path, "it does not fit its checksum")
+            return load_file(path)
+        except (OSError, SafetensorError) as failure:
+            raise damaged(path, str(failure)) from failure
+
+    def _save_token_weights(self, weights: Mapping[str, Tensor]) -> str:
+        path = self.workspace.states / _TOKEN_WEIGHTS
+        with refusals(path):
+            save_file({name: each.contiguous() for name, each in weights.items()}, path)
+            sync(path)
+            sync(path.parent)
+        return sha256(path)
+
+    def how_to_go_on(self) -> str:
+        """What is left of a run that stops here, and how to go on."""
+        if self.last is None and self.bits is None:
+            return "Nothing was finished yet."
+        return f"{self.done} of {len(self.names)} blocks are finished and kept; the same command goes on from there."
+
+    def _read(self, name: str, kind: type[_Kind]) -> _Kind | None:
+        record = self.workspace.journal.get(name)
+        if record is None:
+            return None
+        try:
+            return kind.model_validate_json(json.dumps(record))
+        except ValidationError as failure:
+            error = failure.errors()[0]
+            place = " ".join(str(part) for part in error["loc"])
+            raise damaged(self.workspace.journal.folder / f"{name}.json", f"{place}: {error['msg']}") from failure
+
+
+_Kind = TypeVar("_Kind", bound=_Part)
+
+
+def _synced(states: Mapping[str, StoredStates]) -> dict[str, StatesRecord]:
+    found = {}
+    for name, each in states.items():
+        file, sums = each.sync()
+        found[name] = StatesRecord(file=file, sums=sums)
+    return found
+
+
+def _block_name(depth: int) -> str:
+    return f"block-{depth:05}"
+
+
+def _difference(was: Asked, now: Asked) -> str | None:
+    """The first thing beside the recipe that is not as it was."""
+    if was.source != now.source:
+        return "another model, or the model's files have changed"
+    if was.tokens != now.tokens:
+        return "another calibration text, or its file has changed"
+    if was.bit_plan != now.bit_plan:
+        return "another bit plan, or its file has changed"
+    for name in sorted(was.versions.keys() | now.versions.keys()):
+        if was.versions.get(name) != now.versions.get(name):
+            return f"another version of {name} ({was.versions.get(name)}, now {now.versions.get(name)})"
+    return None if was.code == now.code else "another state of shiftadd's own code"
+
+
+def _fingerprint(windows: Tensor) -> str:
+    digest = hashlib.sha256(f"{windows.dtype} {tuple(windows.shape)}".encode())
+    digest.update(windows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@cache
+def _code() -> str:
+    package = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,77 @@
+"""Faults at file operations of a real process: whatever happens, the same command then ends in the same bytes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stopped_runs import contents, counting_text, disturbed
+from tiny_models import save_tiny
+
+QUICK = ("--samples=5", "--seq-len=24", "--batch-size=3", "--group-size=16", "--fit-rounds=1", "--refine-rounds=1")
+KILLS = 5
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[str]]:
+    place = tmp_path_factory.mktemp("source")
+    model, text = save_tiny("llama", place / "model"), counting_text(place / "text.txt")
+    return lambda out: ["quantize", str(model), f"--output={out}", f"--calibration={text}", "--asymmetric=0.5", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, command: Callable[[Path], list[str]]) -> tuple[dict[str, Any], int]:
+    """The artifact of an undisturbed run, and its number of file operations."""
+    place = tmp_path_factory.mktemp("whole")
+    code, said = disturbed("", 0, command(place / "out"), place / "log")
+    assert code == 0, said
+    return contents(place / "out"), int(said.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, command: Callable[[Path], list[str]], whole: tuple[dict[str, Any], int], kill: int
+) -> None:
+    expected, operations = whole
+    # One moment in each fifth of the run, the last of which renames and removes.
+    moment = random.Random(kill).randint(1 + operations * kill // KILLS, operations * (kill + 1) // KILLS)
+    code, said = disturbed("SIGKILL", moment, command(tmp_path / "out"), tmp_path / "log")
+    assert code == -9, said
+    if not (tmp_path / "out").exists():
+        code, said = disturbed("", 0, command(tmp_path / "out"), tmp_path / "log")
+        assert code == 0, said
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("SIGINT", 130, "blocks are finished"),
+        ("SIGTERM", 143, "blocks are finished"),
+        ("ENOSPC", 2, "No space left"),
+        ("EACCES", 2, "No permission"),
+    ],
+)
+def test_a_run_that_is_stopped_says_how_to_go_on_and_does(
+    tmp_path: Path,
+    command: Callable[[Path], list[str]],
+    whole: tuple[dict[str, Any], int],
+    fault: str,
+    code: int,
+    said: str,
+) -> None:
+    expected, operations = whole
+    found, text = disturbed(fault, operations * 3 // 4, command(tmp_path / "out"), tmp_path / "log")
+    assert found == code, text
+    assert said in text
+    assert "the same command goes on" in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "out").exists()
+    found, text = disturbed("", 0, command(tmp_path / "out"), tmp_path / "log")
+    assert found == 0, text
+    assert "were done before" in text
+    assert contents(tmp_path / "out") == expected

@@ -1,0 +1,287 @@
+"""A run that was stopped goes on where it was, to the same bytes; and not where it was asked for something else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stopped_runs import contents, counting_text, stop_before, stopped
+from tiny_models import save_tiny
+
+import shiftadd_cli
+from shiftadd_cli.artifact.workspace import Workspace
+from shiftadd_cli.errors import Interrupted, NumericalError, OutputError, ResumeError
+from shiftadd_cli.pipeline import history, job, run
+from shiftadd_cli.recipe import Recipe
+
+QUICK = {"samples": 8, "seq_len": 24, "batch_size": 3, "group_size": 16, "fit_rounds": 1, "refine_rounds": 1}
+WAYS = {
+    "default": {},
+    "asymmetric": {"asymmetric": 0.5},
+    "loss_aware": {"loss_aware": 1.0},
+    "reconstruct": {"reconstruct_epochs": 2, "asymmetric": 0.5},
+    "no data": {"calibration": "none", "sweep": "none", "refine_rounds": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(autouse=True)
+def quick_text(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(QUICK, "calibration", str(counting_text(model.parent / "text.txt")))
+
+
+def partial(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_stopped_at_any_step_ends_in_the_same_bytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    fields = QUICK | {"shard_size": "20KB"} | WAYS[way]
+    shiftadd_cli.quantize(str(model), tmp_path / "whole", **fields)
+    expected = contents(tmp_path / "whole")
+    out = tmp_path / "out"
+    # Stopped before the first block, before the second, before the end; going on each time.
+    for step in (0, 1, 1):
+        stopped(monkeypatch, step, str(model), out, **fields)
+        assert not out.exists()
+    report = shiftadd_cli.quantize(str(model), out, **fields)
+    assert contents(out) == expected
+    assert report.seconds.total > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_finished_blocks_are_not_solved_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(monkeypatch, 1, str(model), tmp_path / "out", **QUICK)
+    begun = []
+    solve = run.BlockQuantizer.on
+    monkeypatch.setattr(
+        run.BlockQuantizer, "on", lambda self, *given: (begun.append(list(self.bits)), solve(self, *given))
+    )
+    shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
+    assert len(begun) == 1
+
+
+def test_the_inputs_of_the_next_block_alone_are_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = QUICK | {"asymmetric": 1.0, "loss_aware": 0.5}
+    out = tmp_path / "out"
+    stopped(monkeypatch, 0, str(model), out, **fields)
+    states = partial(out) / "states"
+    names = ["quantized-00000.safetensors", "token_weights.safetensors"]
+    assert sorted(path.name for path in states.iterdir()) == names, "both streams begin alike"
+    stopped(monkeypatch, 1, str(model), out, **fields)
+    kept = sorted(path.name for path in states.iterdir())
+    assert kept == ["original-00001.safetensors", "quantized-00001.safetensors", "token_weights.safetensors"]
+    hidden = [load_file(states / name)["hidden_states"] for name in kept[:2]]
+    assert all(each.shape[:2] == (QUICK["samples"], QUICK["seq_len"]) for each in hidden)
+    assert not torch.equal(*hidden)
+
+
+def test_times_are_those_of_the_finished_steps(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(monkeypatch, 1, str(model), tmp_path / "out", **QUICK)
+    record = json.loads((partial(tmp_path / "out") / "journal" / "block-00000.json").read_text())["record"]
+    report = shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
+    assert report.seconds.total > record["spent"]["total"] > 0
+    assert report.seconds.solve > record["spent"]["seconds"]["solve"] > 0
+    assert report.machine.peak_memory_bytes >= record["spent"]["peak_memory_bytes"]
+
+
+def test_a_run_that_ends_well_or_has_nothing_to_keep_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "trace_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted, match="Nothing was finished"):
+        shiftadd_cli.quantize(str(model), tmp_path / "deep" / "out", **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_must_be_space_for_hidden_states_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = job.Job.prepare(str(model), tmp_path / "out", Recipe.load("default", QUICK)).plan
+    assert plan.state_bytes > 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=plan.after_bytes + plan.state_bytes - 1))
+    with pytest.raises(OutputError, match="MB are needed"):
+        shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_would_fail_again_is_not_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_before(monkeypatch, 1, NumericalError("a layer is not finite"))
+    with pytest.raises(NumericalError):
+        shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"bits": 2}, "bits = 3, and this one has 2"),
+        ({"batch_size": 4}, "batch_size = 3"),
+        ({"seed": 1}, "seed = 0, and this one has 1"),
+        ({"offset": True}, "offset = false"),
+    ],
+)
+def test_other_options_are_refused_by_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, object], said: str
+) -> None:
+    out = tmp_path / "out"
+    stopped(monkeypatch, 1, str(model), out, **QUICK)
+    before = {path: path.stat().st_size for path in partial(out).rglob("*")}
+    with pytest.raises(ResumeError, match=said) as refusal:
+        shiftadd_cli.quantize(str(model), out, **QUICK | fields)
+    assert "--no-resume" in str(refusal.value)
+    assert {path: path.stat().st_size for path in partial(out).rglob("*")} == before
+
+
+def test_without_resuming_a_run_starts_anew(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    stopped(monkeypatch, 1, str(model), out, **QUICK)
+    report = shiftadd_cli.quantize(str(model), out, resume=False, **QUICK | {"bits": 2})
+    assert {layer.bits for layer in report.layers} == {2}
+    assert len({layer.block for layer in report.layers}) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_device_may_go_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(monkeypatch, 1, str(model), tmp_path / "out", **QUICK)
+    assert shiftadd_cli.quantize(str(model), tmp_path / "out", device="cpu", **QUICK).recipe["device"] == "cpu"
+
+
+def test_a_changed_model_text_or_code_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out"
+    shutil.copytree(model, source)
+    counting_text(text)
+    fields = QUICK | {"calibration": str(text)}
+    stopped(monkeypatch, 1, str(source), out, **fields)
+    save_tiny("llama", source, seed=1)
+    with pytest.raises(ResumeError, match="another model"):
+        shiftadd_cli.quantize(str(source), out, **fields)
+    text.write_text(text.read_text().replace("number", "cipher"))
+    shutil.copytree(model, source, dirs_exist_ok=True)
+    with pytest.raises(ResumeError, match="calibration text"):
+        shiftadd_cli.quantize(str(source), out, **fields)
+    text.write_text(text.read_text().replace("cipher", "number"))
+    for name, other, said in (
+        ("versions", {"torch": "0.1"}, "another version of"),
+        ("_code", "0", "shiftadd's own code"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(history, name, lambda other=other: other)
+            with pytest.raises(ResumeError, match=said):
+                shiftadd_cli.quantize(str(source), out, **fields)
+    shiftadd_cli.quantize(str(source), out, **fields)
+
+
+@pytest.mark.parametrize("when", [0, 2**33])
+def test_what_the_clock_says_does_not_matter(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    out = tmp_path / "out"
+    stopped(monkeypatch, 1, str(model), out, **QUICK)
+    for path in partial(out).rglob("*"):
+        os.utime(path, (when, when))
+    begun = []
+    monkeypatch.setattr(history.History, "states", _noting(history.History.states, begun))
+    shiftadd_cli.quantize(str(model), out, **QUICK)
+    assert begun == [1]
+
+
+def _noting(states: Callable[..., object], begun: list[int]) -> Callable[..., object]:
+    """`History.states`, that notes how many blocks were done."""
+
+    def noted(self: history.History, *given: int) -> object:
+        begun.append(self.done)
+        return states(self, *given)
+
+    return noted
+
+
+def test_bits_that_were_chosen_are_not_chosen_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
+    fields = QUICK | {"avg_bits": 4.5}
+    shiftadd_cli.quantize(str(model), tmp_path / "whole", **fields)
+    stopped(monkeypatch, 0, str(model), tmp_path / "out", **fields)
+    monkeypatch.setattr(job.AllocationJob, "run", lambda *_: pytest.fail("bits are chosen again"))
+    shiftadd_cli.quantize(str(model), tmp_path / "out", **fields)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [
+        ("journal/start.json", 120),
+        ("journal/block-00000.json", -60),
+        ("states/quantized-00001.safetensors", -5),
+        ("states/quantized-00001.safetensors", 3),
+        ("states/token_weights.safetensors", -5),
+        ("artifact/model.safetensors", 20),
+    ],
+)
+def test_a_flipped_bit_is_found_and_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, place: int
+) -> None:
+    out = tmp_path / "out"
+    fields = QUICK | {"loss_aware": 1.0}
+    stopped(monkeypatch, 1, str(model), out, **fields)
+    flip(partial(out) / file, place)
+    with pytest.raises(ResumeError, match="is damaged") as failure:
+        shiftadd_cli.quantize(str(model), out, **fields)
+    assert Path(file).name in str(failure.value)
+    assert "--no-resume" in str(failure.value)
+
+
+def test_a_flipped_bit_in_a_finished_block_is_found(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    stopped(monkeypatch, 1, str(model), out, **QUICK)
+    record = json.loads((partial(out) / "journal" / "block-00000.json").read_text())["record"]
+    weights = partial(out) / "artifact" / "model.safetensors"
+    header = json.loads(weights.read_bytes()[8 : 8 + int.from_bytes(weights.read_bytes()[:8], "little")])
+    name = next(iter(record["written"]))
+    start = 8 + int.from_bytes(weights.read_bytes()[:8], "little") + header[name]["data_offsets"][0]
+    flip(weights, start)
+    with pytest.raises(ResumeError, match=f"{name} does not fit its checksum"):
+        shiftadd_cli.quantize(str(model), out, **QUICK)
+
+
+@pytest.mark.parametrize("lacking", ["block-00000.json", "start.json", "run.json"])
+def test_a_step_that_is_lacking_is_noticed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    out = tmp_path / "out"
+    stopped(monkeypatch, 2, str(model), out, **QUICK)
+    (partial(out) / "journal" / lacking).unlink()
+    with pytest.raises(ResumeError, match="--no-resume"):
+        shiftadd_cli.quantize(str(model), out, **QUICK)
+
+
+def test_a_second_run_into_the_folder_is_refused(model: Path, tmp_path: Path) -> None:
+    with (
+        Workspace(tmp_path / "out"),
+        pytest.raises(OutputError, match="Another run is writing"),
+    ):
+        shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)

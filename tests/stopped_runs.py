@@ -1,0 +1,115 @@
+"""Runs that are stopped on their way, and what two artifacts have in common."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shiftadd_cli
+from shiftadd_cli.errors import Interrupted
+from shiftadd_cli.pipeline import job
+
+# Parts of report.json that no two runs have in common.
+_OF_THE_RUN = ("seconds", "machine", "command")
+
+_FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+# Imports once, and forks from there.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(
+    [
+        "stopped_runs",
+        "shiftadd_cli.cli.quantize",
+        "shiftadd_cli.pipeline.job",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+
+
+def stop_before(monkeypatch: pytest.MonkeyPatch, step: int, failure: BaseException | None = None) -> None:
+    """Let every run fail before the block number `step` of those that it has left, or, past them, before the end."""
+
+    def bar(names: Sequence[str], text: str) -> Iterator[str]:
+        for index, name in enumerate(names):
+            if index == step and text.startswith("Quantizing"):
+                raise failure or KeyboardInterrupt
+            yield name
+        if step >= len(names) and text.startswith("Quantizing"):
+            raise failure or KeyboardInterrupt
+
+    monkeypatch.setattr(job, "block_bar", bar)
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any, **fields: Any) -> None:
+    """Begin `shiftadd_cli.quantize` and stop it there."""
+    with monkeypatch.context() as patch:
+        stop_before(patch, step)
+        with pytest.raises(Interrupted):
+            shiftadd_cli.quantize(*arguments, **fields)
+
+
+def counting_text(path: Path) -> Path:
+    """Write a short calibration text, which takes a hundredth of the time that the builtin one takes to tokenize."""
+    path.write_text("".join(f"{number} is a number. " for number in range(500)))
+    return path
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All files of an artifact by name, as bytes; report.json without times, memory and command."""
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = json.loads(found.pop("report.json"))
+    return found | {"report.json": {name: value for name, value in report.items() if name not in _OF_THE_RUN}}
+
+
+def run_disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) -> None:
+    """Be the command `shiftadd`, with a fault at its file operation number `moment` in a partial folder.
+
+    For a process of its own. fault: a signal by name, or an errno by name, with which the next file to be written then
+    cannot be opened, or nothing. Python announces every open, rename and removal, so a moment is the same in every run.
+    The number of operations is the last line of `log`, which takes standard output and error too.
+    """
+    import errno
+    import os
+    import signal
+    import sys
+
+    from shiftadd_cli.cli import main
+
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    seen, failed = 0, False
+
+    def watch(event: str, details: tuple[Any, ...]) -> None:
+        nonlocal seen, failed
+        if event not in _FILE_OPERATIONS or ".partial" not in str(details[0]):
+            return
+        seen += 1
+        if fault.startswith("SIG"):
+            if seen == moment:
+                os.kill(os.getpid(), getattr(signal, fault))
+        elif fault and seen >= moment and not failed and event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR):
+            failed = True
+            number = getattr(errno, fault)
+            raise OSError(number, os.strerror(number), str(details[0]))
+
+    sys.addaudithook(watch)
+    try:
+        main(arguments)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(stream, f"\n{seen}".encode())
+
+
+def disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) -> tuple[int, str]:
+    """`run_disturbed` in a process of its own: its exit code (that of a signal negative) and what it wrote."""
+    process = _PROCESSES.Process(target=run_disturbed, args=(fault, moment, [*map(str, arguments)], log))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode, log.read_text()
