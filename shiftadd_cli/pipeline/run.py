@@ -90,7 +90,7 @@ class _Run:
         for depth, name in enumerate(progress(plan.structure.blocks, "Quantizing")):
             self._block(depth, name, trace)
         with self.clock.phase("read_and_write"):
-            plan.source.save_tokenizer(self.writer.folder)
+            plan.source.save_companions(self.writer.folder)
             files_bytes = self.writer.nbytes
             report = make_report(
                 plan,
