@@ -11,6 +11,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from shiftadd_cli.calibration.images import ImageData
 from shiftadd_cli.calibration.text import TextData
 from shiftadd_cli.pipeline.plan import Plan, resident_bytes
 from shiftadd_cli.report.schema import (
@@ -53,7 +54,7 @@ class Measured:
 
 def make_report(
     plan: Plan,
-    calibration: tuple[TextData, Tensor] | None,
+    calibration: tuple[TextData | ImageData, Tensor] | None,
     layers: list[LayerReport],
     blocks: list[BlockReport],
     tables: list[TableReport],
@@ -123,8 +124,13 @@ def _bit_plan(plan: Plan) -> BitPlanReport | None:
     )
 
 
-def _calibration(text: TextData, windows: Tensor) -> CalibrationReport:
-    samples, seq_len = windows.shape
+def _calibration(data: TextData | ImageData, samples: Tensor) -> CalibrationReport:
+    images = isinstance(data, ImageData)
     return CalibrationReport(
-        name=text.name, fingerprint=text.fingerprint, samples=samples, seq_len=seq_len, tokens=windows.numel()
+        name=data.name,
+        fingerprint=data.fingerprint,
+        samples=len(samples),
+        seq_len=None if images else samples.shape[1],
+        tokens=None if images else samples.numel(),
+        image_shape=tuple(samples.shape[1:]) if images else None,
     )

@@ -18,6 +18,7 @@ from shiftadd_cli.artifact.format import ArtifactFormat, MatrixFormat
 from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.calibration.flow import measure_flow
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import LinearSpec, Source, Structure, find_structure
@@ -210,18 +211,19 @@ def _peak_memory(
         spec = each.spec
         siblings = (spec.block, spec.kind.rpartition(".")[0], spec.in_features)
         tall[siblings] = tall.get(siblings, 0) + spec.out_features
-    widths = [width for _, _, width in tall]
     solver = 4 * max(_MATRIX_COPIES * rows * key[2] + _HESSIAN_COPIES * key[2] ** 2 for key, rows in tall.items())
-    text_config = source.config.get_text_config()
-    resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * text_config.vocab_size
+    vocabulary = 0 if source.reads_images else source.config.get_text_config().vocab_size
+    resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * vocabulary
     if recipe.calibration == NO_CALIBRATION:
         return resident + max(outside + codes, block + solver)
     versions = 2 if recipe.asymmetric or recipe.reconstruct_epochs else 1
-    tokens, itemsize = recipe.batch_size * recipe.seq_len, source.dtype.itemsize
-    width = text_config.hidden_size
-    widest = max([*widths, *(each.spec.out_features for each in linears)])
-    activations = _ACTIVATION_COPIES * tokens * widest * itemsize + 4 * tokens * max(widths)
-    hidden = versions * recipe.samples * recipe.seq_len * width * itemsize
+    flow = measure_flow(source, structure.blocks, recipe.seq_len)
+    itemsize = source.dtype.itemsize
+    # By block, since the widest linears of a model in stages are where tokens are fewest.
+    wide = max(flow.tokens[each.spec.block] * max(each.spec.in_features, each.spec.out_features) for each in linears)
+    read = max(flow.tokens[each.spec.block] * each.spec.in_features for each in linears)
+    activations = recipe.batch_size * (_ACTIVATION_COPIES * wide * itemsize + 4 * read)
+    hidden = versions * recipe.samples * flow.values * itemsize + recipe.samples * flow.sample_bytes
     # Width and rows of the linears that read one input, by block; a block may have none left.
     inputs = [[(key[2], rows) for key, rows in tall.items() if key[0] == index] for index in range(len(blocks))]
     squares = [[width**2 for width, _ in each] for each in inputs]

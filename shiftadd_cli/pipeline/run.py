@@ -15,6 +15,7 @@ from torch import Tensor
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution
 from shiftadd_cli.calibration.gradients import squared_gradients
+from shiftadd_cli.calibration.images import ImageData, draw_images, image_reader, load_images
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.text import TextData, load_text, sample_windows
 from shiftadd_cli.calibration.trace import Trace, trace_model
@@ -30,17 +31,22 @@ from shiftadd_cli.source import LinearSpec
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The text and the windows drawn from it, int64 `[samples, seq_len]`."""
+    """The data and the samples drawn from it: of a text windows of tokens, int64 `[samples, seq_len]`, of images
+    pixels, float32 `[samples, channels, height, width]`."""
 
-    text: TextData
-    windows: Tensor
+    data: TextData | ImageData
+    samples: Tensor
 
 
 def load_calibration(plan: Plan) -> CalibrationSet | None:
-    """Text and windows of the plan's recipe, None for a run without data. Raises CalibrationError, before any work."""
+    """Data and samples of the plan's recipe, None for a run without data. Raises CalibrationError, before any work."""
     if not plan.calibrated:
         return None
     recipe = plan.recipe
+    if plan.source.reads_images:
+        images = load_images(recipe.calibration, split="calibration")
+        drawn = draw_images(images, image_reader(plan.source), samples=recipe.samples, seed=recipe.seed)
+        return CalibrationSet(images, drawn.inputs)
     text = load_text(recipe.calibration, split="calibration")
     tokenizer = plan.source.load_tokenizer()
     windows = sample_windows(text, tokenizer, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed)
@@ -94,7 +100,7 @@ class _Run:
             files_bytes = self.writer.nbytes
             report = make_report(
                 plan,
-                None if self.calibration is None else (self.calibration.text, self.calibration.windows),
+                None if self.calibration is None else (self.calibration.data, self.calibration.samples),
                 self.layers,
                 self.blocks,
                 self.tables,
@@ -120,24 +126,24 @@ class _Run:
             with self.clock.phase("trace"):
                 model = source.skeleton()
                 move_parts(model, structure.outside, self.device)
-                windows = self.calibration.windows
+                samples = self.calibration.samples
                 recipe = self.plan.recipe
-                trace = trace_model(source, structure, windows, recipe.batch_size, self.device)
+                trace = trace_model(source, structure, samples, recipe.batch_size, self.device)
                 if recipe.asymmetric or recipe.reconstruct_epochs:
                     trace.original = trace.hidden.copy()
             if recipe.loss_aware:
                 with self.clock.phase("trace"):
-                    self.token_weights = self._weigh_tokens(windows, trace, progress)
+                    self.token_weights = self._weigh_tokens(samples, trace, progress)
         source.release(structure.outside)
         return trace
 
-    def _weigh_tokens(self, windows: Tensor, trace: Trace, progress: BlockProgress) -> dict[str, Tensor]:
+    def _weigh_tokens(self, samples: Tensor, trace: Trace, progress: BlockProgress) -> dict[str, Tensor]:
         """Squared gradients to the power of the recipe, of mean 1 again."""
         recipe, plan = self.plan.recipe, self.plan
         found = squared_gradients(
             plan.source,
             plan.structure,
-            windows,
+            samples,
             trace,
             device=self.device,
             seed=recipe.seed,

@@ -30,10 +30,18 @@ class CalibrationReport(_Part):
     """The data the model was run on."""
 
     name: str
-    fingerprint: Annotated[str, Field(description="SHA-256 of the text.")]
-    samples: int
-    seq_len: int
-    tokens: int
+    fingerprint: Annotated[str, Field(description="SHA-256 of the text, or over names and samples of the images.")]
+    samples: Annotated[int, Field(description="Windows of tokens, or images.")]
+    seq_len: Annotated[int | None, Field(description="Tokens of a window; null for images.")]
+    tokens: Annotated[int | None, Field(description="null for images.")]
+    image_shape: Annotated[
+        tuple[int, ...] | None, Field(description="Channels, height and width of an image as the model reads it.")
+    ] = None
+
+    @property
+    def amount(self) -> str:
+        """How much of it, in words."""
+        return f"{self.samples} images" if self.seq_len is None else f"{self.samples} x {self.seq_len} tokens"
 
 
 class SizeReport(_Part):

@@ -54,6 +54,15 @@ def vision_class(config: Any, name: str) -> Any | None:
     return None
 
 
+def is_classifier(model: Any) -> bool:
+    """Whether a vision model, or its class, gives class scores."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    found = model if isinstance(model, type) else type(model)
+    listed = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    return any(found.__name__ in ((each,) if isinstance(each, str) else each) for each in listed)
+
+
 def _listed(mapping: Any, config: Any) -> list[Any]:
     if type(config) not in mapping:
         return []
