@@ -48,7 +48,7 @@ def main(out: Path, epochs: int, seed: int) -> None:
             num_labels=CLASSES,
             id2label={number: str(number) for number in range(CLASSES)},
             label2id={str(number): number for number in range(CLASSES)},
-        )  # fmt: skip
+        )
     )
     reader = ImageReader.of(processor, model.config, "the model")
     pixels, classes = _all(load_images("builtin", split="calibration"), reader)

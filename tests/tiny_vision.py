@@ -59,7 +59,7 @@ def tiny_vision_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrain
 def write_processor(folder: Path, size: int = IMAGE_SIZE, channels: int = 3) -> None:
     """The settings of an image processor that resizes and scales."""
     settings = {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": size, "width": size}, "resample": 2,
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": size, "width": size},
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * channels,
         "image_std": [0.25] * channels,
     }  # fmt: skip
@@ -84,7 +84,7 @@ def save_pictures(folder: Path, count: int, *, layout: str = "flat", seed: int =
         place.mkdir(parents=True, exist_ok=True)
         coarse = random.integers(0, 256, (4, 5, len(mode)), dtype=np.uint8).squeeze()
         file = place / f"{number:03}.png"
-        Image.fromarray(coarse, mode=None).resize((20, 18)).save(file)
+        Image.fromarray(coarse).resize((20, 18)).save(file)
         rows.append({"file": f"{folder.name}/{file.name}", "label": CLASSES.index(name), "name": name})
     if layout == "table":
         with folder.with_name(f"{folder.name}_labels.csv").open("w", newline="") as table:

@@ -76,7 +76,7 @@ class ImageConditions:
 
 @dataclass
 class ImageBench:
-    """A table in the folder `work`. `say`: told what happens, in lines; `failed`: what came of rows that are not there."""
+    """A table in the folder `work`. `say` is told what happens; `failed` is what came of rows not made."""
 
     conditions: ImageConditions
     cells: Sequence[Cell]

@@ -67,6 +67,7 @@ def _choose(splits: Sequence[str], split: str) -> str:
 
 
 def _parts(rows: Any, name: str, place: str) -> ImageParts:
+    import pyarrow as arrow
     from datasets import ClassLabel, Image
 
     features = rows.features
@@ -87,7 +88,7 @@ def _parts(rows: Any, name: str, place: str) -> ImageParts:
             raise CalibrationError(f"The column {kinds[0]!r} of {name} holds no classes; leave it out, or mend it.")
     try:
         column = rows.select_columns(pictures[0]).cast_column(pictures[0], Image(decode=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, arrow.ArrowException) as error:
         raise CalibrationError(
             f"The column {pictures[0]!r} of {name} holds no images ({_first_line(error)})."
         ) from error

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def quantize(model: str, out: Path, recipe: str, dry_run: bool, overwrite: bool, **fields: Any) -> None:
     """Compress MODEL and write a checkpoint folder that transformers loads.
 
-    MODEL is a hub id, a folder with safetensors, a .gguf file, or `demo` (SmolLM2-135M-Instruct).
+    MODEL is a hub id, a folder with safetensors, a .gguf file, or `demo` (SmolLM2-135M-Instruct): a decoder language
+    model, or an image classifier or vision encoder.
     """
     from shiftadd_cli.recipe import Recipe
 

@@ -36,8 +36,7 @@ def class_numbers(labels: Sequence[str | int], names: Mapping[int, str], data: s
         examples = ", ".join(str(names[number]) for number in sorted(names)[:3])
         raise CalibrationError(
             f"{len(missing)} of the {len(distinct)} classes of {data} (such as {missing[0]!r}) are no classes of "
-            f"{model}, which has {len(names)} (such as {examples}); give images of these, or name them as its config.json "
-            "does."
+            f"{model}, which has {len(names)} (such as {examples}); give images of these, or rename the classes."
         )
     return tensor([numbers[each] for each in labels])
 
