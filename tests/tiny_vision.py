@@ -30,6 +30,11 @@ _SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "swin": ("swin", "SwinForImageClassification", _SWIN),
     "swin-bare": ("swin", "SwinModel", _SWIN),
     "clip": ("clip_vision_model", "CLIPVisionModel", _COMMON),
+    "clip-classes": (
+        "clip",
+        "CLIPForImageClassification",
+        {"vision_config": _COMMON, "text_config": {**_COMMON, "vocab_size": 32, "bos_token_id": 0, "eos_token_id": 1}},
+    ),
     "clip-projection": ("clip_vision_model", "CLIPVisionModelWithProjection", {**_COMMON, "projection_dim": 24}),
     "siglip": ("siglip_vision_model", "SiglipVisionModel", _COMMON),
 }
@@ -70,7 +75,7 @@ def save_tiny_vision(family: str, folder: Path, *, seed: int = 0, **changes: Any
     """Write a random checkpoint with its image processor to `folder` and return it."""
     model = tiny_vision_model(family, seed=seed, **changes)
     model.save_pretrained(folder)
-    write_processor(folder, channels=model.config.num_channels)
+    write_processor(folder, channels=getattr(model.config, "num_channels", 3))
     return folder
 
 

@@ -174,7 +174,10 @@ class ImageReader:
     @classmethod
     def of(cls, processor: Any, config: Any, name: str) -> ImageReader:
         """The reader for a model of this configuration."""
-        return cls(processor, int(getattr(config, "num_channels", 3)), name)
+        # A classifier made of a dual model keeps what its vision tower is apart.
+        places = (config, getattr(config, "vision_config", None))
+        channels = next((found for each in places if (found := getattr(each, "num_channels", None))), 3)
+        return cls(processor, int(channels), name)
 
     def __call__(self, picture: Any, place: str) -> Tensor:
         """float32 `[channels, height, width]`. Raises CalibrationError where it has another number of channels."""
