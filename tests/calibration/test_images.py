@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny_vision import CLASSES, save_pictures, write_processor
 
-from shiftadd_cli.calibration import text_hub
+from shiftadd_cli.calibration import images_table
 from shiftadd_cli.calibration.images import (
     MAX_UNREADABLE,
     ImageReader,
@@ -190,8 +190,35 @@ def test_what_is_no_set_of_pictures_is_one_sentence(tmp_path, monkeypatch):
     mixed = save_pictures(tmp_path / "mixed", 2, layout="folders")
     Image.new("RGB", (5, 5)).save(mixed / "here.png")
     refused(mixed, r"holds images of its own and in sub-folders \(such as here\.png\)")
-    monkeypatch.setattr(text_hub, "reachable", lambda _: False)
+    monkeypatch.setattr(images_table, "reachable", lambda _: False)
     refused("nobody/pictures:test", r"no such folder or file, and the data set nobody/pictures of the hub could not")
+
+
+def test_a_data_set_of_the_hub_by_name_and_split(tmp_path, monkeypatch, reader):
+    import datasets
+
+    files = sorted(save_pictures(tmp_path / "set", 3).iterdir())
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
+    sizes = {"train": 3, "validation": 2}
+    monkeypatch.setattr(images_table, "reachable", lambda _: True)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _: list(sizes))
+
+    def load(name, split):
+        assert name == "somebody/pictures"
+        cells = [str(file) for file in files[: sizes[split]]]
+        return datasets.Dataset.from_dict({"img": cells, "label": range(sizes[split])}, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for spec, split, name in (
+        ("somebody/pictures", "calibration", "train"),
+        ("somebody/pictures", "test", "validation"),
+        ("somebody/pictures:train", "test", "train"),
+    ):
+        data = load_images(spec, split=split)
+        assert data.name == f"somebody/pictures {name}"
+        assert data.labels == CLASSES[: sizes[name]]
+        assert len(list(read_images(data, reader, range(len(data))))) == sizes[name]
+    refused("somebody/pictures:absent", r"data set somebody/pictures of the hub could not be had")
 
 
 def test_a_table_without_pictures_is_one_sentence(tmp_path):
