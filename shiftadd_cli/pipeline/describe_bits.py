@@ -14,6 +14,13 @@ UNITS = {"output": "nats/token", "divergence": "nats/token", "paper": "no unit"}
 IMAGE_UNITS = dict.fromkeys(("output", "divergence"), "nats/image, or 1 - cosine of features")
 
 
+def unit_of(plan: BitPlan) -> str:
+    """What the losses of a plan are in."""
+    made = plan.made_by
+    units = UNITS if made.calibration.seq_len is not None else IMAGE_UNITS
+    return units.get(made.sensitivity, "no unit")
+
+
 def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
     """Bits by kind and depth, what they store and what they are predicted to cost, beside equal bits for all."""
     kinds: dict[str, list[LinearSpec]] = {}
@@ -31,8 +38,7 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
         if all(bits in layer.bytes for layer in layers):
             rows.append((f"uniform {bits}", "", *_numbers(layers, [bits] * len(layers))))
     made = plan.made_by
-    units = UNITS if made.calibration.seq_len is not None else IMAGE_UNITS
-    unit = units.get(made.sensitivity, "no unit")
+    unit = unit_of(plan)
     return "\n".join(
         (
             table(("layers", "bits from first to last block", "planes", "bits/weight", "predicted loss"), rows),

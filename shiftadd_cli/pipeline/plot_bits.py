@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.errors import OutputError
 from shiftadd_cli.pipeline.allocate import FrontPoint
-from shiftadd_cli.pipeline.describe_bits import UNITS
+from shiftadd_cli.pipeline.describe_bits import unit_of
 from shiftadd_cli.pipeline.plan_output import check_plan_output
 from shiftadd_cli.source import LinearSpec
 
@@ -126,7 +126,7 @@ def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: t
 def _draw_front(axes: Axes, plan: BitPlan, front: Sequence[FrontPoint]) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    unit = UNITS.get(plan.made_by.sensitivity, "no unit")
+    unit = unit_of(plan)
     axes.margins(0.05, 0.1)
     axes.plot(
         [point.bits_per_weight for point in front],
