@@ -29,7 +29,7 @@ from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.recipe_file import packaged_names
 
 
-class _Widths(click.ParamType):
+class Widths(click.ParamType):
     """Bit widths such as `2,3,4`."""
 
     name = "n,n,..."
@@ -51,7 +51,7 @@ class _Widths(click.ParamType):
     help=f"What to compare: {', '.join(packaged_names())}, a recipe file, "
     f"{', '.join(f'peer:{name}' for name in PEERS)}; each with :field=value,... for changes.",
 )
-@click.option("--bits", type=_Widths(), default="2,3,4", show_default=True, help="Planes per weight.")
+@click.option("--bits", type=Widths(), default="2,3,4", show_default=True, help="Planes per weight.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
 @comparison_options
 def main(

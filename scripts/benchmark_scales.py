@@ -109,7 +109,7 @@ def measure_forms(
     device = torch.device("cpu")
     source, measure = plan.source, Measure(forms, blocks, SolverOptions.from_recipe(recipe))
     source.materialise(plan.structure.outside)
-    trace = trace_model(source, plan.structure, calibration.windows, recipe.batch_size, device)
+    trace = trace_model(source, plan.structure, calibration.samples, recipe.batch_size, device)
     walk_blocks(source, structure, trace, measure, device=device, progress=show)
     return measure.rows()
 

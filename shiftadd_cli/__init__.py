@@ -1,4 +1,4 @@
-"""Post-training compression of language models into binary matrices with power-of-two scales.
+"""Post-training compression of language models and vision transformers into binary matrices with power-of-two scales.
 
 Importing this package is cheap and teaches transformers to load our checkpoints:
 

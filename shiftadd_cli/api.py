@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shiftadd_cli.allocation.cost_table import CostKind, parse_budget
 from shiftadd_cli.allocation.plan_file import BitPlan
@@ -19,6 +19,7 @@ from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.runtime import transformers_plugin
 from shiftadd_cli.source import open_source
+from shiftadd_cli.source.vision import vision_class
 
 __all__ = ["allocate_bits", "evaluate", "load", "quantize"]
 
@@ -93,7 +94,8 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     Raises ArtifactError, naming the tensor, for a damaged checkpoint.
     """
     transformers_plugin.register()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    loader = vision_class(AutoConfig.from_pretrained(folder), str(folder)) or AutoModelForCausalLM
+    model: PreTrainedModel = loader.from_pretrained(folder, **options)
     return model
 
 

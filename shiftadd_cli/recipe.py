@@ -185,12 +185,15 @@ class Recipe(BaseModel):
         Field(
             min_length=1,
             description="Calibration text: 'builtin' (needs no download), wikitext2, c4, ptb, a .txt, .jsonl or "
-            ".parquet file, or 'none' for a run without data.",
+            ".parquet file, or 'none' for a run without data. For vision models images: 'builtin' (digits of "
+            "scikit-learn), a folder, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT.",
         ),
     ] = "builtin"
-    samples: Annotated[int, Field(ge=1, description="Calibration windows.")] = 128
-    seq_len: Annotated[int, Field(ge=2, description="Tokens per calibration window.")] = 512
-    batch_size: Annotated[int, Field(ge=1, description="Calibration windows run at once; more needs more memory.")] = 8
+    samples: Annotated[int, Field(ge=1, description="Calibration windows, or images.")] = 128
+    seq_len: Annotated[int, Field(ge=2, description="Tokens per calibration window of a text.")] = 512
+    batch_size: Annotated[
+        int, Field(ge=1, description="Calibration windows, or images, run at once; more needs more memory.")
+    ] = 8
     embedding_bits: Annotated[
         Literal[8, 16],
         Field(

@@ -119,7 +119,7 @@ class Allocations:
             "sensitivity": kind,
             "model": job.source.fingerprint,
             "recipe": job.recipe_fingerprint,
-            "calibration": job.calibration.text.fingerprint,
+            "calibration": job.calibration.data.fingerprint,
             "candidates": list(self.candidates),
             "version": CACHE_VERSION,
             "versions": versions(),

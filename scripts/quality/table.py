@@ -42,12 +42,12 @@ def as_markdown(bench: Bench) -> str:
     for name in tests:
         header += [f"{name}: perplexity", "ratio", "KL, nats/token", "same top token"]
     header += ["seconds", "peak memory"]
-    lines = [_line(header), _line(["---"] + ["---:"] * (len(header) - 1))]
+    lines = [line(header), line(["---"] + ["---:"] * (len(header) - 1))]
     if bench.original is not None:
         first = ["original", "-", "-", "-", f"{bench.original.file_bits_per_weight:.3f}"]
         for name in tests:
             first += [_perplexity(bench.original.scores[name]), "1.000", "-", "-"]
-        lines.append(_line([*first, "-", "-"]))
+        lines.append(line([*first, "-", "-"]))
     for row in _rows(bench):
         native = "-" if row.native_bits is None else f"{row.native_bits:.3f}"
         cells = [f"`{row.method}`", str(row.bits), f"{row.stored_bits:.3f}", native, f"{row.file_bits:.3f}"]
@@ -60,7 +60,7 @@ def as_markdown(bench: Bench) -> str:
                 with_error(score.kl, score.kl_error, 4),
                 "-" if score.agreement is None else f"{score.agreement:.2%}",
             ]
-        lines.append(_line([*cells, f"{row.seconds:.1f}", size(row.peak_memory_bytes)]))
+        lines.append(line([*cells, f"{row.seconds:.1f}", size(row.peak_memory_bytes)]))
     return "\n".join([*lines, "", *_notes(bench)]) + "\n"
 
 
@@ -76,7 +76,7 @@ def _notes(bench: Bench) -> list[str]:
             for name, score in bench.original.scores.items()
         ]
     for text in dict.fromkeys(row.calibration for row in rows):
-        users = _listed(row.method for row in rows if row.calibration == text)
+        users = listed(row.method for row in rows if row.calibration == text)
         notes.append(f"Calibration {text or 'none (weights only)'}: {users}.")
     notes += [
         f"Calibration windows, unless a method says otherwise: {conditions.samples} x {conditions.seq_len} tokens, "
@@ -88,11 +88,11 @@ def _notes(bench: Bench) -> list[str]:
         "bits) / group; our container stores a float16 scale per plane and an offset. Other grids have no other form.",
         "seconds and peak memory: of the process that quantizes, from its report; the machine may have had other work.",
         *(["Peers are scored from what they decode; bits/weight is what they would store."] if peers else []),
-        f"Versions: {_listed(_told(row.settings['artifact']['versions']) for row in rows)}.",
-        f"Machine: {_listed(_told(row.machine) for row in rows)}.",
+        f"Versions: {listed(told(row.settings['artifact']['versions']) for row in rows)}.",
+        f"Machine: {listed(told(row.machine) for row in rows)}.",
     ]
     notes += [
-        f"Sources {code[:16]}: {_listed(row.method for row in rows if row.code == code)}."
+        f"Sources {code[:16]}: {listed(row.method for row in rows if row.code == code)}."
         for code in dict.fromkeys(row.code for row in rows)
     ]
     notes += [
@@ -122,14 +122,14 @@ def _perplexity(score: TestScore) -> str:
     return "infinite" if score.perplexity is None else with_error(score.perplexity, score.perplexity_error, 3)
 
 
-def _told(values: dict[str, str]) -> str:
+def told(values: dict[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _listed(texts: Any) -> str:
+def listed(texts: Any) -> str:
     """Each text once."""
     return "; ".join(dict.fromkeys(texts))
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

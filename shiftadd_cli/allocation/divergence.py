@@ -41,16 +41,19 @@ from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import LinearSpec, Structure
 
-# Calibration windows that divergences are measured on; the quantized weights are solved on all of them.
+# Calibration windows, or images, that divergences are measured on; the quantized weights are solved on all of them.
 PROBE_WINDOWS = 4
+# An image is one prediction, where a window is hundreds.
+PROBE_IMAGES = 64
 # Hidden states of variants, unless the caller says otherwise.
 MEMORY_BYTES = 1 << 30
 
 
-def probe_windows(windows: Tensor) -> Tensor:
-    """At most `PROBE_WINDOWS` of int64 `[samples, seq_len]`, evenly from the first to the last."""
-    count = min(PROBE_WINDOWS, len(windows))
-    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+def probe_samples(samples: Tensor) -> Tensor:
+    """At most `PROBE_WINDOWS` of int64 `[samples, seq_len]`, or `PROBE_IMAGES` of `[samples, channels, height, width]`,
+    evenly from the first to the last."""
+    most = PROBE_IMAGES if samples.is_floating_point() else PROBE_WINDOWS
+    return samples[torch.linspace(0, len(samples) - 1, min(most, len(samples))).round().long()]
 
 
 @dataclass

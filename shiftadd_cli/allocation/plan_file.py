@@ -69,12 +69,17 @@ class Storage(_Part):
 
 
 class PlanCalibration(_Part):
-    """The data that sensitivities were measured on."""
+    """The data that sensitivities were measured on: `samples` windows of `seq_len` tokens, or images (None)."""
 
     name: str
     fingerprint: str
     samples: int
-    seq_len: int
+    seq_len: int | None
+
+    @property
+    def amount(self) -> str:
+        """How much of it, in words."""
+        return f"{self.samples} images" if self.seq_len is None else f"{self.samples} x {self.seq_len} tokens"
 
 
 class Origin(_Part):

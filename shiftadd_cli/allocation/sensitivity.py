@@ -15,6 +15,9 @@ know of bits: the code gives the layers with the largest scores the larger of tw
 C · 4^−bits, since every further plane divides the squared error of a scalar quantizer by about four; so layers are
 ranked as in the paper, any candidates can be compared, and only differences within one plan mean something.
 
+With a vision model a loss is that of an image: the divergence of its class scores in nats, or, of a model without such,
+1 - cosine of its features.
+
 Everything is measured in the original model, whose blocks are read one after another.
 """
 
@@ -29,7 +32,7 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.allocation.candidates import CandidateSolver
-from shiftadd_cli.allocation.divergence import Divergence, probe_windows
+from shiftadd_cli.allocation.divergence import Divergence, probe_samples
 from shiftadd_cli.allocation.row_sample import RowSample
 from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.bcq.hessian import build_objective
@@ -76,7 +79,7 @@ def measure_sensitivities(
     kind: SensitivityKind,
     source: Source,
     structure: Structure,
-    windows: Tensor,
+    samples: Tensor,
     trace: Trace,
     options: SolverOptions,
     candidates: Sequence[Choice],
@@ -87,7 +90,7 @@ def measure_sensitivities(
 ) -> Sensitivities:
     """Sensitivities of every linear of `structure` at each of `candidates`.
 
-    windows: int64 `[samples, seq_len]`; trace: of these windows; its hidden states are used up. options: of the run,
+    samples: see `trace_model`; trace: of these; its hidden states are used up. options: of the run,
     whose bits do not matter. Modules outside the blocks must be materialised on `device` and stay so; blocks are
     materialised and released here.
 
@@ -96,11 +99,11 @@ def measure_sensitivities(
     if kind == "paper":
         return walk_blocks(source, structure, trace, PaperCriterion(candidates), device=device, progress=progress)
     if kind == "divergence":
-        replay = Replay(source, structure, probe_windows(windows), len(trace.hidden[0]), device)
+        replay = Replay(source, structure, probe_samples(samples), len(trace.hidden[0]), device)
         divergence = Divergence(replay, structure, options, candidates, progress=progress)
         found = walk_blocks(source, structure, trace, divergence, device=device, progress=progress)
         return replace(found, costs=divergence.costs(found.costs))
-    probe = windows[:: max(1, windows.numel() // _GRADIENT_TOKENS)]
+    probe = samples[:: max(1, len(samples) * trace.hidden[0].shape[1] // _GRADIENT_TOKENS)]
     traced = trace_model(source, structure, probe, max(trace.calls), device)
     gradients = squared_gradients(source, structure, probe, traced, device=device, seed=seed, progress=progress)
     measure = OutputError(gradients.means, options, candidates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,3 +30,23 @@ class Reference:
             # What the original rules out (minus infinity) counts nothing, as in the limit of p log p.
             found = gap.masked_fill_(self._probabilities == 0, 0.0).mul_(self._probabilities).sum(-1)
         return found
+
+
+class Divergence(Protocol):
+    """The original's predictions on some rows."""
+
+    def divergence(self, prediction: Tensor, /) -> Tensor:
+        """How far another model's predictions are, `[...]`; not negative but for rounding."""
+
+
+class Direction:
+    """The original's features on some rows, float32 `[..., width]`, of which only the direction counts."""
+
+    def __init__(self, features: Tensor) -> None:
+        self._units = torch.nn.functional.normalize(features, dim=-1)
+
+    def divergence(self, features: Tensor) -> Tensor:
+        """1 - cosine of each row with the original's, `[...]`."""
+        # As half the squared distance of unit vectors, which has no difference of numbers near 1.
+        units = torch.nn.functional.normalize(features.to(self._units.device), dim=-1)
+        return 0.5 * (units - self._units).square().sum(-1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.head import returning, slices
+from shiftadd_cli.calibration.head import Form, Head
 from shiftadd_cli.source import Structure
 
 Loss = Literal["divergence", "cross_entropy"]
@@ -19,58 +19,87 @@ _BYTES_PER_LOGIT = 16
 
 
 class EndLoss:
-    """The loss of `windows` int64 `[samples, seq_len]` as a function of what the last block gives out.
+    """The loss of `samples` (see `trace_model`) as a function of what the last block gives out.
 
-    Whatever comes after the blocks is the model's code and runs on slices of tokens; see `calibration.head`.
+    Whatever comes after the blocks is the model's code and runs on slices; see `calibration.head`.
 
-    The loss is a sum over tokens, not a mean. `cross_entropy` scores the text: the last token of a window has no label
-    and adds nothing. `divergence` scores labels drawn from the model's own distribution, at every token; the same
-    `seed` draws the same labels however windows are batched and sliced.
+    The loss is a sum over predictions, not a mean. `cross_entropy` scores the text: the last token of a window has no
+    label and adds nothing. `divergence` scores labels drawn from the model's own distribution, at every prediction; the
+    same `seed` draws the same labels however samples are batched and sliced. A model without a head predicts nothing:
+    its loss is 1 - cosine of its features with themselves, whose curvature is that of a distribution of directions
+    about them, and the gradient is drawn so that its square is that curvature on average.
 
-    Everything outside the blocks must be materialised on `device`.
+    Everything outside the blocks must be materialised on `device`. `forms`: of all blocks, see `Trace`.
     """
 
     def __init__(
-        self, model: Any, structure: Structure, windows: Tensor, *, kind: Loss, seed: int, device: torch.device
+        self,
+        model: Any,
+        structure: Structure,
+        forms: Sequence[Form],
+        samples: Tensor,
+        *,
+        kind: Loss,
+        seed: int,
+        device: torch.device,
     ) -> None:
-        self._model, self._windows, self._device = model, windows, device
-        self._blocks = [model.get_submodule(name) for name in structure.blocks]
-        self._tokens = max(1, _SLICE_BYTES // (_BYTES_PER_LOGIT * model.config.get_text_config().vocab_size))
-        # One number a token, drawn before any work: labels are then a function of the logits and of nothing else.
+        self._samples, self._device, self._seed = samples, device, seed
+        self._head = Head(model, structure, forms, samples, device)
+        if kind == "cross_entropy" and not self._head.per_token:
+            raise ValueError("cross entropy needs labels, and images bring none: use divergence")
+        self._most = max(1, _SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))
+        # One number a prediction, drawn before any work: labels are then a function of the logits and of nothing else.
         generator = torch.Generator().manual_seed(seed)
-        self._uniform = torch.rand(windows.shape, generator=generator) if kind == "divergence" else None
+        self._uniform = torch.rand(self._head.predictions, generator=generator) if kind == "divergence" else None
 
-    def gradient(self, first: int, hidden: Tensor, form: Callable[[Tensor], Any]) -> Tensor:
+    @property
+    def predictions(self) -> int:
+        """How many the loss is a sum over, with those that have no label."""
+        return torch.Size(self._head.predictions).numel()
+
+    def gradient(self, first: int, hidden: Tensor) -> Tensor:
         """d loss / d hidden, in the place, shape and dtype of `hidden`.
 
-        hidden: outputs `[batch, seq_len, width]` of the last block for the windows from number `first` on.
-        form: puts hidden states into what a block of this model returns (bare, or the first of a tuple).
+        hidden: outputs `[batch, tokens, width]` of the last block for the samples from number `first` on.
         """
         found = torch.zeros_like(hidden)
         scored = hidden.shape[1] - (self._uniform is None)
-        for rows, tokens in slices(len(hidden), scored, self._tokens):
+        for rows, tokens in self._head.parts(len(hidden), scored, self._most):
             states = hidden[rows, tokens].to(self._device)
-            windows = slice(first + rows.start, first + rows.stop)
-            found[rows, tokens] = self._of_slice(states, windows, tokens, form)
+            samples = slice(first + rows.start, first + rows.stop)
+            found[rows, tokens] = self._of_slice(states, samples, tokens)
         return found
 
-    def _of_slice(self, states: Tensor, rows: slice, tokens: slice, form: Callable[[Tensor], Any]) -> Tensor:
+    def _of_slice(self, states: Tensor, rows: slice, tokens: slice) -> Tensor:
         states = states.detach().requires_grad_()
-        with torch.enable_grad(), returning(self._blocks, form(states)):
-            # The ids only give the stubs' callers their shapes.
-            logits = self._model(input_ids=self._windows[rows, tokens].to(self._device), use_cache=False).logits
-        # The gradient of cross entropy is written down, since its first half is also what labels are drawn from.
-        slope = logits.detach().float().softmax(-1)
-        labels = self._labels(slope, rows, tokens)
-        slope.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=slope.dtype))
-        return torch.autograd.grad(logits, states, slope.to(logits.dtype))[0]
+        with torch.enable_grad():
+            values, is_logits = self._head.predict(states, rows, tokens)
+        if is_logits:
+            # The gradient of cross entropy is written down, since its first half is also what labels are drawn from.
+            slope = values.detach().float().softmax(-1)
+            labels = self._labels(slope, rows, tokens)
+            slope.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=slope.dtype))
+        else:
+            slope = self._turn(values.detach().float(), rows)
+        return torch.autograd.grad(values, states, slope.to(values.dtype))[0]
 
     def _labels(self, probabilities: Tensor, rows: slice, tokens: slice) -> Tensor:
-        """int64 `[batch, tokens, 1]`."""
+        """int64 `[batch, tokens, 1]`, or `[batch, 1]` for images."""
         if self._uniform is None:
-            return self._windows[rows, tokens.start + 1 : tokens.stop + 1].to(self._device).unsqueeze(-1)
+            return self._samples[rows, tokens.start + 1 : tokens.stop + 1].to(self._device).unsqueeze(-1)
         heights = probabilities.cumsum(-1)
         top = heights[..., -1:]
         # Rounding must not reach the top: a label of no probability would have the largest gradient of all.
-        drawn = self._uniform[rows, tokens].to(self._device).unsqueeze(-1) * top
+        drawn = self._uniform[self._head.place(rows, tokens)].to(self._device).unsqueeze(-1) * top
         return torch.searchsorted(heights, drawn.minimum(top.nextafter(torch.zeros_like(top))), right=True)
+
+    def _turn(self, features: Tensor, rows: slice) -> Tensor:
+        """A random vector across each of `features`, divided by its length: the mean of its outer product is the second
+        derivative of 1 - cosine there."""
+        generator = torch.Generator().manual_seed(self._seed)
+        # As many are drawn as there are samples, so that batches do not matter.
+        drawn = torch.randn((*self._head.predictions, features.shape[-1]), generator=generator)[rows]
+        drawn = drawn.to(features.device)
+        length = features.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        unit = features / length
+        return (drawn - (drawn * unit).sum(-1, keepdim=True) * unit) / length

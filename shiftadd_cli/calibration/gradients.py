@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.end_loss import EndLoss, Loss
-from shiftadd_cli.calibration.head import dress
+from shiftadd_cli.calibration.streams import is_whole
 from shiftadd_cli.calibration.trace import Trace, check_finite
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress
@@ -34,12 +34,14 @@ class SquaredGradients:
     """Squared gradients of the end loss, summed over tokens, at the outputs of linears, averaged over output features.
 
     Attributes:
-        tokens: of each token, float32 `[samples, seq_len]` on the CPU; for the linears that `partial` does not name.
-        means: their sum, divided by the number of all tokens, whether the linear sees them or not. Half of it, times
-            the number of output features, times the mean square of an error of the output over the tokens that the
-            linear sees and its features, is what the error adds to the loss of a token, to second order.
-        partial: linears that in some batch do not give an output `[batch, seq_len, features]` or
-            `[batch * seq_len, features]` (the experts of a mixture see some of the tokens, in an order of their own).
+        tokens: of each token, float32 `[samples, tokens]` on the CPU, as many as enter the block; for the linears that
+            `partial` does not name.
+        means: their sum, divided by the number of all predictions (tokens of a text, images), whether the linear sees
+            them or not. Half of it, times the number of output features, times the mean square of an error of the
+            output over the tokens that the linear sees and its features, is what the error adds to the loss of a
+            prediction, to second order.
+        partial: linears that in some batch do not give an output for each of these tokens, see `is_whole` (the experts
+            of a mixture see some of the tokens, in an order of their own).
     """
 
     tokens: dict[str, Tensor]
@@ -47,7 +49,7 @@ class SquaredGradients:
     partial: frozenset[str]
 
     def token_weights(self) -> dict[str, Tensor]:
-        """For every linear `tokens` divided by their mean: float32 `[samples, seq_len]`, of mean 1.
+        """For every linear `tokens` divided by their mean: float32 `[samples, tokens]`, of mean 1.
 
         Ones get a linear that no gradient reaches, and one that does not see all tokens.
         """
@@ -59,7 +61,7 @@ class SquaredGradients:
 
 @dataclass
 class _Batch:
-    """A batch on its way: `first` is the number of its first window, `hidden` its input of every block so far."""
+    """A batch on its way: `first` is the number of its first sample, `hidden` its input of every block so far."""
 
     first: int
     size: int
@@ -69,7 +71,7 @@ class _Batch:
 def squared_gradients(
     source: Source,
     structure: Structure,
-    windows: Tensor,
+    samples: Tensor,
     trace: Trace,
     *,
     device: torch.device,
@@ -86,29 +88,30 @@ def squared_gradients(
         model's: what compression should keep small. It needs no labels, gives no extra weight to text the model finds
         surprising, and does not hang on the one continuation that was written; hence the default.
     seed: for the drawn labels; results depend on it, not on batches.
-    memory_bytes: block inputs kept at once, `blocks * seq_len * width` values a window. So many batches go through
+    memory_bytes: block inputs kept at once, `blocks * tokens * width` values a sample. So many batches go through
         the blocks together, one at least; each such group reads every block twice.
     progress: shows how far each such walk through the blocks is.
 
-    windows: int64 `[samples, seq_len]`; trace: of these windows, as `trace_model` gave it (not changed here). Modules
-    outside the blocks must be materialised on `device`; blocks are materialised and released here, one at a time.
+    samples: see `trace_model`; trace: of these, as it gave it (not changed here). Modules outside the blocks must be
+    materialised on `device`; blocks are materialised and released here, one at a time.
 
     Raises NumericalError naming the block where a gradient is not finite.
     """
-    if trace.hidden.samples != len(windows):
-        raise ValueError(f"the trace is of {trace.hidden.samples} windows, not of {len(windows)}")
-    squares = {spec.name: torch.zeros(windows.shape) for spec in structure.linears}
+    if trace.hidden.samples != len(samples):
+        raise ValueError(f"the trace is of {trace.hidden.samples} samples, not of {len(samples)}")
+    tokens = [trace.hidden[0].shape[1], *(form.shape[0] for form in trace.forms)]
+    squares = {spec.name: torch.zeros(len(samples), tokens[spec.block]) for spec in structure.linears}
     show = progress or (lambda names, _: names)
     walk = _Walk(source, structure, trace, device, squares, dict.fromkeys(squares, 0.0), show)
-    end = EndLoss(source.skeleton(), structure, windows, kind=loss, seed=seed, device=device)
+    end = EndLoss(source.skeleton(), structure, trace.forms, samples, kind=loss, seed=seed, device=device)
     for batches in _groups(trace, memory_bytes // len(structure.blocks)):
-        form = walk.forward(batches)
+        walk.forward(batches)
         for batch in batches:
-            gradient = end.gradient(batch.first, batch.hidden.pop(), form)
+            gradient = end.gradient(batch.first, batch.hidden.pop())
             _refuse_not_finite(gradient, "the head")
             batch.hidden.append(gradient)
         walk.backward(batches)
-    means = {name: total / windows.numel() for name, total in walk.totals.items()}
+    means = {name: total / end.predictions for name, total in walk.totals.items()}
     return SquaredGradients(squares, means, frozenset(walk.partial))
 
 
@@ -125,18 +128,16 @@ class _Walk:
     # Linears that did not see all tokens of every batch.
     partial: set[str] = field(default_factory=set)
 
-    def forward(self, batches: Sequence[_Batch]) -> Callable[[Tensor], Any]:
-        """Append every block's output to the batches' hidden states; returns how a block dresses what it returns."""
-        dressed: list[Callable[[Tensor], Any]] = []
+    def forward(self, batches: Sequence[_Batch]) -> None:
+        """Append every block's output to the batches' hidden states."""
         for depth, name in enumerate(self.progress(self.structure.blocks, "Predictions")):
             block = self._load(name)
-            with block.register_forward_hook(lambda _, __, output: dressed.append(dress(output))), torch.no_grad():
+            with torch.no_grad():
                 for batch in batches:
                     output = self.trace.calls[batch.size][depth].run(block, batch.hidden[-1].to(self.device))
                     check_finite(output, name)
                     batch.hidden.append(output.cpu())
             self.source.release([name])
-        return dressed[-1]
 
     def backward(self, batches: Sequence[_Batch]) -> None:
         """Use up the batches' hidden states, whose last are gradients, block by block; fills `squares`."""
@@ -171,11 +172,11 @@ class _Walk:
         def add(gradient: Tensor) -> None:
             means = gradient.float().square().mean(-1)
             self.totals[name] += float(means.sum(dtype=torch.float64))
-            if means.shape in (rows.shape, (rows.numel(),)):
+            if is_whole(means.shape, *rows.shape):
                 rows.add_(means.view(rows.shape).cpu())
 
         def watch(_: nn.Module, __: Any, output: Tensor) -> None:
-            if output.shape[:-1] not in (rows.shape, (rows.numel(),)):
+            if not is_whole(output.shape[:-1], *rows.shape):
                 self.partial.add(name)
             if output.requires_grad:
                 # A hook of the tensor, not of the module: a model may add to the output in place afterwards.

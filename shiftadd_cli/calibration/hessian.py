@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.calibration.stream import BlockStream
+from shiftadd_cli.calibration.streams import is_whole
 
 # Columns of a second moment that are added to at once.
 _STRIP = 256
@@ -74,9 +75,9 @@ def gather_moments(
     The block is left as soon as the last of them has its input. With `original`, the same block before quantization
     and the hidden states of the original model, the cross moments are gathered too.
 
-    weights: for each group `[samples, seq_len]`, not negative and of mean 1: a token's x xᵀ counts by its weight
-    (GuidedQuant, arXiv:2505.07004, section 3). Inputs that are neither `[batch, seq_len, in]` nor
-    `[batch * seq_len, in]` (experts, which read some of the tokens) are not weighted.
+    weights: for each group `[samples, tokens]`, not negative and of mean 1: a token's x xᵀ counts by its weight
+    (GuidedQuant, arXiv:2505.07004, section 3). Inputs that do not hold every token, see `is_whole` (experts read some
+    of them), are not weighted.
     """
     names = [group[0] for group in groups]
     by_name = dict(zip(names, weights or (), strict=False))
@@ -102,4 +103,4 @@ def _weights_of(inputs: Tensor, weights: Tensor | None, windows: slice) -> Tenso
     if weights is None:
         return None
     rows = weights[windows]
-    return rows if inputs.shape[:-1] in (rows.shape, (rows.numel(),)) else None
+    return rows if is_whole(inputs.shape[:-1], *rows.shape) else None

@@ -1,4 +1,4 @@
-"""Windows that run through parts of a model again and again, block by block, up to its predictions.
+"""Samples that run through parts of a model again and again, block by block, up to its predictions.
 
 All in float32, whatever the model's dtype: what replacing one linear does to the predictions is less than what rounding
 to 16 bits does to them. Measured on SmolLM2-135M, 512 tokens: noise of 0.3% on one matrix moves the predictions by
@@ -7,14 +7,14 @@ to 16 bits does to them. Measured on SmolLM2-135M, 512 tokens: noise of 0.3% on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shiftadd_cli.calibration.distribution import Reference
-from shiftadd_cli.calibration.head import dress, returning, slices
+from shiftadd_cli.calibration.distribution import Direction, Divergence, Reference
+from shiftadd_cli.calibration.head import Head
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.device import move_parts
 from shiftadd_cli.progress import BlockProgress
@@ -26,29 +26,29 @@ _BYTES_PER_LOGIT = 20
 
 
 class Replay:
-    """A float32 copy of a model, loaded block by block, and the windows that run through it.
+    """A float32 copy of a model, loaded block by block, and the samples that run through it.
 
-    hidden: their states at the input of the first block, float32 `[windows, seq_len, width]` on the CPU. All hidden
+    hidden: their states at the input of the first block, float32 `[samples, tokens, width]` on the CPU. All hidden
     states here are of that form.
     """
 
     def __init__(
-        self, source: Source, structure: Structure, windows: Tensor, batch_size: int, device: torch.device
+        self, source: Source, structure: Structure, samples: Tensor, batch_size: int, device: torch.device
     ) -> None:
-        """windows: int64 `[windows, seq_len]`; batch_size: how many of them run at once.
+        """samples: see `trace_model`; batch_size: how many of them run at once.
 
         What lies outside the blocks is loaded now and stays as long as this does, beside what `source` has in memory.
         """
         self._source = source.at(torch.float32)
-        self._structure, self._windows, self._device = structure, windows, device
+        self._structure, self._device = structure, device
         self._batch_size = batch_size
         self._model: Any = self._source.skeleton()
         self._blocks = [self._model.get_submodule(name) for name in structure.blocks]
-        self._dress: Callable[[Tensor], Any] = dress(None)
         self._source.materialise(structure.outside)
         move_parts(self._model, structure.outside, device)
-        trace = trace_model(self._source, structure, windows, batch_size, device)
+        trace = trace_model(self._source, structure, samples, batch_size, device)
         self._calls = trace.calls
+        self._head = Head(self._model, structure, trace.forms, samples, device)
         self.hidden = torch.cat(list(trace.hidden))
 
     def load(self, depth: int) -> nn.Module:
@@ -63,40 +63,34 @@ class Replay:
     def run(self, depth: int, hidden: Tensor) -> Tensor:
         """What block number `depth`, which must be loaded, makes of hidden states."""
         block, found = self._blocks[depth], []
-        with block.register_forward_hook(lambda _, __, output: self._learn_form(output)):
-            for batch in hidden.split(self._batch_size):
-                found.append(self._calls[len(batch)][depth].run(block, batch.to(self._device)).cpu())
+        for batch in hidden.split(self._batch_size):
+            found.append(self._calls[len(batch)][depth].run(block, batch.to(self._device)).cpu())
         return torch.cat(found)
 
     @torch.no_grad()
     def divergences(
         self, original: Tensor, others: Sequence[Tensor], progress: BlockProgress = lambda names, _: names
     ) -> list[float]:
-        """Mean over tokens of KL(original || other), in nats, of the predictions made from outputs of the last block.
+        """Mean over predictions of KL(original || other), in nats, made from outputs of the last block; of 1 - cosine
+        of the features, where the model has no head.
 
         Logits exist for some tokens of one model at a time, beside the original's for the same tokens. No mean is
         negative: what rounding leaves below zero is zero. A mean may be infinite or not a number.
         """
         totals = [0.0] * len(others)
-        vocabulary: int = self._model.config.get_text_config().vocab_size
-        most = max(1, _SLICE_BYTES // (_BYTES_PER_LOGIT * vocabulary))
-        parts = list(slices(original.shape[0], original.shape[1], most))
+        most = max(1, _SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))
+        parts = list(self._head.parts(original.shape[0], original.shape[1], most))
         names = [f"part {number}" for number in range(len(parts))]
         for _, (rows, tokens) in zip(progress(names, "Comparing"), parts, strict=True):
-            reference = Reference(self._chances(original, rows, tokens))
+            values, is_logits = self._predict(original, rows, tokens)
+            reference: Divergence = Reference(values) if is_logits else Direction(values)
             for index, other in enumerate(others):
-                gaps = reference.divergence(self._chances(other, rows, tokens))
+                gaps = reference.divergence(self._predict(other, rows, tokens)[0])
                 totals[index] += float(gaps.sum(dtype=torch.float64))
-        return [total / self._windows.numel() if not total < 0 else 0.0 for total in totals]
+        count = torch.Size(self._head.predictions).numel()
+        return [total / count if not total < 0 else 0.0 for total in totals]
 
-    def _chances(self, hidden: Tensor, rows: slice, tokens: slice) -> Tensor:
-        """Log-probabilities float32 `[windows, tokens, vocabulary]`."""
-        states = self._dress(hidden[rows, tokens].to(self._device))
-        with returning(self._blocks, states):
-            # The ids only give the stubs' callers their shapes.
-            ids = self._windows[rows, tokens].to(self._device)
-            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
-        return logits.float().log_softmax(-1)
-
-    def _learn_form(self, output: Any) -> None:
-        self._dress = dress(output)
+    def _predict(self, hidden: Tensor, rows: slice, tokens: slice) -> tuple[Tensor, bool]:
+        """Log-probabilities float32 `[samples, tokens, vocabulary]` or `[samples, classes]`, or features; which."""
+        values, is_logits = self._head.predict(hidden[rows, tokens].to(self._device), rows, tokens)
+        return (values.float().log_softmax(-1) if is_logits else values.float()), is_logits

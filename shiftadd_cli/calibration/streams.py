@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 
 class HiddenStates:
-    """The hidden states of all calibration windows at one depth, in batches, on the CPU in the model's dtype."""
+    """The hidden states of all calibration samples at one depth, in batches, on the CPU in the model's dtype."""
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
         self._batches: list[Tensor] = []
 
     def append(self, batch: Tensor) -> None:
-        """Add a batch `[batch, seq_len, width]`."""
+        """Add a batch `[batch, tokens, width]`."""
         self._batches.append(batch.cpu())
 
     def replace(self, index: int, batch: Tensor) -> None:
@@ -40,3 +41,9 @@ class HiddenStates:
     @property
     def nbytes(self) -> int:
         return sum(batch.nbytes for batch in self._batches)
+
+
+def is_whole(places: torch.Size, batch: int, tokens: int) -> bool:
+    """Whether a linear whose input or output has these axes besides the features sees every token of a batch, sample
+    after sample. Inside a sample they may lie in an order of the linear's own, as where attention runs in windows."""
+    return places.numel() == batch * tokens and (len(places) == 1 or places[0] % batch == 0)

@@ -69,9 +69,9 @@ def read(name: str, split: str) -> tuple[str, str]:
     """
     corpus = CORPORA[name]
     part = corpus.splits[split]
-    online = _reachable(ENDPOINT)
+    online = reachable(ENDPOINT)
     try:
-        with _offline(not online):
+        with offline(not online):
             rows = _open(corpus, part)
             text, whole = _join((row[corpus.column] for row in rows), corpus.separator, corpus.max_characters)
     # Whatever goes wrong on the way to the hub (there are a dozen libraries on it), the cure is the same.
@@ -105,7 +105,7 @@ def _join(rows: Iterable[str], separator: str, limit: int | None) -> tuple[str, 
 
 
 @contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
+def offline(wanted: bool) -> Iterator[None]:
     """Without network `datasets` would retry for half a minute; in its offline mode it looks into its cache at once."""
     import datasets
 
@@ -117,7 +117,7 @@ def _offline(wanted: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _reachable(url: str) -> bool:
+def reachable(url: str) -> bool:
     """Whether a server answers, be it with an error; honours the usual proxy variables and HF_HUB_OFFLINE."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 

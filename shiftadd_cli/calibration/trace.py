@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.calibration.head import Form, hidden_of, run_model
 from shiftadd_cli.calibration.streams import HiddenStates
 from shiftadd_cli.errors import NumericalError, SourceError
 from shiftadd_cli.source import Source, Structure
@@ -29,16 +30,18 @@ class BlockCall:
 
     def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Output hidden states of `block` for `hidden` `[batch, seq_len, width]`."""
-        return _hidden_of(block(hidden, *self.args, **self.kwargs))
+        return hidden_of(block(hidden, *self.args, **self.kwargs))
 
 
 @dataclass
 class Trace:
-    """`hidden`: inputs of the first block; `calls[batch size]`: one BlockCall per block; `original`: hidden states of
-    the original model at the same depth, for asymmetric calibration and block reconstruction."""
+    """`hidden`: inputs of the first block; `calls[batch size]`: one BlockCall per block; `forms`: what each block gives
+    out; `original`: hidden states of the original model at the same depth, for asymmetric calibration and block
+    reconstruction."""
 
     hidden: HiddenStates
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+    forms: list[Form] = field(default_factory=list)
     original: HiddenStates | None = None
 
 
@@ -49,25 +52,26 @@ class StopForward(Exception):  # noqa: N818 - control flow, not an error
 def trace_model(
     source: Source,
     structure: Structure,
-    windows: Tensor,
+    samples: Tensor,
     batch_size: int,
     device: torch.device,
     hidden: HiddenStates | None = None,
 ) -> Trace:
-    """Run `windows` int64 `[samples, seq_len]` to the first block, and one batch of each size through all blocks.
+    """Run `samples` to the first block, and one batch of each size through all blocks.
 
+    samples: int64 `[samples, seq_len]` tokens, or `[samples, channels, height, width]` pixels for a vision model.
     hidden: where hidden states are kept, by default in memory; batches that it holds already are not computed.
 
     Modules outside the blocks must be materialised on `device`; blocks are materialised and released here. Raises
     SourceError when the model does not pass hidden states straight from block to block.
     """
     model = source.skeleton()
-    batches = windows.split(batch_size)
-    trace = Trace(HiddenStates(len(windows)) if hidden is None else hidden)
+    batches = samples.split(batch_size)
+    trace = Trace(HiddenStates(len(samples)) if hidden is None else hidden)
     known = len(trace.hidden)
     for index, batch in enumerate(batches):
         if len(batch) not in trace.calls:
-            trace.calls[len(batch)] = _record_calls(source, structure, model, batch, device)
+            trace.calls[len(batch)], trace.forms = _record_calls(source, structure, model, batch, device)
         if index >= known:
             trace.hidden.append(_first_input(structure, model, batch, device))
     return trace
@@ -90,11 +94,6 @@ def _check_weights(block: nn.Module, name: str) -> None:
             )
 
 
-def _run(model: nn.Module, batch: Tensor, device: torch.device) -> None:
-    with torch.no_grad():
-        model(input_ids=batch.to(device), use_cache=False)
-
-
 def _first_input(structure: Structure, model: nn.Module, batch: Tensor, device: torch.device) -> Tensor:
     found: list[Tensor] = []
 
@@ -104,7 +103,8 @@ def _first_input(structure: Structure, model: nn.Module, batch: Tensor, device: 
 
     with hooked([model.get_submodule(structure.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)]):
         try:
-            _run(model, batch, device)
+            with torch.no_grad():
+                run_model(model, batch.to(device))
         except StopForward:
             return found[0]
     raise SourceError(
@@ -114,8 +114,9 @@ def _first_input(structure: Structure, model: nn.Module, batch: Tensor, device: 
 
 def _record_calls(
     source: Source, structure: Structure, model: nn.Module, batch: Tensor, device: torch.device
-) -> list[BlockCall]:
+) -> tuple[list[BlockCall], list[Form]]:
     calls: list[BlockCall] = []
+    forms: list[Form] = []
     previous: list[Tensor] = []
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -130,8 +131,9 @@ def _record_calls(
         module.to(device)
 
     def after(name: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        check_finite(_hidden_of(output), name)
-        previous[:] = [_hidden_of(output).clone()]
+        check_finite(hidden_of(output), name)
+        previous[:] = [hidden_of(output).clone()]
+        forms.append(Form.of(output))
         source.release([name])
         if name == structure.blocks[-1]:
             raise StopForward
@@ -143,13 +145,13 @@ def _record_calls(
             block.register_forward_pre_hook(lambda m, a, k, name=name: before(name, m, a, k), with_kwargs=True)
         )
         handles.append(block.register_forward_hook(lambda m, a, o, name=name: after(name, m, a, o)))
-    with hooked(handles), suppress(StopForward):
-        _run(model, batch, device)
+    with hooked(handles), suppress(StopForward), torch.no_grad():
+        run_model(model, batch.to(device))
     if len(calls) != len(structure.blocks):
         raise SourceError(
             f"The model called {len(calls)} of its {len(structure.blocks)} blocks; its architecture is not supported."
         )
-    return calls
+    return calls, forms
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -158,11 +160,6 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
     return rest.pop("hidden_states"), (), rest
-
-
-def _hidden_of(output: Any) -> Tensor:
-    """Blocks return hidden states bare or as the first of a tuple."""
-    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 @contextmanager

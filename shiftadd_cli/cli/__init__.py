@@ -82,4 +82,4 @@ class _Group(click.Group):
 @click.group(cls=_Group, name="shiftadd", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="shiftadd")
 def main() -> None:
-    """Compress language models into binary matrices with power-of-two scales, without training."""
+    """Compress language and vision models into binary matrices with power-of-two scales, without training."""

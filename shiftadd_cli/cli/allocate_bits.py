@@ -31,7 +31,8 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     "--max-divergence",
     metavar="NATS",
     type=float,
-    help="Predicted loss, in nats a token, not to be passed: gives the smallest plan. Predicted, not measured.",
+    help="Predicted loss, in nats a token (or an image), not to be passed: gives the smallest plan. Predicted, not "
+    "measured.",
 )
 @click.option(
     "--cost",
@@ -102,7 +103,7 @@ def allocate_bits(
 ) -> None:
     """Choose the bits of every layer of MODEL under a budget and write them to a plan.
 
-    Measures on calibration text how much the bits of every layer matter, and remembers it in $SHIFTADD_CACHE (by
+    Measures on calibration data how much the bits of every layer matter, and remembers it in $SHIFTADD_CACHE (by
     default ~/.cache/shiftadd), so that another budget costs seconds. The choice is optimal for what was measured. Give
     the recipe and its options as for `shiftadd quantize`.
     """

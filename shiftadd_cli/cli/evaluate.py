@@ -1,4 +1,4 @@
-"""`shiftadd evaluate`: measure models on a text."""
+"""`shiftadd evaluate`: measure models on a text or on images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shiftadd_cli.cli.evaluate_images import calibrations, computed, describe_images
 from shiftadd_cli.cli.scoring import scoring_options
 from shiftadd_cli.cli.tasks import check_options, show_tasks, task_options
 
 if TYPE_CHECKING:
-    from shiftadd_cli.evaluation.compare import Evaluation, Measured
+    from shiftadd_cli.evaluation.compare import Evaluation
+    from shiftadd_cli.evaluation.measured import Measured
+    from shiftadd_cli.evaluation.perplexity import Score
 
 
 @click.command()
@@ -24,7 +27,14 @@ if TYPE_CHECKING:
     default="builtin",
     show_default=True,
     help="Test text: 'builtin' (held-out documentation of Python, needs no download), wikitext2, c4, ptb, or a .txt, "
-    ".jsonl (field 'text') or .parquet (column 'text') file.",
+    ".jsonl (field 'text') or .parquet (column 'text') file. For vision models images: 'builtin' (held-out digits of "
+    "scikit-learn), a folder (a sub-folder for each class, or a table of labels), a .parquet file, or a data set of "
+    "the hub as NAME or NAME:SPLIT.",
+)
+@click.option(
+    "--max-images",
+    type=click.IntRange(min=1),
+    help="Use only so many images, evenly from the first to the last.  [default: all]",
 )
 @scoring_options
 @click.option(
@@ -32,7 +42,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="Windows run at once; more needs more memory.",
+    help="Windows or images run at once; more needs more memory.",
 )
 @click.option(
     "--device", default="auto", show_default=True, help="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ..."
@@ -50,6 +60,7 @@ def evaluate(
     dataset: str,
     context: int,
     max_tokens: int | None,
+    max_images: int | None,
     batch_size: int,
     dtype: str,
     device: str,
@@ -60,17 +71,19 @@ def evaluate(
     save: bool,
     as_json: bool,
 ) -> None:
-    """Measure the perplexity of each MODEL, and with --against its distance from the original.
+    """Measure the perplexity, or accuracy on images, of each MODEL, and with --against its distance from the original.
 
     MODEL is a folder written by `shiftadd quantize`, or an original: a hub id, a folder with safetensors, a .gguf file,
     or `demo`. The text is tokenised as one string and cut into windows; every token but each window's first is scored.
     With --tasks the models answer those instead, and the original of --against answers first.
+    Vision models are measured on images: top-1 and top-5 accuracy, or without a head that of the nearest neighbours.
     """
     check_options(click.get_current_context())
     from transformers.utils import logging
 
     from shiftadd_cli.device import choose_device
     from shiftadd_cli.evaluation import compare
+    from shiftadd_cli.evaluation.compare_images import ImageEvaluation
     from shiftadd_cli.report.evaluation_file import check_saving, save_evaluations
 
     if save:
@@ -96,6 +109,7 @@ def evaluate(
         dataset=dataset,
         context=context,
         max_tokens=max_tokens,
+        max_images=max_images,
         batch_size=batch_size,
         dtype=dtype,
         device=choose_device(device),
@@ -103,15 +117,16 @@ def evaluate(
     for each in result.models:
         if each.calibrated_on_test:
             click.echo(
-                f"Warning: {each.info.spec} was calibrated on the very text it is measured on, which flatters it; "
+                f"Warning: {each.info.spec} was calibrated on the very data it is measured on, which flatters it; "
                 "choose another --dataset.",
                 err=True,
             )
-    if save:
+    if save and not isinstance(result, ImageEvaluation):
         save_evaluations(result)
-    click.echo(
-        json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) if as_json else _describe(result)
-    )
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        click.echo(describe_images(result) if isinstance(result, ImageEvaluation) else _describe(result))
 
 
 def _describe(result: Evaluation) -> str:
@@ -129,15 +144,15 @@ def _describe(result: Evaluation) -> str:
         f"Text          {result.text}: {result.tokens:,} tokens{part}",
         f"Windows       {result.windows:,} of {result.context} tokens (context), not overlapping; "
         f"{result.scored_tokens:,} tokens scored",
-        f"Computed      {_computed(everyone)} on {result.device}",
+        f"Computed      {computed(everyone)} on {result.device}",
+        *calibrations(everyone),
     ]
-    lines += [f"Calibration   {each.info.spec}: {_calibration(each)}" for each in everyone if each.info.compressed]
     if result.original is not None:
         lines.append(f"Original      {result.original.info.spec}; KL is KL(original || model)")
     return "\n".join(lines)
 
 
-def _row(each: Measured, *, compared: bool) -> list[str]:
+def _row(each: Measured[Score], *, compared: bool) -> list[str]:
     from shiftadd_cli.report.summary import size, with_error
 
     info, score = each.info, each.score
@@ -156,19 +171,3 @@ def _row(each: Measured, *, compared: bool) -> list[str]:
             "-" if score.agreement is None else f"{score.agreement:.2%}",
         ]
     return row
-
-
-def _computed(everyone: list[Measured]) -> str:
-    """The dtype of the computation, with the stored one where they differ; one entry if all agree."""
-    ways = {
-        each.info.spec: each.info.dtype
-        + ("" if each.info.dtype == each.info.stored_dtype else f" (stored as {each.info.stored_dtype})")
-        for each in everyone
-    }
-    if len(set(ways.values())) == 1:
-        return f"in {next(iter(ways.values()))}"
-    return ", ".join(f"{name} in {way}" for name, way in ways.items())
-
-
-def _calibration(each: Measured) -> str:
-    return each.info.calibration or "no text named in its report"

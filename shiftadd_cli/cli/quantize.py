@@ -46,8 +46,9 @@ def quantize(
 ) -> None:
     """Compress MODEL and write a checkpoint folder that transformers loads.
 
-    MODEL is a hub id, a folder with safetensors, a .gguf file, or `demo` (SmolLM2-135M-Instruct). A run that was
-    stopped goes on after its last finished block when the same command is given again.
+    MODEL is a hub id, a folder with safetensors, a .gguf file, or `demo` (SmolLM2-135M-Instruct): a decoder language
+    model, or an image classifier or vision encoder. A run that was stopped goes on after its last finished block when
+    the same command is given again.
     """
     from shiftadd_cli.recipe import Recipe
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Options of one way to measure that say nothing in the other.
-_OF_TEXT = ("dataset", "context", "max_tokens", "save")
+_OF_TEXT = ("dataset", "context", "max_tokens", "max_images", "save")
 _OF_TASKS = ("task_path", "num_fewshot", "limit")
 
 

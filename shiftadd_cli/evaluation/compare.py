@@ -1,8 +1,7 @@
-"""`evaluate`: measure models on a text, from their names to a result that can be written as JSON."""
+"""`evaluate`: measure models on a text or on images, from their names to a result that can be written as JSON."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,25 +10,13 @@ import torch
 
 from shiftadd_cli.calibration.text import TextData, load_text, tokenise
 from shiftadd_cli.errors import CalibrationError, RecipeError
-from shiftadd_cli.evaluation.models import Loaded, ModelInfo, open_any
+from shiftadd_cli.evaluation.compare_images import ImageEvaluation, evaluate_images
+from shiftadd_cli.evaluation.measured import Measured
+from shiftadd_cli.evaluation.models import Loaded, Opened, open_any
 from shiftadd_cli.evaluation.perplexity import Score, score_models
 from shiftadd_cli.evaluation.windows import scored_tokens, window_lengths
 
 _SAMPLE_CHARACTERS = 20_000
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One model: what it is, what it scored, and whether the test text is the one it was calibrated on."""
-
-    info: ModelInfo
-    score: Score
-    calibrated_on_test: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """One flat table of JSON types; an infinite value is null."""
-        flat = asdict(self.info) | asdict(self.score) | {"calibrated_on_test": self.calibrated_on_test}
-        return {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in flat.items()}
 
 
 @dataclass(frozen=True)
@@ -53,8 +40,8 @@ class Evaluation:
     context: int
     windows: int
     device: str
-    original: Measured | None
-    models: tuple[Measured, ...]
+    original: Measured[Score] | None
+    models: tuple[Measured[Score], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON types; each model is one flat table of its `info` and `score`."""
@@ -72,9 +59,11 @@ def evaluate(
     batch_size: int = 8,
     dtype: str = "auto",
     device: torch.device | None = None,
+    max_images: int | None = None,
     show_progress: bool = True,
-) -> Evaluation:
-    """Perplexity of each model on the test split of a text, and its distance from an original.
+) -> Evaluation | ImageEvaluation:
+    """Perplexity of each model on the test split of a text, and its distance from an original; vision models on images,
+    see `evaluate_images`.
 
     The text is tokenised as one string, with no special tokens added, and its first `max_tokens` tokens are used; see
     `score_models` for what is measured. All models are in memory at once, so that each sees the same batches and the
@@ -83,14 +72,26 @@ def evaluate(
     Args:
         models: names of originals or of checkpoints of ours, see `open_any`.
         against: name of the original; None leaves out divergence and agreement.
-        dataset: see `load_text`.
+        dataset: see `load_text`, and for vision models `load_images`.
 
     Raises:
         ShiftaddError: with what is wrong: a model, the text, the context, or models that split text differently.
     """
     device = device or torch.device("cpu")
-    text = load_text(dataset, split="test")
     opened = [open_any(spec) for spec in ([] if against is None else [against]) + list(models)]
+    if any(each.reads_images for each in opened):
+        _refuse_mixture(opened)
+        return evaluate_images(
+            opened,
+            compared=against is not None,
+            dataset=dataset,
+            max_images=max_images,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            show_progress=show_progress,
+        )
+    text = load_text(dataset, split="test")
     tokenizer = _common_tokenizer([(each.spec, each.load_tokenizer()) for each in opened], text)
     tokens = tokenise(text.text, tokenizer)
     used = tokens[:max_tokens]
@@ -121,7 +122,17 @@ def evaluate(
     )
 
 
-def _measured(loaded: Loaded, score: Score, text: TextData) -> Measured:
+def _refuse_mixture(opened: Sequence[Opened]) -> None:
+    for other in opened:
+        if other.reads_images != opened[0].reads_images:
+            reads = {each.reads_images: each.spec for each in (opened[0], other)}
+            raise RecipeError(
+                f"{reads[True]} reads images and {reads[False]} reads text, so they cannot be compared; evaluate them "
+                "one by one."
+            )
+
+
+def _measured(loaded: Loaded, score: Score, text: TextData) -> Measured[Score]:
     return Measured(loaded.info, score, loaded.info.calibration_fingerprint == text.fingerprint)
 
 

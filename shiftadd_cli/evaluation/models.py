@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.errors import ArtifactError, SourceError
 from shiftadd_cli.runtime.skeleton import read_artifact_config
 from shiftadd_cli.source import Source, open_source
 from shiftadd_cli.source.config import OWN_METHOD
+from shiftadd_cli.source.image_processor import load_image_processor
 from shiftadd_cli.source.locate import locate
 from shiftadd_cli.source.tokenizer import load_tokenizer
+from shiftadd_cli.source.vision import is_classifier, vision_class
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class ModelInfo:
         file_bits_per_weight: 8 * file_bytes / parameters.
         quantized_bits_per_weight: everything stored for the compressed layers over their weights; None for an original.
         stored_dtype, dtype: of what is not compressed, in the files and in this measurement.
-        calibration, calibration_fingerprint: name and SHA-256 of the text it was calibrated on, if its report says so.
+        calibration, calibration_fingerprint: name and SHA-256 of the data it was calibrated on, if its report says so.
     """
 
     spec: str
@@ -46,7 +48,7 @@ class ModelInfo:
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode on its device, its tokenizer, and what is known of it."""
+    """A model in evaluation mode on its device, its tokenizer (None for a vision model), and what is known of it."""
 
     model: Any
     tokenizer: Any
@@ -59,6 +61,14 @@ class Opened:
     def __init__(self, spec: str, path: Path, source: Source | None, config: dict[str, Any]) -> None:
         self.spec, self.path, self._source, self._config = spec, path, source, config
         self._tokenizer: Any = None
+        self._image_processor: Any = None
+
+    @cached_property
+    def reads_images(self) -> bool:
+        """Whether it is a vision model; a language model otherwise."""
+        if self._source is not None:
+            return self._source.reads_images
+        return vision_class(self.config, self.spec) is not None
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -78,17 +88,42 @@ class Opened:
         return size
 
     @cached_property
+    def config(self) -> Any:
+        """The configuration."""
+        return read_artifact_config(self.path) if self._source is None else self._source.config
+
+    @cached_property
+    def classes(self) -> dict[int, str] | None:
+        """Names of the classes of a vision model by number; None for one without class scores."""
+        found = self._source.skeleton() if self._source is not None else vision_class(self.config, self.spec)
+        if not self.reads_images or not is_classifier(found):
+            return None
+        return {int(number): str(name) for number, name in self.config.id2label.items()}
+
+    @property
     def _text_config(self) -> Any:
-        config = read_artifact_config(self.path) if self._source is None else self._source.config
-        return config.get_text_config()
+        return self.config.get_text_config()
 
     def load_tokenizer(self) -> Any:
         """The tokenizer, read once; raises SourceError if there is none."""
+        if self.reads_images:
+            raise SourceError(
+                f"{self.spec} is a vision model, which reads no text; this is for language models. `shiftadd evaluate` "
+                "measures it on images."
+            )
         if self._source is not None:
             return self._source.load_tokenizer()
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.path, remote_code=False)
         return self._tokenizer
+
+    def load_image_processor(self) -> Any:
+        """The image processor of a vision model, read once; raises SourceError if there is none."""
+        if self._source is not None:
+            return self._source.load_image_processor()
+        if self._image_processor is None:
+            self._image_processor = load_image_processor(self.path)
+        return self._image_processor
 
     def load(self, dtype: str = "auto", device: torch.device | None = None) -> Loaded:
         """Load the model; `dtype` is `auto` (see `computing_dtype`), `float32`, `bfloat16` or `float16`.
@@ -103,7 +138,7 @@ class Opened:
         if self._source is not None:
             model, file_bytes = self._source.load_model(computed), self._source.file_bytes
         else:
-            model = _load_artifact(self.path, computed)
+            model = _load_artifact(self.path, computed, self.config)
             file_bytes = sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
         model.to(device).eval()
         parameters, quantized = _count(model)
@@ -120,7 +155,7 @@ class Opened:
             calibration=calibration.get("name"),
             calibration_fingerprint=calibration.get("fingerprint"),
         )
-        return Loaded(model, self.load_tokenizer(), info)
+        return Loaded(model, None if self.reads_images else self.load_tokenizer(), info)
 
 
 def open_any(spec: str) -> Opened:
@@ -162,7 +197,7 @@ def _cpu_computes_in(dtype: torch.dtype) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def _load_artifact(path: Path, dtype: torch.dtype) -> Any:
+def _load_artifact(path: Path, dtype: torch.dtype, config: Any) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -170,7 +205,8 @@ def _load_artifact(path: Path, dtype: torch.dtype) -> Any:
 
     transformers_plugin.register()
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+        loader = vision_class(config, str(path)) or AutoModelForCausalLM
+        return loader.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ArtifactError(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.evaluation.models import Loaded, ModelInfo, open_any
 
 # ShiftAddLLM (arXiv:2406.05981), section 5.1: ARC (challenge, easy), BoolQ, COPA, PIQA, RTE, StoryCloze and MMLU.
@@ -111,6 +111,9 @@ def evaluate_tasks(
     """
     device = device or torch.device("cpu")
     opened = [open_any(spec) for spec in models]
+    for each in opened:
+        if each.reads_images:
+            raise RecipeError(f"{each.spec} is a vision model, which answers no tasks; measure it on images instead.")
     with _quiet():
         manager, built = _build(tuple(tasks), task_path)
         found = []

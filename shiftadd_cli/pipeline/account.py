@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from shiftadd_cli.allocation.front import lower_bound, uniform_points
+from shiftadd_cli.calibration.images import ImageData
 from shiftadd_cli.calibration.text import TextData
 from shiftadd_cli.pipeline.plan import Plan, resident_bytes
 from shiftadd_cli.report.schema import (
@@ -97,7 +98,7 @@ def versions() -> dict[str, str]:
 
 def make_report(
     plan: Plan,
-    calibration: tuple[TextData, Tensor] | None,
+    calibration: tuple[TextData | ImageData, Tensor] | None,
     layers: list[LayerReport],
     blocks: list[BlockReport],
     tables: list[TableReport],
@@ -124,6 +125,7 @@ def make_report(
             model_bytes=source.model_bytes,
             hub_id=hub_id(source.spec),
             license=source_license(source.path),
+            reads_images=source.reads_images,
         ),
         recipe=plan.recipe.model_dump(mode="json"),
         recipe_fingerprint=plan.recipe.fingerprint(),
@@ -175,8 +177,13 @@ def _bit_plan(plan: Plan) -> BitPlanReport | None:
     )
 
 
-def _calibration(text: TextData, windows: Tensor) -> CalibrationReport:
-    samples, seq_len = windows.shape
+def _calibration(data: TextData | ImageData, samples: Tensor) -> CalibrationReport:
+    images = isinstance(data, ImageData)
     return CalibrationReport(
-        name=text.name, fingerprint=text.fingerprint, samples=samples, seq_len=seq_len, tokens=windows.numel()
+        name=data.name,
+        fingerprint=data.fingerprint,
+        samples=len(samples),
+        seq_len=None if images else samples.shape[1],
+        tokens=None if images else samples.numel(),
+        image_shape=tuple(samples.shape[1:]) if images else None,
     )

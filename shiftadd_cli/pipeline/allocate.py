@@ -112,7 +112,8 @@ class AllocationJob:
             )
         if not plan.calibrated:
             raise AllocationError(
-                "What bits matter to a layer is measured on text; choose a --calibration, and a recipe that uses one."
+                "What bits matter to a layer is measured on calibration data; choose a --calibration, and a recipe "
+                "that uses one."
             )
         job = cls(source, recipe, request, plan.linears, allowed, tied, _calibrate(plan), device)
         job.check_budget()
@@ -200,7 +201,7 @@ class AllocationJob:
             self.source.fingerprint,
             str(self.source.dtype),
             self.recipe_fingerprint,
-            self.calibration.text.fingerprint,
+            self.calibration.data.fingerprint,
         )
         kept = cache.load()
         if kept is not None and kept.covers(wanted):
@@ -251,7 +252,7 @@ class AllocationJob:
 
     def measure(self, candidates: Sequence[Choice], show: BlockProgress) -> Sensitivities:
         """Sensitivities at these bits, whatever is remembered."""
-        source, recipe, windows = self.source, self.recipe, self.calibration.windows
+        source, recipe, samples = self.source, self.recipe, self.calibration.samples
         structure = make_plan(source, recipe).structure
         source.materialise(structure.outside)
         move_parts(source.skeleton(), structure.outside, self.device)
@@ -260,8 +261,8 @@ class AllocationJob:
                 self.request.sensitivity,
                 source,
                 structure,
-                windows,
-                trace_model(source, structure, windows, recipe.batch_size, self.device),
+                samples,
+                trace_model(source, structure, samples, recipe.batch_size, self.device),
                 SolverOptions.from_recipe(recipe),
                 candidates,
                 device=self.device,
@@ -273,7 +274,7 @@ class AllocationJob:
 
     def bit_plan(self, layers: Sequence[Choices], chosen: Mapping[str, Choice]) -> BitPlan:
         """Bits chosen, by name, out of what the layers may be, with what they were decided on."""
-        request, windows = self.request, self.calibration.windows
+        request, samples = self.request, self.calibration.samples
         planned = {
             each.name: PlannedLayer(
                 bits=chosen[each.name], shape=self.shapes[each.name], bytes=dict(each.bytes), cost=dict(each.costs)
@@ -288,10 +289,10 @@ class AllocationJob:
                 sensitivity=request.sensitivity,
                 recipe_fingerprint=self.recipe_fingerprint,
                 calibration=PlanCalibration(
-                    name=self.calibration.text.name,
-                    fingerprint=self.calibration.text.fingerprint,
-                    samples=windows.shape[0],
-                    seq_len=windows.shape[1],
+                    name=self.calibration.data.name,
+                    fingerprint=self.calibration.data.fingerprint,
+                    samples=len(samples),
+                    seq_len=None if self.source.reads_images else samples.shape[1],
                 ),
                 budget=request.budget.text,
                 keep=request.keep,

@@ -31,7 +31,7 @@ class BlockQuantizer:
         token_weights: Mapping[str, Tensor] | None = None,
         bits: Mapping[str, Choice] | None = None,
     ) -> None:
-        """token_weights: by full name of a linear, float32 `[samples, seq_len]`, see `calibration.gradients`.
+        """token_weights: by full name of a linear, float32 `[samples, tokens]`, see `calibration.gradients`.
         bits: by full name of a linear, where the recipe's primitive and bits are not meant for all."""
         self.block, self.recipe, self.clock = block, recipe, clock
         self.specs: Mapping[str, LinearSpec] = {spec.kind: spec for spec in specs}

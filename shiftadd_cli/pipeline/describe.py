@@ -14,10 +14,10 @@ def describe_plan(plan: Plan) -> str:
         kinds.setdefault(each.spec.kind, []).append(index)
     rows = []
     for kind, members in kinds.items():
-        first = plan.linears[members[0]]
+        specs = [plan.linears[i].spec for i in members]
         weights = sum(plan.linears[i].spec.out_features * plan.linears[i].spec.in_features for i in members)
         stored = sum(plan.linears[i].layout.nbytes for i in members)
-        shape = f"{first.spec.out_features} x {first.spec.in_features}"
+        shape = " x ".join(_span([getattr(each, side) for each in specs]) for side in ("out_features", "in_features"))
         bits = choices_in_words(plan.linears[i].layout.choice for i in members)
         rows.append((kind, str(len(members)), shape, bits, f"{8 * stored / weights:.3f}", size(stored)))
     reasons: dict[str, int] = {}
@@ -43,10 +43,20 @@ def describe_plan(plan: Plan) -> str:
             f"Size          {size(before)} in {dtype} (files: {size(source.file_bytes)}) -> {size(plan.after_bytes)}, "
             f"{plan.whole_bits_per_weight:.3f} bits/weight over the whole file",
             f"Memory        about {size(plan.peak_memory_bytes)} at the peak",
-            "Calibration   "
-            + (f"{recipe.calibration}, {recipe.samples} x {recipe.seq_len} tokens" if plan.calibrated else "none"),
+            "Calibration   " + (f"{recipe.calibration}, {_samples(plan)}" if plan.calibrated else "none"),
         )
     )
+
+
+def _span(sizes: list[int]) -> str:
+    """`384`, or `96-768` where stages differ."""
+    found = sorted(set(sizes))
+    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+
+
+def _samples(plan: Plan) -> str:
+    recipe = plan.recipe
+    return f"{recipe.samples} images" if plan.source.reads_images else f"{recipe.samples} x {recipe.seq_len} tokens"
 
 
 def _bit_plan(plan: Plan) -> list[str]:

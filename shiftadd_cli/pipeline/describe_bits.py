@@ -11,6 +11,15 @@ from shiftadd_cli.source import LinearSpec
 
 # Of the loss predicted, by sensitivity.
 UNITS = {"output": "nats/token", "divergence": "nats/token", "paper": "no unit"}
+# What a model without class scores loses is 1 - cosine of its features.
+IMAGE_UNITS = dict.fromkeys(("output", "divergence"), "nats/image, or 1 - cosine of features")
+
+
+def unit_of(plan: BitPlan) -> str:
+    """What the losses of a plan are in."""
+    made = plan.made_by
+    units = UNITS if made.calibration.seq_len is not None else IMAGE_UNITS
+    return units.get(made.sensitivity, "no unit")
 
 
 def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
@@ -31,8 +40,8 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
     for bits in candidates:
         if all(bits in layer.bytes for layer in layers):
             rows.append((f"uniform {bits}", "", *_numbers(layers, [bits] * len(layers))))
-    unit = UNITS.get(plan.made_by.sensitivity, "no unit")
     made = plan.made_by
+    unit = unit_of(plan)
     return "\n".join(
         (
             table(("layers", "bits from first to last block", "planes", "bits/weight", "predicted loss"), rows),
@@ -42,7 +51,7 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
             f"Stored        {size(plan.stored_bytes)} for the quantized layers: {plan.bits_per_weight:.3f} stored bits "
             f"per weight, {plan.planes_per_weight:.3f} planes",
             f"Predicted     {plan.predicted_loss:.4g} ({unit}), from the sensitivity '{made.sensitivity}' on "
-            f"{made.calibration.name}, {made.calibration.samples} x {made.calibration.seq_len} tokens",
+            f"{made.calibration.name}, {made.calibration.amount}",
         )
     )
 

@@ -90,7 +90,7 @@ class Job:
         check_space(self.out, self.plan.after_bytes + self.plan.state_bytes)
         with Workspace(self.out, resume=self.resume) as workspace:
             history = History(workspace, self.plan.structure.blocks)
-            history.begin(Asked.of(self.plan, None if calibration is None else calibration.windows))
+            history.begin(Asked.of(self.plan, None if calibration is None else calibration.samples))
             if history.spent is not None:
                 clock.go_on_from(history.spent)
             try:

@@ -19,6 +19,7 @@ from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.bcq.choices import Choice, parts_of_choice
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.calibration.flow import Flow, measure_flow
 from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import Recipe
@@ -102,9 +103,9 @@ class Plan:
         if not self.calibrated:
             return 0
         recipe = self.recipe
-        tokens = recipe.samples * recipe.seq_len
-        depths = 2 * _versions(recipe) * tokens * _width(self.source) * self.source.dtype.itemsize
-        return depths + (4 * tokens * len(self.linears) if recipe.loss_aware else 0)
+        flow = measure_flow(self.source, self.structure.blocks, recipe.seq_len)
+        depths = 2 * _versions(recipe) * recipe.samples * flow.values * self.source.dtype.itemsize
+        return depths + (_token_weight_bytes(recipe, flow, self.linears) if recipe.loss_aware else 0)
 
     @property
     def bits_per_weight(self) -> float:
@@ -206,9 +207,8 @@ def _versions(recipe: Recipe) -> int:
     return 2 if recipe.asymmetric or recipe.reconstruct_epochs else 1
 
 
-def _width(source: Source) -> int:
-    width: int = source.config.get_text_config().hidden_size
-    return width
+def _token_weight_bytes(recipe: Recipe, flow: Flow, linears: tuple[PlannedLinear, ...]) -> int:
+    return 4 * recipe.samples * sum(flow.tokens[each.spec.block] for each in linears)
 
 
 def _nbytes(shape: TensorShape) -> int:
@@ -244,18 +244,20 @@ def _peak_memory(
         spec = each.spec
         siblings = (spec.block, spec.kind.rpartition(".")[0], spec.in_features)
         tall[siblings] = tall.get(siblings, 0) + spec.out_features
-    widths = [width for _, _, width in tall]
     solver = 4 * max(_MATRIX_COPIES * rows * key[2] + _HESSIAN_COPIES * key[2] ** 2 for key, rows in tall.items())
-    text_config = source.config.get_text_config()
-    resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * text_config.vocab_size
+    vocabulary = 0 if source.reads_images else source.config.get_text_config().vocab_size
+    resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * vocabulary
     if recipe.calibration == NO_CALIBRATION:
         return resident + max(outside + codes, block + solver)
     versions = _versions(recipe)
-    tokens, itemsize = recipe.batch_size * recipe.seq_len, source.dtype.itemsize
-    width = _width(source)
-    widest = max([*widths, *(each.spec.out_features for each in linears)])
-    activations = _ACTIVATION_COPIES * tokens * widest * itemsize + 4 * tokens * max(widths)
-    hidden = recipe.samples * recipe.seq_len * width * itemsize
+    flow = measure_flow(source, structure.blocks, recipe.seq_len)
+    itemsize = source.dtype.itemsize
+    # By block, since the widest linears of a model in stages are where tokens are fewest.
+    wide = max(flow.tokens[each.spec.block] * max(each.spec.in_features, each.spec.out_features) for each in linears)
+    read = max(flow.tokens[each.spec.block] * each.spec.in_features for each in linears)
+    activations = recipe.batch_size * (_ACTIVATION_COPIES * wide * itemsize + 4 * read)
+    hidden = recipe.samples * flow.values * itemsize
+    pixels = recipe.samples * flow.sample_bytes
     # Width and rows of the linears that read one input, by block; a block may have none left.
     inputs = [[(key[2], rows) for key, rows in tall.items() if key[0] == index] for index in range(len(blocks))]
     squares = [[width**2 for width, _ in each] for each in inputs]
@@ -269,13 +271,13 @@ def _peak_memory(
     running = versions * block + max(solving, tuning)
     token_weights = 0
     if recipe.loss_aware:
-        token_weights = 4 * recipe.samples * recipe.seq_len * len(linears)
+        token_weights = _token_weight_bytes(recipe, flow, linears)
         # Squared gradients, and their powers, beside the inputs of the blocks.
         starting += 2 * token_weights + min(GRADIENT_BYTES, len(blocks) * hidden)
     if recipe.avg_bits is not None:
         measuring = outside + running + hidden + min(GRADIENT_BYTES, len(blocks) * hidden)
-        return resident + max(starting, running + token_weights, measuring)
-    return resident + max(starting, running + token_weights)
+        return resident + pixels + max(starting, running + token_weights, measuring)
+    return resident + pixels + max(starting, running + token_weights)
 
 
 def resident_bytes() -> int:

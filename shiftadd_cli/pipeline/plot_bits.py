@@ -16,7 +16,7 @@ from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.bcq.choices import Choice, choice_symbols, ordered_choices
 from shiftadd_cli.errors import OutputError
 from shiftadd_cli.pipeline.allocate import FrontPoint
-from shiftadd_cli.pipeline.describe_bits import UNITS
+from shiftadd_cli.pipeline.describe_bits import unit_of
 from shiftadd_cli.pipeline.plan_output import check_plan_output
 from shiftadd_cli.source import LinearSpec
 
@@ -134,7 +134,7 @@ def _label(choice: Choice, symbols: Mapping[Choice, str]) -> str:
 def _draw_front(axes: Axes, plan: BitPlan, front: Sequence[FrontPoint]) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    unit = UNITS.get(plan.made_by.sensitivity, "no unit")
+    unit = unit_of(plan)
     axes.margins(0.05, 0.1)
     axes.plot(
         [point.bits_per_weight for point in front],

@@ -17,6 +17,7 @@ from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution
 from shiftadd_cli.calibration.gradients import squared_gradients
+from shiftadd_cli.calibration.images import ImageData, draw_images, image_reader, load_images
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.text import TextData, load_text, sample_windows
 from shiftadd_cli.calibration.trace import Trace, trace_model
@@ -36,17 +37,22 @@ from shiftadd_cli.source import LinearSpec
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The text and the windows drawn from it, int64 `[samples, seq_len]`."""
+    """The data and the samples drawn from it: of a text windows of tokens, int64 `[samples, seq_len]`, of images
+    pixels, float32 `[samples, channels, height, width]`."""
 
-    text: TextData
-    windows: Tensor
+    data: TextData | ImageData
+    samples: Tensor
 
 
 def load_calibration(plan: Plan) -> CalibrationSet | None:
-    """Text and windows of the plan's recipe, None for a run without data. Raises CalibrationError, before any work."""
+    """Data and samples of the plan's recipe, None for a run without data. Raises CalibrationError, before any work."""
     if not plan.calibrated:
         return None
     recipe = plan.recipe
+    if plan.source.reads_images:
+        images = load_images(recipe.calibration, split="calibration")
+        drawn = draw_images(images, image_reader(plan.source), samples=recipe.samples, seed=recipe.seed)
+        return CalibrationSet(images, drawn.inputs)
     text = load_text(recipe.calibration, split="calibration")
     tokenizer = plan.source.load_tokenizer()
     windows = sample_windows(text, tokenizer, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed)
@@ -77,7 +83,7 @@ def run_plan(
     with ExitStack() as stack:
         if history is None:
             history = History(stack.enter_context(Workspace(out, resume=False)), plan.structure.blocks)
-            history.begin(Asked.of(plan, None if calibration is None else calibration.windows))
+            history.begin(Asked.of(plan, None if calibration is None else calibration.samples))
         writer = stack.enter_context(
             ArtifactWriter(out, overwrite=overwrite, shard_bytes=plan.recipe.shard_bytes, workspace=history.workspace)
         )
@@ -110,11 +116,11 @@ class _Run:
         for depth, name in enumerate(progress(names[done:], text), done):
             self._block(depth, name, trace)
         with self.clock.phase("read_and_write"):
-            plan.source.save_tokenizer(self.writer.folder)
+            plan.source.save_companions(self.writer.folder)
             files_bytes = self.writer.nbytes
             report = make_report(
                 plan,
-                None if self.calibration is None else (self.calibration.text, self.calibration.windows),
+                None if self.calibration is None else (self.calibration.data, self.calibration.samples),
                 self.layers,
                 self.blocks,
                 self.tables,
@@ -148,39 +154,39 @@ class _Run:
             with self.clock.phase("trace"):
                 model = source.skeleton()
                 move_parts(model, structure.outside, self.device)
-                trace = self._trace(self.calibration.windows)
+                trace = self._trace(self.calibration.samples)
             if begun:
                 self.token_weights = history.token_weights()
             elif self.plan.recipe.loss_aware:
                 with self.clock.phase("trace"):
-                    self.token_weights = self._weigh_tokens(self.calibration.windows, trace, progress)
+                    self.token_weights = self._weigh_tokens(self.calibration.samples, trace, progress)
         source.release(structure.outside)
         if not begun:
             with self.clock.phase("read_and_write"):
                 history.keep_start(self.writer, self.states, self.token_weights, self.clock)
         return trace
 
-    def _trace(self, windows: Tensor) -> Trace:
+    def _trace(self, samples: Tensor) -> Trace:
         """The trace, its hidden states on disk: as they were kept, or else those that reach the first block."""
         recipe, source, structure = self.plan.recipe, self.plan.source, self.plan.structure
         self.history.drop_old_states()
-        self.states = self.history.states(len(windows), recipe.batch_size)
+        self.states = self.history.states(len(samples), recipe.batch_size)
         hidden = self.states.get("quantized")
         if hidden is None:
-            hidden = StoredStates(self.history.workspace.states, len(windows), recipe.batch_size)
+            hidden = StoredStates(self.history.workspace.states, len(samples), recipe.batch_size)
             self.states["quantized"] = hidden
-        trace = trace_model(source, structure, windows, recipe.batch_size, self.device, hidden)
+        trace = trace_model(source, structure, samples, recipe.batch_size, self.device, hidden)
         if recipe.asymmetric or recipe.reconstruct_epochs:
             trace.original = self.states.setdefault("original", hidden.copy())
         return trace
 
-    def _weigh_tokens(self, windows: Tensor, trace: Trace, progress: BlockProgress) -> dict[str, Tensor]:
+    def _weigh_tokens(self, samples: Tensor, trace: Trace, progress: BlockProgress) -> dict[str, Tensor]:
         """Squared gradients to the power of the recipe, of mean 1 again."""
         recipe, plan = self.plan.recipe, self.plan
         found = squared_gradients(
             plan.source,
             plan.structure,
-            windows,
+            samples,
             trace,
             device=self.device,
             seed=recipe.seed,

@@ -17,6 +17,7 @@ from shiftadd_cli.report.schema import TableReport
 from shiftadd_cli.runtime.table import can_hold_table, hold_table
 from shiftadd_cli.source import Structure
 from shiftadd_cli.source.structure import matching_pattern
+from shiftadd_cli.source.vision import IMAGE_INPUT
 
 _PROBE_ROWS = 4
 
@@ -49,9 +50,10 @@ def plan_tables(
 
     What is kept is `structure.kept` without the tables, and with the reason at an embedding or head that cannot be one:
     its forward reads the weight in a way of its own, its weight is tied to a module that cannot be one, or a pattern of
-    `skip` matches it. With `embedding_bits` 16 there are no tables.
+    `skip` matches it. With `embedding_bits` 16 there are no tables, nor of a vision model, which looks nothing up and
+    whose classifier is small.
     """
-    if recipe.embedding_bits == 16:
+    if recipe.embedding_bits == 16 or model.main_input_name == IMAGE_INPUT:
         return (), structure.kept
     names = {id(module): name for name, module in model.named_modules()}
     ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]

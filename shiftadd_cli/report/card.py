@@ -28,14 +28,20 @@ def render_card(run: Run) -> str:
 
 def card_metadata(report: Report) -> dict[str, Any]:
     """The fields of https://huggingface.co/docs/hub/model-cards; the base model where it has an id on the hub."""
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": _task(report)}
     if report.source.license is not None:
         metadata["license"] = report.source.license
     if report.source.hub_id is not None:
         metadata |= {"base_model": report.source.hub_id, "base_model_relation": "quantized"}
-    bits = summary.bits_range(layer.bits for layer in report.layers)
-    metadata["tags"] = ["shiftadd", "quantized", f"{bits}-bit"]
+    bits = sorted({layer.bits for layer in report.layers})
+    metadata["tags"] = ["shiftadd", "quantized", *(f"{each}-bit" for each in dict.fromkeys((bits[0], bits[-1])))]
     return metadata
+
+
+def _task(report: Report) -> str:
+    if not report.source.reads_images:
+        return "text-generation"
+    return "image-classification" if "Classification" in report.source.architecture else "image-feature-extraction"
 
 
 @cache

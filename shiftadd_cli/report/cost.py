@@ -6,7 +6,7 @@ Energy is modelled, from a table of unit costs; time never is: `shiftadd benchma
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import nn
 
 from shiftadd_cli.allocation.cost_table import TABLE_FORMAT, CostTable, MeasuredCost
 from shiftadd_cli.artifact.shards import TensorShape, nbytes
+from shiftadd_cli.bcq.choices import CODE_BITS, Choice, choice_of
+from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.int8 import SUFFIXES as TABLE_SUFFIXES
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.report import operations
@@ -131,6 +133,8 @@ def layer_counts(layout: PackedLayout, way: Way) -> Counts:
         return operations.int8(rows, columns)
     if way == "int4":
         return operations.int4(rows, columns)
+    if layout.primitive != "bcq":
+        return operations.shifts(layout)
     return operations.planes(layout, tables=way == "look-ups")
 
 
@@ -148,18 +152,39 @@ def stored_parts(layouts: Mapping[str, PackedLayout], tensors: Mapping[str, Tens
 
 
 def energy_table(layouts: Mapping[str, PackedLayout], units: UnitCosts, *, batch: int = 1) -> CostTable:
-    """Modelled energy in nanojoules a token of every shape at 1 to 8 bits, for `allocate-bits --cost energy`.
+    """Modelled energy in nanojoules a token of every shape in every form it may get, for `allocate-bits --cost energy`.
 
-    Each layer is computed in the cheaper of the two ways there are for planes. Layouts of one shape are taken to be
-    alike but for their bits.
+    Each layer of planes is computed in the cheaper of the two ways there are. Layouts of one shape are taken to be
+    alike but for their bits; planes are left out of shapes that only shift layers have.
     """
     rows = []
-    for shape, layout in {(each.grid.rows, each.grid.columns): each for each in layouts.values()}.items():
-        for bits in range(1, 9):
-            counts = [layer_counts(replace(layout, bits=bits), way) for way in ("additions", "look-ups")]
+    for shape, alike in _by_shape(layouts.values()).items():
+        for choice, layout in _forms(alike):
+            counts = [layer_counts(layout, way) for way in ("additions", "look-ups")]
             cheapest = min(_priced("additions", each, units, batch).total for each in counts)
-            rows.append(MeasuredCost(shape=shape, bits=bits, cost=float(f"{cheapest / 1000:.6g}")))
+            rows.append(MeasuredCost(shape=shape, bits=choice, cost=float(f"{cheapest / 1000:.6g}")))
     return CostTable(format=TABLE_FORMAT, version=1, cost="energy", unit="nJ", measured=tuple(rows))
+
+
+def _by_shape(layouts: Iterable[PackedLayout]) -> dict[tuple[int, int], list[PackedLayout]]:
+    found: dict[tuple[int, int], list[PackedLayout]] = {}
+    for each in layouts:
+        found.setdefault((each.grid.rows, each.grid.columns), []).append(each)
+    return found
+
+
+def _forms(alike: Sequence[PackedLayout]) -> Iterator[tuple[Choice, PackedLayout]]:
+    """Every choice that layers of one shape have, with the layout it gives them."""
+    planes = next((each for each in alike if each.primitive == "bcq"), None)
+    rows, columns = alike[0].grid.rows, alike[0].grid.columns
+    shifted = replace(
+        alike[0], grid=ScaleGrid(rows, columns, 1, columns), scale_format="none", row_scale=True, offset=False
+    )
+    for primitive, widths in CODE_BITS.items():
+        base = planes if primitive == "bcq" else replace(shifted, primitive=primitive)
+        if base is not None:
+            for bits in widths:
+                yield choice_of(primitive, bits), replace(base, bits=bits)
 
 
 def _other_counts(

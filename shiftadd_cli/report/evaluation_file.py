@@ -17,7 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shiftadd_cli.artifact.folder import read_json
 from shiftadd_cli.artifact.output import is_checkpoint, write_file
 from shiftadd_cli.errors import ArtifactError, OutputError
-from shiftadd_cli.evaluation.compare import Evaluation, Measured
+from shiftadd_cli.evaluation.compare import Evaluation
+from shiftadd_cli.evaluation.measured import Measured
+from shiftadd_cli.evaluation.perplexity import Score
+from shiftadd_cli.runtime.skeleton import read_artifact_config
+from shiftadd_cli.source.vision import vision_class
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -90,6 +94,8 @@ def check_saving(models: Sequence[str]) -> None:
     if not folders:
         raise OutputError("--save keeps what is measured in a compressed folder, and none is given; leave it out.")
     for folder in folders:
+        if vision_class(read_artifact_config(folder), str(folder)) is not None:
+            raise OutputError(f"--save keeps what is measured on texts, and {folder} reads images; leave it out.")
         load_evaluations(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"No permission to write in {folder}; leave --save out.")
@@ -127,6 +133,6 @@ def _folder(spec: str) -> Path | None:
     return path if is_checkpoint(path) else None
 
 
-def _score(measured: Measured) -> ScoreReport:
+def _score(measured: Measured[Score]) -> ScoreReport:
     flat = measured.to_dict()
     return ScoreReport(**{name: flat[name] for name in ScoreReport.model_fields})

@@ -89,6 +89,24 @@ def planes(layout: PackedLayout, *, tables: bool) -> Counts:
         offsets = rows * grid.column_groups
         counts.update(fp32_add=columns, fp16_multiply=offsets)
         counts.update(_scaling(layout.scale_format, offsets))
+    counts.update(_around(layout))
+    return counts
+
+
+def shifts(layout: PackedLayout) -> Counts:
+    """The same with W as a shift layer: every weight shifts its input, or shifts it twice, and adds what it got."""
+    rows, columns = layout.grid.rows, layout.grid.columns
+    terms = rows * columns * (2 if layout.primitive == "shift2" else 1)
+    counts = _traffic(rows, columns, layout.nbytes)
+    counts.update(shift=terms, fp32_add=terms)
+    counts.update(_around(layout))
+    return counts
+
+
+def _around(layout: PackedLayout) -> Counts:
+    """Rotation of the inputs, scales of the rows, and columns at 16 bits."""
+    rows, columns = layout.grid.rows, layout.grid.columns
+    counts: Counts = Counter()
     if layout.row_scale:
         counts.update(fp16_multiply=rows)
     else:

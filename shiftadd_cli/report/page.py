@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
 
 from shiftadd_cli.artifact.folder import Artifact
+from shiftadd_cli.bcq.choices import Choice, bits_of_choice, choice_words, choices_in_words
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report import summary
@@ -62,11 +63,15 @@ class Run:
     @property
     def loading(self) -> str:
         """Python that loads the checkpoint."""
+        source = self.report.source
+        model, reader = "AutoModelForCausalLM", "AutoTokenizer"
+        if source.reads_images:
+            model, reader = source.architecture, "AutoImageProcessor"
         return (
             "import shiftadd_cli\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f"model = AutoModelForCausalLM.from_pretrained({self.name!r})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({self.name!r})"
+            f"from transformers import {', '.join(sorted((model, reader)))}\n\n"
+            f"model = {model}.from_pretrained({self.name!r})\n"
+            f"{'image_processor' if source.reads_images else 'tokenizer'} = {reader}.from_pretrained({self.name!r})"
         )
 
 
@@ -123,6 +128,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "choice_words": choice_words,
         "size": summary.size,
         "value": lambda value: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value,
         "number": lambda value, digits: "-" if value is None else f"{value:.{digits}f}",
@@ -143,7 +149,7 @@ def _charts(run: Run) -> dict[str, Any]:
     what = "output error" if calibrated else "weight error"
     shown = calibrated or layers
     errors = [error for layer in shown if (error := measure(layer)) is not None]
-    same_bits = len({layer.bits for layer in layers}) == 1
+    same_bits = len({layer.choice for layer in layers}) == 1
     return {
         "what": what,
         "worst": sorted(shown, key=lambda layer: (-(measure(layer) or 0.0), layer.name))[:_WORST],
@@ -198,16 +204,18 @@ def _depth_by_kind(
 
 def _bits_grid(layers: Sequence[LayerReport]) -> dict[str, Any]:
     """Bits by kind and block; `range` where layers of one kind in a block differ."""
-    found: dict[str, dict[int, list[int]]] = {}
+    found: dict[str, dict[int, list[Choice]]] = {}
     for layer in layers:
-        found.setdefault(_alike(layer.kind), {}).setdefault(layer.block, []).append(layer.bits)
+        found.setdefault(_alike(layer.kind), {}).setdefault(layer.block, []).append(layer.choice)
     blocks = sorted({layer.block for layer in layers})
     widest = max(layer.bits for layer in layers)
     rows = [
         (
             kind,
             [
-                (summary.bits_range(cells[block]), round(4 * max(cells[block]) / widest)) if block in cells else ("", 0)
+                (choices_in_words(cells[block]), round(4 * max(map(bits_of_choice, cells[block])) / widest))
+                if block in cells
+                else ("", 0)
                 for block in blocks
             ],
         )

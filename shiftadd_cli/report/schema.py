@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shiftadd_cli.bcq.choices import Choice, Primitive, choice_of
+
 SCHEMA_VERSION = 1
 
 
@@ -26,16 +28,25 @@ class SourceReport(_Part):
     model_bytes: Annotated[int, Field(description="Size of the original's parameters at `dtype`.")]
     hub_id: Annotated[str | None, Field(description="null where it was not named by its id on the hub.")] = None
     license: Annotated[str | None, Field(description="As the original's model card or file says.")] = None
+    reads_images: Annotated[bool, Field(description="A vision model, and no language model.")] = False
 
 
 class CalibrationReport(_Part):
     """The data the model was run on."""
 
     name: str
-    fingerprint: Annotated[str, Field(description="SHA-256 of the text.")]
-    samples: int
-    seq_len: int
-    tokens: int
+    fingerprint: Annotated[str, Field(description="SHA-256 of the text, or over names and samples of the images.")]
+    samples: Annotated[int, Field(description="Windows of tokens, or images.")]
+    seq_len: Annotated[int | None, Field(description="Tokens of a window; null for images.")]
+    tokens: Annotated[int | None, Field(description="null for images.")]
+    image_shape: Annotated[
+        tuple[int, ...] | None, Field(description="Channels, height and width of an image as the model reads it.")
+    ] = None
+
+    @property
+    def amount(self) -> str:
+        """How much of it, in words."""
+        return f"{self.samples} images" if self.seq_len is None else f"{self.samples} x {self.seq_len} tokens"
 
 
 class SizeReport(_Part):
@@ -87,7 +98,7 @@ class LayerReport(_Part):
     block: int
     out_features: int
     in_features: int
-    primitive: Annotated[str, Field(description="bcq, shift1 or shift2.")] = "bcq"
+    primitive: Annotated[Primitive, Field(description="bcq, shift1 or shift2.")] = "bcq"
     bits: Annotated[int, Field(description="Binary planes, or bits of the codes of a shift layer.")]
     bits_per_weight: float
     weight_error: Annotated[float, Field(description="‖W - Ŵ‖² / ‖W‖².")]
@@ -99,6 +110,11 @@ class LayerReport(_Part):
         ),
     ]
     calibrated: Annotated[bool, Field(description="False if no calibration input reached the layer.")]
+
+    @property
+    def choice(self) -> Choice:
+        """Primitive and bits in one."""
+        return choice_of(self.primitive, self.bits)
 
 
 class BlockReport(_Part):

@@ -51,7 +51,7 @@ def summarize(report: Report, out: str) -> str:
     ]
     before, after = report.source.model_bytes, report.size.files_bytes
     data = report.calibration
-    told = "none (weights only)" if data is None else f"{data.name}, {data.samples} x {data.seq_len} tokens"
+    told = "none (weights only)" if data is None else f"{data.name}, {data.amount}"
     time, machine = report.seconds, report.machine
     return "\n".join(
         (

@@ -10,6 +10,7 @@ import torch
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.source.config import causal_lm_class
 from shiftadd_cli.source.skeleton import build_skeleton
+from shiftadd_cli.source.vision import vision_class
 
 
 def artifact_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -20,7 +21,9 @@ def artifact_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
     config = read_artifact_config(folder)
     if dtype is None:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model_class, config = causal_lm_class(config, str(folder), remote_code=False)
+    model_class = vision_class(config, str(folder))
+    if model_class is None:
+        model_class, config = causal_lm_class(config, str(folder), remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return build_skeleton(model_class, config, dtype)
@@ -31,6 +34,9 @@ def read_artifact_config(folder: Path) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    from shiftadd_cli.runtime import transformers_plugin
+
+    transformers_plugin.register()
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:

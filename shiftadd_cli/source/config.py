@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source.vision import vision_class
 
 OWN_METHOD = "shiftadd"
 
@@ -41,6 +42,18 @@ def read_config(path: Path, *, remote_code: bool) -> Any:
         raise SourceError(
             f"{path / 'config.json'} cannot be used ({_first_line(error)}); download it again."
         ) from error
+
+
+def model_class(config: Any, name: str, *, remote_code: bool) -> tuple[Any, Any]:
+    """The class that loads `config`, and the configuration that class wants: a vision model, or else a decoder.
+
+    Raises:
+        SourceError: it is neither.
+    """
+    own_code = remote_code and getattr(config, "auto_map", None)
+    if not own_code and (found := vision_class(config, name)) is not None:
+        return found, config
+    return causal_lm_class(config, name, remote_code=remote_code)
 
 
 def causal_lm_class(config: Any, name: str, *, remote_code: bool) -> tuple[Any, Any]:

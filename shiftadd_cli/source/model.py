@@ -1,4 +1,4 @@
-"""A model as a source of weights: its skeleton, its parts on demand, its tokenizer."""
+"""A model as a source of weights: its skeleton, its parts on demand, what reads its texts or images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from shiftadd_cli.source.checkpoint import Checkpoint
 from shiftadd_cli.source.gguf_checkpoint import open_gguf
 from shiftadd_cli.source.gguf_header import GgufFile
+from shiftadd_cli.source.image_processor import load_image_processor, save_image_processor
 from shiftadd_cli.source.loading import Loader
 from shiftadd_cli.source.skeleton import build_skeleton
 from shiftadd_cli.source.tokenizer import load_tokenizer, save_tokenizer
+from shiftadd_cli.source.vision import IMAGE_INPUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +28,7 @@ class Source:
     Attributes:
         spec: what the user typed; name: a short form of it for file names and titles.
         path: the model folder or .gguf file.
-        config: the configuration of the decoder, its dtype set, without any quantization entry.
+        config: the configuration of the model, its dtype set, without any quantization entry.
         dtype: dtype of everything that is not quantized, and of activations in calibration.
         fingerprint: sha256 (hex) over the configuration and, for every weight file, its name, size, header and 256
             sampled pages; the folder's place and time stamps do not enter.
@@ -50,6 +52,7 @@ class Source:
         self.spec, self.name, self.path, self.dtype, self.fingerprint = spec, name, path, dtype, fingerprint
         self._model_class, self._weights, self._remote_code = model_class, weights, remote_code
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._image_processor: Any = None
         self._skeleton, self._loader = self._fresh(config, dtype)
         self.config: PreTrainedConfig = copy.deepcopy(self._skeleton.config)
         files = (weights.path,) if isinstance(weights, GgufFile) else weights.files
@@ -89,6 +92,12 @@ class Source:
             remote_code=self._remote_code,
         )
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether it is a vision model; a language model otherwise."""
+        found: str = self._skeleton.main_input_name
+        return found == IMAGE_INPUT
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, read once.
 
@@ -102,6 +111,23 @@ class Source:
     def save_tokenizer(self, folder: Path) -> None:
         """Write tokenizer, chat template and generation settings to `folder`."""
         save_tokenizer(self.path, self.load_tokenizer(), self.config, folder)
+
+    def load_image_processor(self) -> Any:
+        """The image processor of a vision model, read once.
+
+        Raises:
+            SourceError: there is none that can be read.
+        """
+        if self._image_processor is None:
+            self._image_processor = load_image_processor(self.path)
+        return self._image_processor
+
+    def save_companions(self, folder: Path) -> None:
+        """Write to `folder` what a model folder holds beside weights and configuration: what reads text or images."""
+        if self.reads_images:
+            save_image_processor(self.path, folder)
+        else:
+            self.save_tokenizer(folder)
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory on the CPU, in evaluation mode, at `dtype` (default: the source's own)."""

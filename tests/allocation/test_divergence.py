@@ -9,7 +9,7 @@ import torch
 from tiny_models import save_tiny
 
 from shiftadd_cli.allocation import candidates
-from shiftadd_cli.allocation.divergence import PROBE_WINDOWS, Divergence, probe_windows
+from shiftadd_cli.allocation.divergence import PROBE_WINDOWS, Divergence, probe_samples
 from shiftadd_cli.allocation.sensitivity import measure_sensitivities, walk_blocks
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import quantize_matrices
@@ -40,7 +40,7 @@ def measure(path, bits=(2, 4), kind="divergence"):
 def in_passes(path, memory_bytes, skip=(), bits=(2, 3)):
     """Divergences with so much memory for variants, and the measure that held them."""
     source, structure, trace = opened(path, skip)
-    replay = Replay(source, structure, probe_windows(WINDOWS), 4, CPU)
+    replay = Replay(source, structure, probe_samples(WINDOWS), 4, CPU)
     held = []
 
     def progress(names, text):
@@ -72,7 +72,7 @@ def the_slow_way(path, solved):
     """By name and bits, with transformers' own model, on the windows that are probed."""
     source = open_source(str(path))
     model = source.load_model(torch.float32).double()
-    windows = probe_windows(WINDOWS)
+    windows = probe_samples(WINDOWS)
     specs = {spec.name: spec for spec in find_structure(source.skeleton()).linears}
 
     def chances():
@@ -162,7 +162,7 @@ def test_the_original_is_left_as_it_was(tmp_path):
 def test_what_no_token_reached_counts_as_the_median_of_the_others(tmp_path):
     save_tiny("llama", tmp_path)
     source, structure, trace = opened(tmp_path)
-    replay = Replay(source, structure, probe_windows(WINDOWS), 4, CPU)
+    replay = Replay(source, structure, probe_samples(WINDOWS), 4, CPU)
     measure = Divergence(replay, structure, OPTIONS, (2, 3), progress=lambda names, _: names)
     found = walk_blocks(source, structure, trace, measure, device=CPU, progress=lambda names, _: names)
     costs = measure.costs({**found.costs, "expert": {2: 0.5, 3: 0.125}})
@@ -180,7 +180,7 @@ def test_a_linear_that_breaks_the_model_is_named(tmp_path, monkeypatch):
 
 def test_windows_that_are_probed_are_few_and_lie_evenly():
     windows = torch.arange(100).view(50, 2)
-    assert probe_windows(windows)[:, 0].tolist() == [0, 32, 66, 98]
-    assert len(probe_windows(windows)) == PROBE_WINDOWS
-    assert torch.equal(probe_windows(windows[:3]), windows[:3])
-    assert torch.equal(probe_windows(windows[:1]), windows[:1])
+    assert probe_samples(windows)[:, 0].tolist() == [0, 32, 66, 98]
+    assert len(probe_samples(windows)) == PROBE_WINDOWS
+    assert torch.equal(probe_samples(windows[:3]), windows[:3])
+    assert torch.equal(probe_samples(windows[:1]), windows[:1])

@@ -73,7 +73,7 @@ def test_a_model_calibrated_on_the_test_text_draws_a_warning(one, monkeypatch):
     )
     result = evaluate(one, *SHORT)
     assert result.exit_code == 0, result.output
-    assert "was calibrated on the very text it is measured on" in result.stderr
+    assert "was calibrated on the very data it is measured on" in result.stderr
     assert "Warning" not in result.stdout
 
 

@@ -22,7 +22,7 @@ def test_metadata_are_those_of_the_hub():
     metadata, body = parts(render_card(sample_run()))
     assert metadata["library_name"] == "transformers"
     assert metadata["pipeline_tag"] == "text-generation"
-    assert metadata["tags"] == ["shiftadd", "quantized", "2-3-bit"]
+    assert metadata["tags"] == ["shiftadd", "quantized", "2-bit", "3-bit"]
     assert not {"base_model", "license"} & metadata.keys()
     assert "3.250 in the compressed layers" in body
     assert "    shiftadd quantize sample -o 'out dir'" in body

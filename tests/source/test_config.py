@@ -93,13 +93,16 @@ def test_encoder_decoder(tmp_path: Path) -> None:
     _refused(tmp_path, "T5ForConditionalGeneration, an encoder-decoder; only decoder language models")
 
 
-def test_not_a_language_model(tmp_path: Path) -> None:
+def test_neither_a_language_nor_a_vision_model(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
-        "vit", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16,
-        patch_size=8,
+        "wav2vec2", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        conv_dim=(8,), conv_kernel=(3,), conv_stride=(2,), num_feat_extract_layers=1, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
     )  # fmt: skip
     AutoModel.from_config(config).save_pretrained(tmp_path)
-    _refused(tmp_path, r"is ViTModel \(model type vit\).*looked for a \.\.\.ForCausalLM class for ViTConfig")
+    _refused(
+        tmp_path, r"is Wav2Vec2Model \(model type wav2vec2\).*looked for a \.\.\.ForCausalLM class for Wav2Vec2Config"
+    )
 
 
 @pytest.mark.parametrize("place", ["quantization_config", "compression_config"])

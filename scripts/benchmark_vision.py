@@ -1,0 +1,75 @@
+"""Quality of compression methods on vision models: accuracy, divergence and agreement, at the same bit widths.
+
+Every method at every bit width is one row, as in `benchmark_quality.py`: quantized by our own command in a process of
+its own, then measured against the original. Finished rows are files in the work folder, so a run that was killed goes
+on where it was. `table.md` and `table.json` in that folder are the result.
+
+    python scripts/benchmark_vision.py MODEL --calibration images/train --test images/test \\
+        --methods default,gptq,rtn,default:avg_bits=2.5 --bits 2,3,4 --work out/vision
+
+A method is a packaged recipe or the path of a recipe file, with fields of the recipe changed after a colon.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from benchmark_quality import Widths
+from quality.methods import parse_methods
+from quality.rows import write_text
+from vision.bench import ImageBench, ImageConditions
+from vision.table import as_json, as_markdown
+
+from shiftadd_cli.cli.computing import dtype_option
+from shiftadd_cli.errors import ShiftaddError
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("--methods", multiple=True, default=("default,gptq,rtn",), show_default=True, help="What to compare.")
+@click.option("--bits", type=Widths(), default="2,3,4", show_default=True, help="Planes per weight.")
+@click.option("--calibration", default="builtin", show_default=True, help="Images to calibrate on.")
+@click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Calibration images.")
+@click.option("--test", default="builtin", show_default=True, help="Images to measure on.")
+@click.option("--max-images", type=click.IntRange(min=1), help="Measure on so many of them.  [default: all]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
+@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
+@dtype_option
+def main(
+    model: str,
+    methods: tuple[str, ...],
+    bits: tuple[int, ...],
+    calibration: str,
+    samples: int,
+    test: str,
+    max_images: int | None,
+    seed: int,
+    work: Path,
+    dtype: str,
+) -> None:
+    """Compare methods on the vision model MODEL (a hub id or a folder)."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        conditions = ImageConditions(model, calibration, samples, seed, test, max_images, dtype)
+        parsed = parse_methods(methods)
+        cells = [conditions.cell(method, width) for width in bits for method in parsed if method.at(width)]
+        bench = ImageBench(conditions, cells, work, lambda text: click.echo(text, err=True))
+
+        def write_table() -> None:
+            write_text(work / "table.json", as_json(bench))
+            write_text(work / "table.md", as_markdown(bench))
+
+        bench.fill(write_table)
+    except ShiftaddError as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(as_markdown(bench))
+    if bench.failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `scripts/benchmark_vision.py` is made of."""

@@ -1,0 +1,51 @@
+"""Rows of a table of vision models, on disk."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+from quality.rows import Stored
+
+
+class ImageTestScore(BaseModel):
+    """Scores of one model on one set of images, as `ImageEvaluation` gives them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    top1: float | None
+    top1_error: float | None
+    top5: float | None
+    top5_error: float | None
+    neighbours: float | None
+    neighbours_error: float | None
+    kl: float | None
+    kl_error: float | None
+    agreement: float | None
+    agreement_error: float | None
+    cosine: float | None
+    cosine_error: float | None
+    images: int
+    dtype: str
+    device: str
+
+
+class ImageOriginal(Stored):
+    """The model before compression."""
+
+    scores: dict[str, ImageTestScore]
+    file_bits_per_weight: float
+    parameters: int
+
+
+class ImageRow(Stored):
+    """One method at one bit width; the fields are those of `quality.rows.Row`."""
+
+    scores: dict[str, ImageTestScore]
+    method: str
+    bits: int
+    stored_bits: float
+    file_bits: float
+    native_bits: float | None
+    seconds: float
+    peak_memory_bytes: int
+    calibration: str | None
+    code: str

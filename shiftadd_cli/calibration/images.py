@@ -1,0 +1,240 @@
+"""Named sets of pictures and folders of them, and the model inputs made of pictures drawn from them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.calibration import images_builtin, images_folder, images_table, text_files, text_hub
+from shiftadd_cli.calibration.text import Split
+from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.progress import progress
+from shiftadd_cli.source import Source
+
+# Unreadable pictures are named and left out; more of them mean that something is wrong with the set.
+MAX_UNREADABLE = 10
+_FINGERPRINT_SAMPLES = 256
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.+-]+)?")
+_KINDS = "a folder of images, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT"
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Pictures that are read one by one.
+
+    Attributes:
+        name: what to call them in a report.
+        places: what to call each picture.
+        read: the encoded picture of a number; may raise OSError.
+        labels: the class of each, by name or number; None where they have none.
+    """
+
+    name: str
+    places: Sequence[str]
+    read: Callable[[int], bytes]
+    labels: tuple[str | int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the places of all pictures and the bytes of 256 of them at equal distances."""
+        digest = hashlib.sha256("\0".join(self.places).encode(errors="surrogateescape"))
+        for index in spread(len(self), _FINGERPRINT_SAMPLES):
+            try:
+                digest.update(hashlib.sha256(self.read(index)).digest())
+            except OSError:  # told of when it is needed
+                digest.update(b"unreadable")
+        return digest.hexdigest()
+
+
+class Drawn(NamedTuple):
+    """Model inputs float32 `[samples, channels, height, width]`, and which picture each was made of."""
+
+    inputs: Tensor
+    indices: tuple[int, ...]
+
+
+def load_images(spec: str, *, split: Split) -> ImageData:
+    """The pictures called `spec`: `builtin`, a folder, a .parquet file, or a data set of the hub, `NAME` or
+    `NAME:SPLIT`.
+
+    `split` chooses between disjoint parts of a named set; a folder or a file is the same for both.
+
+    Raises:
+        CalibrationError: there is no such set, it is empty, or holds text.
+    """
+    path = Path(spec)
+    if spec == images_builtin.NAME:
+        parts = images_builtin.read(split)
+    elif path.is_dir():
+        parts = images_folder.read(path)
+    elif path.suffix.lower() == ".parquet":
+        parts = images_table.read_parquet(path)
+    elif spec in text_hub.CORPORA or path.suffix.lower() in text_files.READERS:
+        raise CalibrationError(f"{spec} is a text, and a vision model reads images; give {_KINDS}.")
+    elif path.exists():
+        raise CalibrationError(f"{spec} is no folder of images and no .parquet file; give {_KINDS}.")
+    elif not _HUB_ID.fullmatch(spec):
+        raise CalibrationError(f"There are no images at {spec}; give {_KINDS}, or 'builtin', which needs no download.")
+    else:
+        parts = images_table.read_hub(spec, split)
+    data = ImageData(*parts)
+    if not len(data):
+        raise CalibrationError(f"{data.name} holds no images; give {_KINDS}.")
+    return data
+
+
+def draw_images(data: ImageData, reader: ImageReader, *, samples: int, seed: int) -> Drawn:
+    """Draw pictures without repetition: a permutation seeded with `seed` picks them, and the first k of more samples
+    are the k samples.
+
+    Raises:
+        CalibrationError: there are fewer, or too many cannot be read, see `read_images`.
+    """
+    if len(data) < samples:
+        raise CalibrationError(
+            f"{samples} images are asked for, and {data.name} has {len(data)}; give more images, or "
+            f"--samples {len(data)}."
+        )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    found, indices = [], []
+    read = read_images(data, reader, order)
+    for index, pixels in progress(_first(read, samples), total=samples, desc="Reading images"):
+        found.append(pixels)
+        indices.append(index)
+    if len(found) < samples:
+        raise CalibrationError(
+            f"{samples} images are asked for, and {len(found)} of {data.name} can be read; give more images, or "
+            f"--samples {len(found)}."
+        )
+    return Drawn(torch.stack(found), tuple(indices))
+
+
+def read_images(data: ImageData, reader: ImageReader, order: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Numbers and model inputs `[channels, height, width]` of pictures, in this order; unreadable ones are left out,
+    with a warning that names them.
+
+    Raises:
+        CalibrationError: more than `MAX_UNREADABLE` are unreadable, or all, or the inputs differ in size.
+    """
+    unreadable: list[str] = []
+    shape: torch.Size | None = None
+    for index in order:
+        try:
+            picture = _decode(data, index)
+        except Exception as error:  # decoders raise whatever the bytes at hand lead them to
+            unreadable.append(data.places[index])
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            if len(unreadable) > MAX_UNREADABLE:
+                raise CalibrationError(
+                    f"{len(unreadable)} images of {data.name} cannot be read (the last: {data.places[index]}, "
+                    f"{reason}); mend or remove them."
+                ) from error
+            print(f"Warning: {data.places[index]} cannot be read ({reason}) and is left out.", file=sys.stderr)
+            continue
+        pixels = reader(picture, data.places[index])
+        shape = shape or pixels.shape
+        if pixels.shape != shape:
+            raise CalibrationError(
+                f"{data.places[index]} comes out of the image processor of {reader.name} as {_size(pixels.shape)} and "
+                f"others as {_size(shape)}; let preprocessor_config.json resize or crop to one size."
+            )
+        yield index, pixels
+    if shape is None:
+        raise CalibrationError(
+            f"No image of {data.name} can be read (the first: {unreadable[0]}); mend or remove them."
+        )
+
+
+class ImageReader:
+    """From a picture to the input of a model.
+
+    name: of the model, for messages; channels: that it takes. Pictures are converted to colours or greys where the
+    model takes 3 channels or 1; the rest is the image processor's.
+    """
+
+    _MODES = {1: "L", 3: "RGB"}  # noqa: RUF012 - a constant
+
+    def __init__(self, processor: Any, channels: int, name: str) -> None:
+        self.name = name
+        self._processor, self._channels = processor, channels
+
+    @classmethod
+    def of(cls, processor: Any, config: Any, name: str) -> ImageReader:
+        """The reader for a model of this configuration."""
+        # A classifier made of a dual model keeps what its vision tower is apart.
+        places = (config, getattr(config, "vision_config", None))
+        channels = next((found for each in places if (found := getattr(each, "num_channels", None))), 3)
+        return cls(processor, int(channels), name)
+
+    def __call__(self, picture: Any, place: str) -> Tensor:
+        """float32 `[channels, height, width]`. Raises CalibrationError where it has another number of channels."""
+        mode = self._MODES.get(self._channels)
+        if mode is None and len(picture.getbands()) != self._channels:
+            raise CalibrationError(
+                f"{place} has {len(picture.getbands())} channels, and {self.name} takes {self._channels}; give images "
+                "with as many."
+            )
+        try:
+            found = self._processor(images=picture.convert(mode) if mode else picture, return_tensors="pt")
+            pixels: Tensor = found["pixel_values"][0]
+        except Exception as error:  # processors raise whatever their settings and the image lead them to
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise CalibrationError(
+                f"The image processor of {self.name} cannot read {place} ({reason}); check preprocessor_config.json "
+                "against config.json."
+            ) from error
+        if pixels.ndim != 3 or pixels.shape[0] != self._channels:
+            raise CalibrationError(
+                f"The image processor of {self.name} gives {_size(pixels.shape)} for an image, and the model takes "
+                f"{self._channels} channels; preprocessor_config.json and config.json do not belong together."
+            )
+        return pixels.float()
+
+    def blank(self) -> Tensor:
+        """What an empty picture becomes, for its shape."""
+        from PIL import Image
+
+        mode = self._MODES.get(self._channels) or ("RGBA" if self._channels == 4 else "RGB")
+        return self(Image.new(mode, (64, 64)), "an empty image")
+
+
+def image_reader(source: Source) -> ImageReader:
+    """The reader of a vision model. Raises SourceError where it has no image processor."""
+    return ImageReader.of(source.load_image_processor(), source.config, source.spec)
+
+
+def spread(length: int, most: int | None) -> list[int]:
+    """At most so many of the numbers below `length`, evenly from the first to the last."""
+    if most is None or most >= length:
+        return list(range(length))
+    return torch.linspace(0, length - 1, most, dtype=torch.float64).round().long().unique().tolist()
+
+
+def _decode(data: ImageData, index: int) -> Any:
+    from PIL import Image
+
+    picture = Image.open(BytesIO(data.read(index)))
+    picture.load()
+    return picture
+
+
+def _first(items: Iterator[Any], count: int) -> Iterator[Any]:
+    for _, item in zip(range(count), items, strict=False):
+        yield item
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

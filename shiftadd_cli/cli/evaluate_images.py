@@ -1,0 +1,80 @@
+"""What `shiftadd evaluate` prints of vision models, and what it prints of any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shiftadd_cli.evaluation.compare_images import ImageEvaluation
+    from shiftadd_cli.evaluation.measured import Measured
+
+# Columns of scores: field, title, whether it is a share. Those that no model has are left out.
+_SCORES = (
+    ("top1", "top-1", True),
+    ("top5", "top-5", True),
+    ("neighbours", "nearest neighbours", True),
+    ("kl", "KL, nats/image", False),
+    ("agreement", "same top class", True),
+    ("cosine", "cosine of features", False),
+)
+
+
+def describe_images(result: ImageEvaluation) -> str:
+    """The result as text."""
+    from shiftadd_cli.report.summary import size, table
+
+    everyone = ([] if result.original is None else [result.original]) + list(result.models)
+    shown = [each for each in _SCORES if any(getattr(model.score, each[0]) is not None for model in everyone)]
+    header = ["model", *(title for _, title, _ in shown), "size", "file bits/weight", "layer bits/weight", "seconds"]
+    rows = []
+    for model in everyone:
+        info = model.info
+        layers = "-" if info.quantized_bits_per_weight is None else f"{info.quantized_bits_per_weight:.3f}"
+        scores = [_score(model.score, name, share=share) for name, _, share in shown]
+        numbers = (size(info.file_bytes), f"{info.file_bits_per_weight:.3f}", layers, f"{model.score.seconds:.1f}")
+        rows.append([info.spec, *scores, *numbers])
+    part = "" if result.images == result.available else f" ({result.images:,} used)"
+    lines = [
+        table(header, rows),
+        "",
+        f"Images        {result.data}: {result.available:,}{part}, {'with' if result.labelled else 'without'} labels, "
+        f"read as {' x '.join(map(str, result.image_shape))}",
+        f"Computed      {computed(everyone)} on {result.device}",
+        *calibrations(everyone),
+    ]
+    if result.unreadable:
+        lines.append(f"Unreadable    {result.unreadable:,} images, left out")
+    if result.original is not None:
+        lines.append(f"Original      {result.original.info.spec}; KL is KL(original || model)")
+    return "\n".join(lines)
+
+
+def computed(everyone: Sequence[Measured[Any]]) -> str:
+    """The dtype of the computation, with the stored one where they differ; one entry if all agree."""
+    ways = {
+        each.info.spec: each.info.dtype
+        + ("" if each.info.dtype == each.info.stored_dtype else f" (stored as {each.info.stored_dtype})")
+        for each in everyone
+    }
+    if len(set(ways.values())) == 1:
+        return f"in {next(iter(ways.values()))}"
+    return ", ".join(f"{name} in {way}" for name, way in ways.items())
+
+
+def calibrations(everyone: Sequence[Measured[Any]]) -> list[str]:
+    """What each compressed model was calibrated on, in lines."""
+    return [
+        f"Calibration   {each.info.spec}: {each.info.calibration or 'no data named in its report'}"
+        for each in everyone
+        if each.info.compressed
+    ]
+
+
+def _score(score: Any, name: str, *, share: bool) -> str:
+    from shiftadd_cli.report.summary import with_error
+
+    value, error = getattr(score, name), getattr(score, f"{name}_error")
+    if not share or value is None:
+        return with_error(value, error, 4)
+    return with_error(100 * value, None if error is None else 100 * error, 2) + "%"

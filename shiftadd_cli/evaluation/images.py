@@ -1,0 +1,154 @@
+"""Accuracy of vision models on images, and their distance from an original, in one pass over the images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.calibration.distribution import Direction, Reference
+from shiftadd_cli.calibration.head import Prediction, predict
+from shiftadd_cli.errors import NumericalError, RecipeError
+from shiftadd_cli.evaluation.neighbours import nearest_classes
+
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """What one model scored, per image; shares are from 0 to 1.
+
+    Attributes:
+        top1, top5: share of images whose class is the most probable, or among the five most probable.
+        neighbours: share of images whose class the nearest other images vote for, see `evaluation.neighbours`; of
+            models without class scores.
+        kl: mean KL(original || model) over the classes in nats; agreement: share of images for which original and model
+            have the same most probable class.
+        cosine: mean cosine of the features with the original's; of models without class scores.
+        seconds: time spent in this model.
+
+    Each but the last has its standard error, which treats images as independent draws, and is None for a single image.
+    None where there are no labels, no original, or no class scores.
+    """
+
+    top1: float | None = None
+    top1_error: float | None = None
+    top5: float | None = None
+    top5_error: float | None = None
+    neighbours: float | None = None
+    neighbours_error: float | None = None
+    kl: float | None = None
+    kl_error: float | None = None
+    agreement: float | None = None
+    agreement_error: float | None = None
+    cosine: float | None = None
+    cosine_error: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class _Sums:
+    """Values of one model by image, in parts `[batch]`."""
+
+    values: dict[str, list[Tensor]] = field(default_factory=dict)
+    features: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, name: str, values: Tensor) -> None:
+        self.values.setdefault(name, []).append(values.double().cpu())
+
+
+def score_image_models(
+    models: Sequence[tuple[str, Any]],
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    *,
+    original: tuple[str, Any] | None = None,
+) -> tuple[list[ImageScore], ImageScore | None]:
+    """Score vision models on images; every model sees the same batches.
+
+    Args:
+        models: (name for messages, transformers model in evaluation mode) pairs.
+        batches: pixels float32 `[batch, channels, height, width]`, and int64 `[batch]` classes if there are labels.
+        original: what divergence, agreement and cosine are measured against; it is scored too.
+
+    Returns:
+        The scores in the order of `models`, and that of the original.
+
+    Raises:
+        RecipeError: a model predicts something else than the original.
+        NumericalError: predictions that are not finite.
+    """
+    first = [] if original is None else [original]
+    everyone = (*first, *models)
+    sums = [_Sums() for _ in everyone]
+    labels: list[Tensor] = []
+    with torch.inference_mode():
+        for pixels, classes in batches:
+            if classes is not None:
+                labels.append(classes)
+            reference: Prediction | None = None
+            for (name, model), total in zip(everyone, sums, strict=True):
+                start = time.monotonic()
+                found = predict(model, pixels.to(model.device))
+                found = Prediction(found.values.float(), found.is_logits)
+                if not torch.isfinite(found.values).all():
+                    raise NumericalError(
+                        f"{name} gives predictions that are not finite in {str(model.dtype).removeprefix('torch.')}; "
+                        "try --dtype float32, and if that does not help the checkpoint is damaged."
+                    )
+                if reference is not None:
+                    _compare(reference, found, name, everyone[0][0], total)
+                elif first:
+                    reference = found
+                _score(found, classes, total)
+                total.seconds += time.monotonic() - start
+    scores = [_finish(total, torch.cat(labels) if labels else None) for total in sums]
+    return scores[len(first) :], scores[0] if first else None
+
+
+def _compare(reference: Prediction, found: Prediction, name: str, original: str, total: _Sums) -> None:
+    if found.is_logits != reference.is_logits or found.values.shape != reference.values.shape:
+        raise RecipeError(
+            f"{name} gives {_what(found)} and {original} {_what(reference)}, so they cannot be compared; give the "
+            "original that it was made from."
+        )
+    if found.is_logits:
+        chances = Reference(reference.values.log_softmax(-1))
+        total.add("kl", chances.divergence(found.values.log_softmax(-1)).clamp_min(0))
+        total.add("agreement", found.values.argmax(-1) == chances.top)
+    else:
+        total.add("cosine", 1 - Direction(reference.values).divergence(found.values))
+
+
+def _what(prediction: Prediction) -> str:
+    return f"{prediction.values.shape[-1]} {'class scores' if prediction.is_logits else 'features'}"
+
+
+def _score(found: Prediction, classes: Tensor | None, total: _Sums) -> None:
+    if classes is None:
+        return
+    if not found.is_logits:
+        total.features.append(found.values.cpu())
+        return
+    wanted = classes.to(found.values.device)
+    total.add("top1", found.values.argmax(-1) == wanted)
+    best = found.values.topk(min(_TOP, found.values.shape[-1])).indices
+    total.add("top5", (best == wanted.unsqueeze(-1)).any(-1))
+
+
+def _finish(total: _Sums, classes: Tensor | None) -> ImageScore:
+    start = time.monotonic()
+    if total.features and classes is not None:
+        features = torch.cat(total.features)
+        if len(features) > 1:
+            total.add("neighbours", nearest_classes(features, classes) == classes)
+    found: dict[str, float | None] = {}
+    for name, parts in total.values.items():
+        values = torch.cat(parts)
+        found[name] = values.mean().item()
+        found[f"{name}_error"] = values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
+    return ImageScore(**found, seconds=total.seconds + time.monotonic() - start)

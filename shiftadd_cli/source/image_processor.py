@@ -1,0 +1,40 @@
+"""The image processor of a model: what turns pictures into its input."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from shiftadd_cli.errors import SourceError
+
+# The second is where newer versions of transformers keep it, beside the settings of other inputs.
+_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def load_image_processor(path: Path) -> Any:
+    """The image processor of a model folder, which works on Pillow's images and numpy: torchvision is not needed.
+
+    Raises:
+        SourceError: there is none, or it cannot be read, or Pillow is not installed.
+    """
+    from transformers import AutoImageProcessor
+
+    if not any((path / name).is_file() for name in _FILES):
+        raise SourceError(f"{path} holds no image processor; put {_FILES[0]} of the original model there.")
+    try:
+        return AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
+    except ImportError as error:
+        raise SourceError("Reading images needs Pillow; run `pip install 'shiftadd-cli[vision]'`.") from error
+    except Exception as error:  # processors raise whatever the settings at hand lead them to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise SourceError(
+            f"The image processor of {path} cannot be read ({reason}); put {_FILES[0]} of the original model there."
+        ) from error
+
+
+def save_image_processor(path: Path, folder: Path) -> None:
+    """Copy the settings of the image processor of the model at `path` to `folder`, if there are any."""
+    for name in _FILES:
+        if (path / name).is_file():
+            shutil.copyfile(path / name, folder / name)

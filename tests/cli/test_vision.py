@@ -1,0 +1,117 @@
+"""The commands on a vision model: what they print, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from tiny_models import save_tiny
+from tiny_vision import save_pictures, save_tiny_vision
+
+from shiftadd_cli.cli import main
+
+QUICK = ("--samples", "6", "--group-size", "16", "--fit-rounds", "1", "--refine-rounds", "1", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny_vision("swin", tmp_path_factory.mktemp("model") / "swin"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return str(save_pictures(tmp_path_factory.mktemp("data") / "pictures", 12, layout="table"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
+
+
+def shiftadd(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(each) for each in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_from_the_plan_to_the_table(model, pictures, tmp_path):
+    out = tmp_path / "out"
+    done = shiftadd("quantize", model, "-o", out, "--calibration", pictures, *QUICK)
+    assert "6 images" in done.stderr
+    assert "16-32 x 16-32" in done.stderr
+    assert "1 x patch embedding" in done.stderr
+    assert "pictures (12 images), 6 images" in done.stdout
+    assert "SwinForImageClassification" in shiftadd("inspect", out, "--verify").stdout
+    table = shiftadd("evaluate", out, "--against", model, "--dataset", pictures).stdout.splitlines()
+    assert table[0].split()[:3] == ["model", "top-1", "top-5"]
+    assert "12, with labels, read as 3 x 16 x 16" in "\n".join(table)
+    told = shiftadd("evaluate", out, "--against", model, "--dataset", pictures, "--json", "--max-images", "7")
+    found = json.loads(told.stdout)
+    assert found["images"] == 7
+    assert found["models"][0]["kl"] > 0
+    assert found["models"][0]["calibrated_on_test"]
+    assert "calibrated on the very data" in told.stderr
+
+
+@pytest.mark.parametrize("sensitivity", ["output", "divergence", "paper"])
+def test_bits_are_allocated(model, pictures, tmp_path, sensitivity):
+    place = tmp_path / "plan.json"
+    options = ("--calibration", pictures, *QUICK)
+    done = shiftadd("allocate-bits", model, "-o", place, "--avg-bits", "5", "--sensitivity", sensitivity, *options)
+    assert "6 images" in done.stdout
+    assert ("nats/image" in done.stdout) == (sensitivity != "paper")
+    plan = json.loads(place.read_text())
+    assert plan["made_by"]["calibration"]["seq_len"] is None
+    costs = [layer["cost"] for layer in plan["layers"].values()]
+    assert all(cost["2"] > cost["4"] >= 0 for cost in costs)
+    shiftadd("quantize", model, "-o", tmp_path / "out", "--bit-plan", place, *options)
+
+
+def test_the_estimate_is_of_the_size_of_what_is_measured(model, pictures, tmp_path):
+    """Summed over layers, in nats an image: a second-order estimate and single replacements, at four bits."""
+    totals = {}
+    for sensitivity in ("output", "divergence"):
+        place = tmp_path / f"{sensitivity}.json"
+        shiftadd(
+            "allocate-bits", model, "-o", place, "--avg-bits", "9", "--candidates", "4", "--sensitivity", sensitivity,
+            "--calibration", pictures, *QUICK, "--samples", "12",
+        )  # fmt: skip
+        layers = json.loads(place.read_text())["layers"].values()
+        totals[sensitivity] = sum(layer["cost"]["4"] for layer in layers)
+    assert 0.3 < totals["output"] / totals["divergence"] < 3
+
+
+def test_tuned_and_weighted_runs_work_too(model, pictures, tmp_path):
+    options = ("--reconstruct-epochs", "1", "--loss-aware", "0.5", "--asymmetric", "0.5", "--batch-size", "2")
+    shiftadd("quantize", model, "-o", tmp_path / "out", "--calibration", pictures, *QUICK, *options)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [block["name"].split(".")[-2] for block in report["blocks"]].count("blocks") == 4
+    shiftadd("inspect", tmp_path / "out", "--verify")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--calibration", "wikitext2"), "wikitext2 is a text, and a vision model reads images"),
+        (("--calibration", "absent/folder/x"), "There are no images at absent/folder/x"),
+        (("--samples", "99"), "99 images are asked for, and pictures (12 images) has 12"),
+    ],
+)
+def test_wrong_calibration_is_one_line(model, pictures, tmp_path, arguments, message):
+    result = shiftadd("quantize", model, "-o", tmp_path / "out", "--calibration", pictures, *arguments, code=2)
+    assert message in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_for_text_alone_says_so(model, pictures, tmp_path):
+    text = save_tiny("llama", tmp_path / "text")
+    for arguments, message in (
+        (("generate", model, "--prompt", "a"), "is a vision model, which reads no text"),
+        (("benchmark", model), "is a vision model, which reads no text"),
+        (("evaluate", model, "--dataset", "wikitext2"), "is a text, and a vision model reads images"),
+        (("evaluate", text, "--dataset", pictures), "is a folder; give a .txt"),
+        (("quantize", text, "-o", tmp_path / "out", "--calibration", pictures), "is a folder; give a .txt"),
+    ):
+        assert message in shiftadd(*arguments, code=2).stderr

@@ -1,0 +1,48 @@
+"""Vision models of every family from the checkpoint to the packed model, and what is measured of them on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_vision import VISION_FAMILIES, save_pictures, save_tiny_vision
+
+import shiftadd_cli
+from shiftadd_cli.calibration.head import predict
+from shiftadd_cli.source import open_source
+
+QUICK = {"samples": 6, "batch_size": 4, "group_size": 16, "fit_rounds": 1, "refine_rounds": 1, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pictures(tmp_path_factory.mktemp("data") / "pictures", 12, layout="folders")
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_quantized_loaded_and_decoded_predict_alike(family, tmp_path, pictures):
+    source = save_tiny_vision(family, tmp_path / "model")
+    report = shiftadd_cli.quantize(str(source), tmp_path / "out", bits=3, calibration=str(pictures), **QUICK)
+    assert report.calibration.image_shape == (3, 16, 16)
+    assert report.calibration.seq_len is None
+    assert all(layer.calibrated for layer in report.layers)
+    assert report.machine.expected_memory_bytes > 0
+    settings = "preprocessor_config.json"
+    assert (tmp_path / "out" / settings).read_bytes() == (source / settings).read_bytes()
+    packed, dense = (shiftadd_cli.load(tmp_path / "out", dtype=torch.float32) for _ in range(2))
+    assert type(packed).__name__ == json.loads((source / "config.json").read_text())["architectures"][0]
+    dense = dense.dequantize()
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = predict(packed, pixels), predict(dense, pixels)
+        original = predict(open_source(str(source)).load_model(), pixels)
+    assert torch.isfinite(expected.values).all()
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-3, atol=1e-4)
+    # Three planes change what it predicts, but not wholly.
+    cosine = torch.cosine_similarity(expected.values, original.values, dim=-1)
+    assert 0.5 < cosine.min() < cosine.max() < 0.99999
+    kept = {each.reason for each in report.kept}
+    assert "patch embedding" in kept
+    assert ("classifier" in kept) == found.is_logits
