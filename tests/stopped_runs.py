@@ -14,8 +14,9 @@ import shiftadd_cli
 from shiftadd_cli.errors import Interrupted
 from shiftadd_cli.pipeline import job
 
-# Parts of report.json that no two runs have in common.
+# Parts of report.json that no two runs have in common, and pages that are made of them and of the folder's name.
 _OF_THE_RUN = ("seconds", "machine", "command")
+_PAGES = ("report.html", "README.md")
 
 _FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 # Imports once, and forks from there.
@@ -59,9 +60,10 @@ def counting_text(path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All files of an artifact by name, as bytes; report.json without times, memory and command."""
+    """Files of an artifact by name, as bytes; report.json without times, memory and command, the ends of its pages."""
     found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
     report = json.loads(found.pop("report.json"))
+    found |= {name: found[name][-20:] for name in _PAGES}
     return found | {"report.json": {name: value for name, value in report.items() if name not in _OF_THE_RUN}}
 
 
@@ -70,7 +72,8 @@ def run_disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) 
 
     For a process of its own. fault: a signal by name, or an errno by name, with which the next file to be written then
     cannot be opened, or nothing. Python announces every open, rename and removal, so a moment is the same in every run.
-    The number of operations is the last line of `log`, which takes standard output and error too.
+    The last line of `log`, which takes standard output and error too, is the number of operations, and which of them
+    kept the first block.
     """
     import errno
     import os
@@ -82,13 +85,15 @@ def run_disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) 
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    seen, failed = 0, False
+    seen, kept, failed = 0, 0, False
 
     def watch(event: str, details: tuple[Any, ...]) -> None:
-        nonlocal seen, failed
+        nonlocal seen, kept, failed
         if event not in _FILE_OPERATIONS or ".partial" not in str(details[0]):
             return
         seen += 1
+        if event == "os.rename" and "block-00000" in str(details[0]):
+            kept = seen
         if fault.startswith("SIG"):
             if seen == moment:
                 os.kill(os.getpid(), getattr(signal, fault))
@@ -103,7 +108,7 @@ def run_disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) 
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.write(stream, f"\n{seen}".encode())
+        os.write(stream, f"\n{seen} {kept}".encode())
 
 
 def disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) -> tuple[int, str]:

@@ -9,6 +9,7 @@ import pytest
 from artifacts import write_checkpoint
 from click.testing import CliRunner, Result
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
+from tiny_vision import save_tiny_vision
 
 from shiftadd_cli.cli import generate as verb
 from shiftadd_cli.cli import main
@@ -121,7 +122,7 @@ BAD = {
     "no prompt": (["{packed}"], "Missing option '--prompt'"),
     "missing model": (["/nowhere/at/all", "--prompt", "a"], "There is no model at /nowhere/at/all"),
     "a folder that is no model": (["{empty}", "--prompt", "a"], "has no config.json"),
-    "a model without a text head": (["{encoder}", "--prompt", "a"], "no decoder language model"),
+    "a vision model": (["{encoder}", "--prompt", "a"], "is a vision model, which reads no text"),
     "empty prompt": (["{packed}", "--prompt", " "], "The prompt is empty"),
     "no template": (["{packed}", "--prompt", "a", "--chat"], "has no chat template"),
     "prompt too long": (["{packed}", "--prompt", "{long}"], "and the context of {packed} is 512; shorten it"),
@@ -135,9 +136,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_with_one_sentence_before_a_model_is_loaded(case, packed, tmp_path, monkeypatch):
     monkeypatch.setattr(Opened, "load", lambda *_: pytest.fail("a model was loaded"))
-    encoder = tmp_path / "encoder"
-    encoder.mkdir()
-    (encoder / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))
+    encoder = save_tiny_vision("vit-bare", tmp_path / "encoder")
     names = {"packed": packed, "empty": tmp_path, "encoder": encoder, "long": "long " * 600}
     arguments, message = BAD[case]
     result = generate(*(argument.format(**names) for argument in arguments))

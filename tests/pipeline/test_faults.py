@@ -13,6 +13,7 @@ from tiny_models import save_tiny
 
 QUICK = ("--samples=5", "--seq-len=24", "--batch-size=3", "--group-size=16", "--fit-rounds=1", "--refine-rounds=1")
 KILLS = 5
+Whole = tuple[dict[str, Any], int, int]
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +24,20 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[s
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, command: Callable[[Path], list[str]]) -> tuple[dict[str, Any], int]:
-    """The artifact of an undisturbed run, and its number of file operations."""
+def whole(tmp_path_factory: pytest.TempPathFactory, command: Callable[[Path], list[str]]) -> Whole:
+    """The artifact of an undisturbed run, its number of file operations, and which of them kept the first block."""
     place = tmp_path_factory.mktemp("whole")
     code, said = disturbed("", 0, command(place / "out"), place / "log")
     assert code == 0, said
-    return contents(place / "out"), int(said.splitlines()[-1])
+    operations, kept = map(int, said.splitlines()[-1].split())
+    return contents(place / "out"), operations, kept
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    tmp_path: Path, command: Callable[[Path], list[str]], whole: tuple[dict[str, Any], int], kill: int
+    tmp_path: Path, command: Callable[[Path], list[str]], whole: Whole, kill: int
 ) -> None:
-    expected, operations = whole
+    expected, operations, _ = whole
     # One moment in each fifth of the run, the last of which renames and removes.
     moment = random.Random(kill).randint(1 + operations * kill // KILLS, operations * (kill + 1) // KILLS)
     code, said = disturbed("SIGKILL", moment, command(tmp_path / "out"), tmp_path / "log")
@@ -59,13 +61,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 def test_a_run_that_is_stopped_says_how_to_go_on_and_does(
     tmp_path: Path,
     command: Callable[[Path], list[str]],
-    whole: tuple[dict[str, Any], int],
+    whole: Whole,
     fault: str,
     code: int,
     said: str,
 ) -> None:
-    expected, operations = whole
-    found, text = disturbed(fault, operations * 3 // 4, command(tmp_path / "out"), tmp_path / "log")
+    expected, _, kept = whole
+    found, text = disturbed(fault, kept + 1, command(tmp_path / "out"), tmp_path / "log")
     assert found == code, text
     assert said in text
     assert "the same command goes on" in text
