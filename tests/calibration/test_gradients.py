@@ -251,5 +251,5 @@ def test_a_gradient_that_is_not_finite_is_refused_by_name(tmp_path):
 def test_windows_must_be_those_of_the_trace(tmp_path):
     save_tiny("llama", tmp_path)
     source, structure, trace = prepare(tmp_path, random_windows(2, 8))
-    with pytest.raises(ValueError, match="of 2 windows, not of 3"):
+    with pytest.raises(ValueError, match="of 2 samples, not of 3"):
         squared_gradients(source, structure, random_windows(3, 8), trace, device=CPU).token_weights()
