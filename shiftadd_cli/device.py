@@ -30,6 +30,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def computes_in(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device has instructions for products of numbers of this floating type; a CPU without them converts
+    16-bit ones all the time, which takes longer than 32-bit ones take."""
+    if device.type != "cpu" or dtype.itemsize != 2:
+        return True
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def use_threads(count: int | None) -> int:
     """Let torch compute with `count` threads of the CPU, or for None with as many as it does now; says how many."""
     import torch

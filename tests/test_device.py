@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shiftadd_cli.device import use_threads
+from shiftadd_cli.device import computes_in, use_threads
 
 
 @pytest.fixture
@@ -19,3 +19,12 @@ def test_threads_are_set_only_where_a_number_is_given(threads):
     assert use_threads(None) == threads
     assert use_threads(2) == torch.get_num_threads() == 2
     assert use_threads(None) == 2
+
+
+def test_without_instructions_for_it_a_cpu_computes_in_no_16_bit_type(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not computes_in(cpu, torch.bfloat16)
+    assert not computes_in(cpu, torch.float16)
+    assert computes_in(cpu, torch.float32)
+    assert computes_in(gpu, torch.float16)

@@ -53,6 +53,7 @@ def quantize(
     from shiftadd_cli.recipe import Recipe
 
     settings = Recipe.load(recipe, overrides_from(fields))
+    from shiftadd_cli.device import computes_in
     from shiftadd_cli.pipeline.describe import describe_plan
     from shiftadd_cli.pipeline.job import Job
     from shiftadd_cli.report.summary import summarize
@@ -64,6 +65,10 @@ def quantize(
         click.echo(describe_plan(plan) + "\n", err=True)
 
     show(job.plan)
+    dtype = job.plan.source.dtype
+    if job.plan.calibrated and not computes_in(job.device, dtype):
+        name = str(dtype).removeprefix("torch.")
+        click.echo(f"This processor has no instructions for {name}; --dtype float32 or bfloat16 is faster.\n", err=True)
     if dry_run:
         return
     with terminable():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shiftadd_cli.device import computes_in
 from shiftadd_cli.errors import ArtifactError, SourceError
 from shiftadd_cli.runtime.skeleton import read_artifact_config
 from shiftadd_cli.source import Source, open_source
@@ -184,17 +185,9 @@ def computing_dtype(requested: str, stored: torch.dtype, device: torch.device) -
     if requested != "auto":
         named: torch.dtype = getattr(torch, requested)
         return named
-    if device.type == "cpu" and stored.itemsize == 2 and not _cpu_computes_in(stored):
+    if not computes_in(device, stored):
         return torch.float32
     return stored
-
-
-def _cpu_computes_in(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def _load_artifact(path: Path, dtype: torch.dtype, config: Any) -> Any:

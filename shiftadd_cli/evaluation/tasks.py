@@ -114,8 +114,6 @@ def evaluate_tasks(
     for each in opened:
         if each.reads_images:
             raise RecipeError(f"{each.spec} is a vision model, which answers no tasks; measure it on images instead.")
-    for each in opened:
-        each.load_tokenizer()
     with _quiet():
         manager, built = _build(tuple(tasks), task_path)
         found = []

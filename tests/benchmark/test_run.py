@@ -50,7 +50,7 @@ def dtypes(candidates: list[Candidate]) -> list[tuple[str, str]]:
 
 
 def test_the_original_is_measured_as_it_is_and_in_float32(half, single, monkeypatch):
-    monkeypatch.setattr(models, "_cpu_computes_in", lambda dtype: True)
+    monkeypatch.setattr(models, "computes_in", lambda device, dtype: True)
     assert dtypes(module._candidates(single, "auto", half)) == [
         ("single", "float32"),
         ("half", "bfloat16"),
@@ -59,7 +59,7 @@ def test_the_original_is_measured_as_it_is_and_in_float32(half, single, monkeypa
     assert dtypes(module._candidates(half, "float32", single)) == [("half", "float32"), ("single", "float32")]
     assert dtypes(module._candidates(half, "auto", None)) == [("half", "bfloat16")]
     assert dtypes(module._candidates(half, "auto", half)) == [("half", "bfloat16"), ("half", "float32")]
-    monkeypatch.setattr(models, "_cpu_computes_in", lambda dtype: False)
+    monkeypatch.setattr(models, "computes_in", lambda device, dtype: False)
     assert dtypes(module._candidates(single, "auto", half)) == [("single", "float32"), ("half", "float32")]
     names = [each.name for each in module._candidates(half, "bfloat16", single)]
     assert names == [f"{half.spec} in bfloat16", f"{single.spec} in float32"]

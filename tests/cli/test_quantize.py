@@ -13,6 +13,7 @@ from bit_plans import plan_for
 from click.testing import CliRunner, Result
 from tiny_models import save_tiny
 
+from shiftadd_cli import device
 from shiftadd_cli.cli import main
 from shiftadd_cli.recipe import Recipe
 
@@ -213,6 +214,16 @@ def test_a_dry_run_of_an_average_says_that_bits_are_still_to_be_chosen(model: Pa
     assert result.exit_code == 0
     assert "above is the least" in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_type_that_the_processor_has_no_instructions_for_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    monkeypatch.setattr(device, "computes_in", lambda *_: able)
+    result = quantize(model, "-o", tmp_path / "out", "--dtype", "float16", "--dry-run")
+    assert result.exit_code == 0
+    assert ("no instructions for float16; --dtype float32 or bfloat16 is faster." in result.stderr) is not able
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(model: Path, tmp_path: Path) -> None:

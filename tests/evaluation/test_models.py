@@ -126,10 +126,9 @@ def test_a_missing_model_is_refused_before_anything_is_loaded(spec):
 
 def test_auto_computes_in_the_stored_type_only_where_the_machine_can(monkeypatch):
     for able, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(module, "_cpu_computes_in", lambda dtype, able=able: able)
+        monkeypatch.setattr(module, "computes_in", lambda device, dtype, able=able: able or device != CPU)
         assert computing_dtype("auto", torch.bfloat16, CPU) == expected
         assert computing_dtype("auto", torch.bfloat16, torch.device("cuda")) == torch.bfloat16
-        assert computing_dtype("auto", torch.float32, CPU) == torch.float32
         assert computing_dtype("float16", torch.bfloat16, CPU) == torch.float16
 
 
