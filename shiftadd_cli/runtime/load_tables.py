@@ -55,7 +55,7 @@ def connect_tables(model: Any) -> None:
             module.show_dtype()
         if SCALE not in module._non_persistent_buffers_set:
             check_values(name, {SCALE: module.weight_int8_scale}, module.weight.shape[1])
-        if SCALE not in module._non_persistent_buffers_set:
+            module.align()
             continue
         if (source := ties.get(f"{name}.{CODES}")) is None:
             raise ArtifactError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from shiftadd_cli.bcq.int8 import CODES, SCALE, SUFFIXES, decode_table, table_tensors
+from shiftadd_cli.runtime.kernels.ops import aligned, codes_linear
 from shiftadd_cli.runtime.linear import TILE_BYTES
 from shiftadd_cli.runtime.stored import StoredWeight
 
@@ -41,6 +42,11 @@ class Table(StoredWeight):
     def decode(self) -> Tensor:
         """The matrix the module stands for: float32 `[rows, columns]`."""
         return decode_table(self.weight_int8.detach(), self.weight_int8_scale)
+
+    def align(self) -> None:
+        """Move the codes, once, to where `codes_linear` takes them as they are: it would copy them on every call."""
+        if self.weight_int8.device.type == "cpu":
+            self.weight_int8.data = aligned(self.weight_int8.data)
 
     def share(self, source: Table) -> None:
         """Read the table of `source` from now on; only `source` saves the scale. What lies on another device than it
@@ -114,8 +120,7 @@ class Int8Linear(Table, nn.Linear):  # type: ignore[override]  # `weight` is a p
 
     def _multiply_codes(self, input: Tensor) -> Tensor:
         scale = self.weight_int8_scale.to(input.dtype)
-        rows = input.reshape(-1, self.in_features).contiguous()
-        product: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight_int8, scale)
+        product = codes_linear(input.reshape(-1, self.in_features), self.weight_int8, scale)
         product = product if self.bias is None else product + self.bias.to(input.dtype)
         return product.view(*input.shape[:-1], self.out_features)
 

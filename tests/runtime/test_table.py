@@ -96,6 +96,29 @@ def test_few_rows_are_multiplied_by_the_codes_themselves(
     assert ((found.double() - exact).abs() <= eps * (product.abs() + exact.abs()) + 1e-5 * bound).all()
 
 
+def starting_at(start: int, tensor: torch.Tensor) -> torch.Tensor:
+    """The same values so many bytes behind a cache line, as in a file that is mapped into memory."""
+    memory = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+    first = -memory.data_ptr() % 64 + start
+    place = memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return place.copy_(tensor)
+
+
+@pytest.mark.parametrize("start", [2, 8, 16, 32])
+def test_codes_and_inputs_may_start_anywhere_in_memory(start: int) -> None:
+    torch.manual_seed(0)
+    module = filled(nn.Linear(64, 30)).to(torch.bfloat16)
+    x = torch.randn(3, 64).bfloat16()
+    expected = module(x)
+    module.weight_int8.data = starting_at(start, module.weight_int8.data)
+    assert torch.equal(module(starting_at(start, x)), expected)
+    parameter = module.weight_int8
+    module.align()
+    assert module.weight_int8 is parameter
+    assert module.weight_int8.data_ptr() % 64 == 0
+    assert torch.equal(module(x), expected)
+
+
 def test_sums_of_codes_stay_within_float16() -> None:
     dense = nn.Linear(600, 3, bias=False)
     dense.weight.data.fill_(0.01)

@@ -3,6 +3,7 @@
     shiftadd::lookup_linear     a compressed linear layer on a CPU
     shiftadd::rotate            the rotation of its input, on a CPU
     shiftadd::triton_linear     a compressed linear layer on a GPU
+    shiftadd::codes_linear      a product of 8-bit codes, by torch's own kernel, on a CPU
 
 They are for inference: a backward pass through them raises RuntimeError.
 """
@@ -20,6 +21,7 @@ from shiftadd_cli.runtime.kernels.triton_weight import TritonWeight
 
 # As `Number` in native/engine.h.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_CACHE_LINE = 64
 METHODS = {"auto": 0, "look-up": 1, "multiply": 2}
 
 _library = torch.library.Library("shiftadd", "DEF")
@@ -28,6 +30,7 @@ _library.define(
     "Tensor? bias, Tensor? signs, int group_columns, int bits, bool fast, str method, str kernels) -> Tensor"
 )
 _library.define("rotate(Tensor x, Tensor signs) -> Tensor")
+_library.define("codes_linear(Tensor x, Tensor codes, Tensor scale) -> Tensor")
 _library.define(
     "triton_linear(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor row_scale, Tensor? bias, "
     "int columns, int bits, int nibbles, int groups, int group_words) -> Tensor"
@@ -63,6 +66,13 @@ def lookup_linear(
 def rotate(x: Tensor, signs: Tensor) -> Tensor:
     """R x for `x` `[..., in]`, see `bcq.rotation`, in the dtype of `x`; signs: float32 `[in]` of ±1."""
     result: Tensor = torch.ops.shiftadd.rotate.default(x, signs)
+    return result
+
+
+def codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """(x @ codes.T) * scale: `x` `[rows, in]`, codes int8 `[out, in]`, scale `[out]` → `[rows, out]`, in the dtype of `x`
+    and scale, float32 or bfloat16; `in` must be a multiple of 32, see `runtime.table`."""
+    result: Tensor = torch.ops.shiftadd.codes_linear.default(x, codes, scale)
     return result
 
 
@@ -146,6 +156,16 @@ def _rotate(x: Tensor, signs: Tensor) -> Tensor:
     return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
+def _codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int8pack_mm(aligned(x.contiguous()), aligned(codes), scale)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The same values from the start of a cache line on, as torch allocates them; a tensor of a mapped file may start
+    anywhere. torch's kernel for int8 reads whole registers, and torch 2.13 crashes on what starts within one."""
+    return tensor if tensor.data_ptr() % _CACHE_LINE == 0 else tensor.clone()
+
+
 def _triton_linear(
     x: Tensor,
     codes: Tensor,
@@ -227,10 +247,11 @@ def _refuse(*_: Any) -> NoReturn:
 
 _library.impl("lookup_linear", _lookup_linear, "CPU")
 _library.impl("rotate", _rotate, "CPU")
+_library.impl("codes_linear", _codes_linear, "CPU")
 _library.impl("triton_linear", _triton_linear, "CUDA")
 # For its interpreter, which computes on the CPU.
 _library.impl("triton_linear", _triton_linear, "CPU")
-for _name in ("lookup_linear", "rotate", "triton_linear"):
+for _name in ("lookup_linear", "rotate", "codes_linear", "triton_linear"):
     torch.library.register_autograd(f"shiftadd::{_name}", _refuse, lib=_library)
 
 
@@ -238,6 +259,11 @@ for _name in ("lookup_linear", "rotate", "triton_linear"):
 def _fake_linear(x: Tensor, words: Tensor, *rest: Any) -> Tensor:
     row_scale: Tensor = rest[3]
     return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+
+
+@torch.library.register_fake("shiftadd::codes_linear", lib=_library)
+def _fake_codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
 
 
 @torch.library.register_fake("shiftadd::triton_linear", lib=_library)

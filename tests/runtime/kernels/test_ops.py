@@ -189,6 +189,8 @@ def test_torchs_own_checks_pass() -> None:
     given_x = arguments(torch.randn(3, 64))
     torch.library.opcheck(torch.ops.shiftadd.lookup_linear.default, (), given_x)
     torch.library.opcheck(torch.ops.shiftadd.rotate.default, (torch.randn(3, 64), given_x["signs"]))
+    codes = torch.randint(-127, 128, (30, 64), dtype=torch.int8)
+    torch.library.opcheck(torch.ops.shiftadd.codes_linear.default, (torch.randn(3, 64), codes, torch.rand(30)))
 
 
 @pytest.mark.slow
