@@ -70,8 +70,10 @@ def rotate(x: Tensor, signs: Tensor) -> Tensor:
 
 
 def codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """(x @ codes.T) * scale: `x` `[rows, in]`, codes int8 `[out, in]`, scale `[out]` → `[rows, out]`, in the dtype of `x`
-    and scale, float32 or bfloat16; `in` must be a multiple of 32, see `runtime.table`."""
+    """(x @ codes.T) * scale: `x` `[rows, in]`, codes int8 `[out, in]`, scale `[out]` → `[rows, out]`.
+
+    x and scale are of the dtype of the result, float32 or bfloat16; `in` is a multiple of 32, see `runtime.table`.
+    """
     result: Tensor = torch.ops.shiftadd.codes_linear.default(x, codes, scale)
     return result
 
