@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out/smollm2-3bit
 DEMO_TOKENS ?= 20000
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 NATIVE := shiftadd_cli/runtime/kernels/native
@@ -26,7 +27,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 check: $(VENV)/.dev
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
 
 fix: $(VENV)/.dev  ## Let ruff repair what it can
 	$(BIN)/ruff check --fix .
