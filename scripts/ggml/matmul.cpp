@@ -72,6 +72,8 @@ extern "C" {
 // columns into its blocks, or has no layout of its own for it.
 void *matmul_create(const char *type_name, int64_t rows, int64_t columns, int64_t batch, int64_t copies, int threads,
                     bool repack, const float *values, const float *inputs) {
+    // It tells of every weight that it repacks.
+    ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     ggml_type type;
     if (!find_type(type_name, type) || columns % ggml_blck_size(type)) return nullptr;
     auto problem = std::make_unique<Problem>();
