@@ -82,6 +82,8 @@ def run_disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) 
 
     from shiftadd_cli.cli import main
 
+    # Begun in the background of a shell, it would ignore this one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
