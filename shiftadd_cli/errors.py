@@ -7,6 +7,11 @@ with `exit_code`. Anything else that escapes is a defect of ours and keeps its t
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a sentence of ours: its first line, or else its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 class ShiftaddError(Exception):
     """Base of all errors shown to users verbatim."""
 

@@ -28,6 +28,7 @@ from shiftadd_cli.allocation.plan_file import Kind
 from shiftadd_cli.allocation.solve import Choices
 from shiftadd_cli.bcq.choices import Choice, choice_words
 from shiftadd_cli.errors import AllocationError
+from shiftadd_cli.faults import first_fault
 
 CostKind = Literal["bits", "latency", "energy"]
 Shapes = Mapping[str, tuple[int, int]]
@@ -188,8 +189,5 @@ def load_cost_table(path: Path) -> CostTable:
     try:
         return CostTable.model_validate(values)
     except ValidationError as failure:
-        error = failure.errors()[0]
-        place = "".join(f", {part}" for part in error["loc"])
-        raise AllocationError(
-            f"Cost table {path}{place}: {error['msg'].removeprefix('Value error, ')}; mend it."
-        ) from None
+        place, message = first_fault(failure)
+        raise AllocationError(f"{', '.join((f'Cost table {path}', *place))}: {message}; mend it.") from None

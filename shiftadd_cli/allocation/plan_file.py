@@ -28,6 +28,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from shiftadd_cli.bcq.choices import Choice, bits_of_choice, ordered_choices, parse_choice
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.errors import AllocationError
+from shiftadd_cli.faults import first_fault
 from shiftadd_cli.source import LinearSpec
 
 PLAN_FORMAT: Final = "shiftadd bit plan"
@@ -235,10 +236,8 @@ def load_plan(path: Path) -> BitPlan:
     try:
         return BitPlan.model_validate(values)
     except ValidationError as failure:
-        error = failure.errors()[0]
-        place = " ".join(str(part) for part in error["loc"])
-        message = error["msg"].removeprefix("Value error, ")
-        raise AllocationError(f"Bit plan {path}, {place}: {message}; mend it, or {again}.") from None
+        place, message = first_fault(failure)
+        raise AllocationError(f"Bit plan {path}, {' '.join(place)}: {message}; mend it, or {again}.") from None
 
 
 def plan_version(layers: Iterable[PlannedLayer]) -> Literal[1, 2]:

@@ -62,12 +62,13 @@ def checksum(tensor: Tensor) -> int:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file that is there whole, on the disk, or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    new = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        new.write_bytes(content)
+        sync(new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shiftadd_cli.artifact.durable import replace_file
-from shiftadd_cli.artifact.output import refusals
+from shiftadd_cli.artifact.output import refusals, write_file
 from shiftadd_cli.errors import ResumeError
 
 # A block of ten thousand experts takes some 10 MB.
@@ -50,7 +49,7 @@ class Journal:
         whole = {"sha256": _sum(record), "record": record}
         with refusals(path):
             self.folder.mkdir(exist_ok=True)
-            replace_file(path, (json.dumps(whole, ensure_ascii=False) + "\n").encode())
+        write_file(path, json.dumps(whole, ensure_ascii=False) + "\n")
         self._records[name] = dict(record)
 
 

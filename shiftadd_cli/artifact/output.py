@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shiftadd_cli.artifact.durable import replace_file
 from shiftadd_cli.artifact.format import QUANT_METHOD
 from shiftadd_cli.errors import OutputError
 
@@ -89,15 +90,13 @@ def is_checkpoint(folder: Path) -> bool:
         return False
 
 
-def write_file(path: Path, text: str) -> None:
-    """Put `text` at `path` in one step, over what is there. Raises OutputError if the system refuses."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+def write_file(path: Path, content: bytes | str) -> None:
+    """Put a small file at `path`, text as UTF-8, whole or not at all, over what is there.
+
+    Raises OutputError if the system refuses.
+    """
     with refusals(path):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(path, content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shiftadd_cli.calibration.head import run_model
 from shiftadd_cli.calibration.images import image_reader
 from shiftadd_cli.calibration.trace import StopForward, hooked
-from shiftadd_cli.errors import SourceError
+from shiftadd_cli.errors import SourceError, first_line
 from shiftadd_cli.source import Source
 
 
@@ -58,7 +58,7 @@ def _image_flow(source: Source, blocks: tuple[str, ...]) -> Flow:
             run_model(model, pixels.unsqueeze(0).to("meta"))
     except Exception as error:  # a class may fail in any way on sizes that do not fit
         size = " x ".join(map(str, pixels.shape))
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise SourceError(
             f"{source.spec} cannot read an image of {size} as its image processor makes them ({reason}); check "
             "preprocessor_config.json against config.json."

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.errors import CalibrationError, first_line
 
 FIELD = "text"
 KINDS = ".txt, .jsonl or .parquet"
@@ -86,11 +86,7 @@ def _parquet(path: Path) -> Iterator[str]:
             for batch in file.iter_batches(columns=[FIELD], batch_size=1024):
                 yield from (row for row in batch.column(0).to_pylist() if row is not None)
     except arrow.ArrowException as error:
-        raise CalibrationError(f"{path} is no valid parquet file ({_first_line(error)}); download it again.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CalibrationError(f"{path} is no valid parquet file ({first_line(error)}); download it again.") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[str]]] = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}

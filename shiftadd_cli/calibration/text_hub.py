@@ -11,7 +11,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.errors import CalibrationError, first_line
 
 PROBE_SECONDS = 5
 ENDPOINT = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -76,7 +76,7 @@ def read(name: str, split: str) -> tuple[str, str]:
             text, whole = _join((row[corpus.column] for row in rows), corpus.separator, corpus.max_characters)
     # Whatever goes wrong on the way to the hub (there are a dozen libraries on it), the cure is the same.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise CalibrationError(
             f"The text {name} ({corpus.path} on the hub) could not be had: "
             f"{reason if online else 'the hub cannot be reached, and the cache has no copy'}; pass a .txt, .jsonl or "

@@ -114,10 +114,11 @@ def allocate_bits(
     settings = Recipe.load(recipe, overrides_from(fields))
     from shiftadd_cli.allocation.budget import parse_curve
     from shiftadd_cli.allocation.cost_table import CostLimit, parse_budget
+    from shiftadd_cli.artifact.output import write_file
     from shiftadd_cli.pipeline.allocate import AllocationJob, Request
     from shiftadd_cli.pipeline.describe_bits import describe_bit_plan, describe_front
     from shiftadd_cli.pipeline.plan import resident_bytes
-    from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan, write_whole
+    from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan
     from shiftadd_cli.pipeline.plot_bits import check_plot_output, draw_bit_plan
     from shiftadd_cli.progress import block_bar
     from shiftadd_cli.report.summary import size
@@ -144,7 +145,7 @@ def allocate_bits(
     if others:
         click.echo("\n" + describe_front([other.choose(sensitivities) for other in others]) + "\n")
     if plot is not None:
-        write_whole(draw_bit_plan(plan, linears, job.front(sensitivities), plot.suffix), plot)
+        write_file(plot, draw_bit_plan(plan, linears, job.front(sensitivities), plot.suffix))
         click.echo(f"Picture       {plot}")
     click.echo(f"Time          {time.monotonic() - start:.0f} s")
     click.echo(f"Peak memory   {size(resident_bytes())}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shiftadd_cli.device import computes_in
-from shiftadd_cli.errors import ArtifactError, SourceError
+from shiftadd_cli.errors import ArtifactError, SourceError, first_line
 from shiftadd_cli.runtime.skeleton import read_artifact_config
 from shiftadd_cli.source import Source, open_source
 from shiftadd_cli.source.config import OWN_METHOD
@@ -201,7 +201,7 @@ def _load_artifact(path: Path, dtype: torch.dtype, config: Any) -> Any:
         loader = vision_class(config, str(path)) or AutoModelForCausalLM
         return loader.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise ArtifactError(
             f"The checkpoint {path} cannot be loaded ({reason}); see `shiftadd inspect --verify`, and quantize again."
         ) from error

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from shiftadd_cli.errors import CalibrationError, RecipeError
+from shiftadd_cli.errors import CalibrationError, RecipeError, first_line
 from shiftadd_cli.evaluation.models import Loaded, ModelInfo, open_any
 
 # ShiftAddLLM (arXiv:2406.05981), section 5.1: ARC (challenge, easy), BoolQ, COPA, PIQA, RTE, StoryCloze and MMLU.
@@ -165,7 +165,7 @@ def _build(names: tuple[str, ...], task_path: Path | None) -> tuple[Any, list[An
             loaded = manager.load([name])
         # What goes wrong between a task and its data has no class of its own: hub, network, builder scripts, files.
         except Exception as failure:
-            reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0].rstrip(".")
+            reason = first_line(failure)
             raise CalibrationError(
                 f"The data of task {name} cannot be had ({reason}); check the network, or give --task-path with a task "
                 "on local files."

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -27,7 +25,9 @@ from shiftadd_cli.artifact.journal import damaged
 from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter, sha256
+from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import ResumeError
+from shiftadd_cli.faults import first_fault
 from shiftadd_cli.pipeline.account import Measured, Spent, versions
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.states import StoredStates
@@ -66,7 +66,7 @@ class Asked(_Part):
             tokens=None if windows is None else _fingerprint(windows),
             bit_plan=None if plan.bit_plan is None else plan.bit_plan.fingerprint(),
             versions=versions(),
-            code=_code(),
+            code=code_fingerprint(),
         )
 
 
@@ -274,9 +274,8 @@ class History:
         try:
             return kind.model_validate_json(json.dumps(record))
         except ValidationError as failure:
-            error = failure.errors()[0]
-            place = " ".join(str(part) for part in error["loc"])
-            raise damaged(self.workspace.journal.folder / f"{name}.json", f"{place}: {error['msg']}") from failure
+            place, message = first_fault(failure)
+            raise damaged(self.workspace.journal.folder / f"{name}.json", f"{' '.join(place)}: {message}") from failure
 
 
 _Kind = TypeVar("_Kind", bound=_Part)
@@ -311,16 +310,6 @@ def _difference(was: Asked, now: Asked) -> str | None:
 def _fingerprint(windows: Tensor) -> str:
     digest = hashlib.sha256(f"{windows.dtype} {tuple(windows.shape)}".encode())
     digest.update(windows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-@cache
-def _code() -> str:
-    package = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from shiftadd_cli.allocation.plan_file import BitPlan
-from shiftadd_cli.artifact.output import refusals
+from shiftadd_cli.artifact.output import write_file
 from shiftadd_cli.errors import OutputError
 
 
@@ -27,15 +27,4 @@ def check_plan_output(out: Path, *, overwrite: bool, option: str = "-o", example
 
 def write_plan(plan: BitPlan, out: Path) -> None:
     """Write plan.json whole or not at all. Raises OutputError when the disk refuses."""
-    write_whole(plan.to_json().encode(), out)
-
-
-def write_whole(content: bytes, out: Path) -> None:
-    """Write a file whole or not at all. Raises OutputError when the disk refuses."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    with refusals(out):
-        try:
-            partial.write_bytes(content)
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_file(out, plan.to_json())

@@ -6,9 +6,9 @@ from functools import cache
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
-from shiftadd_cli.report import summary
+from shiftadd_cli.report.environment import make_environment
 from shiftadd_cli.report.page import Run
 from shiftadd_cli.report.schema import Report
 
@@ -46,18 +46,9 @@ def _task(report: Report) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("shiftadd_cli.report"),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = make_environment(html=False)
     environment.filters |= {
         "text": lambda value: str(value).translate(_SPECIAL),
-        "size": summary.size,
-        "number": lambda value, digits: "-" if value is None else f"{value:.{digits}f}",
         "indent_code": lambda text: "\n".join(f"    {line}".rstrip() for line in text.splitlines()),
     }
     return environment

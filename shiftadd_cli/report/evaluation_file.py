@@ -20,6 +20,7 @@ from shiftadd_cli.errors import ArtifactError, OutputError
 from shiftadd_cli.evaluation.compare import Evaluation
 from shiftadd_cli.evaluation.measured import Measured
 from shiftadd_cli.evaluation.perplexity import Score
+from shiftadd_cli.faults import first_fault
 from shiftadd_cli.runtime.skeleton import read_artifact_config
 from shiftadd_cli.source.vision import vision_class
 
@@ -77,11 +78,10 @@ def load_evaluations(folder: Path) -> tuple[EvaluationReport, ...]:
     try:
         return tuple(EvaluationFile.model_validate(read_json(path)).evaluations)
     except ValidationError as failure:
-        error = failure.errors()[0]
-        place = ", ".join(map(str, error["loc"]))
+        place, message = first_fault(failure)
         raise ArtifactError(
-            f"{path} is not what `shiftadd evaluate --save` writes ({place}: {error['msg']}); delete it, and evaluate "
-            "again."
+            f"{path} is not what `shiftadd evaluate --save` writes ({', '.join(place)}: {message}); delete it, and "
+            "evaluate again."
         ) from None
 
 

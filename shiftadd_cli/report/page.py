@@ -11,16 +11,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from pydantic import ValidationError
 
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.bcq.choices import Choice, bits_of_choice, choice_words, choices_in_words
 from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.faults import first_fault
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report import summary
 from shiftadd_cli.report.charts import Chart, Line, histogram, line_chart
 from shiftadd_cli.report.cost import Cost, model_cost
+from shiftadd_cli.report.environment import make_environment
 from shiftadd_cli.report.evaluation_file import EvaluationReport, load_evaluations
 from shiftadd_cli.report.operations import WAYS
 from shiftadd_cli.report.schema import LayerReport, Report
@@ -87,11 +89,10 @@ def open_run(folder: Path) -> Run:
     try:
         report = Report.model_validate(values)
     except ValidationError as failure:
-        error = failure.errors()[0]
-        place = ".".join(map(str, error["loc"]))
+        place, message = first_fault(failure)
         raise ArtifactError(
-            f"{folder / 'report.json'} is not what this shiftadd writes ({place}: {error['msg']}); quantize the model "
-            "again."
+            f"{folder / 'report.json'} is not what this shiftadd writes ({'.'.join(place)}: {message}); quantize the "
+            "model again."
         ) from None
     cost = model_cost(artifact_skeleton(folder), artifact.layouts, artifact.tensors, load_unit_costs())
     return Run(folder.resolve().name, report, cost, load_evaluations(folder))
@@ -119,19 +120,10 @@ def _render(template: str, **values: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("shiftadd_cli.report"),
-        # Whatever the names of templates end in.
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = make_environment(html=True)
     environment.filters |= {
         "choice_words": choice_words,
-        "size": summary.size,
         "value": lambda value: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value,
-        "number": lambda value, digits: "-" if value is None else f"{value:.{digits}f}",
         "short": lambda value: "-" if value is None else f"{value:#.3g}",
         "share": lambda value: "-" if value is None else f"{value:.1%}",
         "plus_minus": summary.with_error,

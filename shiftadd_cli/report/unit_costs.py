@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shiftadd_cli.errors import CostError
+from shiftadd_cli.faults import first_fault
 
 UNIT_COSTS_FORMAT: Final = "shiftadd unit costs"
 PACKAGED = Path(__file__).with_name("unit_costs_45nm.yaml")
@@ -60,9 +61,8 @@ def load_unit_costs(path: Path = PACKAGED) -> UnitCosts:
     try:
         costs = UnitCosts.model_validate(values)
     except ValidationError as failure:
-        error = failure.errors()[0]
-        place = "".join(f", {part}" for part in error["loc"])
-        raise CostError(f"Unit costs {path}{place}: {error['msg']}; mend the file.") from None
+        place, message = first_fault(failure)
+        raise CostError(f"{', '.join((f'Unit costs {path}', *place))}: {message}; mend the file.") from None
     if absent := [name for name in OPERATIONS if name not in costs.operations]:
         raise CostError(f"Unit costs {path} have no {absent[0]}; add it.")
     return costs

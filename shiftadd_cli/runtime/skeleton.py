@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.errors import ArtifactError, first_line
 from shiftadd_cli.source.config import causal_lm_class
 from shiftadd_cli.source.skeleton import build_skeleton
 from shiftadd_cli.source.vision import vision_class
@@ -40,7 +40,7 @@ def read_artifact_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise ArtifactError(
             f"The configuration of {folder} cannot be read ({reason}); quantize the model again."
         ) from error

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shiftadd_cli.errors import SourceError
+from shiftadd_cli.errors import SourceError, first_line
 from shiftadd_cli.source.vision import vision_class
 
 OWN_METHOD = "shiftadd"
@@ -39,9 +39,7 @@ def read_config(path: Path, *, remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=remote_code, local_files_only=True)
     except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
-        raise SourceError(
-            f"{path / 'config.json'} cannot be used ({_first_line(error)}); download it again."
-        ) from error
+        raise SourceError(f"{path / 'config.json'} cannot be used ({first_line(error)}); download it again.") from error
 
 
 def model_class(config: Any, name: str, *, remote_code: bool) -> tuple[Any, Any]:
@@ -112,7 +110,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file} is no valid JSON ({_first_line(error)}); download it again.") from error
+        raise SourceError(f"{file} is no valid JSON ({first_line(error)}); download it again.") from error
     if not isinstance(raw, dict):
         raise SourceError(f"{file} is not a table of settings; download it again.")
     return raw
@@ -130,7 +128,3 @@ def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
             "compress the original model again."
         )
     raise SourceError(f"{folder} is already quantized ({method}); give the original, unquantized model.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shiftadd_cli.errors import SourceError
+from shiftadd_cli.errors import SourceError, first_line
 from shiftadd_cli.source.gguf_header import GgufFile
 
 _VOCABULARY = "tokenizer."
@@ -32,7 +32,7 @@ def read_gguf_config(file: GgufFile) -> Any:
         try:
             config = AutoConfig.from_pretrained(shown.parent, gguf_file=shown.name, local_files_only=True)
         except (ValueError, KeyError, TypeError, NotImplementedError, StrictDataclassError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error)
             raise SourceError(
                 f"{file.path} holds the architecture {file.architecture!r}, which transformers cannot read from GGUF "
                 f"({reason}); give the model as a safetensors folder."

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from shiftadd_cli.errors import SourceError
+from shiftadd_cli.errors import SourceError, first_line
 
 # The second is where newer versions of transformers keep it, beside the settings of other inputs.
 _FILES = ("preprocessor_config.json", "processor_config.json")
@@ -27,7 +27,7 @@ def load_image_processor(path: Path) -> Any:
     except ImportError as error:
         raise SourceError("Reading images needs Pillow; run `pip install 'shiftadd-cli[vision]'`.") from error
     except Exception as error:  # processors raise whatever the settings at hand lead them to
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise SourceError(
             f"The image processor of {path} cannot be read ({reason}); put {_FILES[0]} of the original model there."
         ) from error

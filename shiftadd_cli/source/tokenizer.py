@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from shiftadd_cli.errors import SourceError
+from shiftadd_cli.errors import SourceError, first_line
 
 _GENERATION = "generation_config.json"
 
@@ -24,7 +24,7 @@ def load_tokenizer(path: Path, *, remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code, **where)
     except Exception as error:  # converters raise whatever the file at hand leads them to
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise SourceError(
             f"{path} holds no tokenizer that can be read ({reason}); add the tokenizer files of the original model."
         ) from error

@@ -178,7 +178,7 @@ def test_a_changed_model_text_or_code_is_refused(model: Path, tmp_path: Path, mo
     text.write_text(text.read_text().replace("cipher", "number"))
     for name, other, said in (
         ("versions", {"torch": "0.1"}, "another version of"),
-        ("_code", "0", "shiftadd's own code"),
+        ("code_fingerprint", "0", "shiftadd's own code"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(history, name, lambda other=other: other)
