@@ -19,8 +19,7 @@ from mixes.bench import Allocations
 from mixes.table import as_json, as_markdown
 from quality.conditions import Conditions, name_tests
 from quality.methods import parse_methods
-from quality.options import POSITIVE, comparison_options
-from quality.rows import write_text
+from quality.options import POSITIVE, comparison_options, show_table
 
 from shiftadd_cli.errors import RecipeError, ShiftaddError
 from shiftadd_cli.recipe import Recipe
@@ -99,15 +98,9 @@ def main(
             keep_artifacts,
             lambda line: click.echo(line, err=True),
         )
-
-        def write_table() -> None:
-            write_text(work / "table.json", as_json(bench))
-            write_text(work / "table.md", as_markdown(bench))
-
-        bench.fill(write_table)
+        show_table(bench, work, as_json, as_markdown)
     except ShiftaddError as error:
         raise click.UsageError(str(error)) from error
-    click.echo(as_markdown(bench))
     if bench.bench.failed:
         sys.exit(1)
 

@@ -20,25 +20,12 @@ import click
 from quality.bench import Bench
 from quality.conditions import Conditions, name_tests
 from quality.methods import parse_methods
-from quality.options import comparison_options
+from quality.options import Widths, comparison_options, show_table
 from quality.peers import PEERS
-from quality.rows import write_text
 from quality.table import as_json, as_markdown
 
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.recipe_file import packaged_names
-
-
-class Widths(click.ParamType):
-    """Bit widths such as `2,3,4`."""
-
-    name = "n,n,..."
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        parts = str(value).split(",")
-        if not all(part.strip().isdecimal() for part in parts):
-            self.fail(f"{value!r} is not a list of whole numbers such as 2,3,4.", param, ctx)
-        return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,15 +69,9 @@ def main(
         parsed = parse_methods(methods)
         cells = [conditions.cell(method, width) for width in bits for method in parsed if method.at(width)]
         bench = Bench(conditions, cells, work, together, keep_artifacts, lambda line: click.echo(line, err=True))
-
-        def write_table() -> None:
-            write_text(work / "table.json", as_json(bench))
-            write_text(work / "table.md", as_markdown(bench))
-
-        bench.fill(write_table)
+        show_table(bench, work, as_json, as_markdown)
     except ShiftaddError as error:
         raise click.UsageError(str(error)) from error
-    click.echo(as_markdown(bench))
     if bench.failed:
         sys.exit(1)
 

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 import click
-from benchmark_quality import Widths
+from quality.bench import Bench
 from quality.methods import parse_methods
-from quality.rows import write_text
-from vision.bench import ImageBench, ImageConditions
+from quality.options import Widths, show_table
+from vision.conditions import ImageConditions
 from vision.table import as_json, as_markdown
 
 from shiftadd_cli.cli.computing import dtype_option
@@ -57,16 +57,10 @@ def main(
         conditions = ImageConditions(model, calibration, samples, seed, test, max_images, dtype)
         parsed = parse_methods(methods)
         cells = [conditions.cell(method, width) for width in bits for method in parsed if method.at(width)]
-        bench = ImageBench(conditions, cells, work, lambda text: click.echo(text, err=True))
-
-        def write_table() -> None:
-            write_text(work / "table.json", as_json(bench))
-            write_text(work / "table.md", as_markdown(bench))
-
-        bench.fill(write_table)
+        bench = Bench(conditions, cells, work, say=lambda line: click.echo(line, err=True))
+        show_table(bench, work, as_json, as_markdown)
     except ShiftaddError as error:
         raise click.UsageError(str(error)) from error
-    click.echo(as_markdown(bench))
     if bench.failed:
         sys.exit(1)
 

@@ -11,7 +11,7 @@ from typing import get_args
 
 import yaml
 from quality.bench import Bench
-from quality.conditions import Cell, Conditions, machine, sources, versions
+from quality.conditions import Cell, Conditions, machine, versions
 from quality.making import make_artifact, run_logged
 from quality.methods import Method
 from quality.rows import Row, file_name, fingerprint, write_text
@@ -24,6 +24,7 @@ from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.cache import CACHE_VERSION
 from shiftadd_cli.allocation.plan_file import BitPlan, Storage
 from shiftadd_cli.allocation.sensitivity import SensitivityKind
+from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import AllocationError, RecipeError
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request, file_bytes
 from shiftadd_cli.recipe import Recipe
@@ -135,7 +136,7 @@ class Allocations:
             run_logged(module, self.work / "logs" / f"{name}.log")
             told = json.loads(out.read_text(encoding="utf-8"))
             out.unlink()
-            return SensitivityRow(settings=settings, machine=machine(), code=sources(), **told)
+            return SensitivityRow(settings=settings, machine=machine(), code=code_fingerprint(), **told)
 
         return find_or_make(self.work, f"sensitivity {kind}", max(self.candidates), SensitivityRow, settings, make)
 
@@ -208,7 +209,9 @@ class Allocations:
             )
             if not self.keep_artifacts and cell.row_name not in {each.row_name for each in self._cells}:
                 shutil.rmtree(artifact)
-            return AloneRow(settings=settings, machine=machine(), code=sources(), bits=self.sample_bits, kl=found)
+            return AloneRow(
+                settings=settings, machine=machine(), code=code_fingerprint(), bits=self.sample_bits, kl=found
+            )
 
         return find_or_make(self.work, "layers alone", self.sample_bits, AloneRow, settings, make)
 
@@ -242,7 +245,9 @@ class Allocations:
             stored = sum(file.stat().st_size for file in artifact.glob("*.safetensors"))
             if not self.keep_artifacts:
                 shutil.rmtree(artifact)
-            return SizeRow(settings=settings, machine=machine(), code=sources(), target_bytes=target, file_bytes=stored)
+            return SizeRow(
+                settings=settings, machine=machine(), code=code_fingerprint(), target_bytes=target, file_bytes=stored
+            )
 
         return find_or_make(self.work, label, max(self.candidates), SizeRow, settings, make)
 
@@ -259,7 +264,7 @@ class Allocations:
             return SolverRow(
                 settings=settings,
                 machine=machine(),
-                code=sources(),
+                code=code_fingerprint(),
                 blocks=SOLVER_BLOCKS,
                 linears=len(layers),
                 candidates=len(SOLVER_CANDIDATES),

@@ -6,12 +6,16 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from quality.conditions import Cell, Conditions, machine, sources
+from pydantic import BaseModel
+
+from quality.conditions import Cell, TableConditions, machine
 from quality.making import make_artifact, read_report
-from quality.rows import Original, Row, TestScore, file_name, read_stored, write_stored
+from quality.rows import Original, Row, file_name, read_stored, write_stored
+from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import ShiftaddError
-from shiftadd_cli.evaluation.compare import Evaluation, Measured, evaluate
+from shiftadd_cli.evaluation.compare import evaluate
 
 
 @dataclass
@@ -25,7 +29,7 @@ class Bench:
         rows: finished ones by their place in `cells`; failed: what came of the others.
     """
 
-    conditions: Conditions
+    conditions: TableConditions
     cells: Sequence[Cell]
     work: Path
     together: int = 1
@@ -37,9 +41,9 @@ class Bench:
 
     def fill(self, finished: Callable[[], None]) -> None:
         """Find or measure every row; `finished` is called whenever some are new."""
-        self.original = read_stored(self._original_path, Original, self.conditions.scoring)
+        self.original = read_stored(self._original_path, self.conditions.original_kind, self.conditions.scoring)
         for index, cell in enumerate(self.cells):
-            row = read_stored(self._row_path(cell), Row, cell.row_settings)
+            row = read_stored(self._row_path(cell), self.conditions.row_kind, cell.row_settings)
             if row is not None:
                 self.rows[index] = row.model_copy(update={"method": cell.method.label})
         missing = [index for index in range(len(self.cells)) if index not in self.rows]
@@ -72,11 +76,11 @@ class Bench:
             return
         for (index, path), score in zip(made.items(), scores, strict=True):
             cell = self.cells[index]
-            row = Row(
+            row = self.conditions.row_kind(
                 settings=cell.row_settings,
                 scores=score,
                 machine=machine(),
-                code=sources(),
+                code=code_fingerprint(),
                 method=cell.method.label,
                 bits=cell.bits,
                 **read_report(cell, path),
@@ -90,7 +94,7 @@ class Bench:
         self.failed[index] = str(error)
         self.say(f"{self.cells[index].method.label}, {self.cells[index].bits} bits: {error}")
 
-    def _measure(self, artifacts: Sequence[str]) -> list[dict[str, TestScore]]:
+    def _measure(self, artifacts: Sequence[str]) -> list[dict[str, BaseModel]]:
         """Scores by test of each artifact; those of the original are written where they are not known yet."""
         conditions = self.conditions
         self.say(f"measuring {len(artifacts)} beside the original")
@@ -99,27 +103,36 @@ class Bench:
                 artifacts,
                 against=conditions.model,
                 dataset=spec,
-                context=conditions.context,
-                max_tokens=conditions.max_tokens,
-                dtype=conditions.dtype,
                 show_progress=False,
+                **conditions.evaluation_options,
             )
             for name, spec in conditions.tests.items()
         }
         if self.original is None:
             originals = {name: each.original for name, each in found.items() if each.original}
             info = next(iter(originals.values())).info
-            self.original = Original(
+            self.original = conditions.original_kind(
                 settings=conditions.scoring,
-                scores={name: _score(found[name], each) for name, each in originals.items()},
+                scores={name: self._score(found[name], each) for name, each in originals.items()},
                 machine=machine(),
                 file_bits_per_weight=info.file_bits_per_weight,
                 parameters=info.parameters,
             )
             write_stored(self._original_path, self.original)
         return [
-            {name: _score(each, each.models[place]) for name, each in found.items()} for place in range(len(artifacts))
+            {name: self._score(each, each.models[place]) for name, each in found.items()}
+            for place in range(len(artifacts))
         ]
+
+    def _score(self, evaluation: Any, measured: Any) -> BaseModel:
+        """What is kept of a measured model, and of how it was measured."""
+        kind, told = self.conditions.score_kind, measured.to_dict()
+        return kind(**{name: told[name] if name in told else getattr(evaluation, name) for name in kind.model_fields})
+
+    def ordered_rows(self) -> list[Row]:
+        """Finished rows, by bits and then in the order of the methods."""
+        order = sorted(self.rows, key=lambda index: (self.cells[index].bits, index))
+        return [self.rows[index] for index in order]
 
     def _row_path(self, cell: Cell) -> Path:
         return self.work / "rows" / cell.row_name
@@ -128,15 +141,3 @@ class Bench:
     def _original_path(self) -> Path:
         # The 16 bits are those of most originals and say nothing here; the name needs some.
         return self.work / "rows" / (file_name("original", 16, self.conditions.scoring) + ".json")
-
-
-def _score(evaluation: Evaluation, measured: Measured) -> TestScore:
-    told = measured.to_dict()
-    fields = {name: told[name] for name in TestScore.model_fields if name in told}
-    return TestScore(
-        **fields,
-        tokens=evaluation.tokens,
-        scored_tokens=evaluation.scored_tokens,
-        windows=evaluation.windows,
-        device=evaluation.device,
-    )

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
+from pydantic import BaseModel
 
-import shiftadd_cli
 from quality.methods import Method
-from quality.rows import file_name
+from quality.rows import Original, Row, TestScore, file_name
 from shiftadd_cli.calibration.text import TextData, load_text
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source
 from shiftadd_cli.version import __version__
 
-_PACKAGE = Path(shiftadd_cli.__file__).parent
 _LIBRARIES = ("torch", "transformers")
 
 
@@ -48,12 +46,38 @@ class Cell:
         return file_name(self.method.label, self.bits, self.row_settings) + ".json"
 
 
+class TableConditions(Protocol):
+    """What a table needs of its conditions.
+
+    model: as typed; tests: by a short name; scoring: the settings that fix how a model is scored; evaluation_options:
+    for `evaluate`, beside models and test; score_kind, original_kind, row_kind: what rows on disk hold.
+    """
+
+    model: str
+    score_kind: ClassVar[type[BaseModel]]
+    original_kind: ClassVar[type[Original]]
+    row_kind: ClassVar[type[Row]]
+
+    @property
+    def tests(self) -> dict[str, str]: ...
+
+    @property
+    def scoring(self) -> dict[str, Any]: ...
+
+    @property
+    def evaluation_options(self) -> dict[str, Any]: ...
+
+
 @dataclass
 class Conditions:
     """The model and the texts of a table.
 
     model, calibration, tests: as typed; `tests` maps a short name to each. dtype: computed in, see `evaluate`.
     """
+
+    score_kind: ClassVar = TestScore
+    original_kind: ClassVar = Original
+    row_kind: ClassVar = Row
 
     model: str
     calibration: str
@@ -68,6 +92,10 @@ class Conditions:
 
     def __post_init__(self) -> None:
         self.model_fingerprint = open_source(self.model).fingerprint
+
+    @property
+    def evaluation_options(self) -> dict[str, Any]:
+        return {"context": self.context, "max_tokens": self.max_tokens, "dtype": self.dtype}
 
     @cached_property
     def scoring(self) -> dict[str, Any]:
@@ -99,15 +127,10 @@ class Conditions:
             if fingerprint == text:
                 raise CalibrationError(f"{name} is the calibration text of {method.label} and a test; give another.")
         packages = (method.peer.package,) if method.peer else ()
-        fields = recipe.model_dump(mode="json", exclude={"calibration"})
-        if recipe.primitive == "bcq":
-            # Rows that were measured before there was another keep their names.
-            del fields["primitive"]
         made = {
             "model": self.model_fingerprint,
             "peer": method.peer.name if method.peer else None,
-            # The text counts, not the name of its file.
-            "recipe": fields,
+            "recipe": recipe_settings(recipe),
             "calibration": text,
             "versions": versions(*packages),
         }
@@ -128,17 +151,18 @@ def name_tests(specs: tuple[str, ...]) -> dict[str, str]:
     return names
 
 
+def recipe_settings(recipe: Recipe) -> dict[str, Any]:
+    """The fields that fix an artifact. What is calibrated on counts by itself, and not by the name of its file."""
+    fields = recipe.model_dump(mode="json", exclude={"calibration"})
+    if recipe.primitive == "bcq":
+        # Rows that were measured before there was another keep their names.
+        del fields["primitive"]
+    return fields
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Versions of what can change a number: ours, the libraries below, and `packages`."""
     return {"shiftadd-cli": __version__} | {name: importlib.metadata.version(name) for name in (*_LIBRARIES, *packages)}
-
-
-def sources() -> str:
-    """SHA-256, in hex, of the package's Python files and their names."""
-    digest = hashlib.sha256()
-    for file in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(f"{file.relative_to(_PACKAGE)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def machine() -> dict[str, str]:

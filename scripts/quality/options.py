@@ -1,18 +1,37 @@
-"""Options that all comparisons on texts have."""
+"""Options that comparisons have in common, and how all of them end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 
+from quality.rows import write_text
 from shiftadd_cli.cli.scoring import scoring_options
 
 POSITIVE = click.IntRange(min=1)
 
+
+class _Fills(Protocol):
+    def fill(self, finished: Callable[[], None]) -> None: ...
+
+
 F = TypeVar("F", bound=Callable[..., Any])
+B = TypeVar("B", bound=_Fills)
+
+
+class Widths(click.ParamType):
+    """Bit widths such as `2,3,4`."""
+
+    name = "n,n,..."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            self.fail(f"{value!r} is not a list of whole numbers such as 2,3,4.", param, ctx)
+        return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def comparison_options(function: F) -> F:
@@ -41,3 +60,14 @@ def comparison_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def show_table(bench: B, work: Path, as_json: Callable[[B], str], as_markdown: Callable[[B], str]) -> None:
+    """Fill a bench, with its table in the folder `work` written anew whenever something is, and print the table."""
+
+    def write_table() -> None:
+        write_text(work / "table.json", as_json(bench))
+        write_text(work / "table.md", as_markdown(bench))
+
+    bench.fill(write_table)
+    click.echo(as_markdown(bench))

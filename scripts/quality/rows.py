@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from shiftadd_cli.artifact.durable import replace_file
 from shiftadd_cli.errors import ShiftaddError
 
 R = TypeVar("R", bound="Stored")
@@ -88,12 +88,7 @@ def file_name(label: str, bits: int, settings: dict[str, Any]) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    replace_file(path, text.encode())
 
 
 def write_stored(path: Path, stored: Stored) -> None:

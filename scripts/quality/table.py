@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from quality.bench import Bench
@@ -26,13 +26,10 @@ def as_json(bench: Bench) -> str:
             "scoring": conditions.scoring,
         },
         "original": bench.original.model_dump(mode="json") if bench.original else None,
-        "rows": [{**row.model_dump(mode="json"), "ratio": _ratios(bench, row)} for row in _rows(bench)],
-        "failed": [
-            {"method": bench.cells[index].method.label, "bits": bench.cells[index].bits, "error": error}
-            for index, error in sorted(bench.failed.items())
-        ],
+        "rows": [{**row.model_dump(mode="json"), "ratio": _ratios(bench, row)} for row in bench.ordered_rows()],
+        "failed": failures(bench),
     }
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(document)
 
 
 def as_markdown(bench: Bench) -> str:
@@ -48,7 +45,7 @@ def as_markdown(bench: Bench) -> str:
         for name in tests:
             first += [_perplexity(bench.original.scores[name]), "1.000", "-", "-"]
         lines.append(line([*first, "-", "-"]))
-    for row in _rows(bench):
+    for row in bench.ordered_rows():
         native = "-" if row.native_bits is None else f"{row.native_bits:.3f}"
         cells = [f"`{row.method}`", str(row.bits), f"{row.stored_bits:.3f}", native, f"{row.file_bits:.3f}"]
         ratios = _ratios(bench, row)
@@ -65,7 +62,7 @@ def as_markdown(bench: Bench) -> str:
 
 
 def _notes(bench: Bench) -> list[str]:
-    conditions, rows = bench.conditions, _rows(bench)
+    conditions, rows = bench.conditions, bench.ordered_rows()
     peers = any(row.settings["artifact"]["peer"] for row in rows)
     notes = [f"Model: {conditions.model} (fingerprint {conditions.model_fingerprint[:16]})."]
     if bench.original is not None:
@@ -88,24 +85,9 @@ def _notes(bench: Bench) -> list[str]:
         "bits) / group; our container stores a float16 scale per plane and an offset. Other grids have no other form.",
         "seconds and peak memory: of the process that quantizes, from its report; the machine may have had other work.",
         *(["Peers are scored from what they decode; bits/weight is what they would store."] if peers else []),
-        f"Versions: {listed(told(row.settings['artifact']['versions']) for row in rows)}.",
-        f"Machine: {listed(told(row.machine) for row in rows)}.",
-    ]
-    notes += [
-        f"Sources {code[:16]}: {listed(row.method for row in rows if row.code == code)}."
-        for code in dict.fromkeys(row.code for row in rows)
-    ]
-    notes += [
-        f"Failed: `{bench.cells[index].method.label}` at {bench.cells[index].bits} bits: {error}"
-        for index, error in sorted(bench.failed.items())
+        *origins(bench, lambda row: row.method),
     ]
     return [f"- {note}" for note in notes]
-
-
-def _rows(bench: Bench) -> list[Row]:
-    """Finished rows, by bits and then in the order of the methods."""
-    order = sorted(bench.rows, key=lambda index: (bench.cells[index].bits, index))
-    return [bench.rows[index] for index in order]
 
 
 def _ratios(bench: Bench, row: Row) -> dict[str, float | None]:
@@ -120,6 +102,32 @@ def _ratios(bench: Bench, row: Row) -> dict[str, float | None]:
 
 def _perplexity(score: TestScore) -> str:
     return "infinite" if score.perplexity is None else with_error(score.perplexity, score.perplexity_error, 3)
+
+
+def failures(bench: Bench) -> list[dict[str, Any]]:
+    """Rows that could not be made, for JSON."""
+    return [
+        {"method": bench.cells[index].method.label, "bits": bench.cells[index].bits, "error": error}
+        for index, error in sorted(bench.failed.items())
+    ]
+
+
+def json_text(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def origins(bench: Bench, name: Callable[[Row], str]) -> list[str]:
+    """What rows were made by and on, and why others were not. name: of a row, where sources are told apart."""
+    rows = bench.ordered_rows()
+    return [
+        f"Versions: {listed(told(row.settings['artifact']['versions']) for row in rows)}.",
+        f"Machine: {listed(told(row.machine) for row in rows)}.",
+        *(
+            f"Sources {code[:16]}: {listed(name(row) for row in rows if row.code == code)}."
+            for code in dict.fromkeys(row.code for row in rows)
+        ),
+        *(f"Failed: `{each['method']}` at {each['bits']} bits: {each['error']}" for each in failures(bench)),
+    ]
 
 
 def told(values: dict[str, str]) -> str:

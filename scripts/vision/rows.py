@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
-from quality.rows import Stored
+from quality.rows import Original, Row
 
 
 class ImageTestScore(BaseModel):
@@ -28,24 +28,13 @@ class ImageTestScore(BaseModel):
     device: str
 
 
-class ImageOriginal(Stored):
+class ImageOriginal(Original):
     """The model before compression."""
 
     scores: dict[str, ImageTestScore]
-    file_bits_per_weight: float
-    parameters: int
 
 
-class ImageRow(Stored):
-    """One method at one bit width; the fields are those of `quality.rows.Row`."""
+class ImageRow(Row):
+    """One method at one bit width."""
 
     scores: dict[str, ImageTestScore]
-    method: str
-    bits: int
-    stored_bits: float
-    file_bits: float
-    native_bits: float | None
-    seconds: float
-    peak_memory_bytes: int
-    calibration: str | None
-    code: str

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from quality.table import line, listed, told
+from quality.bench import Bench
+from quality.table import failures, json_text, line, listed, origins
 
 from shiftadd_cli.report.summary import size, with_error
-from vision.bench import ImageBench
 from vision.rows import ImageRow, ImageTestScore
 
 _SCORES = (
@@ -22,7 +21,7 @@ _SCORES = (
 )
 
 
-def as_json(bench: ImageBench) -> str:
+def as_json(bench: Bench) -> str:
     """Conditions, the original, all rows and what failed."""
     conditions = bench.conditions
     document: dict[str, Any] = {
@@ -35,18 +34,15 @@ def as_json(bench: ImageBench) -> str:
             "scoring": conditions.scoring,
         },
         "original": bench.original.model_dump(mode="json") if bench.original else None,
-        "rows": [row.model_dump(mode="json") for row in _rows(bench)],
-        "failed": [
-            {"method": bench.cells[index].method.label, "bits": bench.cells[index].bits, "error": error}
-            for index, error in sorted(bench.failed.items())
-        ],
+        "rows": [row.model_dump(mode="json") for row in bench.ordered_rows()],
+        "failed": failures(bench),
     }
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(document)
 
 
-def as_markdown(bench: ImageBench) -> str:
+def as_markdown(bench: Bench) -> str:
     """The original, a line per row, and below it everything the numbers depend on."""
-    name, rows = bench.conditions.test_name, _rows(bench)
+    name, rows = bench.conditions.test_name, bench.ordered_rows()
     originals = [bench.original.scores[name]] if bench.original else []
     scores = [*originals, *(row.scores[name] for row in rows)]
     shown = [each for each in _SCORES if any(getattr(score, each[0]) is not None for score in scores)]
@@ -73,7 +69,7 @@ def _cells(score: ImageTestScore, shown: list[tuple[str, str, int, int]]) -> lis
     return found
 
 
-def _notes(bench: ImageBench, rows: list[ImageRow]) -> list[str]:
+def _notes(bench: Bench, rows: list[ImageRow]) -> list[str]:
     conditions = bench.conditions
     notes = [
         f"Model: {Path(conditions.model).name} (fingerprint {conditions.model_fingerprint[:16]})"
@@ -92,21 +88,6 @@ def _notes(bench: ImageBench, rows: list[ImageRow]) -> list[str]:
         "± is one standard error, images taken as independent draws. KL: KL(original || method) of the class scores.",
         "bits/weight: everything stored for the quantized layers over their weights.",
         "seconds and peak memory: of the process that quantizes, from its report; the machine may have had other work.",
-        f"Versions: {listed(told(row.settings['artifact']['versions']) for row in rows)}.",
-        f"Machine: {listed(told(row.machine) for row in rows)}.",
-    ]
-    notes += [
-        f"Sources {code[:16]}: {listed(f'{row.method} ({row.bits} bits)' for row in rows if row.code == code)}."
-        for code in dict.fromkeys(row.code for row in rows)
-    ]
-    notes += [
-        f"Failed: `{bench.cells[index].method.label}` at {bench.cells[index].bits} bits: {error}"
-        for index, error in sorted(bench.failed.items())
+        *origins(bench, lambda row: f"{row.method} ({row.bits} bits)"),
     ]
     return [f"- {note}" for note in notes]
-
-
-def _rows(bench: ImageBench) -> list[ImageRow]:
-    """Finished rows, by bits and then in the order of the methods."""
-    order = sorted(bench.rows, key=lambda index: (bench.cells[index].bits, index))
-    return [bench.rows[index] for index in order]

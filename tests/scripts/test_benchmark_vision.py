@@ -7,9 +7,9 @@ import json
 import pytest
 from benchmark_vision import main
 from click.testing import CliRunner
+from quality import bench as bench_module
 from tiny_vision import save_pictures, save_tiny_vision
 from train_digits_vit import main as train
-from vision import bench as bench_module
 
 from shiftadd_cli.evaluation.compare import evaluate
 

@@ -1,0 +1,79 @@
+"""What all rows of a table of vision models share, see `quality.conditions`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from quality.conditions import Cell, recipe_settings, versions
+from quality.methods import Method
+
+from shiftadd_cli.calibration.images import load_images
+from shiftadd_cli.errors import CalibrationError, RecipeError
+from shiftadd_cli.source import open_source
+from vision.rows import ImageOriginal, ImageRow, ImageTestScore
+
+
+@dataclass
+class ImageConditions:
+    """The model and the images of a table. model, calibration, test: as typed; dtype: computed in, see `evaluate`."""
+
+    score_kind: ClassVar = ImageTestScore
+    original_kind: ClassVar = ImageOriginal
+    row_kind: ClassVar = ImageRow
+
+    model: str
+    calibration: str
+    samples: int
+    seed: int
+    test: str
+    max_images: int | None
+    dtype: str
+
+    def __post_init__(self) -> None:
+        self.model_fingerprint = open_source(self.model).fingerprint
+        self.calibration_fingerprint = load_images(self.calibration, split="calibration").fingerprint
+        self.test_fingerprint = load_images(self.test, split="test").fingerprint
+        if self.test_fingerprint == self.calibration_fingerprint:
+            raise CalibrationError(f"{self.test} is both calibrated on and the test; give other images.")
+
+    @property
+    def test_name(self) -> str:
+        return Path(self.test).name
+
+    @property
+    def tests(self) -> dict[str, str]:
+        return {self.test_name: self.test}
+
+    @property
+    def evaluation_options(self) -> dict[str, Any]:
+        return {"max_images": self.max_images, "batch_size": 32, "dtype": self.dtype}
+
+    @cached_property
+    def scoring(self) -> dict[str, Any]:
+        """The settings that fix how a model is scored."""
+        return {
+            "model": self.model_fingerprint,
+            "test": self.test_fingerprint,
+            "max_images": self.max_images,
+            "dtype": self.dtype,
+            "versions": versions(),
+        }
+
+    def cell(self, method: Method, bits: int) -> Cell:
+        """Settle everything about one row. Raises RecipeError."""
+        if method.peer is not None:
+            raise RecipeError(f"Method {method.label}: peers compress language models alone.")
+        recipe = method.resolve(
+            bits, {"calibration": self.calibration, "samples": self.samples, "seed": self.seed, "dtype": self.dtype}
+        )
+        made = {
+            "model": self.model_fingerprint,
+            "peer": None,
+            "recipe": recipe_settings(recipe),
+            "calibration": None if recipe.calibration == "none" else self.calibration_fingerprint,
+            "versions": versions(),
+        }
+        return Cell(method, bits, recipe, made, {"artifact": made, "scoring": self.scoring})
