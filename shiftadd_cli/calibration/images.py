@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,47 +13,16 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.calibration import images_builtin, images_folder, images_table, text_files, text_hub
+from shiftadd_cli.calibration.images_data import ImageData
 from shiftadd_cli.calibration.text import Split
-from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.errors import CalibrationError, first_line
 from shiftadd_cli.progress import progress
 from shiftadd_cli.source import Source
 
 # Unreadable pictures are named and left out; more of them mean that something is wrong with the set.
 MAX_UNREADABLE = 10
-_FINGERPRINT_SAMPLES = 256
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.+-]+)?")
 _KINDS = "a folder of images, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT"
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """Pictures that are read one by one.
-
-    Attributes:
-        name: what to call them in a report.
-        places: what to call each picture.
-        read: the encoded picture of a number; may raise OSError.
-        labels: the class of each, by name or number; None where they have none.
-    """
-
-    name: str
-    places: Sequence[str]
-    read: Callable[[int], bytes]
-    labels: tuple[str | int, ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over the places of all pictures and the bytes of 256 of them at equal distances."""
-        digest = hashlib.sha256("\0".join(self.places).encode(errors="surrogateescape"))
-        for index in spread(len(self), _FINGERPRINT_SAMPLES):
-            try:
-                digest.update(hashlib.sha256(self.read(index)).digest())
-            except OSError:  # told of when it is needed
-                digest.update(b"unreadable")
-        return digest.hexdigest()
 
 
 class Drawn(NamedTuple):
@@ -77,11 +43,11 @@ def load_images(spec: str, *, split: Split) -> ImageData:
     """
     path = Path(spec)
     if spec == images_builtin.NAME:
-        parts = images_builtin.read(split)
+        data = images_builtin.read(split)
     elif path.is_dir():
-        parts = images_folder.read(path)
+        data = images_folder.read(path)
     elif path.suffix.lower() == ".parquet":
-        parts = images_table.read_parquet(path)
+        data = images_table.read_parquet(path)
     elif spec in text_hub.CORPORA or path.suffix.lower() in text_files.READERS:
         raise CalibrationError(f"{spec} is a text, and a vision model reads images; give {_KINDS}.")
     elif path.exists():
@@ -89,8 +55,7 @@ def load_images(spec: str, *, split: Split) -> ImageData:
     elif not _HUB_ID.fullmatch(spec):
         raise CalibrationError(f"There are no images at {spec}; give {_KINDS}, or 'builtin', which needs no download.")
     else:
-        parts = images_table.read_hub(spec, split)
-    data = ImageData(*parts)
+        data = images_table.read_hub(spec, split)
     if not len(data):
         raise CalibrationError(f"{data.name} holds no images; give {_KINDS}.")
     return data
@@ -136,7 +101,7 @@ def read_images(data: ImageData, reader: ImageReader, order: Sequence[int]) -> I
             picture = _decode(data, index)
         except Exception as error:  # decoders raise whatever the bytes at hand lead them to
             unreadable.append(data.places[index])
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error)
             if len(unreadable) > MAX_UNREADABLE:
                 raise CalibrationError(
                     f"{len(unreadable)} images of {data.name} cannot be read (the last: {data.places[index]}, "
@@ -191,7 +156,7 @@ class ImageReader:
             found = self._processor(images=picture.convert(mode) if mode else picture, return_tensors="pt")
             pixels: Tensor = found["pixel_values"][0]
         except Exception as error:  # processors raise whatever their settings and the image lead them to
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error)
             raise CalibrationError(
                 f"The image processor of {self.name} cannot read {place} ({reason}); check preprocessor_config.json "
                 "against config.json."
@@ -214,13 +179,6 @@ class ImageReader:
 def image_reader(source: Source) -> ImageReader:
     """The reader of a vision model. Raises SourceError where it has no image processor."""
     return ImageReader.of(source.load_image_processor(), source.config, source.spec)
-
-
-def spread(length: int, most: int | None) -> list[int]:
-    """At most so many of the numbers below `length`, evenly from the first to the last."""
-    if most is None or most >= length:
-        return list(range(length))
-    return torch.linspace(0, length - 1, most, dtype=torch.float64).round().long().unique().tolist()
 
 
 def _decode(data: ImageData, index: int) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from io import BytesIO
 
-from shiftadd_cli.calibration.images_parts import ImageParts
+from shiftadd_cli.calibration.images_data import ImageData
 from shiftadd_cli.errors import CalibrationError
 
 NAME = "builtin"
@@ -17,8 +17,8 @@ TEST_IMAGES = 500
 _WHITE = 16
 
 
-def read(split: str) -> ImageParts:
-    """Name, places, reader and labels of a split, "calibration" or "test"."""
+def read(split: str) -> ImageData:
+    """The digits of a split, "calibration" or "test"."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -40,6 +40,6 @@ def read(split: str) -> ImageParts:
         Image.fromarray(grey).save(file, "PNG")
         return file.getvalue()
 
-    places = [f"digit {number}" for number in range(first, last)]
+    keys = [f"digit {number}" for number in range(first, last)]
     labels = tuple(map(int, digits.target[first:last]))
-    return ImageParts(f"builtin (digits of scikit-learn, {which})", places, encode, labels)
+    return ImageData(f"builtin (digits of scikit-learn, {which})", keys, keys, encode, labels)

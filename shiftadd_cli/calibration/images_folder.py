@@ -6,14 +6,14 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from shiftadd_cli.calibration.images_parts import ImageParts
+from shiftadd_cli.calibration.images_data import ImageData
 from shiftadd_cli.errors import CalibrationError
 
 _FILE, _CLASSES = ("file", "file_name", "filename", "image", "path"), ("name", "class", "label")
 
 
-def read(path: Path) -> ImageParts:
-    """Name, places, reader and labels of the pictures in a folder, in the order of their paths.
+def read(path: Path) -> ImageData:
+    """The pictures in a folder, in the order of their paths.
 
     The pictures lie in the folder itself, or one sub-folder for each class, which its name says. Flat ones have the
     labels of a table `labels.csv` or `metadata.csv` in the folder, or `FOLDER_labels.csv` beside it, if there is one:
@@ -23,12 +23,13 @@ def read(path: Path) -> ImageParts:
         CalibrationError: a picture is in no class, or the table does not say its.
     """
     files = _pictures(path)
+    keys = [file.relative_to(path).as_posix() for file in files]
     places = [str(file) for file in files]
 
     def encoded(index: int) -> bytes:
         return files[index].read_bytes()
 
-    return ImageParts(f"{path.resolve().name} ({len(files):,} images)", places, encoded, _labels(path, files))
+    return ImageData(f"{path.resolve().name} ({len(files):,} images)", keys, places, encoded, _labels(path, files))
 
 
 def _pictures(path: Path) -> list[Path]:

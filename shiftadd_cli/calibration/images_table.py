@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shiftadd_cli.calibration.images_parts import ImageParts
+from shiftadd_cli.calibration.images_data import ImageData
 from shiftadd_cli.calibration.text_hub import ENDPOINT, offline, reachable
-from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.errors import CalibrationError, first_line
 
 # What columns without a type of the library `datasets` are called.
 _IMAGES, _LABELS = ("image", "img", "picture"), ("label", "labels", "fine_label", "class")
@@ -16,8 +16,8 @@ _IMAGES, _LABELS = ("image", "img", "picture"), ("label", "labels", "fine_label"
 _SPLITS = {"calibration": ("train",), "test": ("test", "validation", "valid", "val")}
 
 
-def read_parquet(path: Path) -> ImageParts:
-    """Name, places, reader and labels of the pictures in a .parquet file.
+def read_parquet(path: Path) -> ImageData:
+    """The pictures in a .parquet file.
 
     Raises:
         CalibrationError: the file is missing, not valid, or has no column of images.
@@ -32,11 +32,11 @@ def read_parquet(path: Path) -> ImageParts:
         table = parquet.read_table(path, memory_map=True)
         rows = Dataset(table)
     except (arrow.ArrowException, OSError, ValueError) as error:
-        raise CalibrationError(f"{path} is no valid parquet file ({_first_line(error)}); download it again.") from error
-    return _parts(rows, path.name, path.name)
+        raise CalibrationError(f"{path} is no valid parquet file ({first_line(error)}); download it again.") from error
+    return _data(rows, path.name)
 
 
-def read_hub(spec: str, split: str) -> ImageParts:
+def read_hub(spec: str, split: str) -> ImageData:
     """The same of a data set of the hub, `NAME` or `NAME:SPLIT`; `split` is "calibration" or "test".
 
     Without network, a copy in the cache of `datasets` is used if there is one, and otherwise this fails in seconds.
@@ -54,19 +54,19 @@ def read_hub(spec: str, split: str) -> ImageParts:
             rows = datasets.load_dataset(name, split=wanted)
     # Whatever goes wrong on the way to the hub (there are a dozen libraries on it), the cure is the same.
     except Exception as error:
-        reason = _first_line(error) if online else "the hub cannot be reached, and the cache has no copy"
+        reason = first_line(error) if online else "the hub cannot be reached, and the cache has no copy"
         raise CalibrationError(
             f"There are no images at {name}: no such folder or file, and the data set {name} of the hub could not be "
             f"had ({reason}); give a folder of images, or 'builtin', which needs no download."
         ) from error
-    return _parts(rows, f"{name} {wanted}", f"{name} {wanted}")
+    return _data(rows, f"{name} {wanted}")
 
 
 def _choose(splits: Sequence[str], split: str) -> str:
     return next((each for each in _SPLITS[split] if each in splits), splits[0])
 
 
-def _parts(rows: Any, name: str, place: str) -> ImageParts:
+def _data(rows: Any, name: str) -> ImageData:
     import pyarrow as arrow
     from datasets import ClassLabel, Image
 
@@ -90,7 +90,7 @@ def _parts(rows: Any, name: str, place: str) -> ImageParts:
         column = rows.select_columns(pictures[0]).cast_column(pictures[0], Image(decode=False))
     except (TypeError, ValueError, arrow.ArrowException) as error:
         raise CalibrationError(
-            f"The column {pictures[0]!r} of {name} holds no images ({_first_line(error)})."
+            f"The column {pictures[0]!r} of {name} holds no images ({first_line(error)})."
         ) from error
 
     def encoded(index: int) -> bytes:
@@ -99,8 +99,5 @@ def _parts(rows: Any, name: str, place: str) -> ImageParts:
             raise OSError("the cell is empty")
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
-    return ImageParts(name, [f"{place}, row {number}" for number in range(len(rows))], encoded, labels)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    keys = [f"row {number}" for number in range(len(rows))]
+    return ImageData(name, keys, [f"{name}, {key}" for key in keys], encoded, labels)

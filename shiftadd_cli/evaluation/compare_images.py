@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.images import ImageData, ImageReader, load_images, read_images, spread
+from shiftadd_cli.calibration.images import ImageReader, load_images, read_images
+from shiftadd_cli.calibration.images_data import ImageData, spread
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.evaluation.images import ImageScore, score_image_models
 from shiftadd_cli.evaluation.labels import class_numbers
@@ -24,7 +25,7 @@ class ImageEvaluation:
     """Vision models measured on one set of images.
 
     Attributes:
-        data, data_fingerprint: name of the test images, and SHA-256 over names and samples of them.
+        data, data_fingerprint: name of the test images, and SHA-256 over the names of all and the bytes of some.
         available: how many there are; images: how many were used; unreadable: how many were left out.
         labelled: whether the images have classes.
         image_shape: channels, height and width as the models read them.

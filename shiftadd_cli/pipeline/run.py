@@ -17,7 +17,8 @@ from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution
 from shiftadd_cli.calibration.gradients import squared_gradients
-from shiftadd_cli.calibration.images import ImageData, draw_images, image_reader, load_images
+from shiftadd_cli.calibration.images import draw_images, image_reader, load_images
+from shiftadd_cli.calibration.images_data import ImageData
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.text import TextData, load_text, sample_windows
 from shiftadd_cli.calibration.trace import Trace, trace_model

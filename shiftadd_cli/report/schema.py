@@ -35,7 +35,9 @@ class CalibrationReport(_Part):
     """The data the model was run on."""
 
     name: str
-    fingerprint: Annotated[str, Field(description="SHA-256 of the text, or over names and samples of the images.")]
+    fingerprint: Annotated[
+        str, Field(description="SHA-256 of the text, or over the names of all images and the bytes of some.")
+    ]
     samples: Annotated[int, Field(description="Windows of tokens, or images.")]
     seq_len: Annotated[int | None, Field(description="Tokens of a window; null for images.")]
     tokens: Annotated[int | None, Field(description="null for images.")]

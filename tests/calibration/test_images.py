@@ -16,7 +16,6 @@ from shiftadd_cli.calibration.images import (
     draw_images,
     load_images,
     read_images,
-    spread,
 )
 from shiftadd_cli.errors import CalibrationError
 from shiftadd_cli.source.image_processor import load_image_processor
@@ -229,9 +228,3 @@ def test_a_table_without_pictures_is_one_sentence(tmp_path):
     refused(tmp_path / "text.parquet", r"has no column of images \(found text, label\)")
     parquet.write_table(pyarrow.table({"image": [1.5], "label": [1]}), tmp_path / "numbers.parquet")
     refused(tmp_path / "numbers.parquet", r"The column 'image' of numbers\.parquet holds no images")
-
-
-def test_a_few_of_many_are_spread_evenly():
-    assert spread(5, None) == spread(5, 9) == [0, 1, 2, 3, 4]
-    assert spread(9, 3) == [0, 4, 8]
-    assert len(spread(1000, 256)) == 256
