@@ -108,7 +108,7 @@ class PackedLinear(StoredWeight):
         """The compressed matrix; shares memory with the parameters where they hold all of it."""
         tensors = {name: self.get_parameter(name).detach() for name in self.layout.tensors()}
         if self.kernel is Kernel.CPU:
-            tensors[_CODES] = self._on_cpu().codes(self.layout)
+            tensors[_CODES] = self.on_cpu().codes(self.layout)
         return QuantizedWeight(self.layout, tensors)
 
     def prepare(self) -> None:
@@ -130,7 +130,7 @@ class PackedLinear(StoredWeight):
     def restore(self) -> None:
         """Undo `prepare`."""
         if self.kernel is Kernel.CPU:
-            arranged = self._on_cpu()
+            arranged = self.on_cpu()
             self.get_parameter(_CODES).data = arranged.codes(self.layout)
             for name in arranged.tensors():
                 delattr(self, name)
@@ -158,7 +158,7 @@ class PackedLinear(StoredWeight):
 
     def _look_up(self, x: Tensor) -> Tensor:
         fast = self.precision is Precision.FAST or (self.precision is Precision.AUTO and x.dtype != torch.float32)
-        weight = self._on_cpu()
+        weight = self.on_cpu()
         signs = weight.signs
         if signs is not None and self.rotate is not rotate_input:
             # Another layer may have rotated this very input already.
@@ -192,7 +192,8 @@ class PackedLinear(StoredWeight):
             tiles.append(linear(rotated, tile.to(x.dtype), bias))
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
 
-    def _on_cpu(self) -> CpuWeight:
+    def on_cpu(self) -> CpuWeight:
+        """The tensors of a layer prepared for the CPU kernels."""
         return CpuWeight(self.words, self.scale_codes, self.scales, self.offsets, self.row_scale, self.signs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -203,7 +204,7 @@ class PackedLinear(StoredWeight):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kernel is Kernel.CPU:
-            destination[prefix + _CODES] = self._on_cpu().codes(self.layout)
+            destination[prefix + _CODES] = self.on_cpu().codes(self.layout)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         with self._restored():

@@ -27,7 +27,7 @@ class SharedRotation:
 
     def __call__(self, x: Tensor, signs: Tensor) -> Tensor:
         """R x for `x` `[..., in]` and `signs` ±1 `[in]`."""
-        # Tensors of inference mode do not count their changes; a compiler shares equal work by itself.
+        # Tensors of inference mode do not count their changes, and a compiler has no tensors to remember.
         if torch.compiler.is_compiling() or x.is_inference():
             return rotate(x, signs)
         state = (x._version, torch.is_grad_enabled())
@@ -53,22 +53,35 @@ class SharedRotation:
 def rotate(x: Tensor, signs: Tensor) -> Tensor:
     """`rotate_input`, by the compiled kernel where it can: that has no gradient."""
     inference = not (torch.is_grad_enabled() and x.requires_grad)
-    if x.device.type == "cpu" and x.dtype != torch.float64 and inference and cpu_extension() is not None:
+    if x.device.type == "cpu" and x.dtype != torch.float64 and inference and _has_kernels():
         return ops.rotate(x, signs)
     return rotate_input(x, signs)
 
 
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
+    # A compiler cannot follow how the extension is imported.
+    return cpu_extension() is not None
+
+
 def share_rotations(model: nn.Module) -> None:
-    """Let the rotated linears of every module that have the same signs share what they rotate."""
+    """Let the rotated linears of every module that have the same signs share what they rotate.
+
+    One that is alone with its signs rotates within its kernel.
+    """
     for module in model.modules():
         siblings = [each for each in module.children() if isinstance(each, PackedLinear) and each.layout.rotation]
         _share(siblings)
 
 
 def _share(layers: Iterable[PackedLinear]) -> None:
-    shared: dict[tuple[torch.device, bytes], SharedRotation] = {}
+    alike: dict[tuple[torch.device, bytes], list[PackedLinear]] = {}
     for layer in layers:
         stored = layer.get_parameter("weight_signs")
         if not stored.is_meta:
-            key = (stored.device, stored.detach().cpu().numpy().tobytes())
-            layer.rotate = shared.setdefault(key, SharedRotation())
+            alike.setdefault((stored.device, stored.detach().cpu().numpy().tobytes()), []).append(layer)
+    for group in alike.values():
+        if len(group) > 1:
+            shared = SharedRotation()
+            for layer in group:
+                layer.rotate = shared

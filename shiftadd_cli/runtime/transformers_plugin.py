@@ -20,6 +20,7 @@ from shiftadd_cli.artifact.format import QUANT_METHOD, SUFFIXES, ArtifactFormat
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.checks import check_files, check_loaded, check_values
+from shiftadd_cli.runtime.decoder_block import fuse_blocks, part_blocks
 from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.load_tables import connect_tables, place_tables, restore_dense
 from shiftadd_cli.runtime.places import find_module
@@ -99,6 +100,7 @@ class ShiftAddQuantizer(HfQuantizer):
         connect_tables(model)
         share_rotations(model)
         prepare_layers(_packed_modules(model).values())
+        fuse_blocks(model)
         forget_unused_entry(model.config)
         return model
 
@@ -107,6 +109,7 @@ class ShiftAddQuantizer(HfQuantizer):
         # A config that was saved has its dtype by name.
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         wanted: torch.dtype = named or torch.get_default_dtype()
+        part_blocks(model)
         for name, module in _packed_modules(model).items():
             if module.get_parameter("weight_codes").is_meta:
                 raise ArtifactError(f"{name} is offloaded to disk; load the model without offloading to dequantize it.")

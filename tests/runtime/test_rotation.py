@@ -55,7 +55,7 @@ def test_layers_that_read_one_tensor_rotate_it_once(rotations: list[Tensor]) -> 
     share_rotations(block)
     x = torch.ones(3, 32)
     after = [each(x) for each in block[0].children()]
-    assert len(rotations) == 2, "q and k share signs, other has its own"
+    assert len(rotations) == 1, "q and k share signs, other rotates by itself"
     for one, two in zip(before, after, strict=True):
         torch.testing.assert_close(one, two)
 

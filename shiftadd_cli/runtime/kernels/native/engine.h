@@ -1,19 +1,15 @@
 // One linear layer: activations in, output out, by the kernels of the best instruction set there is.
 #pragma once
 
-#include "kernels.h"
+#include "lookups.h"
 
 namespace shiftadd {
-
-enum class Number { kFloat32, kBFloat16 };
 
 struct Activations {
     const void* values;  // [rows][columns]
     Number type;
     int64_t rows;
-    // The rotation of the layer's input: signs [columns], or null; `order` of its Hadamard matrix.
-    const float* signs;
-    int64_t order;
+    Rotation rotation;
 };
 
 enum class Method { kAutomatic, kLookUp, kMultiply };
@@ -28,7 +24,7 @@ const Kernels* find_kernels(const char* name);
 void linear(const Kernels& kernels, const Matrix& matrix, const Activations& input, void* output, bool fast,
             Method method, int threads);
 
-// R x for each row, `output` [rows][columns] in the type of the activations, whose `signs` are not null.
+// R x for each row, `output` [rows][columns] in the type of the activations, whose rotation has signs.
 void rotate_rows(const Activations& input, int64_t columns, void* output, int threads);
 
 }  // namespace shiftadd

@@ -29,6 +29,10 @@ struct Avx2 {
     static Float zero() { return _mm256_setzero_ps(); }
     static Float set(float value) { return _mm256_set1_ps(value); }
     static Float load(const float* from) { return _mm256_loadu_ps(from); }
+    static Float load_bfloat16(const uint16_t* from) {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
     static void store(float* to, Float value) { _mm256_storeu_ps(to, value); }
     static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
     static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }

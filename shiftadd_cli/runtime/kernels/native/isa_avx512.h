@@ -24,6 +24,10 @@ struct Avx512 {
     static Float zero() { return _mm512_setzero_ps(); }
     static Float set(float value) { return _mm512_set1_ps(value); }
     static Float load(const float* from) { return _mm512_loadu_ps(from); }
+    static Float load_bfloat16(const uint16_t* from) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
     static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
     static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
     static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }

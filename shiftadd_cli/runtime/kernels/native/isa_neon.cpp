@@ -20,6 +20,7 @@ struct Neon {
     static Float zero() { return vdupq_n_f32(0); }
     static Float set(float value) { return vdupq_n_f32(value); }
     static Float load(const float* from) { return vld1q_f32(from); }
+    static Float load_bfloat16(const uint16_t* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from), 16)); }
     static void store(float* to, Float value) { vst1q_f32(to, value); }
     static Float add(Float a, Float b) { return vaddq_f32(a, b); }
     static Float mul(Float a, Float b) { return vmulq_f32(a, b); }

@@ -38,6 +38,9 @@ struct Portable {
     static Float load(const float* from) {
         return each<Float>([&](int i) { return from[i]; });
     }
+    static Float load_bfloat16(const uint16_t* from) {
+        return each<Float>([&](int i) { return std::bit_cast<float>(static_cast<uint32_t>(from[i]) << 16); });
+    }
     static void store(float* to, const Float& value) { std::memcpy(to, value.lane, sizeof(value)); }
     static Float add(const Float& a, const Float& b) {
         return each<Float>([&](int i) { return a.lane[i] + b.lane[i]; });

@@ -8,6 +8,9 @@
 
 namespace shiftadd {
 
+// Types of activations.
+enum class Number { kFloat32, kBFloat16 };
+
 // One compressed matrix; pointers into tensors that the caller keeps alive. See `layout.h`.
 struct Matrix {
     Layout layout;
@@ -38,6 +41,17 @@ struct Panel {
     float* output;           // [batch][rows], float32
 };
 
+// One head's query and what it may attend to.
+struct Attention {
+    const float* query;          // [size]
+    const void *keys, *values;   // [tokens][size], each token so many numbers after the one before
+    int64_t tokens, key_stride, value_stride, size;
+    Number type;                 // of keys and values
+    float scale;                 // of the products with keys
+    float* scores;               // room for [tokens]
+    float* output;               // [size]
+};
+
 struct Kernels {
     const char* name;
     // Rows of activations up to which looking up beats decoding and multiplying, for so many planes; measured.
@@ -56,6 +70,11 @@ struct Kernels {
     void (*multiply)(const Matrix&, const Panel&, int64_t block);
     // The same in products of bfloat16 numbers, summed in float32; null where the processor has none.
     void (*multiply_half)(const Matrix&, const Panel&, int64_t block);
+
+    // The mean of the values, each weighted by the softmax of its key's scaled product with the query.
+    void (*attend)(const Attention&);
+    // gate / (1 + e^-gate) * up, number by number; `out` may be either.
+    void (*gate)(const float* gate, const float* up, int64_t count, float* out);
 };
 
 const Kernels* portable_kernels();

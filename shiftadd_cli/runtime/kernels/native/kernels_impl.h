@@ -7,6 +7,7 @@
 // A translation unit per instruction set instantiates them, compiled with that set's flags only.
 #pragma once
 
+#include "decoder_impl.h"
 #include "kernels.h"
 
 #include <algorithm>
@@ -408,6 +409,8 @@ struct Kernel {
             all.look_up_fast = look_up<true>;
             all.multiply = multiply<Plain>;
             if constexpr (I::kHasPairs) all.multiply_half = multiply<Paired>;
+            all.attend = DecoderKernel<I>::attend;
+            all.gate = DecoderKernel<I>::gate;
             return all;
         }();
         return &kernels;

@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "block.h"
 #include "engine.h"
 #include "pack.h"
 #include "pool.h"
@@ -22,6 +23,17 @@ const Kernels& kernels_named(const std::string& name) {
     const Kernels* found = name.empty() ? *available_kernels() : find_kernels(name.c_str());
     if (!found) throw nb::value_error("this processor or build has no such kernels");
     return *found;
+}
+
+Matrix matrix_at(const Layout& layout, uintptr_t words, uintptr_t scale_codes, uintptr_t scales, uintptr_t offsets,
+                 uintptr_t row_scale, uintptr_t bias) {
+    return {layout,
+            at<const uint32_t>(words),
+            at<const uint8_t>(scale_codes),
+            at<const float>(scales),
+            at<const float>(offsets),
+            at<const float>(row_scale),
+            at<const float>(bias)};
 }
 
 Number number(int type) { return type == 0 ? Number::kFloat32 : Number::kBFloat16; }
@@ -79,7 +91,7 @@ NB_MODULE(_native, m) {
         "rotate",
         [](uintptr_t x, int type, int64_t rows, int64_t columns, uintptr_t signs, int64_t order, uintptr_t output,
            int threads) {
-            const Activations input{at<const void>(x), number(type), rows, at<const float>(signs), order};
+            const Activations input{at<const void>(x), number(type), rows, {at<const float>(signs), order}};
             rotate_rows(input, columns, at<void>(output), threads);
         },
         nb::call_guard<nb::gil_scoped_release>());
@@ -89,15 +101,59 @@ NB_MODULE(_native, m) {
         [](const Layout& layout, uintptr_t words, uintptr_t scale_codes, uintptr_t scales, uintptr_t offsets,
            uintptr_t row_scale, uintptr_t bias, uintptr_t x, int type, int64_t rows, uintptr_t signs, int64_t order,
            uintptr_t output, bool fast, int method, const std::string& kernels, int threads) {
-            const Matrix matrix{layout,
-                                at<const uint32_t>(words),
-                                at<const uint8_t>(scale_codes),
-                                at<const float>(scales),
-                                at<const float>(offsets),
-                                at<const float>(row_scale),
-                                at<const float>(bias)};
-            const Activations input{at<const void>(x), number(type), rows, at<const float>(signs), order};
+            const Matrix matrix = matrix_at(layout, words, scale_codes, scales, offsets, row_scale, bias);
+            const Activations input{at<const void>(x), number(type), rows, {at<const float>(signs), order}};
             linear(kernels_named(kernels), matrix, input, at<void>(output), fast, static_cast<Method>(method), threads);
         },
         nb::call_guard<nb::gil_scoped_release>());
+
+    nb::class_<Projection>(m, "Projection")
+        .def("__init__", [](Projection* self, const Layout& layout, uintptr_t words, uintptr_t scale_codes,
+                            uintptr_t scales, uintptr_t offsets, uintptr_t row_scale, uintptr_t bias, uintptr_t signs) {
+            new (self) Projection{matrix_at(layout, words, scale_codes, scales, offsets, row_scale, bias),
+                                  {at<const float>(signs), layout.columns & -layout.columns}};
+        });
+
+    nb::class_<DecoderBlock>(m, "DecoderBlock")
+        .def("__init__",
+             [](DecoderBlock* self, const Projection& query, const Projection& key, const Projection& value,
+                const Projection& output, const Projection& gate, const Projection& up, const Projection& down,
+                uintptr_t attention_norm, uintptr_t mlp_norm, uintptr_t query_norm, uintptr_t key_norm, float epsilon,
+                int64_t head_size, float scale) {
+                 new (self) DecoderBlock{query,
+                                         key,
+                                         value,
+                                         output,
+                                         gate,
+                                         up,
+                                         down,
+                                         at<const float>(attention_norm),
+                                         at<const float>(mlp_norm),
+                                         at<const float>(query_norm),
+                                         at<const float>(key_norm),
+                                         epsilon,
+                                         head_size,
+                                         scale};
+             })
+        .def(
+            "heads",
+            [](const DecoderBlock& self, uintptr_t hidden, int type, int rows, uintptr_t cosines, uintptr_t sines,
+               int64_t position_stride, uintptr_t queries, uintptr_t keys, uintptr_t values, bool fast, int threads) {
+                if (rows < 1 || rows > kTileRows) throw nb::value_error("rows must be 1 to 8");
+                decode_heads({**available_kernels(), fast, threads}, self, {at<const void>(hidden), number(type), rows},
+                             {at<const void>(cosines), at<const void>(sines), position_stride}, at<float>(queries),
+                             at<void>(keys), at<void>(values));
+            },
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "rest",
+            [](const DecoderBlock& self, uintptr_t hidden, int type, int rows, uintptr_t queries, uintptr_t keys,
+               int64_t key_row, int64_t key_head, int64_t key_token, uintptr_t values, int64_t value_row,
+               int64_t value_head, int64_t value_token, int64_t tokens, uintptr_t output, bool fast, int threads) {
+                if (rows < 1 || rows > kTileRows) throw nb::value_error("rows must be 1 to 8");
+                decode_rest({**available_kernels(), fast, threads}, self, {at<const void>(hidden), number(type), rows},
+                            at<const float>(queries), {at<const void>(keys), key_row, key_head, key_token},
+                            {at<const void>(values), value_row, value_head, value_token}, tokens, at<void>(output));
+            },
+            nb::call_guard<nb::gil_scoped_release>());
 }

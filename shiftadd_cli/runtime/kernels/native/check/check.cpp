@@ -273,7 +273,7 @@ void check_rotation(Random& random, bool quick, Tally& tally) {
             Buffer<float> signs(columns);
             for (int64_t i = 0; i < columns; ++i) signs[i] = random.coin() ? 1.0f : -1.0f;
             for (int64_t i = 0; i < x.size(); ++i) x.set(i, static_cast<float>(random.normal()));
-            const Activations input{x.data(), type, rows, signs.data(), order};
+            const Activations input{x.data(), type, rows, {signs.data(), order}};
             rotate_rows(input, columns, output.data(), static_cast<int>(random.between(1, kThreads)));
             bool right = true;
             for (int64_t b = 0; b < rows; ++b) {

@@ -133,7 +133,7 @@ Matrix Problem::matrix() const {
 }
 
 Activations Problem::activations() const {
-    return {x.data(), shape.type, shape.batch, signs.data(), rotation_order(shape.columns)};
+    return {x.data(), shape.type, shape.batch, {signs.data(), rotation_order(shape.columns)}};
 }
 
 int Problem::bit(int64_t row, int plane, int64_t column) const {

@@ -1,0 +1,173 @@
+"""Decoder blocks that make a new token in two calls of the CPU kernels, for models that generate token by token.
+
+A block of transformers runs some fifty operations for a token, each of which costs microseconds however little it
+computes: for a small model more than all products with its weights. Here norms, rotations, look-ups, rotary
+embeddings, attention and the MLP are one pass over float32 numbers, and only keys and values go through transformers'
+cache. Everything else (prompts, padding, training, hooks, compilation, other attention) takes the block's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+
+from shiftadd_cli.runtime.kernels.block_plan import LINEARS, MOST_ROWS, NORMS, TYPES, BlockPlan, Sizes, suits
+
+# Blocks whose forward is that of Llama, by module and class: a norm, attention with rotary embeddings of whole heads
+# (and norms of heads where there are q_norm and k_norm), a norm, a gated MLP, and two residuals.
+_FAMILIES = {
+    "transformers.models.llama.modeling_llama": "LlamaDecoderLayer",
+    "transformers.models.mistral.modeling_mistral": "MistralDecoderLayer",
+    "transformers.models.qwen2.modeling_qwen2": "Qwen2DecoderLayer",
+    "transformers.models.qwen3.modeling_qwen3": "Qwen3DecoderLayer",
+}
+_PLAN = "_plan"
+
+
+class LookupBlock(nn.Module):
+    """Put before a class of `_FAMILIES` in the order of resolution; what it cannot do it leaves to that class."""
+
+    dense_class: ClassVar[type[nn.Module]]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`[rows, tokens, hidden]` → the same, as the class it was made from."""
+        plan = None
+        if attention_mask is None and position_embeddings is not None and _is_new_token(hidden_states):
+            plan = self._find_plan(hidden_states, *position_embeddings)
+        if plan is None or position_embeddings is None:
+            output: Tensor = super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            return output
+        hidden_states = hidden_states.contiguous()
+        cosines, sines = (each.contiguous() for each in position_embeddings)
+        queries, keys, values = plan.heads(hidden_states, cosines, sines)
+        if past_key_values is not None:
+            attention: Any = self.self_attn
+            keys, values = past_key_values.update(keys, values, attention.layer_idx)
+            keys, values = (_as_read(each, hidden_states.dtype) for each in (keys, values))
+        return plan.rest(hidden_states, queries, keys, values)
+
+    def _find_plan(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> BlockPlan | None:
+        """How the kernels compute this token, or None if they do not."""
+        # Straight from the dictionaries: attributes of modules take as long as a norm.
+        attention, mlp = self._modules["self_attn"], self._modules["mlp"]
+        if attention is None or mlp is None or self.training:
+            return None
+        inside, outside, gated = attention._modules, self._modules, mlp._modules
+        linears = [inside[name] for name in LINEARS[:4]] + [gated[name] for name in LINEARS[4:]]
+        norms = [outside[name] for name in NORMS[:2]] + [inside.get(name) for name in NORMS[2:]]
+        if any(map(_is_watched, (attention, mlp, gated["act_fn"], *linears, *norms))):
+            return None
+        plan: BlockPlan | None = self.__dict__.get(_PLAN)
+        packed: list[Any] = linears
+        if plan is None or not plan.holds(packed, norms):
+            plan = self.__dict__[_PLAN] = self._make_plan(
+                dict(zip(LINEARS, linears, strict=True)), dict(zip(NORMS, norms, strict=True))
+            )
+        # The same as torch's own attention computes, and only that.
+        if plan is None or attention.config._attn_implementation != "sdpa":  # type: ignore[union-attr]
+            return None
+        shape = cosines.shape
+        fits = shape == sines.shape and shape[1:] == (1, plan.sizes.head_size) and shape[0] in (1, hidden.shape[0])
+        return plan if fits and cosines.dtype == sines.dtype == hidden.dtype else None
+
+    def _make_plan(self, linears: dict[str, Any], norms: dict[str, nn.Module | None]) -> BlockPlan | None:
+        attention: Any = self.self_attn
+        size = int(attention.head_dim)
+        heads, key_heads = (getattr(linears[name], "out_features", 0) // size for name in ("q_proj", "k_proj"))
+        sizes = Sizes(heads, key_heads, size, float(attention.scaling))
+        gated: Any = self.mlp
+        epsilons = {each.variance_epsilon for each in norms.values() if each is not None}
+        silu = isinstance(gated.act_fn, nn.SiLU) or type(gated.act_fn).__name__ == "SiLUActivation"
+        same = len(epsilons) == 1 and silu and min(heads, key_heads) > 0
+        return BlockPlan(linears, norms, sizes) if same and suits(linears, norms, sizes) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Addresses are of this process.
+        return {name: value for name, value in self.__dict__.items() if name != _PLAN}
+
+    def __reduce_ex__(self, _: Any) -> tuple[Callable[..., nn.Module], tuple[type[nn.Module]], dict[str, Any]]:
+        # Classes made while running cannot be found by their name.
+        return _bare, (self.dense_class,), self.__getstate__()
+
+
+def fuse_blocks(model: nn.Module) -> None:
+    """Let the blocks of a model that are of a known family make new tokens by the kernels, in place."""
+    for module in model.modules():
+        kind = type(module)
+        if _FAMILIES.get(kind.__module__) == kind.__name__:
+            module.__class__ = _block_class(kind)
+
+
+def part_blocks(model: nn.Module) -> None:
+    """Undo `fuse_blocks`."""
+    for module in model.modules():
+        if isinstance(module, LookupBlock):
+            module.__dict__.pop(_PLAN, None)
+            module.__class__ = module.dense_class  # type: ignore[assignment]
+
+
+_CLASSES: dict[type[nn.Module], type[LookupBlock]] = {}
+
+
+def _block_class(dense: type[nn.Module]) -> type[LookupBlock]:
+    if dense not in _CLASSES:
+        # The name stays: it is what tools that must not split a block know it by.
+        _CLASSES[dense] = type(dense.__name__, (LookupBlock, dense), {"dense_class": dense, "__module__": __name__})
+    return _CLASSES[dense]
+
+
+def _bare(dense: type[nn.Module]) -> nn.Module:
+    form = _block_class(dense)
+    return form.__new__(form)
+
+
+def _is_new_token(hidden: Tensor) -> bool:
+    """Whether plain inference of one token for few sequences is asked for."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(hidden) is Tensor
+        and hidden.ndim == 3
+        and hidden.shape[1] == 1
+        and 0 < hidden.shape[0] <= MOST_ROWS
+        and hidden.dtype in TYPES
+        and hidden.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+    )
+
+
+def _is_watched(module: nn.Module | None) -> bool:
+    """Whether somebody wants to be called when the module is."""
+    if module is None:
+        return False
+    state = module.__dict__
+    own = state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state
+    return bool(own or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
+
+
+def _as_read(cached: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values as the kernels read them; some caches keep them in another way."""
+    cached = cached.to(dtype)
+    return cached if cached.stride(-1) == 1 else cached.contiguous()

@@ -1,0 +1,187 @@
+"""A decoder block as the CPU kernels take it: the addresses of its tensors, kept alive; see native/block.h."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.runtime.kernels.choice import Kernel, Precision
+from shiftadd_cli.runtime.kernels.cpu_weight import CpuWeight, native_layout
+from shiftadd_cli.runtime.kernels.extension import cpu_extension
+from shiftadd_cli.runtime.linear import PackedLinear
+
+# As `kTileRows` in native/lookups.h.
+MOST_ROWS = 8
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """heads, key_heads: of queries, and of keys and values; head_size: numbers of a head; scale: of their products."""
+
+    heads: int
+    key_heads: int
+    head_size: int
+    scale: float
+
+
+class BlockPlan:
+    """What the kernels need of one block, as long as the tensors it was made of stay in their places."""
+
+    def __init__(
+        self, linears: Mapping[str, PackedLinear], norms: Mapping[str, nn.Module | None], sizes: Sizes
+    ) -> None:
+        """linears, norms: by the names in `LINEARS` and `NORMS`; see `suits` for what they must be."""
+        self.sizes = sizes
+        self.precision = linears["q_proj"].precision
+        self._state = _state(linears.values(), norms.values())
+        # Nothing that an address is taken of may go, and nothing whose identity is compared may come again as another.
+        self._kept: list[Any] = [*linears.values(), *norms.values()]
+        self._signs: list[Tensor] = []
+        weights = [0 if norms[name] is None else self._number(_weight_of(norms[name])) for name in NORMS]
+        projections = [self._projection(linears[name]) for name in LINEARS]
+        epsilon = float(norms["input_layernorm"].variance_epsilon)  # type: ignore[union-attr, arg-type]
+        extension = cpu_extension()
+        self._block = extension.DecoderBlock(*projections, *weights, epsilon, sizes.head_size, sizes.scale)
+
+    def holds(self, linears: Sequence[PackedLinear], norms: Sequence[nn.Module | None]) -> bool:
+        """Whether it still describes these modules, in the order of their names."""
+        return self._state == _state(linears, norms)
+
+    def heads(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of one new token of each sequence.
+
+        hidden: `[rows, 1, in]`, float32 or bfloat16, of at most `MOST_ROWS` rows; cosines, sines: `[rows or 1, 1,
+        head_size]` of the same dtype. Returns queries float32 `[rows, heads, head_size]`, keys and values `[rows,
+        key_heads, 1, head_size]` in the dtype of `hidden`.
+        """
+        rows, sizes = hidden.shape[0], self.sizes
+        queries = torch.empty(rows, sizes.heads, sizes.head_size, dtype=torch.float32)
+        keys = torch.empty(rows, sizes.key_heads, 1, sizes.head_size, dtype=hidden.dtype)
+        values = torch.empty_like(keys)
+        self._block.heads(
+            hidden.data_ptr(),
+            TYPES[hidden.dtype],
+            rows,
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            sizes.head_size if cosines.shape[0] > 1 else 0,
+            queries.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            self._fast(hidden),
+            torch.get_num_threads(),
+        )
+        return queries, keys, values
+
+    def rest(self, hidden: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The block's output `[rows, 1, in]`, from its input, the queries, and all keys and values `[rows, key_heads,
+        tokens, head_size]`, whose last dimension is contiguous."""
+        output = torch.empty_like(hidden)
+        self._block.rest(
+            hidden.data_ptr(),
+            TYPES[hidden.dtype],
+            hidden.shape[0],
+            queries.data_ptr(),
+            keys.data_ptr(),
+            *keys.stride()[:3],
+            values.data_ptr(),
+            *values.stride()[:3],
+            keys.shape[2],
+            output.data_ptr(),
+            self._fast(hidden),
+            torch.get_num_threads(),
+        )
+        return output
+
+    def _fast(self, hidden: Tensor) -> bool:
+        automatic = self.precision is Precision.AUTO and hidden.dtype != torch.float32
+        return self.precision is Precision.FAST or automatic
+
+    def _number(self, tensor: Tensor) -> int:
+        """Address of the numbers in float32, kept."""
+        numbers = tensor.detach().float().contiguous()
+        self._kept.append(numbers)
+        return numbers.data_ptr()
+
+    def _projection(self, linear: PackedLinear) -> Any:
+        weight, layout = linear.on_cpu(), linear.layout
+        self._kept.append(weight)
+        native = native_layout(linear.out_features, linear.in_features, layout.grid.group_columns, layout.bits)
+        extension = cpu_extension()
+        return extension.Projection(
+            native,
+            weight.words.data_ptr(),
+            *(0 if each is None else each.data_ptr() for each in (weight.scale_codes, weight.scales, weight.offsets)),
+            weight.row_scale.data_ptr(),
+            0 if linear.bias is None else self._number(linear.bias),
+            self._sign_address(weight),
+        )
+
+    def _sign_address(self, weight: CpuWeight) -> int:
+        """Equal signs are the same to the kernels, which rotate an input once for all that have them."""
+        if weight.signs is None:
+            return 0
+        for signs in self._signs:
+            if torch.equal(signs, weight.signs):
+                return signs.data_ptr()
+        self._signs.append(weight.signs)
+        return weight.signs.data_ptr()
+
+
+def suits(linears: Mapping[str, nn.Module], norms: Mapping[str, nn.Module | None], sizes: Sizes) -> bool:
+    """Whether the kernels can compute the block: all linears on look-up tables alike, and sizes that fit together."""
+    layers = list(linears.values())
+    if cpu_extension() is None or not all(isinstance(each, PackedLinear) for each in layers):
+        return False
+    packed: dict[str, PackedLinear] = {name: each for name, each in linears.items() if isinstance(each, PackedLinear)}
+    first = packed["q_proj"]
+    if any(
+        each.kernel is not Kernel.CPU or each.layout.outliers or each.precision is not first.precision
+        for each in packed.values()
+    ):
+        return False
+    # What inference mode made does not count its changes.
+    made = [each.bias for each in packed.values() if each.bias is not None]
+    made += [_weight_of(each) for each in norms.values() if each is not None]
+    if any(each.is_inference() or each.device.type != "cpu" for each in made):
+        return False
+    width, key_width = sizes.heads * sizes.head_size, sizes.key_heads * sizes.head_size
+    hidden, inner = first.in_features, packed["gate_proj"].out_features
+    wanted = {
+        "q_proj": (width, hidden),
+        "k_proj": (key_width, hidden),
+        "v_proj": (key_width, hidden),
+        "o_proj": (hidden, width),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+    fit = all((each.out_features, each.in_features) == wanted[name] for name, each in packed.items())
+    return fit and sizes.heads % sizes.key_heads == 0 and sizes.head_size % 2 == 0
+
+
+def _weight_of(norm: Any) -> nn.Parameter:
+    """The weight of a root-mean-square norm, `[size]`."""
+    weight: nn.Parameter = norm.weight
+    return weight
+
+
+def _state(linears: Any, norms: Any) -> list[tuple[Any, ...]]:
+    """What changes when a tensor does: which it is, where it lies, and how often it was written to."""
+    state: list[tuple[Any, ...]] = []
+    for linear in linears:
+        bias = linear._parameters.get("bias")
+        place = () if bias is None else (id(bias), bias.data_ptr(), bias._version)
+        state.append((id(linear), id(linear._buffers.get("words")), getattr(linear, "precision", None), *place))
+    for norm in norms:
+        if norm is not None:
+            weight = norm._parameters["weight"]
+            state.append((id(norm), weight.data_ptr(), weight._version))
+    return state

@@ -1,0 +1,150 @@
+#include "block.h"
+
+#include <array>
+#include <cmath>
+
+#include "pool.h"
+
+namespace shiftadd {
+namespace {
+
+// Squares are summed in double: a sum of thousands of float32 would be the least exact number of the block.
+float inverse_root_mean_square(const float* row, int64_t count, float epsilon) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(row[i]) * row[i];
+    return static_cast<float>(1 / std::sqrt(sum / static_cast<double>(count) + epsilon));
+}
+
+void normalise(const float* row, const float* weight, int64_t count, float epsilon, float* out) {
+    const float factor = inverse_root_mean_square(row, count, epsilon);
+    for (int64_t i = 0; i < count; ++i) out[i] = row[i] * factor * weight[i];
+}
+
+// Turns each pair (i, i + size / 2) of a head by the angle of its position, as transformers' `rotate_half` does.
+void turn(float* head, const float* cosines, const float* sines, int64_t size) {
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float low = head[i], high = head[i + half];
+        head[i] = low * cosines[i] - high * sines[i];
+        head[i + half] = high * cosines[i + half] + low * sines[i + half];
+    }
+}
+
+struct Target {
+    const Projection* projection;
+    float* output;  // [rows][rows of the matrix]
+};
+
+int64_t plane_bytes(const Matrix& matrix) {
+    return matrix.layout.entries() * static_cast<int64_t>(sizeof(uint32_t));
+}
+
+bool same_tables(const Projection& a, const Projection& b) {
+    return a.matrix.layout.group_columns == b.matrix.layout.group_columns && a.rotation.signs == b.rotation.signs;
+}
+
+// Products of the same rows with several matrices, whose tables are built once where they agree, in one round of tasks.
+template <size_t N>
+void project(const Run& run, const std::array<Target, N>& targets, const FillRow& fill, int rows) {
+    thread_local std::array<LookupScratch, N> scratch;
+    std::array<Lookups, N> in;
+    std::array<int64_t, N + 1> first{};
+    int64_t bytes = 0;
+    bool sums = false;
+    for (const Target& each : targets) {
+        bytes += plane_bytes(each.projection->matrix);
+        sums = sums || each.projection->matrix.offsets;
+    }
+    const int threads = useful_threads(run.threads, bytes * rows);
+    for (size_t i = 0; i < N; ++i) {
+        const Projection& projection = *targets[i].projection;
+        size_t like = 0;
+        while (like < i && !same_tables(*targets[like].projection, projection)) ++like;
+        in[i] = like < i ? in[like]
+                         : build_lookups(run.kernels, projection.matrix.layout, projection.rotation, fill, rows,
+                                         run.fast, sums, threads, scratch[i]);
+        in[i].output = targets[i].output;
+        first[i + 1] = first[i] + projection.matrix.layout.stripes();
+    }
+    const auto look_up = run.fast ? run.kernels.look_up_fast : run.kernels.look_up;
+    Pool::shared().run(first[N], threads, [&](int64_t task) {
+        size_t i = 0;
+        while (task >= first[i + 1]) ++i;
+        look_up(targets[i].projection->matrix, in[i], task - first[i]);
+    });
+}
+
+}  // namespace
+
+void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidden, const Positions& positions,
+                  float* queries, void* keys, void* values) {
+    thread_local Scratch key_scratch, value_scratch, angle_scratch;
+    const int64_t columns = block.columns(), size = block.head_size, heads = block.key_heads();
+    float* key = key_scratch.room<float>(hidden.rows * heads * size);
+    float* value = value_scratch.room<float>(hidden.rows * heads * size);
+    const FillRow fill = [&](int64_t row, float* out) {
+        read(hidden.values, hidden.type, row * columns, columns, out);
+        normalise(out, block.attention_norm, columns, block.epsilon, out);
+    };
+    project<3>(run, {{{&block.query, queries}, {&block.key, key}, {&block.value, value}}}, fill, hidden.rows);
+    float* cosines = angle_scratch.room<float>(2 * size);
+    float* sines = cosines + size;
+    for (int64_t row = 0; row < hidden.rows; ++row) {
+        read(positions.cosines, hidden.type, row * positions.stride, size, cosines);
+        read(positions.sines, hidden.type, row * positions.stride, size, sines);
+        const auto place = [&](float* head, const float* norm) {
+            if (norm) normalise(head, norm, size, block.epsilon, head);
+            turn(head, cosines, sines, size);
+        };
+        for (int64_t i = 0; i < block.query_heads(); ++i)
+            place(queries + (row * block.query_heads() + i) * size, block.query_norm);
+        for (int64_t i = 0; i < heads; ++i) place(key + (row * heads + i) * size, block.key_norm);
+    }
+    write(key, hidden.rows * heads * size, hidden.type, keys, 0);
+    write(value, hidden.rows * heads * size, hidden.type, values, 0);
+}
+
+void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden, const float* queries,
+                 const Cached& keys, const Cached& values, int64_t tokens, void* output) {
+    thread_local Scratch attended_scratch, state_scratch, gate_scratch, up_scratch, down_scratch;
+    const int64_t columns = block.columns(), size = block.head_size, heads = block.query_heads();
+    const int64_t width = heads * size, inner = block.gate.matrix.layout.rows, shared = heads / block.key_heads();
+    const int rows = hidden.rows;
+    float* attended = attended_scratch.room<float>(rows * width);
+    const int64_t number = hidden.type == Number::kFloat32 ? sizeof(float) : sizeof(uint16_t);
+    const auto place = [&](const Cached& cached, int64_t row, int64_t head) -> const void* {
+        return static_cast<const char*>(cached.values) +
+               number * (row * cached.row_stride + head / shared * cached.head_stride);
+    };
+    Pool::shared().run(rows * heads, useful_threads(run.threads, rows * width * tokens * number), [&](int64_t task) {
+        thread_local Scratch score_scratch;
+        const int64_t row = task / heads, head = task % heads;
+        run.kernels.attend({queries + task * size, place(keys, row, head), place(values, row, head), tokens,
+                            keys.token_stride, values.token_stride, size, hidden.type, block.scale,
+                            score_scratch.room<float>(tokens), attended + task * size});
+    });
+
+    // After attention: the sum of both, [rows][columns].
+    float* state = state_scratch.room<float>(rows * columns);
+    project<1>(run, {{{&block.output, state}}},
+               [&](int64_t row, float* out) { std::memcpy(out, attended + row * width, width * sizeof(float)); }, rows);
+    float* added = down_scratch.room<float>(rows * columns);
+    read(hidden.values, hidden.type, 0, rows * columns, added);
+    for (int64_t i = 0; i < rows * columns; ++i) state[i] += added[i];
+
+    float* gate = gate_scratch.room<float>(rows * inner);
+    float* up = up_scratch.room<float>(rows * inner);
+    project<2>(run, {{{&block.gate, gate}, {&block.up, up}}},
+               [&](int64_t row, float* out) {
+                   normalise(state + row * columns, block.mlp_norm, columns, block.epsilon, out);
+               },
+               rows);
+    float* down = down_scratch.room<float>(rows * columns);
+    project<1>(run, {{{&block.down, down}}},
+               [&](int64_t row, float* out) { run.kernels.gate(gate + row * inner, up + row * inner, inner, out); },
+               rows);
+    for (int64_t i = 0; i < rows * columns; ++i) state[i] += down[i];
+    write(state, rows * columns, hidden.type, output, 0);
+}
+
+}  // namespace shiftadd

@@ -1,0 +1,62 @@
+// One block of a decoder of the Llama family for one new token of each sequence, in two steps: the caller's cache of
+// keys and values stands between them. All between input and output is float32.
+#pragma once
+
+#include "lookups.h"
+
+namespace shiftadd {
+
+struct Projection {
+    Matrix matrix;
+    Rotation rotation;  // of its input
+};
+
+struct DecoderBlock {
+    Projection query, key, value, output, gate, up, down;
+    // Weights of root-mean-square norms: before attention and before the MLP [columns], and of each head of queries and
+    // of keys [head_size], or null.
+    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
+    float epsilon;        // of all norms
+    int64_t head_size;
+    float scale;          // of the products of queries and keys
+
+    int64_t columns() const { return query.matrix.layout.columns; }
+    int64_t query_heads() const { return query.matrix.layout.rows / head_size; }
+    int64_t key_heads() const { return key.matrix.layout.rows / head_size; }
+};
+
+// One row of activations for each sequence, at most kTileRows, [rows][columns].
+struct Hidden {
+    const void* values;
+    Number type;
+    int rows;
+};
+
+// Rotary position embeddings [head_size] of each row, or of all (stride 0): type of the activations.
+struct Positions {
+    const void *cosines, *sines;
+    int64_t stride;
+};
+
+// Keys and values [rows][key_heads][tokens][head_size] in the type of the activations; strides in numbers.
+struct Cached {
+    const void* values;
+    int64_t row_stride, head_stride, token_stride;
+};
+
+struct Run {
+    const Kernels& kernels;
+    bool fast;    // look up in 16-bit tables
+    int threads;
+};
+
+// First step: queries [rows][query heads][head_size] in float32, turned by the positions, and keys (turned) and values
+// [rows][key heads][head_size] in the type of the activations.
+void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidden, const Positions& positions,
+                  float* queries, void* keys, void* values);
+
+// Second step: attention of the queries to `tokens` keys and values, the MLP and both residuals; `output` as `hidden`.
+void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden, const float* queries,
+                 const Cached& keys, const Cached& values, int64_t tokens, void* output);
+
+}  // namespace shiftadd

@@ -1,0 +1,91 @@
+// What a decoder block does besides its linear layers, over the operations of an instruction set, see kernels_impl.h.
+#pragma once
+
+#include <bit>
+#include <cstring>
+#include <limits>
+
+#include "kernels.h"
+
+namespace shiftadd {
+
+template <class I>
+struct DecoderKernel {
+    static constexpr int kLanes = I::kLanes;
+    using Float = typename I::Float;
+
+    // e^x to two units in the last place, for loops that the compiler turns into registers: 2^n times a polynomial on
+    // the rest, of the Cephes library (expf). Below e^-87 and above e^88 it stays there; not-a-numbers stay such.
+    static inline float exponential(float x) {
+        x = x < -87.0f ? -87.0f : x;
+        x = x > 88.0f ? 88.0f : x;
+        constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: what is added to it is rounded to whole numbers
+        const float rounded = x * 1.44269504f + kRound, n = rounded - kRound;
+        const float r = x - n * 0.693359375f - n * -2.12194440e-4f;
+        float p = 1.9875691500e-4f;
+        p = p * r + 1.3981999507e-3f;
+        p = p * r + 8.3334519073e-3f;
+        p = p * r + 4.1665795894e-2f;
+        p = p * r + 1.6666665459e-1f;
+        p = p * r + 5.0000001201e-1f;
+        const uint32_t power = (std::bit_cast<uint32_t>(rounded) - std::bit_cast<uint32_t>(kRound) + 127u) << 23;
+        return (p * r * r + r + 1.0f) * std::bit_cast<float>(power);
+    }
+
+    static void gate(const float* gate, const float* up, int64_t count, float* out) {
+        for (int64_t i = 0; i < count; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+    }
+
+    static inline float number(const float* from) { return *from; }
+    static inline float number(const uint16_t* from) {
+        return std::bit_cast<float>(static_cast<uint32_t>(*from) << 16);
+    }
+    static inline Float load(const float* from) { return I::load(from); }
+    static inline Float load(const uint16_t* from) { return I::load_bfloat16(from); }
+
+    static inline float sum(Float value) {
+        alignas(64) float lanes[kLanes];
+        I::store(lanes, value);
+        for (int half = kLanes / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+        return lanes[0];
+    }
+
+    template <class T>
+    static void attend_to(const Attention& a, const T* keys, const T* values) {
+        float largest = -std::numeric_limits<float>::infinity();
+        for (int64_t token = 0; token < a.tokens; ++token) {
+            const T* key = keys + token * a.key_stride;
+            Float sums = I::zero();
+            int64_t i = 0;
+            for (; i + kLanes <= a.size; i += kLanes) sums = I::fma(I::load(a.query + i), load(key + i), sums);
+            float product = sum(sums);
+            for (; i < a.size; ++i) product += a.query[i] * number(key + i);
+            const float score = product * a.scale;
+            a.scores[token] = score;
+            // A not-a-number is no largest one, and comes through by its exponential.
+            largest = score > largest ? score : largest;
+        }
+        float total = 0;
+        for (int64_t token = 0; token < a.tokens; ++token) a.scores[token] = exponential(a.scores[token] - largest);
+        for (int64_t token = 0; token < a.tokens; ++token) total += a.scores[token];
+        std::memset(a.output, 0, a.size * sizeof(float));
+        for (int64_t token = 0; token < a.tokens; ++token) {
+            const T* value = values + token * a.value_stride;
+            const float share = a.scores[token] / total;
+            const Float shares = I::set(share);
+            int64_t i = 0;
+            for (; i + kLanes <= a.size; i += kLanes)
+                I::store(a.output + i, I::fma(shares, load(value + i), I::load(a.output + i)));
+            for (; i < a.size; ++i) a.output[i] += share * number(value + i);
+        }
+    }
+
+    static void attend(const Attention& a) {
+        if (a.type == Number::kFloat32)
+            attend_to(a, static_cast<const float*>(a.keys), static_cast<const float*>(a.values));
+        else attend_to(a, static_cast<const uint16_t*>(a.keys), static_cast<const uint16_t*>(a.values));
+    }
+};
+
+}  // namespace shiftadd
