@@ -55,7 +55,6 @@ def connect_tables(model: Any) -> None:
             module.show_dtype()
         if SCALE not in module._non_persistent_buffers_set:
             check_values(name, {SCALE: module.weight_int8_scale}, module.weight.shape[1])
-            module.align()
             continue
         if (source := ties.get(f"{name}.{CODES}")) is None:
             raise ArtifactError(

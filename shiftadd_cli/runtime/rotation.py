@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shiftadd_cli.bcq.rotation import rotate_input
 from shiftadd_cli.runtime.kernels import ops
-from shiftadd_cli.runtime.kernels.extension import cpu_extension
+from shiftadd_cli.runtime.kernels.extension import has_kernels
 from shiftadd_cli.runtime.linear import PackedLinear
 
 
@@ -53,15 +53,9 @@ class SharedRotation:
 def rotate(x: Tensor, signs: Tensor) -> Tensor:
     """`rotate_input`, by the compiled kernel where it can: that has no gradient."""
     inference = not (torch.is_grad_enabled() and x.requires_grad)
-    if x.device.type == "cpu" and x.dtype != torch.float64 and inference and _has_kernels():
+    if x.device.type == "cpu" and x.dtype != torch.float64 and inference and has_kernels():
         return ops.rotate(x, signs)
     return rotate_input(x, signs)
-
-
-@torch.compiler.assume_constant_result
-def _has_kernels() -> bool:
-    # A compiler cannot follow how the extension is imported.
-    return cpu_extension() is not None
 
 
 def share_rotations(model: nn.Module) -> None:

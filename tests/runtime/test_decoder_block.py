@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from artifacts import COMMON, Checkpoint, write_checkpoint
+from compiled import needs_kernels
 from loading import IDS, assert_close, assert_same_state, load
 from tiny_models import VOCAB_SIZE, tiny_model
 from torch import Tensor, nn
@@ -18,9 +19,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from shiftadd_cli.runtime.decoder_block import LookupBlock, fuse_blocks, part_blocks
 from shiftadd_cli.runtime.kernels.block_plan import BlockPlan
-from shiftadd_cli.runtime.kernels.extension import cpu_extension
 
-pytestmark = pytest.mark.skipif(cpu_extension() is None, reason="the compiled kernels were not built")
+pytestmark = needs_kernels
 FUSED = ("llama", "mistral", "qwen2", "qwen3")
 OTHERS = ("gemma3", "phi", "gpt2")
 ROTATED = replace(COMMON, rotation="hadamard", offset=True)

@@ -74,8 +74,8 @@ def test_head_is_the_dense_product(
             <= bound * 64 * torch.finfo(torch.float32).eps + (product.abs() + exact.abs()) * eps).all()  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 16, 33])
 def test_few_rows_are_multiplied_by_the_codes_themselves(
     dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,11 +112,6 @@ def test_codes_and_inputs_may_start_anywhere_in_memory(start: int) -> None:
     expected = module(x)
     module.weight_int8.data = starting_at(start, module.weight_int8.data)
     assert torch.equal(module(starting_at(start, x)), expected)
-    parameter = module.weight_int8
-    module.align()
-    assert module.weight_int8 is parameter
-    assert module.weight_int8.data_ptr() % 64 == 0
-    assert torch.equal(module(x), expected)
 
 
 def test_sums_of_codes_stay_within_float16() -> None:

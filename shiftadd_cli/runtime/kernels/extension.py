@@ -23,6 +23,12 @@ def cpu_extension() -> Any:
     return extension
 
 
+@torch.compiler.assume_constant_result
+def has_kernels() -> bool:
+    """Whether there are compiled kernels. A compiler takes the answer: it could not follow how it is found."""
+    return cpu_extension() is not None
+
+
 def _torchs_team() -> int | None:
     """Address of the function by which torch's own GNU OpenMP runtime runs work on its threads; None for another."""
     libraries = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))

@@ -3,7 +3,7 @@
     shiftadd::lookup_linear     a compressed linear layer on a CPU
     shiftadd::rotate            the rotation of its input, on a CPU
     shiftadd::triton_linear     a compressed linear layer on a GPU
-    shiftadd::codes_linear      a product of 8-bit codes, by torch's own kernel, on a CPU
+    shiftadd::codes_linear      a product with rows of 8-bit codes, on a CPU
 
 They are for inference: a backward pass through them raises RuntimeError.
 """
@@ -21,7 +21,6 @@ from shiftadd_cli.runtime.kernels.triton_weight import TritonWeight
 
 # As `Number` in native/engine.h.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_CACHE_LINE = 64
 METHODS = {"auto": 0, "look-up": 1, "multiply": 2}
 
 _library = torch.library.Library("shiftadd", "DEF")
@@ -72,7 +71,7 @@ def rotate(x: Tensor, signs: Tensor) -> Tensor:
 def codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """(x @ codes.T) * scale: `x` `[rows, in]`, codes int8 `[out, in]`, scale `[out]` → `[rows, out]`.
 
-    x and scale are of the dtype of the result, float32 or bfloat16; `in` is a multiple of 32, see `runtime.table`.
+    x is of the dtype of the result, float32, bfloat16 or float16; scale is float32 or bfloat16.
     """
     result: Tensor = torch.ops.shiftadd.codes_linear.default(x, codes, scale)
     return result
@@ -159,13 +158,31 @@ def _rotate(x: Tensor, signs: Tensor) -> Tensor:
 
 
 def _codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    return torch.ops.aten._weight_int8pack_mm(aligned(x.contiguous()), aligned(codes), scale)
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """The same values from the start of a cache line on, as torch allocates them; a tensor of a mapped file may start
-    anywhere. torch's kernel for int8 reads whole registers, and torch 2.13 crashes on what starts within one."""
-    return tensor if tensor.data_ptr() % _CACHE_LINE == 0 else tensor.clone()
+    rows, columns = codes.shape
+    right = (
+        codes.dtype == torch.int8
+        and scale.dtype in _TYPES
+        and scale.shape == (rows,)
+        and x.shape[1:] == (columns,)
+        and codes.is_contiguous()
+    )
+    if not right:
+        raise RuntimeError(f"The codes {list(codes.shape)} do not fit an input {list(x.shape)}, or their scale.")
+    given, factors = _ready(x), scale.contiguous()
+    output = torch.empty(x.shape[0], rows, dtype=given.dtype)
+    _extension().codes_linear(
+        codes.data_ptr(),
+        factors.data_ptr(),
+        _TYPES[factors.dtype],
+        rows,
+        columns,
+        given.data_ptr(),
+        _TYPES[given.dtype],
+        x.shape[0],
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
 def _triton_linear(

@@ -83,15 +83,15 @@ void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidde
     float* key = key_scratch.room<float>(hidden.rows * heads * size);
     float* value = value_scratch.room<float>(hidden.rows * heads * size);
     const FillRow fill = [&](int64_t row, float* out) {
-        read(hidden.values, hidden.type, row * columns, columns, out);
+        read_numbers(hidden.values, hidden.type, row * columns, columns, out);
         normalise(out, block.attention_norm, columns, block.epsilon, out);
     };
     project<3>(run, {{{&block.query, queries}, {&block.key, key}, {&block.value, value}}}, fill, hidden.rows);
     float* cosines = angle_scratch.room<float>(2 * size);
     float* sines = cosines + size;
     for (int64_t row = 0; row < hidden.rows; ++row) {
-        read(positions.cosines, hidden.type, row * positions.stride, size, cosines);
-        read(positions.sines, hidden.type, row * positions.stride, size, sines);
+        read_numbers(positions.cosines, hidden.type, row * positions.stride, size, cosines);
+        read_numbers(positions.sines, hidden.type, row * positions.stride, size, sines);
         const auto place = [&](float* head, const float* norm) {
             if (norm) normalise(head, norm, size, block.epsilon, head);
             turn(head, cosines, sines, size);
@@ -100,8 +100,8 @@ void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidde
             place(queries + (row * block.query_heads() + i) * size, block.query_norm);
         for (int64_t i = 0; i < heads; ++i) place(key + (row * heads + i) * size, block.key_norm);
     }
-    write(key, hidden.rows * heads * size, hidden.type, keys, 0);
-    write(value, hidden.rows * heads * size, hidden.type, values, 0);
+    write_numbers(key, hidden.rows * heads * size, hidden.type, keys, 0);
+    write_numbers(value, hidden.rows * heads * size, hidden.type, values, 0);
 }
 
 void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden, const float* queries,
@@ -129,7 +129,7 @@ void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden
     project<1>(run, {{{&block.output, state}}},
                [&](int64_t row, float* out) { std::memcpy(out, attended + row * width, width * sizeof(float)); }, rows);
     float* added = down_scratch.room<float>(rows * columns);
-    read(hidden.values, hidden.type, 0, rows * columns, added);
+    read_numbers(hidden.values, hidden.type, 0, rows * columns, added);
     for (int64_t i = 0; i < rows * columns; ++i) state[i] += added[i];
 
     float* gate = gate_scratch.room<float>(rows * inner);
@@ -144,7 +144,7 @@ void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden
                [&](int64_t row, float* out) { run.kernels.gate(gate + row * inner, up + row * inner, inner, out); },
                rows);
     for (int64_t i = 0; i < rows * columns; ++i) state[i] += down[i];
-    write(state, rows * columns, hidden.type, output, 0);
+    write_numbers(state, rows * columns, hidden.type, output, 0);
 }
 
 }  // namespace shiftadd

@@ -43,14 +43,6 @@ struct DecoderKernel {
     static inline Float load(const float* from) { return I::load(from); }
     static inline Float load(const uint16_t* from) { return I::load_bfloat16(from); }
 
-    static inline float sum(Float value) {
-        alignas(64) float lanes[kLanes];
-        I::store(lanes, value);
-        for (int half = kLanes / 2; half > 0; half /= 2)
-            for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-        return lanes[0];
-    }
-
     template <class T>
     static void attend_to(const Attention& a, const T* keys, const T* values) {
         float largest = -std::numeric_limits<float>::infinity();
@@ -59,7 +51,7 @@ struct DecoderKernel {
             Float sums = I::zero();
             int64_t i = 0;
             for (; i + kLanes <= a.size; i += kLanes) sums = I::fma(I::load(a.query + i), load(key + i), sums);
-            float product = sum(sums);
+            float product = I::sum(sums);
             for (; i < a.size; ++i) product += a.query[i] * number(key + i);
             const float score = product * a.scale;
             a.scores[token] = score;

@@ -10,7 +10,9 @@ namespace shiftadd {
 namespace {
 
 FillRow rows_of(const Activations& input, int64_t columns, int64_t first) {
-    return [=](int64_t row, float* out) { read(input.values, input.type, (first + row) * columns, columns, out); };
+    return [=](int64_t row, float* out) {
+        read_numbers(input.values, input.type, (first + row) * columns, columns, out);
+    };
 }
 
 void look_up_rows(const Kernels& kernels, const Matrix& m, const Activations& input, int64_t first, int count,
@@ -49,7 +51,7 @@ void multiply_rows(const Kernels& kernels, const Matrix& m, const Activations& i
         fill_padded(layout, input.rotation, fill, b, row);
         if (half) {
             uint16_t* rounded = half_scratch.room<uint16_t>(columns);
-            write(row, columns, Number::kBFloat16, rounded, 0);
+            write_numbers(row, columns, Number::kBFloat16, rounded, 0);
             scatter(layout, rounded, b, input.rows, halves);
         } else {
             scatter(layout, row, b, input.rows, values);
@@ -106,7 +108,7 @@ void linear(const Kernels& kernels, const Matrix& matrix, const Activations& inp
         float* result = convert ? output_scratch.room<float>(input.rows * layout.rows) : static_cast<float*>(output);
         const bool half = fast && kernels.multiply_half && input.type == Number::kBFloat16;
         multiply_rows(kernels, matrix, input, half, result, threads);
-        if (convert) write(result, input.rows * layout.rows, input.type, output, 0);
+        if (convert) write_numbers(result, input.rows * layout.rows, input.type, output, 0);
         return;
     }
     for (int64_t first = 0; first < input.rows; first += kTileRows) {
@@ -114,7 +116,7 @@ void linear(const Kernels& kernels, const Matrix& matrix, const Activations& inp
         float* result = convert ? output_scratch.room<float>(count * layout.rows)
                                 : static_cast<float*>(output) + first * layout.rows;
         look_up_rows(kernels, matrix, input, first, count, fast, result, threads);
-        if (convert) write(result, count * layout.rows, input.type, output, first * layout.rows);
+        if (convert) write_numbers(result, count * layout.rows, input.type, output, first * layout.rows);
     }
 }
 
@@ -123,9 +125,9 @@ void rotate_rows(const Activations& input, int64_t columns, void* output, int th
     Pool::shared().run(input.rows, threads, [&](int64_t row) {
         thread_local Scratch row_scratch;
         float* values = row_scratch.room<float>(columns);
-        read(input.values, input.type, row * columns, columns, values);
+        read_numbers(input.values, input.type, row * columns, columns, values);
         rotate(values, input.rotation.signs, columns, input.rotation.order);
-        write(values, columns, input.type, output, row * columns);
+        write_numbers(values, columns, input.type, output, row * columns);
     });
 }
 

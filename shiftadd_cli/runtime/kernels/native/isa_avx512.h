@@ -28,10 +28,14 @@ struct Avx512 {
         const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
     }
+    static Float load_codes(const int8_t* from) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    }
     static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
     static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
     static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+    static float sum(Float x) { return _mm512_reduce_add_ps(x); }
     static Word load_words(const uint32_t* from) { return _mm512_loadu_si512(from); }
     static Word shift_right(Word x, int n) { return Word(Words32(x) >> n); }
     static Word shift_left(Word x, int n) { return Word(Words32(x) << n); }

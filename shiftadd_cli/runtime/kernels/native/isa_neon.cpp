@@ -21,10 +21,16 @@ struct Neon {
     static Float set(float value) { return vdupq_n_f32(value); }
     static Float load(const float* from) { return vld1q_f32(from); }
     static Float load_bfloat16(const uint16_t* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from), 16)); }
+    static Float load_codes(const int8_t* from) {
+        uint32_t four;
+        std::memcpy(&four, from, sizeof(four));
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
+    }
     static void store(float* to, Float value) { vst1q_f32(to, value); }
     static Float add(Float a, Float b) { return vaddq_f32(a, b); }
     static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
     static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+    static float sum(Float x) { return vaddvq_f32(x); }
     static Word load_words(const uint32_t* from) { return vld1q_u32(from); }
     static Word shift_right(Word x, int n) { return vshlq_u32(x, vdupq_n_s32(-n)); }
     static Word shift_left(Word x, int n) { return vshlq_u32(x, vdupq_n_s32(n)); }

@@ -41,6 +41,9 @@ struct Portable {
     static Float load_bfloat16(const uint16_t* from) {
         return each<Float>([&](int i) { return std::bit_cast<float>(static_cast<uint32_t>(from[i]) << 16); });
     }
+    static Float load_codes(const int8_t* from) {
+        return each<Float>([&](int i) { return static_cast<float>(from[i]); });
+    }
     static void store(float* to, const Float& value) { std::memcpy(to, value.lane, sizeof(value)); }
     static Float add(const Float& a, const Float& b) {
         return each<Float>([&](int i) { return a.lane[i] + b.lane[i]; });
@@ -50,6 +53,11 @@ struct Portable {
     }
     static Float fma(const Float& a, const Float& b, const Float& c) {
         return each<Float>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+    }
+    static float sum(Float x) {
+        for (int half = kLanes / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) x.lane[i] += x.lane[i + half];
+        return x.lane[0];
     }
     static Word load_words(const uint32_t* from) {
         return each<Word>([&](int i) { return from[i]; });

@@ -52,6 +52,16 @@ struct Attention {
     float* output;               // [size]
 };
 
+// Rows of 8-bit codes [rows][columns] and activations [batch][columns]; `sums` [batch][rows], at a stride.
+struct Codes {
+    const int8_t* codes;
+    int64_t rows, columns;
+    const float* x;
+    int64_t batch;
+    float* sums;
+    int64_t stride;
+};
+
 struct Kernels {
     const char* name;
     // Rows of activations up to which looking up beats decoding and multiplying, for so many planes; measured.
@@ -71,6 +81,8 @@ struct Kernels {
     // The same in products of bfloat16 numbers, summed in float32; null where the processor has none.
     void (*multiply_half)(const Matrix&, const Panel&, int64_t block);
 
+    // Products of all rows with all activations.
+    void (*dot_codes)(const Codes&);
     // The mean of the values, each weighted by the softmax of its key's scaled product with the query.
     void (*attend)(const Attention&);
     // gate / (1 + e^-gate) * up, number by number; `out` may be either.

@@ -7,6 +7,7 @@
 // A translation unit per instruction set instantiates them, compiled with that set's flags only.
 #pragma once
 
+#include "codes_impl.h"
 #include "decoder_impl.h"
 #include "kernels.h"
 
@@ -409,6 +410,7 @@ struct Kernel {
             all.look_up_fast = look_up<true>;
             all.multiply = multiply<Plain>;
             if constexpr (I::kHasPairs) all.multiply_half = multiply<Paired>;
+            all.dot_codes = CodesKernel<I>::dot;
             all.attend = DecoderKernel<I>::attend;
             all.gate = DecoderKernel<I>::gate;
             return all;

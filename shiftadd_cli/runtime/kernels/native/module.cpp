@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "block.h"
+#include "codes.h"
 #include "engine.h"
 #include "pack.h"
 #include "pool.h"
@@ -104,6 +105,16 @@ NB_MODULE(_native, m) {
             const Matrix matrix = matrix_at(layout, words, scale_codes, scales, offsets, row_scale, bias);
             const Activations input{at<const void>(x), number(type), rows, {at<const float>(signs), order}};
             linear(kernels_named(kernels), matrix, input, at<void>(output), fast, static_cast<Method>(method), threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+
+    m.def(
+        "codes_linear",
+        [](uintptr_t codes, uintptr_t scale, int scale_type, int64_t code_rows, int64_t columns, uintptr_t x, int type,
+           int64_t rows, uintptr_t output, int threads) {
+            multiply_codes(**available_kernels(),
+                           {at<const int8_t>(codes), at<const void>(scale), number(scale_type), code_rows, columns},
+                           {at<const void>(x), number(type), rows, {nullptr, 1}}, at<void>(output), threads);
         },
         nb::call_guard<nb::gil_scoped_release>());
 

@@ -18,7 +18,7 @@ inline uint16_t to_bfloat16(float value) {
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline void read(const void* values, Number type, int64_t at, int64_t count, float* out) {
+inline void read_numbers(const void* values, Number type, int64_t at, int64_t count, float* out) {
     if (type == Number::kFloat32) {
         std::memcpy(out, static_cast<const float*>(values) + at, count * sizeof(float));
         return;
@@ -27,7 +27,7 @@ inline void read(const void* values, Number type, int64_t at, int64_t count, flo
     for (int64_t i = 0; i < count; ++i) out[i] = std::bit_cast<float>(static_cast<uint32_t>(from[i]) << 16);
 }
 
-inline void write(const float* values, int64_t count, Number type, void* output, int64_t at) {
+inline void write_numbers(const float* values, int64_t count, Number type, void* output, int64_t at) {
     if (type == Number::kFloat32) {
         std::memcpy(static_cast<float*>(output) + at, values, count * sizeof(float));
         return;

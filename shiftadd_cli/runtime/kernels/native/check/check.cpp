@@ -26,8 +26,10 @@
 #include <thread>
 #include <vector>
 
+#include "../codes.h"
 #include "../pack.h"
 #include "../pool.h"
+#include "block_problem.h"
 #include "problem.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -45,6 +47,8 @@ constexpr double kFloatRounding = 0x1p-24, kBFloat16Rounding = 0x1p-8;
 constexpr double kExactRoundings = 32, kFastError = 2e-3;
 // Equal numbers are rounded the same way every time: their roundings add up, and do not average.
 constexpr double kEqualFastError = 3e-3;
+// Of whole blocks, relative to the norm of their output; few and narrow layers average less of the 16 bits away.
+constexpr double kExactBlockError = 1e-5, kFastBlockError = 1e-2;
 constexpr int kThreads = 4;
 
 // What is being checked, for whoever ends the program.
@@ -215,6 +219,115 @@ void check_tables(const Kernels& kernels, Random& random, Tally& tally) {
         portable_kernels()->build_fast(layout, row.data(), plain_fast.data(), plain_units.data());
         const bool same = tables == plain && fast == plain_fast && units == plain_units;
         tally.expect(same, std::string(current) + " differ from portable ones");
+    }
+}
+
+// A whole block of a decoder, exact and fast, on one thread and on more.
+void check_block(const Kernels& kernels, const BlockProblem& problem, const std::vector<double>& expected,
+                 Tally& tally) {
+    double norm = 0;
+    for (double each : expected) norm += each * each;
+    for (bool fast : {false, true}) {
+        const std::string what = std::string(kernels.name) + (fast ? " fast, " : " exact, ") + problem.name();
+        describe(what);
+        const Numbers alone = problem.output(kernels, fast, 1);
+        double errors = 0;
+        for (int64_t i = 0; i < alone.size(); ++i)
+            errors += (alone.get(i) - expected[i]) * (alone.get(i) - expected[i]);
+        const double rounding = problem.type == Number::kBFloat16 ? kBFloat16Rounding : 0;
+        tally.expect(std::sqrt(errors / norm) <= rounding + (fast ? kFastBlockError : kExactBlockError), what);
+        const Numbers together = problem.output(kernels, fast, kThreads);
+        tally.expect(together == alone, what + ": other bits on more threads");
+    }
+}
+
+// One head's attention over tokens that lie apart, and the MLP's gate, each against its formula.
+void check_attention(const Kernels& kernels, Random& random, Tally& tally) {
+    for (int turn = 0; turn < 60; ++turn) {
+        const int64_t size = random.between(1, 80), tokens = random.between(1, 200), stride = size + random.between(0, 9);
+        const Number type = turn % 2 ? Number::kFloat32 : Number::kBFloat16;
+        describe(std::string(kernels.name) + " attention, " + std::to_string(tokens) + " tokens of " +
+                 std::to_string(size));
+        Buffer<float> query(size), scores(tokens), output(size);
+        // The last token has no gap behind it.
+        Numbers keys(type, (tokens - 1) * stride + size), values(type, keys.size());
+        // Also scores so far apart that most shares vanish.
+        const double spread = turn % 3 == 0 ? 30 : 1;
+        for (int64_t i = 0; i < size; ++i) query[i] = static_cast<float>(spread * random.normal());
+        for (int64_t i = 0; i < keys.size(); ++i) {
+            keys.set(i, static_cast<float>(random.normal()));
+            values.set(i, static_cast<float>(random.normal()));
+        }
+        kernels.attend({query.data(), keys.data(), values.data(), tokens, stride, stride, size, type, 0.25f,
+                        scores.data(), output.data()});
+        std::vector<double> wanted(size), shares(tokens);
+        double largest = -1e300, total = 0;
+        for (int64_t token = 0; token < tokens; ++token) {
+            for (int64_t i = 0; i < size; ++i) shares[token] += 0.25 * query[i] * keys.get(token * stride + i);
+            largest = std::max(largest, shares[token]);
+        }
+        for (double& share : shares) total += share = std::exp(share - largest);
+        bool right = true;
+        for (int64_t i = 0; i < size; ++i) {
+            for (int64_t token = 0; token < tokens; ++token)
+                wanted[i] += shares[token] / total * values.get(token * stride + i);
+            // Scores of some hundreds are only known to their last place.
+            right = right && std::fabs(output[i] - wanted[i]) <= 2e-6 * spread * 4;
+        }
+        tally.expect(right, current);
+        query[0] = std::numeric_limits<float>::quiet_NaN();
+        kernels.attend({query.data(), keys.data(), values.data(), tokens, stride, stride, size, type, 0.25f,
+                        scores.data(), output.data()});
+        bool spoilt = true;
+        for (int64_t i = 0; i < size; ++i) spoilt = spoilt && !std::isfinite(output[i]);
+        tally.expect(spoilt, std::string(current) + ", of a query that is no number");
+    }
+    describe(std::string(kernels.name) + " gate");
+    Buffer<float> gate(301), up(301), output(301);
+    for (int64_t i = 0; i < gate.size(); ++i) {
+        gate[i] = static_cast<float>(i < 200 ? i - 100 : 3 * random.normal());
+        up[i] = static_cast<float>(random.normal());
+    }
+    kernels.gate(gate.data(), up.data(), gate.size(), output.data());
+    bool right = true;
+    for (int64_t i = 0; i < gate.size(); ++i) {
+        const double wanted = gate[i] / (1 + std::exp(-static_cast<double>(gate[i]))) * up[i];
+        // Beyond e^-87 the function stands still, at numbers that make no difference.
+        right = right && std::fabs(output[i] - wanted) <= 1e-6 * std::fabs(wanted) + 1e-35;
+    }
+    tally.expect(right, current);
+}
+
+// Rows of 8-bit codes against their formula.
+void check_codes(const Kernels& kernels, Random& random, Tally& tally) {
+    for (int turn = 0; turn < 60; ++turn) {
+        const int64_t rows = random.between(1, 200), columns = random.between(1, 150), batch = random.between(1, 20);
+        const Number type = turn % 2 ? Number::kFloat32 : Number::kBFloat16;
+        describe(std::string(kernels.name) + " codes, " + std::to_string(batch) + " x " + std::to_string(columns) +
+                 " x " + std::to_string(rows));
+        Buffer<int8_t> codes(rows * columns);
+        Numbers scale(turn % 4 < 2 ? Number::kFloat32 : Number::kBFloat16, rows), x(type, batch * columns);
+        for (int64_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<int8_t>(random.between(-128, 127));
+        for (int64_t i = 0; i < rows; ++i) scale.set(i, static_cast<float>(random.uniform()));
+        for (int64_t i = 0; i < x.size(); ++i) x.set(i, static_cast<float>(random.normal()));
+        const CodeRows matrix{codes.data(), scale.data(), turn % 4 < 2 ? Number::kFloat32 : Number::kBFloat16, rows,
+                              columns};
+        Numbers alone(type, batch * rows), together(type, batch * rows);
+        multiply_codes(kernels, matrix, {x.data(), type, batch, {nullptr, 1}}, alone.data(), 1);
+        multiply_codes(kernels, matrix, {x.data(), type, batch, {nullptr, 1}}, together.data(), kThreads);
+        bool right = together == alone;
+        for (int64_t i = 0; i < batch * rows; ++i) {
+            double wanted = 0, size = 0;
+            for (int64_t column = 0; column < columns; ++column) {
+                const double term = codes[i % rows * columns + column] * static_cast<double>(scale.get(i % rows)) *
+                                    x.get(i / rows * columns + column);
+                wanted += term;
+                size += std::fabs(term);
+            }
+            const double last = type == Number::kBFloat16 ? kBFloat16Rounding * std::fabs(wanted) : 0;
+            right = right && std::fabs(alone.get(i) - wanted) <= kExactRoundings * kFloatRounding * size + last;
+        }
+        tally.expect(right, current);
     }
 }
 
@@ -449,10 +562,19 @@ void check_all(uint64_t seed, bool quick) {
         for (size_t i = 0; i < tallies.size(); ++i)
             check_products(*available_kernels()[i], problem, expected, tallies[i]);
     }
+    for (int number = 0; number < problems / 4; ++number) {
+        Random random(seed + number);
+        BlockProblem problem(random);
+        const std::vector<double> expected = problem.expected();
+        for (size_t i = 0; i < tallies.size(); ++i)
+            check_block(*available_kernels()[i], problem, expected, tallies[i]);
+    }
     for (size_t i = 0; i < tallies.size(); ++i) {
         const Kernels& kernels = *available_kernels()[i];
         Random random(seed);
         check_tables(kernels, random, tallies[i]);
+        check_attention(kernels, random, tallies[i]);
+        check_codes(kernels, random, tallies[i]);
         check_not_finite(kernels, random, tallies[i]);
         check_concurrent_calls(kernels, random, quick ? 3 : 20, tallies[i]);
         std::printf("%-12s %ld passed, %ld failed; exact within %.2f roundings, fast within %.1e\n", kernels.name,

@@ -1,0 +1,172 @@
+#include "block_problem.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+namespace shiftadd::check {
+namespace {
+
+constexpr float kEpsilon = 1e-5f;
+
+Problem matrix(int64_t rows, int64_t columns, int64_t batch, bool bias, bool signs, Random& random) {
+    static constexpr int64_t kGroups[] = {16, 20, 32, 64, 128, 1 << 20};
+    const int64_t group = std::min(kGroups[random.between(0, 5)], columns);
+    const int bits = static_cast<int>(random.between(1, 5));
+    const Shape shape{rows, columns, group, bits, batch, random.coin(), random.coin(), bias, signs, Number::kFloat32};
+    return Problem(shape, Values::kNormal, random);
+}
+
+Numbers normal(Number type, int64_t count, Random& random) {
+    Numbers numbers(type, count);
+    for (int64_t i = 0; i < count; ++i) numbers.set(i, static_cast<float>(random.normal()));
+    return numbers;
+}
+
+void normalise(double* row, const float* weight, int64_t count) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += row[i] * row[i];
+    const double factor = 1 / std::sqrt(sum / static_cast<double>(count) + kEpsilon);
+    for (int64_t i = 0; i < count; ++i) row[i] *= factor * weight[i];
+}
+
+Projection projection(const Problem& problem) {
+    return {problem.matrix(), problem.activations().rotation};
+}
+
+}  // namespace
+
+BlockProblem::BlockProblem(Random& random)
+    : columns(random.between(8, 90)),
+      heads(0),
+      key_heads(random.between(1, 3)),
+      size(2 * random.between(1, 20)),
+      inner(random.between(5, 150)),
+      tokens(random.between(1, 40)),
+      rows(static_cast<int>(random.between(1, kTileRows))),
+      type(random.coin() ? Number::kFloat32 : Number::kBFloat16),
+      head_norms(random.coin()),
+      one_position(random.coin()) {
+    heads = key_heads * random.between(1, 3);
+    const bool bias = random.coin(), signs = random.coin();
+    for (int64_t width : {heads * size, key_heads * size, key_heads * size})
+        parts.push_back(matrix(width, columns, rows, bias, signs, random));
+    parts.push_back(matrix(columns, heads * size, rows, false, signs, random));
+    for (int i = 0; i < 2; ++i) parts.push_back(matrix(inner, columns, rows, false, signs, random));
+    parts.push_back(matrix(columns, inner, rows, false, signs, random));
+    // Weights of the size of a model's: products of such rows are of the size of the rows.
+    for (Problem& part : parts)
+        for (int64_t i = 0; i < part.row_scale.size(); ++i)
+            part.row_scale[i] /= std::sqrt(static_cast<float>(part.shape.columns));
+    for (int64_t count : {columns, columns, size, size}) {
+        Buffer<float> norm(count);
+        for (int64_t i = 0; i < count; ++i) norm[i] = 1 + 0.1f * static_cast<float>(random.normal());
+        norms.push_back(std::move(norm));
+    }
+    hidden = normal(type, rows * columns, random);
+    const int64_t positions = one_position ? 1 : rows;
+    cosines = normal(type, positions * size, random);
+    sines = normal(type, positions * size, random);
+    keys = normal(type, rows * key_heads * tokens * size, random);
+    values = normal(type, rows * key_heads * tokens * size, random);
+}
+
+std::string BlockProblem::name() const {
+    return "block of " + std::to_string(columns) + " columns, " + std::to_string(heads) + " heads of " +
+           std::to_string(size) + ", " + std::to_string(inner) + " inside, " + std::to_string(rows) + " rows, " +
+           std::to_string(tokens) + " tokens" + (type == Number::kFloat32 ? "" : ", bfloat16");
+}
+
+DecoderBlock BlockProblem::block() const {
+    DecoderBlock found{projection(parts[0]), projection(parts[1]), projection(parts[2]), projection(parts[3]),
+                       projection(parts[4]), projection(parts[5]), projection(parts[6]), norms[0].data(),
+                       norms[1].data(),      nullptr,              nullptr,              kEpsilon,
+                       size,                 1 / std::sqrt(static_cast<float>(size))};
+    if (head_norms) {
+        found.query_norm = norms[2].data();
+        found.key_norm = norms[3].data();
+    }
+    return found;
+}
+
+Numbers BlockProblem::output(const Kernels& kernels, bool fast, int threads) const {
+    const Run run{kernels, fast, threads};
+    const DecoderBlock found = block();
+    const Hidden given{hidden.data(), type, rows};
+    Buffer<float> queries(rows * heads * size);
+    Numbers new_keys(type, rows * key_heads * size), new_values(type, rows * key_heads * size);
+    Numbers result(type, rows * columns);
+    decode_heads(run, found, given, {cosines.data(), sines.data(), one_position ? 0 : size}, queries.data(),
+                 new_keys.data(), new_values.data());
+    // As a cache does: the new token after those before it.
+    const int64_t stride = (tokens + 1) * size;
+    Numbers all_keys(type, rows * key_heads * stride), all_values(type, rows * key_heads * stride);
+    for (int64_t head = 0; head < rows * key_heads; ++head)
+        for (int64_t i = 0; i < stride; ++i) {
+            const int64_t at = head * stride + i, old = head * tokens * size + i;
+            const int64_t fresh = head * size + i - tokens * size;
+            all_keys.set(at, i < tokens * size ? keys.get(old) : new_keys.get(fresh));
+            all_values.set(at, i < tokens * size ? values.get(old) : new_values.get(fresh));
+        }
+    decode_rest(run, found, given, queries.data(), {all_keys.data(), key_heads * stride, stride, size},
+                {all_values.data(), key_heads * stride, stride, size}, tokens + 1, result.data());
+    return result;
+}
+
+std::vector<double> BlockProblem::product(int part, const std::vector<double>& input) {
+    Problem& problem = parts[part];
+    for (int64_t i = 0; i < problem.x.size(); ++i) problem.x.set(i, static_cast<float>(input[i]));
+    return problem.expected().values;
+}
+
+std::vector<double> BlockProblem::expected() {
+    std::vector<double> state(rows * columns);
+    for (int64_t i = 0; i < rows * columns; ++i) state[i] = hidden.get(i);
+    std::vector<double> normed = state;
+    for (int row = 0; row < rows; ++row) normalise(normed.data() + row * columns, norms[0].data(), columns);
+    std::vector<double> query = product(0, normed), key = product(1, normed);
+    const std::vector<double> value = product(2, normed);
+    const auto place = [&](std::vector<double>& all, int64_t count, const float* norm) {
+        for (int64_t head = 0; head < rows * count; ++head) {
+            double* numbers = all.data() + head * size;
+            if (head_norms) normalise(numbers, norm, size);
+            const std::vector<double> old(numbers, numbers + size);
+            const int64_t position = one_position ? 0 : head / count * size;
+            for (int64_t i = 0; i < size; ++i) {
+                const double other = i < size / 2 ? -old[i + size / 2] : old[i - size / 2];
+                numbers[i] = old[i] * cosines.get(position + i) + other * sines.get(position + i);
+            }
+        }
+    };
+    place(query, heads, norms[2].data());
+    place(key, key_heads, norms[3].data());
+    std::vector<double> attended(rows * heads * size);
+    for (int64_t task = 0; task < rows * heads; ++task) {
+        const int64_t head = task / heads * key_heads + task % heads / (heads / key_heads);
+        const auto number = [&](const Numbers& old, const std::vector<double>& fresh, int64_t token, int64_t i) {
+            return token < tokens ? old.get((head * tokens + token) * size + i) : fresh[head * size + i];
+        };
+        std::vector<double> shares(tokens + 1);
+        double total = 0;
+        for (int64_t token = 0; token <= tokens; ++token) {
+            double score = 0;
+            for (int64_t i = 0; i < size; ++i) score += query[task * size + i] * number(keys, key, token, i);
+            total += shares[token] = std::exp(score / std::sqrt(static_cast<double>(size)));
+        }
+        for (int64_t token = 0; token <= tokens; ++token)
+            for (int64_t i = 0; i < size; ++i)
+                attended[task * size + i] += shares[token] / total * number(values, value, token, i);
+    }
+    const std::vector<double> mixed = product(3, attended);
+    for (size_t i = 0; i < state.size(); ++i) state[i] += mixed[i];
+    normed = state;
+    for (int row = 0; row < rows; ++row) normalise(normed.data() + row * columns, norms[1].data(), columns);
+    std::vector<double> gate = product(4, normed);
+    const std::vector<double> up = product(5, normed);
+    for (size_t i = 0; i < gate.size(); ++i) gate[i] *= up[i] / (1 + std::exp(-gate[i]));
+    const std::vector<double> down = product(6, gate);
+    for (size_t i = 0; i < state.size(); ++i) state[i] += down[i];
+    return state;
+}
+
+}  // namespace shiftadd::check

@@ -1,0 +1,34 @@
+// A random decoder block, and what it makes of a token by the plainest formulas in double precision.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../block.h"
+#include "problem.h"
+
+namespace shiftadd::check {
+
+struct BlockProblem {
+    int64_t columns, heads, key_heads, size, inner, tokens;
+    int rows;
+    Number type;
+    bool head_norms, one_position;
+    std::vector<Problem> parts;  // query, key, value, output, gate, up, down
+    std::vector<Buffer<float>> norms;
+    Numbers hidden, cosines, sines, keys, values;  // of the tokens before
+
+    explicit BlockProblem(Random& random);
+    std::string name() const;
+
+    // The block's output on this many threads, the cache of keys and values a plain tensor [rows][heads][tokens][size].
+    Numbers output(const Kernels& kernels, bool fast, int threads) const;
+    // Puts other activations into the parts.
+    std::vector<double> expected();
+
+private:
+    DecoderBlock block() const;
+    std::vector<double> product(int part, const std::vector<double>& input);
+};
+
+}  // namespace shiftadd::check

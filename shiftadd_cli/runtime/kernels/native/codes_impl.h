@@ -1,0 +1,61 @@
+// Dot products of rows of 8-bit codes with rows of activations, over the operations of an instruction set.
+#pragma once
+
+#include "kernels.h"
+
+namespace shiftadd {
+
+template <class I>
+struct CodesKernel {
+    static constexpr int kLanes = I::kLanes;
+    using Float = typename I::Float;
+    // Distance in bytes at which codes are asked for, and what comes of it at a time.
+    static constexpr int64_t kAhead = 8192, kLine = 64;
+    // Rows of codes and of activations whose products are summed at once, in registers.
+    static constexpr int kRows = 4, kBatch = I::kRegisters >= 32 ? 4 : 2;
+
+    template <int R, int B>
+    static inline void tile(const Codes& c, int64_t row, int64_t batch) {
+        const int8_t* codes = c.codes + row * c.columns;
+        const float* x = c.x + batch * c.columns;
+        Float total[R][B];
+        for (auto& each : total)
+            for (auto& sum : each) sum = I::zero();
+        int64_t column = 0;
+        for (; column + kLanes <= c.columns; column += kLanes) {
+            Float values[B];
+            for (int b = 0; b < B; ++b) values[b] = I::load(x + b * c.columns + column);
+            for (int r = 0; r < R; ++r) {
+                const Float code = I::load_codes(codes + r * c.columns + column);
+                for (int b = 0; b < B; ++b) total[r][b] = I::fma(code, values[b], total[r][b]);
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) {
+                float sum = I::sum(total[r][b]);
+                for (int64_t i = column; i < c.columns; ++i)
+                    sum += static_cast<float>(codes[r * c.columns + i]) * x[b * c.columns + i];
+                c.sums[(batch + b) * c.stride + row + r] = sum;
+            }
+    }
+
+    template <int R>
+    static inline void all_rows(const Codes& c, int64_t row) {
+        int64_t batch = 0;
+        for (; batch + kBatch <= c.batch; batch += kBatch) tile<R, kBatch>(c, row, batch);
+        for (; batch < c.batch; ++batch) tile<R, 1>(c, row, batch);
+    }
+
+    static void dot(const Codes& c) {
+        int64_t row = 0;
+        for (; row + kRows <= c.rows; row += kRows) {
+            // Rows side by side are too short for the processor to see where they go on.
+            const char* ahead = reinterpret_cast<const char*>(c.codes + row * c.columns) + kAhead;
+            for (int64_t i = 0; i < kRows * c.columns; i += kLine) I::prefetch(ahead + i);
+            all_rows<kRows>(c, row);
+        }
+        for (; row < c.rows; ++row) all_rows<1>(c, row);
+    }
+};
+
+}  // namespace shiftadd
