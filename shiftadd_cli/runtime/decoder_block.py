@@ -32,6 +32,8 @@ class LookupBlock(nn.Module):
     """Put before a class of `_FAMILIES` in the order of resolution; what it cannot do it leaves to that class."""
 
     dense_class: ClassVar[type[nn.Module]]
+    self_attn: Any
+    mlp: Any
 
     def forward(
         self,
@@ -62,45 +64,40 @@ class LookupBlock(nn.Module):
         cosines, sines = (each.contiguous() for each in position_embeddings)
         queries, keys, values = plan.heads(hidden_states, cosines, sines)
         if past_key_values is not None:
-            attention: Any = self.self_attn
-            keys, values = past_key_values.update(keys, values, attention.layer_idx)
+            keys, values = past_key_values.update(keys, values, self.self_attn.layer_idx)
             keys, values = (_as_read(each, hidden_states.dtype) for each in (keys, values))
         return plan.rest(hidden_states, queries, keys, values)
 
     def _find_plan(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> BlockPlan | None:
         """How the kernels compute this token, or None if they do not."""
-        # Straight from the dictionaries: attributes of modules take as long as a norm.
-        attention, mlp = self._modules["self_attn"], self._modules["mlp"]
-        if attention is None or mlp is None or self.training:
-            return None
-        inside, outside, gated = attention._modules, self._modules, mlp._modules
-        linears = [inside[name] for name in LINEARS[:4]] + [gated[name] for name in LINEARS[4:]]
-        norms = [outside[name] for name in NORMS[:2]] + [inside.get(name) for name in NORMS[2:]]
-        if any(map(_is_watched, (attention, mlp, gated["act_fn"], *linears, *norms))):
+        if self.training or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
             return None
         plan: BlockPlan | None = self.__dict__.get(_PLAN)
-        packed: list[Any] = linears
-        if plan is None or not plan.holds(packed, norms):
-            plan = self.__dict__[_PLAN] = self._make_plan(
-                dict(zip(LINEARS, linears, strict=True)), dict(zip(NORMS, norms, strict=True))
-            )
-        # The same as torch's own attention computes, and only that.
-        if plan is None or attention.config._attn_implementation != "sdpa":  # type: ignore[union-attr]
+        if plan is None or not plan.holds():
+            plan = self.__dict__[_PLAN] = self._make_plan()
+        # The kernels compute what torch's own attention does, and call no module that somebody watches.
+        if plan is None or plan.is_watched() or self.self_attn.config._attn_implementation != "sdpa":
             return None
         shape = cosines.shape
         fits = shape == sines.shape and shape[1:] == (1, plan.sizes.head_size) and shape[0] in (1, hidden.shape[0])
         return plan if fits and cosines.dtype == sines.dtype == hidden.dtype else None
 
-    def _make_plan(self, linears: dict[str, Any], norms: dict[str, nn.Module | None]) -> BlockPlan | None:
-        attention: Any = self.self_attn
+    def _make_plan(self) -> BlockPlan | None:
+        attention, mlp, outside = self.self_attn, self.mlp, self._modules
+        inside, gated = attention._modules, mlp._modules
+        places = [(inside, name) for name in LINEARS[:4]] + [(gated, name) for name in LINEARS[4:]]
+        linears = {name: holder.get(name) for holder, name in places}
+        norm_places = [(outside, name) for name in NORMS[:2]] + [(inside, name) for name in NORMS[2:]]
+        norms = {name: holder.get(name) for holder, name in norm_places}
+        if not all(linears.values()) or not _is_silu(gated.get("act_fn")):
+            return None
         size = int(attention.head_dim)
         heads, key_heads = (getattr(linears[name], "out_features", 0) // size for name in ("q_proj", "k_proj"))
         sizes = Sizes(heads, key_heads, size, float(attention.scaling))
-        gated: Any = self.mlp
-        epsilons = {each.variance_epsilon for each in norms.values() if each is not None}
-        silu = isinstance(gated.act_fn, nn.SiLU) or type(gated.act_fn).__name__ == "SiLUActivation"
-        same = len(epsilons) == 1 and silu and min(heads, key_heads) > 0
-        return BlockPlan(linears, norms, sizes) if same and suits(linears, norms, sizes) else None
+        if not suits(linears, norms, sizes):
+            return None
+        places += [*norm_places, (outside, "self_attn"), (outside, "mlp"), (gated, "act_fn")]
+        return BlockPlan(linears, norms, sizes, places)
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses are of this process.
@@ -158,13 +155,8 @@ def _is_new_token(hidden: Tensor) -> bool:
     )
 
 
-def _is_watched(module: nn.Module | None) -> bool:
-    """Whether somebody wants to be called when the module is."""
-    if module is None:
-        return False
-    state = module.__dict__
-    own = state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state
-    return bool(own or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
+def _is_silu(activation: nn.Module | None) -> bool:
+    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
 def _as_read(cached: Tensor, dtype: torch.dtype) -> Tensor:

@@ -154,6 +154,12 @@ def _other_norm(model: PreTrainedModel) -> None:
     model.model.layers[0].input_layernorm.weight.data = model.model.layers[0].input_layernorm.weight.data * 3
 
 
+def _new_parameters(model: PreTrainedModel) -> None:
+    block = model.model.layers[1]
+    block.self_attn.k_proj.bias = nn.Parameter(torch.ones_like(block.self_attn.k_proj.bias))
+    block.post_attention_layernorm.weight = nn.Parameter(torch.full_like(block.post_attention_layernorm.weight, 2))
+
+
 def _other_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation("eager")
 
@@ -164,7 +170,16 @@ def _other_type(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [_hook_inside, _hook_before, _other_module, _other_bias, _other_norm, _other_attention, _other_type],
+    [
+        _hook_inside,
+        _hook_before,
+        _other_module,
+        _other_bias,
+        _other_norm,
+        _new_parameters,
+        _other_attention,
+        _other_type,
+    ],
 )
 def test_a_model_changed_after_its_first_token_computes_as_changed(
     checkpoints: dict[str, Checkpoint], change: Callable[[PreTrainedModel], None]

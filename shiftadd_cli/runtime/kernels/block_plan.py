@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from shiftadd_cli.runtime.linear import PackedLinear
 # As `kTileRows` in native/lookups.h.
 MOST_ROWS = 8
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+# A dictionary of modules, and a name in it.
+Place = tuple[Mapping[str, nn.Module | None], str]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
 
@@ -35,24 +37,48 @@ class BlockPlan:
     """What the kernels need of one block, as long as the tensors it was made of stay in their places."""
 
     def __init__(
-        self, linears: Mapping[str, PackedLinear], norms: Mapping[str, nn.Module | None], sizes: Sizes
+        self,
+        linears: Mapping[str, PackedLinear],
+        norms: Mapping[str, Any],
+        sizes: Sizes,
+        places: Iterable[Place],
     ) -> None:
-        """linears, norms: by the names in `LINEARS` and `NORMS`; see `suits` for what they must be."""
+        """linears, norms: by the names in `LINEARS` and `NORMS`; see `suits` for what they must be. places: where all
+        modules stand that are computed without being called."""
         self.sizes = sizes
+        self._places = [(holder, name, holder.get(name)) for holder, name in places]
+        modules = [module for _, _, module in self._places if module is not None]
+        self._hooks = [each for module in modules for each in (module._forward_hooks, module._forward_pre_hooks)]
+        self._attributes = [module.__dict__ for module in modules]
         self.precision = linears["q_proj"].precision
-        self._state = _state(linears.values(), norms.values())
-        # Nothing that an address is taken of may go, and nothing whose identity is compared may come again as another.
-        self._kept: list[Any] = [*linears.values(), *norms.values()]
+        self._words = [(each._buffers, each.words) for each in linears.values()]
+        self._parameters = [
+            (each._parameters, name, tensor, *_place(tensor))
+            for each, name, tensor in _numbers(linears.values(), norms.values())
+        ]
+        # Nothing that an address is taken of may go.
+        self._kept: list[Any] = []
         self._signs: list[Tensor] = []
-        weights = [0 if norms[name] is None else self._number(_weight_of(norms[name])) for name in NORMS]
+        weights = [0 if norms[name] is None else self._number(norms[name].weight) for name in NORMS]
         projections = [self._projection(linears[name]) for name in LINEARS]
-        epsilon = float(norms["input_layernorm"].variance_epsilon)  # type: ignore[union-attr, arg-type]
+        epsilon = float(norms["input_layernorm"].variance_epsilon)
         extension = cpu_extension()
         self._block = extension.DecoderBlock(*projections, *weights, epsilon, sizes.head_size, sizes.scale)
 
-    def holds(self, linears: Sequence[PackedLinear], norms: Sequence[nn.Module | None]) -> bool:
-        """Whether it still describes these modules, in the order of their names."""
-        return self._state == _state(linears, norms)
+    def holds(self) -> bool:
+        """Whether the modules are still those it was made of, and hold the same tensors, unchanged."""
+        return (
+            all(holder.get(name) is module for holder, name, module in self._places)
+            and all(buffers.get("words") is words for buffers, words in self._words)
+            and all(
+                parameters.get(name) is tensor and _place(tensor) == (address, version)
+                for parameters, name, tensor, address, version in self._parameters
+            )
+        )
+
+    def is_watched(self) -> bool:
+        """Whether somebody wants to be called when one of the modules is, or calls something else."""
+        return any(self._hooks) or any("forward" in each for each in self._attributes)
 
     def heads(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of one new token of each sequence.
@@ -135,25 +161,22 @@ class BlockPlan:
         return weight.signs.data_ptr()
 
 
-def suits(linears: Mapping[str, nn.Module], norms: Mapping[str, nn.Module | None], sizes: Sizes) -> bool:
+def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], sizes: Sizes) -> TypeGuard[Mapping[str, PackedLinear]]:
     """Whether the kernels can compute the block: all linears on look-up tables alike, and sizes that fit together."""
-    layers = list(linears.values())
-    if cpu_extension() is None or not all(isinstance(each, PackedLinear) for each in layers):
+    packed = [each for each in linears.values() if isinstance(each, PackedLinear)]
+    if cpu_extension() is None or len(packed) < len(LINEARS):
         return False
-    packed: dict[str, PackedLinear] = {name: each for name, each in linears.items() if isinstance(each, PackedLinear)}
-    first = packed["q_proj"]
-    if any(
-        each.kernel is not Kernel.CPU or each.layout.outliers or each.precision is not first.precision
-        for each in packed.values()
-    ):
+    alike = {(each.kernel, each.layout.outliers, each.precision) for each in packed}
+    if alike != {(Kernel.CPU, 0, packed[0].precision)}:
         return False
     # What inference mode made does not count its changes.
-    made = [each.bias for each in packed.values() if each.bias is not None]
-    made += [_weight_of(each) for each in norms.values() if each is not None]
+    made = [tensor for _, _, tensor in _numbers(packed, norms.values())]
     if any(each.is_inference() or each.device.type != "cpu" for each in made):
         return False
+    if len({each.variance_epsilon for each in norms.values() if each is not None}) != 1:
+        return False
     width, key_width = sizes.heads * sizes.head_size, sizes.key_heads * sizes.head_size
-    hidden, inner = first.in_features, packed["gate_proj"].out_features
+    hidden, inner = linears["q_proj"].in_features, linears["gate_proj"].out_features
     wanted = {
         "q_proj": (width, hidden),
         "k_proj": (key_width, hidden),
@@ -163,25 +186,16 @@ def suits(linears: Mapping[str, nn.Module], norms: Mapping[str, nn.Module | None
         "up_proj": (inner, hidden),
         "down_proj": (hidden, inner),
     }
-    fit = all((each.out_features, each.in_features) == wanted[name] for name, each in packed.items())
-    return fit and sizes.heads % sizes.key_heads == 0 and sizes.head_size % 2 == 0
+    fit = all((linears[name].out_features, linears[name].in_features) == sides for name, sides in wanted.items())
+    return fit and sizes.key_heads > 0 and sizes.heads % sizes.key_heads == 0 and sizes.head_size % 2 == 0
 
 
-def _weight_of(norm: Any) -> nn.Parameter:
-    """The weight of a root-mean-square norm, `[size]`."""
-    weight: nn.Parameter = norm.weight
-    return weight
+def _numbers(linears: Iterable[PackedLinear], norms: Iterable[Any]) -> list[tuple[nn.Module, str, Tensor]]:
+    """The parameters that the kernels get in float32, and not as they are: whose, by what name, and which."""
+    biases = [(each, "bias", each.bias) for each in linears if each.bias is not None]
+    return [*biases, *((each, "weight", each.weight) for each in norms if each is not None)]
 
 
-def _state(linears: Any, norms: Any) -> list[tuple[Any, ...]]:
-    """What changes when a tensor does: which it is, where it lies, and how often it was written to."""
-    state: list[tuple[Any, ...]] = []
-    for linear in linears:
-        bias = linear._parameters.get("bias")
-        place = () if bias is None else (id(bias), bias.data_ptr(), bias._version)
-        state.append((id(linear), id(linear._buffers.get("words")), getattr(linear, "precision", None), *place))
-    for norm in norms:
-        if norm is not None:
-            weight = norm._parameters["weight"]
-            state.append((id(norm), weight.data_ptr(), weight._version))
-    return state
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor does: where it lies, and how often it was written to."""
+    return tensor.data_ptr(), tensor._version
