@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from subprocess import CalledProcessError, run
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -48,11 +48,12 @@ class Work(NamedTuple):
     threads: int
 
 
-def ours(model: object, work: Work) -> Speeds:
+def ours(model: Any, work: Work) -> Speeds:
     """Read a prompt and write after it, through `generate` of transformers."""
     use_threads(work.threads)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 1000, (1, work.prompt), generator=generator)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(0, vocabulary, (1, work.prompt), generator=generator)
     reading, writing = time_generation(model, tokens, work.new + 1, Clock())
     return Speeds(work.new / writing.wall, work.prompt / reading.wall)
 
