@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
+from shiftadd_cli.runtime.growing_cache import append
 from shiftadd_cli.runtime.kernels.block_plan import LINEARS, MOST_ROWS, NORMS, TYPES, BlockPlan, Sizes, suits
 
 # Blocks whose forward is that of Llama, by module and class: a norm, attention with rotary embeddings of whole heads
@@ -64,7 +65,7 @@ class LookupBlock(nn.Module):
         cosines, sines = (each.contiguous() for each in position_embeddings)
         queries, keys, values = plan.heads(hidden_states, cosines, sines)
         if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.self_attn.layer_idx)
+            keys, values = append(past_key_values, keys, values, self.self_attn.layer_idx)
             keys, values = (_as_read(each, hidden_states.dtype) for each in (keys, values))
         return plan.rest(hidden_states, queries, keys, values)
 
@@ -152,6 +153,7 @@ def _is_new_token(hidden: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

@@ -1,0 +1,81 @@
+"""Appending to transformers' cache of keys and values without copying what it holds.
+
+`DynamicCache` makes every token's keys and values a new tensor of all, which at a thousand tokens takes as long as the
+layers of a small model. Here they lie in a buffer with room for more, of which the cache holds the part that is filled.
+The cache stays what it was: whatever else is done to it (crop, reorder, copy) is done to plain tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+_ROOM = "_shiftadd_room"
+# Room that is made at a time: a quarter of what is there, and some.
+_SHARE, _LEAST = 4, 64
+
+
+class _Room(NamedTuple):
+    """held: the very tensors that the cache was given last; buffers: what they are the beginning of, `[rows, heads,
+    tokens with room, size]`. Both for keys and values."""
+
+    held: tuple[Tensor, Tensor]
+    buffers: tuple[Tensor, Tensor]
+
+
+def append(cache: Any, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    """What `cache.update` does: all keys and values of layer `index` after these `[rows, heads, tokens, size]`.
+
+    For use without gradients. The last dimension of what it gives is contiguous where the cache is a `DynamicCache`.
+    """
+    if type(cache) is DynamicCache and not cache.offloading and index < len(cache.layers):
+        layer = cache.layers[index]
+        if type(layer) is DynamicLayer and layer.is_initialized and _go_together(layer, keys, values):
+            return _append_to(layer, (keys, values))
+    found: tuple[Tensor, Tensor] = cache.update(keys, values, index)
+    return found
+
+
+def _go_together(layer: Any, keys: Tensor, values: Tensor) -> bool:
+    return all(
+        old.ndim == 4
+        and old.dtype == new.dtype
+        and old.device == new.device
+        and old.shape[:2] == new.shape[:2]
+        and old.shape[3] == new.shape[3]
+        for old, new in ((layer.keys, keys), (layer.values, values))
+    )
+
+
+def _append_to(layer: Any, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    old = (layer.keys, layer.values)
+    tokens, added = old[0].shape[2], new[0].shape[2]
+    room: _Room | None = layer.__dict__.get(_ROOM)
+    # Only what nobody else was given may be written to: the place behind the tensors that the cache itself still holds.
+    mine = room is not None and room.held[0] is old[0] and room.held[1] is old[1]
+    if room is None or not mine or not _has_room(room, tokens + added):
+        room = _Room(old, (_with_room(old[0], added), _with_room(old[1], added)))
+    held = []
+    for buffer, each in zip(room.buffers, new, strict=True):
+        buffer.narrow(2, tokens, added).copy_(each)
+        held.append(buffer.narrow(2, 0, tokens + added))
+    layer.keys, layer.values = held
+    layer.__dict__[_ROOM] = _Room((held[0], held[1]), room.buffers)
+    return held[0], held[1]
+
+
+def _has_room(room: _Room, tokens: int) -> bool:
+    # What inference mode made can be written to in it alone, and the other way round.
+    mode = torch.is_inference_mode_enabled()
+    return all(each.shape[2] >= tokens and each.is_inference() == mode for each in room.buffers)
+
+
+def _with_room(old: Tensor, added: int) -> Tensor:
+    rows, heads, tokens, size = old.shape
+    capacity = tokens + added + max(_LEAST, tokens // _SHARE)
+    buffer = torch.empty(rows, heads, capacity, size, dtype=old.dtype, device=old.device)
+    buffer.narrow(2, 0, tokens).copy_(old)
+    return buffer

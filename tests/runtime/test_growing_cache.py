@@ -1,0 +1,89 @@
+"""A cache that grows in place against transformers' own, whatever else is done to it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+
+from shiftadd_cli.runtime.growing_cache import append
+
+
+def numbers(rows: int, tokens: int, seed: int, size: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 2, tokens, size, generator=generator), torch.randn(rows, 2, tokens, 6, generator=generator)
+
+
+def assert_same(one: DynamicCache, other: DynamicCache) -> None:
+    assert one.get_seq_length() == other.get_seq_length()
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys)
+        assert torch.equal(mine.values, theirs.values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.sampled_from(["append", "append", "append", "crop", "reorder", "copy", "inference"]), max_size=60)
+)
+def test_it_holds_what_the_plain_cache_holds(steps: list[str]) -> None:
+    mine, plain = DynamicCache(), DynamicCache()
+    seen: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for number, step in enumerate(["append", *steps]):
+            if step in ("append", "inference"):
+                with torch.inference_mode(step == "inference"):
+                    for layer in range(2):
+                        new = numbers(3, 1 + number % 4, 10 * number + layer)
+                        found = append(mine, *new, layer)
+                        expected = plain.update(*new, layer)
+                        assert all(map(torch.equal, found, expected))
+                        seen += zip(found, expected, strict=True)
+            elif step == "crop":
+                for cache in (mine, plain):
+                    cache.crop(-min(2, cache.get_seq_length() - 1))
+            elif step == "reorder":
+                for cache in (mine, plain):
+                    cache.reorder_cache(torch.tensor([2, 0, 0]))
+            else:
+                mine = copy.deepcopy(mine)
+    assert_same(mine, plain)
+    # What was given out before is still what it was.
+    assert all(torch.equal(*pair) for pair in seen)
+
+
+def test_most_tokens_move_nothing() -> None:
+    cache = DynamicCache()
+    places = []
+    with torch.no_grad():
+        for number in range(400):
+            keys, _ = append(cache, *numbers(1, 1, number), 0)
+            places.append(keys.data_ptr())
+    assert len(set(places)) <= 8
+
+
+def test_two_caches_of_the_same_tensors_do_not_write_into_each_other() -> None:
+    first, second = DynamicCache(), DynamicCache()
+    with torch.no_grad():
+        append(first, *numbers(1, 3, 0), 0)
+        append(first, *numbers(1, 1, 1), 0)
+        second.update(*numbers(1, 3, 0), 0)
+        second.layers[0].keys, second.layers[0].values = first.layers[0].keys, first.layers[0].values
+        one = append(first, *numbers(1, 1, 2), 0)[0]
+        other = append(second, *numbers(1, 1, 3), 0)[0]
+    assert torch.equal(one[:, :, -1:], numbers(1, 1, 2)[0])
+    assert torch.equal(other[:, :, -1:], numbers(1, 1, 3)[0])
+
+
+def test_what_does_not_go_together_is_left_to_the_cache() -> None:
+    cache = DynamicCache()
+    append(cache, *numbers(1, 3, 0), 0)
+    with pytest.raises(RuntimeError, match=r"[Ss]izes of tensors must match"):
+        append(cache, *numbers(2, 1, 1), 0)
+    # Numbers of another type are promoted, as by `torch.cat`.
+    keys, _ = append(cache, *(each.double() for each in numbers(1, 1, 1)), 0)
+    assert keys.dtype == torch.float64
