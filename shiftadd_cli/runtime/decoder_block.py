@@ -8,25 +8,59 @@ cache. Everything else (prompts, padding, training, hooks, compilation, other at
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from shiftadd_cli.runtime.growing_cache import append
-from shiftadd_cli.runtime.kernels.block_plan import LINEARS, MOST_ROWS, NORMS, TYPES, BlockPlan, Sizes, suits
+from shiftadd_cli.runtime.kernels.block_plan import LINEARS, MOST_ROWS, NORMS, TYPES, BlockPlan, Form, suits
 
-# Blocks whose forward is that of Llama, by module and class: a norm, attention with rotary embeddings of whole heads
-# (and norms of heads where there are q_norm and k_norm), a norm, a gated MLP, and two residuals.
+_LLAMA = {
+    "before_attention": "input_layernorm",
+    "before_mlp": "post_attention_layernorm",
+    "query": "q_norm",
+    "key": "k_norm",
+}
+_GEMMA = {
+    "before_attention": "input_layernorm",
+    "after_attention": "post_attention_layernorm",
+    "before_mlp": "pre_feedforward_layernorm",
+    "after_mlp": "post_feedforward_layernorm",
+    "query": "q_norm",
+    "key": "k_norm",
+}
+
+
+class _Family(NamedTuple):
+    """Blocks that compute as Llama's: a norm, attention with rotary embeddings of whole heads, a norm, a gated MLP, and
+    two residuals, with norms of heads and of what is added where there are any.
+
+    name: of the class in `transformers.models`; norms: attributes by role; epsilon: attribute of a norm; unit: what is
+    added to the weights of norms.
+    """
+
+    name: str
+    norms: Mapping[str, str]
+    epsilon: str
+    unit: float = 0.0
+
+
 _FAMILIES = {
-    "transformers.models.llama.modeling_llama": "LlamaDecoderLayer",
-    "transformers.models.mistral.modeling_mistral": "MistralDecoderLayer",
-    "transformers.models.qwen2.modeling_qwen2": "Qwen2DecoderLayer",
-    "transformers.models.qwen3.modeling_qwen3": "Qwen3DecoderLayer",
+    family.name: family
+    for family in (
+        _Family("llama.modeling_llama.LlamaDecoderLayer", _LLAMA, "variance_epsilon"),
+        _Family("mistral.modeling_mistral.MistralDecoderLayer", _LLAMA, "variance_epsilon"),
+        _Family("qwen2.modeling_qwen2.Qwen2DecoderLayer", _LLAMA, "variance_epsilon"),
+        _Family("qwen3.modeling_qwen3.Qwen3DecoderLayer", _LLAMA, "variance_epsilon"),
+        _Family("gemma3.modeling_gemma3.Gemma3DecoderLayer", _GEMMA, "eps", unit=1.0),
+    )
 }
 _PLAN = "_plan"
+# Classes of activations in transformers that are GELU in the form with tanh, or SiLU.
+_GELU, _SILU = ("GELUTanh",), ("SiLUActivation", "SiLU")
 
 
 class LookupBlock(nn.Module):
@@ -36,42 +70,26 @@ class LookupBlock(nn.Module):
     self_attn: Any
     mlp: Any
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[rows, tokens, hidden]` → the same, as the class it was made from."""
         plan = None
-        if attention_mask is None and position_embeddings is not None and _is_new_token(hidden_states):
-            plan = self._find_plan(hidden_states, *position_embeddings)
-        if plan is None or position_embeddings is None:
-            output: Tensor = super().forward(
-                hidden_states,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
+        if not args and kwargs.get("attention_mask") is None and _is_new_token(hidden_states):
+            plan = self._find_plan(hidden_states, kwargs.get("position_embeddings"))
+        if plan is None:
+            output: Tensor = super().forward(hidden_states, *args, **kwargs)
             return output
         hidden_states = hidden_states.contiguous()
-        cosines, sines = (each.contiguous() for each in position_embeddings)
+        cosines, sines = (each.contiguous() for each in kwargs["position_embeddings"])
         queries, keys, values = plan.heads(hidden_states, cosines, sines)
-        if past_key_values is not None:
-            keys, values = append(past_key_values, keys, values, self.self_attn.layer_idx)
+        if (cache := kwargs.get("past_key_values")) is not None:
+            keys, values = append(cache, keys, values, self.self_attn.layer_idx)
             keys, values = (_as_read(each, hidden_states.dtype) for each in (keys, values))
         return plan.rest(hidden_states, queries, keys, values)
 
-    def _find_plan(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> BlockPlan | None:
+    def _find_plan(self, hidden: Tensor, positions: tuple[Tensor, Tensor] | None) -> BlockPlan | None:
         """How the kernels compute this token, or None if they do not."""
-        if self.training or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        watched = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
+        if positions is None or watched or self.training:
             return None
         plan: BlockPlan | None = self.__dict__.get(_PLAN)
         if plan is None or not plan.holds():
@@ -79,26 +97,40 @@ class LookupBlock(nn.Module):
         # The kernels compute what torch's own attention does, and call no module that somebody watches.
         if plan is None or plan.is_watched() or self.self_attn.config._attn_implementation != "sdpa":
             return None
+        cosines, sines = positions
         shape = cosines.shape
-        fits = shape == sines.shape and shape[1:] == (1, plan.sizes.head_size) and shape[0] in (1, hidden.shape[0])
+        fits = shape == sines.shape and shape[1:] == (1, plan.form.head_size) and shape[0] in (1, hidden.shape[0])
         return plan if fits and cosines.dtype == sines.dtype == hidden.dtype else None
 
     def _make_plan(self) -> BlockPlan | None:
+        family = _FAMILIES[_name_of(self.dense_class)]
         attention, mlp, outside = self.self_attn, self.mlp, self._modules
         inside, gated = attention._modules, mlp._modules
         places = [(inside, name) for name in LINEARS[:4]] + [(gated, name) for name in LINEARS[4:]]
         linears = {name: holder.get(name) for holder, name in places}
-        norm_places = [(outside, name) for name in NORMS[:2]] + [(inside, name) for name in NORMS[2:]]
-        norms = {name: holder.get(name) for holder, name in norm_places}
-        if not all(linears.values()) or not _is_silu(gated.get("act_fn")):
+        norm_places = {
+            role: (inside if role in ("query", "key") else outside, name) for role, name in family.norms.items()
+        }
+        norms = dict.fromkeys(NORMS) | {role: holder.get(name) for role, (holder, name) in norm_places.items()}
+        activation = type(gated.get("act_fn")).__name__
+        epsilons = {float(getattr(each, family.epsilon)) for each in norms.values() if each is not None}
+        softcap = getattr(attention, "attn_logit_softcapping", None)
+        if not all(linears.values()) or activation not in _GELU + _SILU or len(epsilons) != 1 or softcap is not None:
             return None
         size = int(attention.head_dim)
-        heads, key_heads = (getattr(linears[name], "out_features", 0) // size for name in ("q_proj", "k_proj"))
-        sizes = Sizes(heads, key_heads, size, float(attention.scaling))
-        if not suits(linears, norms, sizes):
+        form = Form(
+            heads=getattr(linears["q_proj"], "out_features", 0) // size,
+            key_heads=getattr(linears["k_proj"], "out_features", 0) // size,
+            head_size=size,
+            scale=float(attention.scaling),
+            gelu=activation in _GELU,
+            unit=family.unit,
+            epsilon=epsilons.pop(),
+        )
+        if not suits(linears, norms, form):
             return None
-        places += [*norm_places, (outside, "self_attn"), (outside, "mlp"), (gated, "act_fn")]
-        return BlockPlan(linears, norms, sizes, places)
+        places += [*norm_places.values(), (outside, "self_attn"), (outside, "mlp"), (gated, "act_fn")]
+        return BlockPlan(linears, norms, form, places)
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses are of this process.
@@ -112,9 +144,8 @@ class LookupBlock(nn.Module):
 def fuse_blocks(model: nn.Module) -> None:
     """Let the blocks of a model that are of a known family make new tokens by the kernels, in place."""
     for module in model.modules():
-        kind = type(module)
-        if _FAMILIES.get(kind.__module__) == kind.__name__:
-            module.__class__ = _block_class(kind)
+        if _name_of(type(module)) in _FAMILIES:
+            module.__class__ = _block_class(type(module))
 
 
 def part_blocks(model: nn.Module) -> None:
@@ -157,8 +188,8 @@ def _is_new_token(hidden: Tensor) -> bool:
     )
 
 
-def _is_silu(activation: nn.Module | None) -> bool:
-    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+def _name_of(kind: type[nn.Module]) -> str:
+    return f"{kind.__module__}.{kind.__name__}".removeprefix("transformers.models.")
 
 
 def _as_read(cached: Tensor, dtype: torch.dtype) -> Tensor:

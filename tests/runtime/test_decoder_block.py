@@ -21,8 +21,8 @@ from shiftadd_cli.runtime.decoder_block import LookupBlock, fuse_blocks, part_bl
 from shiftadd_cli.runtime.kernels.block_plan import BlockPlan
 
 pytestmark = needs_kernels
-FUSED = ("llama", "mistral", "qwen2", "qwen3")
-OTHERS = ("gemma3", "phi", "gpt2")
+FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+OTHERS = ("phi", "gpt2")
 ROTATED = replace(COMMON, rotation="hadamard", offset=True)
 
 

@@ -20,17 +20,25 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # A dictionary of modules, and a name in it.
 Place = tuple[Mapping[str, nn.Module | None], str]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
+# As `Norms` in native/block.h.
+NORMS = ("before_attention", "before_mlp", "after_attention", "after_mlp", "query", "key")
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """heads, key_heads: of queries, and of keys and values; head_size: numbers of a head; scale: of their products."""
+class Form:
+    """What a block is beside its layers.
+
+    heads, key_heads: of queries, and of keys and values; head_size: numbers of a head; scale: of their products.
+    gelu: the gate goes through GELU, in the form with tanh, instead of SiLU. unit: what is added to weights of norms.
+    """
 
     heads: int
     key_heads: int
     head_size: int
     scale: float
+    gelu: bool = False
+    unit: float = 0.0
+    epsilon: float = 1e-6
 
 
 class BlockPlan:
@@ -40,12 +48,12 @@ class BlockPlan:
         self,
         linears: Mapping[str, PackedLinear],
         norms: Mapping[str, Any],
-        sizes: Sizes,
+        form: Form,
         places: Iterable[Place],
     ) -> None:
         """linears, norms: by the names in `LINEARS` and `NORMS`; see `suits` for what they must be. places: where all
         modules stand that are computed without being called."""
-        self.sizes = sizes
+        self.form = form
         self._places = [(holder, name, holder.get(name)) for holder, name in places]
         modules = [module for _, _, module in self._places if module is not None]
         self._hooks = [each for module in modules for each in (module._forward_hooks, module._forward_pre_hooks)]
@@ -59,11 +67,10 @@ class BlockPlan:
         # Nothing that an address is taken of may go.
         self._kept: list[Any] = []
         self._signs: list[Tensor] = []
-        weights = [0 if norms[name] is None else self._number(norms[name].weight) for name in NORMS]
+        weights = [0 if norms[name] is None else self._number(norms[name].weight, form.unit) for name in NORMS]
         projections = [self._projection(linears[name]) for name in LINEARS]
-        epsilon = float(norms["input_layernorm"].variance_epsilon)
         extension = cpu_extension()
-        self._block = extension.DecoderBlock(*projections, *weights, epsilon, sizes.head_size, sizes.scale)
+        self._block = extension.DecoderBlock(*projections, weights, form.epsilon, form.gelu, form.head_size, form.scale)
 
     def holds(self) -> bool:
         """Whether the modules are still those it was made of, and hold the same tensors, unchanged."""
@@ -87,9 +94,9 @@ class BlockPlan:
         head_size]` of the same dtype. Returns queries float32 `[rows, heads, head_size]`, keys and values `[rows,
         key_heads, 1, head_size]` in the dtype of `hidden`.
         """
-        rows, sizes = hidden.shape[0], self.sizes
-        queries = torch.empty(rows, sizes.heads, sizes.head_size, dtype=torch.float32)
-        keys = torch.empty(rows, sizes.key_heads, 1, sizes.head_size, dtype=hidden.dtype)
+        rows, form = hidden.shape[0], self.form
+        queries = torch.empty(rows, form.heads, form.head_size, dtype=torch.float32)
+        keys = torch.empty(rows, form.key_heads, 1, form.head_size, dtype=hidden.dtype)
         values = torch.empty_like(keys)
         self._block.heads(
             hidden.data_ptr(),
@@ -97,7 +104,7 @@ class BlockPlan:
             rows,
             cosines.data_ptr(),
             sines.data_ptr(),
-            sizes.head_size if cosines.shape[0] > 1 else 0,
+            form.head_size if cosines.shape[0] > 1 else 0,
             queries.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
@@ -130,9 +137,9 @@ class BlockPlan:
         automatic = self.precision is Precision.AUTO and hidden.dtype != torch.float32
         return self.precision is Precision.FAST or automatic
 
-    def _number(self, tensor: Tensor) -> int:
-        """Address of the numbers in float32, kept."""
-        numbers = tensor.detach().float().contiguous()
+    def _number(self, tensor: Tensor, unit: float = 0.0) -> int:
+        """Address of the numbers in float32, with `unit` added, kept."""
+        numbers = tensor.detach().float().contiguous() + unit
         self._kept.append(numbers)
         return numbers.data_ptr()
 
@@ -161,7 +168,7 @@ class BlockPlan:
         return weight.signs.data_ptr()
 
 
-def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], sizes: Sizes) -> TypeGuard[Mapping[str, PackedLinear]]:
+def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], form: Form) -> TypeGuard[Mapping[str, PackedLinear]]:
     """Whether the kernels can compute the block: all linears on look-up tables alike, and sizes that fit together."""
     packed = [each for each in linears.values() if isinstance(each, PackedLinear)]
     if cpu_extension() is None or len(packed) < len(LINEARS):
@@ -173,9 +180,9 @@ def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], sizes: Sizes) ->
     made = [tensor for _, _, tensor in _numbers(packed, norms.values())]
     if any(each.is_inference() or each.device.type != "cpu" for each in made):
         return False
-    if len({each.variance_epsilon for each in norms.values() if each is not None}) != 1:
+    if norms["before_attention"] is None or norms["before_mlp"] is None:
         return False
-    width, key_width = sizes.heads * sizes.head_size, sizes.key_heads * sizes.head_size
+    width, key_width = form.heads * form.head_size, form.key_heads * form.head_size
     hidden, inner = linears["q_proj"].in_features, linears["gate_proj"].out_features
     wanted = {
         "q_proj": (width, hidden),
@@ -187,7 +194,7 @@ def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], sizes: Sizes) ->
         "down_proj": (hidden, inner),
     }
     fit = all((linears[name].out_features, linears[name].in_features) == sides for name, sides in wanted.items())
-    return fit and sizes.key_heads > 0 and sizes.heads % sizes.key_heads == 0 and sizes.head_size % 2 == 0
+    return fit and form.key_heads > 0 and form.heads % form.key_heads == 0 and form.head_size % 2 == 0
 
 
 def _numbers(linears: Iterable[PackedLinear], norms: Iterable[Any]) -> list[tuple[nn.Module, str, Tensor]]:

@@ -12,12 +12,12 @@ from compiled import needs_kernels
 from torch import nn
 
 from shiftadd_cli.bcq.weight import PackedLayout
-from shiftadd_cli.runtime.kernels.block_plan import LINEARS, BlockPlan, Sizes, suits
+from shiftadd_cli.runtime.kernels.block_plan import LINEARS, NORMS, BlockPlan, Form, suits
 from shiftadd_cli.runtime.kernels.choice import Precision
 from shiftadd_cli.runtime.linear import PackedLinear
 
 pytestmark = needs_kernels
-SIZES = Sizes(heads=4, key_heads=2, head_size=6, scale=0.4)
+FORM = Form(heads=4, key_heads=2, head_size=6, scale=0.4)
 SHAPES = {
     "q_proj": (24, 20),
     "k_proj": (12, 20),
@@ -30,10 +30,9 @@ SHAPES = {
 
 
 class Norm(nn.Module):
-    def __init__(self, columns: int, epsilon: float = 1e-6) -> None:
+    def __init__(self, columns: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(columns))
-        self.variance_epsilon = epsilon
 
 
 def packed(rows: int, columns: int, *, outliers: bool = False) -> PackedLinear:
@@ -61,14 +60,14 @@ def linears() -> dict[str, Any]:
 
 @pytest.fixture
 def norms() -> dict[str, Any]:
-    return {"input_layernorm": Norm(20), "post_attention_layernorm": Norm(20), "q_norm": None, "k_norm": None}
+    return dict.fromkeys(NORMS) | {"before_attention": Norm(20), "before_mlp": Norm(20)}
 
 
 def test_a_block_of_the_right_sizes_is_taken(linears: dict[str, Any], norms: dict[str, Any]) -> None:
-    assert suits(linears, norms, SIZES)
+    assert suits(linears, norms, FORM)
 
 
-@pytest.mark.parametrize("change", ["dense", "unprepared", "outliers", "precision", "shape", "epsilon", "meta"])
+@pytest.mark.parametrize("change", ["dense", "unprepared", "outliers", "precision", "shape", "norm", "meta"])
 def test_others_are_not(linears: dict[str, Any], norms: dict[str, Any], change: str) -> None:
     if change == "dense":
         linears["up_proj"] = nn.Linear(20, 50)
@@ -80,21 +79,21 @@ def test_others_are_not(linears: dict[str, Any], norms: dict[str, Any], change: 
         linears["v_proj"].precision = Precision.EXACT
     elif change == "shape":
         linears["up_proj"] = packed(48, 20)
-    elif change == "epsilon":
-        norms["q_norm"] = Norm(6, 1e-5)
+    elif change == "norm":
+        norms["before_mlp"] = None
     else:
-        norms["input_layernorm"].to("meta")
-    assert not suits(linears, norms, SIZES)
+        norms["before_attention"].to("meta")
+    assert not suits(linears, norms, FORM)
 
 
 @pytest.mark.parametrize("sizes", [{"key_heads": 0}, {"key_heads": 3, "head_size": 4}, {"heads": 8, "head_size": 3}])
 def test_heads_must_fit(linears: dict[str, Any], norms: dict[str, Any], sizes: dict[str, int]) -> None:
-    assert not suits(linears, norms, replace(SIZES, **sizes))
+    assert not suits(linears, norms, replace(FORM, **sizes))
 
 
 def test_a_plan_holds_until_something_changes(linears: dict[str, Any], norms: dict[str, Any]) -> None:
     holder: dict[str, nn.Module] = {**linears, **{name: each for name, each in norms.items() if each is not None}}
-    plan = BlockPlan(linears, norms, SIZES, [(holder, name) for name in holder])
+    plan = BlockPlan(linears, norms, FORM, [(holder, name) for name in holder])
     assert plan.holds()
     assert not plan.is_watched()
     hook = linears["k_proj"].register_forward_hook(lambda *_: None)

@@ -20,6 +20,12 @@ void normalise(const float* row, const float* weight, int64_t count, float epsil
     for (int64_t i = 0; i < count; ++i) out[i] = row[i] * factor * weight[i];
 }
 
+void normalise_rows(float* values, const float* weight, int64_t rows, int64_t columns, float epsilon) {
+    if (!weight) return;
+    for (float* row = values; row < values + rows * columns; row += columns)
+        normalise(row, weight, columns, epsilon, row);
+}
+
 // Turns each pair (i, i + size / 2) of a head by the angle of its position, as transformers' `rotate_half` does.
 void turn(float* head, const float* cosines, const float* sines, int64_t size) {
     const int64_t half = size / 2;
@@ -84,7 +90,7 @@ void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidde
     float* value = value_scratch.room<float>(hidden.rows * heads * size);
     const FillRow fill = [&](int64_t row, float* out) {
         read_numbers(hidden.values, hidden.type, row * columns, columns, out);
-        normalise(out, block.attention_norm, columns, block.epsilon, out);
+        normalise(out, block.norms.before_attention, columns, block.epsilon, out);
     };
     project<3>(run, {{{&block.query, queries}, {&block.key, key}, {&block.value, value}}}, fill, hidden.rows);
     float* cosines = angle_scratch.room<float>(2 * size);
@@ -97,8 +103,8 @@ void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidde
             turn(head, cosines, sines, size);
         };
         for (int64_t i = 0; i < block.query_heads(); ++i)
-            place(queries + (row * block.query_heads() + i) * size, block.query_norm);
-        for (int64_t i = 0; i < heads; ++i) place(key + (row * heads + i) * size, block.key_norm);
+            place(queries + (row * block.query_heads() + i) * size, block.norms.query);
+        for (int64_t i = 0; i < heads; ++i) place(key + (row * heads + i) * size, block.norms.key);
     }
     write_numbers(key, hidden.rows * heads * size, hidden.type, keys, 0);
     write_numbers(value, hidden.rows * heads * size, hidden.type, values, 0);
@@ -128,6 +134,7 @@ void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden
     float* state = state_scratch.room<float>(rows * columns);
     project<1>(run, {{{&block.output, state}}},
                [&](int64_t row, float* out) { std::memcpy(out, attended + row * width, width * sizeof(float)); }, rows);
+    normalise_rows(state, block.norms.after_attention, rows, columns, block.epsilon);
     float* added = down_scratch.room<float>(rows * columns);
     read_numbers(hidden.values, hidden.type, 0, rows * columns, added);
     for (int64_t i = 0; i < rows * columns; ++i) state[i] += added[i];
@@ -136,13 +143,14 @@ void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden
     float* up = up_scratch.room<float>(rows * inner);
     project<2>(run, {{{&block.gate, gate}, {&block.up, up}}},
                [&](int64_t row, float* out) {
-                   normalise(state + row * columns, block.mlp_norm, columns, block.epsilon, out);
+                   normalise(state + row * columns, block.norms.before_mlp, columns, block.epsilon, out);
                },
                rows);
     float* down = down_scratch.room<float>(rows * columns);
     project<1>(run, {{{&block.down, down}}},
-               [&](int64_t row, float* out) { run.kernels.gate(gate + row * inner, up + row * inner, inner, out); },
+               [&](int64_t row, float* out) { run.kernels.gate(block.activation, gate + row * inner, up + row * inner, inner, out); },
                rows);
+    normalise_rows(down, block.norms.after_mlp, rows, columns, block.epsilon);
     for (int64_t i = 0; i < rows * columns; ++i) state[i] += down[i];
     write_numbers(state, rows * columns, hidden.type, output, 0);
 }

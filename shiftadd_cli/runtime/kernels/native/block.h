@@ -11,12 +11,17 @@ struct Projection {
     Rotation rotation;  // of its input
 };
 
+// Weights of root-mean-square norms: before attention and before the MLP, and of what either gives, [columns], and of
+// each head of queries and of keys [head_size]. All but the first two may be null.
+struct Norms {
+    const float *before_attention, *before_mlp, *after_attention, *after_mlp, *query, *key;
+};
+
 struct DecoderBlock {
     Projection query, key, value, output, gate, up, down;
-    // Weights of root-mean-square norms: before attention and before the MLP [columns], and of each head of queries and
-    // of keys [head_size], or null.
-    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
+    Norms norms;
     float epsilon;        // of all norms
+    Activation activation;
     int64_t head_size;
     float scale;          // of the products of queries and keys
 

@@ -32,8 +32,16 @@ struct DecoderKernel {
         return (p * r * r + r + 1.0f) * std::bit_cast<float>(power);
     }
 
-    static void gate(const float* gate, const float* up, int64_t count, float* out) {
-        for (int64_t i = 0; i < count; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+    static void gate(Activation activation, const float* gate, const float* up, int64_t count, float* out) {
+        if (activation == Activation::kSilu) {
+            for (int64_t i = 0; i < count; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+            return;
+        }
+        // x / 2 (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+        for (int64_t i = 0; i < count; ++i) {
+            const float x = gate[i], twice = 1.5957691216f * (x + 0.044715f * x * x * x);
+            out[i] = x / (1.0f + exponential(-twice)) * up[i];
+        }
     }
 
     static inline float number(const float* from) { return *from; }

@@ -11,6 +11,9 @@ namespace shiftadd {
 // Types of activations.
 enum class Number { kFloat32, kBFloat16 };
 
+// What the gate of an MLP goes through: x / (1 + e^-x), or the form of the Gaussian error unit with tanh.
+enum class Activation { kSilu, kGeluTanh };
+
 // One compressed matrix; pointers into tensors that the caller keeps alive. See `layout.h`.
 struct Matrix {
     Layout layout;
@@ -85,8 +88,8 @@ struct Kernels {
     void (*dot_codes)(const Codes&);
     // The mean of the values, each weighted by the softmax of its key's scaled product with the query.
     void (*attend)(const Attention&);
-    // gate / (1 + e^-gate) * up, number by number; `out` may be either.
-    void (*gate)(const float* gate, const float* up, int64_t count, float* out);
+    // activation(gate) * up, number by number; `out` may be either.
+    void (*gate)(Activation, const float* gate, const float* up, int64_t count, float* out);
 };
 
 const Kernels* portable_kernels();

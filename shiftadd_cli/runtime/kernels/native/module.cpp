@@ -129,8 +129,8 @@ NB_MODULE(_native, m) {
         .def("__init__",
              [](DecoderBlock* self, const Projection& query, const Projection& key, const Projection& value,
                 const Projection& output, const Projection& gate, const Projection& up, const Projection& down,
-                uintptr_t attention_norm, uintptr_t mlp_norm, uintptr_t query_norm, uintptr_t key_norm, float epsilon,
-                int64_t head_size, float scale) {
+                const std::vector<uintptr_t>& norms, float epsilon, bool gelu, int64_t head_size, float scale) {
+                 if (norms.size() != 6) throw nb::value_error("a block has six norms, or zeros for them");
                  new (self) DecoderBlock{query,
                                          key,
                                          value,
@@ -138,11 +138,11 @@ NB_MODULE(_native, m) {
                                          gate,
                                          up,
                                          down,
-                                         at<const float>(attention_norm),
-                                         at<const float>(mlp_norm),
-                                         at<const float>(query_norm),
-                                         at<const float>(key_norm),
+                                         {at<const float>(norms[0]), at<const float>(norms[1]),
+                                          at<const float>(norms[2]), at<const float>(norms[3]),
+                                          at<const float>(norms[4]), at<const float>(norms[5])},
                                          epsilon,
+                                         gelu ? Activation::kGeluTanh : Activation::kSilu,
                                          head_size,
                                          scale};
              })

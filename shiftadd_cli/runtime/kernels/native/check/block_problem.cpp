@@ -36,6 +36,11 @@ Projection projection(const Problem& problem) {
 
 }  // namespace
 
+double activated(Activation activation, double x) {
+    if (activation == Activation::kSilu) return x / (1 + std::exp(-x));
+    return x / 2 * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+}
+
 BlockProblem::BlockProblem(Random& random)
     : columns(random.between(8, 90)),
       heads(0),
@@ -46,7 +51,9 @@ BlockProblem::BlockProblem(Random& random)
       rows(static_cast<int>(random.between(1, kTileRows))),
       type(random.coin() ? Number::kFloat32 : Number::kBFloat16),
       head_norms(random.coin()),
-      one_position(random.coin()) {
+      outer_norms(random.coin()),
+      one_position(random.coin()),
+      activation(random.coin() ? Activation::kSilu : Activation::kGeluTanh) {
     heads = key_heads * random.between(1, 3);
     const bool bias = random.coin(), signs = random.coin();
     for (int64_t width : {heads * size, key_heads * size, key_heads * size})
@@ -58,7 +65,7 @@ BlockProblem::BlockProblem(Random& random)
     for (Problem& part : parts)
         for (int64_t i = 0; i < part.row_scale.size(); ++i)
             part.row_scale[i] /= std::sqrt(static_cast<float>(part.shape.columns));
-    for (int64_t count : {columns, columns, size, size}) {
+    for (int64_t count : {columns, columns, size, size, columns, columns}) {
         Buffer<float> norm(count);
         for (int64_t i = 0; i < count; ++i) norm[i] = 1 + 0.1f * static_cast<float>(random.normal());
         norms.push_back(std::move(norm));
@@ -79,12 +86,16 @@ std::string BlockProblem::name() const {
 
 DecoderBlock BlockProblem::block() const {
     DecoderBlock found{projection(parts[0]), projection(parts[1]), projection(parts[2]), projection(parts[3]),
-                       projection(parts[4]), projection(parts[5]), projection(parts[6]), norms[0].data(),
-                       norms[1].data(),      nullptr,              nullptr,              kEpsilon,
-                       size,                 1 / std::sqrt(static_cast<float>(size))};
+                       projection(parts[4]), projection(parts[5]), projection(parts[6]),
+                       {norms[0].data(), norms[1].data()}, kEpsilon, activation, size,
+                       1 / std::sqrt(static_cast<float>(size))};
     if (head_norms) {
-        found.query_norm = norms[2].data();
-        found.key_norm = norms[3].data();
+        found.norms.query = norms[2].data();
+        found.norms.key = norms[3].data();
+    }
+    if (outer_norms) {
+        found.norms.after_attention = norms[4].data();
+        found.norms.after_mlp = norms[5].data();
     }
     return found;
 }
@@ -157,14 +168,16 @@ std::vector<double> BlockProblem::expected() {
             for (int64_t i = 0; i < size; ++i)
                 attended[task * size + i] += shares[token] / total * number(values, value, token, i);
     }
-    const std::vector<double> mixed = product(3, attended);
+    std::vector<double> mixed = product(3, attended);
+    for (int row = 0; outer_norms && row < rows; ++row) normalise(mixed.data() + row * columns, norms[4].data(), columns);
     for (size_t i = 0; i < state.size(); ++i) state[i] += mixed[i];
     normed = state;
     for (int row = 0; row < rows; ++row) normalise(normed.data() + row * columns, norms[1].data(), columns);
     std::vector<double> gate = product(4, normed);
     const std::vector<double> up = product(5, normed);
-    for (size_t i = 0; i < gate.size(); ++i) gate[i] *= up[i] / (1 + std::exp(-gate[i]));
-    const std::vector<double> down = product(6, gate);
+    for (size_t i = 0; i < gate.size(); ++i) gate[i] = activated(activation, gate[i]) * up[i];
+    std::vector<double> down = product(6, gate);
+    for (int row = 0; outer_norms && row < rows; ++row) normalise(down.data() + row * columns, norms[5].data(), columns);
     for (size_t i = 0; i < state.size(); ++i) state[i] += down[i];
     return state;
 }

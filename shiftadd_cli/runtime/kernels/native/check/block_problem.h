@@ -9,11 +9,15 @@
 
 namespace shiftadd::check {
 
+// The activation of a gate, in double precision.
+double activated(Activation activation, double x);
+
 struct BlockProblem {
     int64_t columns, heads, key_heads, size, inner, tokens;
     int rows;
     Number type;
-    bool head_norms, one_position;
+    bool head_norms, outer_norms, one_position;
+    Activation activation;
     std::vector<Problem> parts;  // query, key, value, output, gate, up, down
     std::vector<Buffer<float>> norms;
     Numbers hidden, cosines, sines, keys, values;  // of the tokens before
