@@ -48,7 +48,7 @@ void multiply_rows(const Kernels& kernels, const Matrix& m, const Activations& i
     Pool::shared().run(input.rows, threads, [&](int64_t b) {
         thread_local Scratch row_scratch, half_scratch;
         float* row = row_scratch.room<float>(columns);
-        fill_padded(layout, input.rotation, fill, b, row);
+        fill_padded(kernels, layout, input.rotation, fill, b, row);
         if (half) {
             uint16_t* rounded = half_scratch.room<uint16_t>(columns);
             write_numbers(row, columns, Number::kBFloat16, rounded, 0);
@@ -120,13 +120,13 @@ void linear(const Kernels& kernels, const Matrix& matrix, const Activations& inp
     }
 }
 
-void rotate_rows(const Activations& input, int64_t columns, void* output, int threads) {
+void rotate_rows(const Kernels& kernels, const Activations& input, int64_t columns, void* output, int threads) {
     threads = useful_threads(threads, input.rows * columns * static_cast<int64_t>(sizeof(float)));
     Pool::shared().run(input.rows, threads, [&](int64_t row) {
         thread_local Scratch row_scratch;
         float* values = row_scratch.room<float>(columns);
         read_numbers(input.values, input.type, row * columns, columns, values);
-        rotate(values, input.rotation.signs, columns, input.rotation.order);
+        kernels.rotate(values, input.rotation.signs, columns, input.rotation.order);
         write_numbers(values, columns, input.type, output, row * columns);
     });
 }

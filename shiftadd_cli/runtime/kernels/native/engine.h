@@ -25,6 +25,6 @@ void linear(const Kernels& kernels, const Matrix& matrix, const Activations& inp
             Method method, int threads);
 
 // R x for each row, `output` [rows][columns] in the type of the activations, whose rotation has signs.
-void rotate_rows(const Activations& input, int64_t columns, void* output, int threads);
+void rotate_rows(const Kernels& kernels, const Activations& input, int64_t columns, void* output, int threads);
 
 }  // namespace shiftadd

@@ -45,6 +45,13 @@ struct Avx2 {
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
     }
+    // Each lane gets what lane i ^ H has.
+    template <int H>
+    static Float swap(Float x) {
+        if constexpr (H == 1) return _mm256_permute_ps(x, 0xb1);
+        else if constexpr (H == 2) return _mm256_permute_ps(x, 0x4e);
+        else return _mm256_permute2f128_ps(x, x, 1);
+    }
     static Word load_words(const uint32_t* from) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     }

@@ -36,6 +36,14 @@ struct Avx512 {
     static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     static float sum(Float x) { return _mm512_reduce_add_ps(x); }
+    // Each lane gets what lane i ^ H has.
+    template <int H>
+    static Float swap(Float x) {
+        if constexpr (H == 1) return _mm512_permute_ps(x, 0xb1);
+        else if constexpr (H == 2) return _mm512_permute_ps(x, 0x4e);
+        else if constexpr (H == 4) return _mm512_shuffle_f32x4(x, x, 0xb1);
+        else return _mm512_shuffle_f32x4(x, x, 0x4e);
+    }
     static Word load_words(const uint32_t* from) { return _mm512_loadu_si512(from); }
     static Word shift_right(Word x, int n) { return Word(Words32(x) >> n); }
     static Word shift_left(Word x, int n) { return Word(Words32(x) << n); }

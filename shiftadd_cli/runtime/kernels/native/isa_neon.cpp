@@ -31,6 +31,11 @@ struct Neon {
     static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
     static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
     static float sum(Float x) { return vaddvq_f32(x); }
+    // Each lane gets what lane i ^ H has.
+    template <int H>
+    static Float swap(Float x) {
+        return H == 1 ? vrev64q_f32(x) : vextq_f32(x, x, 2);
+    }
     static Word load_words(const uint32_t* from) { return vld1q_u32(from); }
     static Word shift_right(Word x, int n) { return vshlq_u32(x, vdupq_n_s32(-n)); }
     static Word shift_left(Word x, int n) { return vshlq_u32(x, vdupq_n_s32(n)); }

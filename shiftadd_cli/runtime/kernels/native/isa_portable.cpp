@@ -59,6 +59,11 @@ struct Portable {
             for (int i = 0; i < half; ++i) x.lane[i] += x.lane[i + half];
         return x.lane[0];
     }
+    // Each lane gets what lane i ^ H has.
+    template <int H>
+    static Float swap(const Float& x) {
+        return each<Float>([&](int i) { return x.lane[i ^ H]; });
+    }
     static Word load_words(const uint32_t* from) {
         return each<Word>([&](int i) { return from[i]; });
     }

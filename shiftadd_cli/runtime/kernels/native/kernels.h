@@ -70,6 +70,8 @@ struct Kernels {
     // Rows of activations up to which looking up beats decoding and multiplying, for so many planes; measured.
     int64_t (*most_lookups)(int bits, bool fast);
 
+    // Each column times its sign, then 2^-k H on every `order` columns: the rotation of shiftadd_cli/bcq/rotation.py.
+    void (*rotate)(float* row, const float* signs, int64_t columns, int64_t order);
     // Writes the tables of one padded row [padded_columns].
     void (*build_exact)(const float* row, int64_t columns, float* tables);
     // The same in 16 bits: a unit per chunk, so small that no sum over the chunk leaves the range.
@@ -98,8 +100,5 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* neon_kernels();
-
-// Each column times its sign, then 2^-k H on every `order` columns: the rotation of shiftadd_cli/bcq/rotation.py.
-void rotate(float* row, const float* signs, int64_t columns, int64_t order);
 
 }  // namespace shiftadd

@@ -10,6 +10,7 @@
 #include "codes_impl.h"
 #include "decoder_impl.h"
 #include "kernels.h"
+#include "rotate_impl.h"
 
 #include <algorithm>
 #include <cmath>
@@ -403,6 +404,7 @@ struct Kernel {
             Kernels all{};
             all.name = I::kName;
             all.most_lookups = I::most_lookups;
+            all.rotate = RotateKernel<I>::rotate;
             all.build_exact = build_exact;
             all.build_fast = build_fast;
             all.sum_chunks = sum_chunks;

@@ -14,17 +14,18 @@ int useful_threads(int threads, int64_t bytes) {
     return static_cast<int>(std::min<int64_t>(threads, 1 + bytes / kBytesPerThread));
 }
 
-void fill_padded(const Layout& layout, const Rotation& rotation, const FillRow& fill, int64_t row, float* out) {
+void fill_padded(const Kernels& kernels, const Layout& layout, const Rotation& rotation, const FillRow& fill,
+                 int64_t row, float* out) {
     const int64_t padded = layout.group_words() * kWordColumns;
     if (padded == layout.group_columns && layout.padded_columns() == layout.columns) {
         fill(row, out);
-        if (rotation.signs) rotate(out, rotation.signs, layout.columns, rotation.order);
+        if (rotation.signs) kernels.rotate(out, rotation.signs, layout.columns, rotation.order);
         return;
     }
     thread_local Scratch plain_scratch;
     float* plain = plain_scratch.room<float>(layout.columns);
     fill(row, plain);
-    if (rotation.signs) rotate(plain, rotation.signs, layout.columns, rotation.order);
+    if (rotation.signs) kernels.rotate(plain, rotation.signs, layout.columns, rotation.order);
     for (int64_t group = 0; group < layout.groups(); ++group, out += padded) {
         const int64_t first = group * layout.group_columns;
         const int64_t count = std::min(layout.group_columns, layout.columns - first);
@@ -44,7 +45,7 @@ Lookups build_lookups(const Kernels& kernels, const Layout& layout, const Rotati
     int16_t* halves = fast ? scratch.tables.room<int16_t>(count * tables) : nullptr;
     Pool::shared().run(count, threads, [&](int64_t b) {
         float* row = rows + b * columns;
-        fill_padded(layout, rotation, fill, b, row);
+        fill_padded(kernels, layout, rotation, fill, b, row);
         if (sums) kernels.sum_chunks(layout, row, sums + b * chunks);
         if (fast) kernels.build_fast(layout, row, halves + b * tables, units + b * chunks);
         else kernels.build_exact(row, columns, exact + b * tables);

@@ -26,7 +26,8 @@ struct LookupScratch {
 using FillRow = std::function<void(int64_t row, float* out)>;
 
 // One row, rotated, with every group padded to whole words by zeros: `out` [padded_columns].
-void fill_padded(const Layout& layout, const Rotation& rotation, const FillRow& fill, int64_t row, float* out);
+void fill_padded(const Kernels& kernels, const Layout& layout, const Rotation& rotation, const FillRow& fill,
+                 int64_t row, float* out);
 
 // Tables of rows 0 to count - 1 for matrices of the width and groups of `layout`; `output` is the caller's to set.
 // They live in `scratch` until it is used again. with_sums: for a matrix with offsets.

@@ -93,7 +93,7 @@ NB_MODULE(_native, m) {
         [](uintptr_t x, int type, int64_t rows, int64_t columns, uintptr_t signs, int64_t order, uintptr_t output,
            int threads) {
             const Activations input{at<const void>(x), number(type), rows, {at<const float>(signs), order}};
-            rotate_rows(input, columns, at<void>(output), threads);
+            rotate_rows(**available_kernels(), input, columns, at<void>(output), threads);
         },
         nb::call_guard<nb::gil_scoped_release>());
 

@@ -379,17 +379,19 @@ void check_packing(const Problem& problem, Tally& tally) {
     tally.expect(ones == stored, std::string(current) + ": padding is not zero");
 }
 
-void check_rotation(Random& random, bool quick, Tally& tally) {
-    for (int64_t columns = 1; columns <= 600; columns += columns < 40 ? 1 : quick ? 89 : 17)
+void check_rotation(const Kernels& kernels, Random& random, bool quick, Tally& tally) {
+    std::vector<int64_t> widths = {64, 96, 128, 256, 512, 768, 1024, 2048, 3072, 4096};
+    for (int64_t columns = 1; columns <= 600; columns += columns < 40 ? 1 : quick ? 89 : 17) widths.push_back(columns);
+    for (int64_t columns : widths)
         for (Number type : {Number::kFloat32, Number::kBFloat16}) {
-            describe("rotation of " + std::to_string(columns));
+            describe(std::string(kernels.name) + " rotation of " + std::to_string(columns));
             const int64_t rows = random.between(1, 40), order = rotation_order(columns);
             Numbers x(type, rows * columns), output(type, rows * columns);
             Buffer<float> signs(columns);
             for (int64_t i = 0; i < columns; ++i) signs[i] = random.coin() ? 1.0f : -1.0f;
             for (int64_t i = 0; i < x.size(); ++i) x.set(i, static_cast<float>(random.normal()));
             const Activations input{x.data(), type, rows, {signs.data(), order}};
-            rotate_rows(input, columns, output.data(), static_cast<int>(random.between(1, kThreads)));
+            rotate_rows(kernels, input, columns, output.data(), static_cast<int>(random.between(1, kThreads)));
             bool right = true;
             for (int64_t b = 0; b < rows; ++b) {
                 std::vector<double> row(columns);
@@ -577,13 +579,13 @@ void check_all(uint64_t seed, bool quick) {
         check_tables(kernels, random, tallies[i]);
         check_attention(kernels, random, tallies[i]);
         check_codes(kernels, random, tallies[i]);
+        check_rotation(kernels, random, quick, tallies[i]);
         check_not_finite(kernels, random, tallies[i]);
         check_concurrent_calls(kernels, random, quick ? 3 : 20, tallies[i]);
         std::printf("%-12s %ld passed, %ld failed; exact within %.2f roundings, fast within %.1e\n", kernels.name,
                     tallies[i].passed, tallies[i].failed, tallies[i].roundings, tallies[i].fast_error);
     }
     Random random(seed);
-    check_rotation(random, quick, rest);
     check_pool(quick ? 1000 : 20000, rest);
 #if !defined(__SANITIZE_THREAD__)
     // The thread sanitizer watches neither children nor the library that carries exceptions from thread to thread.
