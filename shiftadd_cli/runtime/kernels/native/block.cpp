@@ -80,37 +80,7 @@ void project(const Run& run, const std::array<Target, N>& targets, const FillRow
     });
 }
 
-}  // namespace
-
-void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidden, const Positions& positions,
-                  float* queries, void* keys, void* values) {
-    thread_local Scratch key_scratch, value_scratch, angle_scratch;
-    const int64_t columns = block.columns(), size = block.head_size, heads = block.key_heads();
-    float* key = key_scratch.room<float>(hidden.rows * heads * size);
-    float* value = value_scratch.room<float>(hidden.rows * heads * size);
-    const FillRow fill = [&](int64_t row, float* out) {
-        read_numbers(hidden.values, hidden.type, row * columns, columns, out);
-        normalise(out, block.norms.before_attention, columns, block.epsilon, out);
-    };
-    project<3>(run, {{{&block.query, queries}, {&block.key, key}, {&block.value, value}}}, fill, hidden.rows);
-    float* cosines = angle_scratch.room<float>(2 * size);
-    float* sines = cosines + size;
-    for (int64_t row = 0; row < hidden.rows; ++row) {
-        read_numbers(positions.cosines, hidden.type, row * positions.stride, size, cosines);
-        read_numbers(positions.sines, hidden.type, row * positions.stride, size, sines);
-        const auto place = [&](float* head, const float* norm) {
-            if (norm) normalise(head, norm, size, block.epsilon, head);
-            turn(head, cosines, sines, size);
-        };
-        for (int64_t i = 0; i < block.query_heads(); ++i)
-            place(queries + (row * block.query_heads() + i) * size, block.norms.query);
-        for (int64_t i = 0; i < heads; ++i) place(key + (row * heads + i) * size, block.norms.key);
-    }
-    write_numbers(key, hidden.rows * heads * size, hidden.type, keys, 0);
-    write_numbers(value, hidden.rows * heads * size, hidden.type, values, 0);
-}
-
-void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden, const float* queries,
+void attend_and_mix(const Run& run, const DecoderBlock& block, const Hidden& hidden, const float* queries,
                  const Cached& keys, const Cached& values, int64_t tokens, void* output) {
     thread_local Scratch attended_scratch, state_scratch, gate_scratch, up_scratch, down_scratch;
     const int64_t columns = block.columns(), size = block.head_size, heads = block.query_heads();
@@ -153,6 +123,43 @@ void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden
     normalise_rows(down, block.norms.after_mlp, rows, columns, block.epsilon);
     for (int64_t i = 0; i < rows * columns; ++i) state[i] += down[i];
     write_numbers(state, rows * columns, hidden.type, output, 0);
+}
+
+}  // namespace
+
+void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidden, const Positions& positions,
+                  float* queries, void* keys, void* values) {
+    thread_local Scratch key_scratch, value_scratch, angle_scratch;
+    const int64_t columns = block.columns(), size = block.head_size, heads = block.key_heads();
+    float* key = key_scratch.room<float>(hidden.rows * heads * size);
+    float* value = value_scratch.room<float>(hidden.rows * heads * size);
+    const FillRow fill = [&](int64_t row, float* out) {
+        read_numbers(hidden.values, hidden.type, row * columns, columns, out);
+        normalise(out, block.norms.before_attention, columns, block.epsilon, out);
+    };
+    project<3>(run, {{{&block.query, queries}, {&block.key, key}, {&block.value, value}}}, fill, hidden.rows);
+    float* cosines = angle_scratch.room<float>(2 * size);
+    float* sines = cosines + size;
+    for (int64_t row = 0; row < hidden.rows; ++row) {
+        read_numbers(positions.cosines, hidden.type, row * positions.stride, size, cosines);
+        read_numbers(positions.sines, hidden.type, row * positions.stride, size, sines);
+        const auto place = [&](float* head, const float* norm) {
+            if (norm) normalise(head, norm, size, block.epsilon, head);
+            turn(head, cosines, sines, size);
+        };
+        for (int64_t i = 0; i < block.query_heads(); ++i)
+            place(queries + (row * block.query_heads() + i) * size, block.norms.query);
+        for (int64_t i = 0; i < heads; ++i) place(key + (row * heads + i) * size, block.norms.key);
+    }
+    write_numbers(key, hidden.rows * heads * size, hidden.type, keys, 0);
+    write_numbers(value, hidden.rows * heads * size, hidden.type, values, 0);
+}
+
+void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden, const float* queries,
+                 const Cached& keys, const Cached& values, int64_t tokens, void* output) {
+    Pool::shared().together(run.threads, [&] {
+        attend_and_mix(run, block, hidden, queries, keys, values, tokens, output);
+    });
 }
 
 }  // namespace shiftadd

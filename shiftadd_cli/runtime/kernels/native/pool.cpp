@@ -26,7 +26,54 @@ inline void relax() {
 
 std::atomic<Team> team{nullptr};
 
+// What this thread leads.
+thread_local Session* leading = nullptr;
+
+// Waits between two looks: a moment, and after many of them until others have had the processor.
+inline void wait(int& spins) {
+    if (++spins < kSpins) relax();
+    else std::this_thread::yield();
+}
+
 }  // namespace
+
+bool Session::work() {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    do {
+        if ((state & kMask) >= (state >> kBits & kMask)) return false;
+    } while (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_acquire));
+    // The round cannot end before this task is done.
+    try {
+        (*task_)(static_cast<int64_t>(state & kMask));
+    } catch (...) {
+        std::lock_guard lock(failing_);
+        if (!failure_) failure_ = std::current_exception();
+    }
+    done_.fetch_add(1, std::memory_order_release);
+    return true;
+}
+
+void Session::run(int64_t count, const std::function<void(int64_t)>& task) {
+    if (count > static_cast<int64_t>(kMask)) {
+        for (int64_t i = 0; i < count; ++i) task(i);
+        return;
+    }
+    task_ = &task;
+    done_.store(0, std::memory_order_relaxed);
+    const uint64_t number = (state_.load(std::memory_order_relaxed) >> 2 * kBits) + 1;
+    state_.store(number << 2 * kBits | static_cast<uint64_t>(count) << kBits, std::memory_order_release);
+    while (work()) {
+    }
+    for (int spins = 0; done_.load(std::memory_order_acquire) < count;) wait(spins);
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+}
+
+void Session::serve() {
+    for (int spins = 0; !ended_.load(std::memory_order_acquire);) {
+        if (work()) spins = 0;
+        else wait(spins);
+    }
+}
 
 void Round::take() {
     try {
@@ -79,8 +126,35 @@ size_t Pool::grow(size_t wanted) {
     return std::min(workers_.size(), wanted);
 }
 
+void Pool::together(int threads, const std::function<void()>& body) {
+    const Team found = team;
+    if (!found || threads <= 1 || leading) return body();
+    struct Call {
+        const std::function<void()>& body;
+        std::thread::id leader;
+        Session session;
+        std::exception_ptr failure;
+    } call{body, std::this_thread::get_id(), {}, nullptr};
+    found(
+        [](void* data) {
+            Call& call = *static_cast<Call*>(data);
+            if (std::this_thread::get_id() != call.leader) return call.session.serve();
+            leading = &call.session;
+            try {
+                call.body();
+            } catch (...) {
+                call.failure = std::current_exception();
+            }
+            leading = nullptr;
+            call.session.end();
+        },
+        &call, static_cast<unsigned>(threads), 0);
+    if (call.failure) std::rethrow_exception(call.failure);
+}
+
 void Pool::run(int64_t count, int threads, const std::function<void(int64_t)>& task) {
     const int64_t most = std::min<int64_t>(threads, count);
+    if (leading && most > 1) return leading->run(count, task);
     if (const Team found = team; found && most > 1) {
         Round round;
         round.count = count;
@@ -108,11 +182,7 @@ void Pool::run(int64_t count, int threads, const std::function<void(int64_t)>& t
     }
     wake_.notify_all();
     tasks_.take();
-    int spins = 0;
-    while (running_.load(std::memory_order_acquire) != 0) {
-        if (++spins < kSpins) relax();
-        else std::this_thread::yield();
-    }
+    for (int spins = 0; running_.load(std::memory_order_acquire) != 0;) wait(spins);
     tasks_.rethrow();
 }
 

@@ -32,6 +32,32 @@ struct Round {
     void rethrow();
 };
 
+// Rounds of tasks one after the other, for threads that stay between them: to wake a team takes longer than a small
+// layer. One thread leads, the others serve.
+class Session {
+public:
+    // The leader's: calls `task(i)` for i in [0, count); returns when all are done, and throws as `Pool::run`.
+    void run(int64_t count, const std::function<void(int64_t)>& task);
+    // The others': helps with rounds until the leader ends the session.
+    void serve();
+    void end() { ended_.store(true, std::memory_order_release); }
+
+private:
+    static constexpr int kBits = 24;
+    static constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
+
+    // Does a task, if one is left.
+    bool work();
+
+    // Number of the round, its tasks, and the next of them: one value, so that no thread mixes two rounds.
+    std::atomic<uint64_t> state_{0};
+    std::atomic<int64_t> done_{0};
+    std::atomic<bool> ended_{false};
+    const std::function<void(int64_t)>* task_ = nullptr;
+    std::mutex failing_;
+    std::exception_ptr failure_;
+};
+
 class Pool {
 public:
     static Pool& shared();
@@ -43,6 +69,10 @@ public:
     // done. A second caller at the same time computes alone. Threads that the system refuses are done without. If tasks
     // throw, tasks that nobody has begun may be left out, and the first exception is thrown again at the end.
     void run(int64_t count, int threads, const std::function<void(int64_t)>& task);
+
+    // Calls `body`, whose calls of `run` find at most so many threads waiting for them; throws what it throws. Without a
+    // team, or within another such call, `body` is called and that is all.
+    void together(int threads, const std::function<void()>& body);
 
     ~Pool();
 

@@ -466,6 +466,73 @@ void check_exceptions(Tally& tally) {
     }
 }
 
+// A team as torch's: the caller and threads beside it, of which some come late and one not at all.
+void threads_of_our_own(void (*work)(void*), void* data, unsigned threads, unsigned) {
+    std::vector<std::thread> others;
+    for (unsigned i = 2; i < threads; ++i)
+        others.emplace_back([=] {
+            if (i % 2) std::this_thread::sleep_for(std::chrono::microseconds(100));
+            work(data);
+        });
+    work(data);
+    for (auto& other : others) other.join();
+}
+
+// Rounds within one call of a team, from several threads of the program at once.
+void check_together(int rounds, Tally& tally) {
+    describe("together");
+    Pool::use_team(threads_of_our_own);
+    std::atomic<long> right{0}, wrong{0};
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < kThreads; ++caller)
+        callers.emplace_back([&, caller] {
+            Random random(caller);
+            for (int round = 0; round < rounds; ++round)
+                Pool::shared().together(1 + (round + caller) % 5, [&] {
+                    for (int64_t inner = random.between(0, 20); inner > 0; --inner) {
+                        std::vector<int> calls(random.between(0, 9));
+                        Pool::shared().run(static_cast<int64_t>(calls.size()), static_cast<int>(random.between(1, 4)),
+                                           [&](int64_t i) { ++calls[i]; });
+                        const bool once = std::all_of(calls.begin(), calls.end(), [](int each) { return each == 1; });
+                        ++(once ? right : wrong);
+                    }
+                });
+        });
+    for (auto& caller : callers) caller.join();
+    tally.passed += right;
+    if (wrong) tally.expect(false, std::string(current) + ": " + std::to_string(wrong) + " rounds were wrong");
+#if !defined(__SANITIZE_THREAD__)
+    bool caught = false, after = false;
+    Pool::shared().together(4, [&] {
+        try {
+            Pool::shared().run(50, 4, [](int64_t i) {
+                if (i == 7) throw std::runtime_error("seven");
+            });
+        } catch (const std::runtime_error&) {
+            caught = true;
+        }
+        std::atomic<int> calls{0};
+        Pool::shared().run(50, 4, [&](int64_t) { ++calls; });
+        after = calls == 50;
+    });
+    tally.expect(caught && after, "together, a task that throws");
+    caught = false;
+    try {
+        Pool::shared().together(4, [] { throw std::bad_alloc(); });
+    } catch (const std::bad_alloc&) {
+        caught = true;
+    }
+    tally.expect(caught, "together, a body that throws");
+#endif
+    Random random(5);
+    for (int number = 0; number < 10; ++number) {
+        const BlockProblem problem(random);
+        const Numbers alone = problem.output(**available_kernels(), true, 1);
+        tally.expect(problem.output(**available_kernels(), true, kThreads) == alone, "together, " + problem.name());
+    }
+    Pool::use_team(nullptr);
+}
+
 // What `inside` returns in a child process, which gets half a minute.
 template <class Inside>
 bool in_child(Inside inside) {
@@ -587,6 +654,7 @@ void check_all(uint64_t seed, bool quick) {
     }
     Random random(seed);
     check_pool(quick ? 1000 : 20000, rest);
+    check_together(quick ? 100 : 1000, rest);
 #if !defined(__SANITIZE_THREAD__)
     // The thread sanitizer watches neither children nor the library that carries exceptions from thread to thread.
     check_exceptions(rest);
