@@ -112,6 +112,10 @@ class LookupBlock(nn.Module):
             role: (inside if role in ("query", "key") else outside, name) for role, name in family.norms.items()
         }
         norms = dict.fromkeys(NORMS) | {role: holder.get(name) for role, (holder, name) in norm_places.items()}
+        # What somebody put in the place of a part may have another forward.
+        parts = [attention, mlp, *(each for each in norms.values() if each is not None)]
+        if any(type(each).__module__ != self.dense_class.__module__ for each in parts):
+            return None
         activation = type(gated.get("act_fn")).__name__
         epsilons = {float(getattr(each, family.epsilon)) for each in norms.values() if each is not None}
         softcap = getattr(attention, "attn_logit_softcapping", None)

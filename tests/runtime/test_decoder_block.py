@@ -154,6 +154,19 @@ def _other_norm(model: PreTrainedModel) -> None:
     model.model.layers[0].input_layernorm.weight.data = model.model.layers[0].input_layernorm.weight.data * 3
 
 
+class _Norm(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def _other_norm_class(model: PreTrainedModel) -> None:
+    model.model.layers[0].post_attention_layernorm = _Norm(model.model.layers[0].post_attention_layernorm)
+
+
 def _new_parameters(model: PreTrainedModel) -> None:
     block = model.model.layers[1]
     block.self_attn.k_proj.bias = nn.Parameter(torch.ones_like(block.self_attn.k_proj.bias))
@@ -176,6 +189,7 @@ def _other_type(model: PreTrainedModel) -> None:
         _other_module,
         _other_bias,
         _other_norm,
+        _other_norm_class,
         _new_parameters,
         _other_attention,
         _other_type,
@@ -242,6 +256,17 @@ def test_padding_static_caches_gradients_and_hidden_states_are_as_before(
     assert len(states[0]) == len(states[1]) == model.config.num_hidden_layers + 1
     for one, other in zip(*states, strict=True):
         assert_close(one, other, 1e-5)
+
+
+def test_a_cache_that_gives_something_else_is_refused(checkpoints: dict[str, Checkpoint]) -> None:
+    model = load(checkpoints["llama"].folder)
+
+    class Odd(DynamicCache):
+        def update(self, keys: Tensor, values: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+            return keys[:, :1], values[:, :1]
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="The cache gives"):
+        model(IDS[:, :1], past_key_values=Odd())
 
 
 def test_compiled_it_is_one_graph_of_operators(checkpoints: dict[str, Checkpoint]) -> None:

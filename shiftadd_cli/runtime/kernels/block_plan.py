@@ -115,7 +115,14 @@ class BlockPlan:
 
     def rest(self, hidden: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The block's output `[rows, 1, in]`, from its input, the queries, and all keys and values `[rows, key_heads,
-        tokens, head_size]`, whose last dimension is contiguous."""
+        tokens, head_size]` in its dtype, whose last dimension is contiguous.
+
+        Raises RuntimeError for keys and values that are not so: a cache may be anybody's.
+        """
+        form = self.form
+        wanted = (hidden.shape[0], form.key_heads, keys.shape[2], form.head_size)
+        if any(each.shape != wanted or each.dtype != hidden.dtype or each.stride(3) != 1 for each in (keys, values)):
+            raise RuntimeError(f"The cache gives {list(keys.shape)} and {list(values.shape)}, not {list(wanted)}.")
         output = torch.empty_like(hidden)
         self._block.rest(
             hidden.data_ptr(),
