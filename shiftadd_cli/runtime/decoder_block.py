@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_modules
 
 from shiftadd_cli.runtime.growing_cache import append
 from shiftadd_cli.runtime.kernels.block_plan import LINEARS, MOST_ROWS, NORMS, TYPES, BlockPlan, Form, suits
+from shiftadd_cli.runtime.kernels.ops import is_plain
 
 _LLAMA = {
     "before_attention": "input_layernorm",
@@ -178,17 +179,12 @@ def _bare(dense: type[nn.Module]) -> nn.Module:
 def _is_new_token(hidden: Tensor) -> bool:
     """Whether plain inference of one token for few sequences is asked for."""
     return (
-        not torch.compiler.is_compiling()
-        and type(hidden) is Tensor
+        is_plain(hidden)
         and hidden.ndim == 3
         and hidden.shape[1] == 1
         and 0 < hidden.shape[0] <= MOST_ROWS
         and hidden.dtype in TYPES
-        and hidden.device.type == "cpu"
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
     )
 
 

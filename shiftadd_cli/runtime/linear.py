@@ -70,6 +70,7 @@ class PackedLinear(StoredWeight):
         self.rotate = rotate_input
         self.kernel: Kernel | None = None
         self.precision = Precision.AUTO
+        self._arranged: CpuWeight | None = None
         self._on_gpu: TritonWeight | None = None
         self._rotation: Tensor | None = None
         self._stand_for(tuple(layout.tensors()), (layout.grid.rows, layout.grid.columns), dtype)
@@ -120,7 +121,8 @@ class PackedLinear(StoredWeight):
         self.restore()
         weight, kernel = self.packed(), suited_kernel(self.layout, self._device)
         if kernel is Kernel.CPU:
-            for name, tensor in CpuWeight.pack(weight).tensors().items():
+            self._arranged = CpuWeight.pack(weight)
+            for name, tensor in self._arranged.tensors().items():
                 self.register_buffer(name, tensor, persistent=False)
             self.get_parameter(_CODES).data = torch.empty(0, dtype=torch.uint8)
         elif kernel is Kernel.TRITON:
@@ -134,7 +136,7 @@ class PackedLinear(StoredWeight):
             self.get_parameter(_CODES).data = arranged.codes(self.layout)
             for name in arranged.tensors():
                 delattr(self, name)
-        self.kernel = self._on_gpu = self._rotation = None
+        self.kernel = self._arranged = self._on_gpu = self._rotation = None
 
     def decode(self) -> Tensor:
         """The matrix the layer stands for: float32 `[out, in]`."""
@@ -194,6 +196,9 @@ class PackedLinear(StoredWeight):
 
     def on_cpu(self) -> CpuWeight:
         """The tensors of a layer prepared for the CPU kernels."""
+        # To a compiler buffers are known, and what else a module holds is not.
+        if self._arranged is not None and not torch.compiler.is_compiling():
+            return self._arranged
         return CpuWeight(self.words, self.scale_codes, self.scales, self.offsets, self.row_scale, self.signs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:

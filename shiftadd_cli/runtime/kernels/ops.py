@@ -36,6 +36,20 @@ _library.define(
 )
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether nothing looks at what is computed with `x` but its result: a tensor on a CPU, outside of gradients,
+    compilers, tracing and modes. The way to an operator through torch, which all these need, takes ten microseconds."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def lookup_linear(
     x: Tensor,
     words: Tensor,
@@ -56,14 +70,17 @@ def lookup_linear(
     words to row_scale: fields of a `CpuWeight`; bias: `[out]` or None; signs: those of the weight if `x` is still to be
     rotated. fast: look up in 16-bit tables. method: one of `METHODS`; kernels: an instruction set, "" for the best.
     """
-    result: Tensor = torch.ops.shiftadd.lookup_linear.default(
-        x, words, scale_codes, scales, offsets, row_scale, bias, signs, group_columns, bits, fast, method, kernels
-    )
+    given = x, words, scale_codes, scales, offsets, row_scale, bias, signs, group_columns, bits, fast, method, kernels
+    if is_plain(x) and words.is_cpu:
+        return _lookup_linear(*given)
+    result: Tensor = torch.ops.shiftadd.lookup_linear.default(*given)
     return result
 
 
 def rotate(x: Tensor, signs: Tensor) -> Tensor:
     """R x for `x` `[..., in]`, see `bcq.rotation`, in the dtype of `x`; signs: float32 `[in]` of ±1."""
+    if is_plain(x) and signs.is_cpu:
+        return _rotate(x, signs)
     result: Tensor = torch.ops.shiftadd.rotate.default(x, signs)
     return result
 

@@ -10,7 +10,8 @@ from artifacts import random_weight
 from compiled import needs_kernels, supported_layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.rotation import random_signs, rotate_input
@@ -237,3 +238,26 @@ def test_other_dtypes_are_refused() -> None:
 def test_unknown_kernels_are_refused() -> None:
     with pytest.raises(ValueError, match="no such kernels"):
         ops.lookup_linear(**{**arguments(torch.randn(3, 64)), "kernels": "mmx"})
+
+
+def test_what_torch_watches_goes_through_torch() -> None:
+    x = torch.randn(3, 8)
+    assert not ops.is_plain(x), "gradients may be wanted"
+    with torch.no_grad():
+        assert ops.is_plain(x)
+        assert not ops.is_plain(x.to("meta"))
+        assert not ops.is_plain(nn.Parameter(x))
+        with FlopCounterMode(display=False):
+            assert not ops.is_plain(x)
+        assert torch.func.vmap(lambda row: row + ops.is_plain(row))(x).equal(x)
+        assert torch.compile(lambda y: y + ops.is_plain(y), backend="eager", fullgraph=True)(x).equal(x)
+    with torch.inference_mode():
+        assert ops.is_plain(x)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_both_ways_give_the_same_bits(rotated: bool) -> None:
+    given_x = arguments(torch.randn(3, 64))
+    given_x["signs"] = given_x["signs"] if rotated else None
+    with torch.no_grad():
+        assert torch.equal(ops.lookup_linear(**given_x), torch.ops.shiftadd.lookup_linear.default(**given_x))
