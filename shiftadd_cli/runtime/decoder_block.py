@@ -8,7 +8,7 @@ cache. Everything else (prompts, padding, training, hooks, compilation, other at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from shiftadd_cli.runtime.growing_cache import append
-from shiftadd_cli.runtime.kernels.block_plan import LINEARS, MOST_ROWS, NORMS, TYPES, BlockPlan, Form, suits
-from shiftadd_cli.runtime.kernels.ops import is_plain
+from shiftadd_cli.runtime.kernels.block_plan import LINEARS, MOST_ROWS, NORMS, BlockPlan, Form, suits
+from shiftadd_cli.runtime.kernels.ops import TYPES, is_plain
+from shiftadd_cli.runtime.made_class import Reduced, reduce_made
 
 _LLAMA = {
     "before_attention": "input_layernorm",
@@ -141,9 +142,8 @@ class LookupBlock(nn.Module):
         # Addresses are of this process.
         return {name: value for name, value in self.__dict__.items() if name != _PLAN}
 
-    def __reduce_ex__(self, _: Any) -> tuple[Callable[..., nn.Module], tuple[type[nn.Module]], dict[str, Any]]:
-        # Classes made while running cannot be found by their name.
-        return _bare, (self.dense_class,), self.__getstate__()
+    def __reduce_ex__(self, _: Any) -> Reduced:
+        return reduce_made(_block_class, self)
 
 
 def fuse_blocks(model: nn.Module) -> None:
@@ -169,11 +169,6 @@ def _block_class(dense: type[nn.Module]) -> type[LookupBlock]:
         # The name stays: it is what tools that must not split a block know it by.
         _CLASSES[dense] = type(dense.__name__, (LookupBlock, dense), {"dense_class": dense, "__module__": __name__})
     return _CLASSES[dense]
-
-
-def _bare(dense: type[nn.Module]) -> nn.Module:
-    form = _block_class(dense)
-    return form.__new__(form)
 
 
 def _is_new_token(hidden: Tensor) -> bool:

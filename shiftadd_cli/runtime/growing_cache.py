@@ -55,16 +55,16 @@ def _append_to(layer: Any, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     tokens, added = old[0].shape[2], new[0].shape[2]
     room: _Room | None = layer.__dict__.get(_ROOM)
     # Only what nobody else was given may be written to: the place behind the tensors that the cache itself still holds.
-    mine = room is not None and room.held[0] is old[0] and room.held[1] is old[1]
-    if room is None or not mine or not _has_room(room, tokens + added):
-        room = _Room(old, (_with_room(old[0], added), _with_room(old[1], added)))
-    held = []
-    for buffer, each in zip(room.buffers, new, strict=True):
+    if room is not None and room.held[0] is old[0] and room.held[1] is old[1] and _has_room(room, tokens + added):
+        buffers = room.buffers
+    else:
+        buffers = (_with_room(old[0], added), _with_room(old[1], added))
+    for buffer, each in zip(buffers, new, strict=True):
         buffer.narrow(2, tokens, added).copy_(each)
-        held.append(buffer.narrow(2, 0, tokens + added))
+    held = (buffers[0].narrow(2, 0, tokens + added), buffers[1].narrow(2, 0, tokens + added))
     layer.keys, layer.values = held
-    layer.__dict__[_ROOM] = _Room((held[0], held[1]), room.buffers)
-    return held[0], held[1]
+    layer.__dict__[_ROOM] = _Room(held, buffers)
+    return held
 
 
 def _has_room(room: _Room, tokens: int) -> bool:

@@ -159,7 +159,6 @@ class PackedLinear(StoredWeight):
         return output + linear(x[..., ids], columns.to(x.dtype))
 
     def _look_up(self, x: Tensor) -> Tensor:
-        fast = self.precision is Precision.FAST or (self.precision is Precision.AUTO and x.dtype != torch.float32)
         weight = self.on_cpu()
         signs = weight.signs
         if signs is not None and self.rotate is not rotate_input:
@@ -176,7 +175,7 @@ class PackedLinear(StoredWeight):
             signs,
             self.layout.grid.group_columns,
             self.layout.bits,
-            fast,
+            self.precision.is_fast(x.dtype),
         )
 
     def _multiply_on_gpu(self, x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +12,7 @@ from shiftadd_cli.bcq.int8 import CODES, SCALE, SUFFIXES, decode_table, table_te
 from shiftadd_cli.runtime.kernels.extension import has_kernels
 from shiftadd_cli.runtime.kernels.ops import codes_linear
 from shiftadd_cli.runtime.linear import TILE_BYTES
+from shiftadd_cli.runtime.made_class import Reduced, reduce_made
 from shiftadd_cli.runtime.stored import StoredWeight
 
 _MARK = "weight_dtype"
@@ -49,9 +49,8 @@ class Table(StoredWeight):
             self.weight_int8 = source.weight_int8
         self.register_buffer(SCALE, source.weight_int8_scale.to(self.weight_int8_scale.device), persistent=False)
 
-    def __reduce_ex__(self, _: Any) -> tuple[Callable[..., nn.Module], tuple[type[nn.Module]], dict[str, Any]]:
-        # Classes made while running cannot be found by their name.
-        return _bare, (self.dense_class,), self.__getstate__()
+    def __reduce_ex__(self, _: Any) -> Reduced:
+        return reduce_made(_table_class, self)
 
 
 class Int8Embedding(Table, nn.Embedding):  # type: ignore[override]  # `weight` is a property here
@@ -167,8 +166,3 @@ def _table_class(dense: type[nn.Module]) -> type[Table]:
         # Between the class and nn.Embedding in the order of resolution: its `super().forward` finds the table's.
         _CLASSES[dense] = type(f"Int8{dense.__name__}", (dense, form), {"dense_class": dense, "__module__": __name__})
     return _CLASSES[dense]
-
-
-def _bare(dense: type[nn.Module]) -> nn.Module:
-    form = _table_class(dense)
-    return form.__new__(form)

@@ -9,14 +9,14 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from shiftadd_cli.runtime.kernels.choice import Kernel, Precision
+from shiftadd_cli.runtime.kernels.choice import Kernel
 from shiftadd_cli.runtime.kernels.cpu_weight import CpuWeight, native_layout
 from shiftadd_cli.runtime.kernels.extension import cpu_extension
+from shiftadd_cli.runtime.kernels.ops import TYPES, address
 from shiftadd_cli.runtime.linear import PackedLinear
 
 # As `kTileRows` in native/lookups.h.
 MOST_ROWS = 8
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # A dictionary of modules, and a name in it.
 Place = tuple[Mapping[str, nn.Module | None], str]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -108,7 +108,7 @@ class BlockPlan:
             queries.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
-            self._fast(hidden),
+            self.precision.is_fast(hidden.dtype),
             torch.get_num_threads(),
         )
         return queries, keys, values
@@ -135,14 +135,10 @@ class BlockPlan:
             *values.stride()[:3],
             keys.shape[2],
             output.data_ptr(),
-            self._fast(hidden),
+            self.precision.is_fast(hidden.dtype),
             torch.get_num_threads(),
         )
         return output
-
-    def _fast(self, hidden: Tensor) -> bool:
-        automatic = self.precision is Precision.AUTO and hidden.dtype != torch.float32
-        return self.precision is Precision.FAST or automatic
 
     def _number(self, tensor: Tensor, unit: float = 0.0) -> int:
         """Address of the numbers in float32, with `unit` added, kept."""
@@ -158,7 +154,7 @@ class BlockPlan:
         return extension.Projection(
             native,
             weight.words.data_ptr(),
-            *(0 if each is None else each.data_ptr() for each in (weight.scale_codes, weight.scales, weight.offsets)),
+            *map(address, (weight.scale_codes, weight.scales, weight.offsets)),
             weight.row_scale.data_ptr(),
             0 if linear.bias is None else self._number(linear.bias),
             self._sign_address(weight),
@@ -178,7 +174,7 @@ class BlockPlan:
 def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], form: Form) -> TypeGuard[Mapping[str, PackedLinear]]:
     """Whether the kernels can compute the block: all linears on look-up tables alike, and sizes that fit together."""
     packed = [each for each in linears.values() if isinstance(each, PackedLinear)]
-    if cpu_extension() is None or len(packed) < len(LINEARS):
+    if len(packed) < len(LINEARS):
         return False
     alike = {(each.kernel, each.layout.outliers, each.precision) for each in packed}
     if alike != {(Kernel.CPU, 0, packed[0].precision)}:

@@ -43,6 +43,10 @@ class Precision(Enum):
     EXACT = "exact"
     FAST = "fast"
 
+    def is_fast(self, dtype: torch.dtype) -> bool:
+        """Whether activations of this dtype are looked up in 16-bit tables."""
+        return self is Precision.FAST or (self is Precision.AUTO and dtype != torch.float32)
+
 
 def chosen_kernel() -> Kernel:
     """What SHIFTADD_KERNEL asks for. Raises RuntimeChoiceError for what is no kernel or cannot run here."""

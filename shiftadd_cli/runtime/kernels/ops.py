@@ -20,7 +20,7 @@ from shiftadd_cli.runtime.kernels.extension import cpu_extension
 from shiftadd_cli.runtime.kernels.triton_weight import TritonWeight
 
 # As `Number` in native/engine.h.
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
 METHODS = {"auto": 0, "look-up": 1, "multiply": 2}
 
 _library = torch.library.Library("shiftadd", "DEF")
@@ -136,15 +136,15 @@ def _lookup_linear(
     _extension().linear(
         layout,
         words.data_ptr(),
-        _address(scale_codes),
-        _address(scales),
-        _address(offsets),
+        address(scale_codes),
+        address(scales),
+        address(offsets),
         row_scale.data_ptr(),
-        _address(bias),
+        address(bias),
         given.data_ptr(),
-        _TYPES[given.dtype],
+        TYPES[given.dtype],
         given.numel() // columns,
-        _address(signs),
+        address(signs),
         columns & -columns,
         output.data_ptr(),
         fast,
@@ -163,7 +163,7 @@ def _rotate(x: Tensor, signs: Tensor) -> Tensor:
     output = torch.empty_like(given)
     _extension().rotate(
         given.data_ptr(),
-        _TYPES[given.dtype],
+        TYPES[given.dtype],
         given.numel() // columns,
         columns,
         signs.data_ptr(),
@@ -178,7 +178,7 @@ def _codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     rows, columns = codes.shape
     right = (
         codes.dtype == torch.int8
-        and scale.dtype in _TYPES
+        and scale.dtype in TYPES
         and scale.shape == (rows,)
         and x.shape[1:] == (columns,)
         and codes.is_contiguous()
@@ -190,11 +190,11 @@ def _codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     _extension().codes_linear(
         codes.data_ptr(),
         factors.data_ptr(),
-        _TYPES[factors.dtype],
+        TYPES[factors.dtype],
         rows,
         columns,
         given.data_ptr(),
-        _TYPES[given.dtype],
+        TYPES[given.dtype],
         x.shape[0],
         output.data_ptr(),
         torch.get_num_threads(),
@@ -227,7 +227,7 @@ def _ready(x: Tensor) -> Tensor:
     """`x` in the kernels' terms: contiguous, float32 or bfloat16."""
     if x.dtype == torch.float16:
         x = x.float()
-    if x.dtype not in _TYPES:
+    if x.dtype not in TYPES:
         raise RuntimeError(f"Compressed layers take float32, bfloat16 or float16 activations, not {x.dtype}.")
     return x.contiguous()
 
@@ -270,7 +270,8 @@ def _extension() -> Any:
     return extension
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies, as the extension takes it; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

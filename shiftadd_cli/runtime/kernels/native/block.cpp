@@ -41,10 +41,6 @@ struct Target {
     float* output;  // [rows][rows of the matrix]
 };
 
-int64_t plane_bytes(const Matrix& matrix) {
-    return matrix.layout.entries() * static_cast<int64_t>(sizeof(uint32_t));
-}
-
 bool same_tables(const Projection& a, const Projection& b) {
     return a.matrix.layout.group_columns == b.matrix.layout.group_columns && a.rotation.signs == b.rotation.signs;
 }
@@ -58,7 +54,7 @@ void project(const Run& run, const std::array<Target, N>& targets, const FillRow
     int64_t bytes = 0;
     bool sums = false;
     for (const Target& each : targets) {
-        bytes += plane_bytes(each.projection->matrix);
+        bytes += each.projection->matrix.layout.bytes();
         sums = sums || each.projection->matrix.offsets;
     }
     const int threads = useful_threads(run.threads, bytes * rows);

@@ -98,8 +98,7 @@ const Kernels* find_kernels(const char* name) {
 void linear(const Kernels& kernels, const Matrix& matrix, const Activations& input, void* output, bool fast,
             Method method, int threads) {
     const Layout& layout = matrix.layout;
-    const int64_t bytes = layout.entries() * static_cast<int64_t>(sizeof(uint32_t));
-    threads = useful_threads(threads, bytes * input.rows);
+    threads = useful_threads(threads, layout.bytes() * input.rows);
     const bool convert = input.type != Number::kFloat32;
     thread_local Scratch output_scratch;
     const bool look_up = method == Method::kLookUp ||

@@ -60,6 +60,7 @@ struct Layout {
         return stripe * kStripeBlocks * padded_words() * word_entries();
     }
     int64_t entries() const { return blocks() * padded_words() * word_entries(); }
+    int64_t bytes() const { return entries() * static_cast<int64_t>(sizeof(uint32_t)); }  // of all planes
 };
 
 // Calls `visit(group, first_word, words)` for every chunk in the order of storage; `first_word` counts padded words.
