@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,17 @@ if TYPE_CHECKING:
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device called `name`; `auto` is the first CUDA device if there is one, else the CPU.
+    """The torch device called `name`; `auto` is a CUDA device if there is one, else the CPU: the first, or of a process
+    that torchrun started the one of its number.
 
     Raises RecipeError for a name torch does not know or a device this machine does not have.
     """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -70,6 +70,12 @@ class ResumeError(ShiftaddError):
     """An unfinished run is damaged, or was begun with other options, another model or another text."""
 
 
+class TeamError(ShiftaddError):
+    """Another process of a run of several has stopped, or no longer answers."""
+
+    exit_code = 3
+
+
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by the user (exit code 130) or asked to end by the system (143); says how to go on."""
 

@@ -38,6 +38,11 @@ def block_bar(names: Sequence[str], text: str) -> Iterator[str]:
     return progress(names, total=len(names), desc=text)
 
 
+def silent(names: Sequence[str], text: str) -> Sequence[str]:
+    """The names, and nothing shown."""
+    return names
+
+
 def duration(seconds: float) -> str:
     """`45 s`, `3 min 05 s` or `2 h 07 min`."""
     whole = round(seconds)

@@ -162,7 +162,7 @@ class Recipe(BaseModel):
             description="How far each linear aims at what it gave in the original model, where inputs are unspoilt, "
             "instead of at its own weights: 0 not at all, 1 wholly (as GPTAQ).",
         ),
-    ] = 0.0
+    ] = 0.5
     loss_aware: Annotated[
         float,
         Field(
@@ -281,8 +281,6 @@ class Recipe(BaseModel):
                     f"rows that share scales (group_rows {self.group_rows}) cannot be refined or scaled one by one; "
                     f"set {' and '.join(wrong)}, or group_rows to 1"
                 )
-        if self.asymmetric and self.outlier_columns:
-            raise ValueError("outlier_columns do not go with asymmetric calibration; set one of them to 0")
         if self.reconstruct_epochs:
             if self.group_rows != 1:
                 raise ValueError("reconstruct_epochs needs groups that lie in rows; set group_rows to 1, or it to 0")

@@ -93,6 +93,9 @@ def run_disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) 
         nonlocal seen, kept, failed
         if event not in _FILE_OPERATIONS or ".partial" not in str(details[0]):
             return
+        if event == "open" and os.path.isdir(details[0]):
+            # A file without a name; `tempfile` tries another way when this one fails.
+            return
         seen += 1
         if event == "os.rename" and "block-00000" in str(details[0]):
             kept = seen

@@ -64,7 +64,6 @@ def test_recipes_without_data_need_none(name: str) -> None:
     [
         ({"bits": 2, "avg_bits": 2.5}, ["--bits", "--avg-bits"]),
         ({"avg_bits": 2.5, "bit_plan": "plan.json"}, ["--avg-bits", "--bit-plan"]),
-        ({"outlier_columns": 0.01, "asymmetric": 1.0}, ["outlier_columns", "asymmetric"]),
         ({"avg_bits": 2.5, "calibration": "none", "sweep": "none", "refine_rounds": 0}, ["avg_bits", "calibration"]),
     ],
 )

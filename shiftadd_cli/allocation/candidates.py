@@ -10,16 +10,17 @@ from torch import Tensor
 from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import Solution, quantize_matrices
+from shiftadd_cli.distributed.team import ALONE, Team
 
 
 class CandidateSolver:
     """The solver that the run will use, without its refinement rounds (these lower all errors by similar factors and
     take most of its time) and without asymmetric calibration (nothing before a linear is quantized here)."""
 
-    def __init__(self, options: SolverOptions, candidates: Sequence[Choice]) -> None:
-        """options: of the run, whose bits and primitive do not matter."""
+    def __init__(self, options: SolverOptions, candidates: Sequence[Choice], team: Team = ALONE) -> None:
+        """options: of the run, whose bits and primitive do not matter. team: whose processes share the rows out."""
         self._options = replace(options, refine_rounds=0, asymmetric=0.0)
-        self._candidates = candidates
+        self._candidates, self._team = candidates, team
 
     def __call__(
         self, names: Sequence[str], weights: Sequence[Tensor], hessian: Tensor | None
@@ -28,7 +29,7 @@ class CandidateSolver:
         None for those that no calibration input reached."""
         options = self._options if hessian is not None else self._options.without_data()
         for choice in self._candidates:
-            yield choice, quantize_matrices(weights, names, hessian, options.at(choice))
+            yield choice, quantize_matrices(weights, names, hessian, options.at(choice), team=self._team)
 
 
 def relative_error(solution: Solution) -> float:

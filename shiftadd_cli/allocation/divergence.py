@@ -37,6 +37,7 @@ from shiftadd_cli.bcq.choices import Choice, choice_words
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.calibration.replay import Replay
 from shiftadd_cli.calibration.trace import hooked
+from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import LinearSpec, Structure
@@ -77,10 +78,13 @@ class Divergence:
         *,
         progress: BlockProgress,
         memory_bytes: int = MEMORY_BYTES,
+        team: Team = ALONE,
     ) -> None:
-        """replay: of the probe windows; memory_bytes: of variants held at once, one at least."""
+        """replay: of the probe windows; memory_bytes: of variants held at once, one at least; team: whose processes
+        share the variants out."""
         self._replay, self._structure, self._progress = replay, structure, progress
-        self._solve = CandidateSolver(options, candidates)
+        self._solve = CandidateSolver(options, candidates, team)
+        self._team, self._variants = team, 0
         self._room = max(1, memory_bytes // replay.hidden.nbytes)
         self._by_block: dict[int, list[LinearSpec]] = {}
         for spec in structure.linears:
@@ -102,7 +106,9 @@ class Divergence:
             for spec, error, solution in zip(specs, errors, solutions, strict=True):
                 error[bits] = relative_error(solution)
                 if spec.name in self._reached:
-                    self._hold(spec, bits, solution.weight.decode())
+                    if self._variants % self._team.size == self._team.rank:
+                        self._hold(spec, bits, solution.weight.decode())
+                    self._variants += 1
         return errors
 
     def costs(self, errors: Mapping[str, dict[Choice, float]]) -> dict[str, dict[Choice, float]]:
@@ -113,11 +119,21 @@ class Divergence:
         depends on it.
         """
         self._finish()
-        found = self._found
+        found = self._of_all()
         return {
             name: found[name] if name in found else {bits: _usual(found, errors, bits) * error[bits] for bits in error}
             for name, error in errors.items()
         }
+
+    def _of_all(self) -> dict[str, dict[Choice, float]]:
+        """Divergences by linear and bits, of the variants of all processes."""
+        # Numbers of planes are no keys of JSON.
+        own = {name: list(by_bits.items()) for name, by_bits in self._found.items()}
+        found: dict[str, dict[Choice, float]] = {}
+        for each in self._team.gather(own):
+            for name, pairs in each.items():
+                found.setdefault(name, {}).update(pairs)
+        return found
 
     def _enter(self, depth: int) -> None:
         """Take the original and all variants through the blocks up to number `depth`, which stays loaded."""

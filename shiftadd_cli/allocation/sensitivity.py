@@ -42,6 +42,7 @@ from shiftadd_cli.calibration.hessian import gather_moments
 from shiftadd_cli.calibration.replay import Replay
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.trace import Trace, trace_model
+from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import LinearSpec, Source, Structure
 
@@ -87,37 +88,44 @@ def measure_sensitivities(
     device: torch.device,
     seed: int,
     progress: BlockProgress,
+    team: Team = ALONE,
 ) -> Sensitivities:
     """Sensitivities of every linear of `structure` at each of `candidates`.
 
     samples: see `trace_model`; trace: of these; its hidden states are used up. options: of the run,
     whose bits do not matter. Modules outside the blocks must be materialised on `device` and stay so; blocks are
-    materialised and released here.
+    materialised and released here. The processes of a team share the work, and all get all.
 
     Raises NumericalError naming a layer whose values or gradients are not finite.
     """
     if kind == "paper":
-        return walk_blocks(source, structure, trace, PaperCriterion(candidates), device=device, progress=progress)
+        paper = PaperCriterion(candidates)
+        return walk_blocks(source, structure, trace, paper, device=device, progress=progress, team=team)
     if kind == "divergence":
         replay = Replay(source, structure, probe_samples(samples), len(trace.hidden[0]), device)
-        divergence = Divergence(replay, structure, options, candidates, progress=progress)
-        found = walk_blocks(source, structure, trace, divergence, device=device, progress=progress)
+        divergence = Divergence(replay, structure, options, candidates, progress=progress, team=team)
+        found = walk_blocks(source, structure, trace, divergence, device=device, progress=progress, team=team)
         return replace(found, costs=divergence.costs(found.costs))
     probe = samples[:: max(1, len(samples) * trace.hidden[0].shape[1] // _GRADIENT_TOKENS)]
-    traced = trace_model(source, structure, probe, max(trace.calls), device)
-    gradients = squared_gradients(source, structure, probe, traced, device=device, seed=seed, progress=progress)
-    measure = OutputError(gradients.means, options, candidates)
-    found = walk_blocks(source, structure, trace, measure, device=device, progress=progress)
+    means: dict[str, float] = {}
+    if team.first:
+        traced = trace_model(source, structure, probe, max(trace.calls), device)
+        gradients = squared_gradients(source, structure, probe, traced, device=device, seed=seed, progress=progress)
+        means = gradients.means
+    measure = OutputError(team.share(means), options, candidates, team)
+    found = walk_blocks(source, structure, trace, measure, device=device, progress=progress, team=team)
     return replace(found, costs=measure.costs(found.costs))
 
 
 class OutputError:
     """Relative errors ‖(W − Ŵ) x‖² / ‖W x‖², and what each is a part of: ½ E[g²] · tr[W H Wᵀ], in nats a token."""
 
-    def __init__(self, squares: Mapping[str, float], options: SolverOptions, candidates: Sequence[Choice]) -> None:
+    def __init__(
+        self, squares: Mapping[str, float], options: SolverOptions, candidates: Sequence[Choice], team: Team = ALONE
+    ) -> None:
         """squares: mean squared gradient of the end loss at each linear's output, over tokens and features."""
         self._squares = squares
-        self._solve = CandidateSolver(options, candidates)
+        self._solve = CandidateSolver(options, candidates, team)
         self._whole = options.group_rows != 1
         self._signals: dict[str, float] = {}
 
@@ -180,6 +188,7 @@ def walk_blocks(
     *,
     device: torch.device,
     progress: BlockProgress,
+    team: Team = ALONE,
 ) -> Sensitivities:
     """Run the calibration inputs through the original blocks and measure the linears of each on what they read."""
     costs: dict[str, dict[Choice, float]] = {}
@@ -190,8 +199,8 @@ def walk_blocks(
         calls = {size: per_block[depth] for size, per_block in trace.calls.items()}
         stream = BlockStream(block, trace.hidden, calls, device)
         specs = {spec.kind: spec for spec in structure.linears if spec.block == depth}
-        groups = stream.shared_inputs(list(specs))
-        moments = [each.hessian for each in gather_moments(stream, groups)]
+        groups = stream.shared_inputs(list(specs), team)
+        moments = [each.hessian for each in gather_moments(stream, groups, team=team)]
         left = [(kind,) for kind in specs if not any(kind in group for group in groups)]
         for group, hessian in [*zip(groups, moments, strict=True), *((group, None) for group in left)]:
             members = [specs[kind] for kind in group]
@@ -199,6 +208,6 @@ def walk_blocks(
             costs |= {spec.name: each for spec, each in zip(members, found, strict=True)}
         shared += [tuple(specs[kind].name for kind in group) for group in groups]
         if depth + 1 < len(structure.blocks):
-            stream.advance(name)
+            stream.advance(name, team)
         source.release([name])
     return Sensitivities({spec.name: costs[spec.name] for spec in structure.linears}, tuple(shared))

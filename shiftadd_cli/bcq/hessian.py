@@ -45,15 +45,18 @@ def damp(hessian: Tensor, weight_error: float, layer: str) -> Tensor:
     return damped
 
 
-def corrected_target(weights: Tensor, damped: Tensor, hessian: Tensor, cross: Tensor, strength: float) -> Tensor:
+def corrected_target(
+    weights: Tensor, hessian: Tensor, cross: Tensor, weight_error: float, strength: float, layer: str
+) -> Tensor:
     """The weights that bring W x closest to the original W x̃: W + s · W (C − H) (H + λI)⁻¹, float32 `[out, in]`.
 
-    `cross` is C = E[x̃ xᵀ], with x̃ the input in the original model and x the one now; `damped` is H + λI. For s = 1 this
-    is the minimum of E‖W x̃ − V x‖² + λ‖W − V‖² over V, which makes up for the errors of the layers before (GPTAQ,
+    `cross` is C = E[x̃ xᵀ], with x̃ the input in the original model and x the one now; λ is that of `damp`. For s = 1
+    this is the minimum of E‖W x̃ − V x‖² + λ‖W − V‖² over V, which makes up for the errors of the layers before (GPTAQ,
     arXiv:2504.02692, section 3; Qronos, arXiv:2505.11695, section 3).
     """
-    drift = (weights @ (cross - hessian)).T
-    return weights + strength * torch.cholesky_solve(drift, torch.linalg.cholesky(damped)).T
+    natural = torch.arange(len(hessian), device=hessian.device)
+    _, factor = factorise(damp(hessian, weight_error, layer), natural, layer)
+    return weights + strength * (weights @ (cross - hessian)) @ factor.T @ factor
 
 
 def column_order(diagonal: Tensor, group_columns: int, order: str, whole_groups: bool) -> Tensor:

@@ -17,8 +17,7 @@ class SolverOptions:
     Shift layers have their row scale alone: fields on groups, scales, offsets and their fit are of binary planes, and a
     sweep is always static.
 
-    Raises ValueError where rows that share scales are to be refined or scaled one by one, and for outlier columns
-    beside asymmetric calibration.
+    Raises ValueError where rows that share scales are to be refined or scaled one by one.
     """
 
     bits: int = 3
@@ -35,7 +34,7 @@ class SolverOptions:
     sweep_order: Literal["hessian", "natural"] = "hessian"
     refine_rounds: int = 2
     descent_passes: int = 2
-    asymmetric: float = 0.0
+    asymmetric: float = 0.5
     outlier_columns: float = 0.0
     seed: int = 0
     primitive: Primitive = "bcq"
@@ -43,8 +42,6 @@ class SolverOptions:
     def __post_init__(self) -> None:
         if self.group_rows != 1 and (self.refine_rounds or self.row_scale):
             raise ValueError("rows that share scales cannot be refined or scaled one by one")
-        if self.asymmetric and self.outlier_columns:
-            raise ValueError("outlier columns make up for errors in the inputs as they are, not for those of others")
 
     @classmethod
     def from_recipe(cls, recipe: object) -> SolverOptions:

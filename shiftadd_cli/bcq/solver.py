@@ -16,12 +16,12 @@ from shiftadd_cli.bcq.hessian import Objective, build_objective, corrected_targe
 from shiftadd_cli.bcq.levels import planes_of
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.outliers import choose_outliers, corrections, outlier_count, without_columns, without_inputs
-from shiftadd_cli.bcq.parallel import map_pieces
 from shiftadd_cli.bcq.problem import Problem
 from shiftadd_cli.bcq.rotation import random_signs, rotate_moment, rotate_weight
 from shiftadd_cli.bcq.shift_problem import ShiftProblem
 from shiftadd_cli.bcq.snap import SnappedScales
 from shiftadd_cli.bcq.weight import QuantizedWeight
+from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
 
 __all__ = ["Solution", "SolverOptions", "quantize_matrices"]
@@ -48,10 +48,13 @@ def quantize_matrices(
     hessian: Tensor | None,
     options: SolverOptions,
     cross: Tensor | None = None,
+    team: Team = ALONE,
 ) -> list[Solution]:
     """Quantize matrices `[out_i, in]` that read the same input, whose second moment is `hessian` `[in, in]` or None.
 
     `cross` `[in, in]` is E[x̃ xᵀ] with the input x̃ of the original model, for asymmetric calibration. Works in float32.
+    The processes of a team share the rows out, and all get all solutions.
+
     Raises NumericalError, naming the layer, on weights or inputs that are not finite and on Hessians that cannot be
     factorised.
     """
@@ -62,6 +65,12 @@ def quantize_matrices(
         if matrix.abs().amax() > _LARGEST_WEIGHT:
             raise NumericalError(f"The weight of {name} holds values above 1e12; the source checkpoint is damaged.")
     columns = matrices[0].shape[1]
+    if hessian is not None and cross is not None and options.asymmetric:
+        heights = [len(matrix) for matrix in matrices]
+        tall = corrected_target(
+            torch.cat(matrices), hessian.float(), cross.float(), options.weight_error, options.asymmetric, names[0]
+        )
+        matrices = list(tall.split(heights))
     whole = _Whole(matrices, hessian, outlier_count(columns, options.outlier_columns))
     if whole.ids is not None:
         matrices = [without_columns(matrix, whole.ids) for matrix in matrices]
@@ -72,7 +81,6 @@ def quantize_matrices(
         signs = random_signs(columns, options.seed).to(matrices[0].device)
         matrices = [rotate_weight(matrix, signs) for matrix in matrices]
         hessian = None if hessian is None else rotate_moment(hessian.float(), signs)
-        cross = None if cross is None else rotate_moment(cross.float(), signs)
     if hessian is None:
         objective = _weight_objective(columns, matrices[0].device)
     else:
@@ -85,15 +93,10 @@ def quantize_matrices(
             group_columns=width,
             whole_groups=options.sweep == "dynamic" and options.primitive == "bcq",
         )
-        if cross is not None and options.asymmetric:
-            heights = [len(matrix) for matrix in matrices]
-            tall = corrected_target(
-                torch.cat(matrices), objective.damped, hessian.float(), cross.float(), options.asymmetric
-            )
-            matrices = list(tall.split(heights))
     pieces = _even_pieces(torch.cat(matrices)) if options.independent_rows else matrices
     problem = Problem if options.primitive == "bcq" else ShiftProblem
-    solved = map_pieces(lambda piece: problem(piece, objective, options).solve(), pieces)
+    named = team.map(lambda piece: _as_tensors(*problem(piece, objective, options).solve()), pieces)
+    solved = [_from_tensors(each, matrices[0].device) for each in named]
     if options.independent_rows:
         solved = _regroup(solved, [len(matrix) for matrix in matrices])
     packed = [_pack(codes, snapped, options, columns, signs) for codes, snapped in solved]
@@ -109,6 +112,17 @@ def quantize_matrices(
 def _even_pieces(tall: Tensor) -> Sequence[Tensor]:
     """Pieces of rows of nearly equal height, at most `_PIECE_ROWS`."""
     return tall.tensor_split(-(-len(tall) // _PIECE_ROWS))
+
+
+def _as_tensors(codes: Tensor, snapped: SnappedScales) -> dict[str, Tensor]:
+    """A piece's solution, for other processes."""
+    found = {"codes": codes, "ratios": snapped.ratios, "row_scale": snapped.row_scale}
+    return found if snapped.offsets is None else found | {"offsets": snapped.offsets}
+
+
+def _from_tensors(tensors: dict[str, Tensor], device: torch.device) -> tuple[Tensor, SnappedScales]:
+    found = {name: each.to(device) for name, each in tensors.items()}
+    return found["codes"], SnappedScales(found["ratios"], found.get("offsets"), found["row_scale"])
 
 
 def _regroup(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import is_whole
+from shiftadd_cli.distributed.team import ALONE, Team
 
 # Columns of a second moment that are added to at once.
 _STRIP = 256
@@ -20,60 +22,89 @@ _ROUNDING = 1e-5
 @dataclass(frozen=True)
 class Moments:
     """Of one input x of linears: `hessian` E[x xᵀ], `mean` E[x], and, when there is an original to compare with,
-    `cross` E[x̃ xᵀ], with x̃ what the linears read in the original model. Float32 `[in, in]`, and `[in]`."""
+    `cross` E[x̃ xᵀ] and `cross_mean` E[x̃], with x̃ what the linears read in the original model. Float32 `[in, in]`, and
+    `[in]`."""
 
     hessian: Tensor
     mean: Tensor
     cross: Tensor | None = None
+    cross_mean: Tensor | None = None
 
-    def about_mean(self) -> Tensor:
-        """E[(x − E[x]) (x − E[x])ᵀ]; inputs that never change keep a trace of their power, above its rounding."""
+    def about_mean(self) -> Moments:
+        """Of x − E[x] and x̃ − E[x̃]; inputs that never change keep a trace of their power, above its rounding."""
         spread = self.hessian - torch.outer(self.mean, self.mean)
-        spread.diagonal().clamp_(min=_ROUNDING * self.hessian.diagonal())
-        return spread
+        trace = (_ROUNDING * self.hessian.diagonal() - spread.diagonal()).clamp_min(0)
+        spread.diagonal().add_(trace)
+        nothing = torch.zeros_like(self.mean)
+        if self.cross is None or self.cross_mean is None:
+            return Moments(spread, nothing)
+        cross = self.cross - torch.outer(self.cross_mean, self.mean)
+        # Or their columns would seem to want other weights than the original's.
+        cross.diagonal().add_(trace)
+        return Moments(spread, nothing, cross, nothing)
+
+
+class Inputs(Protocol):
+    """What the modules of a block read, batch by batch."""
+
+    def inputs(self, index: int, names: Sequence[str], /) -> dict[str, Tensor]:
+        """Of batch number `index` and the modules `names` (paths in the block), those that ran."""
 
 
 class _Sum:
-    """Accumulates Σ x xᵀ, Σ x and Σ x̃ xᵀ over tokens."""
+    """Σ x xᵀ, Σ x, Σ x̃ xᵀ and Σ x̃ over the tokens of a shard, and of all shards so far; see `distributed.shards`."""
 
     def __init__(self, width: int, device: torch.device, *, cross: bool) -> None:
-        self.hessian = torch.zeros(width, width, device=device)
-        self.total = torch.zeros(width, device=device)
-        self.cross = torch.zeros(width, width, device=device) if cross else None
-        self.rows = 0
+        self.width = width
+        shapes = [(width, width), (width,)] * (2 if cross else 1)
+        self._part = [torch.zeros(shape, device=device) for shape in shapes]
+        self._total = [torch.zeros(shape, device=device) for shape in shapes]
+        self._rows, self._all_rows = torch.zeros(2, 1, dtype=torch.int64)
 
     def add(self, inputs: Tensor, original: Tensor | None, weights: Tensor | None) -> None:
         # The root on both sides: the result is symmetric and positive whatever the rounding.
         root = None if weights is None else weights.reshape(-1, 1).to(inputs.device).sqrt()
         rows = _rows(inputs, root)
+        hessian, total, *unspoilt = self._part
         # The matrix is symmetric: strips from the diagonal rightwards are little more than half the work.
         for start in range(0, rows.shape[1], _STRIP):
-            self.hessian[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
-        self.total += rows.sum(0) if root is None else root.view(-1) @ rows
-        if self.cross is not None:
-            unspoilt = rows
+            hessian[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
+        total += _sum_of(rows, root)
+        if unspoilt:
             # Experts may be given other tokens than in the original; such a batch says nothing about the difference.
-            if original is not None and original.shape == inputs.shape:
-                unspoilt = _rows(original, root)
-            self.cross.addmm_(unspoilt.T, rows)
-        self.rows += len(rows)
+            alike = original is not None and original.shape == inputs.shape
+            others = _rows(original.to(inputs.device), root) if original is not None and alike else rows
+            unspoilt[0].addmm_(others.T, rows)
+            unspoilt[1].add_(_sum_of(others, root))
+        self._rows += len(rows)
 
-    def mean(self) -> Moments:
-        upper = self.hessian.triu()
-        hessian = (upper + upper.triu(1).T) / self.rows
-        return Moments(hessian, self.total / self.rows, None if self.cross is None else self.cross / self.rows)
+    def end_round(self, team: Team, shards: int) -> None:
+        """Add the shards of the first so many processes of the team to all."""
+        parts = [*self._part, self._rows]
+        team.add_in_order([*self._total, self._all_rows], parts if team.rank < shards else None, shards)
+        for part in parts:
+            part.zero_()
+
+    def mean(self, team: Team) -> Moments:
+        team.complete([*self._total, self._all_rows])
+        sums, rows = self._total, int(self._all_rows)
+        upper = sums[0].triu()
+        hessian = (upper + upper.triu(1).T) / rows
+        return Moments(hessian, *(each / rows for each in sums[1:]))
 
 
 def gather_moments(
     stream: BlockStream,
     groups: Sequence[tuple[str, ...]],
-    original: BlockStream | None = None,
+    original: Inputs | None = None,
     weights: Sequence[Tensor] | None = None,
+    team: Team = ALONE,
 ) -> list[Moments]:
     """Run all batches and gather the moments of the input of each group of linears (see `shared_inputs`).
 
-    The block is left as soon as the last of them has its input. With `original`, the same block before quantization
-    and the hidden states of the original model, the cross moments are gathered too.
+    The block is left as soon as the last of them has its input. With `original`, what the same linears read in the
+    original model, the cross moments are gathered too. Each process of a team runs batches
+    of its own, and all get all moments.
 
     weights: for each group `[samples, tokens]`, not negative and of mean 1: a token's x xᵀ counts by its weight
     (GuidedQuant, arXiv:2505.07004, section 3). Inputs that do not hold every token, see `is_whole` (experts read some
@@ -82,21 +113,33 @@ def gather_moments(
     names = [group[0] for group in groups]
     by_name = dict(zip(names, weights or (), strict=False))
     sums: dict[str, _Sum] = {}
-    first = 0
-    for index, batch in enumerate(stream.hidden):
-        windows = slice(first, first := first + len(batch))
-        seen = stream.inputs(index, names)
-        reference = {} if original is None else original.inputs(index, names)
-        for name, inputs in seen.items():
-            if name not in sums:
-                sums[name] = _Sum(inputs.shape[-1], stream.device, cross=original is not None)
-            sums[name].add(inputs, reference.get(name), _weights_of(inputs, by_name.get(name), windows))
-    return [sums[name].mean() for name in names]
+    for shards, batches in team.shards(len(stream.hidden)).rounds():
+        for index in batches:
+            seen = stream.inputs(index, names)
+            reference = {} if original is None else original.inputs(index, names)
+            for name, inputs in seen.items():
+                if name not in sums:
+                    sums[name] = _Sum(inputs.shape[-1], stream.device, cross=original is not None)
+                sums[name].add(inputs, reference.get(name), _weights_of(inputs, by_name.get(name), stream.span(index)))
+        if shards.start == 0:
+            # Some shards may send nothing to an expert; the first batch, which told the groups, does.
+            widths = team.share({name: each.width for name, each in sums.items()})
+            for name in names:
+                if name not in sums:
+                    sums[name] = _Sum(widths[name], stream.device, cross=original is not None)
+        for name in names:
+            sums[name].end_round(team, len(shards))
+    return [sums[name].mean(team) for name in names]
 
 
 def _rows(inputs: Tensor, root: Tensor | None) -> Tensor:
     rows = inputs.reshape(-1, inputs.shape[-1]).float()
     return rows if root is None else rows * root
+
+
+def _sum_of(rows: Tensor, root: Tensor | None) -> Tensor:
+    """Over tokens, each of which counts by its weight, the square of `root`, with which `rows` are multiplied."""
+    return rows.sum(0) if root is None else root.view(-1) @ rows
 
 
 def _weights_of(inputs: Tensor, weights: Tensor | None, windows: slice) -> Tensor | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shiftadd_cli.calibration.streams import HiddenStates
 from shiftadd_cli.calibration.trace import BlockCall, StopForward, check_finite, hooked
+from shiftadd_cli.distributed.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -22,44 +23,74 @@ class BlockStream:
     calls: Mapping[int, BlockCall]
     device: torch.device
 
-    def inputs(self, index: int, names: Sequence[str], *, early: bool = True) -> dict[str, Tensor]:
+    def inputs(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """What the modules `names` (paths in the block) read when batch `index` runs through, in the order they run.
 
-        A module that does not run is not in the result. `early`: leave the forward as soon as all have been seen.
+        A module that does not run is not in the result. The forward is left as soon as all have been seen.
         """
         seen: dict[str, Tensor] = {}
 
-        def keep(name: str, inputs: Tensor) -> None:
-            seen[name] = inputs
-            if early and len(seen) == len(names):
+        def leave() -> None:
+            if len(seen) == len(names):
                 raise StopForward
 
-        handles = [
-            self.block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
-            for name in names
-        ]
-        with hooked(handles), suppress(StopForward):
+        with self._noting(names, seen, leave), suppress(StopForward):
             self._run(self.hidden[index])
         return seen
 
-    def shared_inputs(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+    def run_seeing(self, index: int, names: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """The same, and what the block gives out."""
+        seen: dict[str, Tensor] = {}
+        with self._noting(names, seen, lambda: None):
+            return seen, self._run(self.hidden[index])
+
+    def _noting(
+        self, names: Sequence[str], seen: dict[str, Tensor], then: Callable[[], None]
+    ) -> AbstractContextManager[None]:
+        """Put what the modules read into `seen`, each time followed by `then`."""
+
+        def note(name: str, inputs: Tensor) -> None:
+            seen[name] = inputs
+            then()
+
+        return hooked(
+            [
+                self.block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+                for name in names
+            ]
+        )
+
+    def span(self, index: int) -> slice:
+        """The samples of a batch, all of which are as large as the largest but for the last."""
+        first = index * max(self.calls)
+        return slice(first, min(first + max(self.calls), self.hidden.samples))
+
+    def shared_inputs(self, names: Sequence[str], team: Team = ALONE) -> list[tuple[str, ...]]:
         """The linears `names` by the tensor they read (query, key and value; gate and up), in the order they run.
 
-        The first batch shows it. Linears that it does not reach are left out.
+        The first batch shows it, to the first process of a team. Linears that it does not reach are left out.
         """
+        found = team.share(self._shared_inputs(names) if team.first else [])
+        return [tuple(group) for group in found]
+
+    def _shared_inputs(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         groups: dict[tuple[int, torch.Size, tuple[int, ...]], list[str]] = {}
         # All inputs are alive, so equal places in memory mean equal tensors.
-        seen = self.inputs(0, names, early=False)
+        seen, _ = self.run_seeing(0, names)
         for name, inputs in seen.items():
             groups.setdefault((inputs.data_ptr(), inputs.shape, inputs.stride()), []).append(name)
         return [tuple(name for name in names if name in group) for group in groups.values()]
 
-    def advance(self, name: str) -> None:
-        """Put the block's outputs in the place of its inputs; `name` is what errors call the block."""
-        for index, batch in enumerate(self.hidden):
-            output = self._run(batch)
+    def advance(self, name: str, team: Team = ALONE) -> None:
+        """Put the block's outputs in the place of its inputs; `name` is what errors call the block.
+
+        Each process of a team runs batches of its own, and the first is told of all.
+        """
+        for index in team.shards(len(self.hidden)).own():
+            output = self._run(self.hidden[index])
             check_finite(output, name)
             self.hidden.replace(index, output)
+        self.hidden.collect(team)
 
     @torch.no_grad()
     def _run(self, batch: Tensor) -> Tensor:

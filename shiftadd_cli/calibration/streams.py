@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from shiftadd_cli.distributed.team import Team
+
+States = TypeVar("States", bound="HiddenStates")
+
 
 class HiddenStates:
-    """The hidden states of all calibration samples at one depth, in batches, on the CPU in the model's dtype."""
+    """The hidden states of all calibration samples at one depth, in batches, on the CPU in the model's dtype.
 
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
-        self._batches: list[Tensor] = []
+    A process of a team that holds some of the batches is told how many there are: `batches`.
+    """
+
+    def __init__(self, samples: int, batches: int | None = None) -> None:
+        self.samples, self._count = samples, batches
+        self._batches: dict[int, Tensor] = {}
 
     def append(self, batch: Tensor) -> None:
         """Add a batch `[batch, tokens, width]`."""
-        self._batches.append(batch.cpu())
+        self._batches[len(self._batches)] = batch.cpu()
 
     def replace(self, index: int, batch: Tensor) -> None:
         """Put the next block's input in the place of this one's, so that two depths never exist at once."""
@@ -26,21 +34,41 @@ class HiddenStates:
     def __getitem__(self, index: int) -> Tensor:
         return self._batches[index]
 
-    def copy(self) -> HiddenStates:
+    def copy(self: States) -> States:
         """The same batches, to be replaced independently; nothing is duplicated until then."""
-        twin = HiddenStates(self.samples)
-        twin._batches = list(self._batches)
+        twin = type(self)(self.samples, self._count)
+        twin._batches = dict(self._batches)
         return twin
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._batches)
+        return iter(self._batches.values())
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._batches) if self._count is None else self._count
 
     @property
     def nbytes(self) -> int:
-        return sum(batch.nbytes for batch in self._batches)
+        return sum(batch.nbytes for batch in self)
+
+    def hand_out(self, team: Team) -> None:
+        """Give every process of the team the batches that it runs, of those that the first has."""
+        self._pass(team, to_first=False)
+
+    def collect(self, team: Team) -> None:
+        """Give the first process the batches of all others."""
+        self._pass(team, to_first=True)
+
+    def _pass(self, team: Team, *, to_first: bool) -> None:
+        shards = team.shards(len(self))
+        for index in range(len(self)):
+            owner = shards.owner(index)
+            giver, taker = (owner, 0) if to_first else (0, owner)
+            if giver == taker:
+                continue
+            if team.rank == giver:
+                team.send(self[index], taker)
+            elif team.rank == taker:
+                self.replace(index, team.receive(giver))
 
 
 def is_whole(places: torch.Size, batch: int, tokens: int) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_options
+from shiftadd_cli.cli.team import of_the_team, team_timeout_option
 
 if TYPE_CHECKING:
     from shiftadd_cli.pipeline.plan import Plan
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     metavar="SIZE",
     help="Memory that the run may take, such as 4GB: one that is expected to need more is refused before it begins.",
 )
+@team_timeout_option
 def quantize(
     model: str,
     out: Path,
@@ -42,13 +44,14 @@ def quantize(
     overwrite: bool,
     resume: bool,
     max_memory: str | None,
+    team_timeout: float,
     **fields: Any,
 ) -> None:
     """Compress MODEL and write a checkpoint folder that transformers loads.
 
     MODEL is a hub id, a folder with safetensors, a .gguf file, or `demo` (SmolLM2-135M-Instruct): a decoder language
     model, or an image classifier or vision encoder. A run that was stopped goes on after its last finished block when
-    the same command is given again.
+    the same command is given again. Several processes share the work where torchrun starts them.
     """
     from shiftadd_cli.recipe import Recipe
 
@@ -59,19 +62,26 @@ def quantize(
     from shiftadd_cli.report.summary import summarize
     from shiftadd_cli.signals import terminable
 
-    job = Job.prepare(model, out, settings, overwrite=overwrite, resume=resume, max_memory=max_memory)
-
     def show(plan: Plan) -> None:
         click.echo(describe_plan(plan) + "\n", err=True)
 
-    show(job.plan)
-    dtype = job.plan.source.dtype
-    if job.plan.calibrated and not computes_in(job.device, dtype):
-        name = str(dtype).removeprefix("torch.")
-        click.echo(f"This processor has no instructions for {name}; --dtype float32 or bfloat16 is faster.\n", err=True)
-    if dry_run:
-        return
-    with terminable():
-        report = job.run(sys.argv[1:], announce=show)
+    with of_the_team(team_timeout) as team:
+        job = Job.prepare(model, out, settings, overwrite=overwrite, resume=resume, max_memory=max_memory, team=team)
+        if not team.first:
+            if not dry_run:
+                with terminable():
+                    job.follow(team)
+            return
+        show(job.plan)
+        dtype = job.plan.source.dtype
+        if job.plan.calibrated and not computes_in(job.device, dtype):
+            name = str(dtype).removeprefix("torch.")
+            click.echo(
+                f"This processor has no instructions for {name}; --dtype float32 or bfloat16 is faster.\n", err=True
+            )
+        if dry_run:
+            return
+        with terminable():
+            report = job.run(sys.argv[1:], announce=show, team=team)
     click.echo("", err=True)
     click.echo(summarize(report, str(out)))

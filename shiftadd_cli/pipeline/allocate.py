@@ -30,6 +30,7 @@ from shiftadd_cli.bcq.choices import Choice, ordered_choices
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.device import choose_device, move_parts
+from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline.plan import Plan, PlannedLinear, make_plan
 from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration
@@ -137,14 +138,16 @@ class AllocationJob:
                 "allow fewer bits with --candidates."
             )
 
-    def run(self, show: BlockProgress) -> BitPlan:
+    def run(self, show: BlockProgress, team: Team = ALONE) -> BitPlan:
         """Measure, or remember, the sensitivities, and choose.
 
-        show: wraps the block names, with a description, to show how far it is.
+        show: wraps the block names, with a description, to show how far it is. team: whose processes share the
+        measuring; the first remembers and chooses.
 
         Raises AllocationError for layers that must and cannot have equal bits, and for a divergence that no bits reach.
         """
-        return self.choose(self.sensitivities(show))
+        sensitivities = self.sensitivities(show, team)
+        return BitPlan.model_validate_json(team.share(self.choose(sensitivities).to_json() if team.first else ""))
 
     def choose(self, sensitivities: Sensitivities) -> BitPlan:
         """The best plan within the budget for what was measured.
@@ -192,8 +195,9 @@ class AllocationJob:
         other.check_budget()
         return other
 
-    def sensitivities(self, show: BlockProgress) -> Sensitivities:
-        """At everything allowed for any layer, from the cache where it has them."""
+    def sensitivities(self, show: BlockProgress, team: Team = ALONE) -> Sensitivities:
+        """At everything allowed for any layer, from the cache where it has them; in the first process of a team, and in
+        the others of what this took to measure."""
         wanted = ordered_choices(choice for each in self.allowed.values() for choice in each)
         cache = SensitivityCache(
             cache_folder(),
@@ -203,11 +207,13 @@ class AllocationJob:
             self.recipe_fingerprint,
             self.calibration.data.fingerprint,
         )
-        kept = cache.load()
-        if kept is not None and kept.covers(wanted):
-            return kept
+        kept = cache.load() if team.first else None
         known = next(iter(kept.costs.values())).keys() if kept is not None else set[Choice]()
-        return cache.keep(self.measure([bits for bits in wanted if bits not in known], show))
+        missing = team.share([bits for bits in wanted if bits not in known])
+        if kept is not None and not missing:
+            return kept
+        found = self.measure(missing, show, team) if missing else Sensitivities({}, ())
+        return cache.keep(found) if team.first else found
 
     def problem(self, sensitivities: Sensitivities) -> tuple[list[Choices], list[tuple[str, ...]]]:
         """What every layer may be, and the layers that get equal bits."""
@@ -250,7 +256,7 @@ class AllocationJob:
         """Of the fields that a sensitivity may depend on."""
         return self.recipe.fingerprint(without=_IRRELEVANT)
 
-    def measure(self, candidates: Sequence[Choice], show: BlockProgress) -> Sensitivities:
+    def measure(self, candidates: Sequence[Choice], show: BlockProgress, team: Team = ALONE) -> Sensitivities:
         """Sensitivities at these bits, whatever is remembered."""
         source, recipe, samples = self.source, self.recipe, self.calibration.samples
         structure = make_plan(source, recipe).structure
@@ -268,6 +274,7 @@ class AllocationJob:
                 device=self.device,
                 seed=recipe.seed,
                 progress=show,
+                team=team,
             )
         finally:
             source.release(structure.outside)

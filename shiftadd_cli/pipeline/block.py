@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.bcq.choices import Choice, choice_of
 from shiftadd_cli.bcq.solver import Solution, SolverOptions, quantize_matrices
-from shiftadd_cli.calibration.hessian import Moments, gather_moments
+from shiftadd_cli.calibration.hessian import Inputs, Moments, gather_moments
+from shiftadd_cli.calibration.recall import Recall
 from shiftadd_cli.calibration.stream import BlockStream
+from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.recipe import Recipe
-from shiftadd_cli.reconstruction.block import reconstruct_block
+from shiftadd_cli.reconstruction.block import Reconstruction, reconstruct_block
 from shiftadd_cli.report.schema import BlockReport
 from shiftadd_cli.source import LinearSpec
 
@@ -30,10 +33,11 @@ class BlockQuantizer:
         clock: Measured,
         token_weights: Mapping[str, Tensor] | None = None,
         bits: Mapping[str, Choice] | None = None,
+        team: Team = ALONE,
     ) -> None:
         """token_weights: by full name of a linear, float32 `[samples, tokens]`, see `calibration.gradients`.
         bits: by full name of a linear, where the recipe's primitive and bits are not meant for all."""
-        self.block, self.recipe, self.clock = block, recipe, clock
+        self.block, self.recipe, self.clock, self.team = block, recipe, clock, team
         self.specs: Mapping[str, LinearSpec] = {spec.kind: spec for spec in specs}
         self.token_weights = token_weights
         self.options = SolverOptions.from_recipe(recipe)
@@ -47,16 +51,28 @@ class BlockQuantizer:
             for kind in self.specs:
                 self._solve((kind,), None)
 
-    def on(self, stream: BlockStream, original: BlockStream | None) -> None:
-        """Quantize on the inputs of `stream`; linears that no input reaches by their weights alone.
-
-        original: the block as it was and the hidden states of the original model, for asymmetric calibration.
-        """
+    def on(self, stream: BlockStream) -> None:
+        """Quantize on the inputs of `stream`; linears that no input reaches by their weights alone."""
         with self.clock.phase("forward"):
-            groups = stream.shared_inputs(list(self.specs))
+            groups = stream.shared_inputs(list(self.specs), self.team)
+        self._in_order(stream, groups, None)
+
+    def towards(self, original: BlockStream, stream: BlockStream, name: str, folder: Path | None) -> None:
+        """The same, with asymmetric calibration: `original` is the block `name` as it was, and the hidden states of the
+        original model, which advance to its outputs.
+
+        folder: for what its linears read, see `Recall`.
+        """
+        with Recall(folder) as recall:
+            with self.clock.phase("forward"):
+                groups = stream.shared_inputs(list(self.specs), self.team)
+                recall.advance(original, [group[0] for group in groups], name, self.team)
+            self._in_order(stream, groups, recall)
+
+    def _in_order(self, stream: BlockStream, groups: list[tuple[str, ...]], original: Inputs | None) -> None:
         for part in [[group] for group in groups] if self.recipe.true_sequential else [groups]:
             with self.clock.phase("forward"):
-                moments = gather_moments(stream, part, original, self._weights(part))
+                moments = gather_moments(stream, part, original, self._weights(part), self.team)
             with self.clock.phase("solve"):
                 for group, each in zip(part, moments, strict=True):
                     self._solve(group, each)
@@ -71,24 +87,37 @@ class BlockQuantizer:
             return None
         return [torch.stack([self.token_weights[self.specs[kind].name] for kind in group]).mean(0) for group in groups]
 
-    def reconstruct(self, name: str, stream: BlockStream, original: BlockStream) -> BlockReport:
-        """Tune the quantized block `name`, if that helps, towards `original`, which has advanced to its outputs."""
+    def reconstruct(self, name: str, stream: BlockStream, original: BlockStream) -> BlockReport | None:
+        """Tune the quantized block `name`, if that helps, towards `original`, which has advanced to its outputs.
+
+        Every step of it needs the one before, so the first process of a team does it alone; the others have no report.
+        """
         with self.clock.phase("reconstruct"):
-            result = reconstruct_block(
-                stream,
-                original.hidden,
-                {kind: solution.weight for kind, solution in self.solutions.items()},
-                {kind: spec.matrix(original.block).float() for kind, spec in self.specs.items()},
-                [kind for kind, spec in self.specs.items() if spec.transposed],
-                epochs=self.recipe.reconstruct_epochs,
-                seed=self.recipe.seed,
-            )
-        for kind, weight in result.weights.items():
-            self._put(kind, replace(self.solutions[kind], weight=weight))
-        for vector, value in result.parameters.items():
-            self.block.get_parameter(vector).data = value
+            result = self._reconstruction(stream, original) if self.team.first else None
+            tuned = self.team.share_tensors(None if result is None else _as_tensors(result))
+        for kind, solution in self.solutions.items():
+            stored = solution.weight.tensors
+            found = {suffix: tuned.pop(f"{kind}/{suffix}").to(old.device) for suffix, old in stored.items() if tuned}
+            if found:
+                self._put(kind, replace(solution, weight=replace(solution.weight, tensors=found)))
+        for vector, value in tuned.items():
+            parameter = self.block.get_parameter(vector)
+            parameter.data = value.to(parameter.device)
+        if result is None:
+            return None
         return BlockReport(
             name=name, error_before=result.error_before, error_after=result.error_after, kept=result.kept
+        )
+
+    def _reconstruction(self, stream: BlockStream, original: BlockStream) -> Reconstruction:
+        return reconstruct_block(
+            stream,
+            original.hidden,
+            {kind: solution.weight for kind, solution in self.solutions.items()},
+            {kind: spec.matrix(original.block).float() for kind, spec in self.specs.items()},
+            [kind for kind, spec in self.specs.items() if spec.transposed],
+            epochs=self.recipe.reconstruct_epochs,
+            seed=self.recipe.seed,
         )
 
     def _solve(self, kinds: Sequence[str], moments: Moments | None) -> None:
@@ -101,28 +130,39 @@ class BlockQuantizer:
         weights = [self.specs[kind].matrix(self.block) for kind in kinds]
         names = [self.specs[kind].name for kind in kinds]
         if moments is None:
-            solutions = quantize_matrices(weights, names, None, options.without_data())
-        elif self._biases_take_the_mean(kinds, moments):
-            solutions = quantize_matrices(weights, names, moments.about_mean(), options)
+            solutions = quantize_matrices(weights, names, None, options.without_data(), team=self.team)
+        elif self._biases_take_the_mean(kinds):
+            about = moments.about_mean()
+            solutions = quantize_matrices(weights, names, about.hessian, options, about.cross, self.team)
             for kind, weight, solution in zip(kinds, weights, solutions, strict=True):
-                error = weight.float() - solution.weight.decode()
+                shift = (weight.float() - solution.weight.decode()) @ moments.mean
+                if moments.cross_mean is not None:
+                    shift += self.recipe.asymmetric * weight.float() @ (moments.cross_mean - moments.mean)
                 bias = self.block.get_submodule(kind).get_parameter("bias")
-                bias.data = (bias.float() + error @ moments.mean).to(bias.dtype)
+                bias.data = (bias.float() + shift).to(bias.dtype)
         else:
-            solutions = quantize_matrices(weights, names, moments.hessian, options, moments.cross)
+            solutions = quantize_matrices(weights, names, moments.hessian, options, moments.cross, self.team)
         for kind, solution in zip(kinds, solutions, strict=True):
             self._put(kind, solution)
 
-    def _biases_take_the_mean(self, kinds: Sequence[str], moments: Moments) -> bool:
-        """Whether the linears have biases to be corrected (Nagel et al. 2019, arXiv:1906.04721, section 4.2). What
-        asymmetric calibration aims at has another mean."""
+    def _biases_take_the_mean(self, kinds: Sequence[str]) -> bool:
+        """Whether the linears have biases to be corrected (Nagel et al. 2019, arXiv:1906.04721, section 4.2): these then
+        take over the mean of the error, also of what asymmetric calibration aims at, and weights fit inputs about their
+        mean."""
         modules = [self.block.get_submodule(kind) for kind in kinds]
-        biased = all(getattr(module, "bias", None) is not None for module in modules)
-        return self.recipe.bias_correction and moments.cross is None and biased
+        return self.recipe.bias_correction and all(getattr(module, "bias", None) is not None for module in modules)
 
     def _put(self, kind: str, solution: Solution) -> None:
         self.solutions[kind] = solution
         _replace(self.block.get_submodule(kind), solution.weight.decode(), self.specs[kind])
+
+
+def _as_tensors(result: Reconstruction) -> dict[str, Tensor]:
+    """What was tuned, by path and suffix with a slash between, which no name of a parameter has, or by name."""
+    found = dict(result.parameters)
+    for kind, weight in result.weights.items():
+        found |= {f"{kind}/{suffix}": tensor for suffix, tensor in weight.tensors.items()}
+    return found
 
 
 def _replace(module: nn.Module, weight: Tensor, spec: LinearSpec) -> None:

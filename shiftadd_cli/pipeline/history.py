@@ -69,6 +69,19 @@ class Asked(_Part):
             code=code_fingerprint(),
         )
 
+    def difference(self, other: Asked) -> str | None:
+        """The first thing beside the recipe that is another in `other`."""
+        if self.source != other.source:
+            return "another model, or the model's files have changed"
+        if self.tokens != other.tokens:
+            return "another calibration text, or its file has changed"
+        if self.bit_plan != other.bit_plan:
+            return "another bit plan, or its file has changed"
+        for name in sorted(self.versions.keys() | other.versions.keys()):
+            if self.versions.get(name) != other.versions.get(name):
+                return f"another version of {name} ({self.versions.get(name)}, now {other.versions.get(name)})"
+        return None if self.code == other.code else "another state of shiftadd's own code"
+
 
 class StatesRecord(_Part):
     """A file of hidden states, and the CRC-32 of each batch in it."""
@@ -135,7 +148,7 @@ class History:
                     f"{begun} {field} = {_word(was)}, and this one has {_word(value)}; give {_word(was)} again to go "
                     "on, or start anew with --no-resume."
                 )
-        if difference := _difference(self.asked, asked):
+        if difference := self.asked.difference(asked):
             raise ResumeError(f"{begun} {difference}; start anew with --no-resume.")
         names = [each.name for each in self.blocks]
         if names != list(self.names[: len(names)]) or (names and self.start is None):
@@ -291,20 +304,6 @@ def _synced(states: Mapping[str, StoredStates]) -> dict[str, StatesRecord]:
 
 def _block_name(depth: int) -> str:
     return f"block-{depth:05}"
-
-
-def _difference(was: Asked, now: Asked) -> str | None:
-    """The first thing beside the recipe that is not as it was."""
-    if was.source != now.source:
-        return "another model, or the model's files have changed"
-    if was.tokens != now.tokens:
-        return "another calibration text, or its file has changed"
-    if was.bit_plan != now.bit_plan:
-        return "another bit plan, or its file has changed"
-    for name in sorted(was.versions.keys() | now.versions.keys()):
-        if was.versions.get(name) != now.versions.get(name):
-            return f"another version of {name} ({was.versions.get(name)}, now {now.versions.get(name)})"
-    return None if was.code == now.code else "another state of shiftadd's own code"
 
 
 def _fingerprint(windows: Tensor) -> str:

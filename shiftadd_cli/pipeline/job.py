@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 
 from shiftadd_cli.allocation.budget import Budget
+from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.artifact.output import check_output, check_space
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.device import choose_device
-from shiftadd_cli.errors import Interrupted, MemoryLimitError, OutputError
+from shiftadd_cli.distributed.team import ALONE, Team
+from shiftadd_cli.errors import Interrupted, MemoryLimitError, OutputError, RecipeError, TeamError
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
-from shiftadd_cli.pipeline.history import Asked, History
+from shiftadd_cli.pipeline.history import MAY_CHANGE, Asked, History
 from shiftadd_cli.pipeline.plan import Plan, least_memory, make_plan
-from shiftadd_cli.pipeline.run import load_calibration, run_plan
-from shiftadd_cli.progress import block_bar
+from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration, run_plan
+from shiftadd_cli.pipeline.walk import follow
+from shiftadd_cli.progress import block_bar, silent
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.signals import Terminated
@@ -51,16 +54,19 @@ class Job:
         overwrite: bool = False,
         resume: bool = True,
         max_memory: str | None = None,
+        team: Team = ALONE,
     ) -> Job:
         """Plan to compress `model` (hub id, folder, .gguf file or `demo`) into the folder `out`, from headers alone.
 
         max_memory: what the run may take of the machine's memory, such as "4GB"; one that is expected to need more is
             refused.
+        team: of which this process is one; the first writes.
 
         Raises ShiftaddError, saying what to do, for everything that can be known to be wrong now.
         """
         local = Path(model) if Path(model).exists() else None
-        check_output(out, local, overwrite=overwrite)
+        if team.first:
+            check_output(out, local, overwrite=overwrite)
         device = choose_device(recipe.device)
         source = open_source(model, dtype=recipe.dtype)
         if recipe.avg_bits is None:
@@ -73,28 +79,35 @@ class Job:
             plan = allocation.plan_at(min)
         if max_memory is not None:
             _check_memory(plan, max_memory)
-        check_output(out, local, overwrite=overwrite, expected_bytes=plan.after_bytes)
+        if team.first:
+            check_output(out, local, overwrite=overwrite, expected_bytes=plan.after_bytes)
         return cls(plan, out, device, overwrite, resume, allocation)
 
-    def run(self, command: Sequence[str] = (), announce: Callable[[Plan], None] | None = None) -> Report:
+    def run(
+        self, command: Sequence[str] = (), announce: Callable[[Plan], None] | None = None, team: Team = ALONE
+    ) -> Report:
         """Do it, or go on with what an earlier run of this job has finished; `command` is what report.json gives as the
         command that was run.
 
-        announce: told the plan with the bits that were chosen, where the recipe leaves them to be.
+        announce: told the plan with the bits that were chosen, where the recipe leaves them to be. team: of which this
+        process is the first.
 
         Raises ResumeError where the unfinished run was begun with something else, before any work; Interrupted, saying
-        how to go on, when it is stopped.
+        how to go on, when it is stopped; TeamError where another process of the team fails.
         """
         clock = Measured()
-        calibration = load_calibration(self.plan) if self.allocation is None else self.allocation.calibration
+        calibration = self._calibration()
+        self._check_team(calibration, team)
         check_space(self.out, self.plan.after_bytes + self.plan.state_bytes)
         with Workspace(self.out, resume=self.resume) as workspace:
             history = History(workspace, self.plan.structure.blocks)
-            history.begin(Asked.of(self.plan, None if calibration is None else calibration.samples))
+            asked = Asked.of(self.plan, None if calibration is None else calibration.samples)
+            history.begin(asked)
+            team.share(asked.model_dump(mode="json"))
             if history.spent is not None:
                 clock.go_on_from(history.spent)
             try:
-                plan = self._with_bits(history, clock, announce)
+                plan = self._with_bits(history, clock, announce, team)
                 return run_plan(
                     plan,
                     calibration,
@@ -105,21 +118,62 @@ class Job:
                     progress=block_bar,
                     clock=clock,
                     history=history,
+                    team=team,
                 )
             except KeyboardInterrupt as stop:
+                # torchrun asks the others to end as soon as one has failed.
+                reason = team.fault() if isinstance(stop, Terminated) else None
+                if reason is not None:
+                    raise TeamError(f"{reason} {history.how_to_go_on()}") from stop
                 code = 143 if isinstance(stop, Terminated) else 130
                 raise Interrupted(f"Interrupted. {history.how_to_go_on()}", code) from stop
-            except OutputError as failure:
-                raise OutputError(f"{failure} {history.how_to_go_on()}") from failure
+            except (OutputError, TeamError) as failure:
+                raise type(failure)(f"{failure} {history.how_to_go_on()}") from failure
 
-    def _with_bits(self, history: History, clock: Measured, announce: Callable[[Plan], None] | None) -> Plan:
+    def follow(self, team: Team) -> None:
+        """Do the part of a process that is not the first of `team`, which calls `run`.
+
+        Raises TeamError where this machine has another model, text or software than the first.
+        """
+        calibration = self._calibration()
+        samples = None if calibration is None else calibration.samples
+        own = Asked.of(self.plan, samples)
+        first = Asked.model_validate(team.share(own.model_dump(mode="json")))
+        other = [name for name, value in first.recipe.items() if own.recipe[name] != value and name not in MAY_CHANGE]
+        if difference := f"another {other[0]}" if other else own.difference(first):
+            raise TeamError(f"The first process of the team has {difference}; give the same to all.")
+        plan = self.plan
+        if self.allocation is not None:
+            chosen = team.share("")
+            bit_plan = BitPlan.model_validate_json(chosen) if chosen else self.allocation.run(silent, team)
+            plan = replace(make_plan(plan.source, plan.recipe, bit_plan.bits), bit_plan=bit_plan)
+        follow(plan, samples, self.device, team)
+
+    def _calibration(self) -> CalibrationSet | None:
+        return load_calibration(self.plan) if self.allocation is None else self.allocation.calibration
+
+    def _check_team(self, calibration: CalibrationSet | None, team: Team) -> None:
+        """Refuse more processes than can share the samples."""
+        recipe = self.plan.recipe
+        batches = -(-recipe.samples // recipe.batch_size)
+        most = len(team.shards(batches))
+        if calibration is not None and team.size > most:
+            raise RecipeError(
+                f"{recipe.samples} samples in batches of {recipe.batch_size} are shared by {most} processes at most, "
+                f"not by {team.size}; start fewer, or give a smaller --batch-size."
+            )
+
+    def _with_bits(
+        self, history: History, clock: Measured, announce: Callable[[Plan], None] | None, team: Team
+    ) -> Plan:
         """The plan with the bits that the allocation chooses, or has chosen before it was stopped."""
         if self.allocation is None:
             return self.plan
         bit_plan = history.bit_plan
+        team.share("" if bit_plan is None else bit_plan.to_json())
         if bit_plan is None:
             with clock.phase("allocate"):
-                bit_plan = self.allocation.run(block_bar)
+                bit_plan = self.allocation.run(block_bar, team)
             history.keep_bits(bit_plan, clock)
         plan = replace(make_plan(self.plan.source, self.plan.recipe, bit_plan.bits), bit_plan=bit_plan)
         if announce is not None:

@@ -100,14 +100,22 @@ class Plan:
 
     @property
     def state_bytes(self) -> int:
-        """What a run keeps beside the artifact until it ends, to go on from: hidden states at two depths, in so many
-        versions, and token weights."""
+        """What a run keeps beside the artifact until it ends: hidden states at two depths, in so many versions, token
+        weights, and for asymmetric calibration what the linears of a block read in the original."""
         if not self.calibrated:
             return 0
         recipe = self.recipe
         flow = measure_flow(self.source, self.structure.blocks, recipe.seq_len)
         depths = 2 * _versions(recipe) * recipe.samples * flow.values * self.source.dtype.itemsize
-        return depths + (_token_weight_bytes(recipe, flow, self.linears) if recipe.loss_aware else 0)
+        weights = _token_weight_bytes(recipe, flow, self.linears) if recipe.loss_aware else 0
+        return depths + weights + (self._recalled_bytes(flow) if recipe.asymmetric else 0)
+
+    def _recalled_bytes(self, flow: Flow) -> int:
+        """Of what the linears of a block read, as if no two read the same; of the block where that is most."""
+        values: Counter[int] = Counter()
+        for each in self.linears:
+            values[each.spec.block] += flow.tokens[each.spec.block] * each.spec.in_features
+        return max(values.values()) * self.recipe.samples * self.source.dtype.itemsize
 
     @property
     def bits_per_weight(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -16,20 +15,17 @@ from torch import Tensor
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution
-from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.images import draw_images, image_reader, load_images
 from shiftadd_cli.calibration.images_data import ImageData
-from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.text import TextData, load_text, sample_windows
-from shiftadd_cli.calibration.trace import Trace, trace_model
-from shiftadd_cli.device import move_parts
+from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.pipeline.history import Asked, History
 from shiftadd_cli.pipeline.pages import checkpoint_pages
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.states import StoredStates
-from shiftadd_cli.pipeline.tables import store_table
+from shiftadd_cli.pipeline.walk import Walk
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.report.schema import BlockReport, LayerReport, Report, TableReport
 from shiftadd_cli.runtime.remote_code import code_entry
@@ -71,12 +67,13 @@ def run_plan(
     progress: BlockProgress,
     clock: Measured | None = None,
     history: History | None = None,
+    team: Team = ALONE,
 ) -> Report:
     """Do the work and put the artifact at `out`; returns what report.json says.
 
     progress: wraps the block names, with a description, to show how far the run is. clock: what the times of the run
     are added to, if it has been going for a while. history: of the run, which goes on where that ends; begun, in a
-    workspace that is entered. By default the run starts anew.
+    workspace that is entered. By default the run starts anew. team: this process is its first; the others `follow`.
 
     Raises NumericalError naming a layer whose values cannot be quantized, OutputError when the disk refuses; nothing is
     at `out` then.
@@ -89,33 +86,42 @@ def run_plan(
             ArtifactWriter(out, overwrite=overwrite, shard_bytes=plan.recipe.shard_bytes, workspace=history.workspace)
         )
         writer.plan(plan.tensors, history.written)
-        return _Run(plan, calibration, writer, device, list(command), clock or Measured(), history).execute(progress)
+        samples = None if calibration is None else calibration.samples
+        spill = history.workspace.folder
+        walk = Walk(plan, samples, device, clock or Measured(), team, spill)
+        return _Run(walk, calibration, writer, list(command), history).execute(progress)
 
 
 @dataclass
 class _Run:
-    plan: Plan
+    walk: Walk
     calibration: CalibrationSet | None
     writer: ArtifactWriter
-    device: torch.device
     command: list[str]
-    clock: Measured
     history: History
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     tables: list[TableReport] = field(default_factory=list)
-    token_weights: dict[str, Tensor] | None = None
     states: dict[str, StoredStates] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        return self.walk.plan
+
+    @property
+    def clock(self) -> Measured:
+        return self.walk.clock
 
     def execute(self, progress: BlockProgress) -> Report:
         plan, names, done = self.plan, self.plan.structure.blocks, self.history.done
         for block in self.history.blocks:
             self.layers += block.layers
             self.blocks += block.blocks
-        trace = self._start(progress)
+        self.walk.team.share(done)
+        self._start(progress)
         text = f"Quantizing ({done} of {len(names)} blocks were done before)" if done else "Quantizing"
         for depth, name in enumerate(progress(names[done:], text), done):
-            self._block(depth, name, trace)
+            self._block(depth, name)
         with self.clock.phase("read_and_write"):
             plan.source.save_companions(self.writer.folder)
             files_bytes = self.writer.nbytes
@@ -127,7 +133,7 @@ class _Run:
                 self.tables,
                 files_bytes=files_bytes,
                 clock=self.clock,
-                device=self.device,
+                device=self.walk.device,
                 command=self.command,
             )
             for name, text in checkpoint_pages(plan, report, self.writer.out.name).items():
@@ -135,102 +141,45 @@ class _Run:
             self.writer.finish(self._config(), report.model_dump(mode="json"))
         return report
 
-    def _start(self, progress: BlockProgress) -> Trace | None:
+    def _start(self, progress: BlockProgress) -> None:
         """Write what lies outside the blocks, and run the samples up to the first block.
 
         For a run that goes on, all but the arguments of the blocks is there.
         """
-        source, structure, history = self.plan.source, self.plan.structure, self.history
+        history, walk, structure = self.history, self.walk, self.plan.structure
         begun = history.start is not None
         with self.clock.phase("read_and_write"):
-            source.materialise(structure.outside)
+            self.plan.source.materialise(structure.outside)
             blocks = tuple(f"{name}." for name in structure.blocks)
             if not begun:
                 self._write_kept(name for name in self.plan.kept if not name.startswith(blocks))
-            # Before anything is run: the first block calibrates on what the artifact will look up.
-            add = (lambda name, tensor: None) if begun else self.writer.add
-            self.tables += [store_table(each, source.skeleton(), add) for each in self.plan.tables]
-        trace = None
-        if self.calibration is not None and history.done < len(structure.blocks):
-            with self.clock.phase("trace"):
-                model = source.skeleton()
-                move_parts(model, structure.outside, self.device)
-                trace = self._trace(self.calibration.samples)
-            if begun:
-                self.token_weights = history.token_weights()
-            elif self.plan.recipe.loss_aware:
-                with self.clock.phase("trace"):
-                    self.token_weights = self._weigh_tokens(self.calibration.samples, trace, progress)
-        source.release(structure.outside)
+            self.tables += walk.store_tables((lambda name, tensor: None) if begun else self.writer.add)
+        if walk.samples is not None and history.done < len(structure.blocks):
+            history.drop_old_states()
+            self.states = history.states(len(walk.samples), self.plan.recipe.batch_size)
+            walk.trace_samples(self._place, self.states)
+            walk.weigh_tokens(history.token_weights() if begun else None, progress, begun=begun)
+        self.plan.source.release(structure.outside)
         if not begun:
             with self.clock.phase("read_and_write"):
-                history.keep_start(self.writer, self.states, self.token_weights, self.clock)
-        return trace
+                history.keep_start(self.writer, self.states, walk.token_weights, self.clock)
 
-    def _trace(self, samples: Tensor) -> Trace:
-        """The trace, its hidden states on disk: as they were kept, or else those that reach the first block."""
-        recipe, source, structure = self.plan.recipe, self.plan.source, self.plan.structure
-        self.history.drop_old_states()
-        self.states = self.history.states(len(samples), recipe.batch_size)
-        hidden = self.states.get("quantized")
-        if hidden is None:
-            hidden = StoredStates(self.history.workspace.states, len(samples), recipe.batch_size)
-            self.states["quantized"] = hidden
-        trace = trace_model(source, structure, samples, recipe.batch_size, self.device, hidden)
-        if recipe.asymmetric or recipe.reconstruct_epochs:
-            trace.original = self.states.setdefault("original", hidden.copy())
-        return trace
+    def _place(self) -> StoredStates:
+        samples = self.walk.samples
+        assert samples is not None, "there are states to be kept"
+        return StoredStates(self.history.workspace.states, len(samples), self.plan.recipe.batch_size)
 
-    def _weigh_tokens(self, samples: Tensor, trace: Trace, progress: BlockProgress) -> dict[str, Tensor]:
-        """Squared gradients to the power of the recipe, of mean 1 again."""
-        recipe, plan = self.plan.recipe, self.plan
-        found = squared_gradients(
-            plan.source,
-            plan.structure,
-            samples,
-            trace,
-            device=self.device,
-            seed=recipe.seed,
-            progress=progress,
-        )
-        powers = {name: each**recipe.loss_aware for name, each in found.token_weights().items()}
-        return {name: each / each.mean() for name, each in powers.items()}
-
-    def _block(self, depth: int, name: str, trace: Trace | None) -> None:
-        source, recipe = self.plan.source, self.plan.recipe
-        with self.clock.phase("read_and_write"):
-            source.materialise([name])
-            block = source.skeleton().get_submodule(name)
-            block.to(self.device)
-        specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
-        bits = {each.spec.name: each.layout.choice for each in self.plan.linears}
-        quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights, bits)
+    def _block(self, depth: int, name: str) -> None:
+        quantizer, report = self.walk.quantize(depth, name)
+        blocks = [] if report is None else [report]
         last = depth + 1 == len(self.plan.structure.blocks)
-        blocks: list[BlockReport] = []
-        if trace is None:
-            quantizer.without_data()
-        else:
-            calls = {size: per_block[depth] for size, per_block in trace.calls.items()}
-            stream = BlockStream(block, trace.hidden, calls, self.device)
-            original = None
-            if trace.original is not None:
-                original = BlockStream(copy.deepcopy(block), trace.original, calls, self.device)
-            quantizer.on(stream, original if recipe.asymmetric else None)
-            if original is not None and (recipe.reconstruct_epochs or not last):
-                with self.clock.phase("forward"):
-                    original.advance(name)
-            if original is not None and recipe.reconstruct_epochs and specs:
-                blocks.append(quantizer.reconstruct(name, stream, original))
-            if not last:
-                with self.clock.phase("forward"):
-                    # The next block calibrates on what it will see.
-                    stream.advance(name)
-                    for each in self.states.values():
-                        each.turn()
+        if not last:
+            for each in self.states.values():
+                each.turn()
         with self.clock.phase("read_and_write"):
             self._write_kept(kept for kept in self.plan.kept if kept.startswith(f"{name}."))
-            layers = self._write_solutions(specs, quantizer)
-        source.release([name])
+            layers = self._write_solutions(quantizer)
+        self.plan.source.release([name])
         self.layers += layers
         self.blocks += blocks
         if last:
@@ -238,10 +187,10 @@ class _Run:
         with self.clock.phase("read_and_write"):
             self.history.keep_block(name, layers, blocks, self.writer, self.states, self.clock)
 
-    def _write_solutions(self, specs: Sequence[LinearSpec], quantizer: BlockQuantizer) -> list[LayerReport]:
+    def _write_solutions(self, quantizer: BlockQuantizer) -> list[LayerReport]:
         layers = []
-        for spec in specs:
-            solution = quantizer.solutions[spec.kind]
+        for kind, spec in quantizer.specs.items():
+            solution = quantizer.solutions[kind]
             for suffix, tensor in solution.weight.tensors.items():
                 self.writer.add(f"{spec.name}.{suffix}", tensor)
             layers.append(_layer_report(spec, solution))

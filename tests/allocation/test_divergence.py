@@ -57,10 +57,10 @@ def solved(monkeypatch):
     """What the solver made of every linear, by name and bits."""
     found = {}
 
-    def spy(weights, names, hessian, options):
+    def spy(weights, names, hessian, options, **others):
         assert options.refine_rounds == 0
         assert options.asymmetric == 0
-        solutions = quantize_matrices(weights, names, hessian, options)
+        solutions = quantize_matrices(weights, names, hessian, options, **others)
         found.update({(name, options.bits): each for name, each in zip(names, solutions, strict=True)})
         return solutions
 

@@ -65,9 +65,9 @@ def test_output_costs_are_half_the_squared_gradient_times_the_squared_error(tmp_
     save_tiny(family, tmp_path)
     solved = {}
 
-    def spy(weights, names, hessian, options):
+    def spy(weights, names, hessian, options, **others):
         assert options.refine_rounds == 0
-        solutions = quantize_matrices(weights, names, hessian, options)
+        solutions = quantize_matrices(weights, names, hessian, options, **others)
         solved.update({(name, options.bits): each for name, each in zip(names, solutions, strict=True)})
         return solutions
 
@@ -116,9 +116,9 @@ def test_samples_of_rows_and_of_windows_predict_what_all_of_them_do(tmp_path, mo
     whole = measure(tmp_path, "output").costs
     solved = []
 
-    def spy(weights, *rest):
+    def spy(weights, *rest, **others):
         solved.extend(map(len, weights))
-        return quantize_matrices(weights, *rest)
+        return quantize_matrices(weights, *rest, **others)
 
     monkeypatch.setattr(candidates, "quantize_matrices", spy)
     monkeypatch.setattr(row_sample, "_LARGEST_ROWS", 4)

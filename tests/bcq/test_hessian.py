@@ -129,9 +129,9 @@ def test_the_corrected_target_minimises_the_distance_from_the_original_output(st
     weights = torch.randn(6, 20, generator=g, dtype=torch.float64)
     original = torch.randn(200, 20, generator=g, dtype=torch.float64)
     now = original + 0.3 * torch.randn(200, 20, generator=g, dtype=torch.float64)
-    hessian, cross, ridge = now.T @ now / 200, original.T @ now / 200, 0.05
-    damped = hessian + ridge * torch.eye(20, dtype=torch.float64)
-    target = corrected_target(weights, damped, hessian, cross, strength)
+    hessian, cross = now.T @ now / 200, original.T @ now / 200
+    target = corrected_target(weights, hessian, cross, 0.05, strength, "layer")
+    ridge = 0.05 * float(hessian.diagonal().mean())
     # The same as one least-squares problem: the outputs of the original, and a pull towards the weights.
     rows = torch.cat((now / 200**0.5, ridge**0.5 * torch.eye(20, dtype=torch.float64)))
     goal = torch.cat((original @ weights.T / 200**0.5, ridge**0.5 * weights.T))
@@ -141,4 +141,4 @@ def test_the_corrected_target_minimises_the_distance_from_the_original_output(st
 
 def test_without_drift_the_target_is_the_weight_itself() -> None:
     weights, hessian = random_weights(5, 24), random_hessian(24)
-    torch.testing.assert_close(corrected_target(weights, hessian, hessian, hessian, 1.0), weights)
+    torch.testing.assert_close(corrected_target(weights, hessian, hessian, 0.01, 1.0, "layer"), weights)

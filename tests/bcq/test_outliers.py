@@ -79,8 +79,3 @@ def test_the_solver_stores_them_beside_its_planes(rotation: str, with_data: bool
         if with_data and rotation == "hadamard":
             # Two of 64 inputs carry much more than the others, and the rotation mixes them with all.
             assert errors[0] < 0.8 * errors[2]
-
-
-def test_no_outlier_columns_beside_asymmetric_calibration() -> None:
-    with pytest.raises(ValueError, match="outlier"):
-        SolverOptions(outlier_columns=0.1, asymmetric=0.5)

@@ -10,6 +10,7 @@ from tiny_models import save_tiny
 
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.trace import trace_model
+from shiftadd_cli.distributed.team import ALONE
 from shiftadd_cli.pipeline import block as block_module
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.pipeline.block import BlockQuantizer
@@ -43,9 +44,9 @@ def solved(monkeypatch):
     seen = {}
     real = block_module.quantize_matrices
 
-    def spy(weights, names, hessian, options, cross=None):
+    def spy(weights, names, hessian, options, cross=None, team=ALONE):
         seen.update(dict.fromkeys(names, (hessian, cross)))
-        return real(weights, names, hessian, options, cross)
+        return real(weights, names, hessian, options, cross, team)
 
     monkeypatch.setattr(block_module, "quantize_matrices", spy)
     return seen
@@ -69,9 +70,7 @@ def second_moment(rows):
 def test_true_sequential_linears_see_the_quantized_ones_before_them(tmp_path, solved, true_sequential):
     stream, specs = first_block(tmp_path)
     untouched = copy.deepcopy(stream.block)
-    BlockQuantizer(stream.block, specs, recipe(true_sequential=true_sequential, asymmetric=0.0), Measured()).on(
-        stream, None
-    )
+    BlockQuantizer(stream.block, specs, recipe(true_sequential=true_sequential), Measured()).on(stream)
     for kind in ("self_attn.o_proj", "mlp.down_proj"):
         hessian, cross = solved[next(spec.name for spec in specs if spec.kind == kind)]
         assert cross is None
@@ -84,7 +83,8 @@ def test_true_sequential_linears_see_the_quantized_ones_before_them(tmp_path, so
 def test_asymmetric_linears_aim_at_the_original(tmp_path, solved):
     stream, specs = first_block(tmp_path)
     original = BlockStream(copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls, CPU)
-    BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), Measured()).on(stream, original)
+    quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), Measured())
+    quantizer.towards(original, stream, "block", tmp_path)
     for spec in specs:
         now, before = read_by(stream.block, stream, spec.kind), read_by(original.block, stream, spec.kind)
         _, cross = solved[spec.name]
@@ -100,9 +100,9 @@ def test_asymmetric_calibration_brings_the_block_nearer_to_the_original(tmp_path
         noise = torch.randn(stream.hidden[0].shape, generator=torch.Generator().manual_seed(0))
         stream.hidden.replace(0, stream.hidden[0] + 0.3 * noise * stream.hidden[0].std())
         fields = {"bits": 4, "asymmetric": strength, "weight_error": 0.001}
-        BlockQuantizer(stream.block, specs, recipe(**fields), Measured()).on(stream, original)
+        quantizer = BlockQuantizer(stream.block, specs, recipe(**fields), Measured())
+        quantizer.towards(original, stream, "block", None)
         stream.advance("block")
-        original.advance("block")
         errors[strength] = (stream.hidden[0] - original.hidden[0]).square().sum()
     assert errors[1.0] < errors[0.0]
 
@@ -114,7 +114,7 @@ def test_linears_of_one_input_are_solved_with_bits_of_their_own(tmp_path):
         stream, specs = first_block(tmp_path)
         given = {spec.name: bits if isinstance(bits, int) else bits.get(spec.kind, 3) for spec in specs}
         quantizer = BlockQuantizer(stream.block, specs, recipe(), Measured(), bits=given)
-        quantizer.on(stream, None)
+        quantizer.on(stream)
         solutions[str(bits)] = quantizer.solutions
     *uniform, mixed = solutions.values()
     for kind, bits in (("self_attn.q_proj", 2), ("self_attn.k_proj", 3), ("self_attn.v_proj", 2)):
@@ -142,7 +142,7 @@ def squared_output_errors(tmp_path, **fields):
     untouched = copy.deepcopy(stream.block)
     inputs = {spec.kind: read_by(untouched, stream, spec.kind) for spec in specs}
     quantizer = BlockQuantizer(stream.block, specs, recipe(true_sequential=False, **fields), Measured())
-    quantizer.on(stream, None)
+    quantizer.on(stream)
     found = {}
     for kind, rows in inputs.items():
         before, after = untouched.get_submodule(kind).double(), stream.block.get_submodule(kind).double()
@@ -160,10 +160,25 @@ def test_biases_take_over_the_mean_of_the_error(tmp_path):
         assert error < plain[kind][0]
 
 
+def test_biases_take_over_the_mean_of_what_asymmetric_calibration_aims_at(tmp_path):
+    stream, specs = first_block(tmp_path, "opt")
+    original = BlockStream(copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls, CPU)
+    stream.hidden.replace(0, 1.1 * stream.hidden[0] + 0.2)
+    before = {spec.kind: read_by(original.block, original, spec.kind) for spec in specs}
+    quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), Measured())
+    quantizer.towards(original, stream, "block", tmp_path)
+    now = {spec.kind: read_by(stream.block, stream, spec.kind) for spec in specs}
+    for spec in specs:
+        first, last = original.block.get_submodule(spec.kind).double(), stream.block.get_submodule(spec.kind).double()
+        with torch.no_grad():
+            error = (first(before[spec.kind]) - last(now[spec.kind])).mean(0)
+        assert error.norm() < 1e-4 * first(before[spec.kind]).mean(0).norm()
+
+
 def test_without_biases_their_correction_changes_nothing(tmp_path):
     states = []
     for name, correct in (("a", True), ("b", False)):
         stream, specs = first_block(tmp_path / name)
-        BlockQuantizer(stream.block, specs, recipe(bias_correction=correct), Measured()).on(stream, None)
+        BlockQuantizer(stream.block, specs, recipe(bias_correction=correct), Measured()).on(stream)
         states.append(stream.block.state_dict())
     assert all(torch.equal(each, states[1][name]) for name, each in states[0].items())

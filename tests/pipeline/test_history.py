@@ -18,7 +18,7 @@ from tiny_models import save_tiny
 import shiftadd_cli
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.errors import Interrupted, NumericalError, OutputError, ResumeError
-from shiftadd_cli.pipeline import history, job, run
+from shiftadd_cli.pipeline import history, job, walk
 from shiftadd_cli.recipe import Recipe
 
 QUICK = {"samples": 8, "seq_len": 24, "batch_size": 3, "group_size": 16, "fit_rounds": 1, "refine_rounds": 1}
@@ -66,9 +66,9 @@ def test_a_run_stopped_at_any_step_ends_in_the_same_bytes(
 def test_finished_blocks_are_not_solved_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(monkeypatch, 1, str(model), tmp_path / "out", **QUICK)
     begun = []
-    solve = run.BlockQuantizer.on
+    quantize = walk.Walk.quantize
     monkeypatch.setattr(
-        run.BlockQuantizer, "on", lambda self, *given: (begun.append(list(self.bits)), solve(self, *given))
+        walk.Walk, "quantize", lambda self, depth, name: (begun.append(name), quantize(self, depth, name))[1]
     )
     shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
     assert len(begun) == 1
@@ -103,7 +103,7 @@ def test_times_are_those_of_the_finished_steps(model: Path, tmp_path: Path, monk
 def test_a_run_that_ends_well_or_has_nothing_to_keep_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "trace_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(walk, "trace_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted, match="Nothing was finished"):
         shiftadd_cli.quantize(str(model), tmp_path / "deep" / "out", **QUICK)
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.evaluation.models import load_any
-from shiftadd_cli.pipeline import run as run_module
+from shiftadd_cli.pipeline import walk as walk_module
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.pipeline.run import load_calibration, run_plan
 from shiftadd_cli.pipeline.tables import plan_tables, store_table
@@ -152,13 +152,13 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
 def test_calibration_sees_the_decoded_embedding(tmp_path, family, monkeypatch):
     save_tiny(family, tmp_path / "source")
     seen = []
-    plain = run_module.trace_model
+    plain = walk_module.trace_model
 
     def spy(source, *rest):
         seen.append(source.skeleton().get_input_embeddings().weight.detach().clone())
         return plain(source, *rest)
 
-    monkeypatch.setattr(run_module, "trace_model", spy)
+    monkeypatch.setattr(walk_module, "trace_model", spy)
     quantize(tmp_path / "source", tmp_path / "out", "default")
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(seen[0], packed.get_input_embeddings().decode())

@@ -63,7 +63,7 @@ def quantized_block(path, family="llama", bits=2):
     stream = BlockStream(block, trace.hidden, calls, CPU)
     recipe = Recipe.load("best", {"bits": bits, "group_size": 16, "samples": 96, "seq_len": 64})
     quantizer = BlockQuantizer(block, [spec for spec in structure.linears if spec.block == 0], recipe, Measured())
-    quantizer.on(stream, original)
+    quantizer.on(stream)
     original.advance("block")
     return Case(stream, original, quantizer)
 

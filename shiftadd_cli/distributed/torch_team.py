@@ -1,0 +1,136 @@
+"""A team of processes that torchrun started, connected by torch.distributed.
+
+Tensors travel as the bytes of a safetensors file, so that nothing received is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import Tensor
+
+from shiftadd_cli.bcq.parallel import map_pieces
+from shiftadd_cli.distributed.team import T, Team, Tensors
+from shiftadd_cli.distributed.watch import Watch
+from shiftadd_cli.errors import TeamError, first_line
+
+_ONLY = "tensor"
+
+
+class TorchTeam(Team):
+    """Process `rank` of `size`, in the process group that is initialised. What fails raises TeamError, which names the
+    process that is at fault."""
+
+    def __init__(self, rank: int, size: int, watch: Watch) -> None:
+        self.rank, self.size, self.watch = rank, size, watch
+
+    def fault(self) -> str | None:
+        return self.watch.reason()
+
+    def share(self, value: T) -> T:
+        found: T = json.loads(self._broadcast(json.dumps(value).encode() if self.first else None, 0))
+        return found
+
+    def share_tensors(self, tensors: Tensors | None) -> Tensors:
+        return load(self._broadcast(_packed(tensors or {}) if self.first else None, 0))
+
+    def gather(self, value: T) -> list[T]:
+        packed = json.dumps(value).encode()
+        return [json.loads(self._broadcast(packed if rank == self.rank else None, rank)) for rank in range(self.size)]
+
+    def exchange(self, mine: Tensors) -> list[Tensors]:
+        packed = _packed(mine)
+        return [load(self._broadcast(packed if rank == self.rank else None, rank)) for rank in range(self.size)]
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        data = _bytes(_packed({_ONLY: tensor}))
+        with self._step():
+            dist.send(torch.tensor([len(data)]), rank)
+            dist.send(data, rank)
+
+    def receive(self, rank: int) -> Tensor:
+        length = torch.zeros(1, dtype=torch.int64)
+        with self._step():
+            dist.recv(length, rank)
+            data = torch.empty(int(length), dtype=torch.uint8)
+            dist.recv(data, rank)
+        return load(data.numpy().tobytes())[_ONLY]
+
+    def add_in_order(self, totals: Sequence[Tensor], parts: Sequence[Tensor] | None, count: int) -> None:
+        for index, total in enumerate(totals):
+            part = None if parts is None else parts[index]
+            for rank, rows in self._rows(total):
+                if rank == self.rank:
+                    self._add_rows(total[rows], None if part is None else part[rows], count)
+                elif part is not None:
+                    with self._step():
+                        dist.send(part[rows].contiguous(), rank)
+
+    def _add_rows(self, total: Tensor, own: Tensor | None, count: int) -> None:
+        for rank in range(count):
+            part = own
+            if rank != self.rank:
+                part = torch.empty_like(total)
+                with self._step():
+                    dist.recv(part, rank)
+            assert part is not None, "one of those that have a part"
+            total += part
+
+    def complete(self, totals: Sequence[Tensor]) -> None:
+        for total in totals:
+            for rank, rows in self._rows(total):
+                with self._step():
+                    dist.broadcast(total[rows], rank)
+
+    def map(self, function: Callable[[T], Tensors], pieces: Sequence[T]) -> list[Tensors]:
+        mine = range(self.rank, len(pieces), self.size)
+        found = map_pieces(function, [pieces[index] for index in mine])
+        named = {
+            f"{index}.{name}": tensor for index, each in zip(mine, found, strict=True) for name, tensor in each.items()
+        }
+        results: list[Tensors] = [{} for _ in pieces]
+        for each in self.exchange(named):
+            for name, tensor in each.items():
+                index, _, suffix = name.partition(".")
+                results[int(index)][suffix] = tensor
+        return results
+
+    def _rows(self, total: Tensor) -> Iterator[tuple[int, slice]]:
+        """The processes that keep rows of a total, and which."""
+        edges = [rank * len(total) // self.size for rank in range(self.size + 1)]
+        for rank, (first, last) in enumerate(pairwise(edges)):
+            if first < last:
+                yield rank, slice(first, last)
+
+    def _broadcast(self, data: bytes | None, rank: int) -> bytes:
+        content = None if data is None else _bytes(data)
+        length = torch.tensor([0 if content is None else len(content)])
+        with self._step():
+            dist.broadcast(length, rank)
+            if content is None:
+                content = torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(content, rank)
+        return content.numpy().tobytes()
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        self.watch.step()
+        try:
+            yield
+        except RuntimeError as failure:
+            reason = self.fault() or f"The exchange between processes failed ({first_line(failure)})."
+            raise TeamError(reason) from failure
+
+
+def _packed(tensors: Tensors) -> bytes:
+    return save({name: each.contiguous() for name, each in tensors.items()})
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

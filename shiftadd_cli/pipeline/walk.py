@@ -1,0 +1,142 @@
+"""The way through a model that every process of a run takes: samples through block after block, each quantized."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.calibration.gradients import squared_gradients
+from shiftadd_cli.calibration.stream import BlockStream
+from shiftadd_cli.calibration.streams import HiddenStates, States
+from shiftadd_cli.calibration.trace import Trace, trace_model
+from shiftadd_cli.device import move_parts
+from shiftadd_cli.distributed.team import ALONE, Team
+from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.pipeline.block import BlockQuantizer
+from shiftadd_cli.pipeline.plan import Plan
+from shiftadd_cli.pipeline.tables import store_table
+from shiftadd_cli.progress import BlockProgress, silent
+from shiftadd_cli.report.schema import BlockReport, TableReport
+
+
+@dataclass
+class Walk:
+    """`samples` through the blocks of `plan`; None for a run without data.
+
+    The processes of a `team` call the same methods in the same order. The first has all hidden states, the others those
+    of the batches that they run. `spill` is a folder for what does not stay in memory, by default the system's own.
+    """
+
+    plan: Plan
+    samples: Tensor | None
+    device: torch.device
+    clock: Measured = field(default_factory=Measured)
+    team: Team = ALONE
+    spill: Path | None = None
+    token_weights: dict[str, Tensor] | None = None
+    trace: Trace | None = None
+
+    def store_tables(self, add: Callable[[str, Tensor], None]) -> list[TableReport]:
+        """Give what is stored of embeddings to `add`, and let the model look it up.
+
+        Before anything is run: the first block calibrates on what the artifact will look up.
+        """
+        return [store_table(each, self.plan.source.skeleton(), add) for each in self.plan.tables]
+
+    def trace_samples(self, hidden: Callable[[], States], states: dict[str, States]) -> None:
+        """Run the samples up to the first block, or take `states` as they are where a run goes on.
+
+        hidden: makes the place for states; `states` then has those that there are, by name. What lies outside the
+        blocks must be materialised.
+        """
+        assert self.samples is not None, "there is something to trace"
+        source, structure, recipe = self.plan.source, self.plan.structure, self.plan.recipe
+        with self.clock.phase("trace"):
+            move_parts(source.skeleton(), structure.outside, self.device)
+            first = states.get("quantized")
+            if first is None:
+                first = states["quantized"] = hidden()
+            trace = trace_model(source, structure, self.samples, recipe.batch_size, self.device, first)
+            if recipe.asymmetric or recipe.reconstruct_epochs:
+                trace.original = states.setdefault("original", first.copy())
+            for each in (trace.hidden, trace.original):
+                if each is not None:
+                    each.hand_out(self.team)
+        self.trace = trace
+
+    def weigh_tokens(self, known: dict[str, Tensor] | None, progress: BlockProgress, *, begun: bool) -> None:
+        """Squared gradients to the power of the recipe, of mean 1 again; `known` are those of a run that goes on."""
+        if not self.plan.recipe.loss_aware:
+            return
+        with self.clock.phase("trace"):
+            weights = (known if begun else self._weights(progress)) if self.team.first else None
+            self.token_weights = self.team.share_tensors(weights)
+
+    def _weights(self, progress: BlockProgress) -> dict[str, Tensor]:
+        assert self.samples is not None, "there is something to weigh"
+        assert self.trace is not None, "it was traced"
+        found = squared_gradients(
+            self.plan.source,
+            self.plan.structure,
+            self.samples,
+            self.trace,
+            device=self.device,
+            seed=self.plan.recipe.seed,
+            progress=progress,
+        )
+        powers = {name: each**self.plan.recipe.loss_aware for name, each in found.token_weights().items()}
+        return {name: each / each.mean() for name, each in powers.items()}
+
+    def quantize(self, depth: int, name: str) -> tuple[BlockQuantizer, BlockReport | None]:
+        """Load and quantize block number `depth`, and run the samples through it; the caller releases it."""
+        source, recipe = self.plan.source, self.plan.recipe
+        with self.clock.phase("read_and_write"):
+            source.materialise([name])
+            block = source.skeleton().get_submodule(name)
+            block.to(self.device)
+        specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
+        bits = {each.spec.name: each.layout.choice for each in self.plan.linears}
+        quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights, bits, self.team)
+        trace, last = self.trace, depth + 1 == len(self.plan.structure.blocks)
+        if trace is None:
+            quantizer.without_data()
+            return quantizer, None
+        calls = {size: per_block[depth] for size, per_block in trace.calls.items()}
+        stream = BlockStream(block, trace.hidden, calls, self.device)
+        original, report = None, None
+        if trace.original is not None:
+            original = BlockStream(copy.deepcopy(block), trace.original, calls, self.device)
+        if original is not None and recipe.asymmetric:
+            quantizer.towards(original, stream, name, self.spill)
+        else:
+            quantizer.on(stream)
+            if original is not None:
+                with self.clock.phase("forward"):
+                    original.advance(name, self.team)
+        if original is not None and recipe.reconstruct_epochs and specs:
+            report = quantizer.reconstruct(name, stream, original)
+        if not last:
+            with self.clock.phase("forward"):
+                # The next block calibrates on what it will see.
+                stream.advance(name, self.team)
+        return quantizer, report
+
+
+def follow(plan: Plan, samples: Tensor | None, device: torch.device, team: Team) -> None:
+    """Do the part of a process that is not the first of `team`, which runs `run_plan`."""
+    walk, names, done = Walk(plan, samples, device, team=team), plan.structure.blocks, team.share(0)
+    plan.source.materialise(plan.structure.outside)
+    walk.store_tables(lambda name, tensor: None)
+    if samples is not None and done < len(names):
+        batches = -(-len(samples) // plan.recipe.batch_size)
+        walk.trace_samples(lambda: HiddenStates(len(samples), batches), {})
+        walk.weigh_tokens(None, silent, begun=False)
+    plan.source.release(plan.structure.outside)
+    for depth, name in enumerate(names[done:], done):
+        walk.quantize(depth, name)
+        plan.source.release([name])

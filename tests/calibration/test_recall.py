@@ -1,0 +1,63 @@
+"""What is recalled of a block is what its linears read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from shiftadd_cli.calibration.recall import Recall
+from shiftadd_cli.calibration.stream import BlockStream
+from shiftadd_cli.calibration.streams import HiddenStates
+from shiftadd_cli.calibration.trace import BlockCall
+from shiftadd_cli.errors import NumericalError, OutputError
+
+
+class Block(nn.Module):
+    """Two linears in a row; the second does not run on batches of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, hidden):
+        inner = self.first(hidden)
+        return self.second(inner) if len(hidden) > 1 else hidden
+
+
+@pytest.fixture
+def stream() -> BlockStream:
+    torch.manual_seed(0)
+    hidden = HiddenStates(5)
+    for size in (2, 2, 1):
+        hidden.append(torch.randn(size, 3, 4, dtype=torch.bfloat16))
+    return BlockStream(Block().bfloat16(), hidden, {size: BlockCall((), {}) for size in (1, 2)}, torch.device("cpu"))
+
+
+def test_inputs_are_recalled_and_the_states_have_advanced(tmp_path: Path, stream: BlockStream) -> None:
+    before = [batch.clone() for batch in stream.hidden]
+    with Recall(tmp_path) as recall:
+        recall.advance(stream, ["second", "first"], "block")
+        assert list(tmp_path.iterdir()) == [], "the file has no name"
+        for _ in range(2):
+            for index, batch in reversed(list(enumerate(before))):
+                found = recall.inputs(index, ["first", "second"])
+                assert torch.equal(found["first"], batch)
+                if len(batch) > 1:
+                    assert torch.equal(found["second"], stream.block.first(batch))
+                    assert torch.equal(stream.hidden[index], stream.block(batch))
+                else:
+                    assert "second" not in found, "it did not run"
+
+
+def test_outputs_that_are_not_finite_are_refused_by_name(tmp_path: Path, stream: BlockStream) -> None:
+    stream.block.second.weight.data.fill_(torch.inf)
+    with Recall(tmp_path) as recall, pytest.raises(NumericalError, match=r"model\.layers\.3"):
+        recall.advance(stream, ["first"], "model.layers.3")
+
+
+def test_a_folder_that_takes_no_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="missing"):
+        Recall(tmp_path / "missing")
