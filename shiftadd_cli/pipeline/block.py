@@ -146,9 +146,8 @@ class BlockQuantizer:
             self._put(kind, solution)
 
     def _biases_take_the_mean(self, kinds: Sequence[str]) -> bool:
-        """Whether the linears have biases to be corrected (Nagel et al. 2019, arXiv:1906.04721, section 4.2): these then
-        take over the mean of the error, also of what asymmetric calibration aims at, and weights fit inputs about their
-        mean."""
+        """Whether the linears have biases to correct (Nagel et al. 2019, arXiv:1906.04721, section 4.2): these take
+        over the mean of the error, also of what asymmetric calibration aims at, weights fit inputs about theirs."""
         modules = [self.block.get_submodule(kind) for kind in kinds]
         return self.recipe.bias_correction and all(getattr(module, "bias", None) is not None for module in modules)
 
