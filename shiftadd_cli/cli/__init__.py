@@ -1,18 +1,19 @@
 """The command `shiftadd`: finds the verbs, and turns what went wrong into one line and an exit code.
 
-Exit codes: 0 done, 2 the user can cure it (one line, `Error: ...`), 130 interrupted (143 by
-SIGTERM, for a run that can go on). Anything else is a defect of ours
-and shows its traceback.
+Exit codes: 0 done, 2 the user can cure it (one line, `Error: ...`), 3 another process of a team failed (one line too),
+130 interrupted (143 by SIGTERM, for a run that can go on). Anything else is a defect of ours and shows its traceback.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from importlib import import_module
 from typing import Any
 
 import click
 
+from shiftadd_cli.distributed.launch import launched_size, speaks
 from shiftadd_cli.errors import Interrupted, ShiftaddError
 from shiftadd_cli.version import __version__
 
@@ -41,10 +42,9 @@ _CURES = {
 class _Curable(click.ClickException):
     """Shown by click as `Error: ...` on standard error, always on one line."""
 
-    exit_code = ShiftaddError.exit_code
-
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, exit_code: int = ShiftaddError.exit_code) -> None:
         super().__init__(" ".join(message.split()))
+        self.exit_code = exit_code  # type: ignore[misc] # click declares it as of the class
 
 
 class _Group(click.Group):
@@ -62,17 +62,23 @@ class _Group(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
+        if launched_size() > 1:
+            # Before torch is imported, which tells of a process that is gone in pages of stack frames.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         try:
             return super().invoke(ctx)
         except ShiftaddError as failure:
-            raise _Curable(str(failure)) from failure
+            if not speaks():
+                ctx.exit(failure.exit_code)
+            raise _Curable(str(failure), failure.exit_code) from failure
         except OSError as failure:
             if failure.errno not in _CURES:
                 raise
             place = f"{failure.filename}: " if failure.filename is not None else ""
             raise _Curable(f"{place}{_CURES[failure.errno]}.") from failure
         except Interrupted as stop:
-            click.echo(str(stop), err=True)
+            if speaks():
+                click.echo(str(stop), err=True)
             ctx.exit(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from shiftadd_cli.cli.computing import team_timeout_option
 from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_options_without
 
 
@@ -81,6 +82,7 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     help="Draw the plan, and the loss predicted at every size, as .svg, .png or .pdf; needs matplotlib.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace PLAN and the picture if they exist.")
+@team_timeout_option
 @recipe_choice
 @recipe_options_without("primitive", "bits", "avg_bits", "bit_plan", "shard_size")
 def allocate_bits(
@@ -98,6 +100,7 @@ def allocate_bits(
     curve: str | None,
     plot: Path | None,
     overwrite: bool,
+    team_timeout: float,
     recipe: str,
     **fields: Any,
 ) -> None:
@@ -105,7 +108,8 @@ def allocate_bits(
 
     Measures on calibration data how much the bits of every layer matter, and remembers it in $SHIFTADD_CACHE (by
     default ~/.cache/shiftadd), so that another budget costs seconds. The choice is optimal for what was measured. Give
-    the recipe and its options as for `shiftadd quantize`.
+    the recipe and its options as for `shiftadd quantize`. Several processes share the measuring where torchrun starts
+    them.
     """
     import time
 
@@ -115,12 +119,13 @@ def allocate_bits(
     from shiftadd_cli.allocation.budget import parse_curve
     from shiftadd_cli.allocation.cost_table import CostLimit, parse_budget
     from shiftadd_cli.artifact.output import write_file
+    from shiftadd_cli.distributed.launch import join_team
     from shiftadd_cli.pipeline.allocate import AllocationJob, Request
     from shiftadd_cli.pipeline.describe_bits import describe_bit_plan, describe_front
     from shiftadd_cli.pipeline.plan import resident_bytes
     from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan
     from shiftadd_cli.pipeline.plot_bits import check_plot_output, draw_bit_plan
-    from shiftadd_cli.progress import block_bar
+    from shiftadd_cli.progress import block_bar, silent
     from shiftadd_cli.report.summary import size
     from shiftadd_cli.source import open_source
 
@@ -128,12 +133,16 @@ def allocate_bits(
     budget = parse_budget(avg_bits, target_size, max_divergence, cost, cost_table, max_cost)
     request = Request(budget, settings.candidates, sensitivity, keep, tie, settings.tie_fused)
     points = [] if curve is None else parse_curve(curve)
-    check_plan_output(out, overwrite=overwrite)
-    if plot is not None:
-        check_plot_output(plot, out, overwrite=overwrite)
-    job = AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request)
-    others = [job.with_budget(point) for point in points]
-    sensitivities = job.sensitivities(block_bar)
+    with join_team(team_timeout) as team:
+        if team.first:
+            check_plan_output(out, overwrite=overwrite)
+            if plot is not None:
+                check_plot_output(plot, out, overwrite=overwrite)
+        job = AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request)
+        others = [job.with_budget(point) for point in points]
+        sensitivities = job.sensitivities(block_bar if team.first else silent, team)
+    if not team.first:
+        return
     plan = job.choose(sensitivities)
     write_plan(plan, out)
     linears = [each.spec for each in job.linears]

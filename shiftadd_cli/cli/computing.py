@@ -15,3 +15,12 @@ dtype_option = click.option(
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: as torch chooses]"
 )
+
+team_timeout_option = click.option(
+    "--team-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=1),
+    default=1800,
+    show_default=True,
+    help="Where torchrun started several processes: how long they wait for one of them.",
+)

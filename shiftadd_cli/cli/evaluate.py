@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shiftadd_cli.cli.computing import team_timeout_option
 from shiftadd_cli.cli.evaluate_images import calibrations, computed, describe_images
 from shiftadd_cli.cli.scoring import scoring_options
 from shiftadd_cli.cli.tasks import check_options, show_tasks, task_options
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @click.option(
     "--device", default="auto", show_default=True, help="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ..."
 )
+@team_timeout_option
 @task_options
 @click.option(
     "--save",
@@ -64,6 +66,7 @@ def evaluate(
     batch_size: int,
     dtype: str,
     device: str,
+    team_timeout: float,
     tasks: str | None,
     task_path: Path | None,
     num_fewshot: int | None,
@@ -76,12 +79,15 @@ def evaluate(
     MODEL is a folder written by `shiftadd quantize`, or an original: a hub id, a folder with safetensors, a .gguf file,
     or `demo`. The text is tokenised as one string and cut into windows; every token but each window's first is scored.
     With --tasks the models answer those instead, and the original of --against answers first.
+    Several processes share the windows where torchrun starts them; each holds all models.
     Vision models are measured on images: top-1 and top-5 accuracy, or without a head that of the nearest neighbours.
     """
     check_options(click.get_current_context())
     from transformers.utils import logging
 
     from shiftadd_cli.device import choose_device
+    from shiftadd_cli.distributed.launch import join_team, launched_size
+    from shiftadd_cli.errors import RecipeError
     from shiftadd_cli.evaluation import compare
     from shiftadd_cli.evaluation.compare_images import ImageEvaluation
     from shiftadd_cli.report.evaluation_file import check_saving, save_evaluations
@@ -90,6 +96,8 @@ def evaluate(
         check_saving(models)
     logging.disable_progress_bar()
     if tasks is not None:
+        if launched_size() > 1:
+            raise RecipeError("--tasks runs in one process; run this without torchrun.")
         everyone = ([] if against is None else [against]) + list(models)
         show_tasks(
             everyone,
@@ -103,17 +111,21 @@ def evaluate(
             as_json=as_json,
         )
         return
-    result = compare.evaluate(
-        models,
-        against=against,
-        dataset=dataset,
-        context=context,
-        max_tokens=max_tokens,
-        max_images=max_images,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=choose_device(device),
-    )
+    with join_team(team_timeout) as team:
+        result = compare.evaluate(
+            models,
+            against=against,
+            dataset=dataset,
+            context=context,
+            max_tokens=max_tokens,
+            max_images=max_images,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=choose_device(device),
+            team=team,
+        )
+    if not team.first:
+        return
     for each in result.models:
         if each.calibrated_on_test:
             click.echo(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shiftadd_cli.cli.computing import team_timeout_option
 from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_options
-from shiftadd_cli.cli.team import of_the_team, team_timeout_option
 
 if TYPE_CHECKING:
     from shiftadd_cli.pipeline.plan import Plan
@@ -57,6 +57,7 @@ def quantize(
 
     settings = Recipe.load(recipe, overrides_from(fields))
     from shiftadd_cli.device import computes_in
+    from shiftadd_cli.distributed.launch import join_team
     from shiftadd_cli.pipeline.describe import describe_plan
     from shiftadd_cli.pipeline.job import Job
     from shiftadd_cli.report.summary import summarize
@@ -65,7 +66,7 @@ def quantize(
     def show(plan: Plan) -> None:
         click.echo(describe_plan(plan) + "\n", err=True)
 
-    with of_the_team(team_timeout) as team:
+    with join_team(team_timeout) as team:
         job = Job.prepare(model, out, settings, overwrite=overwrite, resume=resume, max_memory=max_memory, team=team)
         if not team.first:
             if not dry_run:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from shiftadd_cli.distributed.team import Team
-from shiftadd_cli.errors import RecipeError, ShiftaddError, first_line
+from shiftadd_cli.errors import RecipeError, ShiftaddError, TeamError, first_line
 
-# An exchange may wait for the longest work that one process does alone.
-TIMEOUT_SECONDS = 1800
+if TYPE_CHECKING:
+    from shiftadd_cli.distributed.team import Team
 
 
 def launched_size() -> int:
@@ -19,16 +19,24 @@ def launched_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def speaks() -> bool:
+    """Whether this is the process, of those that torchrun started on this machine, that tells the user of errors: they
+    all have the same options, and learn of each other's errors."""
+    return launched_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
-def join_team(timeout: float = TIMEOUT_SECONDS) -> Iterator[Team]:
+def join_team(timeout: float) -> Iterator[Team]:
     """The team of this process: all that torchrun started, or this one alone.
 
-    timeout: seconds after which a process that has not come to an exchange counts as lost.
+    timeout: seconds that an exchange waits for all, and so the longest that one process may work alone.
 
     A process that leaves with an error tells the others why. Raises RecipeError where they cannot be reached.
     """
     if launched_size() == 1:
-        yield Team()
+        from shiftadd_cli.distributed.team import ALONE
+
+        yield ALONE
         return
     import torch.distributed as dist
 
@@ -49,6 +57,10 @@ def join_team(timeout: float = TIMEOUT_SECONDS) -> Iterator[Team]:
         yield TorchTeam(rank, size, watch)
         # Whoever holds the store leaves last.
         dist.barrier()
+    except TeamError:
+        # The fault is that of another, which the others see for themselves.
+        watch.leave("")
+        raise
     except ShiftaddError as failure:
         watch.leave(str(failure))
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# More processes than this cannot share the samples; more shards mean more sums to exchange.
+# More processes than this do not share the samples, only the rows; more shards mean more sums to exchange.
 MOST_SHARDS = 8
 
 

@@ -50,43 +50,48 @@ class TorchTeam(Team):
 
     def send(self, tensor: Tensor, rank: int) -> None:
         data = _bytes(_packed({_ONLY: tensor}))
-        with self._step():
+        with self._others():
             dist.send(torch.tensor([len(data)]), rank)
             dist.send(data, rank)
 
     def receive(self, rank: int) -> Tensor:
         length = torch.zeros(1, dtype=torch.int64)
-        with self._step():
+        with self._others():
             dist.recv(length, rank)
             data = torch.empty(int(length), dtype=torch.uint8)
             dist.recv(data, rank)
         return load(data.numpy().tobytes())[_ONLY]
 
     def add_in_order(self, totals: Sequence[Tensor], parts: Sequence[Tensor] | None, count: int) -> None:
+        self.watch.step()
         for index, total in enumerate(totals):
             part = None if parts is None else parts[index]
             for rank, rows in self._rows(total):
                 if rank == self.rank:
                     self._add_rows(total[rows], None if part is None else part[rows], count)
                 elif part is not None:
-                    with self._step():
-                        dist.send(part[rows].contiguous(), rank)
+                    with self._others():
+                        dist.send(part[rows].cpu().contiguous(), rank)
 
     def _add_rows(self, total: Tensor, own: Tensor | None, count: int) -> None:
         for rank in range(count):
             part = own
             if rank != self.rank:
-                part = torch.empty_like(total)
-                with self._step():
+                part = torch.empty_like(total, device="cpu")
+                with self._others():
                     dist.recv(part, rank)
             assert part is not None, "one of those that have a part"
-            total += part
+            total += part.to(total.device)
 
     def complete(self, totals: Sequence[Tensor]) -> None:
+        self.watch.step()
         for total in totals:
             for rank, rows in self._rows(total):
-                with self._step():
-                    dist.broadcast(total[rows], rank)
+                content = total[rows].cpu()
+                with self._others():
+                    dist.broadcast(content, rank)
+                if rank != self.rank:
+                    total[rows] = content
 
     def map(self, function: Callable[[T], Tensors], pieces: Sequence[T]) -> list[Tensors]:
         mine = range(self.rank, len(pieces), self.size)
@@ -109,9 +114,10 @@ class TorchTeam(Team):
                 yield rank, slice(first, last)
 
     def _broadcast(self, data: bytes | None, rank: int) -> bytes:
+        self.watch.step()
         content = None if data is None else _bytes(data)
         length = torch.tensor([0 if content is None else len(content)])
-        with self._step():
+        with self._others():
             dist.broadcast(length, rank)
             if content is None:
                 content = torch.empty(int(length), dtype=torch.uint8)
@@ -119,8 +125,7 @@ class TorchTeam(Team):
         return content.numpy().tobytes()
 
     @contextmanager
-    def _step(self) -> Iterator[None]:
-        self.watch.step()
+    def _others(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as failure:
@@ -129,7 +134,7 @@ class TorchTeam(Team):
 
 
 def _packed(tensors: Tensors) -> bytes:
-    return save({name: each.contiguous() for name, each in tensors.items()})
+    return save({name: each.cpu().contiguous() for name, each in tensors.items()})
 
 
 def _bytes(data: bytes) -> Tensor:

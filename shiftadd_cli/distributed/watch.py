@@ -1,8 +1,8 @@
 """Who is at fault when a process of a team has to give up: every process shows the others that it lives.
 
-In the store that torch.distributed starts with, each process counts up once a second and says how many exchanges it
-has begun. When an exchange fails, or takes longer than the limit, the process at fault is one that said why it leaves;
-or else one that counts no longer; or else the one that is furthest behind.
+In the store that torch.distributed starts with, each process counts up once a second and says how many exchanges of
+all it has begun. When an exchange fails, or takes longer than the limit, the process at fault is one that said why it
+leaves; or else one that counts no longer; or else the one that is furthest behind.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Watch:
         self._thread.join()
 
     def step(self) -> None:
-        """An exchange begins."""
+        """An exchange in which all take part begins."""
         self._steps += 1
 
     def leave(self, reason: str) -> None:

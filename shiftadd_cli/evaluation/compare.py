@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shiftadd_cli.calibration.text import TextData, load_text, tokenise
+from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.evaluation.compare_images import ImageEvaluation, evaluate_images
 from shiftadd_cli.evaluation.measured import Measured
@@ -61,6 +62,7 @@ def evaluate(
     device: torch.device | None = None,
     max_images: int | None = None,
     show_progress: bool = True,
+    team: Team = ALONE,
 ) -> Evaluation | ImageEvaluation:
     """Perplexity of each model on the test split of a text, and its distance from an original; vision models on images,
     see `evaluate_images`.
@@ -73,6 +75,7 @@ def evaluate(
         models: names of originals or of checkpoints of ours, see `open_any`.
         against: name of the original; None leaves out divergence and agreement.
         dataset: see `load_text`, and for vision models `load_images`.
+        team: whose processes share the windows of a text; each holds all models.
 
     Raises:
         ShiftaddError: with what is wrong: a model, the text, the context, or models that split text differently.
@@ -81,6 +84,8 @@ def evaluate(
     opened = [open_any(spec) for spec in ([] if against is None else [against]) + list(models)]
     if any(each.reads_images for each in opened):
         _refuse_mixture(opened)
+        if team.size > 1:
+            raise RecipeError("Images are measured by one process; run this without torchrun.")
         return evaluate_images(
             opened,
             compared=against is not None,
@@ -107,6 +112,7 @@ def evaluate(
         batch_size=batch_size,
         original=pairs[0] if first else None,
         show_progress=show_progress,
+        team=team,
     )
     return Evaluation(
         text=text.name,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shiftadd_cli.calibration.distribution import Reference
+from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.evaluation.logits import RowLogits
 from shiftadd_cli.evaluation.windows import batch_count, batches, scored_tokens
@@ -54,6 +56,7 @@ def score_models(
     batch_size: int = 8,
     original: tuple[str, Any] | None = None,
     show_progress: bool = True,
+    team: Team = ALONE,
 ) -> tuple[list[Score], Score | None]:
     """Score causal language models on one string of tokens; every model sees the same batches.
 
@@ -67,6 +70,7 @@ def score_models(
         context: tokens per window, at least 2.
         batch_size: windows run at once; less where a model's logits cannot be computed by rows.
         original: what KL and agreement are measured against; it is scored too.
+        team: whose processes share the windows; all get all scores.
 
     Returns:
         The scores in the order of `models`, and that of the original.
@@ -83,29 +87,46 @@ def score_models(
     for (name, model), reader in zip((*first, *models), readers, strict=True):
         _check_fit(name, model, min(context, len(tokens)), reader.vocab_size, readers[0] if first else None)
         reader.check(tokens[:context].unsqueeze(0))
-    sums = [_Sums() for _ in readers]
     limits = [limit for reader in readers if (limit := reader.max_windows(context)) is not None]
     size = min([batch_size, *limits])
-    work: Iterable[Tensor] = batches(tokens, context, size)
-    if show_progress:
-        work = progress(work, total=batch_count(len(tokens), context, size), desc="Evaluating")
+    total = batch_count(len(tokens), context, size)
+    own = range(team.rank, total, team.size)
+    work: Iterable[Tensor] = islice(batches(tokens, context, size), team.rank, None, team.size)
+    if show_progress and team.first:
+        work = progress(work, total=len(own), desc="Evaluating")
+    found = []
     with torch.inference_mode():
         for windows in work:
+            sums = [_Sums() for _ in readers]
             _score_batch(readers, sums, windows, against_first=bool(first))
+            found.append([asdict(each) for each in sums])
+    everyone = team.gather(found)
+    whole = [_Sums() for _ in readers]
+    for batch in range(total):
+        for each, part in zip(whole, everyone[batch % team.size][batch // team.size], strict=True):
+            each.add(_Sums(**part))
     count = scored_tokens(len(tokens), context)
-    scores = [each.score(count) for each in sums]
+    scores = [each.score(count) for each in whole]
     return scores[len(first) :], scores[0] if first else None
 
 
+@dataclass
 class _Sums:
-    """Sums of one model, by window."""
+    """Of one model: sums by window, and over windows."""
 
-    def __init__(self) -> None:
-        self.lengths: list[int] = []
-        self.nll: list[Tensor] = []
-        self.kl: list[Tensor] = []
-        self.agreed = 0
-        self.seconds = 0.0
+    lengths: list[int] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    agreed: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: _Sums) -> None:
+        """Add those of further windows."""
+        self.lengths += other.lengths
+        self.nll += other.nll
+        self.kl += other.kl
+        self.agreed += other.agreed
+        self.seconds += other.seconds
 
     def score(self, count: int) -> Score:
         assert sum(self.lengths) == count
@@ -124,9 +145,9 @@ class _Sums:
             seconds=self.seconds,
         )
 
-    def _mean(self, parts: list[Tensor]) -> tuple[float, float | None]:
-        """Mean per token and its standard error, from sums per window: float64 `[windows]` in parts."""
-        totals = torch.cat(parts)
+    def _mean(self, sums: list[float]) -> tuple[float, float | None]:
+        """Mean per token and its standard error, from sums per window."""
+        totals = torch.tensor(sums, dtype=torch.float64)
         lengths = torch.tensor(self.lengths, dtype=torch.float64)
         mean = totals.sum() / lengths.sum()
         windows = len(totals)
@@ -164,10 +185,10 @@ def _score_batch(readers: list[RowLogits], sums: list[_Sums], windows: Tensor, *
     for index, (reader, total) in enumerate(zip(readers, sums, strict=True)):
         reader.refuse_not_finite(nll[index], "likelihood")
         total.lengths += [length] * count
-        total.nll.append(nll[index].view(count, length).sum(1))
+        total.nll += nll[index].view(count, length).sum(1).tolist()
         if against_first and index > 0:
             reader.refuse_not_finite(kl[index], "KL divergence from the original")
-            total.kl.append(kl[index].view(count, length).sum(1))
+            total.kl += kl[index].view(count, length).sum(1).tolist()
 
 
 def _check_fit(name: str, model: Any, context: int, vocab_size: int, original: RowLogits | None) -> None:

@@ -97,7 +97,6 @@ class Job:
         """
         clock = Measured()
         calibration = self._calibration()
-        self._check_team(calibration, team)
         check_space(self.out, self.plan.after_bytes + self.plan.state_bytes)
         with Workspace(self.out, resume=self.resume) as workspace:
             history = History(workspace, self.plan.structure.blocks)
@@ -127,13 +126,13 @@ class Job:
                     raise TeamError(f"{reason} {history.how_to_go_on()}") from stop
                 code = 143 if isinstance(stop, Terminated) else 130
                 raise Interrupted(f"Interrupted. {history.how_to_go_on()}", code) from stop
-            except (OutputError, TeamError) as failure:
+            except (OutputError, RecipeError, TeamError) as failure:
                 raise type(failure)(f"{failure} {history.how_to_go_on()}") from failure
 
     def follow(self, team: Team) -> None:
         """Do the part of a process that is not the first of `team`, which calls `run`.
 
-        Raises TeamError where this machine has another model, text or software than the first.
+        Raises RecipeError where this process has other options, another model, text or software than the first.
         """
         calibration = self._calibration()
         samples = None if calibration is None else calibration.samples
@@ -141,7 +140,7 @@ class Job:
         first = Asked.model_validate(team.share(own.model_dump(mode="json")))
         other = [name for name, value in first.recipe.items() if own.recipe[name] != value and name not in MAY_CHANGE]
         if difference := f"another {other[0]}" if other else own.difference(first):
-            raise TeamError(f"The first process of the team has {difference}; give the same to all.")
+            raise RecipeError(f"The first process of the team has {difference}; give the same to all.")
         plan = self.plan
         if self.allocation is not None:
             chosen = team.share("")
@@ -151,17 +150,6 @@ class Job:
 
     def _calibration(self) -> CalibrationSet | None:
         return load_calibration(self.plan) if self.allocation is None else self.allocation.calibration
-
-    def _check_team(self, calibration: CalibrationSet | None, team: Team) -> None:
-        """Refuse more processes than can share the samples."""
-        recipe = self.plan.recipe
-        batches = -(-recipe.samples // recipe.batch_size)
-        most = len(team.shards(batches))
-        if calibration is not None and team.size > most:
-            raise RecipeError(
-                f"{recipe.samples} samples in batches of {recipe.batch_size} are shared by {most} processes at most, "
-                f"not by {team.size}; start fewer, or give a smaller --batch-size."
-            )
 
     def _with_bits(
         self, history: History, clock: Measured, announce: Callable[[Plan], None] | None, team: Team
