@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from shiftadd_cli.benchmark.model_speed import time_generation
+from shiftadd_cli.benchmark.text_work import time_generation
 from shiftadd_cli.benchmark.timing import Clock, Spread, interleave
 from shiftadd_cli.device import choose_device, use_threads
 from shiftadd_cli.errors import ShiftaddError
@@ -54,7 +54,7 @@ def ours(model: Any, work: Work) -> Speeds:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(0, vocabulary, (1, work.prompt), generator=generator)
-    reading, writing = time_generation(model, tokens, work.new + 1, Clock())
+    reading, writing = time_generation(model, Clock(), tokens, work.new + 1)
     return Speeds(work.new / writing.wall, work.prompt / reading.wall)
 
 

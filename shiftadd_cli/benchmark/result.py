@@ -16,16 +16,15 @@ class Benchmark:
     """Models measured beside each other, and the layers of the first.
 
     Attributes:
-        prompt_tokens: lengths of the prompts, ascending; new tokens were made after the first.
-        batch: prompts read at once; rounds: how often everything was measured.
+        conditions: what the work was, as JSON types by name; described: the same in words.
+        rounds: how often everything was measured.
         models: the first is the one asked about, the others what it is compared with.
         roof: the memory's speed; None where layers were left out.
     """
 
     machine: Machine
-    prompt_tokens: tuple[int, ...]
-    new_tokens: int
-    batch: int
+    conditions: dict[str, Any]
+    described: str
     rounds: int
     models: tuple[ModelSpeed, ...]
     roof: Roof | None
@@ -36,9 +35,7 @@ class Benchmark:
         first, *others = self.models
         return {
             "machine": self.machine.to_dict(),
-            "prompt_tokens": list(self.prompt_tokens),
-            "new_tokens": self.new_tokens,
-            "batch": self.batch,
+            **self.conditions,
             "rounds": self.rounds,
             "gains": {
                 other.name: {what: gain.to_dict() for what, gain in first.gains_over(other).items()} for other in others

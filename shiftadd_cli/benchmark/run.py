@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from shiftadd_cli.benchmark.image_work import image_work
 from shiftadd_cli.benchmark.layer_speed import LayerSpeed, layer_kinds, measure_layers
 from shiftadd_cli.benchmark.machine import ASSUMED_CACHE_BYTES, Machine, free_memory
 from shiftadd_cli.benchmark.model_speed import Candidate, measure_models
 from shiftadd_cli.benchmark.result import Benchmark
 from shiftadd_cli.benchmark.roof import Roof, better_roof, read_roof, roof_bytes
+from shiftadd_cli.benchmark.text_work import text_work
+from shiftadd_cli.benchmark.work import Work
+from shiftadd_cli.calibration.head import run_model
+from shiftadd_cli.calibration.images import ImageReader
 from shiftadd_cli.calibration.text import load_text, tokenise
 from shiftadd_cli.device import use_threads
 from shiftadd_cli.errors import RecipeError
@@ -20,6 +26,8 @@ from shiftadd_cli.evaluation.models import Loaded, Opened, computing_dtype, open
 from shiftadd_cli.source.memory import trim
 
 DEFAULT_LENGTHS = (128, 512)
+DEFAULT_NEW_TOKENS = 64
+DEFAULT_BATCHES = (1, 16)
 
 _CPU = torch.device("cpu")
 
@@ -29,8 +37,8 @@ def benchmark(
     *,
     against: str | None = None,
     prompt_tokens: Sequence[int] | None = None,
-    new_tokens: int = 64,
-    batch: int = 1,
+    new_tokens: int | None = None,
+    batch: int | None = None,
     rounds: int = 5,
     threads: int | None = None,
     dtype: str = "auto",
@@ -45,8 +53,8 @@ def benchmark(
         model, against: names of originals or of checkpoints of ours, see `open_any`. The original is measured in the
             dtype it computes in by itself (see `computing_dtype`), and in float32.
         prompt_tokens: lengths of prompts; by default those of `DEFAULT_LENGTHS` that fit.
-        new_tokens: tokens to write, 2 or more.
-        batch: prompts at once.
+        new_tokens: tokens to write, 2 or more, by default `DEFAULT_NEW_TOKENS`.
+        batch: prompts at once, by default one; or images at once, by default each of `DEFAULT_BATCHES`.
         threads: of torch, None leaves them as they are.
         dtype: that `model` computes in.
         layers: measure single layers and the speed of the memory as well.
@@ -57,28 +65,72 @@ def benchmark(
     count = use_threads(threads)
     opened = open_any(model)
     original = None if against is None else open_any(against)
+    if original is not None and original.reads_images != opened.reads_images:
+        raise RecipeError(f"{opened.spec} and {original.spec} do not read the same: one reads images, the other text.")
     candidates = _candidates(opened, dtype, original)
-    lengths = _lengths(candidates, prompt_tokens, new_tokens)
-    tokens = _prompt(candidates, max(lengths))
+    if opened.reads_images:
+        if prompt_tokens is not None or new_tokens is not None:
+            raise RecipeError(f"{opened.spec} is a vision model, which reads no prompt; leave out its lengths.")
+        task = _look_at_images(candidates, batch)
+    else:
+        task = _read_and_write(candidates, prompt_tokens, new_tokens or DEFAULT_NEW_TOKENS, batch or 1)
     speeds, first = measure_models(
-        candidates,
-        tokens,
-        lengths=lengths,
-        new_tokens=new_tokens,
-        batch=batch,
-        rounds=rounds,
-        show_progress=show_progress,
+        candidates, task.work, task.unit, task.touch, rounds=rounds, show_progress=show_progress
     )
     roof, found = _layers(first, rounds, show_progress) if layers else (None, [])
     return Benchmark(
         machine=Machine.this(count),
-        prompt_tokens=lengths,
-        new_tokens=new_tokens,
-        batch=batch,
+        conditions=task.conditions,
+        described=task.described,
         rounds=rounds,
         models=tuple(speeds),
         roof=roof,
         layers=tuple(found),
+    )
+
+
+class _Task(NamedTuple):
+    """What the models of a benchmark do; see `measure_models` and `Benchmark`."""
+
+    work: list[Work]
+    unit: str
+    touch: Callable[[Any], Any]
+    conditions: dict[str, Any]
+    described: str
+
+
+def _read_and_write(candidates: Sequence[Candidate], asked: Sequence[int] | None, new_tokens: int, batch: int) -> _Task:
+    lengths = _lengths(candidates, asked, new_tokens)
+    tokens = _prompt(candidates, max(lengths))
+    told = ", ".join(f"{n:,}" for n in lengths)
+    return _Task(
+        text_work(tokens, lengths, new_tokens, batch),
+        "tokens",
+        lambda model: model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False),
+        {"prompt_tokens": list(lengths), "new_tokens": new_tokens, "batch": batch},
+        f"batch of {batch}; prompts of {told} tokens, {new_tokens:,} new ones after the shortest",
+    )
+
+
+def _look_at_images(candidates: Sequence[Candidate], batch: int | None) -> _Task:
+    opened = {each.opened.spec: each.opened for each in candidates}
+    blanks = {
+        spec: ImageReader.of(each.load_image_processor(), each.config, spec).blank() for spec, each in opened.items()
+    }
+    (first, pixels), *others = blanks.items()
+    for spec, other in others:
+        if other.shape != pixels.shape:
+            raise RecipeError(
+                f"{spec} looks at images of other sizes than {first}; give the original that it was made from."
+            )
+    batches = DEFAULT_BATCHES if batch is None else (batch,)
+    shape = " x ".join(map(str, pixels.shape))
+    return _Task(
+        image_work(pixels, batches),
+        "images",
+        lambda model: run_model(model, pixels.unsqueeze(0).to(model.dtype)),
+        {"batches": list(batches), "image": list(pixels.shape)},
+        f"images of {shape}",
     )
 
 

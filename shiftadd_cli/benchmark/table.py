@@ -19,11 +19,7 @@ def describe_benchmark(result: Benchmark) -> str:
     lines = [_models(result), ""]
     if result.roof is not None and result.layers:
         lines += [_layers(result.layers, result.roof), ""]
-    lengths = ", ".join(f"{n:,}" for n in result.prompt_tokens)
-    lines += [
-        f"Model         {first.name}, batch of {result.batch}; prompts of {lengths} tokens, "
-        f"{result.new_tokens:,} new ones after the shortest",
-    ]
+    lines.append(f"Model         {first.name}, {result.described}")
     if len(result.models) > 1:
         lines.append(f"Original      {result.models[1].info.spec}, stored in {result.models[1].info.stored_dtype}")
         lines.append("Ratios        above 1: the model is that much faster or smaller; taken in every round")
@@ -60,19 +56,17 @@ def _models(result: Benchmark) -> str:
         ratios = ["" if gain is None else _ratio(each[gain]) for each in gains]
         return [label, *ratios, *cells]
 
-    models, lengths = result.models, result.prompt_tokens
+    models = result.models
     rows = [
-        row("decode, tokens/s", (_spread(each.decode.rate) for each in models), "decode"),
         *(
-            row(f"prefill of {n:,}, tokens/s", (_spread(each.prefill[n].rate) for each in models), f"prefill of {n}")
-            for n in lengths
+            row(f"{name}, {first.unit}/s", (_spread(each.work[name].rate) for each in models), name)
+            for name in first.work
         ),
         row("load, s", (_spread(each.load.seconds) for each in models), "load"),
         row("weights in memory", (size(each.weight_bytes) for each in models), "weights in memory"),
         row("process grew by", map(_grown, models)),
         row("size on disk", (size(each.info.file_bytes) for each in models), "size on disk"),
-        row("cores busy, decode", (_spread(each.decode.cores) for each in models)),
-        *(row(f"cores busy, prefill of {n:,}", (_spread(each.prefill[n].cores) for each in models)) for n in lengths),
+        *(row(f"cores busy, {name}", (_spread(each.work[name].cores) for each in models)) for name in first.work),
     ]
     names = _short_names(models)
     return table(["", *(f"x {name}" for name in names[1:]), *names], rows)

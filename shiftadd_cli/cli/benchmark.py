@@ -38,12 +38,12 @@ class _Lengths(click.ParamType):
 @click.option(
     "--new-tokens",
     type=click.IntRange(min=2),
-    default=64,
-    show_default=True,
-    help="Tokens to write after the shortest prompt.",
+    help="Tokens to write after the shortest prompt.  [default: 64]",
 )
 @click.option(
-    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Prompts to read and go on with at once."
+    "--batch",
+    type=click.IntRange(min=1),
+    help="Prompts to read and go on with, or images to look at, at once.  [default: 1 prompt; 1 and 16 images]",
 )
 @click.option(
     "--rounds",
@@ -65,8 +65,8 @@ def benchmark(
     model: str,
     against: str | None,
     prompt_tokens: tuple[int, ...] | None,
-    new_tokens: int,
-    batch: int,
+    new_tokens: int | None,
+    batch: int | None,
     rounds: int,
     threads: int | None,
     dtype: str,
@@ -75,7 +75,8 @@ def benchmark(
 ) -> None:
     """Measure how fast OUT runs on this machine's CPU, and with --against how much faster than the original.
 
-    OUT is a folder written by `shiftadd quantize`, or an original, as for `shiftadd generate`. Models and layers take
+    OUT is a folder written by `shiftadd quantize`, or an original: of a language model the reading of prompts and the
+    writing after them are measured, of a vision model the looking at images. Models and layers take
     turns in every round, so that what else the machine does falls on all alike; medians are shown. Weights of single
     layers are read from memory, not from the cache, as in a model. --dtype is that of OUT.
     """

@@ -10,8 +10,9 @@ from benchmark_clocks import ticking
 from tiny_models import save_tiny, tiny_model
 from torch import nn
 
-from shiftadd_cli.benchmark.model_speed import Candidate, ModelSpeed, measure_models, time_generation, weight_bytes
-from shiftadd_cli.benchmark.timing import Span, Spread, Timed
+from shiftadd_cli.benchmark.model_speed import Candidate, ModelSpeed, measure_models, weight_bytes
+from shiftadd_cli.benchmark.timing import Clock, Span, Spread, Timed
+from shiftadd_cli.benchmark.work import Work
 from shiftadd_cli.evaluation.models import ModelInfo, Opened, open_any
 
 
@@ -20,21 +21,8 @@ def speed(name: str, seconds: float, *, memory: int = 100, disk: int = 50) -> Mo
         return Timed((Span(seconds * factor, seconds), Span(2 * seconds * factor, seconds)), amount)
 
     info = ModelInfo(name, False, disk, 10, 8.0, None, "float32", "float32", None, None)
-    return ModelSpeed(name, info, timed(1), {8: timed(2, 8)}, timed(3, 30), memory, Spread((5.0, 7.0)))
-
-
-def test_prefill_ends_with_the_first_token_and_decoding_with_the_last():
-    model = tiny_model("llama")
-    prompts = torch.arange(20).reshape(2, 10)
-    assert time_generation(model, prompts, 7, ticking(cores=2)) == (Span(1.0, 2.0), Span(6.0, 12.0))
-    assert time_generation(model, prompts[:1], 1, ticking()) == (Span(1.0, 1.0), Span(0.0, 0.0))
-
-
-def test_no_token_ends_a_text_early_and_settings_of_the_checkpoint_change_nothing():
-    model = tiny_model("llama")
-    model.generation_config.eos_token_id = list(range(320))
-    model.generation_config.num_beams = 3
-    assert time_generation(model, torch.arange(4)[None], 9, ticking())[1].wall == 8.0
+    work = {"prefill of 8": timed(2, 8), "decode": timed(3, 30)}
+    return ModelSpeed(name, info, timed(1), "tokens", work, memory, Spread((5.0, 7.0)))
 
 
 def test_tensors_count_once_wherever_they_are_held():
@@ -61,8 +49,8 @@ def test_gains_are_above_1_where_the_first_is_better():
     fast, slow = speed("fast", 1.0, memory=20, disk=25), speed("slow", 3.0)
     gains = fast.gains_over(slow)
     assert {what: gain.values for what, gain in gains.items()} == {
-        "decode": (3.0, 3.0),
         "prefill of 8": (3.0, 3.0),
+        "decode": (3.0, 3.0),
         "load": (3.0, 3.0),
         "weights in memory": (5.0,),
         "size on disk": (2.0,),
@@ -72,8 +60,8 @@ def test_gains_are_above_1_where_the_first_is_better():
 
 def test_a_speed_is_json_with_rates_and_times():
     told = speed("m", 2.0).to_dict()
-    assert told["decode_tokens_per_second"]["rounds"] == [5.0, 2.5]
-    assert told["prefill_tokens_per_second"]["8"]["rounds"] == [2.0, 1.0]
+    assert told["tokens_per_second"]["decode"]["rounds"] == [5.0, 2.5]
+    assert told["tokens_per_second"]["prefill of 8"]["rounds"] == [2.0, 1.0]
     assert told["load_seconds"]["median"] == 3.0
     assert told["times"]["decode"]["cpu_seconds"]["rounds"] == [2.0, 2.0]
     assert (told["name"], told["file_bytes"], told["resident_bytes"]["max"]) == ("m", 50, 7.0)
@@ -84,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("models") / "one")
 
 
-def test_candidates_take_turns_at_loading_and_generating(folder, monkeypatch):
+def test_candidates_take_turns_at_loading_and_working(folder, monkeypatch):
     loaded: list[str] = []
     load = Opened.load
 
@@ -95,23 +83,34 @@ def test_candidates_take_turns_at_loading_and_generating(folder, monkeypatch):
     monkeypatch.setattr(Opened, "load", note)
     opened = open_any(str(folder))
     candidates = [Candidate(dtype, opened, dtype) for dtype in ("float32", "bfloat16")]
+    worked: list[torch.dtype] = []
+    touched: list[torch.dtype] = []
+
+    def run(model: object, clock: Clock) -> list[Span]:
+        worked.append(model.dtype)
+        start = clock.now()
+        return [clock.now() - start, clock.now() - start]
+
     speeds, first = measure_models(
         candidates,
-        torch.arange(12),
-        lengths=(5, 12),
-        new_tokens=4,
-        batch=3,
+        [Work(run, (("one", 6), ("two", 10))), Work(run, (("three", 1),))],
+        "things",
+        lambda model: touched.append(model.dtype),
         rounds=2,
         clock=ticking(cores=2),
         show_progress=False,
     )
     assert loaded == ["float32", "bfloat16", "bfloat16", "float32", "float32", "bfloat16"]
+    assert [str(each).removeprefix("torch.") for each in touched] == loaded
+    assert len(worked) == 2 * 2 * 3
     assert [each.name for each in speeds] == ["float32", "bfloat16"]
     assert first.info.dtype == "float32"
     for each in speeds:
         assert each.load.spans == (Span(1.0, 2.0),) * 2
-        # Three texts at once: of 5 or 12 tokens, and 3 of the 4 new ones each after the first.
-        assert each.decode.rate.values == (3.0, 3.0)
-        assert {n: timed.rate.values for n, timed in each.prefill.items()} == {5: (15.0, 15.0), 12: (36.0, 36.0)}
-        assert each.decode.cores.median == 2.0
+        assert {n: timed.rate.values for n, timed in each.work.items()} == {
+            "one": (6.0, 6.0),
+            "two": (5.0, 5.0),
+            "three": (1.0, 1.0),
+        }
+        assert each.work["one"].cores.median == 2.0
     assert speeds[0].weight_bytes > 1.9 * speeds[1].weight_bytes - 1000

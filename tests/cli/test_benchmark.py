@@ -8,6 +8,7 @@ import pytest
 from artifacts import write_checkpoint
 from click.testing import CliRunner, Result
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
+from tiny_vision import IMAGE_SIZE, save_tiny_vision, tiny_vision_model, write_processor
 
 from shiftadd_cli.benchmark import layer_speed, run
 from shiftadd_cli.cli import main
@@ -45,11 +46,11 @@ def test_models_and_layers_are_tables(packed, original):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0].split("  ")[-1].strip() == "original, float32"
-    assert lines[1].startswith("decode, tokens/s")
+    assert [line for line in lines if line.startswith("decode, tokens/s")]
     assert [line for line in lines if line.startswith("prefill of 6")]
     assert [line for line in lines if line.startswith("gate_proj/up_proj, 100 x 48, 3 bits, apot2, 1 x 16")]
     assert "prompts of 3, 6 tokens, 4 new ones" in result.stdout
-    for what in ("Loading", "Generating", "Layers"):
+    for what in ("Loading", "Running", "Layers"):
         assert f"{what}: " in result.stderr
         assert f"{what}: " not in result.stdout
 
@@ -64,8 +65,8 @@ def test_json_is_all_there_is_on_standard_output(packed, original):
     assert gains.keys() == {"decode", "prefill of 3", "prefill of 6", "load", "weights in memory", "size on disk"}
     assert gains["size on disk"]["median"] > 1
     first = told["models"][0]
-    assert len(first["decode_tokens_per_second"]["rounds"]) == 2
-    assert first["times"]["prefill"]["6"]["amount"] == 12
+    assert len(first["tokens_per_second"]["decode"]["rounds"]) == 2
+    assert first["times"]["prefill of 6"]["amount"] == 12
     assert first["times"]["decode"]["amount"] == 6
     assert told["roof"]["bytes_per_second"] > 0
     layers = {"/".join(name.rpartition(".")[2] for name in each["names"]): each for each in told["layers"]}
@@ -86,6 +87,46 @@ def test_an_original_alone_can_be_measured(original):
     result = benchmark(original, *SHORT)
     assert result.exit_code == 0, result.output
     assert "none: the model has no compressed linear layer" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_vision("vit", tmp_path_factory.mktemp("models") / "vit"))
+
+
+def test_vision_models_look_at_images(vision, tmp_path):
+    packed = write_checkpoint(tiny_vision_model("vit"), tmp_path / "packed").folder
+    write_processor(packed)
+    result = benchmark(str(packed), "--against", vision, "--json", "--rounds", "2")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["batches"], told["image"]) == ([1, 16], [3, IMAGE_SIZE, IMAGE_SIZE])
+    assert told["models"][0]["images_per_second"].keys() == {"batch of 1", "batch of 16"}
+    assert told["layers"]
+    result = benchmark(vision, "--batch", "3", "--rounds", "1", "--no-layers")
+    assert result.exit_code == 0, result.output
+    assert [line for line in result.stdout.splitlines() if line.startswith("batch of 3, images/s")]
+
+
+@pytest.mark.parametrize("option", ["--prompt-tokens=3", "--new-tokens=4"])
+def test_lengths_of_prompts_are_refused_for_a_vision_model(vision, option):
+    result = benchmark(vision, option)
+    assert result.exit_code == 2
+    assert "reads no prompt" in result.stderr
+
+
+def test_a_vision_model_beside_a_language_model_is_refused(vision, original):
+    result = benchmark(vision, "--against", original)
+    assert result.exit_code == 2
+    assert "one reads images" in result.stderr
+
+
+def test_models_that_look_at_images_of_other_sizes_are_refused(vision, tmp_path):
+    other = save_tiny_vision("vit", tmp_path / "other")
+    write_processor(other, size=IMAGE_SIZE // 2)
+    result = benchmark(vision, "--against", str(other))
+    assert result.exit_code == 2
+    assert "images of other sizes" in result.stderr
 
 
 BAD = {
