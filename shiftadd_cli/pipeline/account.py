@@ -106,6 +106,7 @@ def make_report(
     files_bytes: int,
     clock: Measured,
     device: torch.device,
+    processes: int,
     command: list[str],
 ) -> Report:
     """Everything report.json says, but the checksums of the files."""
@@ -149,6 +150,7 @@ def make_report(
         seconds=clock.report(),
         machine=MachineReport(
             device=str(device),
+            processes=processes,
             threads=torch.get_num_threads(),
             peak_memory_bytes=clock.spent().peak_memory_bytes,
             expected_memory_bytes=plan.peak_memory_bytes,

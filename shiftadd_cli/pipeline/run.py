@@ -134,6 +134,7 @@ class _Run:
                 files_bytes=files_bytes,
                 clock=self.clock,
                 device=self.walk.device,
+                processes=self.walk.team.size,
                 command=self.command,
             )
             for name, text in checkpoint_pages(plan, report, self.writer.out.name).items():

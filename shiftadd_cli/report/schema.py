@@ -174,8 +174,9 @@ class MachineReport(_Part):
     """What it ran on."""
 
     device: str
-    threads: int
-    peak_memory_bytes: Annotated[int, Field(description="Peak resident memory of the process.")]
+    processes: Annotated[int, Field(description="That shared the run.")] = 1
+    threads: Annotated[int, Field(description="Of each process.")]
+    peak_memory_bytes: Annotated[int, Field(description="Peak resident memory of the process that wrote.")]
     expected_memory_bytes: Annotated[int, Field(description="What the plan had said.")]
     versions: Annotated[dict[str, str], Field(description="shiftadd-cli, python, torch, transformers, safetensors.")]
 

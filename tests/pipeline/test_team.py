@@ -76,6 +76,8 @@ def test_a_team_makes_the_bytes_of_one_process(
     found, said = run(size, tmp_path, arguments(source, tmp_path / "out", *more))
     assert found == [0] * size, said
     assert contents(tmp_path / "out") == expected
+    machine = json.loads((tmp_path / "out" / "report.json").read_text())["machine"]
+    assert machine["processes"] == size
     assert all((tmp_path / f"log{rank}").read_text() == "" for rank in range(1, size))
 
 
