@@ -107,12 +107,11 @@ def measure_sensitivities(
         found = walk_blocks(source, structure, trace, divergence, device=device, progress=progress, team=team)
         return replace(found, costs=divergence.costs(found.costs))
     probe = samples[:: max(1, len(samples) * trace.hidden[0].shape[1] // _GRADIENT_TOKENS)]
-    means: dict[str, float] = {}
-    if team.first:
-        traced = trace_model(source, structure, probe, max(trace.calls), device)
-        gradients = squared_gradients(source, structure, probe, traced, device=device, seed=seed, progress=progress)
-        means = gradients.means
-    measure = OutputError(team.share(means), options, candidates, team)
+    traced = trace_model(source, structure, probe, max(trace.calls), device)
+    gradients = squared_gradients(
+        source, structure, probe, traced, device=device, seed=seed, progress=progress, team=team
+    )
+    measure = OutputError(gradients.means, options, candidates, team)
     found = walk_blocks(source, structure, trace, measure, device=device, progress=progress, team=team)
     return replace(found, costs=measure.costs(found.costs))
 

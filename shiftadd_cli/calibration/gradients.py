@@ -10,9 +10,11 @@ are kept, and each block runs again, recording, when its turn comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
+from math import fsum
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 from shiftadd_cli.calibration.end_loss import EndLoss, Loss
 from shiftadd_cli.calibration.streams import is_whole
 from shiftadd_cli.calibration.trace import Trace, check_finite
+from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
-from shiftadd_cli.progress import BlockProgress
+from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.source import Source, Structure
 
 # Kept block inputs, unless the caller says otherwise.
@@ -78,7 +81,8 @@ def squared_gradients(
     loss: Loss = "divergence",
     seed: int = 0,
     memory_bytes: int = MEMORY_BYTES,
-    progress: BlockProgress | None = None,
+    progress: BlockProgress = silent,
+    team: Team = ALONE,
 ) -> SquaredGradients:
     """At every linear of `structure`, for each of its tokens and on average.
 
@@ -91,6 +95,7 @@ def squared_gradients(
     memory_bytes: block inputs kept at once, `blocks * tokens * width` values a sample. So many batches go through
         the blocks together, one at least; each such group reads every block twice.
     progress: shows how far each such walk through the blocks is.
+    team: whose processes share the batches, and all get all; each needs the hidden states of its own.
 
     samples: see `trace_model`; trace: of these, as it gave it (not changed here). Modules outside the blocks must be
     materialised on `device`; blocks are materialised and released here, one at a time.
@@ -99,20 +104,27 @@ def squared_gradients(
     """
     if trace.hidden.samples != len(samples):
         raise ValueError(f"the trace is of {trace.hidden.samples} samples, not of {len(samples)}")
-    tokens = [trace.hidden[0].shape[1], *(form.shape[0] for form in trace.forms)]
+    entering = team.share(trace.hidden[0].shape[1] if team.first else 0)
+    tokens = [entering, *(form.shape[0] for form in trace.forms)]
     squares = {spec.name: torch.zeros(len(samples), tokens[spec.block]) for spec in structure.linears}
-    show = progress or (lambda names, _: names)
-    walk = _Walk(source, structure, trace, device, squares, dict.fromkeys(squares, 0.0), show)
+    walk = _Walk(source, structure, trace, device, squares, {name: [] for name in squares}, progress)
     end = EndLoss(source.skeleton(), structure, trace.forms, samples, kind=loss, seed=seed, device=device)
-    for batches in _groups(trace, memory_bytes // len(structure.blocks)):
+    own = team.shards(len(trace.hidden)).own()
+    for batches in _groups(trace, own, memory_bytes // len(structure.blocks)):
         walk.forward(batches)
         for batch in batches:
             gradient = end.gradient(batch.first, batch.hidden.pop())
             _refuse_not_finite(gradient, "the head")
             batch.hidden.append(gradient)
         walk.backward(batches)
-    means = {name: total / end.predictions for name, total in walk.totals.items()}
-    return SquaredGradients(squares, means, frozenset(walk.partial))
+    # Tokens of other processes are zeros here, and exact sums of totals do not depend on their order.
+    parts = team.exchange(squares)
+    totals, partial = team.gather(walk.totals), team.gather(sorted(walk.partial))
+    return SquaredGradients(
+        {name: sum((each[name] for each in parts[1:]), parts[0][name]) for name in squares},
+        {name: fsum(chain.from_iterable(each[name] for each in totals)) / end.predictions for name in squares},
+        frozenset(chain.from_iterable(partial)),
+    )
 
 
 @dataclass
@@ -122,8 +134,8 @@ class _Walk:
     trace: Trace
     device: torch.device
     squares: dict[str, Tensor]
-    # Sums over tokens.
-    totals: dict[str, float]
+    # Sums over the tokens of a call.
+    totals: dict[str, list[float]]
     progress: BlockProgress
     # Linears that did not see all tokens of every batch.
     partial: set[str] = field(default_factory=set)
@@ -171,7 +183,7 @@ class _Walk:
     def _watch(self, name: str, rows: Tensor) -> Callable[[nn.Module, Any, Tensor], None]:
         def add(gradient: Tensor) -> None:
             means = gradient.float().square().mean(-1)
-            self.totals[name] += float(means.sum(dtype=torch.float64))
+            self.totals[name].append(float(means.sum(dtype=torch.float64)))
             if is_whole(means.shape, *rows.shape):
                 rows.add_(means.view(rows.shape).cpu())
 
@@ -185,16 +197,18 @@ class _Walk:
         return watch
 
 
-def _groups(trace: Trace, memory_bytes: int) -> Iterator[list[_Batch]]:
-    """Successive batches whose hidden states at one depth fit `memory_bytes` together."""
+def _groups(trace: Trace, numbers: Iterable[int], memory_bytes: int) -> Iterator[list[_Batch]]:
+    """Of the batches of these numbers successive ones, whose hidden states at one depth fit `memory_bytes` together."""
     group: list[_Batch] = []
-    first = used = 0
-    for hidden in trace.hidden:
+    used = 0
+    for number in numbers:
+        hidden = trace.hidden[number]
         if group and used + hidden.nbytes > memory_bytes:
             yield group
             group, used = [], 0
-        group.append(_Batch(first, len(hidden), [hidden]))
-        first, used = first + len(hidden), used + hidden.nbytes
+        # All batches are as large as the largest but for the last.
+        group.append(_Batch(number * max(trace.calls), len(hidden), [hidden]))
+        used += hidden.nbytes
     if group:
         yield group
 

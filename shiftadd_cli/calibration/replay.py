@@ -17,7 +17,7 @@ from shiftadd_cli.calibration.distribution import Direction, Divergence, Referen
 from shiftadd_cli.calibration.head import Head
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.device import move_parts
-from shiftadd_cli.progress import BlockProgress
+from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.source import Source, Structure
 
 # Logits, their logarithms, the original's and two differences, float32, are held for so many tokens at once.
@@ -68,9 +68,7 @@ class Replay:
         return torch.cat(found)
 
     @torch.no_grad()
-    def divergences(
-        self, original: Tensor, others: Sequence[Tensor], progress: BlockProgress = lambda names, _: names
-    ) -> list[float]:
+    def divergences(self, original: Tensor, others: Sequence[Tensor], progress: BlockProgress = silent) -> list[float]:
         """Mean over predictions of KL(original || other), in nats, made from outputs of the last block; of 1 - cosine
         of the features, where the model has no head.
 

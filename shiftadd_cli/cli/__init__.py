@@ -81,7 +81,8 @@ class _Group(click.Group):
                 click.echo(str(stop), err=True)
             ctx.exit(stop.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            if speaks():
+                click.echo("Interrupted.", err=True)
             ctx.exit(130)
 
 

@@ -20,7 +20,7 @@ team_timeout_option = click.option(
     "--team-timeout",
     metavar="SECONDS",
     type=click.FloatRange(min=1),
-    default=1800,
+    default=7200,
     show_default=True,
     help="Where torchrun started several processes: how long they wait for one of them.",
 )

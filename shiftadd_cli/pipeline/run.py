@@ -159,7 +159,7 @@ class _Run:
             history.drop_old_states()
             self.states = history.states(len(walk.samples), self.plan.recipe.batch_size)
             walk.trace_samples(self._place, self.states)
-            walk.weigh_tokens(history.token_weights() if begun else None, progress, begun=begun)
+            walk.weigh_tokens(history.token_weights(), progress)
         self.plan.source.release(structure.outside)
         if not begun:
             with self.clock.phase("read_and_write"):

@@ -69,13 +69,13 @@ class Walk:
                     each.hand_out(self.team)
         self.trace = trace
 
-    def weigh_tokens(self, known: dict[str, Tensor] | None, progress: BlockProgress, *, begun: bool) -> None:
+    def weigh_tokens(self, known: dict[str, Tensor] | None, progress: BlockProgress) -> None:
         """Squared gradients to the power of the recipe, of mean 1 again; `known` are those of a run that goes on."""
         if not self.plan.recipe.loss_aware:
             return
         with self.clock.phase("trace"):
-            weights = (known if begun else self._weights(progress)) if self.team.first else None
-            self.token_weights = self.team.share_tensors(weights)
+            begun = self.team.share(known is not None)
+            self.token_weights = self.team.share_tensors(known) if begun else self._weights(progress)
 
     def _weights(self, progress: BlockProgress) -> dict[str, Tensor]:
         assert self.samples is not None, "there is something to weigh"
@@ -88,6 +88,7 @@ class Walk:
             device=self.device,
             seed=self.plan.recipe.seed,
             progress=progress,
+            team=self.team,
         )
         powers = {name: each**self.plan.recipe.loss_aware for name, each in found.token_weights().items()}
         return {name: each / each.mean() for name, each in powers.items()}
@@ -135,7 +136,7 @@ def follow(plan: Plan, samples: Tensor | None, device: torch.device, team: Team)
     if samples is not None and done < len(names):
         batches = -(-len(samples) // plan.recipe.batch_size)
         walk.trace_samples(lambda: HiddenStates(len(samples), batches), {})
-        walk.weigh_tokens(None, silent, begun=False)
+        walk.weigh_tokens(None, silent)
     plan.source.release(plan.structure.outside)
     for depth, name in enumerate(names[done:], done):
         walk.quantize(depth, name)
