@@ -58,6 +58,10 @@ class ExportError(ShiftaddError):
     """The checkpoint cannot be written in the format asked for."""
 
 
+class HubError(ShiftaddError):
+    """The hub cannot be reached, or does not take what is uploaded."""
+
+
 class OutputError(ShiftaddError):
     """The result cannot be written where the user asked."""
 

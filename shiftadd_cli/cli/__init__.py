@@ -28,6 +28,7 @@ VERBS = (
     "generate",
     "benchmark",
     "export",
+    "push",
 )
 
 _CURES = {

@@ -165,7 +165,7 @@ def open_any(spec: str) -> Opened:
     Raises:
         SourceError: there is no such model, or it is of a kind that is not supported.
     """
-    path = locate(spec, revision=None, remote_code=False)
+    path = locate(spec, remote_code=False)
     config = _read_json(path / "config.json") if path.is_dir() else {}
     if (config.get("quantization_config") or {}).get("quant_method") == OWN_METHOD:
         return Opened(spec, path, None, config)

