@@ -19,32 +19,37 @@ from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.runtime import transformers_plugin
 from shiftadd_cli.source import open_source
+from shiftadd_cli.source.in_memory import as_folder
 from shiftadd_cli.source.vision import vision_class
 
 __all__ = ["allocate_bits", "evaluate", "load", "quantize"]
 
 
 def quantize(
-    model: str,
+    model: str | Path | PreTrainedModel,
     out: str | Path,
     recipe: str | Recipe = "default",
     *,
+    processor: Any = None,
     overwrite: bool = False,
     resume: bool = True,
     max_memory: str | None = None,
     **fields: Any,
 ) -> Report:
-    """Compress `model` (hub id, folder, .gguf file or `demo`) into the folder `out`; returns what report.json says.
+    """Compress `model` into the folder `out`; returns what report.json says.
 
+    model: hub id, folder, .gguf file or `demo`; or a model in memory, which is not changed, with its tokenizer or image
+    processor as `processor`: both are written beside `out` for as long as this takes.
     resume: go on where an earlier call with the same arguments was stopped. max_memory: what it may take of the
     machine's memory, such as "4GB"; a run that is expected to need more is refused.
     recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields (`bits=2`, `group_size=32`, ...).
     Raises ShiftaddError with one sentence that says what to do.
     """
-    job = Job.prepare(
-        model, Path(out), _settings(recipe, fields), overwrite=overwrite, resume=resume, max_memory=max_memory
-    )
-    return job.run()
+    with as_folder(model, processor, Path(out)) as spec:
+        job = Job.prepare(
+            spec, Path(out), _settings(recipe, fields), overwrite=overwrite, resume=resume, max_memory=max_memory
+        )
+        return job.run()
 
 
 def allocate_bits(

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_models import save_tiny
+from tiny_models import save_tiny, tiny_model
+from tiny_vision import save_tiny_vision
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 import shiftadd_cli
 from shiftadd_cli.cli import main
@@ -27,6 +29,36 @@ def test_quantize_load_evaluate(tmp_path: Path) -> None:
     )
     row = result.to_dict()["models"][0]
     assert row["kl"] > 0
+
+
+def test_a_model_in_memory_comes_out_as_its_folder_does(tmp_path: Path) -> None:
+    source = save_tiny("qwen2", tmp_path / "source")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = shiftadd_cli.quantize(model, tmp_path / "from_memory", processor=tokenizer, **QUICK)
+    assert report.source.name == type(model).__name__
+    shiftadd_cli.quantize(source, tmp_path / "from_folder", **QUICK)
+    files = [(tmp_path / each / "model.safetensors").read_bytes() for each in ("from_memory", "from_folder")]
+    assert files[0] == files[1]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["from_folder", "from_memory", "source"]
+
+
+def test_a_vision_model_in_memory(tmp_path: Path) -> None:
+    source = save_tiny_vision("vit", tmp_path / "source")
+    model, processor = (
+        AutoModelForImageClassification.from_pretrained(source),
+        AutoImageProcessor.from_pretrained(source),
+    )
+    report = shiftadd_cli.quantize(model, tmp_path / "deep" / "out", processor=processor, samples=4, group_size=16)
+    assert report.source.reads_images
+
+
+def test_a_model_in_memory_without_its_tokenizer_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(shiftadd_cli.ShiftaddError, match="tokenizer"):
+        shiftadd_cli.quantize(model, tmp_path / "out", **QUICK)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_allocated_bits_are_those_of_the_command_and_fit_quantize(
