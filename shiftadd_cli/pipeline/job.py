@@ -78,7 +78,7 @@ class Job:
             allocation = AllocationJob.prepare(source, recipe, request)
             plan = allocation.plan_at(min)
         if max_memory is not None:
-            _check_memory(plan, max_memory)
+            _check_memory(plan, max_memory, plan.held_bytes(team))
         if team.first:
             check_output(out, local, overwrite=overwrite, expected_bytes=plan.after_bytes)
         return cls(plan, out, device, overwrite, resume, allocation)
@@ -169,14 +169,17 @@ class Job:
         return plan
 
 
-def _check_memory(plan: Plan, max_memory: str) -> None:
+def _check_memory(plan: Plan, max_memory: str, held: int) -> None:
+    """held: bytes beside what the plan says, which smaller batches do not change."""
     limit = parse_size(max_memory)
     if limit is None:
         raise MemoryLimitError(f"--max-memory {max_memory!r} is not valid; give a size such as 800MB or 4GB.")
-    if plan.peak_memory_bytes <= limit:
+    if plan.peak_memory_bytes + held <= limit:
         return
-    batch_size, least = least_memory(plan, limit)
-    needs = f"This run is expected to need {_upwards(plan.peak_memory_bytes)}, and --max-memory allows {max_memory}"
+    batch_size, least = least_memory(plan, limit - held)
+    least += held
+    expected = _upwards(plan.peak_memory_bytes + held)
+    needs = f"This run is expected to need {expected}, and --max-memory allows {max_memory}"
     if least > limit:
         raise MemoryLimitError(f"{needs}; the least it can do with is {_upwards(least)}, with --batch-size 1.")
     raise MemoryLimitError(f"{needs}; give --batch-size {batch_size}, with which it is {_upwards(least)}.")

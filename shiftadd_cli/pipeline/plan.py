@@ -21,6 +21,7 @@ from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.calibration.flow import Flow, measure_flow
 from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
+from shiftadd_cli.distributed.team import Team
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import LinearSpec, Source, Structure, find_structure
@@ -106,9 +107,21 @@ class Plan:
             return 0
         recipe = self.recipe
         flow = measure_flow(self.source, self.structure.blocks, recipe.seq_len)
-        depths = 2 * _versions(recipe) * recipe.samples * flow.values * self.source.dtype.itemsize
+        depths = 2 * self._hidden_bytes(flow, recipe.samples)
         weights = _token_weight_bytes(recipe, flow, self.linears) if recipe.loss_aware else 0
         return depths + weights + (self._recalled_bytes(flow) if recipe.asymmetric else 0)
+
+    def held_bytes(self, team: Team) -> int:
+        """Hidden states that this process of a team has in memory: the first has them on disk, the others those of
+        their samples in memory."""
+        if team.first or not self.calibrated:
+            return 0
+        shards = team.shards(-(-self.recipe.samples // self.recipe.batch_size))
+        flow = measure_flow(self.source, self.structure.blocks, self.recipe.seq_len)
+        return self._hidden_bytes(flow, len(list(shards.own())) * self.recipe.batch_size)
+
+    def _hidden_bytes(self, flow: Flow, samples: int) -> int:
+        return _versions(self.recipe) * samples * flow.values * self.source.dtype.itemsize
 
     def _recalled_bytes(self, flow: Flow) -> int:
         """Of what the linears of a block read, as if no two read the same; of the block where that is most."""

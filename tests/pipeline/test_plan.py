@@ -10,6 +10,7 @@ import torch
 from tiny_models import save_tiny
 
 from shiftadd_cli.artifact.format import ArtifactFormat
+from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.pipeline.describe import describe_plan
 from shiftadd_cli.pipeline.plan import least_memory, make_plan
@@ -87,6 +88,16 @@ def test_hidden_states_take_disk_space_and_no_memory(tmp_path, asymmetric, versi
     recalled = 6 * 48 + 100 if asymmetric else 0
     assert many.state_bytes - few.state_bytes == (2 * versions * 48 + recalled) * 792 * 512 * 4
     assert plan_of(tmp_path, calibration="none", sweep="none", refine_rounds=0).state_bytes == 0
+
+
+def test_all_processes_but_the_first_hold_the_hidden_states_of_their_samples(tmp_path):
+    save_tiny("llama", tmp_path)
+    plan = plan_of(tmp_path, samples=40, seq_len=64, batch_size=4, asymmetric=0.0)
+    second = Team()
+    second.rank, second.size = 1, 2
+    assert plan.held_bytes(ALONE) == 0
+    assert plan.held_bytes(second) == 20 * 64 * 48 * 4
+    assert plan_of(tmp_path, calibration="none", sweep="none", refine_rounds=0).held_bytes(second) == 0
 
 
 @pytest.mark.parametrize("fields", [{"avg_bits": 4.0}, {"loss_aware": 1.0}], ids=str)
