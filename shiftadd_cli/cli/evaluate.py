@@ -133,7 +133,7 @@ def evaluate(
                 "choose another --dataset.",
                 err=True,
             )
-    if save and not isinstance(result, ImageEvaluation):
+    if save:
         save_evaluations(result)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))

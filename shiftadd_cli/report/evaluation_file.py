@@ -2,7 +2,8 @@
 
     {"schema_version": 1, "evaluations": [{"text": "...", "context": 512, ..., "original": {...}, "model": {...}}]}
 
-One entry for each text, context, number of tokens, original and dtype; measuring the same again replaces it.
+One entry for each text, context, number of tokens, original and dtype, or of a vision model for each set of images, how
+many of them, original and dtype; measuring the same again replaces it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,17 +19,34 @@ from shiftadd_cli.artifact.folder import read_json
 from shiftadd_cli.artifact.output import is_checkpoint, write_file
 from shiftadd_cli.errors import ArtifactError, OutputError
 from shiftadd_cli.evaluation.compare import Evaluation
+from shiftadd_cli.evaluation.compare_images import ImageEvaluation
+from shiftadd_cli.evaluation.images import ImageScore
 from shiftadd_cli.evaluation.measured import Measured
 from shiftadd_cli.evaluation.perplexity import Score
 from shiftadd_cli.faults import first_fault
-from shiftadd_cli.runtime.skeleton import read_artifact_config
-from shiftadd_cli.source.vision import vision_class
+from shiftadd_cli.report.summary import with_error
 
 EVALUATION_FILE = "evaluation.json"
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_Kind = TypeVar("_Kind", bound=_Part)
+
+
+class Quality(NamedTuple):
+    """A measurement as a page shows it: what was measured, of the model and of the original; the divergence from that
+    and its unit; the share of like predictions; on what."""
+
+    what: str
+    value: str
+    original: str | None
+    divergence: str | None
+    unit: str
+    agreement: str | None
+    on: str
 
 
 class ScoreReport(_Part):
@@ -62,15 +80,83 @@ class EvaluationReport(_Part):
         original = None if self.original is None else self.original.spec
         return self.text_fingerprint, self.tokens, self.context, original, self.model.dtype
 
+    @property
+    def quality(self) -> Quality:
+        """In words, for a page."""
+        own, other = self.model, self.original
+        return Quality(
+            "perplexity",
+            with_error(own.perplexity, own.perplexity_error, 3),
+            None if other is None else with_error(other.perplexity, other.perplexity_error, 3),
+            None if own.kl is None else with_error(own.kl, own.kl_error, 4),
+            "nats a token",
+            None if own.agreement is None else f"{own.agreement:.1%}",
+            f"{self.text}, {self.scored_tokens:,} tokens, context {self.context}",
+        )
+
+
+class ImageScoreReport(_Part):
+    """What one vision model scored, see `evaluation.images.ImageScore`; shares are from 0 to 1, and what cannot be
+    measured of it is null."""
+
+    spec: Annotated[str, Field(description="The model as it was named on the command line.")]
+    dtype: str
+    top1: float | None
+    top1_error: float | None
+    top5: float | None
+    top5_error: float | None
+    neighbours: Annotated[float | None, Field(description="Share of images whose nearest others are of their class.")]
+    neighbours_error: float | None
+    kl: Annotated[float | None, Field(description="KL(original || model), nats an image; null without an original.")]
+    kl_error: float | None
+    agreement: Annotated[float | None, Field(description="Share of images with the same most probable class.")]
+    agreement_error: float | None
+    cosine: Annotated[float | None, Field(description="Mean cosine of the features with the original's.")]
+    cosine_error: float | None
+    calibrated_on_test: bool
+
+
+class ImageEvaluationReport(_Part):
+    """The vision model of the folder, and perhaps its original, measured on one set of images."""
+
+    data: str
+    data_fingerprint: Annotated[str, Field(description="SHA-256 over the names of all images and the bytes of some.")]
+    images: Annotated[int, Field(description="How many were used.")]
+    device: str
+    original: ImageScoreReport | None
+    model: ImageScoreReport
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes it the same measurement."""
+        original = None if self.original is None else self.original.spec
+        return self.data_fingerprint, self.images, original, self.model.dtype
+
+    @property
+    def quality(self) -> Quality:
+        """In words, for a page: accuracy where there are labels, or else how near the features are."""
+        own, other = self.model, self.original
+        measures = {"top1": "top-1", "neighbours": "nearest neighbours", "cosine": "cosine with the original"}
+        name = next((each for each in measures if getattr(own, each) is not None), "agreement")
+        return Quality(
+            measures.get(name, "same top class"),
+            _share(own, name),
+            None if other is None or name in ("agreement", "cosine") else _share(other, name),
+            None if own.kl is None else with_error(own.kl, own.kl_error, 4),
+            "nats an image",
+            None if own.agreement is None else _share(own, "agreement"),
+            f"{self.data}, {self.images:,} images",
+        )
+
 
 class EvaluationFile(_Part):
     """evaluation.json."""
 
     schema_version: Literal[1] = 1
-    evaluations: list[EvaluationReport]
+    evaluations: list[EvaluationReport | ImageEvaluationReport]
 
 
-def load_evaluations(folder: Path) -> tuple[EvaluationReport, ...]:
+def load_evaluations(folder: Path) -> tuple[EvaluationReport | ImageEvaluationReport, ...]:
     """What was saved beside the checkpoint, in the order it was first measured. Raises ArtifactError if damaged."""
     path = folder / EVALUATION_FILE
     if not path.is_file():
@@ -94,32 +180,22 @@ def check_saving(models: Sequence[str]) -> None:
     if not folders:
         raise OutputError("--save keeps what is measured in a compressed folder, and none is given; leave it out.")
     for folder in folders:
-        if vision_class(read_artifact_config(folder), str(folder)) is not None:
-            raise OutputError(f"--save keeps what is measured on texts, and {folder} reads images; leave it out.")
         load_evaluations(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"No permission to write in {folder}; leave --save out.")
 
 
-def save_evaluations(result: Evaluation) -> list[Path]:
+def save_evaluations(result: Evaluation | ImageEvaluation) -> list[Path]:
     """Add what was measured to the file of every compressed folder among the models; returns the files.
 
     Raises ArtifactError if a file there is damaged, OutputError if one cannot be written.
     """
     written = []
-    for measured in result.models:
+    models: Sequence[Measured[Any]] = result.models
+    for measured in models:
         if (folder := _folder(measured.info.spec)) is None:
             continue
-        entry = EvaluationReport(
-            text=result.text,
-            text_fingerprint=result.text_fingerprint,
-            tokens=result.tokens,
-            scored_tokens=result.scored_tokens,
-            context=result.context,
-            device=result.device,
-            original=None if result.original is None else _score(result.original),
-            model=_score(measured),
-        )
+        entry = _of_images(result, measured) if isinstance(result, ImageEvaluation) else _of_text(result, measured)
         entries = {each.key: each for each in load_evaluations(folder)} | {entry.key: entry}
         path = folder / EVALUATION_FILE
         write_file(path, EvaluationFile(evaluations=list(entries.values())).model_dump_json(indent=2) + "\n")
@@ -133,6 +209,37 @@ def _folder(spec: str) -> Path | None:
     return path if is_checkpoint(path) else None
 
 
-def _score(measured: Measured[Score]) -> ScoreReport:
+def _of_text(result: Evaluation, measured: Measured[Score]) -> EvaluationReport:
+    return EvaluationReport(
+        text=result.text,
+        text_fingerprint=result.text_fingerprint,
+        tokens=result.tokens,
+        scored_tokens=result.scored_tokens,
+        context=result.context,
+        device=result.device,
+        original=None if result.original is None else _score(ScoreReport, result.original),
+        model=_score(ScoreReport, measured),
+    )
+
+
+def _of_images(result: ImageEvaluation, measured: Measured[ImageScore]) -> ImageEvaluationReport:
+    return ImageEvaluationReport(
+        data=result.data,
+        data_fingerprint=result.data_fingerprint,
+        images=result.images,
+        device=result.device,
+        original=None if result.original is None else _score(ImageScoreReport, result.original),
+        model=_score(ImageScoreReport, measured),
+    )
+
+
+def _score(kind: type[_Kind], measured: Measured[Any]) -> _Kind:
     flat = measured.to_dict()
-    return ScoreReport(**{name: flat[name] for name in ScoreReport.model_fields})
+    return kind(**{name: flat[name] for name in kind.model_fields})
+
+
+def _share(score: ImageScoreReport, name: str) -> str:
+    value, error = getattr(score, name), getattr(score, f"{name}_error")
+    if name == "cosine" or value is None:
+        return with_error(value, error, 4)
+    return with_error(100 * value, None if error is None else 100 * error, 1) + "%"

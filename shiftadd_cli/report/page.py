@@ -19,11 +19,10 @@ from shiftadd_cli.bcq.choices import Choice, bits_of_choice, choice_words, choic
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.faults import first_fault
 from shiftadd_cli.recipe import Recipe
-from shiftadd_cli.report import summary
 from shiftadd_cli.report.charts import Chart, Line, histogram, line_chart
 from shiftadd_cli.report.cost import Cost, model_cost
 from shiftadd_cli.report.environment import make_environment
-from shiftadd_cli.report.evaluation_file import EvaluationReport, load_evaluations
+from shiftadd_cli.report.evaluation_file import EvaluationReport, ImageEvaluationReport, Quality, load_evaluations
 from shiftadd_cli.report.operations import WAYS
 from shiftadd_cli.report.schema import LayerReport, Report
 from shiftadd_cli.report.unit_costs import load_unit_costs
@@ -43,13 +42,14 @@ class Run:
     name: str
     report: Report
     cost: Cost
-    evaluations: tuple[EvaluationReport, ...] = ()
+    evaluations: tuple[EvaluationReport | ImageEvaluationReport, ...] = ()
 
     @property
-    def quality(self) -> EvaluationReport | None:
+    def quality(self) -> Quality | None:
         """The measurement shown first: one against an original, if there is any."""
         compared = [each for each in self.evaluations if each.original is not None]
-        return next(iter(compared or self.evaluations), None)
+        shown = next(iter(compared or self.evaluations), None)
+        return None if shown is None else shown.quality
 
     @property
     def command(self) -> str:
@@ -123,10 +123,9 @@ def _environment() -> Environment:
     environment = make_environment(html=True)
     environment.filters |= {
         "choice_words": choice_words,
+        "share": lambda value: "-" if value is None else f"{value:.1%}",
         "value": lambda value: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value,
         "short": lambda value: "-" if value is None else f"{value:#.3g}",
-        "share": lambda value: "-" if value is None else f"{value:.1%}",
-        "plus_minus": summary.with_error,
         "counts": lambda counts, names: f"{sum(counts.get(name, 0) for name in names) / 1e6:,.1f}",
     }
     return environment

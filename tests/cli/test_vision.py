@@ -109,7 +109,6 @@ def test_what_is_for_text_alone_says_so(model, pictures, tmp_path):
     text = save_tiny("llama", tmp_path / "text")
     for arguments, message in (
         (("generate", model, "--prompt", "a"), "is a vision model, which reads no text"),
-        (("benchmark", model), "is a vision model, which reads no text"),
         (("evaluate", model, "--dataset", "wikitext2"), "is a text, and a vision model reads images"),
         (("evaluate", text, "--dataset", pictures), "is a folder; give a .txt"),
         (("quantize", text, "-o", tmp_path / "out", "--calibration", pictures), "is a folder; give a .txt"),

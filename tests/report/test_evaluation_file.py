@@ -5,10 +5,18 @@ from pathlib import Path
 import pytest
 from artifacts import write_checkpoint
 from tiny_models import tiny_model, tiny_tokenizer
+from tiny_vision import save_pictures, tiny_vision_model, write_processor
 
 from shiftadd_cli.errors import ArtifactError, OutputError
 from shiftadd_cli.evaluation.compare import evaluate
-from shiftadd_cli.report.evaluation_file import EVALUATION_FILE, check_saving, load_evaluations, save_evaluations
+from shiftadd_cli.report.evaluation_file import (
+    EVALUATION_FILE,
+    ImageEvaluationReport,
+    ImageScoreReport,
+    check_saving,
+    load_evaluations,
+    save_evaluations,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +58,63 @@ def test_a_damaged_file_is_refused_before_anything_is_measured(tmp_path, text):
     (folder / EVALUATION_FILE).write_text(text)
     with pytest.raises(ArtifactError, match=r"evaluation\.json"):
         check_saving([str(folder)])
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = write_checkpoint(tiny_vision_model("vit"), tmp_path_factory.mktemp("saved") / "vit").folder
+    write_processor(made)
+    return made
+
+
+def test_measurements_on_images_are_kept_too(vision, tmp_path):
+    pictures = save_pictures(tmp_path / "pictures", 12)
+    result = evaluate([str(vision)], against=str(vision), dataset=str(pictures), batch_size=4, show_progress=False)
+    check_saving([str(vision)])
+    save_evaluations(result)
+    (entry,) = load_evaluations(vision)
+    assert isinstance(entry, ImageEvaluationReport)
+    assert (entry.images, entry.model.top1, entry.model.agreement) == (12, None, 1.0)
+    assert entry.model.kl == result.models[0].score.kl
+    told = entry.quality
+    assert (told.what, told.value, told.original, told.unit) == (
+        "same top class",
+        "100.0 ± 0.0%",
+        None,
+        "nats an image",
+    )
+    save_evaluations(result)
+    assert len(load_evaluations(vision)) == 1
+
+
+def scored(**values: float) -> ImageScoreReport:
+    empty = dict.fromkeys(ImageScoreReport.model_fields) | {
+        "spec": "m",
+        "dtype": "float32",
+        "calibrated_on_test": False,
+    }
+    return ImageScoreReport(**empty | values)
+
+
+@pytest.mark.parametrize(
+    ("values", "what", "value", "original"),
+    [
+        ({"top1": 0.676, "top1_error": 0.0148, "kl": 0.1}, "top-1", "67.6 ± 1.5%", "50.0%"),
+        ({"neighbours": 0.9, "cosine": 0.99}, "nearest neighbours", "90.0%", "50.0%"),
+        ({"cosine": 0.98765, "cosine_error": 0.001}, "cosine with the original", "0.9877 ± 0.0010", None),
+        ({"agreement": 0.875, "kl": 0.1}, "same top class", "87.5%", None),
+    ],
+)
+def test_the_best_known_measure_of_images_is_shown(values, what, value, original):
+    entry = ImageEvaluationReport(
+        data="pictures",
+        data_fingerprint="d" * 64,
+        images=1000,
+        device="cpu",
+        original=scored(top1=0.5, neighbours=0.5),
+        model=scored(**values),
+    )
+    told = entry.quality
+    assert (told.what, told.value, told.original) == (what, value, original)
+    assert told.on == "pictures, 1,000 images"
+    assert (told.divergence is None) == ("kl" not in values)

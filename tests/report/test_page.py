@@ -126,7 +126,8 @@ def test_headline_layers_and_command() -> None:
     headline = " ".join(texts(page, "dd"))
     assert "5.0 kB" in headline
     assert "4.00 times smaller" in headline
-    assert "perplexity 20.00 the original has 15.00; 0.250 nats" in headline
+    assert "perplexity 20.000 ± 0.500 the original has 15.000" in headline
+    assert "nats a token from it" in headline
     assert "shiftadd quantize sample -o 'out dir'" in texts(page, "pre")
     worst = next(table for table in page.iter("table") if "highest output error" in table.find("caption").text)
     names = texts(worst.find("tbody"), "th")
