@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from shiftadd_cli.cli.completion import a_model
 from shiftadd_cli.cli.computing import team_timeout_option
 from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_options_without
 
 
 @click.command("allocate-bits")
-@click.argument("model")
+@click.argument("model", shell_complete=a_model)
 @click.option(
     "-o",
     "--output",

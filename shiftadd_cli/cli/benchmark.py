@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from shiftadd_cli.cli.completion import a_model
 from shiftadd_cli.cli.computing import dtype_option, threads_option
 
 
@@ -25,9 +26,12 @@ class _Lengths(click.ParamType):
 
 
 @click.command()
-@click.argument("model", metavar="OUT")
+@click.argument("model", metavar="OUT", shell_complete=a_model)
 @click.option(
-    "--against", metavar="ORIGINAL", help="Model to compare with, measured in the type it computes in and in float32."
+    "--against",
+    metavar="ORIGINAL",
+    shell_complete=a_model,
+    help="Model to compare with, measured in the type it computes in and in float32.",
 )
 @click.option(
     "--prompt-tokens",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shiftadd_cli.cli.completion import a_model
 from shiftadd_cli.cli.computing import team_timeout_option
 from shiftadd_cli.cli.evaluate_images import calibrations, computed, describe_images
 from shiftadd_cli.cli.scoring import scoring_options
@@ -20,8 +21,13 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@click.option("--against", metavar="ORIGINAL", help="Model to measure KL divergence and top-token agreement from.")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, shell_complete=a_model)
+@click.option(
+    "--against",
+    metavar="ORIGINAL",
+    shell_complete=a_model,
+    help="Model to measure KL divergence and top-token agreement from.",
+)
 @click.option(
     "--dataset",
     metavar="NAME|FILE",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shiftadd_cli.cli.completion import a_model
 from shiftadd_cli.cli.computing import dtype_option, threads_option
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", metavar="OUT")
+@click.argument("model", metavar="OUT", shell_complete=a_model)
 @click.option("--prompt", metavar="TEXT", required=True, help="What the model reads first; - reads standard input.")
 @click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Tokens to make at most.")
 @click.option(

@@ -10,6 +10,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from shiftadd_cli.bcq.choices import Choice
+from shiftadd_cli.cli.completion import names_or_files
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.recipe_file import packaged_names
 
@@ -60,6 +61,7 @@ def recipe_choice(function: F) -> F:
     return click.option(
         "--recipe",
         metavar="NAME|FILE",
+        shell_complete=names_or_files(*packaged_names()),
         default="default",
         show_default=True,
         help=f"Options to start from: a YAML file, or one of {', '.join(packaged_names())}.",

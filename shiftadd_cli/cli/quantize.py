@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shiftadd_cli.cli.completion import a_model
 from shiftadd_cli.cli.computing import team_timeout_option
 from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_options
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=a_model)
 @click.option(
     "-o", "--output", "out", metavar="OUT", type=click.Path(path_type=Path), required=True, help="Folder to write."
 )
