@@ -9,20 +9,26 @@ template <class I>
 struct CodesKernel {
     static constexpr int kLanes = I::kLanes;
     using Float = typename I::Float;
-    // Distance in bytes at which codes are asked for, and what comes of it at a time.
-    static constexpr int64_t kAhead = 8192, kLine = 64;
+    // At least so far ahead codes are asked for: rows side by side are too short for the processor to see where they go
+    // on. Longer ones than the second, taken together, it sees, and they would not stay in the first cache.
+    static constexpr int64_t kAhead = 8192, kLongest = 16384;
     // Rows of codes and of activations whose products are summed at once, in registers.
     static constexpr int kRows = 4, kBatch = I::kRegisters >= 32 ? 4 : 2;
 
-    template <int R, int B>
+    template <int R, int B, bool kAsk>
     static inline void tile(const Codes& c, int64_t row, int64_t batch) {
         const int8_t* codes = c.codes + row * c.columns;
+        // What the same step will read in a later tile.
+        const int64_t size = R * c.columns, distance = (kAhead + size - 1) / size * size;
+        const char* ahead = reinterpret_cast<const char*>(codes) + distance;
+        const bool asks = kAsk && size <= kLongest;
         const float* x = c.x + batch * c.columns;
         Float total[R][B];
         for (auto& each : total)
             for (auto& sum : each) sum = I::zero();
         int64_t column = 0;
         for (; column + kLanes <= c.columns; column += kLanes) {
+            if (asks) I::prefetch(ahead + R * column);
             Float values[B];
             for (int b = 0; b < B; ++b) values[b] = I::load(x + b * c.columns + column);
             for (int r = 0; r < R; ++r) {
@@ -42,18 +48,20 @@ struct CodesKernel {
     template <int R>
     static inline void all_rows(const Codes& c, int64_t row) {
         int64_t batch = 0;
-        for (; batch + kBatch <= c.batch; batch += kBatch) tile<R, kBatch>(c, row, batch);
-        for (; batch < c.batch; ++batch) tile<R, 1>(c, row, batch);
+        if (c.batch >= kBatch) {
+            tile<R, kBatch, true>(c, row, 0);
+            batch = kBatch;
+        } else if (c.batch > 0) {
+            tile<R, 1, true>(c, row, 0);
+            batch = 1;
+        }
+        for (; batch + kBatch <= c.batch; batch += kBatch) tile<R, kBatch, false>(c, row, batch);
+        for (; batch < c.batch; ++batch) tile<R, 1, false>(c, row, batch);
     }
 
     static void dot(const Codes& c) {
         int64_t row = 0;
-        for (; row + kRows <= c.rows; row += kRows) {
-            // Rows side by side are too short for the processor to see where they go on.
-            const char* ahead = reinterpret_cast<const char*>(c.codes + row * c.columns) + kAhead;
-            for (int64_t i = 0; i < kRows * c.columns; i += kLine) I::prefetch(ahead + i);
-            all_rows<kRows>(c, row);
-        }
+        for (; row + kRows <= c.rows; row += kRows) all_rows<kRows>(c, row);
         for (; row < c.rows; ++row) all_rows<1>(c, row);
     }
 };
