@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from shiftadd_cli.distributed.launch import local_rank
 from shiftadd_cli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.end_loss import EndLoss, Loss
-from shiftadd_cli.calibration.streams import is_whole
+from shiftadd_cli.calibration.streams import batch_span, is_whole
 from shiftadd_cli.calibration.trace import Trace, check_finite
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
@@ -206,8 +206,8 @@ def _groups(trace: Trace, numbers: Iterable[int], memory_bytes: int) -> Iterator
         if group and used + hidden.nbytes > memory_bytes:
             yield group
             group, used = [], 0
-        # All batches are as large as the largest but for the last.
-        group.append(_Batch(number * max(trace.calls), len(hidden), [hidden]))
+        span = batch_span(number, max(trace.calls), trace.hidden.samples)
+        group.append(_Batch(span.start, len(hidden), [hidden]))
         used += hidden.nbytes
     if group:
         yield group

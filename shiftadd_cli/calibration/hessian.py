@@ -72,8 +72,9 @@ class _Sum:
         total += _sum_of(rows, root)
         if unspoilt:
             # Experts may be given other tokens than in the original; such a batch says nothing about the difference.
-            alike = original is not None and original.shape == inputs.shape
-            others = _rows(original.to(inputs.device), root) if original is not None and alike else rows
+            others = rows
+            if original is not None and original.shape == inputs.shape:
+                others = _rows(original.to(inputs.device), root)
             unspoilt[0].addmm_(others.T, rows)
             unspoilt[1].add_(_sum_of(others, root))
         self._rows += len(rows)
@@ -103,8 +104,8 @@ def gather_moments(
     """Run all batches and gather the moments of the input of each group of linears (see `shared_inputs`).
 
     The block is left as soon as the last of them has its input. With `original`, what the same linears read in the
-    original model, the cross moments are gathered too. Each process of a team runs batches
-    of its own, and all get all moments.
+    original model, the cross moments are gathered too. Each process of a team runs batches of its own, and all get all
+    moments.
 
     weights: for each group `[samples, tokens]`, not negative and of mean 1: a token's x xᵀ counts by its weight
     (GuidedQuant, arXiv:2505.07004, section 3). Inputs that do not hold every token, see `is_whole` (experts read some

@@ -18,7 +18,6 @@ from torch import Tensor
 from shiftadd_cli.artifact.durable import read_tensor, write_tensor
 from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.calibration.stream import BlockStream
-from shiftadd_cli.calibration.trace import check_finite
 from shiftadd_cli.distributed.team import ALONE, Team
 
 
@@ -53,13 +52,7 @@ class Recall:
         block: what errors call it. Each process of a team notes the batches that it runs, and the first is told of all
         outputs.
         """
-        for index in team.shards(len(stream.hidden)).own():
-            seen, output = stream.run_seeing(index, names)
-            check_finite(output, block)
-            for name, inputs in seen.items():
-                self._note(index, name, inputs)
-            stream.hidden.replace(index, output)
-        stream.hidden.collect(team)
+        stream.advance(block, team, names, self._note)
 
     def inputs(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """What the modules read when batch `index` ran through, those that did; on the CPU."""
@@ -67,8 +60,9 @@ class Recall:
         with refusals(self._folder):
             return {name: read_tensor(self._file, *place) for name, place in places.items()}
 
-    def _note(self, index: int, name: str, inputs: Tensor) -> None:
-        place = self._places[index, name] = _Place(self._end, tuple(inputs.shape), inputs.dtype)
-        with refusals(self._folder):
-            write_tensor(self._file, place.start, inputs)
-        self._end += inputs.nbytes
+    def _note(self, index: int, seen: dict[str, Tensor]) -> None:
+        for name, inputs in seen.items():
+            place = self._places[index, name] = _Place(self._end, tuple(inputs.shape), inputs.dtype)
+            with refusals(self._folder):
+                write_tensor(self._file, place.start, inputs)
+            self._end += inputs.nbytes

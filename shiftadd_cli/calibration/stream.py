@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shiftadd_cli.calibration.streams import HiddenStates
+from shiftadd_cli.calibration.streams import HiddenStates, batch_span
 from shiftadd_cli.calibration.trace import BlockCall, StopForward, check_finite, hooked
 from shiftadd_cli.distributed.team import ALONE, Team
 
@@ -61,9 +61,8 @@ class BlockStream:
         )
 
     def span(self, index: int) -> slice:
-        """The samples of a batch, all of which are as large as the largest but for the last."""
-        first = index * max(self.calls)
-        return slice(first, min(first + max(self.calls), self.hidden.samples))
+        """The samples of a batch."""
+        return batch_span(index, max(self.calls), self.hidden.samples)
 
     def shared_inputs(self, names: Sequence[str], team: Team = ALONE) -> list[tuple[str, ...]]:
         """The linears `names` by the tensor they read (query, key and value; gate and up), in the order they run.
@@ -81,14 +80,22 @@ class BlockStream:
             groups.setdefault((inputs.data_ptr(), inputs.shape, inputs.stride()), []).append(name)
         return [tuple(name for name in names if name in group) for group in groups.values()]
 
-    def advance(self, name: str, team: Team = ALONE) -> None:
+    def advance(
+        self,
+        name: str,
+        team: Team = ALONE,
+        modules: Sequence[str] = (),
+        note: Callable[[int, dict[str, Tensor]], None] = lambda index, seen: None,
+    ) -> None:
         """Put the block's outputs in the place of its inputs; `name` is what errors call the block.
 
-        Each process of a team runs batches of its own, and the first is told of all.
+        note: told of every batch what these modules read. Each process of a team runs batches of its own, and the first
+        is told of all outputs.
         """
         for index in team.shards(len(self.hidden)).own():
-            output = self._run(self.hidden[index])
+            seen, output = self.run_seeing(index, modules)
             check_finite(output, name)
+            note(index, seen)
             self.hidden.replace(index, output)
         self.hidden.collect(team)
 

@@ -71,6 +71,12 @@ class HiddenStates:
                 self.replace(index, team.receive(giver))
 
 
+def batch_span(index: int, batch_size: int, samples: int) -> slice:
+    """The samples of batch number `index`; all batches have `batch_size` samples but for the last."""
+    first = index * batch_size
+    return slice(first, min(first + batch_size, samples))
+
+
 def is_whole(places: torch.Size, batch: int, tokens: int) -> bool:
     """Whether a linear whose input or output has these axes besides the features sees every token of a batch, sample
     after sample. Inside a sample they may lie in an order of the linear's own, as where attention runs in windows."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from importlib import import_module
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -47,6 +47,11 @@ class _Curable(click.ClickException):
         super().__init__(" ".join(message.split()))
         self.exit_code = exit_code  # type: ignore[misc] # click declares it as of the class
 
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Nothing of a process for which another speaks."""
+        if speaks():
+            super().show(file)
+
 
 class _Group(click.Group):
     """A group whose verbs are imported when they are asked for, so that none pays for the imports of another."""
@@ -69,8 +74,6 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except ShiftaddError as failure:
-            if not speaks():
-                ctx.exit(failure.exit_code)
             raise _Curable(str(failure), failure.exit_code) from failure
         except OSError as failure:
             if failure.errno not in _CURES:

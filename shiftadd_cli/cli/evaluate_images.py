@@ -72,9 +72,7 @@ def calibrations(everyone: Sequence[Measured[Any]]) -> list[str]:
 
 
 def _score(score: Any, name: str, *, share: bool) -> str:
-    from shiftadd_cli.report.summary import with_error
+    from shiftadd_cli.report.summary import share_with_error, with_error
 
     value, error = getattr(score, name), getattr(score, f"{name}_error")
-    if not share or value is None:
-        return with_error(value, error, 4)
-    return with_error(100 * value, None if error is None else 100 * error, 2) + "%"
+    return share_with_error(value, error, 2) if share else with_error(value, error, 4)

@@ -20,9 +20,12 @@ def push(folder: Path, repo: str, revision: str | None, public: bool, message: s
     OUT is checked as by `shiftadd inspect --verify`, and uploaded in one commit; what was not sent when an upload was
     broken off, the same command sends. The repository is made if there is none, private unless you say --public.
     """
-    from shiftadd_cli.hub.push import Push
+    from shiftadd_cli.hub.push import Push, require_token
     from shiftadd_cli.report.summary import size, table
 
+    if not dry_run:
+        # Before all of OUT is read.
+        require_token()
     plan = Push.prepare(folder, repo, revision=revision, private=not public)
     rows = [[name, size(nbytes)] for name, nbytes in plan.files.items()]
     click.echo(table(["file", "size"], rows) + f"\n\nTo            {repo}{'' if revision is None else ', ' + revision}")

@@ -19,10 +19,15 @@ def launched_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def local_rank() -> int:
+    """Number of this process among those that torchrun started on this machine; 0 without it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def speaks() -> bool:
     """Whether this is the process, of those that torchrun started on this machine, that tells the user of errors: they
     all have the same options, and learn of each other's errors."""
-    return launched_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+    return launched_size() == 1 or local_rank() == 0
 
 
 @contextmanager

@@ -41,12 +41,10 @@ class TorchTeam(Team):
         return load(self._broadcast(_packed(tensors or {}) if self.first else None, 0))
 
     def gather(self, value: T) -> list[T]:
-        packed = json.dumps(value).encode()
-        return [json.loads(self._broadcast(packed if rank == self.rank else None, rank)) for rank in range(self.size)]
+        return [json.loads(each) for each in self._of_all(json.dumps(value).encode())]
 
     def exchange(self, mine: Tensors) -> list[Tensors]:
-        packed = _packed(mine)
-        return [load(self._broadcast(packed if rank == self.rank else None, rank)) for rank in range(self.size)]
+        return [load(each) for each in self._of_all(_packed(mine))]
 
     def send(self, tensor: Tensor, rank: int) -> None:
         data = _bytes(_packed({_ONLY: tensor}))
@@ -112,6 +110,9 @@ class TorchTeam(Team):
         for rank, (first, last) in enumerate(pairwise(edges)):
             if first < last:
                 yield rank, slice(first, last)
+
+    def _of_all(self, mine: bytes) -> list[bytes]:
+        return [self._broadcast(mine if rank == self.rank else None, rank) for rank in range(self.size)]
 
     def _broadcast(self, data: bytes | None, rank: int) -> bytes:
         self.watch.step()

@@ -37,7 +37,7 @@ class Push:
 
     @classmethod
     def prepare(cls, folder: Path, repo: str, *, revision: str | None = None, private: bool = True) -> Push:
-        """Check the name, that there is a token, and that the checkpoint in `folder` is whole.
+        """Check the name, and that the checkpoint in `folder` is whole, which reads all of it.
 
         Raises HubError, and ArtifactError for a folder that is no checkpoint or a damaged one.
         """
@@ -64,10 +64,7 @@ class Push:
 
         Raises HubError where the hub refuses or cannot be reached.
         """
-        token = get_token()
-        if token is None:
-            raise HubError(f"Uploading needs a token of the hub; {_LOG_IN}.")
-        api = HfApi(token=token)
+        api = HfApi(token=require_token())
         with _refusals(self.repo):
             repo = api.create_repo(self.repo, private=self.private, exist_ok=True).repo_id
             if self.revision is not None:
@@ -80,6 +77,14 @@ class Push:
                 allow_patterns=list(self.files),
             )
         return str(commit.commit_url)
+
+
+def require_token() -> str:
+    """The token of the user's log-in or of HF_TOKEN. Raises HubError where there is none."""
+    token = get_token()
+    if token is None:
+        raise HubError(f"Uploading needs a token of the hub; {_LOG_IN}.")
+    return token
 
 
 @contextmanager

@@ -95,14 +95,16 @@ class BlockQuantizer:
         with self.clock.phase("reconstruct"):
             result = self._reconstruction(stream, original) if self.team.first else None
             tuned = self.team.share_tensors(None if result is None else _as_tensors(result))
-        for kind, solution in self.solutions.items():
-            stored = solution.weight.tensors
-            found = {suffix: tuned.pop(f"{kind}/{suffix}").to(old.device) for suffix, old in stored.items() if tuned}
-            if found:
-                self._put(kind, replace(solution, weight=replace(solution.weight, tensors=found)))
-        for vector, value in tuned.items():
-            parameter = self.block.get_parameter(vector)
-            parameter.data = value.to(parameter.device)
+        weights: dict[str, dict[str, Tensor]] = {}
+        for path, tensor in tuned.items():
+            place, slash, suffix = path.partition("/")
+            if slash:
+                weights.setdefault(place, {})[suffix] = tensor.to(stream.device)
+            else:
+                self.block.get_parameter(place).data = tensor.to(stream.device)
+        for kind, tensors in weights.items():
+            solution = self.solutions[kind]
+            self._put(kind, replace(solution, weight=replace(solution.weight, tensors=tensors)))
         if result is None:
             return None
         return BlockReport(

@@ -69,6 +69,11 @@ class Asked(_Part):
             code=code_fingerprint(),
         )
 
+    def other_field(self, other: Asked) -> str | None:
+        """The first field of the recipe that is another in `other` and may not be."""
+        differing = (name for name, value in other.recipe.items() if self.recipe.get(name) != value)
+        return next((name for name in differing if name not in MAY_CHANGE), None)
+
     def difference(self, other: Asked) -> str | None:
         """The first thing beside the recipe that is another in `other`."""
         if self.source != other.source:
@@ -142,12 +147,12 @@ class History:
         if self.asked is None:
             raise damaged(self.workspace.journal.folder, "what was asked is missing")
         begun = f"The unfinished run of {self.workspace.out} was begun with"
-        for field, value in asked.recipe.items():
-            if field not in MAY_CHANGE and (was := self.asked.recipe.get(field)) != value:
-                raise ResumeError(
-                    f"{begun} {field} = {_word(was)}, and this one has {_word(value)}; give {_word(was)} again to go "
-                    "on, or start anew with --no-resume."
-                )
+        if (field := self.asked.other_field(asked)) is not None:
+            was, now = (_word(each.recipe.get(field)) for each in (self.asked, asked))
+            raise ResumeError(
+                f"{begun} {field} = {was}, and this one has {now}; give {was} again to go on, or start anew with "
+                "--no-resume."
+            )
         if difference := self.asked.difference(asked):
             raise ResumeError(f"{begun} {difference}; start anew with --no-resume.")
         names = [each.name for each in self.blocks]

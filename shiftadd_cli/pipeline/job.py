@@ -17,7 +17,7 @@ from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import Interrupted, MemoryLimitError, OutputError, RecipeError, TeamError
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
-from shiftadd_cli.pipeline.history import MAY_CHANGE, Asked, History
+from shiftadd_cli.pipeline.history import Asked, History
 from shiftadd_cli.pipeline.plan import Plan, least_memory, make_plan
 from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration, run_plan
 from shiftadd_cli.pipeline.walk import follow
@@ -126,7 +126,7 @@ class Job:
                     raise TeamError(f"{reason} {history.how_to_go_on()}") from stop
                 code = 143 if isinstance(stop, Terminated) else 130
                 raise Interrupted(f"Interrupted. {history.how_to_go_on()}", code) from stop
-            except (OutputError, RecipeError, TeamError) as failure:
+            except (OutputError, TeamError) as failure:
                 raise type(failure)(f"{failure} {history.how_to_go_on()}") from failure
 
     def follow(self, team: Team) -> None:
@@ -138,8 +138,8 @@ class Job:
         samples = None if calibration is None else calibration.samples
         own = Asked.of(self.plan, samples)
         first = Asked.model_validate(team.share(own.model_dump(mode="json")))
-        other = [name for name, value in first.recipe.items() if own.recipe[name] != value and name not in MAY_CHANGE]
-        if difference := f"another {other[0]}" if other else own.difference(first):
+        field = own.other_field(first)
+        if difference := own.difference(first) if field is None else f"another {field}":
             raise RecipeError(f"The first process of the team has {difference}; give the same to all.")
         plan = self.plan
         if self.allocation is not None:

@@ -78,17 +78,16 @@ def run_plan(
     Raises NumericalError naming a layer whose values cannot be quantized, OutputError when the disk refuses; nothing is
     at `out` then.
     """
+    samples = None if calibration is None else calibration.samples
     with ExitStack() as stack:
         if history is None:
             history = History(stack.enter_context(Workspace(out, resume=False)), plan.structure.blocks)
-            history.begin(Asked.of(plan, None if calibration is None else calibration.samples))
+            history.begin(Asked.of(plan, samples))
         writer = stack.enter_context(
             ArtifactWriter(out, overwrite=overwrite, shard_bytes=plan.recipe.shard_bytes, workspace=history.workspace)
         )
         writer.plan(plan.tensors, history.written)
-        samples = None if calibration is None else calibration.samples
-        spill = history.workspace.folder
-        walk = Walk(plan, samples, device, clock or Measured(), team, spill)
+        walk = Walk(plan, samples, device, clock or Measured(), team, history.workspace.folder)
         return _Run(walk, calibration, writer, list(command), history).execute(progress)
 
 

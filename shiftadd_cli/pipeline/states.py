@@ -13,7 +13,7 @@ from shiftadd_cli.artifact.durable import checksum, read_tensor, reserve, sync, 
 from shiftadd_cli.artifact.journal import damaged
 from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.artifact.shards import Shard, plan_shards, read_header
-from shiftadd_cli.calibration.streams import HiddenStates
+from shiftadd_cli.calibration.streams import HiddenStates, batch_span
 from shiftadd_cli.errors import ArtifactError, OutputError
 
 _TENSOR = "hidden_states"
@@ -123,8 +123,8 @@ class StoredStates(HiddenStates):
             raise IndexError(index)
         file = self._outputs if self._outputs is not None and index in self._outputs.sums else self._inputs
         assert file is not None, "something was appended"
-        first = index * self.batch_size
-        return file.read(first, min(self.batch_size, self.samples - first))
+        span = batch_span(index, self.batch_size, self.samples)
+        return file.read(span.start, span.stop - span.start)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))

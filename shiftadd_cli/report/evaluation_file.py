@@ -20,11 +20,9 @@ from shiftadd_cli.artifact.output import is_checkpoint, write_file
 from shiftadd_cli.errors import ArtifactError, OutputError
 from shiftadd_cli.evaluation.compare import Evaluation
 from shiftadd_cli.evaluation.compare_images import ImageEvaluation
-from shiftadd_cli.evaluation.images import ImageScore
 from shiftadd_cli.evaluation.measured import Measured
-from shiftadd_cli.evaluation.perplexity import Score
 from shiftadd_cli.faults import first_fault
-from shiftadd_cli.report.summary import with_error
+from shiftadd_cli.report.summary import share_with_error, with_error
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -195,7 +193,11 @@ def save_evaluations(result: Evaluation | ImageEvaluation) -> list[Path]:
     for measured in models:
         if (folder := _folder(measured.info.spec)) is None:
             continue
-        entry = _of_images(result, measured) if isinstance(result, ImageEvaluation) else _of_text(result, measured)
+        entry: EvaluationReport | ImageEvaluationReport
+        if isinstance(result, ImageEvaluation):
+            entry = _entry(ImageEvaluationReport, ImageScoreReport, result, measured)
+        else:
+            entry = _entry(EvaluationReport, ScoreReport, result, measured)
         entries = {each.key: each for each in load_evaluations(folder)} | {entry.key: entry}
         path = folder / EVALUATION_FILE
         write_file(path, EvaluationFile(evaluations=list(entries.values())).model_dump_json(indent=2) + "\n")
@@ -209,28 +211,11 @@ def _folder(spec: str) -> Path | None:
     return path if is_checkpoint(path) else None
 
 
-def _of_text(result: Evaluation, measured: Measured[Score]) -> EvaluationReport:
-    return EvaluationReport(
-        text=result.text,
-        text_fingerprint=result.text_fingerprint,
-        tokens=result.tokens,
-        scored_tokens=result.scored_tokens,
-        context=result.context,
-        device=result.device,
-        original=None if result.original is None else _score(ScoreReport, result.original),
-        model=_score(ScoreReport, measured),
-    )
-
-
-def _of_images(result: ImageEvaluation, measured: Measured[ImageScore]) -> ImageEvaluationReport:
-    return ImageEvaluationReport(
-        data=result.data,
-        data_fingerprint=result.data_fingerprint,
-        images=result.images,
-        device=result.device,
-        original=None if result.original is None else _score(ImageScoreReport, result.original),
-        model=_score(ImageScoreReport, measured),
-    )
+def _entry(kind: type[_Kind], scores: type[_Part], result: Any, measured: Measured[Any]) -> _Kind:
+    """What `result` says of the data, and of one model and the original: fields have the names they have there."""
+    data = {name: getattr(result, name) for name in kind.model_fields if name not in ("original", "model")}
+    original = None if result.original is None else _score(scores, result.original)
+    return kind.model_validate({**data, "original": original, "model": _score(scores, measured)})
 
 
 def _score(kind: type[_Kind], measured: Measured[Any]) -> _Kind:
@@ -240,6 +225,4 @@ def _score(kind: type[_Kind], measured: Measured[Any]) -> _Kind:
 
 def _share(score: ImageScoreReport, name: str) -> str:
     value, error = getattr(score, name), getattr(score, f"{name}_error")
-    if name == "cosine" or value is None:
-        return with_error(value, error, 4)
-    return with_error(100 * value, None if error is None else 100 * error, 1) + "%"
+    return with_error(value, error, 4) if name == "cosine" else share_with_error(value, error, 1)

@@ -123,9 +123,9 @@ def _environment() -> Environment:
     environment = make_environment(html=True)
     environment.filters |= {
         "choice_words": choice_words,
-        "share": lambda value: "-" if value is None else f"{value:.1%}",
         "value": lambda value: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value,
         "short": lambda value: "-" if value is None else f"{value:#.3g}",
+        "share": lambda value: "-" if value is None else f"{value:.1%}",
         "counts": lambda counts, names: f"{sum(counts.get(name, 0) for name in names) / 1e6:,.1f}",
     }
     return environment

@@ -24,6 +24,13 @@ def with_error(value: float | None, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
+def share_with_error(value: float | None, error: float | None, digits: int) -> str:
+    """A share from 0 to 1 and its standard error in percent: `67.6 ± 1.5%`; a dash for no number."""
+    if value is None:
+        return "-"
+    return with_error(100 * value, None if error is None else 100 * error, digits) + "%"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
     lines = [list(header), *map(list, rows)]

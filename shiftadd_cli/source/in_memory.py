@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ def as_folder(model: str | Path | PreTrainedModel, processor: Any, near: Path) -
         yield str(model)
         return
     place = next(each for each in near.resolve().parents if each.is_dir())
-    with refusals(place), tempfile.TemporaryDirectory(prefix=".shiftadd-", dir=place) as scratch:
-        # The last part of its path is what the model is called.
-        folder = Path(scratch) / type(model).__name__
-        model.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
+    with ExitStack() as stack:
+        # What goes wrong while the folder is used is not its fault.
+        with refusals(place):
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=".shiftadd-", dir=place))
+            # The last part of its path is what the model is called.
+            folder = Path(scratch) / type(model).__name__
+            model.save_pretrained(folder)
+            if processor is not None:
+                processor.save_pretrained(folder)
         yield str(folder)

@@ -15,13 +15,13 @@ struct CodesKernel {
     // Rows of codes and of activations whose products are summed at once, in registers.
     static constexpr int kRows = 4, kBatch = I::kRegisters >= 32 ? 4 : 2;
 
-    template <int R, int B, bool kAsk>
+    template <int R, int B>
     static inline void tile(const Codes& c, int64_t row, int64_t batch) {
         const int8_t* codes = c.codes + row * c.columns;
-        // What the same step will read in a later tile.
+        // What the same step will read in a later tile; rows of codes are read anew, from the cache, for more of `x`.
         const int64_t size = R * c.columns, distance = (kAhead + size - 1) / size * size;
         const char* ahead = reinterpret_cast<const char*>(codes) + distance;
-        const bool asks = kAsk && size <= kLongest;
+        const bool asks = batch == 0 && size <= kLongest;
         const float* x = c.x + batch * c.columns;
         Float total[R][B];
         for (auto& each : total)
@@ -48,15 +48,8 @@ struct CodesKernel {
     template <int R>
     static inline void all_rows(const Codes& c, int64_t row) {
         int64_t batch = 0;
-        if (c.batch >= kBatch) {
-            tile<R, kBatch, true>(c, row, 0);
-            batch = kBatch;
-        } else if (c.batch > 0) {
-            tile<R, 1, true>(c, row, 0);
-            batch = 1;
-        }
-        for (; batch + kBatch <= c.batch; batch += kBatch) tile<R, kBatch, false>(c, row, batch);
-        for (; batch < c.batch; ++batch) tile<R, 1, false>(c, row, batch);
+        for (; batch + kBatch <= c.batch; batch += kBatch) tile<R, kBatch>(c, row, batch);
+        for (; batch < c.batch; ++batch) tile<R, 1>(c, row, batch);
     }
 
     static void dot(const Codes& c) {
