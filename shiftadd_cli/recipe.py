@@ -180,6 +180,14 @@ class Recipe(BaseModel):
             "original output: codes, scales, offsets, norms and biases. 0: not at all.",
         ),
     ] = 0
+    distill_epochs: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Passes over the calibration text in which, at the end, row scales, norms and biases of the "
+            "whole model are tuned by gradient towards what the original predicts. 0: not at all.",
+        ),
+    ] = 0
     calibration: Annotated[
         str,
         Field(
@@ -211,7 +219,10 @@ class Recipe(BaseModel):
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Field(description="Type of what stays unquantized and of the activations; 'auto' keeps the model's own."),
+        Field(
+            description="Type of what stays unquantized, and that is computed in where the processor has instructions "
+            "for it (else in float32); 'auto' keeps the model's own."
+        ),
     ] = "auto"
     shard_size: Annotated[str, Field(description="Largest weight file to write, in KB, MB or GB.")] = "2GB"
 
@@ -281,14 +292,13 @@ class Recipe(BaseModel):
                     f"rows that share scales (group_rows {self.group_rows}) cannot be refined or scaled one by one; "
                     f"set {' and '.join(wrong)}, or group_rows to 1"
                 )
-        if self.reconstruct_epochs:
-            if self.group_rows != 1:
-                raise ValueError("reconstruct_epochs needs groups that lie in rows; set group_rows to 1, or it to 0")
-            if self.samples <= self.batch_size:
-                raise ValueError(
-                    f"reconstruct_epochs holds back one batch of windows at least; set samples above batch_size "
-                    f"({self.batch_size})"
-                )
+        if self.reconstruct_epochs and self.group_rows != 1:
+            raise ValueError("reconstruct_epochs needs groups that lie in rows; set group_rows to 1, or it to 0")
+        if (self.reconstruct_epochs or self.distill_epochs) and self.samples <= self.batch_size:
+            name = "reconstruct_epochs" if self.reconstruct_epochs else "distill_epochs"
+            raise ValueError(
+                f"{name} holds back one batch of windows at least; set samples above batch_size ({self.batch_size})"
+            )
         if self.calibration == "none":
             wrong = [
                 text
@@ -296,6 +306,7 @@ class Recipe(BaseModel):
                     ("sweep to none", self.sweep != "none"),
                     ("refine_rounds to 0", self.refine_rounds > 0),
                     ("reconstruct_epochs to 0", self.reconstruct_epochs > 0),
+                    ("distill_epochs to 0", self.distill_epochs > 0),
                     ("loss_aware to 0", self.loss_aware > 0),
                 )
                 if on
@@ -306,6 +317,11 @@ class Recipe(BaseModel):
                     f"set {' and '.join(wrong)} (as the recipe 'fast' does), or choose a calibration text"
                 )
         return self
+
+    @property
+    def follows_original(self) -> bool:
+        """Whether a run needs the hidden states of the original model beside those of the compressed one."""
+        return bool(self.asymmetric or self.reconstruct_epochs or self.distill_epochs)
 
     @property
     def shard_bytes(self) -> int:

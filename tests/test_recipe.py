@@ -202,6 +202,7 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
         "asymmetric": 1.0,
         "loss_aware": 0.5,
         "reconstruct_epochs": 3,
+        "distill_epochs": 2,
         "calibration": "ptb",
         "samples": 1,
         "seq_len": 8,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -120,6 +120,19 @@ class ArtifactWriter:
         with refusals(self.folder / shard.name):
             self._fresh[name] = write_tensor(self._open[shard.name], entry.start, tensor)
         self._missing.discard(name)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was added; ValueError if it was not."""
+        if name not in self._where or name in self._missing:
+            raise ValueError(f"{name} was not added")
+        shard = self._where[name]
+        entry = shard.entries[name]
+        with refusals(self.folder / shard.name):
+            return read_tensor(self._open[shard.name], entry.start, entry.shape, entry.dtype)
+
+    def withdraw(self, names: Iterable[str]) -> None:
+        """Expect these tensors anew, whether they were added or not."""
+        self._missing |= set(names)
 
     def sync(self) -> dict[str, int]:
         """Wait until what was added since the last call is on the disk; returns the CRC-32 of each, for `plan`."""

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shiftadd_cli.calibration.head import Prediction
+
 
 class Reference:
     """The original's distribution on some rows, from log-probabilities, float32 `[..., vocabulary]`."""
@@ -50,3 +52,14 @@ class Direction:
         # As half the squared distance of unit vectors, which has no difference of numbers near 1.
         units = torch.nn.functional.normalize(features.to(self._units.device), dim=-1)
         return 0.5 * (units - self._units).square().sum(-1)
+
+
+def comparable(prediction: Prediction) -> Tensor:
+    """What a `Divergence` compares: log-probabilities, float32 `[..., classes]`, or features, float32."""
+    values = prediction.values.float()
+    return values.log_softmax(-1) if prediction.is_logits else values
+
+
+def reference_of(prediction: Prediction) -> Divergence:
+    """The original's side of the comparison."""
+    return Reference(comparable(prediction)) if prediction.is_logits else Direction(comparable(prediction))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shiftadd_cli.calibration.distribution import Direction, Divergence, Reference
-from shiftadd_cli.calibration.head import Head
+from shiftadd_cli.calibration.distribution import comparable, reference_of
+from shiftadd_cli.calibration.head import Head, Prediction
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.device import move_parts
 from shiftadd_cli.progress import BlockProgress, silent
@@ -80,15 +80,12 @@ class Replay:
         parts = list(self._head.parts(original.shape[0], original.shape[1], most))
         names = [f"part {number}" for number in range(len(parts))]
         for _, (rows, tokens) in zip(progress(names, "Comparing"), parts, strict=True):
-            values, is_logits = self._predict(original, rows, tokens)
-            reference: Divergence = Reference(values) if is_logits else Direction(values)
+            reference = reference_of(self._predict(original, rows, tokens))
             for index, other in enumerate(others):
-                gaps = reference.divergence(self._predict(other, rows, tokens)[0])
+                gaps = reference.divergence(comparable(self._predict(other, rows, tokens)))
                 totals[index] += float(gaps.sum(dtype=torch.float64))
         count = torch.Size(self._head.predictions).numel()
         return [total / count if not total < 0 else 0.0 for total in totals]
 
-    def _predict(self, hidden: Tensor, rows: slice, tokens: slice) -> tuple[Tensor, bool]:
-        """Log-probabilities float32 `[samples, tokens, vocabulary]` or `[samples, classes]`, or features; which."""
-        values, is_logits = self._head.predict(hidden[rows, tokens].to(self._device), rows, tokens)
-        return (values.float().log_softmax(-1) if is_logits else values.float()), is_logits
+    def _predict(self, hidden: Tensor, rows: slice, tokens: slice) -> Prediction:
+        return self._head.predict(hidden[rows, tokens].to(self._device), rows, tokens)

@@ -73,7 +73,7 @@ def trace_model(
         if len(batch) not in trace.calls:
             trace.calls[len(batch)], trace.forms = _record_calls(source, structure, model, batch, device)
         if index >= known:
-            trace.hidden.append(_first_input(structure, model, batch, device))
+            trace.hidden.append(first_input(structure, model, batch, device))
     return trace
 
 
@@ -94,7 +94,8 @@ def _check_weights(block: nn.Module, name: str) -> None:
             )
 
 
-def _first_input(structure: Structure, model: nn.Module, batch: Tensor, device: torch.device) -> Tensor:
+def first_input(structure: Structure, model: nn.Module, batch: Tensor, device: torch.device) -> Tensor:
+    """What the first block is given of some samples, by a model whose parts outside the blocks are on `device`."""
     found: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -57,7 +57,6 @@ def quantize(
     from shiftadd_cli.recipe import Recipe
 
     settings = Recipe.load(recipe, overrides_from(fields))
-    from shiftadd_cli.device import computes_in
     from shiftadd_cli.distributed.launch import join_team
     from shiftadd_cli.pipeline.describe import describe_plan
     from shiftadd_cli.pipeline.job import Job
@@ -75,12 +74,6 @@ def quantize(
                     job.follow(team)
             return
         show(job.plan)
-        dtype = job.plan.source.dtype
-        if job.plan.calibrated and not computes_in(job.device, dtype):
-            name = str(dtype).removeprefix("torch.")
-            click.echo(
-                f"This processor has no instructions for {name}; --dtype float32 or bfloat16 is faster.\n", err=True
-            )
         if dry_run:
             return
         with terminable():

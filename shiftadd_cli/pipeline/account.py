@@ -21,6 +21,7 @@ from shiftadd_cli.report.schema import (
     BitPlanReport,
     BlockReport,
     CalibrationReport,
+    DistillationReport,
     KeptReport,
     LayerReport,
     MachineReport,
@@ -36,6 +37,8 @@ from shiftadd_cli.report.schema import (
 from shiftadd_cli.source.card import source_license
 from shiftadd_cli.source.locate import hub_id
 from shiftadd_cli.version import __version__
+
+_PHASES = ("allocate", "trace", "forward", "solve", "reconstruct", "distill", "read_and_write")
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -55,7 +58,7 @@ class Measured:
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.seconds = dict.fromkeys(("allocate", "trace", "forward", "solve", "reconstruct", "read_and_write"), 0.0)
+        self.seconds = dict.fromkeys(_PHASES, 0.0)
         self._before = Spent(seconds={}, total=0.0, peak_memory_bytes=0)
 
     def go_on_from(self, before: Spent) -> None:
@@ -101,6 +104,7 @@ def make_report(
     calibration: tuple[TextData | ImageData, Tensor] | None,
     layers: list[LayerReport],
     blocks: list[BlockReport],
+    distillation: DistillationReport | None,
     tables: list[TableReport],
     *,
     files_bytes: int,
@@ -145,11 +149,13 @@ def make_report(
         kinds=average_kinds(layers),
         layers=layers,
         blocks=blocks,
+        distillation=distillation,
         tables=tables,
         kept=[KeptReport(name=name, reason=reason) for name, reason in plan.kept_modules],
         seconds=clock.report(),
         machine=MachineReport(
             device=str(device),
+            dtype=str(plan.running.dtype).removeprefix("torch."),
             processes=processes,
             threads=torch.get_num_threads(),
             peak_memory_bytes=clock.spent().peak_memory_bytes,

@@ -41,8 +41,8 @@ from shiftadd_cli.source import Source
 # Fields of a recipe that no sensitivity depends on; the text goes by its own fingerprint, whatever it is called.
 _IRRELEVANT = (
     "primitive", "bits", "avg_bits", "candidates", "tie_fused", "bit_plan", "refine_rounds", "descent_passes",
-    "bias_correction", "true_sequential", "asymmetric", "loss_aware", "reconstruct_epochs", "embedding_bits",
-    "calibration", "batch_size", "device", "shard_size",
+    "bias_correction", "true_sequential", "asymmetric", "loss_aware", "reconstruct_epochs", "distill_epochs",
+    "embedding_bits", "calibration", "batch_size", "device", "shard_size",
 )  # fmt: skip
 
 
@@ -189,6 +189,11 @@ class AllocationJob:
             found.append(FrontPoint(8 * stored / weights, sum(each.costs[chosen[each.name]] for each in layers)))
         return found
 
+    @property
+    def running(self) -> Source:
+        """The source at the dtype that is computed in."""
+        return self.source.computed_on(self.device)
+
     def with_budget(self, budget: Budget | CostLimit) -> AllocationJob:
         """The same with another budget. Raises AllocationError where it is too small."""
         other = replace(self, request=replace(self.request, budget=budget))
@@ -203,7 +208,7 @@ class AllocationJob:
             cache_folder(),
             self.request.sensitivity,
             self.source.fingerprint,
-            str(self.source.dtype),
+            str(self.running.dtype),
             self.recipe_fingerprint,
             self.calibration.data.fingerprint,
         )
@@ -258,7 +263,7 @@ class AllocationJob:
 
     def measure(self, candidates: Sequence[Choice], show: BlockProgress, team: Team = ALONE) -> Sensitivities:
         """Sensitivities at these bits, whatever is remembered."""
-        source, recipe, samples = self.source, self.recipe, self.calibration.samples
+        source, recipe, samples = self.running, self.recipe, self.calibration.samples
         structure = make_plan(source, recipe).structure
         source.materialise(structure.outside)
         move_parts(source.skeleton(), structure.outside, self.device)

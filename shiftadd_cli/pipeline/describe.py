@@ -43,6 +43,7 @@ def describe_plan(plan: Plan) -> str:
             f"Size          {size(before)} in {dtype} (files: {size(source.file_bytes)}) -> {size(plan.after_bytes)}, "
             f"{plan.whole_bits_per_weight:.3f} bits/weight over the whole file",
             f"Memory        about {size(plan.peak_memory_bytes)} at the peak",
+            *_computed(plan),
             "Calibration   " + (f"{recipe.calibration}, {_samples(plan)}" if plan.calibrated else "none"),
         )
     )
@@ -57,6 +58,13 @@ def _span(sizes: list[int]) -> str:
 def _samples(plan: Plan) -> str:
     recipe = plan.recipe
     return f"{recipe.samples} images" if plan.source.reads_images else f"{recipe.samples} x {recipe.seq_len} tokens"
+
+
+def _computed(plan: Plan) -> list[str]:
+    if plan.running is plan.source:
+        return []
+    stored, computed = (str(each.dtype).removeprefix("torch.") for each in (plan.source, plan.running))
+    return [f"Computed      in {computed}, since this processor has no instructions for {stored}"]
 
 
 def _bit_plan(plan: Plan) -> list[str]:

@@ -1,9 +1,10 @@
 """A run's journal: what it was asked, what it has done, and whether another run may go on from there.
 
-Records: `run` (what was asked), `bits` (a bit plan chosen on the way), `start` (all that precedes the blocks) and
-`block-00000`, ... one for each finished block. What a block needs of those before it, the hidden states, lies beside
-the journal, as it was: states that are computed anew are not the same to the last bit. A run that goes on may have
-another device, and no other field of its recipe changed. Bits hang on batch sizes too: sums over tokens round by batch.
+Records: `run` (what was asked), `bits` (a bit plan chosen on the way), `start` (all that precedes the blocks),
+`block-00000`, ... one for each finished block, and `distilled` (what tuning the whole model gave). What a block needs
+of those before it, the hidden states, lies beside the journal, as it was: states that are computed anew are not the
+same to the last bit. A run that goes on may have another device, and no other field of its recipe changed. Bits hang on
+batch sizes too: sums over tokens round by batch.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from shiftadd_cli.faults import first_fault
 from shiftadd_cli.pipeline.account import Measured, Spent, versions
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.states import StoredStates
-from shiftadd_cli.report.schema import BlockReport, LayerReport
+from shiftadd_cli.report.schema import BlockReport, DistillationReport, LayerReport
 from shiftadd_cli.signals import uninterrupted
 
 # Fields of a recipe that may change when a run goes on.
 MAY_CHANGE = ("device",)
 
 _TOKEN_WEIGHTS = "token_weights.safetensors"
+_DISTILLED = "distilled.safetensors"
 
 Checksum = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -49,12 +51,13 @@ class _Part(BaseModel):
 class Asked(_Part):
     """What decides the bytes of an artifact. `versions` are of shiftadd, Python and the libraries; `code` is the
     SHA-256 of shiftadd's own modules, `tokens` of the calibration windows, `bit_plan` of the plan that the recipe
-    names."""
+    names; `computed` is the dtype that is computed in."""
 
     recipe: dict[str, JsonValue]
     source: str
     tokens: str | None
     bit_plan: str | None
+    computed: str
     versions: dict[str, str]
     code: str
 
@@ -65,6 +68,7 @@ class Asked(_Part):
             source=plan.source.fingerprint,
             tokens=None if windows is None else _fingerprint(windows),
             bit_plan=None if plan.bit_plan is None else plan.bit_plan.fingerprint(),
+            computed=str(plan.running.dtype),
             versions=versions(),
             code=code_fingerprint(),
         )
@@ -82,6 +86,8 @@ class Asked(_Part):
             return "another calibration text, or its file has changed"
         if self.bit_plan != other.bit_plan:
             return "another bit plan, or its file has changed"
+        if self.computed != other.computed:
+            return f"another type to compute in ({self.computed}, now {other.computed}: another processor or device)"
         for name in sorted(self.versions.keys() | other.versions.keys()):
             if self.versions.get(name) != other.versions.get(name):
                 return f"another version of {name} ({self.versions.get(name)}, now {other.versions.get(name)})"
@@ -117,6 +123,14 @@ class Block(Step):
     blocks: list[BlockReport]
 
 
+class Distilled(_Part):
+    """`tensors`: SHA-256 of the file of tensors to be written over those of the blocks."""
+
+    tensors: str
+    report: DistillationReport
+    spent: Spent
+
+
 class Bits(_Part):
     """A bit plan that was chosen, as the text of plan.json."""
 
@@ -137,6 +151,7 @@ class History:
         self.start = self._read("start", Start)
         found = workspace.journal.starting("block-")
         self.blocks = [each for name in found if (each := self._read(name, Block)) is not None]
+        self.distilled = self._read("distilled", Distilled)
 
     def begin(self, asked: Asked) -> None:
         """Keep what is asked; refuse it, in words, where the unfinished run was asked for something else."""
@@ -172,15 +187,18 @@ class History:
     @property
     def spent(self) -> Spent | None:
         """Time that the finished steps took, idle time and work that was lost not counted."""
-        last = self.last or self.bits
+        last = self.distilled or self.last or self.bits
         return None if last is None else last.spent
 
     @property
     def written(self) -> dict[str, int] | None:
-        """Tensors that are in the artifact, CRC-32 by name; None where it has not been begun."""
+        """Tensors that are in the artifact, CRC-32 by name; None where it has not been begun. Not those that
+        distillation gave, which a run that was stopped may have written over or not."""
         if self.start is None:
             return None
-        return {name: each for step in (self.start, *self.blocks) for name, each in step.written.items()}
+        changed = self.distilled_tensors() or {}
+        steps = (self.start, *self.blocks)
+        return {name: each for step in steps for name, each in step.written.items() if name not in changed}
 
     @property
     def bit_plan(self) -> BitPlan | None:
@@ -211,7 +229,7 @@ class History:
             record = Start(
                 written=writer.sync(),
                 states=_synced(states),
-                token_weights=None if token_weights is None else self._save_token_weights(token_weights),
+                token_weights=None if token_weights is None else self._save(_TOKEN_WEIGHTS, token_weights),
                 spent=clock.spent(),
             )
             self.workspace.journal.put("start", record.model_dump(mode="json"))
@@ -240,11 +258,22 @@ class History:
             self.blocks.append(record)
             self.drop_old_states()
 
+    def keep_distilled(self, report: DistillationReport, tensors: Mapping[str, Tensor], clock: Measured) -> None:
+        """Keep what came of tuning the whole model, before any of it is written over what the blocks gave."""
+        with uninterrupted():
+            record = Distilled(tensors=self._save(_DISTILLED, tensors), report=report, spent=clock.spent())
+            self.workspace.journal.put("distilled", record.model_dump(mode="json"))
+            self.distilled = record
+
+    def distilled_tensors(self) -> dict[str, Tensor] | None:
+        """The tensors of `keep_distilled` by name. Raises ResumeError where they are damaged."""
+        return None if self.distilled is None else self._load(_DISTILLED, self.distilled.tensors)
+
     def drop_old_states(self) -> None:
         """Remove hidden states that no block will be fed."""
         if self.last is None or not self.workspace.states.is_dir():
             return
-        needed = {each.file for each in self.last.states.values()} | {_TOKEN_WEIGHTS}
+        needed = {each.file for each in self.last.states.values()} | {_TOKEN_WEIGHTS, _DISTILLED}
         with refusals(self.workspace.states):
             for path in self.workspace.states.iterdir():
                 if path.name not in needed:
@@ -263,18 +292,22 @@ class History:
         """Token weights by name of the linear, if there are any. Raises ResumeError where they are damaged."""
         if self.start is None or self.start.token_weights is None:
             return None
-        path = self.workspace.states / _TOKEN_WEIGHTS
+        return self._load(_TOKEN_WEIGHTS, self.start.token_weights)
+
+    def _load(self, name: str, expected: str) -> dict[str, Tensor]:
+        path = self.workspace.states / name
         try:
-            if sha256(path) != self.start.token_weights:
+            if sha256(path) != expected:
                 raise damaged(path, "it does not fit its checksum")
             return load_file(path)
         except (OSError, SafetensorError) as failure:
             raise damaged(path, str(failure)) from failure
 
-    def _save_token_weights(self, weights: Mapping[str, Tensor]) -> str:
-        path = self.workspace.states / _TOKEN_WEIGHTS
+    def _save(self, name: str, tensors: Mapping[str, Tensor]) -> str:
+        """Write tensors to a file beside the hidden states; returns its SHA-256."""
+        path = self.workspace.states / name
         with refusals(path):
-            save_file({name: each.contiguous() for name, each in weights.items()}, path)
+            save_file({name: each.cpu().contiguous() for name, each in tensors.items()}, path)
             sync(path)
             sync(path.parent)
         return sha256(path)

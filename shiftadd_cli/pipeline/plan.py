@@ -21,6 +21,9 @@ from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.calibration.flow import Flow, measure_flow
 from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
+from shiftadd_cli.device import choose_device
+from shiftadd_cli.distillation.end import SLICE_BYTES as DISTILLED_SLICE_BYTES
+from shiftadd_cli.distillation.stack import MEMORY_BYTES as DECODED_BYTES
 from shiftadd_cli.distributed.team import Team
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import Recipe
@@ -54,11 +57,13 @@ class PlannedLinear:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, fixed: `tensors` are all tensors of the artifact in file order; `kept` those stored as they are, and
-    `kept_modules` the modules with such, each with the reason; `tables` is what is stored as 8-bit rows; `bit_plan` the
-    file that bits come from, if any."""
+    """A run, fixed: `source` is the model as it will be stored, `running` the same at the dtype that is computed in;
+    `tensors` are all tensors of the artifact in file order; `kept` those stored as they are, and `kept_modules` the
+    modules with such, each with the reason; `tables` is what is stored as 8-bit rows; `bit_plan` the file that bits
+    come from, if any."""
 
     source: Source
+    running: Source
     structure: Structure
     recipe: Recipe
     linears: tuple[PlannedLinear, ...]
@@ -121,14 +126,14 @@ class Plan:
         return self._hidden_bytes(flow, len(list(shards.own())) * self.recipe.batch_size)
 
     def _hidden_bytes(self, flow: Flow, samples: int) -> int:
-        return _versions(self.recipe) * samples * flow.values * self.source.dtype.itemsize
+        return _versions(self.recipe) * samples * flow.values * self.running.dtype.itemsize
 
     def _recalled_bytes(self, flow: Flow) -> int:
         """Of what the linears of a block read, as if no two read the same; of the block where that is most."""
         values: Counter[int] = Counter()
         for each in self.linears:
             values[each.spec.block] += flow.tokens[each.spec.block] * each.spec.in_features
-        return max(values.values()) * self.recipe.samples * self.source.dtype.itemsize
+        return max(values.values()) * self.recipe.samples * self.running.dtype.itemsize
 
     @property
     def bits_per_weight(self) -> float:
@@ -186,8 +191,10 @@ def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None 
     )
     tables, kept_modules = plan_tables(model, structure, recipe)
     tensors, kept = _tensors(model, structure, linears, tables)
-    peak = _peak_memory(source, structure, linears, tables, recipe)
-    return Plan(source, structure, recipe, linears, tables, tensors, kept, kept_modules, peak, bit_plan)
+    # Without data nothing is run.
+    running = source if recipe.calibration == NO_CALIBRATION else source.computed_on(choose_device(recipe.device))
+    peak = _peak_memory(running, structure, linears, tables, recipe)
+    return Plan(source, running, structure, recipe, linears, tables, tensors, kept, kept_modules, peak, bit_plan)
 
 
 def least_memory(plan: Plan, limit: int) -> tuple[int, int]:
@@ -197,7 +204,7 @@ def least_memory(plan: Plan, limit: int) -> tuple[int, int]:
     while expected > limit and batch_size > 1:
         batch_size //= 2
         recipe = plan.recipe.model_copy(update={"batch_size": batch_size})
-        expected = _peak_memory(plan.source, plan.structure, plan.linears, plan.tables, recipe)
+        expected = _peak_memory(plan.running, plan.structure, plan.linears, plan.tables, recipe)
     return batch_size, expected
 
 
@@ -227,7 +234,7 @@ def _tensors(
 
 def _versions(recipe: Recipe) -> int:
     """Models that hidden states are kept of: the one being quantized, and the original where it is aimed at."""
-    return 2 if recipe.asymmetric or recipe.reconstruct_epochs else 1
+    return 2 if recipe.follows_original else 1
 
 
 def _token_weight_bytes(recipe: Recipe, flow: Flow, linears: tuple[PlannedLinear, ...]) -> int:
@@ -249,12 +256,13 @@ def _peak_memory(
     tables: tuple[PlannedTable, ...],
     recipe: Recipe,
 ) -> int:
-    """Expected peak resident memory of the process, in bytes.
+    """Expected peak resident memory of the process that runs `source`, in bytes.
 
     What is resident now and will be loaded for any model, and the larger of two moments, with some slack: embeddings
     and one block while the first inputs are made; one block with its moments, and a batch or the solver's copies.
     Hidden states are on disk, but while gradients, or what bits matter to each layer, are measured. Asymmetric
-    calibration and block reconstruction keep the block again as it is in the original.
+    calibration and block reconstruction keep the block again as it is in the original. Distillation keeps decoded
+    blocks, and the inputs of all blocks for a batch.
     """
     model = source.skeleton()
     blocks = {name: model.get_submodule(name) for name in structure.blocks}
@@ -295,6 +303,13 @@ def _peak_memory(
     if recipe.reconstruct_epochs:
         weights = max(sum(width * rows for width, rows in each) for each in inputs)
         tuning = _TUNING_BYTES * weights + _TUNING_ACTIVATIONS * activations
+    distilling = 0
+    if recipe.distill_epochs:
+        decoded = min(DECODED_BYTES, sum(_module_bytes(module) for module in blocks.values())) + block
+        inputs_of_blocks = recipe.batch_size * len(blocks) * flow.values * itemsize
+        through = _TUNING_ACTIVATIONS * activations
+        logits = DISTILLED_SLICE_BYTES if vocabulary else 0
+        distilling = outside + decoded + inputs_of_blocks + max(through, logits)
     starting = outside + max(codes, block + activations)
     running = versions * block + max(gathering, solving, tuning)
     token_weights = 0
@@ -304,8 +319,8 @@ def _peak_memory(
         starting += 2 * token_weights + min(GRADIENT_BYTES, len(blocks) * hidden)
     if recipe.avg_bits is not None:
         measuring = outside + running + hidden + min(GRADIENT_BYTES, len(blocks) * hidden)
-        return int(_SLACK * (resident + pixels + max(starting, running + token_weights, measuring)))
-    return int(_SLACK * (resident + pixels + max(starting, running + token_weights)))
+        return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling, measuring)))
+    return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling)))
 
 
 def resident_bytes() -> int:

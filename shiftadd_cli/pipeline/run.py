@@ -27,7 +27,7 @@ from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.states import StoredStates
 from shiftadd_cli.pipeline.walk import Walk
 from shiftadd_cli.progress import BlockProgress
-from shiftadd_cli.report.schema import BlockReport, LayerReport, Report, TableReport
+from shiftadd_cli.report.schema import BlockReport, DistillationReport, LayerReport, Report, TableReport
 from shiftadd_cli.runtime.remote_code import code_entry
 from shiftadd_cli.source import LinearSpec
 
@@ -116,11 +116,14 @@ class _Run:
         for block in self.history.blocks:
             self.layers += block.layers
             self.blocks += block.blocks
-        self.walk.team.share(done)
-        self._start(progress)
+        # The blocks that are left are fed the samples, and so is the model that is distilled.
+        running = self.walk.samples is not None and (done < len(names) or self._to_distill)
+        self.walk.team.share([done, running])
+        self._start(progress, running)
         text = f"Quantizing ({done} of {len(names)} blocks were done before)" if done else "Quantizing"
         for depth, name in enumerate(progress(names[done:], text), done):
             self._block(depth, name)
+        distillation = self._distill(progress) if plan.recipe.distill_epochs else None
         with self.clock.phase("read_and_write"):
             plan.source.save_companions(self.writer.folder)
             files_bytes = self.writer.nbytes
@@ -129,6 +132,7 @@ class _Run:
                 None if self.calibration is None else (self.calibration.data, self.calibration.samples),
                 self.layers,
                 self.blocks,
+                distillation,
                 self.tables,
                 files_bytes=files_bytes,
                 clock=self.clock,
@@ -141,25 +145,30 @@ class _Run:
             self.writer.finish(self._config(), report.model_dump(mode="json"))
         return report
 
-    def _start(self, progress: BlockProgress) -> None:
-        """Write what lies outside the blocks, and run the samples up to the first block.
+    @property
+    def _to_distill(self) -> bool:
+        return bool(self.plan.recipe.distill_epochs) and self.history.distilled is None
+
+    def _start(self, progress: BlockProgress, running: bool) -> None:
+        """Write what lies outside the blocks, and run the samples up to the first block, if `running`.
 
         For a run that goes on, all but the arguments of the blocks is there.
         """
         history, walk, structure = self.history, self.walk, self.plan.structure
         begun = history.start is not None
         with self.clock.phase("read_and_write"):
-            self.plan.source.materialise(structure.outside)
+            self.plan.running.materialise(structure.outside)
             blocks = tuple(f"{name}." for name in structure.blocks)
             if not begun:
                 self._write_kept(name for name in self.plan.kept if not name.startswith(blocks))
             self.tables += walk.store_tables((lambda name, tensor: None) if begun else self.writer.add)
-        if walk.samples is not None and history.done < len(structure.blocks):
+        if running:
+            assert walk.samples is not None, "there are samples to run"
             history.drop_old_states()
             self.states = history.states(len(walk.samples), self.plan.recipe.batch_size)
             walk.trace_samples(self._place, self.states)
             walk.weigh_tokens(history.token_weights(), progress)
-        self.plan.source.release(structure.outside)
+        self.plan.running.release(structure.outside)
         if not begun:
             with self.clock.phase("read_and_write"):
                 history.keep_start(self.writer, self.states, walk.token_weights, self.clock)
@@ -173,19 +182,39 @@ class _Run:
         quantizer, report = self.walk.quantize(depth, name)
         blocks = [] if report is None else [report]
         last = depth + 1 == len(self.plan.structure.blocks)
-        if not last:
-            for each in self.states.values():
-                each.turn()
+        if last:
+            # What the original gives out at the end is what the whole model is tuned towards.
+            needed = ["original"] if self.plan.recipe.distill_epochs else []
+            self.states = {name: self.states[name] for name in needed}
+        for each in self.states.values():
+            each.turn()
         with self.clock.phase("read_and_write"):
             self._write_kept(kept for kept in self.plan.kept if kept.startswith(f"{name}."))
             layers = self._write_solutions(quantizer)
-        self.plan.source.release([name])
+        self.plan.running.release([name])
         self.layers += layers
         self.blocks += blocks
-        if last:
-            self.states = {}
         with self.clock.phase("read_and_write"):
             self.history.keep_block(name, layers, blocks, self.writer, self.states, self.clock)
+
+    def _distill(self, progress: BlockProgress) -> DistillationReport:
+        """Tune the whole model, or take what an earlier run has kept of it, and write it over what the blocks gave."""
+        history = self.history
+        if self._to_distill:
+            result = self.walk.distill(self.writer.read, progress)
+            report = DistillationReport(
+                divergence_before=result.divergence_before, divergence_after=result.divergence_after, kept=result.kept
+            )
+            history.keep_distilled(report, result.tensors, self.clock)
+        self.walk.team.share(False)
+        distilled, tensors = history.distilled, history.distilled_tensors()
+        assert distilled is not None, "it was kept"
+        assert tensors is not None, "it was kept"
+        with self.clock.phase("read_and_write"):
+            self.writer.withdraw(tensors)
+            for name, tensor in tensors.items():
+                self.writer.add(name, tensor)
+        return distilled.report
 
     def _write_solutions(self, quantizer: BlockQuantizer) -> list[LayerReport]:
         layers = []
@@ -197,9 +226,9 @@ class _Run:
         return layers
 
     def _write_kept(self, names: Iterable[str]) -> None:
-        state = self.plan.source.skeleton().state_dict()
+        state = self.plan.running.skeleton().state_dict()
         for name in names:
-            self.writer.add(name, state[name])
+            self.writer.add(name, state[name].to(self.plan.tensors[name][1]))
 
     def _config(self) -> dict[str, Any]:
         """config.json: the source's own, with its dtype, its class, our quantization_config and code file."""

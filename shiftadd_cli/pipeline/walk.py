@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,12 @@ from torch import Tensor
 from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import HiddenStates, States
-from shiftadd_cli.calibration.trace import Trace, trace_model
+from shiftadd_cli.calibration.trace import Trace, first_input, trace_model
 from shiftadd_cli.device import move_parts
+from shiftadd_cli.distillation.block import Reader, TunedBlock
+from shiftadd_cli.distillation.distill import Distillation, Distiller
+from shiftadd_cli.distillation.end import EndGap
+from shiftadd_cli.distillation.stack import Stack
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.pipeline.block import BlockQuantizer
@@ -46,7 +51,7 @@ class Walk:
 
         Before anything is run: the first block calibrates on what the artifact will look up.
         """
-        return [store_table(each, self.plan.source.skeleton(), add) for each in self.plan.tables]
+        return [store_table(each, self.plan.running.skeleton(), add) for each in self.plan.tables]
 
     def trace_samples(self, hidden: Callable[[], States], states: dict[str, States]) -> None:
         """Run the samples up to the first block, or take `states` as they are where a run goes on.
@@ -55,14 +60,14 @@ class Walk:
         blocks must be materialised.
         """
         assert self.samples is not None, "there is something to trace"
-        source, structure, recipe = self.plan.source, self.plan.structure, self.plan.recipe
+        source, structure, recipe = self.plan.running, self.plan.structure, self.plan.recipe
         with self.clock.phase("trace"):
             move_parts(source.skeleton(), structure.outside, self.device)
             first = states.get("quantized")
             if first is None:
                 first = states["quantized"] = hidden()
             trace = trace_model(source, structure, self.samples, recipe.batch_size, self.device, first)
-            if recipe.asymmetric or recipe.reconstruct_epochs:
+            if recipe.follows_original:
                 trace.original = states.setdefault("original", first.copy())
             for each in (trace.hidden, trace.original):
                 if each is not None:
@@ -81,7 +86,7 @@ class Walk:
         assert self.samples is not None, "there is something to weigh"
         assert self.trace is not None, "it was traced"
         found = squared_gradients(
-            self.plan.source,
+            self.plan.running,
             self.plan.structure,
             self.samples,
             self.trace,
@@ -95,7 +100,7 @@ class Walk:
 
     def quantize(self, depth: int, name: str) -> tuple[BlockQuantizer, BlockReport | None]:
         """Load and quantize block number `depth`, and run the samples through it; the caller releases it."""
-        source, recipe = self.plan.source, self.plan.recipe
+        source, recipe = self.plan.running, self.plan.recipe
         with self.clock.phase("read_and_write"):
             source.materialise([name])
             block = source.skeleton().get_submodule(name)
@@ -121,23 +126,76 @@ class Walk:
                     original.advance(name, self.team)
         if original is not None and recipe.reconstruct_epochs and specs:
             report = quantizer.reconstruct(name, stream, original)
+        self._round_kept(name)
         if not last:
             with self.clock.phase("forward"):
                 # The next block calibrates on what it will see.
                 stream.advance(name, self.team)
         return quantizer, report
 
+    def _round_kept(self, block: str) -> None:
+        """Give norms and biases that were tuned in another dtype the values that are stored of them."""
+        model = self.plan.running.skeleton()
+        for name in self.plan.kept:
+            if name.startswith(f"{block}.") and self.plan.running is not self.plan.source:
+                tensor = operator.attrgetter(name)(model)
+                tensor.data = tensor.to(self.plan.tensors[name][1]).to(tensor.dtype)
+
+    def distill(self, read: Reader, progress: BlockProgress) -> Distillation:
+        """Tune the whole model, all blocks of which have been quantized and written; `read` gives what was.
+
+        The first process of a team does it alone, since every step needs the one before; the others `stand_by`.
+        """
+        trace, samples, device = self.trace, self.samples, self.device
+        assert trace is not None, "it was traced"
+        assert trace.original is not None, "the recipe follows the original"
+        assert samples is not None, "there are samples"
+        source, structure, recipe = self.plan.running, self.plan.structure, self.plan.recipe
+        model = source.skeleton()
+        with self.clock.phase("distill"):
+            source.materialise(structure.outside)
+            self.store_tables(lambda name, tensor: None)
+            move_parts(model, structure.outside, device)
+            blocks = []
+            for depth, name in enumerate(structure.blocks):
+                linears = [(each.spec, each.layout) for each in self.plan.linears if each.spec.block == depth]
+                blocks.append(TunedBlock(name, model.get_submodule(name), linears, read, device))
+            distiller = Distiller(
+                Stack(source, blocks, trace.calls, device),
+                EndGap(model, structure, trace.forms, samples, read, device),
+                lambda span: first_input(structure, model, samples[span], device),
+                trace.original,
+                recipe.batch_size,
+            )
+            result = distiller.run(
+                epochs=recipe.distill_epochs,
+                seed=recipe.seed,
+                progress=progress,
+                after_step=lambda: self.team.share(True),
+            )
+            source.release(structure.outside)
+        return result
+
+    def stand_by(self) -> None:
+        """What the others of a team do while the first distills: hear from it after every step, and in the end."""
+        while self.team.share(False):
+            continue
+
 
 def follow(plan: Plan, samples: Tensor | None, device: torch.device, team: Team) -> None:
     """Do the part of a process that is not the first of `team`, which runs `run_plan`."""
-    walk, names, done = Walk(plan, samples, device, team=team), plan.structure.blocks, team.share(0)
-    plan.source.materialise(plan.structure.outside)
+    walk, names = Walk(plan, samples, device, team=team), plan.structure.blocks
+    done, running = team.share([0, False])
+    plan.running.materialise(plan.structure.outside)
     walk.store_tables(lambda name, tensor: None)
-    if samples is not None and done < len(names):
+    if running:
+        assert samples is not None, "there are samples to run"
         batches = -(-len(samples) // plan.recipe.batch_size)
         walk.trace_samples(lambda: HiddenStates(len(samples), batches), {})
         walk.weigh_tokens(None, silent)
-    plan.source.release(plan.structure.outside)
+    plan.running.release(plan.structure.outside)
     for depth, name in enumerate(names[done:], done):
         walk.quantize(depth, name)
-        plan.source.release([name])
+        plan.running.release([name])
+    if plan.recipe.distill_epochs:
+        walk.stand_by()

@@ -20,14 +20,12 @@ from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import HiddenStates
 from shiftadd_cli.reconstruction.optimizer import FactoredDescent
+from shiftadd_cli.reconstruction.schedule import hold_back, rising_and_falling
 from shiftadd_cli.reconstruction.weight import TunableWeight
 
 # Distances per step at the start; they fall to nothing linearly. In level spacings, and relative to the mean size.
 _LATENT_RATE = 0.01
 _SCALE_RATE = 0.003
-_WARM_UP_STEPS = 5
-# One in so many batches is held back.
-_HELD_BACK = 8
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ def reconstruct_block(
     The block's parameters are left as they are. Needs two batches at least.
     """
     tuning = _Tuning(stream, targets, weights, originals, set(transposed))
-    batches = list(range(len(stream.hidden)))
-    held_back = batches[-max(1, len(batches) // _HELD_BACK) :]
-    train = batches[: -len(held_back)]
+    train, held_back = hold_back(len(stream.hidden))
     before = tuning.error(held_back)
     tuning.descend(train, epochs, seed)
     after = tuning.error(held_back)
@@ -98,10 +94,7 @@ class _Tuning:
     def descend(self, batches: Sequence[int], epochs: int, seed: int) -> None:
         """Go through the batches, in another order each time."""
         optimizers: list[torch.optim.Optimizer] = [self._latent_optimizer(), self._scale_optimizer()]
-        steps = epochs * len(batches)
-        schedules = [
-            LambdaLR(each, lambda step: min(1, (step + 1) / _WARM_UP_STEPS) * (1 - step / steps)) for each in optimizers
-        ]
+        schedules = [LambdaLR(each, rising_and_falling(epochs * len(batches))) for each in optimizers]
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             for index in torch.randperm(len(batches), generator=generator).tolist():

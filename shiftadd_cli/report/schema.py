@@ -131,6 +131,20 @@ class BlockReport(_Part):
     kept: Annotated[bool, Field(description="False if tuning made it worse and was undone.")]
 
 
+class DistillationReport(_Part):
+    """Tuning of the whole model at the end."""
+
+    divergence_before: Annotated[
+        float,
+        Field(
+            description="Mean of KL(original || compressed), in nats, over the predictions for samples held back; of 1 "
+            "- cosine of the features, for a model without a head."
+        ),
+    ]
+    divergence_after: Annotated[float, Field(description="The same after tuning.")]
+    kept: Annotated[bool, Field(description="False if tuning made it worse and was undone.")]
+
+
 class KindReport(_Part):
     """Averages over the layers of one kind."""
 
@@ -167,6 +181,7 @@ class TimeReport(_Part):
     forward: Annotated[float, Field(description="Running blocks, Hessians included.")]
     solve: float
     reconstruct: Annotated[float, Field(description="Tuning blocks by gradient.")] = 0.0
+    distill: Annotated[float, Field(description="Tuning the whole model by gradient.")] = 0.0
     read_and_write: float
 
 
@@ -174,6 +189,7 @@ class MachineReport(_Part):
     """What it ran on."""
 
     device: str
+    dtype: Annotated[str | None, Field(description="What was computed in.")] = None
     processes: Annotated[int, Field(description="That shared the run.")] = 1
     threads: Annotated[int, Field(description="Of each process.")]
     peak_memory_bytes: Annotated[int, Field(description="Peak resident memory of the process that wrote.")]
@@ -196,11 +212,12 @@ class Report(_Part):
     layers: Annotated[
         list[LayerReport],
         Field(
-            description="Errors are those before any block reconstruction. With asymmetric calibration, W is the "
-            "weight corrected for the errors of the layers before."
+            description="Errors are those before any block reconstruction and distillation. With asymmetric "
+            "calibration, W is the weight corrected for the errors of the layers before."
         ),
     ]
     blocks: Annotated[list[BlockReport], Field(description="Empty without block reconstruction.")] = []
+    distillation: Annotated[DistillationReport | None, Field(description="null without.")] = None
     tables: Annotated[list[TableReport], Field(description="Embeddings and heads stored as 8-bit rows.")] = []
     kept: list[KeptReport]
     seconds: TimeReport

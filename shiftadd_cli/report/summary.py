@@ -69,11 +69,13 @@ def summarize(report: Report, out: str) -> str:
             f"Bits/weight   {report.size.bits_per_weight:.3f} in the quantized layers{_planes(report)}, "
             f"{report.size.whole_file_bits_per_weight:.3f} over the whole file",
             *_reconstruction(report),
+            *_distillation(report),
             f"Time          {time.total:.0f} s ("
             + (f"choosing bits {time.allocate:.0f}, " if time.allocate else "")
             + f"start {time.trace:.0f}, running blocks {time.forward:.0f}, "
             f"solving {time.solve:.0f}, "
             + (f"reconstructing {time.reconstruct:.0f}, " if report.blocks else "")
+            + (f"distilling {time.distill:.0f}, " if report.distillation else "")
             + f"reading and writing {time.read_and_write:.0f})",
             f"Peak memory   {size(machine.peak_memory_bytes)} (planned {size(machine.expected_memory_bytes)})",
             f"Written to    {out}",
@@ -96,3 +98,12 @@ def _reconstruction(report: Report) -> list[str]:
         f"Blocks        {len(kept)} of {len(report.blocks)} reconstructed; output error on text held back x "
         f"{sum(ratios) / len(ratios):.2f} on average"
     ]
+
+
+def _distillation(report: Report) -> list[str]:
+    found = report.distillation
+    if found is None:
+        return []
+    unit = "distance of features" if report.source.reads_images else "KL, nats a token,"
+    came = f"-> {found.divergence_after:.4f}" if found.kept else "as it was, for tuning made it worse"
+    return [f"Whole model   {unit} on what was held back {found.divergence_before:.4f} {came}"]

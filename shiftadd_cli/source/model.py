@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shiftadd_cli.device import computes_in
 from shiftadd_cli.source.checkpoint import Checkpoint
 from shiftadd_cli.source.gguf_checkpoint import open_gguf
 from shiftadd_cli.source.gguf_header import GgufFile
@@ -29,7 +30,7 @@ class Source:
         spec: what the user typed; name: a short form of it for file names and titles.
         path: the model folder or .gguf file.
         config: the configuration of the model, its dtype set, without any quantization entry.
-        dtype: dtype of everything that is not quantized, and of activations in calibration.
+        dtype: dtype of everything that is not quantized, and of activations.
         fingerprint: sha256 (hex) over the configuration and, for every weight file, its name, size, header and 256
             sampled pages; the folder's place and time stamps do not enter.
         file_bytes: size of the weight files.
@@ -51,6 +52,7 @@ class Source:
     ) -> None:
         self.spec, self.name, self.path, self.dtype, self.fingerprint = spec, name, path, dtype, fingerprint
         self._model_class, self._weights, self._remote_code = model_class, weights, remote_code
+        self._in_float32: Source | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._image_processor: Any = None
         self._skeleton, self._loader = self._fresh(config, dtype)
@@ -91,6 +93,15 @@ class Source:
             fingerprint=self.fingerprint,
             remote_code=self._remote_code,
         )
+
+    def computed_on(self, device: torch.device) -> Source:
+        """The source to run there: this one, or where the device has no instructions for its dtype the same at
+        float32, which then is several times as fast; always the same object."""
+        if computes_in(device, self.dtype):
+            return self
+        if self._in_float32 is None:
+            self._in_float32 = self.at(torch.float32)
+        return self._in_float32
 
     @property
     def reads_images(self) -> bool:

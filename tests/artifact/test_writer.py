@@ -103,6 +103,28 @@ def test_a_lacking_tensor_is_a_defect_and_leaves_nothing(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("shard_bytes", [1, 10**9])
+def test_what_was_added_can_be_read_and_added_anew(tmp_path: Path, shard_bytes: int) -> None:
+    with ArtifactWriter(tmp_path / "out", shard_bytes=shard_bytes) as writer:
+        writer.plan({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()})
+        with pytest.raises(ValueError, match="scalar was not added"):
+            writer.read("scalar")
+        for name, tensor in TENSORS.items():
+            writer.add(name, tensor)
+            assert torch.equal(writer.read(name), tensor)
+        writer.withdraw(["scalar", "halves"])
+        with pytest.raises(ValueError, match="scalar was not added"):
+            writer.read("scalar")
+        writer.add("scalar", torch.tensor(1.25))
+        with pytest.raises(RuntimeError, match="halves"):
+            writer.seal()
+        writer.add("halves", TENSORS["halves"])
+        writer.finish(CONFIG)
+    found = {name: each for path in (tmp_path / "out").glob("*.safetensors") for name, each in load_file(path).items()}
+    for name, tensor in (TENSORS | {"scalar": torch.tensor(1.25)}).items():
+        assert torch.equal(found[name], tensor)
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "said"),
     [

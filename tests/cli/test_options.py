@@ -43,6 +43,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "asymmetric": (["--asymmetric", "0.25"], 0.25),
     "loss_aware": (["--loss-aware", "1"], 1.0),
     "reconstruct_epochs": (["--reconstruct-epochs", "2"], 2),
+    "distill_epochs": (["--distill-epochs", "2"], 2),
     "calibration": (["--calibration", "mine.txt"], "mine.txt"),
     "samples": (["--samples", "4"], 4),
     "seq_len": (["--seq-len", "32"], 32),

@@ -9,13 +9,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from bit_plans import plan_for
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 from tiny_models import save_tiny
 
-from shiftadd_cli import device
 from shiftadd_cli.cli import main
 from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import model as source_model
 
 QUICK = ["--samples", "4", "--seq-len", "32"]
 
@@ -217,13 +219,20 @@ def test_a_dry_run_of_an_average_says_that_bits_are_still_to_be_chosen(model: Pa
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_a_type_that_the_processor_has_no_instructions_for_is_named(
+def test_a_type_that_the_processor_has_no_instructions_for_is_computed_in_float32_and_stored(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool
 ) -> None:
-    monkeypatch.setattr(device, "computes_in", lambda *_: able)
-    result = quantize(model, "-o", tmp_path / "out", "--dtype", "float16", "--dry-run")
-    assert result.exit_code == 0
-    assert ("no instructions for float16; --dtype float32 or bfloat16 is faster." in result.stderr) is not able
+    monkeypatch.setattr(source_model, "computes_in", lambda _, dtype: able or dtype == torch.float32)
+    result = quantize(model, "-o", tmp_path / "out", "--dtype", "bfloat16", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert ("Computed      in float32, since this processor has no instructions for bfloat16" in result.stderr) is not (
+        able
+    )
+    kept = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
+    assert kept.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    computed = json.loads((tmp_path / "out" / "report.json").read_text())["machine"]["dtype"]
+    assert computed == ("bfloat16" if able else "float32")
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(model: Path, tmp_path: Path) -> None:

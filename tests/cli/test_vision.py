@@ -83,7 +83,18 @@ def test_the_estimate_is_of_the_size_of_what_is_measured(model, pictures, tmp_pa
 
 
 def test_tuned_and_weighted_runs_work_too(model, pictures, tmp_path):
-    options = ("--reconstruct-epochs", "1", "--loss-aware", "0.5", "--asymmetric", "0.5", "--batch-size", "2")
+    options = (
+        "--reconstruct-epochs",
+        "1",
+        "--distill-epochs",
+        "1",
+        "--loss-aware",
+        "0.5",
+        "--asymmetric",
+        "0.5",
+        "--batch-size",
+        "2",
+    )
     shiftadd("quantize", model, "-o", tmp_path / "out", "--calibration", pictures, *QUICK, *options)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [block["name"].split(".")[-2] for block in report["blocks"]].count("blocks") == 4

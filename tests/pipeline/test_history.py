@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tiny_models import save_tiny
 
 import shiftadd_cli
 from shiftadd_cli.artifact.workspace import Workspace
+from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.errors import Interrupted, NumericalError, OutputError, ResumeError
 from shiftadd_cli.pipeline import history, job, walk
 from shiftadd_cli.recipe import Recipe
@@ -27,6 +29,7 @@ WAYS = {
     "asymmetric": {"asymmetric": 0.5},
     "loss_aware": {"loss_aware": 1.0},
     "reconstruct": {"reconstruct_epochs": 2, "asymmetric": 0.5},
+    "distill": {"distill_epochs": 2, "asymmetric": 0.0, "bits": 1},
     "no data": {"calibration": "none", "sweep": "none", "refine_rounds": 0},
 }
 
@@ -285,3 +288,29 @@ def test_a_second_run_into_the_folder_is_refused(model: Path, tmp_path: Path) ->
         pytest.raises(OutputError, match="Another run is writing"),
     ):
         shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
+
+
+def test_a_run_stopped_while_it_writes_what_was_distilled_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first tensor, between two, and after the last: the tuning itself is not repeated."""
+    fields = QUICK | WAYS["distill"]
+    whole = shiftadd_cli.quantize(str(model), tmp_path / "whole", **fields)
+    assert whole.distillation.kept
+    out, add = tmp_path / "out", ArtifactWriter.add
+    stopped(monkeypatch, 2, str(model), out, **fields)
+    for allowed in (0, 3):
+        with monkeypatch.context() as patch:
+            left = iter(range(allowed))
+
+            def stopping(self: ArtifactWriter, name: str, tensor: torch.Tensor, left: Any = left) -> None:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                add(self, name, tensor)
+
+            patch.setattr(ArtifactWriter, "add", stopping)
+            with pytest.raises(Interrupted):
+                shiftadd_cli.quantize(str(model), out, **fields)
+    monkeypatch.setattr(walk.Walk, "distill", lambda *_: pytest.fail("it was distilled before"))
+    shiftadd_cli.quantize(str(model), out, **fields)
+    assert contents(out) == contents(tmp_path / "whole")

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from bit_plans import plan_for
+from safetensors.torch import load_file
 from tiny_models import FAMILIES, save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.pipeline.run import load_calibration, run_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.summary import summarize
+from shiftadd_cli.source import model as source_model
 from shiftadd_cli.source import open_source
 
 QUICK = {"samples": 8, "seq_len": 32, "batch_size": 3, "group_size": 16}
@@ -272,6 +274,30 @@ def test_every_way_to_calibrate_writes_what_loads(tmp_path, family, fields):
     changed = any(block.kept for block in report.blocks) or "reconstruct_epochs" not in fields
     assert (file_sum(tmp_path / "out") != file_sum(tmp_path / "plain")) == changed
     assert report.size == plain.size
+
+
+@pytest.mark.parametrize("fields", [{}, {"reconstruct_epochs": 1, "distill_epochs": 1}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_without_instructions_for_it_a_type_is_stored_and_not_computed_in(tmp_path, family, fields, monkeypatch):
+    """As from the same weights in float32, up to what 16 bits hold of norms and biases."""
+    save_tiny(family, tmp_path / "half", dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).save_pretrained(tmp_path / "single")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "single" / name).write_bytes((tmp_path / "half" / name).read_bytes())
+    monkeypatch.setattr(source_model, "computes_in", lambda _, dtype: dtype == torch.float32)
+    reports = {name: quantize(tmp_path / name, tmp_path / f"{name}-out", **fields) for name in ("half", "single")}
+    assert reports["half"].source.dtype == "bfloat16"
+    assert {report.machine.dtype for report in reports.values()} == {"float32"}
+    half, single = (load_file(tmp_path / f"{name}-out" / "model.safetensors") for name in reports)
+    assert half.keys() == single.keys()
+    for name, tensor in half.items():
+        other = single[name]
+        assert tensor.dtype == (torch.bfloat16 if other.dtype == torch.float32 else other.dtype)
+        if not fields and family == "llama":
+            # Norms stay as they are; in GPT-2 biases are corrected and then rounded, which the next block sees.
+            assert torch.equal(tensor, other.to(tensor.dtype))
+    errors = [[layer.weight_error for layer in report.layers] for report in reports.values()]
+    assert errors[0] == pytest.approx(errors[1], rel=0.15)
 
 
 def test_tuned_norms_are_what_is_written(tmp_path):

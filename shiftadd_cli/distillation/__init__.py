@@ -1,0 +1,1 @@
+"""Tuning a compressed model as a whole towards what the original predicts."""

@@ -1,0 +1,142 @@
+"""One block of a compressed model as it is stored, with what is tuned of it.
+
+Codes and scales stay as they are, so the matrices are decoded once and no gradient of theirs is ever computed: what is
+tuned of a linear is its row scale, which is a factor of its output, and its bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.calibration.trace import BlockCall, hooked
+from shiftadd_cli.source import LinearSpec
+
+_ROW_SCALE = "weight_row_scale"
+
+Reader = Callable[[str], Tensor]
+"""The tensor of that name in the artifact."""
+
+
+class TunedBlock:
+    """`module`, a block of the skeleton called `name`, whose linears are stored as `layouts` say.
+
+    Its parameters are not looked at, and may be on meta; buffers that no file stores must be in memory while it runs.
+
+    Attributes:
+        buffers: full names of its buffers.
+        factors: of the row scales, by path of the linear in the block, float32 `[out]`; of those that have row scales.
+        vectors: the block's other one-dimensional parameters by name in the block, float32.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        linears: Sequence[tuple[LinearSpec, PackedLayout]],
+        read: Reader,
+        device: torch.device,
+    ) -> None:
+        self.name, self._module, self._read, self._device = name, module, read, device
+        self._linears = {spec.kind: (spec, layout) for spec, layout in linears}
+        self._dtypes = {path: each.dtype for path, each in module.named_parameters()}
+        self._stored_dtypes: dict[str, torch.dtype] = {}
+        self.buffers = [f"{name}.{path}" for path, _ in module.named_buffers()]
+        self._row_scales = {
+            spec.kind: read(f"{spec.name}.{_ROW_SCALE}").to(device) for spec, layout in linears if layout.row_scale
+        }
+        self.factors = {
+            kind: nn.Parameter(torch.ones_like(each, dtype=torch.float32)) for kind, each in self._row_scales.items()
+        }
+        self.vectors = {
+            path: self._vector(path)
+            for path, each in module.named_parameters()
+            if each.ndim == 1 and each.is_floating_point()
+        }
+
+    def _vector(self, path: str) -> nn.Parameter:
+        stored = self._read(f"{self.name}.{path}").to(self._device)
+        self._stored_dtypes[path] = stored.dtype
+        return nn.Parameter(stored.float())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All that is tuned."""
+        yield from self.factors.values()
+        yield from self.vectors.values()
+
+    def decoded(self) -> dict[str, Tensor]:
+        """All other parameters by name in the block, as the block computes with them: matrices decoded."""
+        matrices = {f"{kind}.weight": each for kind, each in self._linears.items()}
+        found = {}
+        for path, dtype in self._dtypes.items():
+            if path in self.vectors:
+                continue
+            if path not in matrices:
+                found[path] = self._read(f"{self.name}.{path}").to(self._device, dtype)
+                continue
+            spec, layout = matrices[path]
+            stored = {suffix: self._read(f"{spec.name}.{suffix}").to(self._device) for suffix in layout.tensors()}
+            found[path] = spec.turned(QuantizedWeight(layout, stored).decode()).to(dtype).contiguous()
+        return found
+
+    def run(self, call: BlockCall, hidden: Tensor, decoded: Mapping[str, Tensor]) -> Tensor:
+        """Output hidden states of the block with `decoded` matrices and the present values of all that is tuned."""
+        state = dict(decoded) | {
+            path: each.to(self._stored_dtypes[path]).to(self._dtypes[path]) for path, each in self.vectors.items()
+        }
+        handles = []
+        for kind in self.factors:
+            # A factor is not one of the bias, which is added behind it.
+            bias = state.get(f"{kind}.bias")
+            if bias is not None:
+                state[f"{kind}.bias"] = torch.zeros_like(bias)
+            hook = _scaled(self._factor(kind), bias)
+            handles.append(self._module.get_submodule(kind).register_forward_hook(hook))
+        with hooked(handles):
+            return call.run(lambda *args, **named: functional_call(self._module, state, args, named), hidden)
+
+    def backward(self, call: BlockCall, hidden: Tensor, gradient: Tensor, decoded: Mapping[str, Tensor]) -> Tensor:
+        """Gradient at the input `hidden` for that at the output; adds to the gradients of what is tuned."""
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            output = self.run(call, hidden, decoded)
+        torch.autograd.backward(output, gradient, inputs=[hidden, *self.parameters()])
+        assert hidden.grad is not None, "the output depends on the input"
+        return hidden.grad
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored of what was tuned, by name in the artifact."""
+        with torch.no_grad():
+            scales = {f"{self._linears[kind][0].name}.{_ROW_SCALE}": self._scale(kind) for kind in self.factors}
+        vectors = {
+            f"{self.name}.{path}": each.detach().to(self._stored_dtypes[path]) for path, each in self.vectors.items()
+        }
+        return scales | vectors
+
+    def _scale(self, kind: str) -> Tensor:
+        """The row scale as it would be stored."""
+        stored = self._row_scales[kind]
+        return (stored.float() * self.factors[kind].detach()).to(stored.dtype)
+
+    def _factor(self, kind: str) -> Tensor:
+        """What the stored row scale would be multiplied by after rounding, with the gradient of the factor."""
+        free, before = self.factors[kind], self._row_scales[kind].float()
+        rounded = torch.where(before == 0, 1.0, self._scale(kind).float() / before)
+        return free + (rounded - free.detach())
+
+
+def _scaled(factor: Tensor, bias: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A forward hook that multiplies the features of an output, in float32, and adds a bias."""
+
+    def scale(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        scaled = output.float() * factor
+        if bias is not None:
+            scaled = scaled + bias
+        return scaled.to(output.dtype)
+
+    return scale

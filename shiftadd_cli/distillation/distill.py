@@ -1,0 +1,118 @@
+"""Tune row scales, norms and biases of a compressed model until it predicts what the original predicts.
+
+Solvers and block reconstruction each look at one block: how its errors add up with those of the others, and which of
+them reach the predictions, no block can tell. At the end, therefore, what is continuous and costs no bits is tuned in
+all blocks at once, by the gradient of KL(original || compressed) on the calibration samples: end-to-end training of
+quantization parameters (EfficientQAT, Chen et al. 2024, arXiv:2407.11062, section 3.3) with the original's predictions
+for labels (knowledge distillation, Hinton et al. 2015, arXiv:1503.02531). Some of the samples are held back, and the
+result is kept only if it is better there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from shiftadd_cli.calibration.streams import HiddenStates, batch_span
+from shiftadd_cli.distillation.end import EndGap
+from shiftadd_cli.distillation.stack import Stack
+from shiftadd_cli.progress import BlockProgress, silent
+from shiftadd_cli.reconstruction.schedule import hold_back, rising_and_falling
+
+# Share of its size by which a typical number moves per step at the start.
+_RATE = 0.005
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What came of it: tensors of the artifact by name, empty if it was not kept; mean divergence of the predictions
+    for the samples held back, before and after, in nats."""
+
+    tensors: dict[str, Tensor]
+    divergence_before: float
+    divergence_after: float
+
+    @property
+    def kept(self) -> bool:
+        return bool(self.tensors)
+
+
+@dataclass(frozen=True)
+class Distiller:
+    """A compressed model, `stack` and `end`, and the original's hidden states behind its last block, `targets`.
+
+    first_input: what the first block is given of the samples of a span.
+    """
+
+    stack: Stack
+    end: EndGap
+    first_input: Callable[[slice], Tensor]
+    targets: HiddenStates
+    batch_size: int
+
+    def run(
+        self,
+        *,
+        epochs: int,
+        seed: int,
+        progress: BlockProgress = silent,
+        after_step: Callable[[], object] = lambda: None,
+    ) -> Distillation:
+        """Tune; `epochs` are passes over the samples that are not held back. Needs two batches at least.
+
+        after_step: called now and then, so that others know that this goes on.
+
+        Raises NumericalError where the output of a block is not finite.
+        """
+        train, held_back = hold_back(len(self.targets))
+        before = self.divergence(held_back)
+        optimizer = torch.optim.Adam(self._groups(), betas=(0.9, 0.95))
+        schedule = LambdaLR(optimizer, rising_and_falling(epochs * len(train)))
+        generator = torch.Generator().manual_seed(seed)
+        order = [index for _ in range(epochs) for index in torch.randperm(len(train), generator=generator).tolist()]
+        names = [f"step {number}" for number in range(1, len(order) + 1)]
+        for index, _ in zip(order, progress(names, "Distilling"), strict=True):
+            self._learn(train[index])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            after_step()
+        after = self.divergence(held_back)
+        return Distillation(self._tensors() if after < before else {}, before, after)
+
+    def divergence(self, batches: Sequence[int]) -> float:
+        """Mean over the predictions of these batches, in nats."""
+        total, predictions = 0.0, 0
+        for index in batches:
+            output = self.stack.forward(self.first_input(self._span(index)))[-1]
+            gap = self.end.gap(self._span(index).start, output, self.targets[index], learn=False)
+            total += gap.divergence
+            predictions += gap.predictions
+        return total / predictions
+
+    def _learn(self, index: int) -> None:
+        """Add to the gradients of all that is tuned."""
+        inputs = self.stack.forward(self.first_input(self._span(index)))
+        gap = self.end.gap(self._span(index).start, inputs.pop(), self.targets[index], learn=True)
+        self.stack.backward(inputs, gap.gradient)
+
+    def _span(self, index: int) -> slice:
+        return batch_span(index, self.batch_size, self.targets.samples)
+
+    def _groups(self) -> list[dict[str, object]]:
+        parameters: list[nn.Parameter] = list(self.end.vectors.values())
+        for block in self.stack.blocks:
+            parameters += block.parameters()
+        return [
+            {"params": [each], "lr": _RATE * float(each.detach().abs().mean().clamp_min(1e-12))} for each in parameters
+        ]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = self.end.tensors()
+        for block in self.stack.blocks:
+            found |= block.tensors()
+        return found

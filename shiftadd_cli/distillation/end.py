@@ -1,0 +1,113 @@
+"""How far a compressed model's predictions are from the original's, and the gradient of that behind the last block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.calibration.distribution import comparable, reference_of
+from shiftadd_cli.calibration.head import Form, Head
+from shiftadd_cli.distillation.block import Reader
+from shiftadd_cli.source import Structure
+from shiftadd_cli.source.skeleton import set_tensor
+
+# The original's log-probabilities and probabilities, and on the way forth and back some five of the other's, float32.
+SLICE_BYTES = 256 << 20
+_BYTES_PER_LOGIT = 32
+
+
+class Gap(NamedTuple):
+    """Sum over the predictions of a batch of KL(original || compressed), in nats (of 1 - cosine of features for a model
+    without a head), how many they are, and its gradient at the compressed model's hidden states, of their shape and
+    dtype. A sum, since gradients of a mean would be too small for float16."""
+
+    divergence: float
+    predictions: int
+    gradient: Tensor
+
+
+class EndGap:
+    """From hidden states behind the last block, of both models, to a `Gap`. `samples`: see `trace_model`; `read` gives
+    tensors as the artifact stores them.
+
+    Both pass through the norms and the head of the compressed model, but that the vectors there are tuned for the
+    compressed one. Everything outside the blocks must be materialised on `device`, as the artifact stores it.
+
+    Attributes:
+        vectors: one-dimensional parameters outside the blocks by name, float32; those that lie before the blocks never
+            get a gradient.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        structure: Structure,
+        forms: Sequence[Form],
+        samples: Tensor,
+        read: Reader,
+        device: torch.device,
+    ) -> None:
+        self._model, self._device = model, device
+        self._head = Head(model, structure, forms, samples, device)
+        self._most = max(1, SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))
+        blocks = tuple(f"{name}." for name in structure.blocks)
+        self._originals = {
+            name: each
+            for name, each in model.named_parameters()
+            if each.ndim == 1 and each.is_floating_point() and not name.startswith(blocks)
+        }
+        stored = {name: read(name) for name in self._originals}
+        self._stored_dtypes = {name: each.dtype for name, each in stored.items()}
+        self.vectors = {name: nn.Parameter(each.to(device).float()) for name, each in stored.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored of `vectors`."""
+        return {name: each.detach().to(self._stored_dtypes[name]) for name, each in self.vectors.items()}
+
+    def gap(self, first: int, hidden: Tensor, original: Tensor, *, learn: bool) -> Gap:
+        """For the samples from number `first` on, hidden states `[batch, tokens, width]` of both models.
+
+        learn: compute gradients, and add to those of `vectors`; without it the gradient is zeros.
+        """
+        total, gradient = 0.0, torch.zeros_like(hidden)
+        for rows, tokens in self._head.parts(len(hidden), hidden.shape[1], self._most):
+            samples = slice(first + rows.start, first + rows.stop)
+            with torch.no_grad():
+                target = self._head.predict(original[rows, tokens].to(self._device), samples, tokens)
+            reference = reference_of(target)
+            states = hidden[rows, tokens].to(self._device).requires_grad_(learn)
+            with self._tuned(learn) as leaves, torch.set_grad_enabled(learn):
+                found = self._head.predict(states, samples, tokens)
+                loss = reference.divergence(comparable(found)).sum()
+            total += float(loss.detach())
+            if learn:
+                torch.autograd.backward(loss, inputs=[states, *leaves.values()])
+                assert states.grad is not None, "predictions depend on hidden states"
+                gradient[rows, tokens] = states.grad.to(gradient)
+                self._add(leaves)
+        return Gap(total, len(hidden) * (hidden.shape[1] if self._head.per_token else 1), gradient)
+
+    def _add(self, leaves: dict[str, nn.Parameter]) -> None:
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                vector, found = self.vectors[name], leaf.grad.float()
+                vector.grad = found if vector.grad is None else vector.grad + found
+
+    @contextmanager
+    def _tuned(self, learn: bool) -> Iterator[dict[str, nn.Parameter]]:
+        """While this lasts, the model has the tuned vectors in the place of its own."""
+        leaves = {
+            name: nn.Parameter(each.to(self._originals[name].dtype), requires_grad=learn)
+            for name, each in self.tensors().items()
+        }
+        try:
+            for name, leaf in leaves.items():
+                set_tensor(self._model, name, leaf)
+            yield leaves
+        finally:
+            for name, original in self._originals.items():
+                set_tensor(self._model, name, original)

@@ -1,0 +1,99 @@
+"""The gap of predictions and its gradient against the whole model in one graph."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny_models import FAMILIES, save_tiny
+from tiny_vision import save_tiny_vision
+
+from shiftadd_cli.calibration.head import predict
+from shiftadd_cli.calibration.trace import trace_model
+from shiftadd_cli.distillation import end as module
+from shiftadd_cli.distillation.end import EndGap
+from shiftadd_cli.source import find_structure, open_source
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(0, 256, (4, 12), generator=torch.Generator().manual_seed(1))
+PIXELS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@contextmanager
+def giving(model, structure, forms, hidden):
+    """While this lasts, the last block of a whole model gives these hidden states."""
+    last = model.get_submodule(structure.blocks[-1])
+    handle = last.register_forward_hook(lambda *_: forms[-1].dress(hidden))
+    yield
+    handle.remove()
+
+
+def distances(reference, prediction):
+    """KL of logits, 1 - cosine of features, by their definitions."""
+    if reference.is_logits:
+        chances, others = reference.values.log_softmax(-1), prediction.values.log_softmax(-1)
+        return (chances.exp() * (chances - others)).sum(-1)
+    return 1 - torch.nn.functional.cosine_similarity(reference.values, prediction.values, dim=-1)
+
+
+# A vision model with a head, and one without.
+@pytest.mark.parametrize("family", [*FAMILIES, "vit", "clip-projection"])
+def test_gap_and_gradients_are_those_of_the_whole_model(tmp_path, family, monkeypatch):
+    text = family in FAMILIES
+    samples = TOKENS if text else PIXELS
+    source = open_source(str(save_tiny(family, tmp_path) if text else save_tiny_vision(family, tmp_path)))
+    structure = find_structure(source.skeleton())
+    source.materialise(structure.outside)
+    trace = trace_model(source, structure, samples, 4, CPU)
+    # Slices of five tokens, which cut windows apart.
+    monkeypatch.setattr(module, "SLICE_BYTES", 5 * 32 * 320)
+    end = EndGap(source.skeleton(), structure, trace.forms, samples, source.skeleton().get_parameter, CPU)
+    generator = torch.Generator().manual_seed(2)
+    shape = (2, *trace.forms[-1].shape)
+    original = torch.randn(shape, generator=generator)
+    hidden = original + 0.3 * torch.randn(shape, generator=generator)
+    before = {name: each.detach().clone() for name, each in source.skeleton().named_parameters() if not each.is_meta}
+    with torch.no_grad():
+        for each in end.vectors.values():
+            each.mul_(1.2).add_(0.05)
+    gap = end.gap(1, hidden, original, learn=True)
+    assert all(torch.equal(source.skeleton().get_parameter(name), each) for name, each in before.items())
+
+    model = source.load_model(torch.float64)
+    states = hidden.double().requires_grad_()
+    with torch.no_grad(), giving(model, structure, trace.forms, original.double()):
+        reference = predict(model, samples[1:3])
+    for name, each in end.vectors.items():
+        model.get_parameter(name).data = each.detach().double()
+        model.get_parameter(name).requires_grad_()
+    with giving(model, structure, trace.forms, states):
+        wanted = distances(reference, predict(model, samples[1:3]))
+    total = wanted.sum()
+    total.backward()
+    assert gap.predictions == wanted.numel()
+    assert gap.divergence == pytest.approx(float(total.detach()), rel=1e-4)
+    assert float(total.detach()) > 1e-3
+    torch.testing.assert_close(gap.gradient.double(), states.grad, rtol=1e-3, atol=1e-6)
+    reached = {name for name, each in end.vectors.items() if model.get_parameter(name).grad is not None}
+    for name, each in end.vectors.items():
+        if name in reached and each.grad is not None:
+            torch.testing.assert_close(each.grad.double(), model.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
+    # What runs behind the blocks is a norm at least; what runs before them has no gradient here.
+    learned = {name for name, each in end.vectors.items() if each.grad is not None}
+    assert learned
+    assert learned <= reached
+    plain = end.gap(1, hidden, original, learn=False)
+    assert plain.divergence == pytest.approx(gap.divergence, rel=1e-6)
+    assert not plain.gradient.any()
+
+
+def test_no_distance_from_itself(tmp_path):
+    source = open_source(str(save_tiny("llama", tmp_path)))
+    structure = find_structure(source.skeleton())
+    source.materialise(structure.outside)
+    trace = trace_model(source, structure, TOKENS, 4, CPU)
+    end = EndGap(source.skeleton(), structure, trace.forms, TOKENS, source.skeleton().get_parameter, CPU)
+    gap = end.gap(0, trace.hidden[0], trace.hidden[0], learn=True)
+    assert gap.divergence == 0
+    assert gap.gradient.abs().max() < 1e-5
