@@ -1,43 +1,73 @@
-"""Writes the table of options in README.md from the fields of `Recipe`; `--check` only says whether it is current."""
+"""Rewrites the generated parts of README.md and docs/; `--check` only says whether they are current.
+
+A part stands between two marks:
+
+    <!-- generated: verb quantize -->
+    <!-- end of generated -->
+
+The first word names what makes it, see `PARTS`; the others are told to that.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from shiftadd_cli.cli.options import default_text, option_name
-from shiftadd_cli.recipe import Recipe
+from pages.commands import error_table, option_table, verb_reference, verb_table
+from pages.gallery import recipe_gallery
+from pages.measured import measured_table, quality_table
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-START, END = "<!-- options: written by `make docs` -->\n", "<!-- end of options -->\n"
+ROOT = Path(__file__).resolve().parent.parent
+PARTS: dict[str, Callable[..., str]] = {
+    "errors": error_table,
+    "measured": measured_table,
+    "options": option_table,
+    "quality": quality_table,
+    "gallery": recipe_gallery,
+    "verb": verb_reference,
+    "verbs": verb_table,
+}
+_BREAK = "\n"
+_PART = re.compile(r"(<!-- generated: (?P<what>[^\n]+) -->\n).*?(<!-- end of generated -->\n)", re.DOTALL)
 
 
-def options_table() -> str:
-    """One row per recipe field: option, default, description."""
-    rows = ["| option | default | meaning |", "| --- | --- | --- |"]
-    for name, field in Recipe.model_fields.items():
-        meaning = (field.description or "").replace("|", "\\|")
-        rows.append(f"| `{option_name(name)}` | {default_text(field)} | {meaning} |")
-    return "\n".join(rows) + "\n"
+def pages() -> list[Path]:
+    """Every page that may hold generated parts."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def with_options(text: str) -> str:
-    """`text` with what stands between the two marks replaced by the current table."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise SystemExit(f"README.md lacks the mark {START.strip() if not start else END.strip()}")
-    return before + start + options_table() + end + after
+def parts_of(text: str) -> list[str]:
+    """What is generated in a page, in order, such as `verb quantize`."""
+    return [match["what"] for match in _PART.finditer(text)]
+
+
+def regenerated(text: str) -> str:
+    """`text` with everything between marks replaced by what the code and the rows say now."""
+
+    def make(match: re.Match[str]) -> str:
+        name, *arguments = match["what"].split()
+        return f"{match[1]}{PARTS[name](*arguments).strip(_BREAK)}\n{match[3]}"
+
+    if text.count("<!-- generated: ") != len(parts_of(text)):
+        raise SystemExit("A generated part has no end: close it with <!-- end of generated -->")
+    return _PART.sub(make, text)
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    current = with_options(text)
-    if "--check" in sys.argv[1:]:
+    check, stale = "--check" in sys.argv[1:], []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        current = regenerated(text)
         if text != current:
-            raise SystemExit("The option table of README.md is out of date: run `make docs`.")
-    else:
-        README.write_text(current, encoding="utf-8")
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(current, encoding="utf-8")
+    if check and stale:
+        raise SystemExit(f"Out of date: {', '.join(stale)}; run `make docs`.")
+    for name in stale:
+        print(f"Written: {name}")
 
 
 if __name__ == "__main__":

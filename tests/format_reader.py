@@ -1,4 +1,4 @@
-"""A reader of compressed checkpoints written from docs/format.md alone: numpy and the standard library, nothing of ours.
+"""A reader of compressed checkpoints written from docs/format.md alone, with numpy and the standard library.
 
 It shows that the page suffices. Whoever finds that it cannot do something mends the page first.
 """
