@@ -73,7 +73,9 @@ def _of_recipe(parameter: click.Parameter) -> bool:
 def _option_row(option: click.Option, context: click.Context) -> tuple[str, str]:
     said = option.get_help_record(context)
     assert said is not None, "no option is hidden"
-    return f"`{said[0]}`", _plain(" ".join(said[1].split()))
+    # A bar inside backticks would end the cell for some readers of Markdown, and show its backslash for others.
+    shown = f"<code>{said[0].replace('|', '&#124;')}</code>" if "|" in said[0] else f"`{said[0]}`"
+    return shown, _plain(" ".join(said[1].split()))
 
 
 def _plain(text: str) -> str:

@@ -32,6 +32,8 @@ _QUALITY = (
     ("shiftaddllm-lat", 2, "the paper's form for kernels"),
 )
 
+_MODELS = {"demo": "SmolLM2-135M-Instruct (`demo`)"}
+
 # Fields that are conditions of a table, or say nothing about what is written.
 _CONDITIONS = {"calibration", "samples", "seq_len", "batch_size", "seed", "device", "dtype", "shard_size", "bit_plan"}
 
@@ -66,10 +68,10 @@ def quality_table() -> str:
                 f"{row['stored_bits']:.3f}",
                 f"{row['file_bits']:.3f}",
                 _short(first),
-                f"{row['ratio']['wikitext2-test']:.3f}",
+                _ratio(row["ratio"]["wikitext2-test"]),
                 with_error(first["kl"], first["kl_error"], 3),
                 _short(second),
-                f"{row['ratio']['brown-test']:.3f}",
+                _ratio(row["ratio"]["brown-test"]),
             ]
         )
     header = ("recipe", "layers", "file", "WikiText-2 test", "ratio", "KL, nats/token", "Brown test", "ratio")
@@ -93,8 +95,8 @@ def _text_table(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = _name_and_bits(row)
         for test in tests:
-            score, ratio = row["scores"][test], row["ratio"][test]
-            cells += [_short(score), "-" if ratio is None else f"{ratio:.3f}"]
+            score = row["scores"][test]
+            cells += [_short(score), _ratio(row["ratio"][test])]
             cells += [with_error(score["kl"], score["kl_error"], 3)]
         lines.append(cells)
     return table(header, lines, numbers=len(header) - 1)
@@ -157,8 +159,15 @@ def _short(score: dict[str, Any]) -> str:
     return with_error(value, error, 2) if value < 1000 else with_error(value, error, 0)
 
 
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value < 10 else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
 def _conditions(found: dict[str, Any]) -> str:
     conditions = found["conditions"]
+    model = _MODELS.get(conditions["model"], Path(conditions["model"]).name)
     original, scores = found["original"], next(iter(found["original"]["scores"].values()))
     where = f"computed in {scores['dtype']} on {scores['device']} ({original['machine']['processor']})"
     if "tests" in conditions:
@@ -172,7 +181,4 @@ def _conditions(found: dict[str, Any]) -> str:
         f" Could not be made: `{each['method']}` at {each['bits']} bits ({each['error'].rstrip('.')})."
         for each in found["failed"]
     )
-    return (
-        f"{Path(conditions['model']).name}, {original['parameters']:,} parameters; calibrated on {amount}, {measured}, "
-        f"{where}.{failed}\n"
-    )
+    return f"{model}, {original['parameters']:,} parameters; calibrated on {amount}, {measured}, {where}.{failed}\n"
