@@ -134,7 +134,7 @@ def command_of(row: dict[str, Any]) -> str:
     then, now = row["settings"]["artifact"]["recipe"], Recipe.load(name).model_dump(mode="json")
     budget = then["avg_bits"] is not None
     words = [name, f"--avg-bits {then['avg_bits']:g}" if budget else f"--bits {row['bits']}"]
-    for field in now.keys() - _CONDITIONS - {"bits", "avg_bits"} if budget else now.keys() - _CONDITIONS - {"bits"}:
+    for field in now.keys() - _CONDITIONS - {"bits", "avg_bits"}:
         if field in then and then[field] != now[field]:
             words.append(_option(field, then[field]))
     return f"`{' '.join(words[:2] + sorted(words[2:]))}`"
