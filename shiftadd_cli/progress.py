@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, now and then a line elsewhere; always on standard error."""
+"""How far a long loop is: a bar on a terminal, now and then a line elsewhere; on standard error, unless quiet."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
+
+from shiftadd_cli.verbosity import Verbosity, tell, verbosity
 
 T = TypeVar("T")
 
@@ -18,14 +20,18 @@ class BlockProgress(Protocol):
 
 LINE_SECONDS = 30.0
 LINE_SHARE = 0.1
+# A loop that is over in a moment gets one line.
+LINE_PAUSE = 2.0
 
 
 def progress(iterable: Iterable[T], total: int, desc: str) -> Iterator[T]:
     """Yield the items of `iterable`, of which there are `total`, and show how many are done and the time left.
 
-    On a terminal this is tqdm's bar. Elsewhere (a file, a CI log) a line is written for every tenth that is done, or
-    when 30 seconds passed since the last line.
+    On a terminal this is tqdm's bar. Elsewhere (a file, a CI log) a line is written for every tenth that is done, but
+    not within 2 seconds of another, when 30 seconds passed since the last line, and at the end.
     """
+    if verbosity() is Verbosity.QUIET:
+        return iter(iterable)
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -60,8 +66,9 @@ def _lines(iterable: Iterable[T], total: int, desc: str) -> Iterator[T]:
         yield item
         now, share = time.monotonic(), done / total
         # The share is a sum of many small steps: without the tolerance 0.3 - 0.2 would be no tenth.
-        if share >= shown_share + LINE_SHARE - 1e-9 or now >= shown_at + LINE_SECONDS or done == total:
+        tenth = share >= shown_share + LINE_SHARE - 1e-9 and now >= shown_at + LINE_PAUSE
+        if tenth or now >= shown_at + LINE_SECONDS or done == total:
             passed = now - start
             left = f"{duration(passed)} in all" if done == total else f"{duration(passed / share - passed)} left"
-            print(f"{desc}: {done}/{total} ({share:.0%}), {left}", file=sys.stderr, flush=True)
+            tell(f"{desc}: {done}/{total} ({share:.0%}), {left}")
             shown_at, shown_share = now, share

@@ -30,12 +30,21 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize("total", [1, 3, 10, 97, 1000])
 def test_a_log_gets_about_a_line_per_tenth_and_every_item_passes(capsys, clock, total):
-    assert list(progress(range(total), total, "Work")) == list(range(total))
+    seen = []
+    for item in progress(range(total), total, "Work"):
+        seen.append(item)
+        clock.now += 250 / total
+    assert seen == list(range(total))
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == ""
     assert min(total, 10) == len(lines)
     assert lines[-1].startswith(f"Work: {total}/{total} (100%)")
+
+
+def test_a_loop_that_is_over_in_a_moment_is_one_line(capsys, clock):
+    assert list(progress(range(50), 50, "Work")) == list(range(50))
+    assert capsys.readouterr().err == "Work: 50/50 (100%), 0 s in all\n"
 
 
 def test_slow_steps_get_a_line_each_half_minute_with_the_time_left(capsys, clock):

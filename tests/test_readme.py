@@ -1,14 +1,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from shiftadd_cli.cli.options import option_name
-from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.recipe_file import packaged_names
 
 
@@ -17,15 +13,9 @@ def readme(repository: Path) -> str:
     return (repository / "README.md").read_text(encoding="utf-8")
 
 
-def test_option_table_is_current(repository: Path) -> None:
-    check = [sys.executable, str(repository / "scripts" / "readme_options.py"), "--check"]
-    result = subprocess.run(check, cwd=repository, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-
-
-def test_every_field_has_its_row(readme: str) -> None:
-    rows = re.findall(r"^\| `(--[a-z-]+)` \|", readme, flags=re.MULTILINE)
-    assert rows == [option_name(name) for name in Recipe.model_fields]
+def test_every_page_of_the_manual_is_linked(readme: str, repository: Path) -> None:
+    pages = {path.name for path in (repository / "docs").glob("*.md")} - {"index.md"}
+    assert set(re.findall(r"\]\(docs/([a-z-]+\.md)\)", readme)) >= pages
 
 
 def test_every_packaged_recipe_is_listed_and_linked(readme: str) -> None:

@@ -22,6 +22,8 @@ from shiftadd_cli.source import open_source
 from shiftadd_cli.version import __version__
 
 _LIBRARIES = ("torch", "transformers")
+# Fields that recipes did not have when rows were measured, with the value that stands for that: the rows keep their names.
+_LATER = {"primitive": "bcq", "distill_epochs": 0}
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,7 @@ def name_tests(specs: tuple[str, ...]) -> dict[str, str]:
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
     """The fields that fix an artifact. What is calibrated on counts by itself, and not by the name of its file."""
     fields = recipe.model_dump(mode="json", exclude={"calibration"})
-    if recipe.primitive == "bcq":
-        # Rows that were measured before there was another keep their names.
-        del fields["primitive"]
-    return fields
+    return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
 from importlib import import_module
 from typing import IO, Any
 
 import click
 
+from shiftadd_cli.cli.talking import add_talk_options
 from shiftadd_cli.distributed.launch import launched_size, speaks
 from shiftadd_cli.errors import Interrupted, ShiftaddError
+from shiftadd_cli.verbosity import Verbosity, verbosity
 from shiftadd_cli.version import __version__
 
 # Each verb is the attribute of that name, with `_` for `-`, in the module of that name in this package.
@@ -65,6 +68,7 @@ class _Group(click.Group):
         name = cmd_name.replace("-", "_")
         command = getattr(import_module(f"{__name__}.{name}"), name)
         assert isinstance(command, click.Command)
+        add_talk_options(command)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -74,10 +78,12 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except ShiftaddError as failure:
+            _trace()
             raise _Curable(str(failure), failure.exit_code) from failure
         except OSError as failure:
             if failure.errno not in _CURES:
                 raise
+            _trace()
             place = f"{failure.filename}: " if failure.filename is not None else ""
             raise _Curable(f"{place}{_CURES[failure.errno]}.") from failure
         except Interrupted as stop:
@@ -88,6 +94,12 @@ class _Group(click.Group):
             if speaks():
                 click.echo("Interrupted.", err=True)
             ctx.exit(130)
+
+
+def _trace() -> None:
+    """Where the error in hand arose, if that was asked for."""
+    if verbosity() is Verbosity.VERBOSE and speaks():
+        traceback.print_exc()
 
 
 @click.group(cls=_Group, name="shiftadd", context_settings={"help_option_names": ["-h", "--help"]})

@@ -47,7 +47,7 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     "--cost-table",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="What layers cost at each number of bits, for --cost latency or energy; the README says its form.",
+    help="What layers cost at each number of bits, for --cost latency or energy; docs/bits.md says its form.",
 )
 @click.option("--max-cost", type=float, help="Cost of all quantized layers not to be passed, in the table's unit.")
 @click.option(

@@ -80,6 +80,7 @@ def generate(
     from shiftadd_cli.generation.prompt import encode_prompt, room_for
     from shiftadd_cli.generation.run import generate_text
     from shiftadd_cli.pipeline.plan import resident_bytes
+    from shiftadd_cli.verbosity import tell
 
     logging.disable_progress_bar()
     place = choose_device(device)
@@ -104,7 +105,7 @@ def generate(
         return
     if not found.text.endswith("\n"):
         click.echo()
-    click.echo(_describe(found, load_seconds, peak), err=True)
+    tell(_describe(found, load_seconds, peak))
 
 
 def _read(prompt: str) -> str:

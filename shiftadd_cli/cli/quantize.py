@@ -62,9 +62,10 @@ def quantize(
     from shiftadd_cli.pipeline.job import Job
     from shiftadd_cli.report.summary import summarize
     from shiftadd_cli.signals import terminable
+    from shiftadd_cli.verbosity import tell
 
     def show(plan: Plan) -> None:
-        click.echo(describe_plan(plan) + "\n", err=True)
+        tell(describe_plan(plan) + "\n")
 
     with join_team(team_timeout) as team:
         job = Job.prepare(model, out, settings, overwrite=overwrite, resume=resume, max_memory=max_memory, team=team)
@@ -73,10 +74,11 @@ def quantize(
                 with terminable():
                     job.follow(team)
             return
-        show(job.plan)
         if dry_run:
+            click.echo(describe_plan(job.plan))
             return
+        show(job.plan)
         with terminable():
             report = job.run(sys.argv[1:], announce=show, team=team)
-    click.echo("", err=True)
+    tell()
     click.echo(summarize(report, str(out)))

@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 from pydantic.fields import FieldInfo
 
+from shiftadd_cli.cli import main
 from shiftadd_cli.cli.options import (
     default_text,
     option_name,
@@ -98,11 +99,12 @@ def test_fields_left_out_have_no_option() -> None:
 
 
 def test_quantize_offers_every_recipe_field_and_nothing_else_shapes_the_result() -> None:
-    from shiftadd_cli.cli.quantize import quantize
-
+    quantize = main.get_command(click.Context(main), "quantize")
+    assert quantize is not None
     options = {option.name: option for option in quantize.params if isinstance(option, click.Option)}
     assert set(Recipe.model_fields) <= set(options)
     about_the_call = {"out", "recipe", "dry_run", "overwrite", "resume", "max_memory", "team_timeout"}
+    about_the_call |= {"quiet", "verbose"}
     assert set(options) - set(Recipe.model_fields) == about_the_call
 
 

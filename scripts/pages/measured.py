@@ -1,0 +1,184 @@
+"""Tables of measured rows, from scripts/measured/*/table.json and from nowhere else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pages.text import table
+from shiftadd_cli.cli.options import option_name
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.report.summary import with_error
+
+MEASURED = Path(__file__).resolve().parent.parent / "measured"
+
+# Scores of images: field, title, factor, digits.
+_IMAGES = (("top1", "top-1, %", 100, 1), ("agreement", "same top class, %", 100, 1), ("kl", "KL, nats/image", 1, 4))
+
+# Rows of the README: method and bits as measured, and a remark.
+_QUALITY = (
+    ("best:avg_bits=3.25", 3, ""),
+    ("default:loss_aware=0.5", 3, ""),
+    ("default", 3, ""),
+    ("default:asymmetric=1.0", 3, ""),
+    ("default:true_sequential=false", 3, ""),
+    ("default:rotation=none", 3, ""),
+    ("gptq", 3, ""),
+    ("shiftaddllm-acc", 3, "the paper's accuracy form"),
+    ("rtn", 3, "round to nearest, no text"),
+    ("best:avg_bits=2.25", 2, ""),
+    ("default", 2, ""),
+    ("shiftaddllm-lat", 2, "the paper's form for kernels"),
+)
+
+_MODELS = {"demo": "SmolLM2-135M-Instruct (`demo`)"}
+
+# Fields that are conditions of a table, or say nothing about what is written.
+_CONDITIONS = {"calibration", "samples", "seq_len", "batch_size", "seed", "device", "dtype", "shard_size", "bit_plan"}
+
+
+def measured_names() -> list[str]:
+    """Folders of rows that there is a table of."""
+    return sorted(path.parent.name for path in MEASURED.glob("*/table.json"))
+
+
+def measured_table(name: str) -> str:
+    """All rows of a folder, those of fewest bits first and then by divergence, and what they depend on."""
+    found = load(name)
+    text = "tests" in found["conditions"]
+    rows = sorted(found["rows"], key=lambda row: (row["bits"], _divergence(row)))
+    return (_text_table(found, rows) if text else _image_table(found, rows)) + "\n" + _conditions(found)
+
+
+def quality_table() -> str:
+    """The table of the README."""
+    found = load("smollm2-brown-train")
+    original = found["original"]["scores"]
+    lines = [["original", "-", "16", _short(original["wikitext2-test"]), "1", "-", _short(original["brown-test"]), "1"]]
+    rows = {(row["method"], row["bits"]): row for row in found["rows"]}
+    for method, bits, remark in _QUALITY:
+        row = rows[method, bits]
+        first, second = row["scores"]["wikitext2-test"], row["scores"]["brown-test"]
+        own = "" if row["native_bits"] is None else f"{row['native_bits']:.3f} in a format of its own"
+        remarks = "; ".join(filter(None, (remark, own)))
+        lines.append(
+            [
+                command_of(row) + (f" ({remarks})" if remarks else ""),
+                f"{row['stored_bits']:.3f}",
+                f"{row['file_bits']:.3f}",
+                _short(first),
+                _ratio(row["ratio"]["wikitext2-test"]),
+                with_error(first["kl"], first["kl_error"], 3),
+                _short(second),
+                _ratio(row["ratio"]["brown-test"]),
+            ]
+        )
+    header = ("recipe", "layers", "file", "WikiText-2 test", "ratio", "KL, nats/token", "Brown test", "ratio")
+    return table(header, lines, numbers=7)
+
+
+def load(name: str) -> dict[str, Any]:
+    """What a folder of rows says."""
+    found: dict[str, Any] = json.loads((MEASURED / name / "table.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _text_table(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    tests = list(found["original"]["scores"])
+    header = ["recipe", "layers", "file"]
+    first = ["original", "-", f"{found['original']['file_bits_per_weight']:.3f}"]
+    for test in tests:
+        header += [f"{test}: perplexity", "ratio", "KL, nats/token"]
+        first += [_short(found["original"]["scores"][test]), "1", "-"]
+    lines = [first]
+    for row in rows:
+        cells = _name_and_bits(row)
+        for test in tests:
+            score = row["scores"][test]
+            cells += [_short(score), _ratio(row["ratio"][test])]
+            cells += [with_error(score["kl"], score["kl_error"], 3)]
+        lines.append(cells)
+    return table(header, lines, numbers=len(header) - 1)
+
+
+def _image_table(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    test = found["conditions"]["test"]
+    first = ["original", "-", f"{found['original']['file_bits_per_weight']:.3f}"]
+    lines = [first + _image_scores(found["original"]["scores"][test])]
+    lines += [_name_and_bits(row) + _image_scores(row["scores"][test]) for row in rows]
+    header = ["recipe", "layers", "file", *(title for _, title, _, _ in _IMAGES)]
+    return table(header, lines, numbers=len(header) - 1)
+
+
+def _image_scores(score: dict[str, Any]) -> list[str]:
+    cells = []
+    for name, _, factor, digits in _IMAGES:
+        value, error = score[name], score[f"{name}_error"]
+        cells.append("-" if value is None else with_error(factor * value, factor * error, digits))
+    return cells
+
+
+def _name_and_bits(row: dict[str, Any]) -> list[str]:
+    return [command_of(row), f"{row['stored_bits']:.3f}", f"{row['file_bits']:.3f}"]
+
+
+def command_of(row: dict[str, Any]) -> str:
+    """What gives this row today: the recipe, its bits, and every option in which the recipe of then differs from now.
+
+    Defaults move on while rows stay, so a row's own name does not suffice.
+    """
+    name, _, option = row["method"].partition(":")
+    if name == "peer":
+        return f"{option}, {row['bits']} bits (a peer)"
+    then, now = row["settings"]["artifact"]["recipe"], Recipe.load(name).model_dump(mode="json")
+    budget = then["avg_bits"] is not None
+    words = [name, f"--avg-bits {then['avg_bits']:g}" if budget else f"--bits {row['bits']}"]
+    for field in now.keys() - _CONDITIONS - {"bits", "avg_bits"}:
+        if field in then and then[field] != now[field]:
+            words.append(_option(field, then[field]))
+    return f"`{' '.join(words[:2] + sorted(words[2:]))}`"
+
+
+def _option(field: str, value: Any) -> str:
+    flag = option_name(field)
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    return f"{flag} {','.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def _divergence(row: dict[str, Any]) -> float:
+    score = next(iter(row["scores"].values()))
+    return float("inf") if score["kl"] is None else float(score["kl"])
+
+
+def _short(score: dict[str, Any]) -> str:
+    value, error = score["perplexity"], score["perplexity_error"]
+    if value is None:
+        return "infinite"
+    return with_error(value, error, 2) if value < 1000 else with_error(value, error, 0)
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value < 10 else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _conditions(found: dict[str, Any]) -> str:
+    conditions = found["conditions"]
+    model = _MODELS.get(conditions["model"], Path(conditions["model"]).name)
+    original, scores = found["original"], next(iter(found["original"]["scores"].values()))
+    where = f"computed in {scores['dtype']} on {scores['device']} ({original['machine']['processor']})"
+    if "tests" in conditions:
+        amount = f"{conditions['samples']} x {conditions['seq_len']} tokens of {Path(conditions['calibration']).name}"
+        tests = ", ".join(f"{each['tokens']:,} tokens of {name}" for name, each in original["scores"].items())
+        measured = f"measured on {tests} in windows of {conditions['scoring']['context']}"
+    else:
+        amount = f"{conditions['samples']} images of {Path(conditions['calibration']).name}"
+        measured = f"measured on {scores['images']:,} images of {conditions['test']}"
+    failed = "".join(
+        f" Could not be made: `{each['method']}` at {each['bits']} bits ({each['error'].rstrip('.')})."
+        for each in found["failed"]
+    )
+    return f"{model}, {original['parameters']:,} parameters; calibrated on {amount}, {measured}, {where}.{failed}\n"

@@ -1,0 +1,154 @@
+"""The format specification suffices: a reader written from it alone decodes what `shiftadd` writes to the same numbers.
+
+Without a rotation all matrices are equal to the bit, rotated ones before the rotation is folded back. Folded back they
+are equal up to rounding: the reader sums in float64.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from artifacts import COMMON, write_checkpoint
+from format_reader import Reader
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from tiny_models import save_tiny, tiny_model
+
+import shiftadd_cli
+from shiftadd_cli.artifact.folder import Artifact
+from shiftadd_cli.artifact.format import FORMAT_VERSION, SUFFIXES, MatrixFormat
+from shiftadd_cli.bcq.int8 import decode_table
+from shiftadd_cli.bcq.shifts import MAGNITUDES
+from shiftadd_cli.bcq.weight import QuantizedWeight
+from shiftadd_cli.runtime.linear import PackedLinear
+
+# Of the largest magnitude: float32 sums of up to 64 terms, some passes of them.
+ROUNDING = 1e-5
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("llama", {}),
+    "pot": ("llama", {"scale_format": "pot", "group_size": 16}),
+    "apot3 with offset": ("llama", {"scale_format": "apot3", "offset": True, "group_size": 16}),
+    "float with offset": ("llama", {"scale_format": "float", "offset": True, "row_scale": False, "rotation": "none"}),
+    "groups by rows": ("llama", {"recipe": "shiftaddllm-lat", "embedding_bits": 16}),
+    "one group of all rows": ("llama", {"recipe": "shiftaddllm-acc", "shard_size": "30KB"}),
+    "shift1": ("llama", {"primitive": "shift1", "bits": 3}),
+    "shift2": ("llama", {"primitive": "shift2", "bits": 4, "rotation": "none"}),
+    "outlier columns": ("llama", {"outlier_columns": 0.05}),
+    "a mixture": ("llama", {"recipe": "shiftaddvit", "avg_bits": 4.2, "candidates": (2, 4, "shift1", "shift2")}),
+    "stored transposed by the model": ("gpt2", {}),
+    "tied embeddings": ("qwen2", {"bits": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save_tiny(name, folder / name) for name in ("llama", "gpt2", "qwen2")}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_kind_of_run_is_read(
+    models: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SHIFTADD_KERNEL", "reference")
+    family, fields = RUNS[name]
+    shiftadd_cli.quantize(models[family], tmp_path / "out", **({"samples": 4, "seq_len": 32} | fields))
+    check(tmp_path / "out")
+    reader, model = Reader(tmp_path / "out"), shiftadd_cli.load(tmp_path / "out")
+    for module, packed in model.named_modules():
+        if isinstance(packed, PackedLinear):
+            close(reader.matrix(module), packed.decode())
+    packed_names = {module for module, each in model.named_modules() if isinstance(each, PackedLinear)}
+    assert packed_names == set(reader.modules)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    form=st.builds(
+        MatrixFormat,
+        bits=st.integers(1, 8),
+        group_size=st.sampled_from(["all", 1, 5, 8, 16, 999]),
+        group_rows=st.sampled_from(["all", 1, 3, "1/8", "1/5", 999]),
+        scale_format=st.sampled_from(["pot", "apot2", "apot3", "float"]),
+        row_scale=st.booleans(),
+        offset=st.booleans(),
+        rotation=st.sampled_from(["none", "hadamard"]),
+        outlier_columns=st.sampled_from([0.0, 0.01, 0.11]),
+    ),
+    tables=st.booleans(),
+)
+def test_every_byte_means_what_the_page_says(
+    tmp_path_factory: pytest.TempPathFactory, form: MatrixFormat, tables: bool
+) -> None:
+    """Random bytes: codes that no run happens to write are in them too."""
+    folder = tmp_path_factory.mktemp("random") / "out"
+    check(write_checkpoint(tiny_model("llama"), folder, common=form, tables=tables).folder)
+
+
+@pytest.mark.parametrize(("primitive", "bits"), MAGNITUDES)
+def test_every_code_of_shift_layers_means_what_the_page_says(primitive: Any, bits: int, tmp_path: Path) -> None:
+    form = MatrixFormat(bits, 16, 1, "apot2", True, False, "hadamard", 0.0, primitive)
+    check(write_checkpoint(tiny_model("llama"), tmp_path / "out", common=COMMON, own={"_proj": form}).folder)
+
+
+def check(folder: Path) -> None:
+    """The reader's numbers are those of `shiftadd`."""
+    reader, artifact = Reader(folder), Artifact.open(folder)
+    stored = _tensors(artifact)
+    assert set(reader.modules) == set(artifact.layouts)
+    assert set(reader.tables) == set(artifact.tables)
+    for name, layout in artifact.layouts.items():
+        weight = QuantizedWeight(layout, {suffix: stored[f"{name}.{suffix}"] for suffix in layout.tensors()})
+        equal(reader.planes(name), weight.decode_stored())
+        (close if layout.rotation else equal)(reader.matrix(name), weight.decode())
+    for name in artifact.tables:
+        equal(reader.table(name), decode_table(stored[f"{name}.weight_int8"], stored[f"{name}.weight_int8_scale"]))
+
+
+def equal(read: Any, ours: torch.Tensor) -> None:
+    assert read.dtype == np.float32
+    assert np.array_equal(read, ours.numpy())
+
+
+def close(read: Any, ours: torch.Tensor) -> None:
+    assert read.shape == tuple(ours.shape)
+    assert np.abs(read - ours.numpy()).max() <= ROUNDING * np.abs(read).max()
+
+
+def _tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in artifact.headers:
+        with safe_open(artifact.folder / file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def test_the_reader_knows_nothing_of_ours(repository: Path) -> None:
+    tree = ast.parse((repository / "tests" / "format_reader.py").read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert {str(name).partition(".")[0] for name in imported} - {"numpy"} <= sys.stdlib_module_names
+
+
+def test_the_page_names_every_tensor_key_and_version(repository: Path) -> None:
+    page = (repository / "docs" / "format.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"^\| `(\w+)`", page, flags=re.MULTILINE))
+    assert set(SUFFIXES) <= told
+    assert {*MatrixFormat.__dataclass_fields__, "quant_method", "format_version"} <= told
+    assert FORMAT_VERSION == 2, "the page speaks of versions 1 and 2"
+    example = json.loads(re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)[0])
+    assert {*MatrixFormat.__dataclass_fields__} - {"primitive"} <= example.keys()
+    rows = re.findall(r"^\| `(shift\d)` \| (\d) \| ([\d, ]+) \| (\d+) \|", page, flags=re.MULTILINE)
+    listed = {(name, int(bits)): tuple(map(int, values.split(","))) for name, bits, values, _ in rows}
+    assert listed == MAGNITUDES
