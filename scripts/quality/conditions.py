@@ -22,7 +22,7 @@ from shiftadd_cli.source import open_source
 from shiftadd_cli.version import __version__
 
 _LIBRARIES = ("torch", "transformers")
-# Fields that recipes did not have when rows were measured, with the value that stands for that: the rows keep their names.
+# Fields that came after the first rows, with the value that stands for recipes without them: rows keep their names.
 _LATER = {"primitive": "bcq", "distill_epochs": 0}
 
 
