@@ -316,6 +316,8 @@ class History:
         """What is left of a run that stops here, and how to go on."""
         if self.last is None and self.bits is None:
             return "Nothing was finished yet."
+        if self.distilled is not None:
+            return "All blocks are finished, and the whole is tuned; the same command goes on from there."
         return f"{self.done} of {len(self.names)} blocks are finished and kept; the same command goes on from there."
 
     def _read(self, name: str, kind: type[_Kind]) -> _Kind | None:

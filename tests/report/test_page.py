@@ -19,7 +19,9 @@ PAGES = {
     "mixed": lambda: [sample_run()],
     "uniform": lambda: [sample_run(mixed=False)],
     "weights only": lambda: [sample_run(calibrated=False)],
-    "not evaluated": lambda: [Run("out", sample_report(blocks=[], tables=[], kept=[]), sample_run().cost)],
+    "not evaluated": lambda: [
+        Run("out", sample_report(blocks=[], distillation=None, tables=[], kept=[]), sample_run().cost)
+    ],
     "two": lambda: [sample_run("one"), sample_run("two", calibrated=False)],
     "six": lambda: [sample_run(f"run {index}") for index in range(6)],
 }
@@ -138,9 +140,10 @@ def test_headline_layers_and_command() -> None:
 
 def test_what_is_not_there_is_not_shown() -> None:
     sections = texts(parse(render_page(PAGES["mixed"]())), "h2")
-    assert {"Quality", "Bits against loss", "Block reconstruction"} <= set(sections)
-    plain = Run("out", sample_report(mixed=False, blocks=[]), sample_run().cost)
-    assert not {"Quality", "Bits against loss", "Block reconstruction"} & set(texts(parse(render_page([plain])), "h2"))
+    optional = {"Quality", "Bits against loss", "Block reconstruction", "Distillation"}
+    assert optional <= set(sections)
+    plain = Run("out", sample_report(mixed=False, blocks=[], distillation=None), sample_run().cost)
+    assert not optional & set(texts(parse(render_page([plain])), "h2"))
     assert "not measured" in render_page([plain])
 
 
