@@ -25,6 +25,7 @@ from shiftadd_cli.distributed.team import Team
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import LinearSpec, Source, Structure, find_structure
+from shiftadd_cli.source.experts import has_split_experts
 
 NO_CALIBRATION = "none"
 
@@ -157,7 +158,8 @@ class Plan:
         for each in self.linears:
             own = replace(common, primitive=each.layout.primitive, bits=each.layout.bits)
             modules[each.spec.name] = (own, each.spec.out_features, each.spec.in_features)
-        return ArtifactFormat(common, modules, {each.name: (each.rows, each.columns) for each in self.tables})
+        tables = {each.name: (each.rows, each.columns) for each in self.tables}
+        return ArtifactFormat(common, modules, tables, split_experts=has_split_experts(self.source.skeleton()))
 
 
 def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None = None) -> Plan:

@@ -83,10 +83,15 @@ class SplitExperts(nn.Module):
     def joined(self) -> nn.Module:
         """The module it was made from, with its weights in stacks again; this one keeps none."""
         stacked: nn.Module = self._rules
-        for name, (shape, _) in self._shapes.items():
-            stacked.register_parameter(name, _frozen(self._joined(name, shape)))
-            self._empty(name)
+        for name, stack in self.joined_stacks():
+            stacked.register_parameter(name, _frozen(stack))
         return stacked
+
+    def joined_stacks(self) -> Iterator[tuple[str, Tensor]]:
+        """Its weights in stacks, by name; what was given is gone here when the next is asked for."""
+        for name, (shape, _) in self._shapes.items():
+            yield name, self._joined(name, shape)
+            self._empty(name)
 
     @property
     def shapes(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
