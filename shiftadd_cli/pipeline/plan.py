@@ -21,11 +21,12 @@ from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.calibration.flow import Flow, measure_flow
 from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
+from shiftadd_cli.calibration.mixtures import COPIES, ROOM_BYTES, expert_bytes
 from shiftadd_cli.distributed.team import Team
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import LinearSpec, Source, Structure, find_structure
-from shiftadd_cli.source.experts import has_split_experts
+from shiftadd_cli.source.experts import has_split_experts, routed_shares
 
 NO_CALIBRATION = "none"
 
@@ -126,10 +127,14 @@ class Plan:
 
     def _recalled_bytes(self, flow: Flow) -> int:
         """Of what the linears of a block read, as if no two read the same; of the block where that is most."""
-        values: Counter[int] = Counter()
+        values = dict.fromkeys(range(len(self.structure.blocks)), 0.0)
+        shares = routed_shares(self.source.skeleton())
         for each in self.linears:
-            values[each.spec.block] += flow.tokens[each.spec.block] * each.spec.in_features
-        return max(values.values()) * self.recipe.samples * self.source.dtype.itemsize
+            spec = each.spec
+            place = f"{self.structure.blocks[spec.block]}.{spec.experts}"
+            read = flow.tokens[spec.block] * (1.0 if spec.experts is None else shares[place])
+            values[spec.block] += read * spec.in_features
+        return int(max(values.values())) * self.recipe.samples * self.source.dtype.itemsize
 
     @property
     def bits_per_weight(self) -> float:
@@ -233,7 +238,7 @@ def _versions(recipe: Recipe) -> int:
 
 
 def _token_weight_bytes(recipe: Recipe, flow: Flow, linears: tuple[PlannedLinear, ...]) -> int:
-    return 4 * recipe.samples * sum(flow.tokens[each.spec.block] for each in linears)
+    return 4 * recipe.samples * sum(flow.tokens[each.spec.block] for each in linears if each.spec.experts is None)
 
 
 def _nbytes(shape: TensorShape) -> int:
@@ -261,6 +266,8 @@ def _peak_memory(
     model = source.skeleton()
     blocks = {name: model.get_submodule(name) for name in structure.blocks}
     block = max(_module_bytes(module) for module in blocks.values())
+    # Stacks of experts are put together from what is stored, and cut up: 1.6 to 2.0 times the block, as measured.
+    reading = 2 * block if has_split_experts(model) else block
     outside = source.model_bytes - sum(_module_bytes(module) for module in blocks.values())
     # Codes are made beside the matrix they stand for, before any block is loaded.
     codes = max((each.nbytes for each in tables), default=0)
@@ -273,7 +280,7 @@ def _peak_memory(
     vocabulary = 0 if source.reads_images else source.config.get_text_config().vocab_size
     resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * vocabulary
     if recipe.calibration == NO_CALIBRATION:
-        return int(_SLACK * (resident + max(outside + codes, block + solver)))
+        return int(_SLACK * (resident + max(outside + codes, reading, block + solver)))
     versions = _versions(recipe)
     flow = measure_flow(source, structure.blocks, recipe.seq_len)
     itemsize = source.dtype.itemsize
@@ -288,6 +295,9 @@ def _peak_memory(
     squares = [[width**2 for width, _ in each] for each in inputs]
     gathered = max(max(each, default=0) if recipe.true_sequential else sum(each) for each in squares)
     moments = 4 * (2 if recipe.asymmetric else 1) * gathered
+    if recipe.true_sequential:
+        # Those of experts side by side.
+        moments = max(moments, min(_expert_bytes(linears, cross=bool(recipe.asymmetric)), ROOM_BYTES) // COPIES)
     # A batch's inputs in the original, as they are read and in float32.
     recalled = recipe.batch_size * (itemsize + 4) * read if recipe.asymmetric else 0
     # Sums of a shard, of all shards, and in the end the moments themselves.
@@ -297,8 +307,8 @@ def _peak_memory(
     if recipe.reconstruct_epochs:
         weights = max(sum(width * rows for width, rows in each) for each in inputs)
         tuning = _TUNING_BYTES * weights + _TUNING_ACTIVATIONS * activations
-    starting = outside + max(codes, block + activations)
-    running = versions * block + max(gathering, solving, tuning)
+    starting = outside + max(codes, reading, block + activations)
+    running = max(reading, versions * block + max(gathering, solving, tuning))
     token_weights = 0
     if recipe.loss_aware:
         token_weights = _token_weight_bytes(recipe, flow, linears)
@@ -308,6 +318,16 @@ def _peak_memory(
         measuring = outside + running + hidden + min(GRADIENT_BYTES, len(blocks) * hidden)
         return int(_SLACK * (resident + pixels + max(starting, running + token_weights, measuring)))
     return int(_SLACK * (resident + pixels + max(starting, running + token_weights)))
+
+
+def _expert_bytes(linears: tuple[PlannedLinear, ...], *, cross: bool) -> int:
+    """What gathering the moments of alike inputs of all experts of a mixture takes, where that is most."""
+    found: Counter[tuple[int, str | None, str]] = Counter()
+    for each in linears:
+        if each.spec.experts is not None:
+            alike = (each.spec.block, each.spec.experts, each.spec.kind.rpartition(".")[2])
+            found[alike] += expert_bytes(each.spec.in_features, cross=cross)
+    return max(found.values(), default=0)
 
 
 def resident_bytes() -> int:

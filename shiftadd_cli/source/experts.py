@@ -17,6 +17,8 @@ from torch import Tensor, nn
 # As transformers names stacks; each with the projections that lie in it.
 _GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _PLAIN = {"up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+# What configurations call the number of experts that a token is sent to.
+_SENT_TO = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 
 
 class Expert(nn.Module):
@@ -196,6 +198,36 @@ def split_experts(model: nn.Module) -> dict[str, SplitExperts]:
             found[name] = SplitExperts(module)
             model.set_submodule(name, found[name])
     return found
+
+
+def tokens_of(index: Tensor, expert: int) -> Tensor:
+    """Numbers of the tokens that are sent to an expert, in the order of the rows that it reads: int64, ascending.
+
+    index: int64 `[tokens, k]`, as `SplitExperts` is given it.
+    """
+    return torch.where(index == expert)[0]
+
+
+def place_in_mixture(block: nn.Module, path: str) -> tuple[str, int] | None:
+    """The path of the split experts that the module `path` of a block is in, and the number of its expert."""
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(block.get_submodule(".".join(parts[:end])), SplitExperts):
+            return ".".join(parts[:end]), int(parts[end])
+    return None
+
+
+def routed_shares(model: Any) -> dict[str, float]:
+    """The share of the tokens that an expert reads on average, by name of the split experts; 1 where the configuration
+    does not say to how many a token is sent."""
+    config = model.config.get_text_config()
+    named = (getattr(config, name, None) for name in _SENT_TO)
+    sent = next((each for each in named if isinstance(each, int)), None)
+    return {
+        name: 1.0 if sent is None else min(1.0, sent / module.num_experts)
+        for name, module in model.named_modules()
+        if isinstance(module, SplitExperts)
+    }
 
 
 def has_split_experts(model: nn.Module) -> bool:
