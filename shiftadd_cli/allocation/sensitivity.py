@@ -209,11 +209,21 @@ def walk_blocks(
             for group, each in zip(part, moments, strict=True):
                 members = [specs[kind] for kind in group]
                 weights = [spec.matrix(block).float() for spec in members]
-                known = each is not None and enough_tokens(members[0], each.tokens)
-                found = measure(members, weights, each.hessian if each is not None and known else None)
+                found = measure(members, weights, None if each is None else _form(members[0], each))
                 costs |= {spec.name: cost for spec, cost in zip(members, found, strict=True)}
         shared += [tuple(specs[kind].name for kind in group) for group in groups]
         if depth + 1 < len(structure.blocks):
             stream.advance(name, team)
         source.release([name])
     return Sensitivities({spec.name: costs[spec.name] for spec in structure.linears}, tuple(shared))
+
+
+def _form(spec: LinearSpec, moments: Moments) -> Tensor | None:
+    """The second moment that the errors of a linear are measured in. Of an expert that read too few tokens it is their
+    mean power in every direction, since that expert is fitted by weights alone; None where it read none."""
+    if not moments.tokens:
+        return None
+    if enough_tokens(spec, moments.tokens):
+        return moments.hessian
+    diagonal = moments.hessian.diagonal()
+    return torch.diag(diagonal.mean().expand_as(diagonal))
