@@ -74,9 +74,9 @@ def enough_tokens(spec: LinearSpec, tokens: int) -> bool:
     """Whether a linear that read so many tokens is calibrated on them: if it is of an expert, as many as its inputs.
 
     A moment of fewer says nothing of some directions, and takes what it says of others for more than it is. On up and
-    down projections of blocks 3 and 20 of SmolLM2-135M, at 3 bits and on other windows, the output error of a fit on as
-    many tokens as inputs was 0.55 to 1.3 times that of a fit by weights alone (0.86 in the geometric mean), on half as
-    many 0.7 to 1.6 times (1.07), and on twice as many 0.4 to 1.1 times (0.66).
+    down projections of blocks 3 and 20 of SmolLM2-135M, at 3 bits and on tokens of other windows, the output error of a
+    fit on half as many tokens as inputs was 0.71 to 1.59 times that of a fit by weights alone (1.07 in the geometric
+    mean), on as many 0.53 to 1.32 times (0.83), and on twice as many 0.39 to 0.95 times (0.60).
     """
     return tokens > 0 and (spec.experts is None or tokens >= spec.in_features)
 

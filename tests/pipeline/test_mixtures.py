@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bit_plans import plan_for
 from click.testing import CliRunner
 from stopped_runs import contents, counting_text, stopped
 from tiny_models import MIXTURES, save_tiny, tiny_tokenizer
@@ -16,7 +17,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import shiftadd_cli
-from shiftadd_cli.artifact.contents import Contents
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.bcq.options import SolverOptions
@@ -24,6 +24,8 @@ from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.calibration import mixtures
 from shiftadd_cli.cli import main
 from shiftadd_cli.export.dense import export_dense
+from shiftadd_cli.pipeline.describe import describe_plan
+from shiftadd_cli.pipeline.describe_bits import describe_bit_plan
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
@@ -88,25 +90,20 @@ def test_what_is_written_loads_and_computes_with_the_decoded_weights(tmp_path: P
     original = load(source)
     for name in routers:
         assert torch.equal(packed.get_submodule(name).weight, original.get_submodule(name).weight)
-    experts = [layer for layer in report.layers if ".experts." in layer.name]
-    # Those of a mixture are sent every token, and each token to two.
+    every = QUICK["samples"] * QUICK["seq_len"]
     sent = Counter[str]()
-    for layer in experts:
+    for layer in report.layers:
+        if ".experts." not in layer.name:
+            assert layer.tokens == every
+            continue
         assert layer.tokens is not None
         assert layer.calibrated == (layer.tokens >= layer.in_features)
         sent[layer.name.rpartition(".experts.")[0] + layer.name.rpartition(".")[2]] += layer.tokens
-    assert set(sent.values()) == {2 * QUICK["samples"] * QUICK["seq_len"]}
-    assert all(layer.tokens == QUICK["samples"] * QUICK["seq_len"] for layer in set_of(report) - set_of(experts))
-    # Every matrix of the blocks is compressed, or named as kept.
-    stored = Contents.of(Artifact.open(out))
-    assert {layer.name for layer in stored.layers} == {layer.name for layer in report.layers}
+    # Each token is sent to two.
+    assert set(sent.values()) == {2 * every}
     assert "experts.*.down_proj" in summarize(report, "out")
     export_dense(out, tmp_path / "dense")
     torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(dense), rtol=1e-4, atol=1e-4)
-
-
-def set_of(layers: Any) -> set[Any]:
-    return set(getattr(layers, "layers", layers))
 
 
 @pytest.mark.parametrize(
@@ -205,14 +202,28 @@ def test_skipped_experts_are_stored_one_by_one_as_they_were(
     torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(packed), rtol=1e-4, atol=1e-4)
 
 
-def test_one_block_is_in_memory_at_a_time(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_of_a_mixture_is_of_what_its_experts_read(mixtral: Path) -> None:
     plan = make_plan(open_source(str(mixtral)), Recipe.load("default", QUICK))
     assert plan.artifact_format().split_experts
+    (line,) = (line for line in describe_plan(plan).splitlines() if "gate_proj" in line)
+    assert line.split()[:6] == ["mlp.experts.*.gate_proj", "8", "44", "x", "32", "3"]
     assert plan.parameters == sum(each.numel() for each in load(mixtral).parameters())
     # Experts read half of the tokens each, as they are sent two of four.
     recalled = QUICK["samples"] * QUICK["seq_len"] * 4 * (4 * 32 + (2 * 32 + 44) * 4 // 2)
     states = 2 * 2 * QUICK["samples"] * QUICK["seq_len"] * 32 * 4
     assert plan.state_bytes == states + recalled
+
+
+def test_a_bit_plan_shows_the_bits_that_most_experts_of_a_block_have(mixtral: Path) -> None:
+    recipe = Recipe.load("default", QUICK)
+    plan = plan_for(mixtral, recipe, lambda _: 3)
+    layers = dict(plan.layers)
+    name = "model.layers.1.mlp.experts.3.up_proj"
+    layers[name] = layers[name].model_copy(update={"bits": 2})
+    linears = make_plan(open_source(str(mixtral)), recipe).structure.linears
+    shown = describe_bit_plan(plan.model_copy(update={"layers": layers}), linears)
+    (line,) = (line for line in shown.splitlines() if "up_proj" in line)
+    assert line.split()[:3] == ["mlp.experts.*.up_proj", "33", "2.875"]
 
 
 def test_experts_of_a_form_that_is_not_known_are_refused(tmp_path: Path, text: str) -> None:
