@@ -55,14 +55,15 @@ class BlockStream:
             seen[name] = inputs
             then()
 
-        return hooked(
-            [
-                module.register_forward_pre_hook(lambda _, args, name=name, at=at: note(name, args[at]))
-                for name in names
-                for module in [self.block.get_submodule(name)]
-                for at in [int(isinstance(module, SplitExperts))]
-            ]
-        )
+        handles = []
+        for name in names:
+            module = self.block.get_submodule(name)
+            # Of split experts, what they are told after the hidden states.
+            place = 1 if isinstance(module, SplitExperts) else 0
+            handles.append(
+                module.register_forward_pre_hook(lambda _, args, name=name, place=place: note(name, args[place]))
+            )
+        return hooked(handles)
 
     def span(self, index: int) -> slice:
         """The samples of a batch."""

@@ -73,8 +73,8 @@ class ShiftAddQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Those of the model, without what merges experts, or cuts them up on saving, where they are stored one by
         one."""
-        places = [name for name, module in model.named_modules() if isinstance(module, SplitExperts)]
-        stacks = {f"{name.rpartition('.')[2]}.{stack}" for name in places for stack in model.get_submodule(name).shapes}
+        split = {name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)}
+        stacks = {f"{name.rpartition('.')[2]}.{stack}" for name, module in split.items() for stack in module.shapes}
         kept = [each for each in weight_conversions if not _merges(each, stacks)]
         updated: list[Any] = super().update_weight_conversions(kept, model)
         return updated

@@ -80,7 +80,7 @@ class Source:
         owners = [next((name for name in self._experts if each.startswith(f"{name}.")), each) for each in prefixes]
         with ExitStack() as stack:
             for name, experts in self._experts.items():
-                if experts.is_empty and covered(name, owners):
+                if covered(name, owners) and experts.is_empty:
                     stack.enter_context(experts.as_stacks())
             self._loader.materialise(owners)
 
