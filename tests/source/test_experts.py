@@ -174,6 +174,27 @@ def test_experts_that_are_no_stacks_of_three_axes_are_refused_too() -> None:
         find_structure(model)
 
 
+def test_experts_without_a_gate() -> None:
+    """Those of Nemotron-H, of which the rest is not needed here."""
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    config = AutoConfig.for_model("nemotron_h", n_routed_experts=3, hidden_size=16, moe_intermediate_size=12)
+    config._experts_implementation = "eager"
+    model = nn.Module()
+    model.experts = NemotronHExperts(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(generator=generator)
+    width = model.experts.up_proj.shape[2]
+    given = (torch.randn(7, width, generator=generator), torch.randint(0, 3, (7, 1), generator=generator))
+    with torch.no_grad():
+        expected = model.experts(*given, torch.rand(7, 1, generator=torch.Generator().manual_seed(1)))
+        split = split_experts(model)["experts"]
+        found = split(*given, torch.rand(7, 1, generator=torch.Generator().manual_seed(1)))
+    assert {name for name, _ in split.get_submodule("0").named_children()} == {"up_proj", "down_proj"}
+    torch.testing.assert_close(found, expected)
+
+
 class _Normed(nn.Module):
     """Says it normalises what each expert gives out."""
 
