@@ -17,6 +17,7 @@ from shiftadd_cli.artifact.format import ArtifactFormat, MatrixFormat
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.int8 import decode_table, encode_table
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.source.experts import split_experts
 
 FORMATS = ("pot", "apot2", "apot3", "float")
 COMMON = MatrixFormat(bits=3, group_size=16, group_rows=1, scale_format="apot2", row_scale=True, offset=False)
@@ -53,11 +54,14 @@ def write_checkpoint(
     own: dict[str, MatrixFormat] | None = None,
     shard_bytes: int = 20_000,
     tables: bool = False,
+    split: bool = True,
 ) -> Checkpoint:
     """Replace all linears but the head by random matrices; `own` are formats of modules, by the end of their name.
 
-    tables: store the input embedding and the head as 8-bit rows.
+    tables: store the input embedding and the head as 8-bit rows; split: experts in stacks are linears too.
     """
+    model = copy.deepcopy(model)
+    split = split and bool(split_experts(model))
     dense = copy.deepcopy(model)
     modules: dict[str, tuple[MatrixFormat, int, int]] = {}
     tensors = {name: each for name, each in model.state_dict().items() if name not in model.all_tied_weights_keys}
@@ -76,7 +80,7 @@ def write_checkpoint(
     held = _replace_tables(dense, tensors) if tables else {}
     config = json.loads(model.config.to_json_string())
     config |= {"architectures": [type(model).__name__], "dtype": "float32"}
-    config["quantization_config"] = ArtifactFormat(common, modules, held).to_dict()
+    config["quantization_config"] = ArtifactFormat(common, modules, held, split).to_dict()
     with ArtifactWriter(folder, shard_bytes=shard_bytes) as writer:
         writer.plan({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
         for name, tensor in tensors.items():

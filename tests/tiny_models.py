@@ -47,10 +47,28 @@ _SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
 }  # fmt: skip
 FAMILIES = tuple(_SETTINGS)
 
+_SPARSE = {**_ROTARY, "hidden_size": 32, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+_MIXTURES: dict[str, tuple[str, dict[str, object]]] = {
+    "mixtral": ("mixtral", {**_SPARSE, "intermediate_size": 44, "num_local_experts": 4}),
+    "qwen2_moe": ("qwen2_moe", {**_SPARSE, "intermediate_size": 40, "moe_intermediate_size": 28, "num_experts": 4,
+                                "shared_expert_intermediate_size": 36}),
+    "qwen3_moe": ("qwen3_moe", {**_SPARSE, "head_dim": 16, "intermediate_size": 40, "moe_intermediate_size": 20,
+                                "num_experts": 6, "norm_topk_prob": True, "tie_word_embeddings": True}),
+    "olmoe": ("olmoe", {**_SPARSE, "intermediate_size": 28, "num_experts": 5}),
+    "gpt_oss": ("gpt_oss", {**_SPARSE, "head_dim": 16, "intermediate_size": 36, "num_local_experts": 4,
+                            "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
+    "granitemoe": ("granitemoe", {**_SPARSE, "intermediate_size": 28, "num_local_experts": 4}),
+    "deepseek_v3": ("deepseek_v3", {**_SPARSE, "num_key_value_heads": 4, "intermediate_size": 40,
+                                    "moe_intermediate_size": 20, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                                    "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8,
+                                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}),
+}  # fmt: skip
+MIXTURES = tuple(_MIXTURES)
+
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """Configuration of a random small decoder; `family` is one of `FAMILIES`."""
-    model_type, settings = _SETTINGS[family]
+    """Configuration of a random small decoder; `family` is one of `FAMILIES` or `MIXTURES`."""
+    model_type, settings = (_SETTINGS | _MIXTURES)[family]
     return AutoConfig.for_model(model_type, **settings)
 
 

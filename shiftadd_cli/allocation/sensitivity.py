@@ -38,7 +38,8 @@ from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.bcq.hessian import build_objective
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.calibration.gradients import squared_gradients
-from shiftadd_cli.calibration.hessian import gather_moments
+from shiftadd_cli.calibration.hessian import Moments, gather_moments
+from shiftadd_cli.calibration.mixtures import Group, enough_tokens, in_room, in_turns
 from shiftadd_cli.calibration.replay import Replay
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.trace import Trace, trace_model
@@ -198,15 +199,31 @@ def walk_blocks(
         calls = {size: per_block[depth] for size, per_block in trace.calls.items()}
         stream = BlockStream(block, trace.hidden, calls, device)
         specs = {spec.kind: spec for spec in structure.linears if spec.block == depth}
-        groups = stream.shared_inputs(list(specs), team)
-        moments = [each.hessian for each in gather_moments(stream, groups, team=team)]
-        left = [(kind,) for kind in specs if not any(kind in group for group in groups)]
-        for group, hessian in [*zip(groups, moments, strict=True), *((group, None) for group in left)]:
-            members = [specs[kind] for kind in group]
-            found = measure(members, [spec.matrix(block).float() for spec in members], hessian)
-            costs |= {spec.name: each for spec, each in zip(members, found, strict=True)}
+        turns = in_turns(stream.shared_inputs(list(specs), team), list(specs.values()))
+        groups = [group for turn in turns for group in turn]
+        left: list[Group] = [(kind,) for kind in specs if not any(kind in group for group in groups)]
+        for part in [*in_room(groups, list(specs.values()), cross=False), left]:
+            moments: Sequence[Moments | None] = [None] * len(left)
+            if part is not left:
+                moments = gather_moments(stream, part, team=team)
+            for group, each in zip(part, moments, strict=True):
+                members = [specs[kind] for kind in group]
+                weights = [spec.matrix(block).float() for spec in members]
+                found = measure(members, weights, None if each is None else _form(members[0], each))
+                costs |= {spec.name: cost for spec, cost in zip(members, found, strict=True)}
         shared += [tuple(specs[kind].name for kind in group) for group in groups]
         if depth + 1 < len(structure.blocks):
             stream.advance(name, team)
         source.release([name])
     return Sensitivities({spec.name: costs[spec.name] for spec in structure.linears}, tuple(shared))
+
+
+def _form(spec: LinearSpec, moments: Moments) -> Tensor | None:
+    """The second moment that the errors of a linear are measured in. Of an expert that read too few tokens it is their
+    mean power in every direction, since that expert is fitted by weights alone; None where it read none."""
+    if not moments.tokens:
+        return None
+    if enough_tokens(spec, moments.tokens):
+        return moments.hessian
+    diagonal = moments.hessian.diagonal()
+    return torch.diag(diagonal.mean().expand_as(diagonal))

@@ -16,6 +16,9 @@ there are none.
 [rows]; `shape` is [rows, columns]. Modules whose weights the model ties are stored, and listed, once: under the name
 that comes first in the model. Without tables the key may be absent.
 
+With `"split_experts": true` the experts of a mixture, which transformers keeps in stacks of matrices, are stored one by
+one, compressed or not, as linear layers of the names `<module>.<expert>.gate_proj`, `up_proj` and `down_proj`.
+
 A module with `primitive` "shift1" or "shift2" is a shift layer, see `bcq.shifts`: `bits` are those of its codes, and
 `group_size`, `group_rows`, `scale_format`, `row_scale` and `offset` say nothing of it. Without the key it is "bcq".
 `format_version` is 2 where there are shift layers, and 1 where there are none.
@@ -81,12 +84,13 @@ class MatrixFormat:
 
 @dataclass(frozen=True)
 class ArtifactFormat:
-    """The compressed modules of a checkpoint: name → (format, out_features, in_features), and its tables: name →
-    (rows, columns)."""
+    """The compressed modules of a checkpoint: name → (format, out_features, in_features), its tables: name → (rows,
+    columns), and whether experts that transformers keeps in stacks are stored one by one."""
 
     common: MatrixFormat
     modules: Mapping[str, tuple[MatrixFormat, int, int]]
     tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    split_experts: bool = False
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ArtifactFormat:
@@ -115,7 +119,9 @@ class ArtifactFormat:
             modules[name] = (own, rows, columns)
         tables = config.get("tables", {})
         _check("tables", tables, isinstance(tables, Mapping))
-        return cls(common, modules, {name: _shape(name, entry) for name, entry in tables.items()})
+        split = config.get("split_experts", False)
+        _check("split_experts", split, type(split) is bool)
+        return cls(common, modules, {name: _shape(name, entry) for name, entry in tables.items()}, split)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `from_dict`; a module shows only what differs from the common values."""
@@ -130,6 +136,8 @@ class ArtifactFormat:
         config = {"quant_method": QUANT_METHOD, "format_version": 1 + shifts, **common, "modules": modules}
         if self.tables:
             config["tables"] = {name: {"shape": list(shape)} for name, shape in self.tables.items()}
+        if self.split_experts:
+            config["split_experts"] = True
         return config
 
     def layouts(self) -> dict[str, PackedLayout]:

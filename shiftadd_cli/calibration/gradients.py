@@ -37,8 +37,8 @@ class SquaredGradients:
     """Squared gradients of the end loss, summed over tokens, at the outputs of linears, averaged over output features.
 
     Attributes:
-        tokens: of each token, float32 `[samples, tokens]` on the CPU, as many as enter the block; for the linears that
-            `partial` does not name.
+        tokens: of each token, float32 `[samples, tokens]` on the CPU, as many as enter the block; of linears of experts
+            there is none, and that of others which `partial` names says nothing.
         means: their sum, divided by the number of all predictions (tokens of a text, images), whether the linear sees
             them or not. Half of it, times the number of output features, times the mean square of an error of the
             output over the tokens that the linear sees and its features, is what the error adds to the loss of a
@@ -52,7 +52,7 @@ class SquaredGradients:
     partial: frozenset[str]
 
     def token_weights(self) -> dict[str, Tensor]:
-        """For every linear `tokens` divided by their mean: float32 `[samples, tokens]`, of mean 1.
+        """For every linear but those of experts `tokens` divided by their mean: float32 `[samples, tokens]`, of mean 1.
 
         Ones get a linear that no gradient reaches, and one that does not see all tokens.
         """
@@ -106,8 +106,11 @@ def squared_gradients(
         raise ValueError(f"the trace is of {trace.hidden.samples} samples, not of {len(samples)}")
     entering = team.share(trace.hidden[0].shape[1] if team.first else 0)
     tokens = [entering, *(form.shape[0] for form in trace.forms)]
-    squares = {spec.name: torch.zeros(len(samples), tokens[spec.block]) for spec in structure.linears}
-    walk = _Walk(source, structure, trace, device, squares, {name: [] for name in squares}, progress)
+    # Of thousands of experts they would take more room than the model.
+    whole = [spec for spec in structure.linears if spec.experts is None]
+    squares = {spec.name: torch.zeros(len(samples), tokens[spec.block]) for spec in whole}
+    totals: dict[str, list[float]] = {spec.name: [] for spec in structure.linears}
+    walk = _Walk(source, structure, trace, device, squares, totals, progress)
     end = EndLoss(source.skeleton(), structure, trace.forms, samples, kind=loss, seed=seed, device=device)
     own = team.shards(len(trace.hidden)).own()
     for batches in _groups(trace, own, memory_bytes // len(structure.blocks)):
@@ -119,10 +122,10 @@ def squared_gradients(
         walk.backward(batches)
     # Tokens of other processes are zeros here, and exact sums of totals do not depend on their order.
     parts = team.exchange(squares)
-    totals, partial = team.gather(walk.totals), team.gather(sorted(walk.partial))
+    gathered, partial = team.gather(totals), team.gather(sorted(walk.partial))
     return SquaredGradients(
         {name: sum((each[name] for each in parts[1:]), parts[0][name]) for name in squares},
-        {name: fsum(chain.from_iterable(each[name] for each in totals)) / end.predictions for name in squares},
+        {name: fsum(chain.from_iterable(each[name] for each in gathered)) / end.predictions for name in totals},
         frozenset(chain.from_iterable(partial)),
     )
 
@@ -176,19 +179,22 @@ class _Walk:
         model, stack = self.source.skeleton(), ExitStack()
         for spec in self.structure.linears:
             if spec.block == depth:
-                watch = self._watch(spec.name, self.squares[spec.name][batch.first : batch.first + batch.size])
+                squares = self.squares.get(spec.name)
+                watch = self._watch(spec.name, None if squares is None else squares[batch.first :][: batch.size])
                 stack.enter_context(model.get_submodule(spec.name).register_forward_hook(watch))
         return stack
 
-    def _watch(self, name: str, rows: Tensor) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _watch(self, name: str, rows: Tensor | None) -> Callable[[nn.Module, Any, Tensor], None]:
+        """rows: of the tokens of the batch; None for a linear of an expert."""
+
         def add(gradient: Tensor) -> None:
             means = gradient.float().square().mean(-1)
             self.totals[name].append(float(means.sum(dtype=torch.float64)))
-            if is_whole(means.shape, *rows.shape):
+            if rows is not None and is_whole(means.shape, *rows.shape):
                 rows.add_(means.view(rows.shape).cpu())
 
         def watch(_: nn.Module, __: Any, output: Tensor) -> None:
-            if not is_whole(output.shape[:-1], *rows.shape):
+            if rows is None or not is_whole(output.shape[:-1], *rows.shape):
                 self.partial.add(name)
             if output.requires_grad:
                 # A hook of the tensor, not of the module: a model may add to the output in place afterwards.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import is_whole
 from shiftadd_cli.distributed.team import ALONE, Team
+from shiftadd_cli.source.experts import place_in_mixture, tokens_of
+from shiftadd_cli.source.structure import linear_sizes
 
 # Columns of a second moment that are added to at once.
 _STRIP = 256
@@ -23,12 +25,13 @@ _ROUNDING = 1e-5
 class Moments:
     """Of one input x of linears: `hessian` E[x xᵀ], `mean` E[x], and, when there is an original to compare with,
     `cross` E[x̃ xᵀ] and `cross_mean` E[x̃], with x̃ what the linears read in the original model. Float32 `[in, in]`, and
-    `[in]`."""
+    `[in]`. `tokens`: how many they are means over; zeros where there were none."""
 
     hessian: Tensor
     mean: Tensor
     cross: Tensor | None = None
     cross_mean: Tensor | None = None
+    tokens: int = 0
 
     def about_mean(self) -> Moments:
         """Of x − E[x] and x̃ − E[x̃]; inputs that never change keep a trace of their power, above its rounding."""
@@ -37,25 +40,25 @@ class Moments:
         spread.diagonal().add_(trace)
         nothing = torch.zeros_like(self.mean)
         if self.cross is None or self.cross_mean is None:
-            return Moments(spread, nothing)
+            return Moments(spread, nothing, tokens=self.tokens)
         cross = self.cross - torch.outer(self.cross_mean, self.mean)
         # Or their columns would seem to want other weights than the original's.
         cross.diagonal().add_(trace)
-        return Moments(spread, nothing, cross, nothing)
+        return Moments(spread, nothing, cross, nothing, self.tokens)
 
 
 class Inputs(Protocol):
     """What the modules of a block read, batch by batch."""
 
     def inputs(self, index: int, names: Sequence[str], /) -> dict[str, Tensor]:
-        """Of batch number `index` and the modules `names` (paths in the block), those that ran."""
+        """Of batch number `index` and the modules `names` (paths in the block), those that ran; of split experts the
+        numbers of the experts that tokens are sent to."""
 
 
 class _Sum:
     """Σ x xᵀ, Σ x, Σ x̃ xᵀ and Σ x̃ over the tokens of a shard, and of all shards so far; see `distributed.shards`."""
 
     def __init__(self, width: int, device: torch.device, *, cross: bool) -> None:
-        self.width = width
         shapes = [(width, width), (width,)] * (2 if cross else 1)
         self._part = [torch.zeros(shape, device=device) for shape in shapes]
         self._total = [torch.zeros(shape, device=device) for shape in shapes]
@@ -71,10 +74,7 @@ class _Sum:
             hessian[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
         total += _sum_of(rows, root)
         if unspoilt:
-            # Experts may be given other tokens than in the original; such a batch says nothing about the difference.
-            others = rows
-            if original is not None and original.shape == inputs.shape:
-                others = _rows(original.to(inputs.device), root)
+            others = rows if original is None else _rows(original.to(inputs.device), root)
             unspoilt[0].addmm_(others.T, rows)
             unspoilt[1].add_(_sum_of(others, root))
         self._rows += len(rows)
@@ -90,15 +90,18 @@ class _Sum:
         team.complete([*self._total, self._all_rows])
         sums, rows = self._total, int(self._all_rows)
         upper = sums[0].triu()
-        hessian = (upper + upper.triu(1).T) / rows
-        return Moments(hessian, *(each / rows for each in sums[1:]))
+        counted = max(rows, 1)
+        hessian = (upper + upper.triu(1).T) / counted
+        mean, *unspoilt = (each / counted for each in sums[1:])
+        cross, cross_mean = unspoilt or (None, None)
+        return Moments(hessian, mean, cross, cross_mean, rows)
 
 
 def gather_moments(
     stream: BlockStream,
     groups: Sequence[tuple[str, ...]],
     original: Inputs | None = None,
-    weights: Sequence[Tensor] | None = None,
+    weights: Sequence[Tensor | None] | None = None,
     team: Team = ALONE,
 ) -> list[Moments]:
     """Run all batches and gather the moments of the input of each group of linears (see `shared_inputs`).
@@ -107,30 +110,60 @@ def gather_moments(
     original model, the cross moments are gathered too. Each process of a team runs batches of its own, and all get all
     moments.
 
-    weights: for each group `[samples, tokens]`, not negative and of mean 1: a token's x xᵀ counts by its weight
+    weights: for each group `[samples, tokens]` or None, not negative and of mean 1: a token's x xᵀ counts by its weight
     (GuidedQuant, arXiv:2505.07004, section 3). Inputs that do not hold every token, see `is_whole` (experts read some
     of them), are not weighted.
     """
     names = [group[0] for group in groups]
     by_name = dict(zip(names, weights or (), strict=False))
-    sums: dict[str, _Sum] = {}
+    places = {name: place for name in names if (place := place_in_mixture(stream.block, name)) is not None}
+    # Which tokens an expert reads is needed to compare them with those that it reads in the original.
+    mixtures = [] if original is None else list(dict.fromkeys(mixture for mixture, _ in places.values()))
+    sums = {
+        name: _Sum(_width(stream.block.get_submodule(name)), stream.device, cross=original is not None)
+        for name in names
+    }
     for shards, batches in team.shards(len(stream.hidden)).rounds():
         for index in batches:
-            seen = stream.inputs(index, names)
-            reference = {} if original is None else original.inputs(index, names)
-            for name, inputs in seen.items():
-                if name not in sums:
-                    sums[name] = _Sum(inputs.shape[-1], stream.device, cross=original is not None)
-                sums[name].add(inputs, reference.get(name), _weights_of(inputs, by_name.get(name), stream.span(index)))
-        if shards.start == 0:
-            # Some shards may send nothing to an expert; the first batch, which told the groups, does.
-            widths = team.share({name: each.width for name, each in sums.items()})
-            for name in names:
-                if name not in sums:
-                    sums[name] = _Sum(widths[name], stream.device, cross=original is not None)
-        for name in names:
-            sums[name].end_round(team, len(shards))
-    return [sums[name].mean(team) for name in names]
+            seen = stream.inputs(index, [*mixtures, *names])
+            reference = {} if original is None else original.inputs(index, [*mixtures, *names])
+            for name, each in sums.items():
+                if (inputs := seen.get(name)) is None:
+                    continue
+                unspoilt = _alike(inputs, reference.get(name), places.get(name), seen, reference)
+                each.add(inputs, unspoilt, _weights_of(inputs, by_name.get(name), stream.span(index)))
+        for each in sums.values():
+            each.end_round(team, len(shards))
+    return [each.mean(team) for each in sums.values()]
+
+
+def _width(module: nn.Module) -> int:
+    sizes = linear_sizes(module)
+    assert sizes is not None, "moments are of what linears read"
+    return sizes[1]
+
+
+def _alike(
+    inputs: Tensor,
+    original: Tensor | None,
+    place: tuple[str, int] | None,
+    seen: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+) -> Tensor | None:
+    """What a linear reads in the original, row for row of `inputs`; None where nothing is to be compared.
+
+    place: of a linear of an expert, see `place_in_mixture`; `seen` and `reference` then have what its mixture is told.
+    It may be sent other tokens than in the original: those say nothing about the difference.
+    """
+    if original is None:
+        return None
+    if place is None:
+        return original if original.shape == inputs.shape else None
+    mixture, expert = place
+    now, then = (tokens_of(each[mixture].to(inputs.device), expert) for each in (seen, reference))
+    found = inputs.clone()
+    found[torch.isin(now, then)] = original.to(inputs)[torch.isin(then, now)]
+    return found
 
 
 def _rows(inputs: Tensor, root: Tensor | None) -> Tensor:

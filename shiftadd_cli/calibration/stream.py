@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shiftadd_cli.calibration.streams import HiddenStates, batch_span
 from shiftadd_cli.calibration.trace import BlockCall, StopForward, check_finite, hooked
 from shiftadd_cli.distributed.team import ALONE, Team
+from shiftadd_cli.source.experts import SplitExperts
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class BlockStream:
     def inputs(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """What the modules `names` (paths in the block) read when batch `index` runs through, in the order they run.
 
-        A module that does not run is not in the result. The forward is left as soon as all have been seen.
+        Of split experts that is the numbers of the experts that each token is sent to. A module that does not run is
+        not in the result. The forward is left as soon as all have been seen.
         """
         seen: dict[str, Tensor] = {}
 
@@ -53,12 +55,15 @@ class BlockStream:
             seen[name] = inputs
             then()
 
-        return hooked(
-            [
-                self.block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-                for name in names
-            ]
-        )
+        handles = []
+        for name in names:
+            module = self.block.get_submodule(name)
+            # Of split experts, what they are told after the hidden states.
+            place = 1 if isinstance(module, SplitExperts) else 0
+            handles.append(
+                module.register_forward_pre_hook(lambda _, args, name=name, place=place: note(name, args[place]))
+            )
+        return hooked(handles)
 
     def span(self, index: int) -> slice:
         """The samples of a batch."""

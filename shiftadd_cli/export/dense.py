@@ -13,6 +13,7 @@ from shiftadd_cli.artifact.shards import nbytes
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.export.decode import DecodedModel
 from shiftadd_cli.export.place import check_place
+from shiftadd_cli.export.stacks import StackedModel
 from shiftadd_cli.progress import progress
 from shiftadd_cli.runtime.remote_code import CODE_FILE
 from shiftadd_cli.runtime.skeleton import artifact_skeleton
@@ -30,7 +31,8 @@ def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None) -> i
     `dtype` cannot hold a number.
     """
     artifact = Artifact.open(folder)
-    decoded = DecodedModel(artifact, artifact_skeleton(folder, dtype))
+    skeleton = artifact_skeleton(folder, dtype)
+    decoded = StackedModel(DecodedModel(artifact, skeleton), skeleton)
     check_place(out, folder, sum(map(nbytes, decoded.tensors.values())))
     config = {name: value for name, value in artifact.config.items() if name != "quantization_config"}
     if (folder / CODE_FILE).is_file():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shiftadd_cli.bcq.choices import Choice, choice_of
 from shiftadd_cli.bcq.solver import Solution, SolverOptions, quantize_matrices
 from shiftadd_cli.calibration.hessian import Inputs, Moments, gather_moments
+from shiftadd_cli.calibration.mixtures import Group, enough_tokens, in_room, in_turns
 from shiftadd_cli.calibration.recall import Recall
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.distributed.team import ALONE, Team
@@ -44,6 +45,8 @@ class BlockQuantizer:
         usual = choice_of(recipe.primitive, recipe.bits)
         self.bits = {spec.kind: usual if bits is None else bits[spec.name] for spec in specs}
         self.solutions: dict[str, Solution] = {}
+        # Calibration tokens that each linear read.
+        self.tokens = dict.fromkeys(self.specs, 0)
 
     def without_data(self) -> None:
         """Quantize every linear on its own, by its weights alone."""
@@ -52,10 +55,9 @@ class BlockQuantizer:
                 self._solve((kind,), None)
 
     def on(self, stream: BlockStream) -> None:
-        """Quantize on the inputs of `stream`; linears that no input reaches by their weights alone."""
-        with self.clock.phase("forward"):
-            groups = stream.shared_inputs(list(self.specs), self.team)
-        self._in_order(stream, groups, None)
+        """Quantize on the inputs of `stream`; linears that no input reaches, or of an expert that too few do (see
+        `calibration.mixtures`), by their weights alone."""
+        self._in_order(stream, self._turns(stream), None)
 
     def towards(self, original: BlockStream, stream: BlockStream, name: str, folder: Path | None) -> None:
         """The same, with asymmetric calibration: `original` is the block `name` as it was, and the hidden states of the
@@ -64,28 +66,47 @@ class BlockQuantizer:
         folder: for what its linears read, see `Recall`.
         """
         with Recall(folder) as recall:
+            turns = self._turns(stream)
             with self.clock.phase("forward"):
-                groups = stream.shared_inputs(list(self.specs), self.team)
-                recall.advance(original, [group[0] for group in groups], name, self.team)
-            self._in_order(stream, groups, recall)
+                mixtures = {each.experts for each in self.specs.values() if each.experts is not None}
+                names = [*sorted(mixtures), *(group[0] for turn in turns for group in turn)]
+                recall.advance(original, names, name, self.team)
+            self._in_order(stream, turns, recall)
 
-    def _in_order(self, stream: BlockStream, groups: list[tuple[str, ...]], original: Inputs | None) -> None:
-        for part in [[group] for group in groups] if self.recipe.true_sequential else [groups]:
+    def _turns(self, stream: BlockStream) -> list[list[Group]]:
+        with self.clock.phase("forward"):
+            groups = stream.shared_inputs(list(self.specs), self.team)
+        turns = in_turns(groups, list(self.specs.values()))
+        if not self.recipe.true_sequential:
+            return [[group for turn in turns for group in turn]]
+        cross = bool(self.recipe.asymmetric)
+        return [part for turn in turns for part in in_room(turn, list(self.specs.values()), cross=cross)]
+
+    def _in_order(self, stream: BlockStream, turns: list[list[Group]], original: Inputs | None) -> None:
+        for turn in turns:
             with self.clock.phase("forward"):
-                moments = gather_moments(stream, part, original, self._weights(part), self.team)
+                moments = gather_moments(stream, turn, original, self._weights(turn), self.team)
             with self.clock.phase("solve"):
-                for group, each in zip(part, moments, strict=True):
-                    self._solve(group, each)
+                for group, each in zip(turn, moments, strict=True):
+                    self.tokens |= dict.fromkeys(group, each.tokens)
+                    if enough_tokens(self.specs[group[0]], each.tokens):
+                        self._solve(group, each)
         with self.clock.phase("solve"):
             for kind in self.specs:
                 if kind not in self.solutions:
                     self._solve((kind,), None)
 
-    def _weights(self, groups: Sequence[tuple[str, ...]]) -> list[Tensor] | None:
-        """Token weights of each group: linears that read one tensor share the mean of theirs, and so one moment."""
+    def _weights(self, groups: Sequence[Group]) -> list[Tensor | None] | None:
+        """Token weights of each group: linears that read one tensor share the mean of theirs, and so one moment. Those
+        of experts have none."""
         if self.token_weights is None:
             return None
-        return [torch.stack([self.token_weights[self.specs[kind].name] for kind in group]).mean(0) for group in groups]
+        weights: list[Tensor | None] = []
+        for group in groups:
+            members = [self.specs[kind] for kind in group]
+            known = [self.token_weights[spec.name] for spec in members if spec.experts is None]
+            weights.append(torch.stack(known).mean(0) if known else None)
+        return weights
 
     def reconstruct(self, name: str, stream: BlockStream, original: BlockStream) -> BlockReport | None:
         """Tune the quantized block `name`, if that helps, towards `original`, which has advanced to its outputs.

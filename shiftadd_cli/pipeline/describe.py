@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shiftadd_cli.bcq.choices import choices_in_words
 from shiftadd_cli.pipeline.plan import Plan
+from shiftadd_cli.report.schema import alike
 from shiftadd_cli.report.summary import size, table
 
 
@@ -11,7 +12,7 @@ def describe_plan(plan: Plan) -> str:
     """Layers, bits, sizes and memory of a plan, for reading before the work."""
     kinds: dict[str, list[int]] = {}
     for index, each in enumerate(plan.linears):
-        kinds.setdefault(each.spec.kind, []).append(index)
+        kinds.setdefault(alike(each.spec.kind), []).append(index)
     rows = []
     for kind, members in kinds.items():
         specs = [plan.linears[i].spec for i in members]

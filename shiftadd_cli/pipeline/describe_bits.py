@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from shiftadd_cli.allocation.plan_file import BitPlan, PlannedLayer
 from shiftadd_cli.bcq.choices import Choice, bits_of_choice, choice_symbols, ordered_choices
+from shiftadd_cli.report.schema import alike
 from shiftadd_cli.report.summary import size, table
 from shiftadd_cli.source import LinearSpec
 
@@ -23,17 +25,21 @@ def unit_of(plan: BitPlan) -> str:
 
 
 def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
-    """Bits by kind and depth, what they store and what they are predicted to cost, beside equal bits for all."""
+    """Bits by kind and depth, of experts those that most have, what they store and what they are predicted to cost,
+    beside equal bits for all."""
     kinds: dict[str, list[LinearSpec]] = {}
     for spec in linears:
-        kinds.setdefault(spec.kind, []).append(spec)
+        kinds.setdefault(alike(spec.kind), []).append(spec)
     candidates = ordered_choices(choice for layer in plan.layers.values() for choice in layer.bytes)
     symbols = choice_symbols(candidates)
     rows = []
     for kind, members in kinds.items():
         layers = [plan.layers[spec.name] for spec in members]
-        depths = {spec.block: symbols[plan.layers[spec.name].bits] for spec in members}
-        over_depth = "".join(depths.get(block, "-") for block in range(max(spec.block for spec in linears) + 1))
+        depths: dict[int, Counter[str]] = {}
+        for spec in members:
+            depths.setdefault(spec.block, Counter()).update((symbols[plan.layers[spec.name].bits],))
+        usual = {block: found.most_common(1)[0][0] for block, found in depths.items()}
+        over_depth = "".join(usual.get(block, "-") for block in range(max(spec.block for spec in linears) + 1))
         rows.append((kind, over_depth, *_numbers(layers, [layer.bits for layer in layers])))
     layers = list(plan.layers.values())
     rows.append(("all", "", *_numbers(layers, [layer.bits for layer in layers])))

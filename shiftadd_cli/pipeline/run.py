@@ -222,7 +222,7 @@ class _Run:
             solution = quantizer.solutions[kind]
             for suffix, tensor in solution.weight.tensors.items():
                 self.writer.add(f"{spec.name}.{suffix}", tensor)
-            layers.append(_layer_report(spec, solution))
+            layers.append(_layer_report(spec, solution, quantizer.tokens[kind] if self.plan.calibrated else None))
         return layers
 
     def _write_kept(self, names: Iterable[str]) -> None:
@@ -240,7 +240,7 @@ class _Run:
         return config
 
 
-def _layer_report(spec: LinearSpec, solution: Solution) -> LayerReport:
+def _layer_report(spec: LinearSpec, solution: Solution, tokens: int | None) -> LayerReport:
     layout = solution.weight.layout
     return LayerReport(
         name=spec.name,
@@ -254,4 +254,5 @@ def _layer_report(spec: LinearSpec, solution: Solution) -> LayerReport:
         weight_error=solution.weight_error,
         output_error=solution.output_error,
         calibrated=solution.output_error is not None,
+        tokens=tokens,
     )

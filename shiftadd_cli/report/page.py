@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,13 +23,12 @@ from shiftadd_cli.report.cost import Cost, model_cost
 from shiftadd_cli.report.environment import make_environment
 from shiftadd_cli.report.evaluation_file import EvaluationReport, ImageEvaluationReport, Quality, load_evaluations
 from shiftadd_cli.report.operations import WAYS
-from shiftadd_cli.report.schema import LayerReport, Report
+from shiftadd_cli.report.schema import LayerReport, Report, alike
 from shiftadd_cli.report.unit_costs import load_unit_costs
 from shiftadd_cli.runtime.skeleton import artifact_skeleton
 
 PAGE_FILE = "report.html"
 _WORST = 10
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # Of the loss that a plan predicts, by sensitivity.
 _LOSS_UNITS = {"output": "nats a token", "divergence": "nats a token"}
 
@@ -167,7 +165,7 @@ def _depth_by_kind(
     for layer in layers:
         value = measure(layer)
         if value is not None:
-            kinds.setdefault(_alike(layer.kind), {}).setdefault(layer.block, []).append(value)
+            kinds.setdefault(alike(layer.kind), {}).setdefault(layer.block, []).append(value)
     lines = {
         kind: [(float(block), sum(found) / len(found)) for block, found in sorted(blocks.items())]
         for kind, blocks in kinds.items()
@@ -197,7 +195,7 @@ def _bits_grid(layers: Sequence[LayerReport]) -> dict[str, Any]:
     """Bits by kind and block; `range` where layers of one kind in a block differ."""
     found: dict[str, dict[int, list[Choice]]] = {}
     for layer in layers:
-        found.setdefault(_alike(layer.kind), {}).setdefault(layer.block, []).append(layer.choice)
+        found.setdefault(alike(layer.kind), {}).setdefault(layer.block, []).append(layer.choice)
     blocks = sorted({layer.block for layer in layers})
     widest = max(layer.bits for layer in layers)
     rows = [
@@ -283,8 +281,3 @@ def _unusual(recipe: dict[str, object]) -> set[str]:
     """Fields that are not as in the default recipe."""
     default = Recipe().model_dump(mode="json")
     return {name for name, value in recipe.items() if value != default.get(name)}
-
-
-def _alike(kind: str) -> str:
-    """Experts, and what else is numbered, go by one name."""
-    return _NUMBER.sub("*", kind)

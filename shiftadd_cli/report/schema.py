@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from shiftadd_cli.bcq.choices import Choice, Primitive, choice_of
 
 SCHEMA_VERSION = 1
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class _Part(BaseModel):
@@ -111,7 +114,13 @@ class LayerReport(_Part):
             "corrected; null without calibration."
         ),
     ]
-    calibrated: Annotated[bool, Field(description="False if no calibration input reached the layer.")]
+    calibrated: Annotated[
+        bool,
+        Field(description="False if no calibration input reached the layer, or an expert's too few: less than inputs."),
+    ]
+    tokens: Annotated[
+        int | None, Field(description="Calibration tokens that the layer read; null without calibration.")
+    ] = None
 
     @property
     def choice(self) -> Choice:
@@ -146,7 +155,7 @@ class DistillationReport(_Part):
 
 
 class KindReport(_Part):
-    """Averages over the layers of one kind."""
+    """Averages over the layers of one kind; numbers in a kind, as of experts, are `*`."""
 
     kind: str
     layers: int
@@ -223,12 +232,22 @@ class Report(_Part):
     seconds: TimeReport
     machine: MachineReport
 
+    @property
+    def starved(self) -> list[LayerReport]:
+        """Layers that calibration did not reach, or hardly."""
+        return [] if self.calibration is None else [layer for layer in self.layers if not layer.calibrated]
+
+
+def alike(kind: str) -> str:
+    """Experts, and what else is numbered, go by one name."""
+    return _NUMBER.sub("*", kind)
+
 
 def average_kinds(layers: list[LayerReport]) -> list[KindReport]:
     """One row per kind, in the order the kinds first appear."""
     kinds: dict[str, list[LayerReport]] = {}
     for layer in layers:
-        kinds.setdefault(layer.kind, []).append(layer)
+        kinds.setdefault(alike(layer.kind), []).append(layer)
     rows = []
     for kind, members in kinds.items():
         weights = [each.out_features * each.in_features for each in members]

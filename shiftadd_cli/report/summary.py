@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from shiftadd_cli.report.schema import Report
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
+# Layers that a line names; report.json names all.
+_NAMED = 3
 
 
 def size(count: float) -> str:
@@ -68,6 +70,7 @@ def summarize(report: Report, out: str) -> str:
             f"Size          {size(before)} -> {size(after)} ({before / after:.2f} x smaller)",
             f"Bits/weight   {report.size.bits_per_weight:.3f} in the quantized layers{_planes(report)}, "
             f"{report.size.whole_file_bits_per_weight:.3f} over the whole file",
+            *_starved(report),
             *_reconstruction(report),
             *_distillation(report),
             f"Time          {time.total:.0f} s ("
@@ -87,6 +90,18 @@ def _planes(report: Report) -> str:
     if len({layer.bits for layer in report.layers}) == 1:
         return ""
     return f" ({report.size.planes_per_weight:.3f} planes on average)"
+
+
+def _starved(report: Report) -> list[str]:
+    layers = report.starved
+    if not layers:
+        return []
+    named = ", ".join(f"{layer.name} ({layer.tokens or 0})" for layer in layers[:_NAMED])
+    more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
+    return [
+        f"Few tokens    {len(layers)} of {len(report.layers)} layers read too few to calibrate on, and were fitted by "
+        f"their weights alone: {named}{more}"
+    ]
 
 
 def _reconstruction(report: Report) -> list[str]:

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.errors import ArtifactError, first_line
 from shiftadd_cli.source.config import causal_lm_class
+from shiftadd_cli.source.experts import split_experts
 from shiftadd_cli.source.skeleton import build_skeleton
 from shiftadd_cli.source.vision import vision_class
 
 
 def artifact_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """The dense model on meta in the checkpoint's dtype, or another, tied weights tied.
+    """The dense model on meta in the checkpoint's dtype, or another, tied weights tied, and experts of a mixture split
+    where the checkpoint stores them one by one.
 
     Raises ArtifactError where its configuration cannot be read, SourceError where it is of no model known.
     """
@@ -24,9 +27,14 @@ def artifact_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
     model_class = vision_class(config, str(folder))
     if model_class is None:
         model_class, config = causal_lm_class(config, str(folder), remote_code=False)
+    split = False
     if hasattr(config, "quantization_config"):
+        split = ArtifactFormat.from_dict(config.quantization_config).split_experts
         del config.quantization_config
-    return build_skeleton(model_class, config, dtype)
+    model = build_skeleton(model_class, config, dtype)
+    if split:
+        split_experts(model)
+    return model
 
 
 def read_artifact_config(folder: Path) -> Any:

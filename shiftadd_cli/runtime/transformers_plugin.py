@@ -27,6 +27,7 @@ from shiftadd_cli.runtime.places import find_module
 from shiftadd_cli.runtime.prepare import prepare_layers
 from shiftadd_cli.runtime.remote_code import forget_unused_entry
 from shiftadd_cli.runtime.rotation import share_rotations
+from shiftadd_cli.source.experts import SplitExperts, join_experts, split_experts
 
 
 class ShiftAddConfig(QuantizationConfigMixin):
@@ -43,6 +44,10 @@ class ShiftAddConfig(QuantizationConfigMixin):
     def layouts(self) -> dict[str, PackedLayout]:
         """Layout of every compressed module, by its name in the model."""
         return ArtifactFormat.from_dict(self.__dict__).layouts()
+
+    def splits_experts(self) -> bool:
+        """Whether experts that transformers keeps in stacks are stored one by one."""
+        return ArtifactFormat.from_dict(self.__dict__).split_experts
 
     def table_shapes(self) -> Mapping[str, tuple[int, int]]:
         """Rows and columns of every embedding and output head stored as 8-bit rows, by its name in the model."""
@@ -65,9 +70,20 @@ class ShiftAddQuantizer(HfQuantizer):
         result: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return result
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Those of the model, without what merges experts, or cuts them up on saving, where they are stored one by
+        one."""
+        split = {name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)}
+        stacks = {f"{name.rpartition('.')[2]}.{stack}" for name, module in split.items() for stack in module.shapes}
+        kept = [each for each in weight_conversions if not _merges(each, stacks)]
+        updated: list[Any] = super().update_weight_conversions(kept, model)
+        return updated
+
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        if self.quantization_config.splits_experts():
+            split_experts(model)
         for name, layout in self.quantization_config.layouts().items():
             place, module = find_module(model, name)
             transposed = _is_conv1d(module)
@@ -115,6 +131,7 @@ class ShiftAddQuantizer(HfQuantizer):
                 raise ArtifactError(f"{name} is offloaded to disk; load the model without offloading to dequantize it.")
             model.set_submodule(name, _dense(module, wanted))
         restore_dense(model, wanted)
+        join_experts(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -135,6 +152,15 @@ def register() -> None:
 
 def _packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def _merges(conversion: Any, stacks: set[str]) -> bool:
+    """Whether one of transformers' conversions has one of `stacks`, by the end of its name, for its result."""
+    from transformers.core_model_loading import WeightConverter
+
+    targets = [pattern.replace("\\", "") for pattern in conversion.target_patterns]
+    ends = [".".join(each.split(".")[-2:]) for each in targets]
+    return isinstance(conversion, WeightConverter) and any(end in stacks for end in ends)
 
 
 def _is_conv1d(module: Any) -> bool:

@@ -58,7 +58,7 @@ class Loader:
     def release(self, prefixes: Sequence[str]) -> None:
         """Drop the memory of everything at or below `prefixes`."""
         for name, tensor in list(self._tensors()):
-            if not tensor.is_meta and _covered(name, prefixes):
+            if not tensor.is_meta and covered(name, prefixes):
                 self._to_meta(name, tensor)
         trim()
 
@@ -67,7 +67,7 @@ class Loader:
         yield from self._model.named_buffers(remove_duplicate=False)
 
     def _on_meta(self, prefixes: Sequence[str]) -> list[str]:
-        return [name for name, tensor in self._tensors() if tensor.is_meta and _covered(name, prefixes)]
+        return [name for name, tensor in self._tensors() if tensor.is_meta and covered(name, prefixes)]
 
     def _stored_name(self, name: str) -> str:
         return next((member for member in self._alias.get(name, ()) if self._plan.is_stored(member)), name)
@@ -154,7 +154,8 @@ class Loader:
             return all(torch.equal(lazy[one[0]][part], lazy[other[0]][part]) for part in parts)
 
 
-def _covered(name: str, prefixes: Sequence[str]) -> bool:
+def covered(name: str, prefixes: Sequence[str]) -> bool:
+    """Whether `name` is at or below one of `prefixes`."""
     return any(prefix == "" or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ import torch
 
 from shiftadd_cli.device import computes_in
 from shiftadd_cli.source.checkpoint import Checkpoint
+from shiftadd_cli.source.experts import split_experts
 from shiftadd_cli.source.gguf_checkpoint import open_gguf
 from shiftadd_cli.source.gguf_header import GgufFile
 from shiftadd_cli.source.image_processor import load_image_processor, save_image_processor
-from shiftadd_cli.source.loading import Loader
+from shiftadd_cli.source.loading import Loader, covered
 from shiftadd_cli.source.skeleton import build_skeleton
 from shiftadd_cli.source.tokenizer import load_tokenizer, save_tokenizer
 from shiftadd_cli.source.vision import IMAGE_INPUT
@@ -56,13 +58,15 @@ class Source:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._image_processor: Any = None
         self._skeleton, self._loader = self._fresh(config, dtype)
+        self._experts = split_experts(self._skeleton)
         self.config: PreTrainedConfig = copy.deepcopy(self._skeleton.config)
         files = (weights.path,) if isinstance(weights, GgufFile) else weights.files
         self.file_bytes = sum(file.stat().st_size for file in files)
         self.model_bytes = sum(each.numel() * each.element_size() for each in self._skeleton.parameters())
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device, in evaluation mode, tied weights tied; always the same object."""
+        """The model on the meta device, in evaluation mode, tied weights tied, experts of a mixture split into linears;
+        always the same object."""
         return self._skeleton
 
     def materialise(self, prefixes: Sequence[str]) -> None:
@@ -74,7 +78,13 @@ class Source:
         Raises:
             SourceError: the files changed since they were opened, or do not fit the model.
         """
-        self._loader.materialise(prefixes)
+        # Files are read into stacks, which is what transformers knows how to do.
+        owners = [next((name for name in self._experts if each.startswith(f"{name}.")), each) for each in prefixes]
+        with ExitStack() as stack:
+            for name, experts in self._experts.items():
+                if covered(name, owners) and experts.is_empty:
+                    stack.enter_context(experts.as_stacks())
+            self._loader.materialise(owners)
 
     def release(self, prefixes: Sequence[str]) -> None:
         """Return everything at or below these names to the meta device, tied parameters under all their names."""

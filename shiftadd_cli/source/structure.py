@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source.experts import SplitExperts
 from shiftadd_cli.source.skeleton import tied_groups
+
+_UNKNOWN = "not a linear layer"
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,9 @@ class LinearSpec:
     """A linear layer inside a block.
 
     `name` is its full module path, `kind` its path inside block number `block`. `transposed` is True where the stored
-    weight is [in_features, out_features] (transformers' Conv1D) instead of [out_features, in_features].
+    weight is [in_features, out_features] (transformers' Conv1D) instead of [out_features, in_features]. `experts` is
+    the path inside the block of the mixture that it is in an expert of: the next part of `kind` is the expert's number,
+    and it reads some of the tokens.
     """
 
     name: str
@@ -27,6 +32,7 @@ class LinearSpec:
     in_features: int
     has_bias: bool
     transposed: bool
+    experts: str | None = None
 
     def turned(self, weight: Tensor) -> Tensor:
         """A weight as it is stored as `[out, in]`, and the other way round; a view."""
@@ -66,8 +72,9 @@ def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
     or a module it is part of matches.
 
     Raises:
-        SourceError: there are no blocks of linear layers, a block keeps weights in stacks of matrices (fused experts),
-            or a pattern matches nothing.
+        SourceError: there are no blocks of linear layers, blocks keep weights in stacks of matrices (experts of a form
+            that is not known, see `source.experts`) or most of them in other modules than linear layers, or a pattern
+            matches nothing.
     """
     block_list, elements = _find_blocks(model)
     blocks = tuple(f"{block_list}.{leaf}" for leaf in _in_stages(elements))
@@ -77,6 +84,9 @@ def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
     linears: list[LinearSpec] = []
     kept: list[tuple[str, str]] = []
     stacks: list[str] = []
+    mixtures = {name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)}
+    routers = {router for name, module in mixtures.items() for router in _routers(model, name, module)}
+    unknown: dict[str, int] = {}
     for name, module in model.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
             continue
@@ -86,19 +96,26 @@ def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
             kept.append((name, _reason_outside(model, name, module, head)))
         elif pattern := matching_pattern(name, skip):
             kept.append((name, f"skipped by {pattern}"))
+        elif name in routers:
+            kept.append((name, "router"))
         elif sizes is None:
             stacks += [
                 f"{name}.{leaf}" for leaf, each in module.named_parameters(recurse=False) if _is_stack(module, each)
             ]
-            kept.append((name, _reason(module, head, "not a linear layer")))
+            kept.append((name, _reason(module, head, _UNKNOWN)))
+            if kept[-1][1] == _UNKNOWN and not _is_convolution(module):
+                unknown[name] = sum(each.numel() for each in module.parameters(recurse=False) if each.ndim > 1)
         elif name in shared:
             kept.append((name, "shares its weight with another module"))
         else:
             out_features, in_features, transposed = sizes
             has_bias = getattr(module, "bias", None) is not None
             kind = name.removeprefix(blocks[number] + ".")
-            linears.append(LinearSpec(name, kind, number, out_features, in_features, has_bias, transposed))
+            mixture = next((each for each in _above(name) if each in mixtures), None)
+            experts = None if mixture is None else mixture.removeprefix(blocks[number] + ".")
+            linears.append(LinearSpec(name, kind, number, out_features, in_features, has_bias, transposed, experts))
     _refuse(model, linears, stacks, skip)
+    _refuse_unknown(model, blocks, unknown)
     return Structure(block_list, blocks, tuple(linears), tuple(kept), tuple(_beside(model, "", blocks)), tied)
 
 
@@ -170,14 +187,37 @@ def _alike(elements: nn.ModuleList) -> bool:
 
 def matching_pattern(name: str, patterns: Sequence[str]) -> str | None:
     """The first of the glob `patterns` that matches the module `name` or a module it is part of; None if none does."""
-    parts = name.split(".")
-    prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    prefixes = [name, *_above(name)]
     return next((pattern for pattern in patterns if any(fnmatchcase(each, pattern) for each in prefixes)), None)
 
 
+def _above(name: str) -> list[str]:
+    """Names of the modules that the module `name` is part of, the innermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
 def _is_stack(module: nn.Module, parameter: nn.Parameter) -> bool:
-    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    return parameter.ndim == 3 and min(parameter.shape) > 1 and not convolution
+    return parameter.ndim == 3 and min(parameter.shape) > 1 and not _is_convolution(module)
+
+
+def _routers(model: nn.Module, name: str, experts: SplitExperts) -> Iterator[str]:
+    """Names of what beside the experts `name` decides how much of which a token gets: a row for each expert, or a
+    single one for what all tokens share. It is small, and to be sent elsewhere is worse than any error of a weight."""
+    parent = name.rpartition(".")[0]
+    for leaf, child in model.get_submodule(parent).named_children():
+        matrices = [
+            (path, own)
+            for path, each in child.named_modules()
+            for own in each.parameters(recurse=False)
+            if own.ndim > 1 and child is not experts
+        ]
+        if len(matrices) == 1 and matrices[0][1].shape[0] in (experts.num_experts, 1):
+            yield ".".join(part for part in (parent, leaf, matrices[0][0]) if part)
 
 
 def _reason(module: nn.Module, head: nn.Module | None, otherwise: str) -> str:
@@ -218,6 +258,19 @@ def _refuse(model: nn.Module, linears: Sequence[LinearSpec], stacks: Sequence[st
         )
     if not linears:
         raise SourceError(f"No linear layer of {type(model).__name__} is left to compress; skip fewer modules.")
+
+
+def _refuse_unknown(model: nn.Module, blocks: Sequence[str], unknown: Mapping[str, int]) -> None:
+    """Refuse what would be no compression: attention alone, say, where experts are of a form that is not known."""
+    modules = [each for block in blocks for each in model.get_submodule(block).modules()]
+    weights = sum(sizes[0] * sizes[1] for each in modules if (sizes := linear_sizes(each)) is not None)
+    if sum(unknown.values()) > weights:
+        largest = max(unknown, key=lambda name: unknown[name])
+        raise SourceError(
+            f"{type(model).__name__} keeps most weights of its blocks in modules that are no linear layers (largest: "
+            f"{largest}, a {type(model.get_submodule(largest)).__name__}), which cannot be compressed yet; leave them "
+            f"as they are with --skip '*.{largest.rpartition('.')[2]}'."
+        )
 
 
 def _beside(module: nn.Module, name: str, blocks: Sequence[str]) -> Iterator[str]:

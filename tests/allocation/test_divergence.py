@@ -17,6 +17,7 @@ from shiftadd_cli.calibration.replay import Replay
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.source import Source, find_structure, open_source
+from shiftadd_cli.source.experts import split_experts
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(1))
@@ -72,6 +73,7 @@ def the_slow_way(path, solved):
     """By name and bits, with transformers' own model, on the windows that are probed."""
     source = open_source(str(path))
     model = source.load_model(torch.float32).double()
+    split_experts(model)
     windows = probe_samples(WINDOWS)
     specs = {spec.name: spec for spec in find_structure(source.skeleton()).linears}
 
@@ -90,7 +92,7 @@ def the_slow_way(path, solved):
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "bloom", "mixtral", "gpt_oss"])
 def test_costs_are_the_divergences_of_the_whole_model_with_one_linear_replaced(tmp_path, family, solved):
     save_tiny(family, tmp_path)
     found = measure(tmp_path)

@@ -9,12 +9,13 @@ import torch
 from tiny_models import save_tiny
 
 from shiftadd_cli.allocation import candidates, row_sample, sensitivity
-from shiftadd_cli.allocation.sensitivity import OutputError, measure_sensitivities, paper_score
+from shiftadd_cli.allocation.sensitivity import OutputError, measure_sensitivities, paper_score, walk_blocks
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.source import find_structure, open_source
+from shiftadd_cli.source.experts import split_experts
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(1))
@@ -44,6 +45,7 @@ def matrices(path):
     """Weight `[out, in]` and second moment of the inputs of every linear, from the whole model at once."""
     source = open_source(str(path))
     model = source.load_model(torch.float32)
+    split_experts(model)
     seen = {}
     specs = find_structure(source.skeleton()).linears
     for spec in specs:
@@ -60,7 +62,7 @@ def matrices(path):
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 def test_output_costs_are_half_the_squared_gradient_times_the_squared_error(tmp_path, family, monkeypatch):
     save_tiny(family, tmp_path)
     solved = {}
@@ -220,3 +222,36 @@ def test_paper_costs_rank_layers_as_the_score_at_any_bits(tmp_path):
         score = paper_score(weight.float(), hessian.float(), name)
         assert costs[name][2] == pytest.approx(score / 16, rel=0.02)
         assert costs[name][3] == pytest.approx(costs[name][2] / 4)
+
+
+def test_an_expert_that_read_too_few_tokens_is_measured_by_their_mean_power(tmp_path):
+    """As it is fitted, by weights alone, and on the scale that few tokens matter on."""
+    save_tiny("olmoe", tmp_path)
+    windows = WINDOWS[:, :10]
+    source = open_source(str(tmp_path))
+    structure = find_structure(source.skeleton())
+    source.materialise(structure.outside)
+    forms = {}
+
+    def note(specs, weights, hessian):
+        forms.update({spec.name: hessian for spec in specs})
+        return [{2: 1.0} for _ in specs]
+
+    trace = trace_model(source, structure, windows, 4, CPU)
+    walk_blocks(source, structure, trace, note, device=CPU, progress=lambda names, _: names)
+    source = open_source(str(tmp_path))
+    source.materialise([""])
+    read = {}
+    for spec in structure.linears:
+        source.skeleton().get_submodule(spec.name).register_forward_pre_hook(
+            lambda _, args, name=spec.name: read.update({name: args[0].reshape(-1, args[0].shape[-1])})
+        )
+    with torch.no_grad():
+        source.skeleton()(input_ids=windows, use_cache=False)
+    starved = [spec for spec in structure.linears if spec.experts and len(read[spec.name]) < spec.in_features]
+    assert 0 < len(starved) < sum(spec.experts is not None for spec in structure.linears)
+    for spec in structure.linears:
+        moment = read[spec.name].T @ read[spec.name] / len(read[spec.name])
+        if spec in starved:
+            moment = torch.eye(spec.in_features) * moment.diagonal().mean()
+        torch.testing.assert_close(forms[spec.name], moment, rtol=1e-3, atol=1e-4)

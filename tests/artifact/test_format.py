@@ -84,6 +84,15 @@ def test_tables_are_listed_if_there_are_any() -> None:
     assert ArtifactFormat.from_dict(VALID).tables == {}
 
 
+def test_split_experts_are_said_if_there_are_any() -> None:
+    split = ArtifactFormat(COMMON, MODULES, split_experts=True)
+    assert split.to_dict()["split_experts"] is True
+    assert ArtifactFormat.from_dict(json.loads(json.dumps(split.to_dict()))) == split
+    assert "split_experts" not in VALID
+    with pytest.raises(ArtifactError, match="split_experts = 1"):
+        ArtifactFormat.from_dict(VALID | {"split_experts": 1})
+
+
 @pytest.mark.parametrize("key", sorted(VALID.keys() - {"rotation", "outlier_columns"}))
 def test_every_key_is_needed(key: str) -> None:
     with pytest.raises(ArtifactError, match=key):

@@ -14,6 +14,7 @@ from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.source import find_structure, open_source
+from shiftadd_cli.source.experts import split_experts
 
 CPU = torch.device("cpu")
 
@@ -38,6 +39,7 @@ def plain_forward(path, windows):
     """Logits and every linear's output, all in one graph, in float64."""
     source = open_source(str(path))
     model = source.load_model(torch.float64)
+    split_experts(model)
     outputs = {}
     for spec in find_structure(source.skeleton()).linears:
         model.get_submodule(spec.name).register_forward_hook(
@@ -161,6 +163,24 @@ def test_means_are_those_of_a_plain_backward_pass(tmp_path, family):
     for name, gradient in zip(outputs, gradients, strict=True):
         assert found.means[name] == pytest.approx(float(gradient.square().mean()), rel=2e-3)
         assert float(found.tokens[name].mean()) == pytest.approx(found.means[name])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_have_means_over_all_predictions_and_no_weights_of_tokens(tmp_path, family):
+    save_tiny(family, tmp_path)
+    windows = random_windows(2, 20)
+    source, structure, trace = prepare(tmp_path, windows)
+    found = squared_gradients(source, structure, windows, trace, device=CPU, loss="cross_entropy")
+    logits, outputs = plain_forward(tmp_path, windows)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+    gradients = torch.autograd.grad(loss, list(outputs.values()))
+    experts = {spec.name for spec in structure.linears if spec.experts is not None}
+    assert found.means.keys() == {spec.name for spec in structure.linears} == outputs.keys()
+    for name, gradient in zip(outputs, gradients, strict=True):
+        expected = float(gradient.square().mean(-1).sum()) / windows.numel()
+        assert found.means[name] == pytest.approx(expected, rel=5e-3, abs=1e-12)
+    assert found.tokens.keys() == found.token_weights().keys() == outputs.keys() - experts
+    assert found.partial == experts
 
 
 def test_tokens_that_a_linear_does_not_see_count_as_nothing_in_its_mean(tmp_path):

@@ -16,7 +16,7 @@ from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import find_structure, open_source
 
 CPU = torch.device("cpu")
-FAMILIES = ("llama", "qwen2", "gpt2", "opt", "bloom", "gemma3")
+FAMILIES = ("llama", "qwen2", "gpt2", "opt", "bloom", "gemma3", "mixtral", "gpt_oss")
 
 
 class Case:

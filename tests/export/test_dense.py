@@ -10,7 +10,7 @@ import pytest
 import torch
 from artifacts import COMMON, edit_tensors, write_checkpoint
 from safetensors import safe_open
-from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
+from tiny_models import FAMILIES, MIXTURES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shiftadd_cli  # noqa: F401 - registers the format with transformers
@@ -34,7 +34,7 @@ def tensors_of(folder):
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MIXTURES)
 def test_it_is_the_model_that_dequantize_gives(tmp_path, family):
     checkpoint = write_checkpoint(tiny_model(family), tmp_path / "packed", common=ROTATED, tables=family != "gemma3")
     out = tmp_path / "dense"
@@ -53,8 +53,9 @@ def test_it_is_the_model_that_dequantize_gives(tmp_path, family):
     assert len(tensors_of(out)) == len(state) - len(plain.all_tied_weights_keys)
 
 
-def test_it_loads_where_this_package_is_not(tmp_path):
-    checkpoint = write_checkpoint(tiny_model("llama"), tmp_path / "packed")
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
+def test_it_loads_where_this_package_is_not(tmp_path, family):
+    checkpoint = write_checkpoint(tiny_model(family), tmp_path / "packed")
     tiny_tokenizer().save_pretrained(checkpoint.folder)
     export_dense(checkpoint.folder, tmp_path / "dense")
     program = (

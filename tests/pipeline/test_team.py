@@ -25,6 +25,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return save_tiny("opt", place / "model"), counting_text(place / "text.txt")
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    place = tmp_path_factory.mktemp("mixture")
+    return save_tiny("qwen3_moe", place / "model"), counting_text(place / "text.txt")
+
+
 def arguments(source: Place, out: Path, *more: str) -> list[str]:
     model, text = source
     return ["quantize", str(model), f"--output={out}", f"--calibration={text}", *QUICK, *more]
@@ -79,6 +85,23 @@ def test_a_team_makes_the_bytes_of_one_process(
     machine = json.loads((tmp_path / "out" / "report.json").read_text())["machine"]
     assert machine["processes"] == size
     assert all((tmp_path / f"log{rank}").read_text() == "" for rank in range(1, size))
+
+
+@pytest.mark.parametrize(("size", "more"), [(3, "--loss-aware=0.5"), (2, "--avg-bits=7")])
+def test_a_team_makes_the_bytes_of_one_process_of_a_mixture(
+    tmp_path: Path, mixture: Place, size: int, more: str
+) -> None:
+    """Of which some shards send nothing to an expert."""
+    made = []
+    for each in (1, size):
+        place = tmp_path / str(each)
+        place.mkdir()
+        found, said = run(each, place, arguments(mixture, place / "out", more, "--samples=4", "--batch-size=1"))
+        assert found == [0] * each, said
+        made.append(contents(place / "out"))
+    assert made[0] == made[1]
+    counted = [layer["tokens"] for layer in made[0]["report.json"]["layers"] if ".experts." in layer["name"]]
+    assert sum(counted) == 2 * 2 * 3 * 4 * 24
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from artifacts import write_checkpoint
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import FAMILIES, MIXTURES, tiny_model
 
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.skeleton import artifact_skeleton
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MIXTURES)
 def test_it_is_the_dense_model_without_its_weights(tmp_path, family):
     checkpoint = write_checkpoint(tiny_model(family), tmp_path / "out")
     skeleton = artifact_skeleton(checkpoint.folder)

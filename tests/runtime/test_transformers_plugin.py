@@ -10,7 +10,7 @@ import pytest
 import torch
 from artifacts import COMMON, FORMATS, Checkpoint, edit_config, write_checkpoint
 from loading import IDS, assert_close, assert_same_state, load, logits
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import FAMILIES, MIXTURES, tiny_model
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -41,10 +41,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
     own = {"q_proj": ACC, "o_proj": LAT, "out_proj": LAT, "k_proj": FLOAT, "c_fc": FLOAT, "down_proj": OFFSET,
            "fc2": OFFSET, "mlp.c_proj": OFFSET, "dense_4h_to_h": ACC}  # fmt: skip
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {name: write_checkpoint(tiny_model(name), folder / name, own=own) for name in FAMILIES}
+    return {name: write_checkpoint(tiny_model(name), folder / name, own=own) for name in FAMILIES + MIXTURES}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MIXTURES)
 def test_loaded_model_computes_with_the_decoded_weights(checkpoints: dict[str, Checkpoint], family: str) -> None:
     folder, dense = checkpoints[family]
     model = load(folder)
@@ -73,7 +73,7 @@ def test_shift_layers_beside_planes_compute_with_the_decoded_weights(
     assert_close(logits(load(folder).dequantize()), logits(dense))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", *MIXTURES])
 def test_saved_again_it_reloads_equal(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
     model = load(checkpoints[family].folder)
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
@@ -81,6 +81,26 @@ def test_saved_again_it_reloads_equal(checkpoints: dict[str, Checkpoint], family
     assert_same_state(model, again)
     assert torch.equal(logits(model), logits(again))
     assert model.config.quantization_config.to_dict() == again.config.quantization_config.to_dict()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_dequantized_is_as_transformers_has_it(
+    checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path
+) -> None:
+    folder, dense = checkpoints[family]
+    plain = load(folder).dequantize()
+    assert plain.state_dict().keys() == tiny_model(family).state_dict().keys()
+    assert_close(logits(plain), logits(dense))
+    plain.save_pretrained(tmp_path / "plain")
+    assert_same_state(load(tmp_path / "plain"), plain)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_that_were_left_in_stacks_load_as_such(family: str, tmp_path: Path) -> None:
+    folder, dense = write_checkpoint(tiny_model(family), tmp_path / "out", split=False)
+    model = load(folder)
+    assert any(each.ndim == 3 for each in model.state_dict().values() if each.is_floating_point())
+    assert_close(logits(model), logits(dense))
 
 
 @pytest.mark.parametrize("form", FORMATS)

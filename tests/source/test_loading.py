@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source import find_structure, open_source
+from shiftadd_cli.source.experts import join_experts
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,8 @@ def test_both_tied_weights_stored(equal: bool, tmp_path: Path, tokens: torch.Ten
 
 
 def test_experts_stored_one_by_one_are_fused_per_block(tmp_path: Path) -> None:
-    """transformers' own weight conversions run, many stored tensors to one parameter, and only those of the block."""
+    """transformers' own weight conversions run, many stored tensors to one parameter, and only those of the block; the
+    skeleton has them split again."""
     config = AutoConfig.for_model(
         "mixtral", vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4,
@@ -148,6 +150,7 @@ def test_experts_stored_one_by_one_are_fused_per_block(tmp_path: Path) -> None:
     source.materialise(["model.layers.1"])
     assert all(name.startswith("model.layers.1.") for name in in_memory(model))
     source.materialise([""])
+    join_experts(model)
     assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path))
 
 

@@ -1,0 +1,252 @@
+"""Mixtures of experts through the whole of a run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bit_plans import plan_for
+from click.testing import CliRunner
+from stopped_runs import contents, counting_text, stopped
+from tiny_models import MIXTURES, save_tiny, tiny_tokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import shiftadd_cli
+from shiftadd_cli.artifact.folder import Artifact
+from shiftadd_cli.artifact.verify import verify
+from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.solver import quantize_matrices
+from shiftadd_cli.calibration import mixtures
+from shiftadd_cli.cli import main
+from shiftadd_cli.export.dense import export_dense
+from shiftadd_cli.pipeline.describe import describe_plan
+from shiftadd_cli.pipeline.describe_bits import describe_bit_plan
+from shiftadd_cli.pipeline.plan import make_plan
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.report.schema import Report
+from shiftadd_cli.report.summary import summarize
+from shiftadd_cli.source import open_source
+from shiftadd_cli.source.experts import split_experts
+
+TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+QUICK: dict[str, Any] = {
+    "samples": 8, "seq_len": 64, "batch_size": 3, "group_size": 16, "fit_rounds": 1, "refine_rounds": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(counting_text(tmp_path_factory.mktemp("text") / "text.txt"))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("mixtral", tmp_path_factory.mktemp("source") / "model")
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def decoded(source: Path, packed: PreTrainedModel, report: Report) -> PreTrainedModel:
+    """transformers' own model with the weights that the packed one decodes to, in its stacks too."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, experts_implementation="eager")
+    split_experts(model)
+    for layer in report.layers:
+        module, other = model.get_submodule(layer.name), packed.get_submodule(layer.name)
+        module.weight.data = other.decode()
+        if module.bias is not None:
+            module.bias.data = other.bias.data
+    for table in report.tables:
+        for name in table.modules:
+            model.get_submodule(name).weight.data = packed.get_submodule(name).decode()
+    for name, module in model.named_modules():
+        if (joined := getattr(module, "joined", None)) is not None:
+            model.set_submodule(name, joined())
+    return model
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_is_written_loads_and_computes_with_the_decoded_weights(tmp_path: Path, text: str, family: str) -> None:
+    source, out = save_tiny(family, tmp_path / "source"), tmp_path / "out"
+    report = shiftadd_cli.quantize(source, out, calibration=text, bits=4, **QUICK)
+    verify(Artifact.open(out))
+    packed = load(out)
+    dense = decoded(source, packed, report)
+    torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-4, atol=1e-4)
+    kept = {each.name: each.reason for each in report.kept}
+    routers = [name for name, reason in kept.items() if reason == "router"]
+    assert routers
+    original = load(source)
+    for name in routers:
+        assert torch.equal(packed.get_submodule(name).weight, original.get_submodule(name).weight)
+    every = QUICK["samples"] * QUICK["seq_len"]
+    sent = Counter[str]()
+    for layer in report.layers:
+        if ".experts." not in layer.name:
+            assert layer.tokens == every
+            continue
+        assert layer.tokens is not None
+        assert layer.calibrated == (layer.tokens >= layer.in_features)
+        sent[layer.name.rpartition(".experts.")[0] + layer.name.rpartition(".")[2]] += layer.tokens
+    # Each token is sent to two.
+    assert set(sent.values()) == {2 * every}
+    assert "experts.*.down_proj" in summarize(report, "out")
+    export_dense(out, tmp_path / "dense")
+    torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(dense), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("mixtral", {"loss_aware": 0.5}),
+        ("mixtral", {"asymmetric": 0.0}),
+        ("qwen2_moe", {"reconstruct_epochs": 1}),
+        ("mixtral", {"true_sequential": False}),
+        ("gpt_oss", {"bias_correction": True}),
+        ("olmoe", {"primitive": "shift2", "bits": 4}),
+        ("qwen3_moe", {"outlier_columns": 0.05, "rotation": "none"}),
+        ("mixtral", {"avg_bits": 7.0}),
+    ],
+    ids=str,
+)
+def test_every_way_to_calibrate_writes_what_loads(
+    tmp_path: Path, text: str, family: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
+    source = save_tiny(family, tmp_path / "source")
+    report = shiftadd_cli.quantize(source, tmp_path / "out", calibration=text, **(QUICK | fields))
+    packed = load(tmp_path / "out")
+    assert torch.isfinite(logits(packed)).all()
+    torch.testing.assert_close(logits(packed), logits(load(tmp_path / "out").dequantize()), rtol=1e-4, atol=1e-4)
+    if "avg_bits" in fields:
+        bits = {layer.name: layer.choice for layer in report.layers}
+        pairs = [(name, name.replace("gate_proj", "up_proj")) for name in bits if name.endswith("gate_proj")]
+        assert len(pairs) == 2 * 4
+        assert all(bits[gate] == bits[up] for gate, up in pairs)
+
+
+def test_experts_that_read_too_few_tokens_are_fitted_by_weights_alone_and_named(
+    tmp_path: Path, text: str, mixtral: Path
+) -> None:
+    fields = QUICK | {"samples": 1, "seq_len": 24, "bits": 2, "rotation": "none"}
+    report = shiftadd_cli.quantize(mixtral, tmp_path / "out", calibration=text, **fields)
+    starved = {layer.name for layer in report.starved}
+    assert len(starved) > 0
+    assert all(".experts." in name for name in starved)
+    packed = load(tmp_path / "out")
+    source = open_source(str(mixtral))
+    source.materialise([""])
+    options = SolverOptions.from_recipe(Recipe.load("default", fields)).without_data()
+    for layer in report.layers:
+        if layer.name in starved:
+            assert layer.output_error is None
+            assert layer.tokens is not None
+            assert layer.tokens < layer.in_features
+            weight = source.skeleton().get_submodule(layer.name).weight
+            (alone,) = quantize_matrices([weight], [layer.name], None, options)
+            assert torch.equal(packed.get_submodule(layer.name).decode(), alone.weight.decode())
+    said = next(line for line in summarize(report, "out").splitlines() if line.startswith("Few tokens"))
+    first = next(layer for layer in report.layers if layer.name in starved)
+    assert f"{len(starved)} of {len(report.layers)} layers" in said
+    assert f"{first.name} ({first.tokens})" in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{len(starved)} layers read too few calibration tokens" in page
+    assert all(name in page for name in starved)
+
+
+def test_the_room_for_moments_changes_nothing(
+    tmp_path: Path, text: str, mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shiftadd_cli.quantize(mixtral, tmp_path / "one", calibration=text, **QUICK)
+    monkeypatch.setattr(mixtures, "ROOM_BYTES", 0)
+    shiftadd_cli.quantize(mixtral, tmp_path / "other", calibration=text, **QUICK)
+    one, other = contents(tmp_path / "one"), contents(tmp_path / "other")
+    assert one["model.safetensors"] == other["model.safetensors"]
+    assert one["report.json"]["layers"] == other["report.json"]["layers"]
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, text: str, mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = QUICK | {"loss_aware": 0.5, "calibration": text}
+    shiftadd_cli.quantize(mixtral, tmp_path / "whole", **fields)
+    stopped(monkeypatch, 1, mixtral, tmp_path / "out", **fields)
+    shiftadd_cli.quantize(mixtral, tmp_path / "out", **fields)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("skip", ["*.experts", "*.experts.1", "*.down_proj"])
+def test_skipped_experts_are_stored_one_by_one_as_they_were(
+    tmp_path: Path, text: str, mixtral: Path, skip: str
+) -> None:
+    report = shiftadd_cli.quantize(mixtral, tmp_path / "out", calibration=text, skip=[skip], **QUICK)
+    packed = load(tmp_path / "out")
+    torch.testing.assert_close(logits(packed), logits(decoded(mixtral, packed, report)), rtol=1e-4, atol=1e-4)
+    original = load(mixtral)
+    split_experts(original)
+    name = "model.layers.0.mlp.experts.1.down_proj"
+    assert isinstance(packed.get_submodule(name), nn.Linear)
+    assert torch.equal(packed.get_submodule(name).weight, original.get_submodule(name).weight)
+    export_dense(tmp_path / "out", tmp_path / "dense")
+    torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(packed), rtol=1e-4, atol=1e-4)
+
+
+def test_the_plan_of_a_mixture_is_of_what_its_experts_read(mixtral: Path) -> None:
+    plan = make_plan(open_source(str(mixtral)), Recipe.load("default", QUICK))
+    assert plan.artifact_format().split_experts
+    (line,) = (line for line in describe_plan(plan).splitlines() if "gate_proj" in line)
+    assert line.split()[:6] == ["mlp.experts.*.gate_proj", "8", "44", "x", "32", "3"]
+    assert plan.parameters == sum(each.numel() for each in load(mixtral).parameters())
+    # Experts read half of the tokens each, as they are sent two of four.
+    recalled = QUICK["samples"] * QUICK["seq_len"] * 4 * (4 * 32 + (2 * 32 + 44) * 4 // 2)
+    states = 2 * 2 * QUICK["samples"] * QUICK["seq_len"] * 32 * 4
+    assert plan.state_bytes == states + recalled
+
+
+def test_a_bit_plan_shows_the_bits_that_most_experts_of_a_block_have(mixtral: Path) -> None:
+    recipe = Recipe.load("default", QUICK)
+    plan = plan_for(mixtral, recipe, lambda _: 3)
+    layers = dict(plan.layers)
+    name = "model.layers.1.mlp.experts.3.up_proj"
+    layers[name] = layers[name].model_copy(update={"bits": 2})
+    linears = make_plan(open_source(str(mixtral)), recipe).structure.linears
+    shown = describe_bit_plan(plan.model_copy(update={"layers": layers}), linears)
+    (line,) = (line for line in shown.splitlines() if "up_proj" in line)
+    assert line.split()[:3] == ["mlp.experts.*.up_proj", "33", "2.875"]
+
+
+def test_experts_of_a_form_that_is_not_known_are_refused(tmp_path: Path, text: str) -> None:
+    config = AutoConfig.for_model(
+        "llama4_text", vocab_size=320, hidden_size=32, intermediate_size=40, intermediate_size_mlp=40, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, moe_layers=[0, 1],
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    result = CliRunner().invoke(
+        main, ["quantize", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--calibration", text]
+    )
+    assert result.exit_code == 2, result.output
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert "model.layers.0.feed_forward.experts" in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_before_tokens_were_counted_is_read(tmp_path: Path, text: str, mixtral: Path) -> None:
+    shiftadd_cli.quantize(mixtral, tmp_path / "out", calibration=text, **QUICK)
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    del written["files"]
+    for layer in written["layers"]:
+        del layer["tokens"]
+    assert all(layer.tokens is None for layer in Report.model_validate(written).layers)

@@ -1,0 +1,217 @@
+"""Split experts against transformers' own modules, and parts of a mixture in and out of memory."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import MIXTURES, VOCAB_SIZE, save_tiny, tiny_config, tiny_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source import find_structure, open_source
+from shiftadd_cli.source.experts import SplitExperts, can_split, has_split_experts, join_experts, split_experts
+
+TOKENS = torch.randint(0, VOCAB_SIZE, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_split_model_computes_what_the_eager_experts_of_transformers_do(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family).to(dtype)
+    model.set_experts_implementation("eager")
+    expected, state = logits(model), copy.deepcopy(model.state_dict())
+    found = split_experts(model)
+    assert found.keys() == {name for name, each in model.named_modules() if isinstance(each, SplitExperts)}
+    assert len(found) == (1 if family == "deepseek_v3" else model.config.num_hidden_layers)
+    assert not any(each.ndim == 3 for each in model.parameters())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-6)
+    join_experts(model)
+    assert not has_split_experts(model)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(each, state[name]) for name, each in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_half_precision_is_rounded_no_more_than_by_transformers(family: str) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(family)
+    name = next(name for name, each in model.named_modules() if can_split(each))
+    # All experts for every token, whose sum would be rounded after each.
+    hidden, weights = torch.randn(64, 32), torch.rand(64, 4)
+    index = torch.arange(4).expand(64, 4)
+    exact = model.get_submodule(name)(hidden, index, weights)
+    model.to(torch.bfloat16).set_experts_implementation("eager")
+    given = (hidden.bfloat16(), index, weights.bfloat16())
+    theirs = (model.get_submodule(name)(*given).float() - exact).norm()
+    mine = split_experts(model)[name](*given)
+    assert mine.dtype == torch.bfloat16
+    assert (mine.float() - exact).norm() <= theirs
+
+
+def test_copies_and_pickles_compute_the_same() -> None:
+    model = tiny_model("gpt_oss")
+    split_experts(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), logits(model))
+        with torch.no_grad():
+            twin.model.layers[0].mlp.experts.get_submodule("1.down_proj").bias.add_(1)
+        assert not torch.equal(logits(twin), logits(model)), "it has weights of its own"
+
+
+def test_tokens_sent_to_no_expert_add_nothing() -> None:
+    experts = next(iter(split_experts(tiny_model("mixtral")).values()))
+    hidden, index = torch.randn(3, 32), torch.tensor([[0, 4], [4, 4], [2, 0]])
+    output = experts(hidden, index, torch.ones(3, 2))
+    alone = experts(hidden[:1], index[:1, :1], torch.ones(1, 1))
+    torch.testing.assert_close(output[:1], alone)
+    assert not output[1].any()
+    assert experts(hidden[1:2], index[1:2], torch.ones(1, 2)).shape == (1, 32)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_walking_the_parts_gives_the_whole_model(family: str, fused: bool, tmp_path: Path) -> None:
+    """Whether the files hold stacks, or each expert alone, as transformers saves them."""
+    save_tiny(family, tmp_path, sharded=True)
+    if fused:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        model._weight_conversions = []
+        model.save_pretrained(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    expected = logits(reference)
+    split_experts(reference)
+    source = open_source(str(tmp_path))
+    model = source.skeleton()
+    structure = find_structure(model)
+    for block in structure.blocks:
+        source.materialise([block])
+        own = {name for name, each in model.named_parameters() if not each.is_meta}
+        assert own == {name for name, _ in model.named_parameters() if name.startswith(f"{block}.")}
+        source.release([block])
+        assert all(each.is_meta for each in model.parameters())
+    source.materialise([*structure.outside, *structure.blocks])
+    state = reference.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(each, state[name]) for name, each in model.state_dict().items())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_in_memory_stays_and_one_expert_may_be_asked_for(tmp_path: Path) -> None:
+    source = open_source(str(save_tiny("mixtral", tmp_path)))
+    experts = source.skeleton().get_submodule("model.layers.0.mlp.experts")
+    source.materialise(["model.layers.0.mlp.experts.2"])
+    assert not experts.is_empty
+    with torch.no_grad():
+        experts.get_submodule("1.up_proj").weight.fill_(1)
+    source.release(["model.layers.0.mlp.experts.2"])
+    source.materialise(["model.layers.0"])
+    assert not experts.is_empty
+    assert (experts.get_submodule("1.up_proj").weight == 1).all()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_structure_of_a_mixture(family: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(family))
+    split = split_experts(model)
+    found = find_structure(model)
+    last = max(each.block for each in found.linears)
+    mine = [each for each in found.linears if each.block == last and each.experts is not None]
+    experts = next(reversed(split.values()))
+    leaves = ("gate_proj", "up_proj", "down_proj")
+    assert {each.kind.removeprefix(f"{mine[0].experts}.") for each in mine} == {
+        f"{index}.{leaf}" for index in range(experts.num_experts) for leaf in leaves
+    }
+    assert all(each.has_bias == (family == "gpt_oss") for each in mine)
+    others = {each.kind for each in found.linears if each.block == last and each.experts is None}
+    assert any(kind.startswith("self_attn.") for kind in others)
+    routers = {name for name, reason in found.kept if reason == "router"}
+    block = found.blocks[last]
+    expected = {f"{block}.{mine[0].experts.rpartition('.')[0]}.{'router' if family in _ROUTERS else 'gate'}"}
+    if family == "qwen2_moe":
+        expected.add(f"{block}.mlp.shared_expert_gate")
+        assert "mlp.shared_expert.up_proj" in others
+    assert {name for name in routers if name.startswith(f"{block}.")} == expected
+
+
+_ROUTERS = ("gpt_oss", "granitemoe")
+
+
+def test_stacks_of_an_unknown_form_are_refused_by_name(tmp_path: Path) -> None:
+    """Llama 4 keeps its experts in stacks, and says nothing of their form."""
+    config = AutoConfig.for_model(
+        "llama4_text", vocab_size=64, hidden_size=32, intermediate_size=40, intermediate_size_mlp=40, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, moe_layers=[0, 1],
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert not split_experts(model)
+    with pytest.raises(SourceError, match=r"first: model\.layers\.0\.feed_forward\.experts\..*--skip '\*\.experts'"):
+        find_structure(model)
+
+
+def test_experts_that_are_no_stacks_of_three_axes_are_refused_too() -> None:
+    """DBRX keeps those of a layer below each other in one matrix: attention alone would be compressed."""
+    config = AutoConfig.for_model(
+        "dbrx", d_model=32, n_heads=4, n_layers=2, vocab_size=64, max_seq_len=64,
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(SourceError, match=r"most weights of its blocks in modules that are no linear layers.*--skip"):
+        find_structure(model)
+
+
+def test_experts_without_a_gate() -> None:
+    """Those of Nemotron-H, of which the rest is not needed here."""
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    config = AutoConfig.for_model("nemotron_h", n_routed_experts=3, hidden_size=16, moe_intermediate_size=12)
+    config._experts_implementation = "eager"
+    model = nn.Module()
+    model.experts = NemotronHExperts(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(generator=generator)
+    width = model.experts.up_proj.shape[2]
+    given = (torch.randn(7, width, generator=generator), torch.randint(0, 3, (7, 1), generator=generator))
+    with torch.no_grad():
+        expected = model.experts(*given, torch.rand(7, 1, generator=torch.Generator().manual_seed(1)))
+        split = split_experts(model)["experts"]
+        found = split(*given, torch.rand(7, 1, generator=torch.Generator().manual_seed(1)))
+    assert {name for name, _ in split.get_submodule("0").named_children()} == {"up_proj", "down_proj"}
+    torch.testing.assert_close(found, expected)
+
+
+class _Normed(nn.Module):
+    """Says it normalises what each expert gives out."""
+
+    has_gate, has_bias, is_transposed, is_concatenated, has_post_expert_norm = True, False, False, True, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 4))
+        self.down_proj = nn.Parameter(torch.zeros(2, 4, 4))
+
+
+def test_only_stacks_that_fit_what_is_said_of_them_are_split() -> None:
+    module = _Normed()
+    assert not can_split(module)
+    module.has_post_expert_norm = False
+    assert can_split(module)
+    for name, value in (("is_transposed", True), ("has_bias", True), ("has_gate", False)):
+        assert not can_split(type("_Other", (_Normed,), {"has_post_expert_norm": False, name: value})())
+    module.scale = nn.Parameter(torch.ones(2))
+    assert not can_split(module)
