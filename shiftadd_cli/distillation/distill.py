@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from shiftadd_cli.calibration.streams import HiddenStates, batch_span
 from shiftadd_cli.distillation.end import EndGap
 from shiftadd_cli.distillation.stack import Stack
+from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.reconstruction.schedule import hold_back, rising_and_falling
 
@@ -30,7 +32,7 @@ _RATE = 0.005
 @dataclass(frozen=True)
 class Distillation:
     """What came of it: tensors of the artifact by name, empty if it was not kept; mean divergence of the predictions
-    for the samples held back, before and after, in nats."""
+    for the samples held back, before and after, in nats. After tuning that left the finite numbers it is infinite."""
 
     tensors: dict[str, Tensor]
     divergence_before: float
@@ -66,10 +68,26 @@ class Distiller:
 
         after_step: called now and then, so that others know that this goes on.
 
-        Raises NumericalError where the output of a block is not finite.
+        Raises NumericalError where the output of a block is not finite before anything was tuned.
         """
         train, held_back = hold_back(len(self.targets))
         before = self.divergence(held_back)
+        try:
+            self._descend(train, epochs, seed, progress, after_step)
+            after = self.divergence(held_back)
+        except NumericalError:
+            # Of all that was done so far, nothing is lost by it.
+            after = inf
+        return Distillation(self._tensors() if after < before else {}, before, after)
+
+    def _descend(
+        self,
+        train: Sequence[int],
+        epochs: int,
+        seed: int,
+        progress: BlockProgress,
+        after_step: Callable[[], object],
+    ) -> None:
         optimizer = torch.optim.Adam(self._groups(), betas=(0.9, 0.95))
         schedule = LambdaLR(optimizer, rising_and_falling(epochs * len(train)))
         generator = torch.Generator().manual_seed(seed)
@@ -81,8 +99,6 @@ class Distiller:
             schedule.step()
             optimizer.zero_grad()
             after_step()
-        after = self.divergence(held_back)
-        return Distillation(self._tensors() if after < before else {}, before, after)
 
     def divergence(self, batches: Sequence[int]) -> float:
         """Mean over the predictions of these batches, in nats."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,9 @@ class _Run:
         if self._to_distill:
             result = self.walk.distill(self.writer.read, progress)
             report = DistillationReport(
-                divergence_before=result.divergence_before, divergence_after=result.divergence_after, kept=result.kept
+                divergence_before=result.divergence_before,
+                divergence_after=result.divergence_after if isfinite(result.divergence_after) else None,
+                kept=result.kept,
             )
             history.keep_distilled(report, result.tensors, self.clock)
         self.walk.team.share(False)

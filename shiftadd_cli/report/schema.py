@@ -150,7 +150,9 @@ class DistillationReport(_Part):
             "- cosine of the features, for a model without a head."
         ),
     ]
-    divergence_after: Annotated[float, Field(description="The same after tuning.")]
+    divergence_after: Annotated[
+        float | None, Field(description="The same after tuning; null where that left the finite numbers.")
+    ]
     kept: Annotated[bool, Field(description="False if tuning made it worse and was undone.")]
 
 

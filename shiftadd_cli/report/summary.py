@@ -120,5 +120,6 @@ def _distillation(report: Report) -> list[str]:
     if found is None:
         return []
     unit = "distance of features" if report.source.reads_images else "KL, nats a token,"
-    came = f"-> {found.divergence_after:.4f}" if found.kept else "as it was, for tuning made it worse"
+    after = found.divergence_after if found.kept else None
+    came = "as it was, for tuning made it worse" if after is None else f"-> {after:.4f}"
     return [f"Whole model   {unit} on what was held back {found.divergence_before:.4f} {came}"]

@@ -89,6 +89,16 @@ def test_what_is_worse_on_what_was_held_back_is_not_kept(tmp_path, text, monkeyp
     assert "tuning made it worse" in summarize(report, "out")
 
 
+def test_tuning_that_leaves_the_finite_numbers_loses_nothing(tmp_path, text, monkeypatch):
+    model = save_tiny("llama", tmp_path / "model")
+    monkeypatch.setattr(module, "_RATE", 1e30)
+    report = shiftadd_cli.quantize(str(model), tmp_path / "out", distill_epochs=1, calibration=str(text), **FIELDS)
+    assert not report.distillation.kept
+    assert report.distillation.divergence_after is None
+    assert "tuning made it worse" in summarize(report, "out")
+    assert "not kept" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_blocks_that_do_not_stay_decoded_change_nothing(tmp_path, text, monkeypatch):
     from shiftadd_cli.pipeline import walk
 
