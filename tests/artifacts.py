@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,15 @@ def random_weight(layout: PackedLayout, seed: int = 0) -> QuantizedWeight:
         else:
             tensors[name] = torch.rand(shape, generator=g).to(dtype)
     return QuantizedWeight(layout, tensors)
+
+
+def random_matrix(rows: int, seed: int, columns: int = 36, **changes: Any) -> QuantizedWeight:
+    """A random matrix whose rotation and outlier columns are the same for every seed, as those of one input are."""
+    weight = random_weight(replace(COMMON, **changes).layout(rows, columns), seed)
+    # Those of a matrix of one row: how many numbers are drawn before them depends on the rows.
+    same = random_weight(replace(COMMON, **changes).layout(1, columns), 99).tensors
+    shared = {name: same[name] for name in ("weight_signs", "weight_column_ids") if name in same}
+    return QuantizedWeight(weight.layout, weight.tensors | shared)
 
 
 class Checkpoint(NamedTuple):

@@ -1,0 +1,18 @@
+"""vLLM reads our checkpoints: a quantization method that vLLM finds by the entry point `vllm.general_plugins`.
+
+`parts`, `joining`, `fused` and `vocabulary` hold what there is to compute and know nothing of vLLM; `config`,
+`linear_method` and `table_method` put it into vLLM's terms and are the only modules of this package that import it.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Make vLLM load checkpoints of quant_method "shiftadd"; vLLM calls it in each of its processes, and calling it
+    again changes nothing. Imports vLLM."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from shiftadd_cli.artifact.format import QUANT_METHOD
+    from shiftadd_cli.vllm_plugin.config import ShiftaddConfig
+
+    register_quantization_config(QUANT_METHOD)(ShiftaddConfig)

@@ -1,0 +1,62 @@
+"""Compressed matrices that multiply the same input, stacked into one, so that they take one call and one rotation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+
+# Stored once for the whole matrix, whatever its rows.
+_OF_COLUMNS = ("weight_signs", "weight_column_ids")
+
+
+def can_join(first: QuantizedWeight, second: QuantizedWeight) -> bool:
+    """Whether the rows of both are rows of one matrix: equal forms but for the number of rows, scales that no rows
+    share, and the same rotation and outlier columns."""
+    if first.layout.grid.group_rows != 1 or _form(first.layout) != _form(second.layout):
+        return False
+    return all(torch.equal(first.tensors[name], second.tensors[name]) for name in _OF_COLUMNS if name in first.tensors)
+
+
+def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The matrices, each of which `can_join` the first, one below the other; of one it is that itself.
+
+    Every weight decodes to the same number as before. A row scale for a whole matrix becomes one for each of its rows.
+    """
+    if len(weights) == 1:
+        return weights[0]
+    rows = sum(each.layout.grid.rows for each in weights)
+    first = weights[0]
+    layout = replace(first.layout, grid=replace(first.layout.grid, rows=rows), row_scale=True)
+    tensors = {
+        name: tensor if name in _OF_COLUMNS else torch.cat([_of_rows(each, name) for each in weights])
+        for name, tensor in first.tensors.items()
+    }
+    return QuantizedWeight(layout, tensors)
+
+
+def runs(weights: Sequence[QuantizedWeight]) -> list[list[QuantizedWeight]]:
+    """The matrices in their order, neighbours that can be joined together."""
+    grouped: list[list[QuantizedWeight]] = []
+    for weight in weights:
+        if grouped and can_join(grouped[-1][0], weight):
+            grouped[-1].append(weight)
+        else:
+            grouped.append([weight])
+    return grouped
+
+
+def _form(layout: PackedLayout) -> PackedLayout:
+    """The layout without what may differ between matrices that are joined."""
+    return replace(layout, grid=replace(layout.grid, rows=1), row_scale=True)
+
+
+def _of_rows(weight: QuantizedWeight, name: str) -> Tensor:
+    tensor = weight.tensors[name]
+    if name == "weight_row_scale":
+        return tensor.expand(weight.layout.grid.rows)
+    return tensor

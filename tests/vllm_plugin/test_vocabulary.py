@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from shiftadd_cli.bcq.int8 import decode_table, encode_table
+from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.vllm_plugin.vocabulary import Vocabulary
+
+ROWS, COLUMNS, PADDED = 50, 12, 64
+
+
+def table() -> dict[str, torch.Tensor]:
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+    return dict(zip(("weight_int8", "weight_int8_scale"), encode_table(weight, "a"), strict=True))
+
+
+def vocabulary(stored: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Vocabulary:
+    made = Vocabulary("a", ROWS, COLUMNS, padded=PADDED, dtype=dtype)
+    for suffix, tensor in stored.items():
+        made.load(suffix, tensor)
+    made.finish()
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_looks_up_rows_and_multiplies_by_them(dtype: torch.dtype) -> None:
+    made, stored = vocabulary(table(), dtype), table()
+    dense = decode_table(*stored.values())
+    ids = torch.tensor([[0, 49], [7, 7]])
+    assert torch.equal(made.look_up(ids), dense[ids].to(dtype))
+    x, bias = torch.randn(3, COLUMNS).to(dtype), torch.randn(PADDED).to(dtype)
+    logits = made.multiply(x, bias)
+    assert (logits.shape, logits.dtype) == ((3, PADDED), dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
+    torch.testing.assert_close(logits[:, :ROWS].float(), (linear(x.float(), dense) + bias[:ROWS].float()), **tolerance)
+    assert torch.equal(made.multiply(x)[:, ROWS:], torch.zeros(3, PADDED - ROWS, dtype=dtype))
+
+
+def test_both_uses_read_one_table() -> None:
+    made = vocabulary(table())
+    assert made.head.weight_int8 is made.embedding.weight_int8
+    assert made.head.weight_int8_scale is made.embedding.weight_int8_scale
+
+
+def test_a_tensor_that_never_came_is_named() -> None:
+    with pytest.raises(ArtifactError, match=r"^The checkpoint lacks the tensor a.weight_int8_scale; "):
+        vocabulary({"weight_int8": table()["weight_int8"]})
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    stored = table()
+    with pytest.raises(ArtifactError, match=r"^a.weight_int8 has shape \[49, 12\]"):
+        vocabulary(stored | {"weight_int8": stored["weight_int8"][1:]})
+    with pytest.raises(ArtifactError, match=r"^a.weight_int8_scale holds values that are not finite"):
+        vocabulary(stored | {"weight_int8_scale": torch.full((ROWS,), torch.nan, dtype=torch.bfloat16)})
