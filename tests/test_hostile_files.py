@@ -37,6 +37,7 @@ from shiftadd_cli.pipeline.history import Asked, History
 from shiftadd_cli.pipeline.plan import resident_bytes
 from shiftadd_cli.pipeline.states import StoredStates
 from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.report.schema import DistillationReport
 from shiftadd_cli.source.safetensors_folder import SafetensorsFolder, read_index
 
 # Memory that no loader of a small file may take beyond what the process had.
@@ -93,7 +94,13 @@ def unfinished_run(folder: Path) -> Path:
         history = History(workspace, BLOCKS)
         recipe = Recipe(samples=3)
         asked = Asked(
-            recipe=recipe.model_dump(mode="json"), source="0", tokens="1", bit_plan=None, versions={"a": "1"}, code="2"
+            recipe=recipe.model_dump(mode="json"),
+            source="0",
+            tokens="1",
+            bit_plan=None,
+            computed="torch.float32",
+            versions={"a": "1"},
+            code="2",
         )
         history.begin(asked)
         history.keep_bits(plan_for(model, Recipe(group_size=16)), Measured())
@@ -111,6 +118,15 @@ def unfinished_run(folder: Path) -> Path:
     return folder
 
 
+def distilled_run(folder: Path) -> Path:
+    """The folder of a run that has nothing left but to write what was distilled."""
+    unfinished_run(folder)
+    with Workspace(folder / "out") as workspace:
+        report = DistillationReport(divergence_before=0.2, divergence_after=0.1, kept=True)
+        History(workspace, BLOCKS).keep_distilled(report, {"a": torch.zeros(3)}, Measured())
+    return folder
+
+
 def look_at_run(folder: Path) -> None:
     with Workspace(folder / "out") as workspace:
         history = History(workspace, BLOCKS)
@@ -119,6 +135,7 @@ def look_at_run(folder: Path) -> None:
         assert history.bit_plan is None or history.bit_plan.bits
         history.states(3, 2)
         history.token_weights()
+        history.distilled_tensors()
         with ArtifactWriter(folder / "out", workspace=workspace) as writer:
             writer.plan({"a": ((3,), torch.float32)}, history.written)
 
@@ -156,6 +173,10 @@ CASES: dict[str, tuple[Callable[[Path], Path], str, Callable[[Path], object]]] =
             *("journal/run.json", "journal/bits.json", "journal/start.json", "journal/block-00000.json"),
             *("states/quantized-00001.safetensors", "states/token_weights.safetensors", "artifact/model.safetensors"),
         )
+    },
+    **{
+        f"distilled run, {name}": (distilled_run, f".out.partial/{name}", look_at_run)
+        for name in ("journal/distilled.json", "states/distilled.safetensors")
     },
 }
 

@@ -60,9 +60,9 @@ class TunedBlock:
         }
 
     def _vector(self, path: str) -> nn.Parameter:
-        stored = self._read(f"{self.name}.{path}").to(self._device)
+        stored = self._read(f"{self.name}.{path}")
         self._stored_dtypes[path] = stored.dtype
-        return nn.Parameter(stored.float())
+        return nn.Parameter(stored.to(self._device, torch.float32, copy=True))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that is tuned."""

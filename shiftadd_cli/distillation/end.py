@@ -62,7 +62,7 @@ class EndGap:
         }
         stored = {name: read(name) for name in self._originals}
         self._stored_dtypes = {name: each.dtype for name, each in stored.items()}
-        self.vectors = {name: nn.Parameter(each.to(device).float()) for name, each in stored.items()}
+        self.vectors = {name: nn.Parameter(each.to(device, torch.float32, copy=True)) for name, each in stored.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored of `vectors`."""

@@ -55,7 +55,7 @@ def test_a_saved_evaluation_shows(made: Path, tmp_path: Path) -> None:
     assert measured.exit_code == 0, measured.output
     perplexity = json.loads(measured.stdout)["models"][0]["perplexity"]
     assert run("report", out, "-o", tmp_path / "page.html").exit_code == 0
-    assert f"perplexity {perplexity:.2f}" in (tmp_path / "page.html").read_text()
+    assert f"perplexity {perplexity:.3f}" in (tmp_path / "page.html").read_text()
     refused = run("evaluate", made / "source", "--save")
     assert refused.exit_code == 2
     assert "leave it out" in refused.stderr
