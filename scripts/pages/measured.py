@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quality.later import LATER
+
 from pages.text import table
 from shiftadd_cli.cli.options import option_name
 from shiftadd_cli.recipe import Recipe
@@ -131,7 +133,7 @@ def command_of(row: dict[str, Any]) -> str:
     name, _, option = row["method"].partition(":")
     if name == "peer":
         return f"{option}, {row['bits']} bits (a peer)"
-    then, now = row["settings"]["artifact"]["recipe"], Recipe.load(name).model_dump(mode="json")
+    then, now = LATER | row["settings"]["artifact"]["recipe"], Recipe.load(name).model_dump(mode="json")
     budget = then["avg_bits"] is not None
     words = [name, f"--avg-bits {then['avg_bits']:g}" if budget else f"--bits {row['bits']}"]
     for field in now.keys() - _CONDITIONS - {"bits", "avg_bits"}:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from pydantic import BaseModel
 
+from quality.later import LATER
 from quality.methods import Method
 from quality.rows import Original, Row, TestScore, file_name
 from shiftadd_cli.calibration.text import TextData, load_text
@@ -22,8 +23,6 @@ from shiftadd_cli.source import open_source
 from shiftadd_cli.version import __version__
 
 _LIBRARIES = ("torch", "transformers")
-# Fields that came after the first rows, with the value that stands for recipes without them: rows keep their names.
-_LATER = {"primitive": "bcq", "distill_epochs": 0}
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def name_tests(specs: tuple[str, ...]) -> dict[str, str]:
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
     """The fields that fix an artifact. What is calibrated on counts by itself, and not by the name of its file."""
     fields = recipe.model_dump(mode="json", exclude={"calibration"})
-    return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
+    return {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
 
 
 def versions(*packages: str) -> dict[str, str]:
