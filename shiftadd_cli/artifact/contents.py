@@ -160,12 +160,17 @@ class Contents:
         )
 
 
+def alike(name: str) -> str:
+    """Blocks, experts, and what else is numbered, go by one name."""
+    return _NUMBER.sub("*", name)
+
+
 def _merge(entries: Iterable[_Entry]) -> tuple[_Entry, ...]:
     rows: dict[_Entry, list[_Entry]] = {}
     for entry in entries:
-        alike = replace(entry, name=_NUMBER.sub("*", entry.name), stored_bytes=0)
-        rows.setdefault(alike, []).append(entry)
+        common = replace(entry, name=alike(entry.name), stored_bytes=0)
+        rows.setdefault(common, []).append(entry)
     return tuple(
-        replace(alike, count=len(members), stored_bytes=sum(each.stored_bytes for each in members))
-        for alike, members in rows.items()
+        replace(common, count=len(members), stored_bytes=sum(each.stored_bytes for each in members))
+        for common, members in rows.items()
     )

@@ -15,23 +15,20 @@ from torch.func import functional_call
 
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 from shiftadd_cli.calibration.trace import BlockCall, hooked
+from shiftadd_cli.distillation.vectors import Reader, TunedVectors
 from shiftadd_cli.source import LinearSpec
 
 _ROW_SCALE = "weight_row_scale"
-
-Reader = Callable[[str], Tensor]
-"""The tensor of that name in the artifact."""
 
 
 class TunedBlock:
     """`module`, a block of the skeleton called `name`, whose linears are stored as `layouts` say.
 
-    Its parameters are not looked at, and may be on meta; buffers that no file stores must be in memory while it runs.
+    Its parameters are not looked at, and may be on meta; its buffers must be on the device when it runs.
 
     Attributes:
-        buffers: full names of its buffers.
         factors: of the row scales, by path of the linear in the block, float32 `[out]`; of those that have row scales.
-        vectors: the block's other one-dimensional parameters by name in the block, float32.
+        vectors: the block's other one-dimensional parameters, by name in the block.
     """
 
     def __init__(
@@ -45,36 +42,25 @@ class TunedBlock:
         self.name, self._module, self._read, self._device = name, module, read, device
         self._linears = {spec.kind: (spec, layout) for spec, layout in linears}
         self._dtypes = {path: each.dtype for path, each in module.named_parameters()}
-        self._stored_dtypes: dict[str, torch.dtype] = {}
-        self.buffers = [f"{name}.{path}" for path, _ in module.named_buffers()]
         self._row_scales = {
             spec.kind: read(f"{spec.name}.{_ROW_SCALE}").to(device) for spec, layout in linears if layout.row_scale
         }
         self.factors = {
             kind: nn.Parameter(torch.ones_like(each, dtype=torch.float32)) for kind, each in self._row_scales.items()
         }
-        self.vectors = {
-            path: self._vector(path)
-            for path, each in module.named_parameters()
-            if each.ndim == 1 and each.is_floating_point()
-        }
-
-    def _vector(self, path: str) -> nn.Parameter:
-        stored = self._read(f"{self.name}.{path}")
-        self._stored_dtypes[path] = stored.dtype
-        return nn.Parameter(stored.to(self._device, torch.float32, copy=True))
+        self.vectors = TunedVectors(module.named_parameters(), lambda path: read(f"{name}.{path}"), device)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that is tuned."""
         yield from self.factors.values()
-        yield from self.vectors.values()
+        yield from self.vectors.free.values()
 
     def decoded(self) -> dict[str, Tensor]:
         """All other parameters by name in the block, as the block computes with them: matrices decoded."""
         matrices = {f"{kind}.weight": each for kind, each in self._linears.items()}
         found = {}
         for path, dtype in self._dtypes.items():
-            if path in self.vectors:
+            if path in self.vectors.free:
                 continue
             if path not in matrices:
                 found[path] = self._read(f"{self.name}.{path}").to(self._device, dtype)
@@ -86,9 +72,7 @@ class TunedBlock:
 
     def run(self, call: BlockCall, hidden: Tensor, decoded: Mapping[str, Tensor]) -> Tensor:
         """Output hidden states of the block with `decoded` matrices and the present values of all that is tuned."""
-        state = dict(decoded) | {
-            path: each.to(self._stored_dtypes[path]).to(self._dtypes[path]) for path, each in self.vectors.items()
-        }
+        state = dict(decoded) | self.vectors.computed()
         handles = []
         for kind in self.factors:
             # A factor is not one of the bias, which is added behind it.
@@ -113,10 +97,7 @@ class TunedBlock:
         """What is stored of what was tuned, by name in the artifact."""
         with torch.no_grad():
             scales = {f"{self._linears[kind][0].name}.{_ROW_SCALE}": self._scale(kind) for kind in self.factors}
-        vectors = {
-            f"{self.name}.{path}": each.detach().to(self._stored_dtypes[path]) for path, each in self.vectors.items()
-        }
-        return scales | vectors
+        return scales | {f"{self.name}.{path}": each for path, each in self.vectors.stored().items()}
 
     def _scale(self, kind: str) -> Tensor:
         """The row scale as it would be stored."""

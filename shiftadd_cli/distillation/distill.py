@@ -120,7 +120,7 @@ class Distiller:
         return batch_span(index, self.batch_size, self.targets.samples)
 
     def _groups(self) -> list[dict[str, object]]:
-        parameters: list[nn.Parameter] = list(self.end.vectors.values())
+        parameters: list[nn.Parameter] = list(self.end.vectors.free.values())
         for block in self.stack.blocks:
             parameters += block.parameters()
         return [
@@ -128,7 +128,7 @@ class Distiller:
         ]
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = self.end.tensors()
+        found = self.end.vectors.stored()
         for block in self.stack.blocks:
             found |= block.tensors()
         return found

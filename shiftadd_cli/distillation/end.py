@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shiftadd_cli.calibration.distribution import comparable, reference_of
 from shiftadd_cli.calibration.head import Form, Head
-from shiftadd_cli.distillation.block import Reader
+from shiftadd_cli.distillation.vectors import Reader, TunedVectors
 from shiftadd_cli.source import Structure
 from shiftadd_cli.source.skeleton import set_tensor
 
@@ -38,8 +38,8 @@ class EndGap:
     compressed one. Everything outside the blocks must be materialised on `device`, as the artifact stores it.
 
     Attributes:
-        vectors: one-dimensional parameters outside the blocks by name, float32; those that lie before the blocks never
-            get a gradient.
+        vectors: one-dimensional parameters outside the blocks, by name; those that lie before the blocks never get a
+            gradient.
     """
 
     def __init__(
@@ -55,18 +55,9 @@ class EndGap:
         self._head = Head(model, structure, forms, samples, device)
         self._most = max(1, SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))
         blocks = tuple(f"{name}." for name in structure.blocks)
-        self._originals = {
-            name: each
-            for name, each in model.named_parameters()
-            if each.ndim == 1 and each.is_floating_point() and not name.startswith(blocks)
-        }
-        stored = {name: read(name) for name in self._originals}
-        self._stored_dtypes = {name: each.dtype for name, each in stored.items()}
-        self.vectors = {name: nn.Parameter(each.to(device, torch.float32, copy=True)) for name, each in stored.items()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored of `vectors`."""
-        return {name: each.detach().to(self._stored_dtypes[name]) for name, each in self.vectors.items()}
+        outside = [(name, each) for name, each in model.named_parameters() if not name.startswith(blocks)]
+        self.vectors = TunedVectors(outside, read, device)
+        self._originals = {name: model.get_parameter(name) for name in self.vectors.free}
 
     def gap(self, first: int, hidden: Tensor, original: Tensor, *, learn: bool) -> Gap:
         """For the samples from number `first` on, hidden states `[batch, tokens, width]` of both models.
@@ -94,15 +85,14 @@ class EndGap:
     def _add(self, leaves: dict[str, nn.Parameter]) -> None:
         for name, leaf in leaves.items():
             if leaf.grad is not None:
-                vector, found = self.vectors[name], leaf.grad.float()
+                vector, found = self.vectors.free[name], leaf.grad.float()
                 vector.grad = found if vector.grad is None else vector.grad + found
 
     @contextmanager
     def _tuned(self, learn: bool) -> Iterator[dict[str, nn.Parameter]]:
         """While this lasts, the model has the tuned vectors in the place of its own."""
         leaves = {
-            name: nn.Parameter(each.to(self._originals[name].dtype), requires_grad=learn)
-            for name, each in self.tensors().items()
+            name: nn.Parameter(each.detach(), requires_grad=learn) for name, each in self.vectors.computed().items()
         }
         try:
             for name, leaf in leaves.items():

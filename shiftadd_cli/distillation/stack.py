@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from shiftadd_cli.calibration.trace import BlockCall, check_finite
 from shiftadd_cli.distillation.block import TunedBlock
-from shiftadd_cli.source import Source
 
 # Decoded matrices that stay in memory from step to step; blocks beyond it are decoded anew at every step.
 MEMORY_BYTES = 1 << 30
 
 
 class Stack:
-    """The `blocks` of the skeleton of `source`, in order; `calls[batch size]` has the other arguments of each."""
+    """The `blocks` of a model, in order; `calls[batch size]` has the other arguments of each."""
 
     def __init__(
         self,
-        source: Source,
         blocks: Sequence[TunedBlock],
         calls: Mapping[int, Sequence[BlockCall]],
         device: torch.device,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self.blocks = blocks
-        self._source, self._calls, self._device, self._free = source, calls, device, memory_bytes
+        self._calls, self._device, self._free = calls, device, memory_bytes
         self._held: dict[int, dict[str, Tensor]] = {}
 
     @torch.no_grad()
@@ -37,8 +34,7 @@ class Stack:
         on the CPU. Raises NumericalError naming the block whose output is not finite."""
         found = [hidden.cpu()]
         for depth, block in enumerate(self.blocks):
-            with self._decoded(depth) as decoded:
-                output = block.run(self._call(hidden, depth), found[-1].to(self._device), decoded)
+            output = block.run(self._call(hidden, depth), found[-1].to(self._device), self._decoded(depth))
             check_finite(output, block.name)
             found.append(output.cpu())
         return found
@@ -48,26 +44,19 @@ class Stack:
         gradient = gradient.to(self._device)
         for depth in reversed(range(len(self.blocks))):
             hidden = inputs.pop()
-            with self._decoded(depth) as decoded:
-                call = self._call(hidden, depth)
-                gradient = self.blocks[depth].backward(call, hidden.to(self._device), gradient, decoded)
+            call, decoded = self._call(hidden, depth), self._decoded(depth)
+            gradient = self.blocks[depth].backward(call, hidden.to(self._device), gradient, decoded)
 
     def _call(self, batch: Tensor, depth: int) -> BlockCall:
         return self._calls[len(batch)][depth]
 
-    @contextmanager
-    def _decoded(self, depth: int) -> Iterator[dict[str, Tensor]]:
-        """Matrices of a block, whose buffers are in memory meanwhile."""
-        block = self.blocks[depth]
-        decoded = self._held.get(depth)
-        if decoded is None:
-            decoded = block.decoded()
-            size = sum(each.nbytes for each in decoded.values())
-            if size <= self._free:
-                self._free -= size
-                self._held[depth] = decoded
-        self._source.materialise(block.buffers)
-        try:
-            yield decoded
-        finally:
-            self._source.release(block.buffers)
+    def _decoded(self, depth: int) -> dict[str, Tensor]:
+        """Matrices of a block."""
+        if depth in self._held:
+            return self._held[depth]
+        decoded = self.blocks[depth].decoded()
+        size = sum(each.nbytes for each in decoded.values())
+        if size <= self._free:
+            self._free -= size
+            self._held[depth] = decoded
+        return decoded

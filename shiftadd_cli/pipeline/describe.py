@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.bcq.choices import choices_in_words
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.report.schema import alike
 from shiftadd_cli.report.summary import size, table
 
 

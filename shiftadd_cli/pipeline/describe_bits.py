@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from shiftadd_cli.allocation.plan_file import BitPlan, PlannedLayer
+from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.bcq.choices import Choice, bits_of_choice, choice_symbols, ordered_choices
-from shiftadd_cli.report.schema import alike
 from shiftadd_cli.report.summary import size, table
 from shiftadd_cli.source import LinearSpec
 

@@ -16,10 +16,11 @@ from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import HiddenStates, States
 from shiftadd_cli.calibration.trace import Trace, first_input, trace_model
 from shiftadd_cli.device import move_parts
-from shiftadd_cli.distillation.block import Reader, TunedBlock
+from shiftadd_cli.distillation.block import TunedBlock
 from shiftadd_cli.distillation.distill import Distillation, Distiller
 from shiftadd_cli.distillation.end import EndGap
 from shiftadd_cli.distillation.stack import Stack
+from shiftadd_cli.distillation.vectors import Reader
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.pipeline.block import BlockQuantizer
@@ -135,9 +136,11 @@ class Walk:
 
     def _round_kept(self, block: str) -> None:
         """Give norms and biases that were tuned in another dtype the values that are stored of them."""
+        if self.plan.running is self.plan.source:
+            return
         model = self.plan.running.skeleton()
         for name in self.plan.kept:
-            if name.startswith(f"{block}.") and self.plan.running is not self.plan.source:
+            if name.startswith(f"{block}."):
                 tensor = operator.attrgetter(name)(model)
                 tensor.data = tensor.to(self.plan.tensors[name][1]).to(tensor.dtype)
 
@@ -151,17 +154,20 @@ class Walk:
         assert trace.original is not None, "the recipe follows the original"
         assert samples is not None, "there are samples"
         source, structure, recipe = self.plan.running, self.plan.structure, self.plan.recipe
-        model = source.skeleton()
+        model, blocks_within = source.skeleton(), tuple(f"{name}." for name in structure.blocks)
+        # Masks and the like, which no artifact holds; of parameters of blocks it has all.
+        buffers = [name for name, _ in model.named_buffers() if name.startswith(blocks_within)]
+        needed = [*structure.outside, *buffers]
         with self.clock.phase("distill"):
-            source.materialise(structure.outside)
+            source.materialise(needed)
             self.store_tables(lambda name, tensor: None)
-            move_parts(model, structure.outside, device)
+            move_parts(model, needed, device)
             blocks = []
             for depth, name in enumerate(structure.blocks):
                 linears = [(each.spec, each.layout) for each in self.plan.linears if each.spec.block == depth]
                 blocks.append(TunedBlock(name, model.get_submodule(name), linears, read, device))
             distiller = Distiller(
-                Stack(source, blocks, trace.calls, device),
+                Stack(blocks, trace.calls, device),
                 EndGap(model, structure, trace.forms, samples, read, device),
                 lambda span: first_input(structure, model, samples[span], device),
                 trace.original,
@@ -173,7 +179,7 @@ class Walk:
                 progress=progress,
                 after_step=lambda: self.team.share(True),
             )
-            source.release(structure.outside)
+            source.release(needed)
         return result
 
     def stand_by(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment
 from pydantic import ValidationError
 
+from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.bcq.choices import Choice, bits_of_choice, choice_words, choices_in_words
 from shiftadd_cli.errors import ArtifactError
@@ -23,7 +24,7 @@ from shiftadd_cli.report.cost import Cost, model_cost
 from shiftadd_cli.report.environment import make_environment
 from shiftadd_cli.report.evaluation_file import EvaluationReport, ImageEvaluationReport, Quality, load_evaluations
 from shiftadd_cli.report.operations import WAYS
-from shiftadd_cli.report.schema import LayerReport, Report, alike
+from shiftadd_cli.report.schema import LayerReport, Report
 from shiftadd_cli.report.unit_costs import load_unit_costs
 from shiftadd_cli.runtime.skeleton import artifact_skeleton
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.bcq.choices import Choice, Primitive, choice_of
 
 SCHEMA_VERSION = 1
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class _Part(BaseModel):
@@ -25,7 +23,7 @@ class SourceReport(_Part):
     name: str
     architecture: Annotated[str, Field(description="transformers class of the model.")]
     fingerprint: Annotated[str, Field(description="SHA-256 over configuration, weight file headers and samples.")]
-    dtype: Annotated[str, Field(description="dtype of everything not quantized, and of calibration activations.")]
+    dtype: Annotated[str, Field(description="dtype of everything not quantized.")]
     parameters: Annotated[int, Field(description="Parameters, tied ones once.")]
     file_bytes: Annotated[int, Field(description="Size of the original's weight files.")]
     model_bytes: Annotated[int, Field(description="Size of the original's parameters at `dtype`.")]
@@ -238,11 +236,6 @@ class Report(_Part):
     def starved(self) -> list[LayerReport]:
         """Layers that calibration did not reach, or hardly."""
         return [] if self.calibration is None else [layer for layer in self.layers if not layer.calibrated]
-
-
-def alike(kind: str) -> str:
-    """Experts, and what else is numbered, go by one name."""
-    return _NUMBER.sub("*", kind)
 
 
 def average_kinds(layers: list[LayerReport]) -> list[KindReport]:

@@ -55,7 +55,7 @@ def test_gap_and_gradients_are_those_of_the_whole_model(tmp_path, family, monkey
     hidden = original + 0.3 * torch.randn(shape, generator=generator)
     before = {name: each.detach().clone() for name, each in source.skeleton().named_parameters() if not each.is_meta}
     with torch.no_grad():
-        for each in end.vectors.values():
+        for each in end.vectors.free.values():
             each.mul_(1.2).add_(0.05)
     gap = end.gap(1, hidden, original, learn=True)
     assert all(torch.equal(source.skeleton().get_parameter(name), each) for name, each in before.items())
@@ -64,7 +64,7 @@ def test_gap_and_gradients_are_those_of_the_whole_model(tmp_path, family, monkey
     states = hidden.double().requires_grad_()
     with torch.no_grad(), giving(model, structure, trace.forms, original.double()):
         reference = predict(model, samples[1:3])
-    for name, each in end.vectors.items():
+    for name, each in end.vectors.free.items():
         model.get_parameter(name).data = each.detach().double()
         model.get_parameter(name).requires_grad_()
     with giving(model, structure, trace.forms, states):
@@ -75,12 +75,12 @@ def test_gap_and_gradients_are_those_of_the_whole_model(tmp_path, family, monkey
     assert gap.divergence == pytest.approx(float(total.detach()), rel=1e-4)
     assert float(total.detach()) > 1e-3
     torch.testing.assert_close(gap.gradient.double(), states.grad, rtol=1e-3, atol=1e-6)
-    reached = {name for name, each in end.vectors.items() if model.get_parameter(name).grad is not None}
-    for name, each in end.vectors.items():
+    reached = {name for name, each in end.vectors.free.items() if model.get_parameter(name).grad is not None}
+    for name, each in end.vectors.free.items():
         if name in reached and each.grad is not None:
             torch.testing.assert_close(each.grad.double(), model.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
     # What runs behind the blocks is a norm at least; what runs before them has no gradient here.
-    learned = {name for name, each in end.vectors.items() if each.grad is not None}
+    learned = {name for name, each in end.vectors.free.items() if each.grad is not None}
     assert learned
     assert learned <= reached
     plain = end.gap(1, hidden, original, learn=False)
