@@ -92,7 +92,7 @@ def test_a_recipe_object_and_fields_on_top_of_it(tmp_path: Path) -> None:
 
 def test_bits_on_top_of_a_recipe_object_replace_its_average_as_on_top_of_a_file(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
-    recipe = shiftadd_cli.Recipe.load("best", {"reconstruct_epochs": 0})
+    recipe = shiftadd_cli.Recipe.load("best", {"reconstruct_epochs": 0, "distill_epochs": 0})
     report = shiftadd_cli.quantize(str(source), tmp_path / "out", recipe, bits=2, **QUICK)
     assert (report.recipe["avg_bits"], {layer.bits for layer in report.layers}) == (None, {2})
     with pytest.raises(shiftadd_cli.ShiftaddError, match="--bits: 9"):
