@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from mixes.bench import Allocations
+from mixes.bench import SENSITIVITIES, Allocations
 from mixes.table import as_json, as_markdown
 from quality.conditions import Conditions, name_tests
 from quality.methods import parse_methods
 from quality.options import POSITIVE, comparison_options, show_table
 
+from shiftadd_cli.allocation.sensitivity import SensitivityKind
 from shiftadd_cli.errors import RecipeError, ShiftaddError
 from shiftadd_cli.recipe import Recipe
 
@@ -44,6 +45,22 @@ class _Numbers(click.ParamType):
         return tuple(dict.fromkeys(found))
 
 
+class _Kinds(click.ParamType):
+    """Names of sensitivities such as `divergence,paper`."""
+
+    name = "kind,kind,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[SensitivityKind, ...]:
+        if isinstance(value, tuple):
+            return value
+        for name in (names := str(value).split(",")):
+            if name not in SENSITIVITIES:
+                self.fail(f"{name!r} is none of {', '.join(SENSITIVITIES)}.", param, ctx)
+        return tuple(kind for kind in SENSITIVITIES if kind in names)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @click.option(
@@ -54,6 +71,7 @@ class _Numbers(click.ParamType):
 @click.option("--seeds", type=_Numbers(int), default="0,1,2", show_default=True, help="Seeds of everything random.")
 @click.option("--sample-blocks", type=POSITIVE, default=3, show_default=True, help="Blocks of layers replaced alone.")
 @click.option("--sample-bits", type=POSITIVE, default=2, show_default=True, help="Bits of these layers.")
+@click.option("--once", type=_Kinds(), default=(), help="Sensitivities to measure for the first seed alone.")
 @comparison_options
 def main(
     model: str,
@@ -70,6 +88,7 @@ def main(
     dtype: str,
     sample_blocks: int,
     sample_bits: int,
+    once: tuple[SensitivityKind, ...],
     work: Path,
     keep_artifacts: bool,
     together: int,
@@ -97,6 +116,7 @@ def main(
             together,
             keep_artifacts,
             lambda line: click.echo(line, err=True),
+            once,
         )
         show_table(bench, work, as_json, as_markdown)
     except ShiftaddError as error:

@@ -44,6 +44,7 @@ class Allocations:
         conditions: of each calibration seed, alike but for the seed.
         method: the recipe that all mixes are made with.
         sample_blocks, sample_bits: layers that are replaced alone, see `sample_layers`, and their bits.
+        once: sensitivities of the first seed alone, for those that take very long.
         mixes: settled once sensitivities are there; `bench` then holds their rows, those of equal bits once.
     """
 
@@ -57,6 +58,7 @@ class Allocations:
     together: int = 1
     keep_artifacts: bool = False
     say: Callable[[str], None] = print
+    once: tuple[SensitivityKind, ...] = ()
     sensitivities: dict[tuple[str, int], SensitivityRow] = field(default_factory=dict)
     alone: dict[int, AloneRow] = field(default_factory=dict)
     mixes: list[Mix] = field(default_factory=list)
@@ -67,6 +69,8 @@ class Allocations:
         """Check everything that can be known now. Raises ShiftaddError."""
         if self.method.peer or self.method.has_own_width:
             raise RecipeError(f"{self.method.label} cannot get bits of a plan; give a recipe of ours without bits.")
+        if SENSITIVITIES[0] in self.once:
+            raise AllocationError(f"--once {SENSITIVITIES[0]}: every seed needs it; give another sensitivity.")
         if self.sample_bits not in self.candidates:
             raise AllocationError(f"--sample-bits {self.sample_bits} is none of --candidates; give one of them.")
         self.recipes = {each.seed: self._recipe(each) for each in self.conditions}
@@ -86,7 +90,7 @@ class Allocations:
     def fill(self, finished: Callable[[], None]) -> None:
         """Find or make all parts; `finished` is called whenever something is new."""
         for seed in self._jobs:
-            for kind in SENSITIVITIES:
+            for kind in self._kinds(seed):
                 self.sensitivities[kind, seed] = self._sensitivity(kind, seed)
         self._settle_mixes()
         self.solver = self._solver()
@@ -106,6 +110,10 @@ class Allocations:
             if cell.row_name == name:
                 return self.bench.rows.get(index)
         return None
+
+    def _kinds(self, seed: int) -> list[SensitivityKind]:
+        first = seed == self.conditions[0].seed
+        return [kind for kind in SENSITIVITIES if first or kind not in self.once]
 
     def _of(self, seed: int) -> Conditions:
         return next(each for each in self.conditions if each.seed == seed)
@@ -144,10 +152,10 @@ class Allocations:
         self.mixes.clear()
         self._cells.clear()
         for seed, job in self._jobs.items():
-            found = {kind: self.sensitivities[kind, seed].found for kind in SENSITIVITIES}
+            found = {kind: self.sensitivities[kind, seed].found for kind in self._kinds(seed)}
             for budget in self.budgets:
                 plans: dict[str, BitPlan] = {}
-                for kind in SENSITIVITIES:
+                for kind in found:
                     request = replace(job.request, budget=Budget.parse(budget, None), sensitivity=kind)
                     plans[kind] = replace(job, request=request).choose(found[kind])
                 layers, tied = job.problem(found[SENSITIVITIES[0]])

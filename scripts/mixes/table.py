@@ -53,7 +53,7 @@ def as_json(bench: Allocations) -> str:
                 "seed": each.seed,
                 "kendall_tau": {
                     kind: _tau([predicted[kind] for predicted, _ in mixes], [kl for _, kl in mixes])
-                    for kind in SENSITIVITIES
+                    for kind in mixes[0][0]
                 },
             }
             for each in bench.conditions
@@ -78,11 +78,13 @@ def as_json(bench: Allocations) -> str:
 
 
 def rank_correlations(bench: Allocations, seed: int) -> dict[str, float | None]:
-    """Kendall's tau of predicted loss against the KL of layers replaced alone, by sensitivity; None where undefined."""
+    """Kendall's tau of predicted loss against the KL of layers replaced alone, by sensitivity of the seed; None where
+    undefined."""
     row = bench.alone[seed]
     return {
-        kind: _tau([bench.sensitivities[kind, seed].costs[name][row.bits] for name in row.kl], list(row.kl.values()))
-        for kind in SENSITIVITIES
+        kind: _tau([found.costs[name][row.bits] for name in row.kl], list(row.kl.values()))
+        for (kind, of), found in bench.sensitivities.items()
+        if of == seed
     }
 
 
@@ -164,8 +166,9 @@ def _mixes(bench: Allocations) -> list[str]:
 def _prediction(bench: Allocations) -> list[str]:
     lines = []
     for kind in SENSITIVITIES:
-        single = [rank_correlations(bench, seed)[kind] for seed in bench.alone]
-        whole = [mix_losses(bench, each.seed) for each in bench.conditions]
+        seeds = [seed for each, seed in bench.sensitivities if each == kind]
+        single = [rank_correlations(bench, seed)[kind] for seed in seeds if seed in bench.alone]
+        whole = [mix_losses(bench, seed) for seed in seeds]
         taus = [_tau([predicted[kind] for predicted, _ in mixes], [kl for _, kl in mixes]) for mixes in whole]
         ratios = [kl / predicted[kind] for mixes in whole for predicted, kl in mixes if predicted[kind] > 0]
         said = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios and UNITS.get(kind) == "nats/token" else "-"
@@ -190,6 +193,7 @@ def _notes(bench: Allocations) -> list[str]:
         f"Calibration {conditions.calibration}: {conditions.samples} x {conditions.seq_len} tokens, seeds "
         f"{', '.join(str(each.seed) for each in bench.conditions)} (of everything random, windows included).",
         "± is the standard deviation over seeds.",
+        *[f"`{kind}` was measured for the first seed alone." for kind in bench.once],
         "uniform: equal bits, the fewest candidate that takes the budget or more, so it is the larger file. random: "
         "drawn until the budget is full. Predicted loss: nats/token by the sensitivity that chose, by "
         f"'{SENSITIVITIES[0]}' for random and uniform.",

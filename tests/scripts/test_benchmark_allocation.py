@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -210,6 +211,22 @@ def test_nothing_is_measured_twice_and_a_killed_run_goes_on(
     assert list((tmp_path / "artifacts").iterdir()) == []
 
 
+def test_sensitivities_that_take_long_can_be_measured_for_one_seed_alone(
+    table: dict[str, Any], work: Path, arguments: list[str], started: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(work, tmp_path / "work")
+    assert run(arguments, tmp_path / "work", "--once", "divergence").exit_code == 0
+    assert started == []
+    fewer = json.loads((tmp_path / "work" / "table.json").read_text())
+    apart = [mix for mix in table["mixes"] if (mix["seed"], mix["planner"]) != (1, "divergence")]
+    assert [(mix["seed"], mix["bits"]) for mix in fewer["mixes"]] == [(mix["seed"], mix["bits"]) for mix in apart]
+    kinds = [[set(each["kendall_tau"]) for each in fewer[part]] for part in ("alone", "mix_tau")]
+    assert kinds == [[{"output", "divergence", "paper"}, {"output", "paper"}]] * 2
+    markdown = (tmp_path / "work" / "table.md").read_text()
+    assert "`divergence` was measured for the first seed alone." in markdown
+    assert all("±" not in line.split("|")[3] for line in markdown.splitlines() if line.startswith("| 4.5 | `diverg"))
+
+
 @pytest.mark.parametrize(
     ("options", "part"),
     [
@@ -221,6 +238,8 @@ def test_nothing_is_measured_twice_and_a_killed_run_goes_on(
         (["--recipe", "default:avg_bits=3"], "without bits"),
         (["--candidates", "2,9"], "--candidates"),
         (["--sample-bits", "5"], "--sample-bits"),
+        (["--once", "paper,guess"], "'guess' is none of output, divergence, paper"),
+        (["--once", "output"], "every seed needs it"),
         (["--test", "nowhere.txt"], "nowhere.txt"),
     ],
 )
