@@ -76,6 +76,8 @@ class Allocations:
         self.recipes = {each.seed: self._recipe(each) for each in self.conditions}
         self._cells: list[Cell] = []
         self.bench = Bench(self.conditions[0], self._cells, self.work, self.together, self.keep_artifacts, self.say)
+        # By name of a row, where it is in `_cells`.
+        self._places: dict[str, int] = {}
         self._jobs: dict[int, AllocationJob] = {}
         for each in self.conditions:
             # Also refuses a calibration text that is a test.
@@ -105,18 +107,11 @@ class Allocations:
 
     def row(self, mix: Mix) -> Row | None:
         """What was measured of a mix; None if that failed."""
-        name = self._cell(mix.plan, self._of(mix.seed)).row_name
-        for index, cell in enumerate(self._cells):
-            if cell.row_name == name:
-                return self.bench.rows.get(index)
-        return None
+        return self.bench.rows.get(self._places[mix.row_name])
 
     def _kinds(self, seed: int) -> list[SensitivityKind]:
         first = seed == self.conditions[0].seed
         return [kind for kind in SENSITIVITIES if first or kind not in self.once]
-
-    def _of(self, seed: int) -> Conditions:
-        return next(each for each in self.conditions if each.seed == seed)
 
     def _recipe(self, conditions: Conditions) -> Recipe:
         common = {name: getattr(conditions, name) for name in ("calibration", "samples", "seq_len", "seed")}
@@ -150,8 +145,10 @@ class Allocations:
 
     def _settle_mixes(self) -> None:
         self.mixes.clear()
-        self._cells.clear()
-        for seed, job in self._jobs.items():
+        cells: dict[str, Cell] = {}
+        for conditions in self.conditions:
+            seed = conditions.seed
+            job = self._jobs[seed]
             found = {kind: self.sensitivities[kind, seed].found for kind in self._kinds(seed)}
             for budget in self.budgets:
                 plans: dict[str, BitPlan] = {}
@@ -169,13 +166,12 @@ class Allocations:
                         kind: sum((each.costs[name][bits] for name, bits in plan.bits.items()), 0.0)
                         for kind, each in found.items()
                     }
-                    self.mixes.append(Mix(budget, planner, seed, plan, predicted))
-        cells: dict[str, Cell] = {}
-        for mix in self.mixes:
-            cell = self._cell(mix.plan, self._of(mix.seed))
-            cells.setdefault(cell.row_name, cell)
-            self._write_plan(mix.plan)
-        self._cells.extend(cells.values())
+                    cell = self._cell(plan, conditions)
+                    cells.setdefault(cell.row_name, cell)
+                    self.mixes.append(Mix(budget, planner, seed, plan, predicted, cell.row_name))
+                    self._write_plan(plan)
+        self._cells[:] = cells.values()
+        self._places = {name: place for place, name in enumerate(cells)}
 
     def _plan_path(self, plan: BitPlan) -> Path:
         return self.work / "plans" / f"{fingerprint(dict(plan.bits))[:16]}.json"

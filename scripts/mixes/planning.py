@@ -16,7 +16,8 @@ RANDOM, UNIFORM = "random", "uniform"
 class Mix:
     """Bits of all layers for one line of the table.
 
-    budget: stored bits per weight; planner: a sensitivity, `random` or `uniform`; predicted: total loss by sensitivity.
+    budget: stored bits per weight; planner: a sensitivity, `random` or `uniform`; predicted: total loss by sensitivity;
+    row_name: of what is measured of it, which mixes with the same bits share.
     """
 
     budget: float
@@ -24,6 +25,7 @@ class Mix:
     seed: int
     plan: BitPlan
     predicted: dict[str, float]
+    row_name: str
 
 
 def random_bits(layers: Sequence[Choices], tied: Sequence[Sequence[str]], budget: int, seed: int) -> dict[str, int]:

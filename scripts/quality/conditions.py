@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -160,7 +160,13 @@ def recipe_settings(recipe: Recipe) -> dict[str, Any]:
 
 def versions(*packages: str) -> dict[str, str]:
     """Versions of what can change a number: ours, the libraries below, and `packages`."""
-    return {"shiftadd-cli": __version__} | {name: importlib.metadata.version(name) for name in (*_LIBRARIES, *packages)}
+    return {"shiftadd-cli": __version__} | {name: _version(name) for name in (*_LIBRARIES, *packages)}
+
+
+@cache
+def _version(package: str) -> str:
+    """Tables ask thousands of times, and to look it up takes a millisecond."""
+    return importlib.metadata.version(package)
 
 
 def machine() -> dict[str, str]:
