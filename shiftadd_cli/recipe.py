@@ -205,8 +205,8 @@ class Recipe(BaseModel):
     embedding_bits: Annotated[
         Literal[8, 16],
         Field(
-            description="Input embedding and output head: 8 stores them as 8-bit rows with one scale each, 16 leaves "
-            "them as they are."
+            description="Input embedding and output head, or patch embedding: 8 stores them as 8-bit rows with one "
+            "scale each, 16 leaves them as they are."
         ),
     ] = 8
     skip: Annotated[

@@ -33,7 +33,7 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        if config["quant_method"] != "shiftadd" or config["format_version"] not in (1, 2):
+        if config["quant_method"] != "shiftadd" or config["format_version"] not in (1, 2, 3):
             raise ValueError("not a checkpoint that this reader knows")
         common = {"primitive": "bcq", "rotation": "none", "outlier_columns": 0.0} | config
         self.modules: dict[str, dict[str, Any]] = {
@@ -79,9 +79,10 @@ class Reader:
         return weight
 
     def table(self, name: str) -> Array:
-        """An embedding or output head: float32 `[rows, columns]`."""
+        """An embedding, output head or patch embedding: float32 `[rows, ...]`."""
         stored = self._stored(name)
-        return stored["weight_int8"].astype(np.float32) * stored["weight_int8_scale"][:, None]
+        codes = stored["weight_int8"].astype(np.float32)
+        return codes * stored["weight_int8_scale"].reshape(-1, *[1] * (codes.ndim - 1))
 
     def _stored(self, name: str) -> dict[str, Array]:
         prefix = f"{name}."

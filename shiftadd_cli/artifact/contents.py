@@ -34,7 +34,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Table:
-    """One embedding or output head stored as 8-bit rows."""
+    """One embedding, output head or patch embedding stored as 8-bit rows."""
 
     name: str
     rows: int
@@ -108,7 +108,10 @@ class Contents:
             file_bytes=artifact.file_bytes,
             has_checksums="files" in (artifact.report or {}),
             layers=layers,
-            tables=tuple(Table(name, *shape, stored[name]) for name, shape in artifact.format.tables.items()),
+            tables=tuple(
+                Table(name, shape[0], math.prod(shape[1:]), stored[name])
+                for name, shape in artifact.format.tables.items()
+            ),
             kept=tuple(sorted(kept, key=lambda each: (-each.stored_bytes, each.name))),
         )
 

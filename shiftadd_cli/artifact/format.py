@@ -11,17 +11,18 @@
 common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8"). Without `rotation` or `outlier_columns`
 there are none.
 
-`tables` is the complete list of embeddings and output heads stored as 8-bit rows (see `bcq.int8`): in place of
-`<module>.weight` there are `<module>.weight_int8`, int8 [rows, columns], and `<module>.weight_int8_scale`, bfloat16
-[rows]; `shape` is [rows, columns]. Modules whose weights the model ties are stored, and listed, once: under the name
-that comes first in the model. Without tables the key may be absent.
+`tables` is the complete list of embeddings, output heads and patch embeddings stored as 8-bit rows (see `bcq.int8`): in
+place of `<module>.weight` there are `<module>.weight_int8`, int8 of the same shape, and `<module>.weight_int8_scale`,
+bfloat16 [rows]; `shape` is [rows, columns], of a convolution [rows, channels, height, width]. Modules whose weights the
+model ties are stored, and listed, once: under the name that comes first in the model. Without tables the key may be
+absent.
 
 With `"split_experts": true` the experts of a mixture, which transformers keeps in stacks of matrices, are stored one by
 one, compressed or not, as linear layers of the names `<module>.<expert>.gate_proj`, `up_proj` and `down_proj`.
 
 A module with `primitive` "shift1" or "shift2" is a shift layer, see `bcq.shifts`: `bits` are those of its codes, and
 `group_size`, `group_rows`, `scale_format`, `row_scale` and `offset` say nothing of it. Without the key it is "bcq".
-`format_version` is 2 where there are shift layers, and 1 where there are none.
+`format_version` is 3 where a table belongs to a convolution, else 2 where there are shift layers, else 1.
 
 Keys that are not known are kept and ignored: whatever changes the meaning of the tensors raises `format_version`.
 """
@@ -38,8 +39,8 @@ from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 
 QUANT_METHOD = "shiftadd"
-# What is read; what is written is the least that a checkpoint needs: 2 knows shift layers.
-FORMAT_VERSION = 2
+# What is read; what is written is the least that a checkpoint needs: 2 knows shift layers, 3 tables of convolutions.
+FORMAT_VERSION = 3
 
 # Of a size. Larger ones overflow what counts bytes.
 _MAX_DIGITS = 9
@@ -84,12 +85,12 @@ class MatrixFormat:
 
 @dataclass(frozen=True)
 class ArtifactFormat:
-    """The compressed modules of a checkpoint: name → (format, out_features, in_features), its tables: name → (rows,
-    columns), and whether experts that transformers keeps in stacks are stored one by one."""
+    """The compressed modules of a checkpoint: name → (format, out_features, in_features), its tables: name → shape of
+    the weight, and whether experts that transformers keeps in stacks are stored one by one."""
 
     common: MatrixFormat
     modules: Mapping[str, tuple[MatrixFormat, int, int]]
-    tables: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    tables: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     split_experts: bool = False
 
     @classmethod
@@ -114,14 +115,15 @@ class ArtifactFormat:
         _check("modules", config["modules"], isinstance(config["modules"], Mapping))
         modules = {}
         for name, entry in config["modules"].items():
-            rows, columns = _shape(name, entry)
+            rows, columns = _shape(name, entry, (2,))
             own = replace(common, **{key: entry[key] for key in fields if key in entry})
             modules[name] = (own, rows, columns)
         tables = config.get("tables", {})
         _check("tables", tables, isinstance(tables, Mapping))
         split = config.get("split_experts", False)
         _check("split_experts", split, type(split) is bool)
-        return cls(common, modules, {name: _shape(name, entry) for name, entry in tables.items()}, split)
+        shapes = {name: _shape(name, entry, (2, 4)) for name, entry in tables.items()}
+        return cls(common, modules, shapes, split)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `from_dict`; a module shows only what differs from the common values."""
@@ -133,7 +135,8 @@ class ArtifactFormat:
         }
         if not shifts:
             del common["primitive"]
-        config = {"quant_method": QUANT_METHOD, "format_version": 1 + shifts, **common, "modules": modules}
+        version = 3 if any(len(shape) > 2 for shape in self.tables.values()) else 1 + shifts
+        config = {"quant_method": QUANT_METHOD, "format_version": version, **common, "modules": modules}
         if self.tables:
             config["tables"] = {name: {"shape": list(shape)} for name, shape in self.tables.items()}
         if self.split_experts:
@@ -145,11 +148,11 @@ class ArtifactFormat:
         return {name: own.layout(rows, columns) for name, (own, rows, columns) in self.modules.items()}
 
 
-def _shape(name: str, entry: object) -> tuple[int, int]:
+def _shape(name: str, entry: object, sides: tuple[int, ...]) -> tuple[int, ...]:
     shape = entry.get("shape") if isinstance(entry, Mapping) else None
-    if not isinstance(shape, list) or len(shape) != 2 or not all(_is_size(side) for side in shape):
+    if not isinstance(shape, list) or len(shape) not in sides or not all(_is_size(side) for side in shape):
         raise ArtifactError(f"quantization_config gives no shape for {name}; quantize the model again.")
-    return shape[0], shape[1]
+    return tuple(shape)
 
 
 def _is_size(value: object, *, fraction: bool = False) -> bool:

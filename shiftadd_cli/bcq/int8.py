@@ -1,8 +1,9 @@
-"""Tables of 8-bit rows: the form in which embeddings and output heads are stored.
+"""Tables of 8-bit rows: the form in which embeddings, output heads and patch embeddings are stored.
 
     W[r, i] ≈ scale[r] · code[r, i]          code ∈ {−127, …, 127}
 
-Stored tensors (names are suffixes of the parameter `weight`):
+Stored tensors (names are suffixes of the parameter `weight`; the kernels `[rows, channels, height, width]` of a
+convolution keep their shape, and i counts through all but the rows):
 
     weight_int8        int8     [rows, columns]
     weight_int8_scale  bfloat16 [rows]               largest magnitude of the row over 127; 0 for a row of zeros
@@ -12,6 +13,8 @@ rounding to nearest by rows ("absmax"), as in LLM.int8() (arXiv:2208.07339, sect
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -26,25 +29,25 @@ _LARGEST = 127
 _TILE_WEIGHTS = 1 << 22
 
 
-def table_tensors(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every stored tensor, by suffix."""
-    return {CODES: ((rows, columns), torch.int8), SCALE: ((rows,), torch.bfloat16)}
+def table_tensors(*shape: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every stored tensor, by suffix, of a weight of this shape."""
+    return {CODES: (shape, torch.int8), SCALE: (shape[:1], torch.bfloat16)}
 
 
-def table_bytes(rows: int, columns: int) -> int:
+def table_bytes(*shape: int) -> int:
     """Bytes stored for a table, everything counted."""
-    return rows * columns * torch.int8.itemsize + rows * torch.bfloat16.itemsize
+    return math.prod(shape) * torch.int8.itemsize + shape[0] * torch.bfloat16.itemsize
 
 
 def encode_table(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Round a floating-point matrix `[rows, columns]` to codes int8 `[rows, columns]` and scales bfloat16 `[rows]`.
+    """Round a floating-point weight `[rows, ...]` to codes int8 `[rows, ...]` and scales bfloat16 `[rows]`.
 
     Raises NumericalError, naming the layer `name`, if a weight is not finite.
     """
     codes = torch.empty_like(weight, dtype=torch.int8)
     scales = torch.empty(weight.shape[0], dtype=torch.bfloat16, device=weight.device)
     for rows in _tiles(weight):
-        tile = weight[rows].float()
+        tile = weight[rows].flatten(1).float()
         scale = (tile.abs().amax(1) / _LARGEST).to(torch.bfloat16)
         # NaN and infinity go through the maximum; what decodes to infinity is refused with them.
         if not torch.isfinite(_LARGEST * scale.float()).all():
@@ -52,20 +55,21 @@ def encode_table(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
         # A scale of 0 belongs to weights so near to 0 that, divided by 1, they round to the code 0. A scale among the
         # subnormal numbers may have been rounded down by much, hence the clamp.
         divisor = torch.where(scale > 0, scale.float(), 1.0).unsqueeze(1)
-        codes[rows] = (tile / divisor).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+        codes[rows] = (tile / divisor).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8).view_as(weight[rows])
         scales[rows] = scale
     return codes, scales
 
 
 def decode_table(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows `[..., columns]` for codes `[..., columns]` and scales `[...]`: float32 products, rounded to `dtype`."""
-    return (codes.float() * scales.float().unsqueeze(-1)).to(dtype)
+    """Rows for codes, each `[*scales.shape, ...]`: float32 products, rounded to `dtype`."""
+    factors = scales.float().view(*scales.shape, *[1] * (codes.ndim - scales.ndim))
+    return (codes.float() * factors).to(dtype)
 
 
 def decode_table_into(codes: Tensor, scales: Tensor, out: Tensor) -> float:
-    """Overwrite `out` `[rows, columns]` by the decoded table; returns ‖W - Ŵ‖² / ‖W‖² against what it held before.
+    """Overwrite `out` `[rows, ...]` by the decoded table; returns ‖W - Ŵ‖² / ‖W‖² against what it held before.
 
-    0 for a matrix of zeros. The sums are float64.
+    0 for a weight of zeros. The sums are float64.
     """
     error = size = 0.0
     for rows in _tiles(out):
@@ -77,5 +81,5 @@ def decode_table_into(codes: Tensor, scales: Tensor, out: Tensor) -> float:
 
 
 def _tiles(weight: Tensor) -> list[slice]:
-    step = max(1, _TILE_WEIGHTS // max(1, weight.shape[1]))
+    step = max(1, _TILE_WEIGHTS // max(1, math.prod(weight.shape[1:])))
     return [slice(start, start + step) for start in range(0, weight.shape[0], step)]

@@ -37,7 +37,7 @@ def describe_plan(plan: Plan) -> str:
             "",
             *_bit_plan(plan),
             *(
-                f"8-bit rows    {size(each.nbytes)}: {' and '.join(each.modules)}, {each.rows} x {each.columns}"
+                f"8-bit rows    {size(each.nbytes)}: {' and '.join(each.modules)}, {' x '.join(map(str, each.shape))}"
                 for each in plan.tables
             ),
             f"Kept          {size(plan.kept_bytes)} in {dtype}: {kept}",

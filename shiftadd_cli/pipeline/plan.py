@@ -168,7 +168,7 @@ class Plan:
         for each in self.linears:
             own = replace(common, primitive=each.layout.primitive, bits=each.layout.bits)
             modules[each.spec.name] = (own, each.spec.out_features, each.spec.in_features)
-        tables = {each.name: (each.rows, each.columns) for each in self.tables}
+        tables = {each.name: each.shape for each in self.tables}
         return ArtifactFormat(common, modules, tables, split_experts=has_split_experts(self.source.skeleton()))
 
 

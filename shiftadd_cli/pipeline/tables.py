@@ -1,8 +1,9 @@
-"""Which embeddings and output heads become tables of 8-bit rows, and making them."""
+"""Which embeddings, output heads and patch embeddings become tables of 8-bit rows, and making them."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import TableReport
 from shiftadd_cli.runtime.table import can_hold_table, hold_table
 from shiftadd_cli.source import Structure
-from shiftadd_cli.source.structure import matching_pattern
+from shiftadd_cli.source.structure import PATCH_EMBEDDING, matching_pattern
 from shiftadd_cli.source.vision import IMAGE_INPUT
 
 _PROBE_ROWS = 4
@@ -24,11 +25,10 @@ _PROBE_ROWS = 4
 
 @dataclass(frozen=True)
 class PlannedTable:
-    """A matrix `[rows, columns]` to be stored as 8-bit rows under the first of `modules`, which it ties."""
+    """A weight of `shape` to be stored as 8-bit rows under the first of `modules`, which it ties."""
 
     modules: tuple[str, ...]
-    rows: int
-    columns: int
+    shape: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -36,38 +36,36 @@ class PlannedTable:
 
     @property
     def nbytes(self) -> int:
-        return table_bytes(self.rows, self.columns)
+        return table_bytes(*self.shape)
 
     def tensors(self) -> dict[str, TensorShape]:
         """Shape and dtype of what is stored, by full name."""
-        return {f"{self.name}.{suffix}": shape for suffix, shape in table_tensors(self.rows, self.columns).items()}
+        return {f"{self.name}.{suffix}": shape for suffix, shape in table_tensors(*self.shape).items()}
 
 
 def plan_tables(
     model: Any, structure: Structure, recipe: Recipe
 ) -> tuple[tuple[PlannedTable, ...], tuple[tuple[str, str], ...]]:
-    """Tables for the input embedding and the output head of a model on meta, and what of its modules is kept.
+    """Tables for the input embedding and the output head of a model on meta, or for the patch embedding of one that
+    reads images, and what of its modules is kept.
 
     What is kept is `structure.kept` without the tables, and with the reason at an embedding or head that cannot be one:
     its forward reads the weight in a way of its own, its weight is tied to a module that cannot be one, or a pattern of
-    `skip` matches it. With `embedding_bits` 16 there are no tables, nor of a vision model, which looks nothing up and
-    whose classifier is small.
+    `skip` matches it. With `embedding_bits` 16 there are no tables.
     """
-    if recipe.embedding_bits == 16 or model.main_input_name == IMAGE_INPUT:
+    if recipe.embedding_bits == 16:
         return (), structure.kept
-    names = {id(module): name for name, module in model.named_modules()}
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     order = list(model.state_dict())
     tables: dict[str, PlannedTable] = {}
     refused: dict[str, str] = {}
-    for end in dict.fromkeys(names[id(module)] for module in ends if id(module) in names):
+    for end in _ends(model, structure):
         weight = f"{end}.weight"
         tied = next((group for group in structure.tied if weight in group), (weight,))
         group = tuple(name.removesuffix(".weight") for name in sorted(tied, key=order.index) if name in order)
         if reason := _refusal(model, group, recipe.skip):
             refused[end] = reason
         elif group[0] not in tables:
-            tables[group[0]] = PlannedTable(group, *model.get_parameter(weight).shape)
+            tables[group[0]] = PlannedTable(group, tuple(model.get_parameter(weight).shape))
     held = {module for table in tables.values() for module in table.modules}
     kept = tuple(
         (name, f"{reason}, {refused[name]}" if name in refused else reason)
@@ -77,8 +75,18 @@ def plan_tables(
     return tuple(tables.values()), kept
 
 
+def _ends(model: Any, structure: Structure) -> list[str]:
+    """Names of what makes hidden states of tokens, and scores of them; or the former of pixels. The classifier of
+    images is a few rows, and stays."""
+    if model.main_input_name == IMAGE_INPUT:
+        return [name for name, reason in structure.kept if reason == PATCH_EMBEDDING]
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    return list(dict.fromkeys(names[id(module)] for module in ends if id(module) in names))
+
+
 def store_table(table: PlannedTable, model: nn.Module, add: Callable[[str, Tensor], None]) -> TableReport:
-    """Give the table's tensors to `add`, and put the decoded matrix in the place of the one in memory, tied ones too.
+    """Give the table's tensors to `add`, and put the decoded weight in the place of the one in memory, tied ones too.
 
     Raises NumericalError, naming the module, if a weight is not finite.
     """
@@ -91,9 +99,9 @@ def store_table(table: PlannedTable, model: nn.Module, add: Callable[[str, Tenso
         error = decode_table_into(codes, scale, weight)
     return TableReport(
         modules=list(table.modules),
-        rows=table.rows,
-        columns=table.columns,
-        bits_per_weight=8 * table.nbytes / (table.rows * table.columns),
+        rows=table.shape[0],
+        columns=math.prod(table.shape[1:]),
+        bits_per_weight=8 * table.nbytes / math.prod(table.shape),
         weight_error=error,
     )
 
@@ -117,7 +125,7 @@ def _reads_by_lookup(module: nn.Module) -> bool:
     Found out by trying, since a subclass may do anything: a copy of a few rows must give equal finite outputs as the
     dense module and as a table.
     """
-    if type(module).forward in (nn.Embedding.forward, nn.Linear.forward):
+    if type(module).forward in (nn.Embedding.forward, nn.Linear.forward, nn.Conv2d.forward):
         return True
     assert isinstance(module, nn.Embedding)
     dense = _probe(module)

@@ -172,7 +172,7 @@ class KeptReport(_Part):
 
 
 class TableReport(_Part):
-    """An embedding or output head stored as 8-bit rows."""
+    """An embedding, output head or patch embedding stored as 8-bit rows."""
 
     modules: Annotated[list[str], Field(description="Modules that share it; it is stored under the first.")]
     rows: int

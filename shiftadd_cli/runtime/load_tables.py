@@ -16,7 +16,7 @@ from shiftadd_cli.runtime.table import Int8Embedding, Table, can_hold_table, dro
 from shiftadd_cli.runtime.ties import Ties
 
 
-def place_tables(model: Any, tables: Mapping[str, tuple[int, int]], dtype: torch.dtype | None) -> None:
+def place_tables(model: Any, tables: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None) -> None:
     """Turn the listed modules of a model on meta, and those tied to them, into empty tables.
 
     A model of another class than the checkpoint's may lack a listed one: a body has no head. Raises ArtifactError for
@@ -93,15 +93,15 @@ def _tables(model: nn.Module) -> dict[str, Table]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Table)}
 
 
-def _check(module: Any, name: str, shape: tuple[int, int], model: str) -> None:
+def _check(module: Any, name: str, shape: tuple[int, ...], model: str) -> None:
     if not can_hold_table(module):
         raise ArtifactError(
             f"{name} is listed as a table, but is a {type(module).__name__} in {model}; load the checkpoint with the "
             "model class it was made from."
         )
     if tuple(module.weight.shape) != shape:
-        rows, columns = module.weight.shape
+        sizes, listed = (" x ".join(map(str, each)) for each in (module.weight.shape, shape))
         raise ArtifactError(
-            f"{name} is {rows} x {columns} by the model's sizes in config.json, but {shape[0]} x {shape[1]} by its "
-            "quantization_config; quantize the model again."
+            f"{name} is {sizes} by the model's sizes in config.json, but {listed} by its quantization_config; quantize "
+            "the model again."
         )

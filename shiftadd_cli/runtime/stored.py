@@ -16,10 +16,10 @@ class StoredWeight(nn.Module):
     """
 
     _stored: tuple[str, ...]
-    _shape: tuple[int, int]
+    _shape: tuple[int, ...]
     _dtype: torch.dtype
 
-    def _stand_for(self, stored: Sequence[str], shape: tuple[int, int], dtype: torch.dtype | None) -> None:
+    def _stand_for(self, stored: Sequence[str], shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
         """stored: names of the parameters and buffers that hold the weight, the largest first; shape: that of the
         weight; dtype: what `weight.dtype` says, the default dtype if None."""
         self._stored = tuple(stored)

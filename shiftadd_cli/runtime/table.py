@@ -1,4 +1,4 @@
-"""Embeddings and output heads over tables of 8-bit rows, in plain torch."""
+"""Embeddings, output heads and patch embeddings over tables of 8-bit rows, in plain torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Table(StoredWeight):
     weight_int8_scale: Tensor
 
     def decode(self) -> Tensor:
-        """The matrix the module stands for: float32 `[rows, columns]`."""
+        """The weight the module stands for: float32 `[rows, columns]`, or the kernels of a convolution."""
         return decode_table(self.weight_int8.detach(), self.weight_int8_scale)
 
     def share(self, source: Table) -> None:
@@ -116,30 +116,41 @@ class Int8Linear(Table, nn.Linear):  # type: ignore[override]  # `weight` is a p
         return product.view(*input.shape[:-1], self.out_features)
 
 
+class Int8Conv2d(Table, nn.Conv2d):  # type: ignore[override]  # `weight` is a property here
+    """The convolution with kernels `code · scale`, rounded to the module's dtype: few, beside the pixels they meet."""
+
+    dense_class = nn.Conv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[batch, channels, height, width]` → `[batch, rows, ...]`, in the module's dtype."""
+        kernels = decode_table(self.weight_int8, self.weight_int8_scale, self._dtype)
+        return self._conv_forward(input, kernels, self.bias)
+
+
 def can_hold_table(module: nn.Module | None) -> bool:
-    """Whether `hold_table` takes the module: an embedding, whatever its forward adds to the lookup, or a plain linear.
+    """Whether `hold_table` takes the module: an embedding, whatever its forward adds to the lookup, a plain linear or a
+    plain convolution over images.
 
     An embedding whose forward reads its weight in another way would compute with NaN, see `StoredWeight.weight`.
     """
     if isinstance(module, nn.Embedding):
         return module.max_norm is None
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, nn.Conv2d))
 
 
-def hold_table(module: nn.Embedding | nn.Linear, dtype: torch.dtype | None = None) -> Table:
+def hold_table(module: nn.Embedding | nn.Linear | nn.Conv2d, dtype: torch.dtype | None = None) -> Table:
     """Turn `module` into a Table, in place: zeros on its device, of its size; returns it.
 
-    dtype: what `weight.dtype` says from now on, by default what it says now. The bias of a linear stays.
+    dtype: what `weight.dtype` says from now on, by default what it says now. A bias stays.
     """
     weight = module.weight
-    rows, columns = weight.shape
     del module.weight
     module.__class__ = _table_class(type(module))  # type: ignore[assignment]
     assert isinstance(module, Table)
-    module._stand_for(SUFFIXES, (rows, columns), dtype or weight.dtype)
+    module._stand_for(SUFFIXES, tuple(weight.shape), dtype or weight.dtype)
     empty = {
         suffix: torch.zeros(shape, dtype=kind, device=weight.device)
-        for suffix, (shape, kind) in table_tensors(rows, columns).items()
+        for suffix, (shape, kind) in table_tensors(*weight.shape).items()
     }
     module.register_parameter(CODES, nn.Parameter(empty[CODES], requires_grad=False))
     module.register_buffer(SCALE, empty[SCALE])
@@ -147,7 +158,7 @@ def hold_table(module: nn.Embedding | nn.Linear, dtype: torch.dtype | None = Non
 
 
 def drop_table(module: Table, weight: nn.Parameter) -> None:
-    """Turn a Table back, in place, into the module it was made from, now with `weight` `[rows, columns]`."""
+    """Turn a Table back, in place, into the module it was made from, now with `weight`, of the table's shape."""
     del module.weight_int8, module.weight_int8_scale
     module._parameters.pop(_MARK, None)
     module.__class__ = module.dense_class  # type: ignore[assignment]
@@ -157,12 +168,12 @@ def drop_table(module: Table, weight: nn.Parameter) -> None:
     module.register_parameter("weight", weight)
 
 
-_CLASSES: dict[type, type[Table]] = {nn.Embedding: Int8Embedding, nn.Linear: Int8Linear}
+_CLASSES: dict[type, type[Table]] = {nn.Embedding: Int8Embedding, nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}
 
 
 def _table_class(dense: type[nn.Module]) -> type[Table]:
     if dense not in _CLASSES:
-        form = Int8Linear if issubclass(dense, nn.Linear) else Int8Embedding
-        # Between the class and nn.Embedding in the order of resolution: its `super().forward` finds the table's.
+        form = next(table for plain, table in _CLASSES.items() if issubclass(dense, plain))
+        # Between the class and torch's in the order of resolution: an embedding's `super().forward` finds the table's.
         _CLASSES[dense] = type(f"Int8{dense.__name__}", (dense, form), {"dense_class": dense, "__module__": __name__})
     return _CLASSES[dense]

@@ -49,7 +49,7 @@ class ShiftAddConfig(QuantizationConfigMixin):
         """Whether experts that transformers keeps in stacks are stored one by one."""
         return ArtifactFormat.from_dict(self.__dict__).split_experts
 
-    def table_shapes(self) -> Mapping[str, tuple[int, int]]:
+    def table_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Rows and columns of every embedding and output head stored as 8-bit rows, by its name in the model."""
         return ArtifactFormat.from_dict(self.__dict__).tables
 

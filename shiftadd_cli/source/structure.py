@@ -12,6 +12,9 @@ from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.experts import SplitExperts
 from shiftadd_cli.source.skeleton import tied_groups
 
+# Why a convolution outside the blocks is kept: no linear layer, it makes hidden states of pixels.
+PATCH_EMBEDDING = "patch embedding"
+
 _UNKNOWN = "not a linear layer"
 
 
@@ -235,7 +238,7 @@ def _reason_outside(model: nn.Module, name: str, module: nn.Module, head: nn.Mod
     """Why a module outside the blocks is kept. What makes the first hidden states of pixels, and the class scores of
     the last ones, are a few hundredths of a vision model and what it is most sensitive to."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return "patch embedding"
+        return PATCH_EMBEDDING
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     if head is None and "." not in name and (sizes := linear_sizes(module)) is not None and sizes[0] == labels:
         return "classifier"

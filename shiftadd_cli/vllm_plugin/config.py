@@ -31,7 +31,7 @@ class ShiftaddConfig(QuantizationConfig):
                 "for it: shiftadd export OUT -o DIR --format dense."
             )
         self.layouts: Mapping[str, PackedLayout] = form.layouts()
-        self.tables: Mapping[str, tuple[int, int]] = form.tables
+        self.tables: Mapping[str, tuple[int, ...]] = form.tables
         self.ties_head = False
 
     def get_name(self) -> str:
@@ -85,7 +85,7 @@ class ShiftaddConfig(QuantizationConfig):
             return ShiftaddTableMethod(name, self.tables[name])
         return ShiftaddTiedHeadMethod(name) if self.ties_head and self.tables else None
 
-    def _embedding_method(self, name: str, shape: tuple[int, int]) -> QuantizeMethodBase | None:
+    def _embedding_method(self, name: str, shape: tuple[int, ...]) -> QuantizeMethodBase | None:
         # Some models of vLLM (Llama) do not tell an embedding its name. Tables are listed in the order of the model,
         # the embedding before the head.
         found = name or next((each for each, size in self.tables.items() if size == shape), "")

@@ -17,7 +17,7 @@ from shiftadd_cli.vllm_plugin.vocabulary import Vocabulary
 class ShiftaddTableMethod(QuantizeMethodBase):
     """Computes an embedding or a head by a `Vocabulary`, which the layer gets as its module `vocabulary`."""
 
-    def __init__(self, name: str, shape: tuple[int, int]) -> None:
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         """name: of the module in the checkpoint; shape: `(rows, columns)` of its table."""
         self.name, self.shape = name, shape
 

@@ -123,6 +123,18 @@ def test_shift_layers_say_so_and_need_the_second_version() -> None:
     assert (layout.primitive, layout.bits, layout.grid.column_groups, layout.scale_format) == ("shift2", 4, 1, "none")
 
 
+def test_tables_of_convolutions_need_the_third_version() -> None:
+    tables = {"patches": (384, 3, 14, 14)}
+    with_images = ArtifactFormat(COMMON, MODULES, tables)
+    written = json.loads(json.dumps(with_images.to_dict()))
+    assert (written["format_version"], written["tables"]) == (3, {"patches": {"shape": [384, 3, 14, 14]}})
+    assert ArtifactFormat.from_dict(written) == with_images
+    assert ArtifactFormat(COMMON, {"s": (SHIFT, 8, 8)}, tables).to_dict()["format_version"] == 3
+    for sides in ([384], [384, 3, 14], [384, 3, 14, 0]):
+        with pytest.raises(ArtifactError, match="no shape for patches"):
+            ArtifactFormat.from_dict(written | {"tables": {"patches": {"shape": sides}}})
+
+
 def test_planes_among_shift_layers_say_so() -> None:
     mixed = ArtifactFormat(SHIFT, {"a": (SHIFT, 8, 8), "b": (COMMON, 8, 8)})
     written = json.loads(json.dumps(mixed.to_dict()))

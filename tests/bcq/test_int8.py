@@ -83,6 +83,20 @@ def test_decoding_in_place_tells_the_error(dtype: torch.dtype, monkeypatch: pyte
     assert decode_table_into(*encode_table(torch.zeros(2, 3), "x"), torch.zeros(2, 3)) == 0
 
 
+def test_kernels_of_a_convolution_are_rows_that_keep_their_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "_TILE_WEIGHTS", 4 * 21)
+    flat = matrix()[:, :18]
+    kernels = flat.reshape(9, 2, 3, 3).clone()
+    codes, scales = encode_table(kernels, "x")
+    as_rows = encode_table(flat, "x")
+    assert torch.equal(codes, as_rows[0].view(9, 2, 3, 3))
+    assert torch.equal(scales, as_rows[1])
+    assert torch.equal(decode_table(codes, scales), decode_table(*as_rows).view(9, 2, 3, 3))
+    assert decode_table_into(codes, scales, kernels) == pytest.approx(decode_table_into(*as_rows, flat.clone()))
+    assert table_tensors(9, 2, 3, 3)["weight_int8"][0] == (9, 2, 3, 3)
+    assert table_bytes(9, 2, 3, 3) == table_bytes(9, 18)
+
+
 def test_sizes_are_those_of_the_tensors() -> None:
     codes, scales = encode_table(matrix(), "x")
     assert table_tensors(9, 21) == {

@@ -40,7 +40,7 @@ def test_from_the_plan_to_the_table(model, pictures, tmp_path):
     done = shiftadd("quantize", model, "-o", out, "--calibration", pictures, *QUICK)
     assert "6 images" in done.stderr
     assert "16-32 x 16-32" in done.stderr
-    assert "1 x patch embedding" in done.stderr
+    assert "swin.embeddings.patch_embeddings.projection, 16 x 3 x 2 x 2" in done.stderr
     assert "pictures (12 images), 6 images" in done.stdout
     assert "SwinForImageClassification" in shiftadd("inspect", out, "--verify").stdout
     table = shiftadd("evaluate", out, "--against", model, "--dataset", pictures).stdout.splitlines()

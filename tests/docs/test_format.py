@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from tiny_models import save_tiny, tiny_model
+from tiny_vision import save_tiny_vision
 
 import shiftadd_cli
 from shiftadd_cli.artifact.folder import Artifact
@@ -47,13 +48,15 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "a mixture": ("llama", {"recipe": "shiftaddvit", "avg_bits": 4.2, "candidates": (2, 4, "shift1", "shift2")}),
     "stored transposed by the model": ("gpt2", {}),
     "tied embeddings": ("qwen2", {"bits": 2}),
+    "patches of images": ("vit", {"recipe": "fast"}),
 }
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: save_tiny(name, folder / name) for name in ("llama", "gpt2", "qwen2")}
+    texts = {name: save_tiny(name, folder / name) for name in ("llama", "gpt2", "qwen2")}
+    return texts | {"vit": save_tiny_vision("vit", folder / "vit")}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -146,7 +149,7 @@ def test_the_page_names_every_tensor_key_and_version(repository: Path) -> None:
     told = set(re.findall(r"^\| `(\w+)`", page, flags=re.MULTILINE))
     assert set(SUFFIXES) <= told
     assert {*MatrixFormat.__dataclass_fields__, "quant_method", "format_version"} <= told
-    assert FORMAT_VERSION == 2, "the page speaks of versions 1 and 2"
+    assert FORMAT_VERSION == 3, "the page speaks of versions 1 to 3"
     example = json.loads(re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)[0])
     assert {*MatrixFormat.__dataclass_fields__} - {"primitive"} <= example.keys()
     rows = re.findall(r"^\| `(shift\d)` \| (\d) \| ([\d, ]+) \| (\d+) \|", page, flags=re.MULTILINE)

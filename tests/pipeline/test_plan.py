@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -38,7 +39,7 @@ def test_every_parameter_is_planned_once_packed_or_kept(tmp_path, family, embedd
     weights = sum(torch.Size(plan.tensors[name][0]).numel() for name in plan.kept)
     persistent = dict(plan.source.skeleton().named_buffers())
     buffers = sum(persistent[name].numel() for name in plan.kept if name in persistent)
-    tables = sum(each.rows * each.columns for each in plan.tables)
+    tables = sum(math.prod(each.shape) for each in plan.tables)
     assert plan.quantized_weights + tables + weights - buffers == plan.parameters
 
 

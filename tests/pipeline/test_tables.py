@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from tiny_models import FAMILIES, save_tiny, tiny_model
+from tiny_vision import save_tiny_vision
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
+import shiftadd_cli
 from shiftadd_cli.artifact.contents import Contents
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
@@ -57,7 +59,7 @@ def test_input_and_output_tied_ones_once(family):
     expected = [(embed,), ("lm_head",)] if family in ("llama", "mistral", "phi") else [(embed, "lm_head")]
     assert [each.modules for each in tables] == expected
     for each in tables:
-        assert model.get_submodule(each.name).weight.shape == (each.rows, each.columns)
+        assert model.get_submodule(each.name).weight.shape == each.shape
     held = {name for names in expected for name in names}
     assert kept == tuple(pair for pair in find_structure(model).kept if pair[0] not in held)
 
@@ -196,3 +198,17 @@ def test_halving_the_embedding_costs_next_to_nothing(tmp_path):
     assert (large.size.table_bytes, large.tables) == (0, [])
     assert small.size.files_bytes < large.size.files_bytes - 2 * 320 * 48 * 2.5
     assert all(0 < each.weight_error < 1e-4 for each in small.tables)
+
+
+def test_patches_of_images_stay_as_they_are_where_that_is_asked_for(tmp_path):
+    source = save_tiny_vision("vit", tmp_path / "source")
+    _, small = quantize(source, tmp_path / "small", recipe="fast")
+    (table,) = small.tables
+    place = table.modules[0]
+    _, large = quantize(source, tmp_path / "large", recipe="fast", embedding_bits=16)
+    _, skipped = quantize(source, tmp_path / "skipped", recipe="fast", skip=(place,))
+    for report, reason in ((large, "patch embedding"), (skipped, f"patch embedding, skipped by {place}")):
+        assert report.tables == []
+        assert reason in {each.reason for each in report.kept if each.name == place}
+    dense = open_source(str(source)).load_model().get_submodule(place).weight
+    assert torch.equal(shiftadd_cli.load(tmp_path / "skipped").get_submodule(place).weight, dense)

@@ -14,12 +14,20 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from shiftadd_cli.bcq.int8 import encode_table
 from shiftadd_cli.runtime import table as table_module
-from shiftadd_cli.runtime.table import Int8Embedding, Int8Linear, Table, can_hold_table, drop_table, hold_table
+from shiftadd_cli.runtime.table import (
+    Int8Conv2d,
+    Int8Embedding,
+    Int8Linear,
+    Table,
+    can_hold_table,
+    drop_table,
+    hold_table,
+)
 
 IDS = torch.tensor([[0, 5, 29], [7, 7, 1]])
 
 
-def filled(module: nn.Embedding | nn.Linear, dtype: torch.dtype | None = None) -> Table:
+def filled(module: nn.Embedding | nn.Linear | nn.Conv2d, dtype: torch.dtype | None = None) -> Table:
     codes, scale = encode_table(module.weight.detach(), "x")
     table = hold_table(module, dtype)
     table.weight_int8.data.copy_(codes)
@@ -35,6 +43,40 @@ def embedding() -> Table:
 def head(bias: bool = True) -> Table:
     torch.manual_seed(1)
     return filled(nn.Linear(20, 30, bias=bias))
+
+
+def patches() -> Table:
+    torch.manual_seed(2)
+    return filled(nn.Conv2d(3, 10, (4, 2), stride=(4, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_patches_are_those_of_the_decoded_kernels(dtype: torch.dtype) -> None:
+    module = patches().to(dtype)
+    images = torch.randn(2, 3, 8, 8).to(dtype)
+    found = module(images)
+    assert found.dtype == dtype
+    kernels = module.decode().to(dtype)
+    assert torch.equal(found, functional.conv2d(images, kernels, module.bias, stride=(4, 2)))
+    # Convolution by hand, in float64: a patch is one row.
+    rows = functional.unfold(images.double(), (4, 2), stride=(4, 2)).transpose(1, 2)
+    expected = rows @ kernels.double().flatten(1).T + module.bias.double()
+    scale = rows.abs() @ kernels.double().flatten(1).abs().T + 1
+    error = (found.flatten(2).transpose(1, 2).double() - expected).abs() / scale
+    assert error.max() < 2 * torch.finfo(dtype).eps + 1e-7
+
+
+def test_padding_and_groups_are_those_of_the_convolution() -> None:
+    torch.manual_seed(3)
+    dense = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, padding_mode="reflect", bias=False)
+    module = filled(copy.deepcopy(dense))
+    dense.weight.data.copy_(module.decode())
+    images = torch.randn(2, 4, 9, 9)
+    with torch.no_grad():
+        assert torch.equal(module(images), dense(images))
+    drop_table(module, nn.Parameter(module.decode()))
+    assert type(module) is nn.Conv2d
+    assert torch.equal(module(images), dense(images))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -141,19 +183,31 @@ def test_an_embedding_of_another_class_keeps_what_it_adds() -> None:
     assert torch.equal(module.bfloat16()(IDS), dense.bfloat16()(IDS))
 
 
+class OwnPatches(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + self.weight.mean()
+
+
 class OwnLookup(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return input @ self.weight.T
 
 
 def test_what_can_be_a_table() -> None:
-    for module in (nn.Embedding(3, 4), Gemma3TextScaledWordEmbedding(3, 4, 0), nn.Linear(3, 4)):
+    for module in (nn.Embedding(3, 4), Gemma3TextScaledWordEmbedding(3, 4, 0), nn.Linear(3, 4), nn.Conv2d(3, 4, 2)):
         assert can_hold_table(module)
-    for other in (OwnLookup(3, 4), nn.Embedding(3, 4, max_norm=1.0), nn.Conv1d(3, 4, 1), nn.Identity(), None):
+    for other in (
+        OwnLookup(3, 4),
+        OwnPatches(3, 4, 2),
+        nn.Embedding(3, 4, max_norm=1.0),
+        nn.Conv1d(3, 4, 1),
+        nn.Identity(),
+        None,
+    ):
         assert not can_hold_table(other)
 
 
-@pytest.mark.parametrize("make", [embedding, head])
+@pytest.mark.parametrize("make", [embedding, head, patches])
 @pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu", torch.float16),
                                   lambda m: m.type(torch.float16)])  # fmt: skip
 def test_dtype_moves_leave_what_is_stored(make: Callable[[], Table], move: Callable[[nn.Module], Table]) -> None:
@@ -165,7 +219,7 @@ def test_dtype_moves_leave_what_is_stored(make: Callable[[], Table], move: Calla
     assert torch.equal(moved.decode(), before)
     assert (moved.weight_int8.dtype, moved.weight_int8_scale.dtype) == (torch.int8, torch.bfloat16)
     assert moved.weight.dtype != torch.float32
-    if isinstance(moved, nn.Linear):
+    if isinstance(moved, (nn.Linear, nn.Conv2d)):
         assert moved.bias.dtype == moved.weight.dtype
 
 
@@ -190,7 +244,13 @@ def test_a_shared_table_is_one_and_saved_once() -> None:
     assert torch.equal(both[1].decode(), module.decode())
 
 
-@pytest.mark.parametrize("make", [embedding, head, lambda: filled(Gemma3TextScaledWordEmbedding(30, 20, 0, 2.0))])
+def table_kind(module: Table) -> type[Table]:
+    return next(kind for kind in (Int8Embedding, Int8Linear, Int8Conv2d) if isinstance(module, kind))
+
+
+@pytest.mark.parametrize(
+    "make", [embedding, head, patches, lambda: filled(Gemma3TextScaledWordEmbedding(30, 20, 0, 2.0))]
+)
 def test_copies_and_pickles(make: Callable[[], Table]) -> None:
     module = make()
     stream = io.BytesIO()
@@ -199,11 +259,13 @@ def test_copies_and_pickles(make: Callable[[], Table]) -> None:
     for other in (copy.deepcopy(module), torch.load(stream, weights_only=False)):
         assert type(other) is type(module)
         assert torch.equal(other.decode(), module.decode())
-        x = torch.ones(2, 20) if isinstance(module, Int8Linear) else IDS
+        x = {Int8Linear: torch.ones(2, 20), Int8Conv2d: torch.ones(2, 3, 4, 2)}.get(table_kind(module), IDS)
         assert torch.equal(other(x), module(x))
 
 
-@pytest.mark.parametrize("make", [embedding, head, lambda: filled(Gemma3TextScaledWordEmbedding(30, 20, 0, 2.0))])
+@pytest.mark.parametrize(
+    "make", [embedding, head, patches, lambda: filled(Gemma3TextScaledWordEmbedding(30, 20, 0, 2.0))]
+)
 def test_dropped_it_is_the_dense_module_again(make: Callable[[], Table]) -> None:
     module = make()
     dense_class, decoded = module.dense_class, module.decode()

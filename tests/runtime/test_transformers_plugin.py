@@ -220,7 +220,7 @@ MODULE = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format_version": 3}, "format_version 3, and this shiftadd reads up to 2; upgrade it"),
+        ({"format_version": 4}, "format_version 4, and this shiftadd reads up to 3; upgrade it"),
         ({"bits": None}, "lacks 'bits'"),
         ({"modules": {"model.layers.7.mlp.up_proj": {"shape": [100, 48]}}}, "layers.7.mlp.up_proj .* no such module"),
         ({"modules": {"model.norm": {"shape": [48, 48]}}}, "model.norm .* is a LlamaRMSNorm"),

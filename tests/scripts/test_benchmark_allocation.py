@@ -40,7 +40,7 @@ def arguments(folder: Path) -> list[str]:
     for name, part in (("calibration", names[:8]), ("held-out", names[8:16])):
         (folder / f"{name}.txt").write_text("\n\n".join(topics[each] for each in part), encoding="utf-8")
     options: dict[str, Any] = {
-        "--recipe": "default:group_size=16,fit_rounds=1",
+        "--recipe": "default:group_size=16,fit=greedy,refine_rounds=0,descent_passes=1,asymmetric=0",
         "--calibration": folder / "calibration.txt",
         "--test": folder / "held-out.txt",
         "--samples": 4,
