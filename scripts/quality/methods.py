@@ -88,7 +88,8 @@ def _parse(label: str) -> Method:
         method = Method(label, "default", {"asymmetric": 0.0, **overrides}, PEERS[name])
     else:
         raise RecipeError(f"There is no peer {name!r}; there are {', '.join(PEERS)}.")
-    method.resolve(1, {})
+    # Two bits are what every primitive has.
+    method.resolve(2, {})
     return method
 
 
