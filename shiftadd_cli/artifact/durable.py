@@ -33,10 +33,15 @@ def write_all(file: BinaryIO, data: memoryview) -> None:
 
 def write_tensor(file: BinaryIO, start: int, tensor: Tensor) -> int:
     """Write a tensor's bytes at position `start`; returns their CRC-32."""
+    return zlib.crc32(put_tensor(file, start, tensor))
+
+
+def put_tensor(file: BinaryIO, start: int, tensor: Tensor) -> memoryview:
+    """Write a tensor's bytes at position `start`, and return them."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     file.seek(start)
     write_all(file, data)
-    return zlib.crc32(data)
+    return data
 
 
 def read_tensor(file: BinaryIO, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.calibration.playback import Playback
 from shiftadd_cli.calibration.streams import HiddenStates, batch_span
 from shiftadd_cli.calibration.trace import BlockCall, StopForward, check_finite, hooked
 from shiftadd_cli.distributed.team import ALONE, Team
@@ -17,12 +18,14 @@ from shiftadd_cli.source.experts import SplitExperts
 
 @dataclass(frozen=True)
 class BlockStream:
-    """`block` is fed `hidden`, batch by batch; `calls[batch size]` are its other arguments."""
+    """`block` is fed `hidden`, batch by batch; `calls[batch size]` are its other arguments. With a `playback` of the
+    block, what is finished in it need not be computed again."""
 
     block: nn.Module
     hidden: HiddenStates
     calls: Mapping[int, BlockCall]
     device: torch.device
+    playback: Playback | None = None
 
     def inputs(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """What the modules `names` (paths in the block) read when batch `index` runs through, in the order they run.
@@ -37,14 +40,14 @@ class BlockStream:
                 raise StopForward
 
         with self._noting(names, seen, leave), suppress(StopForward):
-            self._run(self.hidden[index])
+            self._run(index)
         return seen
 
     def run_seeing(self, index: int, names: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
         """The same, and what the block gives out."""
         seen: dict[str, Tensor] = {}
         with self._noting(names, seen, lambda: None):
-            return seen, self._run(self.hidden[index])
+            return seen, self._run(index)
 
     def _noting(
         self, names: Sequence[str], seen: dict[str, Tensor], then: Callable[[], None]
@@ -105,5 +108,7 @@ class BlockStream:
         self.hidden.collect(team)
 
     @torch.no_grad()
-    def _run(self, batch: Tensor) -> Tensor:
-        return self.calls[len(batch)].run(self.block, batch.to(self.device))
+    def _run(self, index: int) -> Tensor:
+        batch = self.hidden[index]
+        with nullcontext() if self.playback is None else self.playback.during(index):
+            return self.calls[len(batch)].run(self.block, batch.to(self.device))

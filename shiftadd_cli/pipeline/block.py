@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -59,19 +58,15 @@ class BlockQuantizer:
         `calibration.mixtures`), by their weights alone."""
         self._in_order(stream, self._turns(stream), None)
 
-    def towards(self, original: BlockStream, stream: BlockStream, name: str, folder: Path | None) -> None:
+    def towards(self, original: BlockStream, stream: BlockStream, name: str, recall: Recall) -> None:
         """The same, with asymmetric calibration: `original` is the block `name` as it was, and the hidden states of the
-        original model, which advance to its outputs.
-
-        folder: for what its linears read, see `Recall`.
-        """
-        with Recall(folder) as recall:
-            turns = self._turns(stream)
-            with self.clock.phase("forward"):
-                mixtures = {each.experts for each in self.specs.values() if each.experts is not None}
-                names = [*sorted(mixtures), *(group[0] for turn in turns for group in turn)]
-                recall.advance(original, names, name, self.team)
-            self._in_order(stream, turns, recall)
+        original model, which advance to its outputs; `recall` keeps what its linears read."""
+        turns = self._turns(stream)
+        with self.clock.phase("forward"):
+            mixtures = {each.experts for each in self.specs.values() if each.experts is not None}
+            names = [*sorted(mixtures), *(group[0] for turn in turns for group in turn)]
+            recall.advance(original, names, name, self.team)
+        self._in_order(stream, turns, recall)
 
     def _turns(self, stream: BlockStream) -> list[list[Group]]:
         with self.clock.phase("forward"):
@@ -91,6 +86,8 @@ class BlockQuantizer:
                     self.tokens |= dict.fromkeys(group, each.tokens)
                     if enough_tokens(self.specs[group[0]], each.tokens):
                         self._solve(group, each)
+            if stream.playback is not None:
+                stream.playback.finish(self.solutions)
         with self.clock.phase("solve"):
             for kind in self.specs:
                 if kind not in self.solutions:

@@ -109,14 +109,15 @@ class Plan:
     @property
     def state_bytes(self) -> int:
         """What a run keeps beside the artifact until it ends: hidden states at two depths, in so many versions, token
-        weights, and for asymmetric calibration what the linears of a block read in the original."""
+        weights, and of a block what its linears give out, and for asymmetric calibration what they read in the
+        original."""
         if not self.calibrated:
             return 0
         recipe = self.recipe
         flow = measure_flow(self.source, self.structure.blocks, recipe.seq_len)
         depths = 2 * self._hidden_bytes(flow, recipe.samples)
         weights = _token_weight_bytes(recipe, flow, self.linears) if recipe.loss_aware else 0
-        return depths + weights + (self._recalled_bytes(flow) if recipe.asymmetric else 0)
+        return depths + weights + self._waiting_bytes(flow)
 
     def held_bytes(self, team: Team) -> int:
         """Hidden states that this process of a team has in memory: the first has them on disk, the others those of
@@ -130,16 +131,20 @@ class Plan:
     def _hidden_bytes(self, flow: Flow, samples: int) -> int:
         return _versions(self.recipe) * samples * flow.values * self.running.dtype.itemsize
 
-    def _recalled_bytes(self, flow: Flow) -> int:
-        """Of what the linears of a block read, as if no two read the same; of the block where that is most."""
+    def _waiting_bytes(self, flow: Flow) -> int:
+        """Of what `Recall` and `Playback` keep of a block, as if no two linears read the same; of the block where that
+        is most."""
+        recipe = self.recipe
         values = dict.fromkeys(range(len(self.structure.blocks)), 0.0)
         shares = routed_shares(self.source.skeleton())
         for each in self.linears:
             spec = each.spec
             place = f"{self.structure.blocks[spec.block]}.{spec.experts}"
             read = flow.tokens[spec.block] * (1.0 if spec.experts is None else shares[place])
-            values[spec.block] += read * spec.in_features
-        return int(max(values.values())) * self.recipe.samples * self.running.dtype.itemsize
+            recalled = spec.in_features if recipe.asymmetric else 0
+            played = spec.out_features if recipe.true_sequential else 0
+            values[spec.block] += read * (recalled + played)
+        return int(max(values.values())) * recipe.samples * self.running.dtype.itemsize
 
     @property
     def bits_per_weight(self) -> float:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from shiftadd_cli.calibration.gradients import squared_gradients
+from shiftadd_cli.calibration.playback import Playback
+from shiftadd_cli.calibration.recall import Recall
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import HiddenStates, States
+from shiftadd_cli.calibration.tensor_file import TensorFile
 from shiftadd_cli.calibration.trace import Trace, first_input, trace_model
 from shiftadd_cli.device import move_parts
 from shiftadd_cli.distillation.block import TunedBlock
@@ -109,40 +112,52 @@ class Walk:
         specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
         bits = {each.spec.name: each.layout.choice for each in self.plan.linears}
         quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights, bits, self.team)
-        trace, last = self.trace, depth + 1 == len(self.plan.structure.blocks)
-        if trace is None:
+        if self.trace is None:
             quantizer.without_data()
             return quantizer, None
+        with TensorFile(self.spill) as waiting:
+            return quantizer, self._calibrate(quantizer, depth, name, waiting)
+
+    def _calibrate(self, quantizer: BlockQuantizer, depth: int, name: str, waiting: TensorFile) -> BlockReport | None:
+        recipe, trace, block = self.plan.recipe, self.trace, quantizer.block
+        assert trace is not None, "it was traced"
         calls = {size: per_block[depth] for size, per_block in trace.calls.items()}
-        stream = BlockStream(block, trace.hidden, calls, self.device)
+        stream = BlockStream(block, trace.hidden, calls, self.device, Playback(block, quantizer.specs, waiting))
         original, report = None, None
         if trace.original is not None:
             original = BlockStream(copy.deepcopy(block), trace.original, calls, self.device)
         if original is not None and recipe.asymmetric:
-            quantizer.towards(original, stream, name, self.spill)
+            quantizer.towards(original, stream, name, Recall(waiting))
         else:
             quantizer.on(stream)
             if original is not None:
                 with self.clock.phase("forward"):
                     original.advance(name, self.team)
-        if original is not None and recipe.reconstruct_epochs and specs:
+        tuned = original is not None and recipe.reconstruct_epochs > 0 and bool(quantizer.specs)
+        if original is not None and tuned:
             report = quantizer.reconstruct(name, stream, original)
-        self._round_kept(name)
-        if not last:
+        changed = self._round_kept(name)
+        if depth + 1 < len(self.plan.structure.blocks):
+            if tuned or changed:
+                stream = replace(stream, playback=None)
             with self.clock.phase("forward"):
                 # The next block calibrates on what it will see.
                 stream.advance(name, self.team)
-        return quantizer, report
+        return report
 
-    def _round_kept(self, block: str) -> None:
-        """Give norms and biases that were tuned in another dtype the values that are stored of them."""
+    def _round_kept(self, block: str) -> bool:
+        """Give norms and biases that were tuned in another dtype the values that are stored of them; whether that
+        changed any."""
         if self.plan.running is self.plan.source:
-            return
-        model = self.plan.running.skeleton()
+            return False
+        model, changed = self.plan.running.skeleton(), False
         for name in self.plan.kept:
             if name.startswith(f"{block}."):
                 tensor = operator.attrgetter(name)(model)
-                tensor.data = tensor.to(self.plan.tensors[name][1]).to(tensor.dtype)
+                rounded = tensor.to(self.plan.tensors[name][1]).to(tensor.dtype)
+                changed |= not torch.equal(rounded, tensor)
+                tensor.data = rounded
+        return changed
 
     def distill(self, read: Reader, progress: BlockProgress) -> Distillation:
         """Tune the whole model, all blocks of which have been quantized and written; `read` gives what was.

@@ -8,7 +8,9 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
+from shiftadd_cli.calibration.recall import Recall
 from shiftadd_cli.calibration.stream import BlockStream
+from shiftadd_cli.calibration.tensor_file import TensorFile
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.distributed.team import ALONE
 from shiftadd_cli.pipeline import block as block_module
@@ -84,7 +86,7 @@ def test_asymmetric_linears_aim_at_the_original(tmp_path, solved):
     stream, specs = first_block(tmp_path)
     original = BlockStream(copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls, CPU)
     quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), Measured())
-    quantizer.towards(original, stream, "block", tmp_path)
+    quantizer.towards(original, stream, "block", Recall(TensorFile(tmp_path)))
     for spec in specs:
         now, before = read_by(stream.block, stream, spec.kind), read_by(original.block, stream, spec.kind)
         _, cross = solved[spec.name]
@@ -101,7 +103,7 @@ def test_asymmetric_calibration_brings_the_block_nearer_to_the_original(tmp_path
         stream.hidden.replace(0, stream.hidden[0] + 0.3 * noise * stream.hidden[0].std())
         fields = {"bits": 4, "asymmetric": strength, "weight_error": 0.001}
         quantizer = BlockQuantizer(stream.block, specs, recipe(**fields), Measured())
-        quantizer.towards(original, stream, "block", None)
+        quantizer.towards(original, stream, "block", Recall(TensorFile()))
         stream.advance("block")
         errors[strength] = (stream.hidden[0] - original.hidden[0]).square().sum()
     assert errors[1.0] < errors[0.0]
@@ -166,7 +168,7 @@ def test_biases_take_over_the_mean_of_what_asymmetric_calibration_aims_at(tmp_pa
     stream.hidden.replace(0, 1.1 * stream.hidden[0] + 0.2)
     before = {spec.kind: read_by(original.block, original, spec.kind) for spec in specs}
     quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), Measured())
-    quantizer.towards(original, stream, "block", tmp_path)
+    quantizer.towards(original, stream, "block", Recall(TensorFile(tmp_path)))
     now = {spec.kind: read_by(stream.block, stream, spec.kind) for spec in specs}
     for spec in specs:
         first, last = original.block.get_submodule(spec.kind).double(), stream.block.get_submodule(spec.kind).double()

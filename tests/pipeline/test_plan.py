@@ -86,8 +86,11 @@ def test_hidden_states_take_disk_space_and_no_memory(tmp_path, asymmetric, versi
     save_tiny("llama", tmp_path)
     few, many = (plan_of(tmp_path, samples=samples, asymmetric=asymmetric) for samples in (8, 800))
     assert many.peak_memory_bytes - few.peak_memory_bytes < 1e6
-    recalled = 6 * 48 + 100 if asymmetric else 0
-    assert many.state_bytes - few.state_bytes == (2 * versions * 48 + recalled) * 792 * 512 * 4
+    block = [each.spec for each in many.linears if each.spec.block == 0]
+    waiting = sum(spec.out_features + (spec.in_features if asymmetric else 0) for spec in block)
+    assert many.state_bytes - few.state_bytes == (2 * versions * 48 + waiting) * 792 * 512 * 4
+    at_once = [plan_of(tmp_path, samples=each, asymmetric=0.0, true_sequential=False).state_bytes for each in (8, 800)]
+    assert at_once[1] - at_once[0] == 2 * 48 * 792 * 512 * 4
     assert plan_of(tmp_path, calibration="none", sweep="none", refine_rounds=0).state_bytes == 0
 
 
