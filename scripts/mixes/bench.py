@@ -43,7 +43,8 @@ class Allocations:
     Attributes:
         conditions: of each calibration seed, alike but for the seed.
         method: the recipe that all mixes are made with.
-        sample_blocks, sample_bits: layers that are replaced alone, see `sample_layers`, and their bits.
+        sample_blocks, sample_bits: layers that are replaced alone (those of the first seed), see `sample_layers`, and
+            their bits.
         once: sensitivities of the first seed alone, for those that take very long.
         mixes: settled once sensitivities are there; `bench` then holds their rows, those of equal bits once.
     """
@@ -60,7 +61,7 @@ class Allocations:
     say: Callable[[str], None] = print
     once: tuple[SensitivityKind, ...] = ()
     sensitivities: dict[tuple[str, int], SensitivityRow] = field(default_factory=dict)
-    alone: dict[int, AloneRow] = field(default_factory=dict)
+    alone: AloneRow | None = None
     mixes: list[Mix] = field(default_factory=list)
     sizes: list[SizeRow] = field(default_factory=list)
     solver: SolverRow | None = None
@@ -97,9 +98,8 @@ class Allocations:
         self._settle_mixes()
         self.solver = self._solver()
         finished()
-        for each in self.conditions:
-            self.alone[each.seed] = self._alone(each)
-            finished()
+        self.alone = self._alone(self.conditions[0])
+        finished()
         self.bench.fill(finished)
         for part in SIZE_PARTS:
             self.sizes.append(self._size(part))

@@ -67,24 +67,29 @@ def as_json(bench: Allocations) -> str:
             }
             for (kind, seed), row in bench.sensitivities.items()
         ],
-        "alone": [
-            {"seed": seed, "kendall_tau": rank_correlations(bench, seed), **row.model_dump(mode="json")}
-            for seed, row in bench.alone.items()
-        ],
+        "alone": {
+            "seed": conditions.seed,
+            "kendall_tau": rank_correlations(bench),
+            **bench.alone.model_dump(mode="json"),
+        }
+        if bench.alone
+        else None,
         "sizes": [row.model_dump(mode="json") for row in bench.sizes],
         "solver": bench.solver.model_dump(mode="json") if bench.solver else None,
     }
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def rank_correlations(bench: Allocations, seed: int) -> dict[str, float | None]:
-    """Kendall's tau of predicted loss against the KL of layers replaced alone, by sensitivity of the seed; None where
-    undefined."""
-    row = bench.alone[seed]
+def rank_correlations(bench: Allocations) -> dict[str, float | None]:
+    """Kendall's tau of predicted loss against the KL of layers replaced alone, by sensitivity of the first seed; None
+    where undefined, and nothing where no layer was replaced."""
+    row = bench.alone
+    if row is None:
+        return {}
     return {
         kind: _tau([found.costs[name][row.bits] for name in row.kl], list(row.kl.values()))
-        for (kind, of), found in bench.sensitivities.items()
-        if of == seed
+        for (kind, seed), found in bench.sensitivities.items()
+        if seed == bench.conditions[0].seed
     }
 
 
@@ -167,7 +172,7 @@ def _prediction(bench: Allocations) -> list[str]:
     lines = []
     for kind in SENSITIVITIES:
         seeds = [seed for each, seed in bench.sensitivities if each == kind]
-        single = [rank_correlations(bench, seed)[kind] for seed in seeds if seed in bench.alone]
+        single = [tau for name, tau in rank_correlations(bench).items() if name == kind]
         whole = [mix_losses(bench, seed) for seed in seeds]
         taus = [_tau([predicted[kind] for predicted, _ in mixes], [kl for _, kl in mixes]) for mixes in whole]
         ratios = [kl / predicted[kind] for mixes in whole for predicted, kl in mixes if predicted[kind] > 0]
@@ -207,11 +212,11 @@ def _notes(bench: Allocations) -> list[str]:
     notes.append(
         f"tau: Kendall's rank correlation of predicted loss and KL on {next(iter(conditions.tests))}, within each seed."
     )
-    if bench.alone:
-        row = next(iter(bench.alone.values()))
+    if bench.alone is not None:
+        row = bench.alone
         notes.append(
             f"Single layers: {len(row.kl)} linears, all of {bench.sample_blocks} blocks spread evenly over depth, each "
-            f"alone at {row.bits} bits in the original (as fitted in a run with these bits for all)."
+            f"alone at {row.bits} bits in the original (as fitted in a run with these bits for all, of the first seed)."
         )
     if bench.solver is not None:
         solver = bench.solver
