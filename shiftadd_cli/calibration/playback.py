@@ -20,8 +20,8 @@ from shiftadd_cli.calibration.tensor_file import TensorFile
 class Playback:
     """Outputs of the parts of `block`, in which the linears `linears` are quantized, kept in `file`.
 
-    The block as a whole is no part of it. Of a part that gives out anything but tensors the parts are played back, and
-    of one that runs several times the first call is.
+    The block as a whole is no part of it. Of a part that gives out anything but tensors its own parts are played back,
+    and of one that is called several times in a run the first call is.
     """
 
     def __init__(self, block: nn.Module, linears: Collection[str], file: TensorFile) -> None:
@@ -65,7 +65,7 @@ class Playback:
 
     def _note(self, index: int, name: str, module: nn.Module, args: Any, output: Any) -> None:
         parts = output if type(output) is tuple else (output,)
-        if not all(isinstance(each, Tensor | None) for each in parts):
+        if not all(isinstance(each, Tensor | None) for each in parts) or output is None:
             self._unfit.add(name)
         if name in self._unfit or (index, name) in self._forms:
             return

@@ -132,6 +132,25 @@ class Twice(nn.Module):
         return self.last(self.shared(once) + self.pair(once)["first"])
 
 
+class Heard(nn.Linear):
+    """Gives nothing out."""
+
+    def forward(self, input: Tensor) -> None:  # type: ignore[override]
+        super().forward(input)
+
+
+def test_what_gives_nothing_out_is_computed(file: TensorFile) -> None:
+    block = nn.Sequential()
+    block.add_module("heard", Heard(WIDTH, WIDTH))
+    block.add_module("last", nn.Linear(WIDTH, WIDTH))
+    block.forward = lambda hidden: block.last(hidden) if block.heard(hidden) is None else None  # type: ignore[method-assign]
+    playback = Playback(block, ["heard", "last"], file)
+    playback.finish(["heard"])
+    stream = stream_of(block, playback)
+    for _ in range(2):
+        assert torch.equal(stream.inputs(0, ["last"])["last"], stream.hidden[0])
+
+
 class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()

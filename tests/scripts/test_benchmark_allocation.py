@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import torch
 from benchmark_allocation import main
 from click.testing import CliRunner, Result
+from in_process import in_process
 from mixes import bench as bench_module
 from mixes import measure_run
-from quality import making
 from scipy.stats import kendalltau
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 import shiftadd_cli
 from shiftadd_cli.calibration.text import load_text, tokenise
-from shiftadd_cli.cli import main as shiftadd
 from shiftadd_cli.evaluation.models import load_any
 
 CONTEXT, MAX_TOKENS = 32, 200
@@ -58,38 +56,22 @@ def run(arguments: list[str], work: Path, *more: str) -> Result:
     return CliRunner().invoke(main, [*arguments, "--work", str(work), *more])
 
 
-def in_process(patch: pytest.MonkeyPatch) -> list[str]:
-    """Carry out the commands of the benchmark in this process, which spares them the imports; lists their modules."""
-    modules: list[str] = []
-
-    def record(command: list[str], *, stdout: BinaryIO, **_: Any) -> subprocess.CompletedProcess[bytes]:
-        _, option, module, *rest = command
-        assert option == "-m"
-        modules.append(module)
-        if module == "mixes.measure_run":
-            measure_run.main(rest)
-            return subprocess.CompletedProcess(command, 0)
-        done = CliRunner().invoke(shiftadd, rest)
-        stdout.write(done.output.encode())
-        return subprocess.CompletedProcess(command, done.exit_code)
-
-    patch.setattr(making.subprocess, "run", record)
-    return modules
+MAINS = {"mixes.measure_run": measure_run.main}
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return in_process(monkeypatch)
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    return in_process(monkeypatch, MAINS)
 
 
 @pytest.fixture(scope="module")
 def work(folder: Path, arguments: list[str]) -> Path:
     """The work folder of a finished run, with its artifacts."""
     with pytest.MonkeyPatch.context() as patch:
-        modules = in_process(patch)
+        commands = in_process(patch, MAINS)
         result = run(arguments, folder / "work", "--keep-artifacts")
     assert result.exit_code == 0, result.output
-    assert modules.count("mixes.measure_run") == 6
+    assert [command[0] for command in commands].count("mixes.measure_run") == 6
     return folder / "work"
 
 
@@ -190,7 +172,7 @@ def test_rank_correlations_are_those_of_the_rows(table: dict[str, Any], work: Pa
 
 
 def test_nothing_is_measured_twice_and_a_killed_run_goes_on(
-    work: Path, arguments: list[str], started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, arguments: list[str], started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (work / "table.md").read_text()
     assert run(arguments, work).exit_code == 0
@@ -206,14 +188,14 @@ def test_nothing_is_measured_twice_and_a_killed_run_goes_on(
     begun = len(started)
     assert run(few, tmp_path).exit_code == 0
     # Sensitivities, the single layers and the first mixes were there; the last mix and the five sizes were not.
-    assert started[begun:].count("mixes.measure_run") == 0
+    assert {command[0] for command in started[begun:]} == {"shiftadd_cli"}
     mixes = len(json.loads((tmp_path / "table.json").read_text())["mixes"])
     assert len(started) - begun == max(mixes - 3, 0) + len(bench_module.SIZE_PARTS)
     assert list((tmp_path / "artifacts").iterdir()) == []
 
 
 def test_sensitivities_that_take_long_can_be_measured_for_one_seed_alone(
-    table: dict[str, Any], work: Path, arguments: list[str], started: list[str], tmp_path: Path
+    table: dict[str, Any], work: Path, arguments: list[str], started: list[list[str]], tmp_path: Path
 ) -> None:
     shutil.copytree(work, tmp_path / "work")
     assert run(arguments, tmp_path / "work", "--once", "divergence").exit_code == 0

@@ -8,15 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 from benchmark_quality import main
 from click.testing import CliRunner, Result
-from quality import making
+from in_process import in_process
 from tiny_models import save_tiny
 
-from shiftadd_cli.cli import main as shiftadd
 from shiftadd_cli.evaluation.compare import evaluate
 
 METHODS = "rtn:group_size=16,gptq:group_size=16"
@@ -58,22 +57,6 @@ def arguments(model: Path, texts: tuple[Path, Path]) -> list[str]:
 
 def run(arguments: list[str], work: Path, *more: str) -> Result:
     return CliRunner().invoke(main, [*arguments, "--work", str(work), *more])
-
-
-def in_process(patch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Carry out the commands of the benchmark in this process, which spares them the imports; lists them."""
-    commands: list[list[str]] = []
-
-    def record(command: list[str], *, stdout: BinaryIO, **_: Any) -> subprocess.CompletedProcess[bytes]:
-        commands.append(command)
-        _, option, module, *rest = command
-        assert (option, module) == ("-m", "shiftadd_cli")
-        done = CliRunner().invoke(shiftadd, rest)
-        stdout.write(done.output.encode())
-        return subprocess.CompletedProcess(command, done.exit_code)
-
-    patch.setattr(making.subprocess, "run", record)
-    return commands
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import pytest
 from benchmark_vision import main
 from click.testing import CliRunner
+from in_process import in_process
 from quality import bench as bench_module
 from tiny_vision import save_pictures, save_tiny_vision
 from train_digits_vit import main as train
@@ -35,6 +36,7 @@ def table(folders, *options, code=0):
 
 
 def test_rows_are_measured_once_and_gone_on_with(folders, tmp_path, monkeypatch):
+    in_process(monkeypatch)
     first = table(folders, "--methods", "fast", "--bits", "3")
     assert "0 of 1 rows are there already." in first.stderr
     lines = first.stdout.splitlines()
