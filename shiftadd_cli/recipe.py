@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from shiftadd_cli.bcq.choices import CODE_BITS, Choice, Primitive, ordered_choices, parse_choice
 
+NO_CALIBRATION = "none"
+
 _FRACTION = re.compile(r"1/([1-9][0-9]{0,8})")
 _SIZE = re.compile(r"([1-9][0-9]{0,8})(KB|MB|GB)")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -264,7 +266,7 @@ class Recipe(BaseModel):
     def _fits_together(self) -> Recipe:
         if self.avg_bits is not None and self.bit_plan is not None:
             raise ValueError("avg_bits and bit_plan both say how many bits each layer gets; give one of them")
-        if self.avg_bits is not None and self.calibration == "none":
+        if self.avg_bits is not None and self.calibration == NO_CALIBRATION:
             raise ValueError("what bits matter to a layer is measured on text; choose a calibration text for avg_bits")
         if self.primitive != "bcq":
             if self.bits not in (widths := CODE_BITS[self.primitive]):
@@ -299,7 +301,7 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"{name} holds back one batch of windows at least; set samples above batch_size ({self.batch_size})"
             )
-        if self.calibration == "none":
+        if self.calibration == NO_CALIBRATION:
             wrong = [
                 text
                 for text, on in (

@@ -34,7 +34,7 @@ from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.pipeline.history import Asked, History
-from shiftadd_cli.pipeline.plan import resident_bytes
+from shiftadd_cli.pipeline.memory import resident_bytes
 from shiftadd_cli.pipeline.states import StoredStates
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import DistillationReport

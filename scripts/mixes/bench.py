@@ -77,8 +77,6 @@ class Allocations:
         self.recipes = {each.seed: self._recipe(each) for each in self.conditions}
         self._cells: list[Cell] = []
         self.bench = Bench(self.conditions[0], self._cells, self.work, self.together, self.keep_artifacts, self.say)
-        # By name of a row, where it is in `_cells`.
-        self._places: dict[str, int] = {}
         self._jobs: dict[int, AllocationJob] = {}
         for each in self.conditions:
             # Also refuses a calibration text that is a test.
@@ -107,7 +105,7 @@ class Allocations:
 
     def row(self, mix: Mix) -> Row | None:
         """What was measured of a mix; None if that failed."""
-        return self.bench.rows.get(self._places[mix.row_name])
+        return self.bench.rows.get(mix.place)
 
     def _kinds(self, seed: int) -> list[SensitivityKind]:
         first = seed == self.conditions[0].seed
@@ -145,7 +143,8 @@ class Allocations:
 
     def _settle_mixes(self) -> None:
         self.mixes.clear()
-        cells: dict[str, Cell] = {}
+        self._cells.clear()
+        places: dict[str, int] = {}
         for conditions in self.conditions:
             seed = conditions.seed
             job = self._jobs[seed]
@@ -167,11 +166,11 @@ class Allocations:
                         for kind, each in found.items()
                     }
                     cell = self._cell(plan, conditions)
-                    cells.setdefault(cell.row_name, cell)
-                    self.mixes.append(Mix(budget, planner, seed, plan, predicted, cell.row_name))
+                    place = places.setdefault(cell.row_name, len(places))
+                    if place == len(self._cells):
+                        self._cells.append(cell)
+                    self.mixes.append(Mix(budget, planner, seed, plan, predicted, place))
                     self._write_plan(plan)
-        self._cells[:] = cells.values()
-        self._places = {name: place for place, name in enumerate(cells)}
 
     def _plan_path(self, plan: BitPlan) -> Path:
         return self.work / "plans" / f"{fingerprint(dict(plan.bits))[:16]}.json"

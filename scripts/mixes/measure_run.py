@@ -16,7 +16,7 @@ from quality.rows import write_text
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
-from shiftadd_cli.pipeline.plan import resident_bytes
+from shiftadd_cli.pipeline.memory import resident_bytes
 from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source

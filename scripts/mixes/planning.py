@@ -17,7 +17,7 @@ class Mix:
     """Bits of all layers for one line of the table.
 
     budget: stored bits per weight; planner: a sensitivity, `random` or `uniform`; predicted: total loss by sensitivity;
-    row_name: of what is measured of it, which mixes with the same bits share.
+    place: of its row among all, which mixes with the same bits share.
     """
 
     budget: float
@@ -25,7 +25,7 @@ class Mix:
     seed: int
     plan: BitPlan
     predicted: dict[str, float]
-    row_name: str
+    place: int
 
 
 def random_bits(layers: Sequence[Choices], tied: Sequence[Sequence[str]], budget: int, seed: int) -> dict[str, int]:

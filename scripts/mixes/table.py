@@ -169,10 +169,10 @@ def _mixes(bench: Allocations) -> list[str]:
 
 
 def _prediction(bench: Allocations) -> list[str]:
-    lines = []
+    lines, alone = [], rank_correlations(bench)
     for kind in SENSITIVITIES:
         seeds = [seed for each, seed in bench.sensitivities if each == kind]
-        single = [tau for name, tau in rank_correlations(bench).items() if name == kind]
+        single = [alone[kind]] if kind in alone else []
         whole = [mix_losses(bench, seed) for seed in seeds]
         taus = [_tau([predicted[kind] for predicted, _ in mixes], [kl for _, kl in mixes]) for mixes in whole]
         ratios = [kl / predicted[kind] for mixes in whole for predicted, kl in mixes if predicted[kind] > 0]

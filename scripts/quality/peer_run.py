@@ -13,7 +13,7 @@ from pathlib import Path
 from quality.peers import PEERS, PeerJob
 from shiftadd_cli.calibration.text import load_text, sample_windows
 from shiftadd_cli.errors import RecipeError, ShiftaddError
-from shiftadd_cli.pipeline.plan import resident_bytes
+from shiftadd_cli.pipeline.memory import resident_bytes
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import find_structure, open_source
 

@@ -123,7 +123,7 @@ def allocate_bits(
     from shiftadd_cli.distributed.launch import join_team
     from shiftadd_cli.pipeline.allocate import AllocationJob, Request
     from shiftadd_cli.pipeline.describe_bits import describe_bit_plan, describe_front
-    from shiftadd_cli.pipeline.plan import resident_bytes
+    from shiftadd_cli.pipeline.memory import resident_bytes
     from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan
     from shiftadd_cli.pipeline.plot_bits import check_plot_output, draw_bit_plan
     from shiftadd_cli.progress import block_bar, silent

@@ -79,7 +79,7 @@ def generate(
     from shiftadd_cli.evaluation.models import open_any
     from shiftadd_cli.generation.prompt import encode_prompt, room_for
     from shiftadd_cli.generation.run import generate_text
-    from shiftadd_cli.pipeline.plan import resident_bytes
+    from shiftadd_cli.pipeline.memory import resident_bytes
     from shiftadd_cli.verbosity import tell
 
     logging.disable_progress_bar()

@@ -16,7 +16,8 @@ from torch import Tensor
 from shiftadd_cli.allocation.front import lower_bound, uniform_points
 from shiftadd_cli.calibration.images_data import ImageData
 from shiftadd_cli.calibration.text import TextData
-from shiftadd_cli.pipeline.plan import Plan, resident_bytes
+from shiftadd_cli.pipeline.memory import resident_bytes
+from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.schema import (
     BitPlanReport,
     BlockReport,

@@ -1,10 +1,7 @@
-"""What a run will do, known before any weight is read: layers, stored sizes, expected memory."""
+"""What a run will do, known before any weight is read: layers, and what is stored of them."""
 
 from __future__ import annotations
 
-import re
-import resource
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,33 +17,13 @@ from shiftadd_cli.bcq.choices import Choice, parts_of_choice
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.calibration.flow import Flow, measure_flow
-from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
-from shiftadd_cli.calibration.mixtures import COPIES, ROOM_BYTES, expert_bytes
 from shiftadd_cli.device import choose_device
-from shiftadd_cli.distillation.end import SLICE_BYTES as DISTILLED_SLICE_BYTES
-from shiftadd_cli.distillation.stack import MEMORY_BYTES as DECODED_BYTES
 from shiftadd_cli.distributed.team import Team
+from shiftadd_cli.pipeline.memory import peak_memory, token_weight_bytes, versions_kept
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
-from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.recipe import NO_CALIBRATION, Recipe
 from shiftadd_cli.source import LinearSpec, Source, Structure, find_structure
 from shiftadd_cli.source.experts import has_split_experts, routed_shares
-
-NO_CALIBRATION = "none"
-
-# Working copies, in float32, of the matrix being solved and of its Hessian; measured on the solver's default path.
-_MATRIX_COPIES = 14
-_HESSIAN_COPIES = 6
-# Tensors of a batch that live at once inside a block, in units of its widest activation.
-_ACTIVATION_COPIES = 8
-# Bytes per weight of a block while it is tuned: latent weights, their gradients and running means, decoded values and
-# codes; and activations kept for the way back, in units of `_ACTIVATION_COPIES`.
-_TUNING_BYTES = 32
-_TUNING_ACTIVATIONS = 3
-# What a run still loads after planning: libraries and allocator slack, and a tokenizer, by entry of its vocabulary.
-_LATER_BYTES = 120_000_000
-_VOCABULARY_ENTRY_BYTES = 3000
-# What the allocator keeps of what was freed, over all: SmolLM2 took from 0.98 to 1.12 times the sum of its parts.
-_SLACK = 1.15
 
 
 @dataclass(frozen=True)
@@ -116,7 +93,7 @@ class Plan:
         recipe = self.recipe
         flow = measure_flow(self.source, self.structure.blocks, recipe.seq_len)
         depths = 2 * self._hidden_bytes(flow, recipe.samples)
-        weights = _token_weight_bytes(recipe, flow, self.linears) if recipe.loss_aware else 0
+        weights = token_weight_bytes(recipe, flow, self.structure.linears) if recipe.loss_aware else 0
         return depths + weights + self._waiting_bytes(flow)
 
     def held_bytes(self, team: Team) -> int:
@@ -129,7 +106,7 @@ class Plan:
         return self._hidden_bytes(flow, len(list(shards.own())) * self.recipe.batch_size)
 
     def _hidden_bytes(self, flow: Flow, samples: int) -> int:
-        return _versions(self.recipe) * samples * flow.values * self.running.dtype.itemsize
+        return versions_kept(self.recipe) * samples * flow.values * self.running.dtype.itemsize
 
     def _waiting_bytes(self, flow: Flow) -> int:
         """Of what `Recall` and `Playback` keep of a block, as if no two linears read the same; of the block where that
@@ -205,7 +182,7 @@ def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None 
     tensors, kept = _tensors(model, structure, linears, tables)
     # Without data nothing is run.
     running = source if recipe.calibration == NO_CALIBRATION else source.computed_on(choose_device(recipe.device))
-    peak = _peak_memory(running, structure, linears, tables, recipe)
+    peak = peak_memory(running, structure, tables, recipe)
     return Plan(source, running, structure, recipe, linears, tables, tensors, kept, kept_modules, peak, bit_plan)
 
 
@@ -216,7 +193,7 @@ def least_memory(plan: Plan, limit: int) -> tuple[int, int]:
     while expected > limit and batch_size > 1:
         batch_size //= 2
         recipe = plan.recipe.model_copy(update={"batch_size": batch_size})
-        expected = _peak_memory(plan.running, plan.structure, plan.linears, plan.tables, recipe)
+        expected = peak_memory(plan.running, plan.structure, plan.tables, recipe)
     return batch_size, expected
 
 
@@ -244,117 +221,5 @@ def _tensors(
     return tensors, tuple(kept)
 
 
-def _versions(recipe: Recipe) -> int:
-    """Models that hidden states are kept of: the one being quantized, and the original where it is aimed at."""
-    return 2 if recipe.follows_original else 1
-
-
-def _token_weight_bytes(recipe: Recipe, flow: Flow, linears: tuple[PlannedLinear, ...]) -> int:
-    return 4 * recipe.samples * sum(flow.tokens[each.spec.block] for each in linears if each.spec.experts is None)
-
-
 def _nbytes(shape: TensorShape) -> int:
     return torch.Size(shape[0]).numel() * shape[1].itemsize
-
-
-def _module_bytes(module: nn.Module) -> int:
-    return sum(each.numel() * each.element_size() for each in module.parameters())
-
-
-def _peak_memory(
-    source: Source,
-    structure: Structure,
-    linears: tuple[PlannedLinear, ...],
-    tables: tuple[PlannedTable, ...],
-    recipe: Recipe,
-) -> int:
-    """Expected peak resident memory of the process that runs `source`, in bytes.
-
-    What is resident now and will be loaded for any model, and the larger of two moments, with some slack: embeddings
-    and one block while the first inputs are made; one block with its moments, and a batch or the solver's copies.
-    Hidden states are on disk, but while gradients, or what bits matter to each layer, are measured. Asymmetric
-    calibration and block reconstruction keep the block again as it is in the original. Distillation keeps decoded
-    blocks, and the inputs of all blocks for a batch.
-    """
-    model = source.skeleton()
-    blocks = {name: model.get_submodule(name) for name in structure.blocks}
-    block = max(_module_bytes(module) for module in blocks.values())
-    # Stacks of experts are put together from what is stored, and cut up: 1.6 to 2.0 times the block, as measured.
-    reading = 2 * block if has_split_experts(model) else block
-    outside = source.model_bytes - sum(_module_bytes(module) for module in blocks.values())
-    # Codes are made beside the matrix they stand for, before any block is loaded.
-    codes = max((each.nbytes for each in tables), default=0)
-    tall: dict[tuple[int, str, int], int] = {}
-    for each in linears:
-        spec = each.spec
-        siblings = (spec.block, spec.kind.rpartition(".")[0], spec.in_features)
-        tall[siblings] = tall.get(siblings, 0) + spec.out_features
-    solver = 4 * max(_MATRIX_COPIES * rows * key[2] + _HESSIAN_COPIES * key[2] ** 2 for key, rows in tall.items())
-    vocabulary = 0 if source.reads_images else source.config.get_text_config().vocab_size
-    resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * vocabulary
-    if recipe.calibration == NO_CALIBRATION:
-        return int(_SLACK * (resident + max(outside + codes, reading, block + solver)))
-    versions = _versions(recipe)
-    flow = measure_flow(source, structure.blocks, recipe.seq_len)
-    itemsize = source.dtype.itemsize
-    # By block, since the widest linears of a model in stages are where tokens are fewest.
-    wide = max(flow.tokens[each.spec.block] * max(each.spec.in_features, each.spec.out_features) for each in linears)
-    read = max(flow.tokens[each.spec.block] * each.spec.in_features for each in linears)
-    activations = recipe.batch_size * (_ACTIVATION_COPIES * wide * itemsize + 4 * read)
-    hidden = recipe.samples * flow.values * itemsize
-    pixels = recipe.samples * flow.sample_bytes
-    # Width and rows of the linears that read one input, by block; a block may have none left.
-    inputs = [[(key[2], rows) for key, rows in tall.items() if key[0] == index] for index in range(len(blocks))]
-    squares = [[width**2 for width, _ in each] for each in inputs]
-    gathered = max(max(each, default=0) if recipe.true_sequential else sum(each) for each in squares)
-    moments = 4 * (2 if recipe.asymmetric else 1) * gathered
-    if recipe.true_sequential:
-        # Those of experts side by side.
-        moments = max(moments, min(_expert_bytes(linears, cross=bool(recipe.asymmetric)), ROOM_BYTES) // COPIES)
-    # A batch's inputs in the original, as they are read and in float32.
-    recalled = recipe.batch_size * (itemsize + 4) * read if recipe.asymmetric else 0
-    # Sums of a shard, of all shards, and in the end the moments themselves.
-    gathering = max(2 * moments + activations + recalled, 3 * moments)
-    solving = moments + solver
-    tuning = 0
-    if recipe.reconstruct_epochs:
-        weights = max(sum(width * rows for width, rows in each) for each in inputs)
-        tuning = _TUNING_BYTES * weights + _TUNING_ACTIVATIONS * activations
-    distilling = 0
-    if recipe.distill_epochs:
-        decoded = min(DECODED_BYTES, sum(_module_bytes(module) for module in blocks.values())) + block
-        inputs_of_blocks = recipe.batch_size * len(blocks) * flow.values * itemsize
-        through = _TUNING_ACTIVATIONS * activations
-        logits = DISTILLED_SLICE_BYTES if vocabulary else 0
-        distilling = outside + decoded + inputs_of_blocks + max(through, logits)
-    starting = outside + max(codes, reading, block + activations)
-    running = max(reading, versions * block + max(gathering, solving, tuning))
-    token_weights = 0
-    if recipe.loss_aware:
-        token_weights = _token_weight_bytes(recipe, flow, linears)
-        # Squared gradients, and their powers, beside the inputs of the blocks.
-        starting += 2 * token_weights + min(GRADIENT_BYTES, len(blocks) * hidden)
-    if recipe.avg_bits is not None:
-        measuring = outside + running + hidden + min(GRADIENT_BYTES, len(blocks) * hidden)
-        return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling, measuring)))
-    return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling)))
-
-
-def _expert_bytes(linears: tuple[PlannedLinear, ...], *, cross: bool) -> int:
-    """What gathering the moments of alike inputs of all experts of a mixture takes, where that is most."""
-    found: Counter[tuple[int, str | None, str]] = Counter()
-    for each in linears:
-        if each.spec.experts is not None:
-            alike = (each.spec.block, each.spec.experts, each.spec.kind.rpartition(".")[2])
-            found[alike] += expert_bytes(each.spec.in_features, cross=cross)
-    return max(found.values(), default=0)
-
-
-def resident_bytes() -> int:
-    """Peak resident memory of this process so far, in bytes."""
-    # Not ru_maxrss where this is known: Linux hands a process the peak of the one that started it, at exec.
-    status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), flags=re.MULTILINE)):
-        return 1024 * int(found[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

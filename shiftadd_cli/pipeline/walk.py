@@ -133,13 +133,12 @@ class Walk:
             if original is not None:
                 with self.clock.phase("forward"):
                     original.advance(name, self.team)
-        tuned = original is not None and recipe.reconstruct_epochs > 0 and bool(quantizer.specs)
-        if original is not None and tuned:
+        if original is not None and recipe.reconstruct_epochs and quantizer.specs:
             report = quantizer.reconstruct(name, stream, original)
-        changed = self._round_kept(name)
+            stream = replace(stream, playback=None)
+        if self._round_kept(name):
+            stream = replace(stream, playback=None)
         if depth + 1 < len(self.plan.structure.blocks):
-            if tuned or changed:
-                stream = replace(stream, playback=None)
             with self.clock.phase("forward"):
                 # The next block calibrates on what it will see.
                 stream.advance(name, self.team)

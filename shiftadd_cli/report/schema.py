@@ -57,7 +57,7 @@ class SizeReport(_Part):
 
     files_bytes: Annotated[int, Field(description="All weight files, headers included.")]
     quantized_bytes: Annotated[int, Field(description="Planes, scales, row scales and offsets.")]
-    table_bytes: Annotated[int, Field(description="Embeddings and heads stored as 8-bit rows, scales included.")] = 0
+    table_bytes: Annotated[int, Field(description="What is stored as 8-bit rows, scales included.")] = 0
     kept_bytes: Annotated[int, Field(description="Tensors stored as they were.")]
     quantized_weights: int
     bits_per_weight: Annotated[float, Field(description="Of the quantized layers, everything stored for them counted.")]
@@ -227,7 +227,9 @@ class Report(_Part):
     ]
     blocks: Annotated[list[BlockReport], Field(description="Empty without block reconstruction.")] = []
     distillation: Annotated[DistillationReport | None, Field(description="null without.")] = None
-    tables: Annotated[list[TableReport], Field(description="Embeddings and heads stored as 8-bit rows.")] = []
+    tables: Annotated[
+        list[TableReport], Field(description="Embeddings, output heads and patch embeddings stored as 8-bit rows.")
+    ] = []
     kept: list[KeptReport]
     seconds: TimeReport
     machine: MachineReport

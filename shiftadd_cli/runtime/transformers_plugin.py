@@ -50,7 +50,7 @@ class ShiftAddConfig(QuantizationConfigMixin):
         return ArtifactFormat.from_dict(self.__dict__).split_experts
 
     def table_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Rows and columns of every embedding and output head stored as 8-bit rows, by its name in the model."""
+        """Shape of every weight stored as 8-bit rows, by the name of its module in the model."""
         return ArtifactFormat.from_dict(self.__dict__).tables
 
 

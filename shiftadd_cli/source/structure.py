@@ -237,7 +237,7 @@ def _reason(module: nn.Module, head: nn.Module | None, otherwise: str) -> str:
 def _reason_outside(model: nn.Module, name: str, module: nn.Module, head: nn.Module | None) -> str:
     """Why a module outside the blocks is kept. What makes the first hidden states of pixels, and the class scores of
     the last ones, are a few hundredths of a vision model and what it is most sensitive to."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if _is_convolution(module):
         return PATCH_EMBEDDING
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     if head is None and "." not in name and (sizes := linear_sizes(module)) is not None and sizes[0] == labels:
