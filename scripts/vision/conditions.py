@@ -18,7 +18,10 @@ from vision.rows import ImageOriginal, ImageRow, ImageTestScore
 
 @dataclass
 class ImageConditions:
-    """The model and the images of a table. model, calibration, test: as typed; dtype: computed in, see `evaluate`."""
+    """The model and the images of a table. model, calibration, test: as typed; dtype: computed in, see `evaluate`.
+
+    Raises ShiftaddError when the model has no image processor, or is calibrated on the images of the test.
+    """
 
     score_kind: ClassVar = ImageTestScore
     original_kind: ClassVar = ImageOriginal
@@ -33,7 +36,10 @@ class ImageConditions:
     dtype: str
 
     def __post_init__(self) -> None:
-        self.model_fingerprint = open_source(self.model).fingerprint
+        source = open_source(self.model)
+        # Every row needs it; without this each would fail on its own, after its model was quantized.
+        source.load_image_processor()
+        self.model_fingerprint = source.fingerprint
         self.calibration_fingerprint = load_images(self.calibration, split="calibration").fingerprint
         self.test_fingerprint = load_images(self.test, split="test").fingerprint
         if self.test_fingerprint == self.calibration_fingerprint:

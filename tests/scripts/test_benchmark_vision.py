@@ -61,6 +61,14 @@ def test_the_images_calibrated_on_are_no_test(folders):
     assert "both calibrated on and the test" in result.stderr
 
 
+def test_a_model_without_image_processor_is_refused_before_any_row(folders, tmp_path):
+    model = save_tiny_vision("vit", tmp_path / "model")
+    (model / "preprocessor_config.json").unlink()
+    result = table({**folders, "model": str(model), "work": str(tmp_path / "work")}, "--bits", "3", code=2)
+    assert "holds no image processor; put preprocessor_config.json" in result.stderr
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_vit_is_trained_on_digits(tmp_path):
     result = CliRunner().invoke(train, [str(tmp_path / "vit"), "--epochs", "2"])
     assert result.exit_code == 0, result.output
