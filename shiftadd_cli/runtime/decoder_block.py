@@ -1,72 +1,33 @@
-"""Decoder blocks that make a new token in two calls of the CPU kernels, for models that generate token by token.
+"""Decoder blocks that make a new token by the CPU kernels, for models that generate token by token.
 
 A block of transformers runs some fifty operations for a token, each of which costs microseconds however little it
 computes: for a small model more than all products with its weights. Here norms, rotations, look-ups, rotary
-embeddings, attention and the MLP are one pass over float32 numbers, and only keys and values go through transformers'
-cache. Everything else (prompts, padding, training, hooks, compilation, other attention) takes the block's own forward.
+embeddings, attention and the MLP are one pass over float32 numbers, in two calls between which keys and values go
+through transformers' cache, or in one call for all blocks (`decoder_stack`). Everything else (prompts, padding,
+training, hooks, compilation, other attention) takes the block's own forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
+from shiftadd_cli.runtime.decoder_families import BLOCKS, MODELS, name_of
+from shiftadd_cli.runtime.decoder_stack import PLAN, STACK, LookupModel, current_pass, model_class
 from shiftadd_cli.runtime.growing_cache import append
 from shiftadd_cli.runtime.kernels.block_plan import LINEARS, MOST_ROWS, NORMS, BlockPlan, Form, suits
 from shiftadd_cli.runtime.kernels.ops import TYPES, is_plain
 from shiftadd_cli.runtime.made_class import Reduced, reduce_made
 
-_LLAMA = {
-    "before_attention": "input_layernorm",
-    "before_mlp": "post_attention_layernorm",
-    "query": "q_norm",
-    "key": "k_norm",
-}
-_GEMMA = {
-    "before_attention": "input_layernorm",
-    "after_attention": "post_attention_layernorm",
-    "before_mlp": "pre_feedforward_layernorm",
-    "after_mlp": "post_feedforward_layernorm",
-    "query": "q_norm",
-    "key": "k_norm",
-}
-
-
-class _Family(NamedTuple):
-    """Blocks that compute as Llama's: a norm, attention with rotary embeddings of whole heads, a norm, a gated MLP, and
-    two residuals, with norms of heads and of what is added where there are any.
-
-    name: of the class in `transformers.models`; norms: attributes by role; epsilon: attribute of a norm; unit: what is
-    added to the weights of norms.
-    """
-
-    name: str
-    norms: Mapping[str, str]
-    epsilon: str
-    unit: float = 0.0
-
-
-_FAMILIES = {
-    family.name: family
-    for family in (
-        _Family("llama.modeling_llama.LlamaDecoderLayer", _LLAMA, "variance_epsilon"),
-        _Family("mistral.modeling_mistral.MistralDecoderLayer", _LLAMA, "variance_epsilon"),
-        _Family("qwen2.modeling_qwen2.Qwen2DecoderLayer", _LLAMA, "variance_epsilon"),
-        _Family("qwen3.modeling_qwen3.Qwen3DecoderLayer", _LLAMA, "variance_epsilon"),
-        _Family("gemma3.modeling_gemma3.Gemma3DecoderLayer", _GEMMA, "eps", unit=1.0),
-    )
-}
-_PLAN = "_plan"
 # Classes of activations in transformers that are GELU in the form with tanh, or SiLU.
 _GELU, _SILU = ("GELUTanh",), ("SiLUActivation", "SiLU")
 
 
 class LookupBlock(nn.Module):
-    """Put before a class of `_FAMILIES` in the order of resolution; what it cannot do it leaves to that class."""
+    """Put before a class of `BLOCKS` in the order of resolution; what it cannot do it leaves to that class."""
 
     dense_class: ClassVar[type[nn.Module]]
     self_attn: Any
@@ -74,38 +35,44 @@ class LookupBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[rows, tokens, hidden]` → the same, as the class it was made from."""
-        plan = None
         if not args and kwargs.get("attention_mask") is None and _is_new_token(hidden_states):
-            plan = self._find_plan(hidden_states, kwargs.get("position_embeddings"))
-        if plan is None:
-            output: Tensor = super().forward(hidden_states, *args, **kwargs)
-            return output
-        hidden_states = hidden_states.contiguous()
-        cosines, sines = (each.contiguous() for each in kwargs["position_embeddings"])
-        queries, keys, values = plan.heads(hidden_states, cosines, sines)
-        if (cache := kwargs.get("past_key_values")) is not None:
-            keys, values = append(cache, keys, values, self.self_attn.layer_idx)
-            keys, values = (_as_read(each, hidden_states.dtype) for each in (keys, values))
-        return plan.rest(hidden_states, queries, keys, values)
+            found = self._decode(hidden_states, kwargs.get("position_embeddings"), kwargs.get("past_key_values"))
+            if found is not None:
+                return found
+        output: Tensor = super().forward(hidden_states, *args, **kwargs)
+        return output
 
-    def _find_plan(self, hidden: Tensor, positions: tuple[Tensor, Tensor] | None) -> BlockPlan | None:
-        """How the kernels compute this token, or None if they do not."""
+    def _decode(self, hidden: Tensor, positions: tuple[Tensor, Tensor] | None, cache: Any) -> Tensor | None:
+        """The output for a new token, or None if the kernels do not compute it."""
+        whole = current_pass()
+        if whole is not None and whole.hands_on(self, hidden):
+            return hidden
         watched = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
-        if positions is None or watched or self.training:
+        # The kernels compute what torch's own attention does.
+        if positions is None or watched or self.training or self.self_attn.config._attn_implementation != "sdpa":
             return None
-        plan: BlockPlan | None = self.__dict__.get(_PLAN)
-        if plan is None or not plan.holds():
-            plan = self.__dict__[_PLAN] = self._make_plan()
-        # The kernels compute what torch's own attention does, and call no module that somebody watches.
-        if plan is None or plan.is_watched() or self.self_attn.config._attn_implementation != "sdpa":
+        hidden = hidden.contiguous()
+        cosines, sines = (each.contiguous() for each in positions)
+        if whole is not None and (found := whole.decode(self, hidden, cosines, sines, cache)) is not None:
+            return found
+        if (plan := self._find_plan()) is None or not plan.form.takes(hidden, cosines, sines):
             return None
-        cosines, sines = positions
-        shape = cosines.shape
-        fits = shape == sines.shape and shape[1:] == (1, plan.form.head_size) and shape[0] in (1, hidden.shape[0])
-        return plan if fits and cosines.dtype == sines.dtype == hidden.dtype else None
+        queries, keys, values = plan.heads(hidden, cosines, sines)
+        if cache is not None:
+            keys, values = append(cache, keys, values, self.self_attn.layer_idx)
+            keys, values = (_as_read(each, hidden.dtype) for each in (keys, values))
+        return plan.rest(hidden, queries, keys, values)
+
+    def _find_plan(self) -> BlockPlan | None:
+        """How the kernels compute this block, or None if they do not."""
+        plan: BlockPlan | None = self.__dict__.get(PLAN)
+        if plan is None or not plan.watch.holds():
+            plan = self.__dict__[PLAN] = self._make_plan()
+        # They call no module that somebody watches.
+        return None if plan is None or plan.watch.is_heard() else plan
 
     def _make_plan(self) -> BlockPlan | None:
-        family = _FAMILIES[_name_of(self.dense_class)]
+        family = BLOCKS[name_of(self.dense_class)]
         attention, mlp, outside = self.self_attn, self.mlp, self._modules
         inside, gated = attention._modules, mlp._modules
         places = [(inside, name) for name in LINEARS[:4]] + [(gated, name) for name in LINEARS[4:]]
@@ -140,7 +107,7 @@ class LookupBlock(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses are of this process.
-        return {name: value for name, value in self.__dict__.items() if name != _PLAN}
+        return {name: value for name, value in self.__dict__.items() if name != PLAN}
 
     def __reduce_ex__(self, _: Any) -> Reduced:
         return reduce_made(_block_class, self)
@@ -149,16 +116,19 @@ class LookupBlock(nn.Module):
 def fuse_blocks(model: nn.Module) -> None:
     """Let the blocks of a model that are of a known family make new tokens by the kernels, in place."""
     for module in model.modules():
-        if _name_of(type(module)) in _FAMILIES:
+        if (name := name_of(type(module))) in BLOCKS:
             module.__class__ = _block_class(type(module))
+        elif name in MODELS and not isinstance(module, LookupModel):
+            module.__class__ = model_class(type(module))
 
 
 def part_blocks(model: nn.Module) -> None:
     """Undo `fuse_blocks`."""
     for module in model.modules():
-        if isinstance(module, LookupBlock):
-            module.__dict__.pop(_PLAN, None)
+        if isinstance(module, LookupBlock | LookupModel):
             module.__class__ = module.dense_class  # type: ignore[assignment]
+            for name in (PLAN, STACK):
+                module.__dict__.pop(name, None)
 
 
 _CLASSES: dict[type[nn.Module], type[LookupBlock]] = {}
@@ -181,10 +151,6 @@ def _is_new_token(hidden: Tensor) -> bool:
         and hidden.dtype in TYPES
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-def _name_of(kind: type[nn.Module]) -> str:
-    return f"{kind.__module__}.{kind.__name__}".removeprefix("transformers.models.")
 
 
 def _as_read(cached: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-_ROOM = "_shiftadd_room"
+ROOM = "_shiftadd_room"
 # Room that is made at a time: a quarter of what is there, and some.
 _SHARE, _LEAST = 4, 64
 
@@ -31,7 +31,7 @@ def append(cache: Any, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor
 
     For use without gradients. The last dimension of what it gives is contiguous where the cache is a `DynamicCache`.
     """
-    if type(cache) is DynamicCache and not cache.offloading and index < len(cache.layers):
+    if is_known(cache) and index < len(cache.layers):
         layer = cache.layers[index]
         if type(layer) is DynamicLayer and layer.is_initialized and _go_together(layer, keys, values):
             return _append_to(layer, (keys, values))
@@ -50,20 +50,37 @@ def _go_together(layer: Any, keys: Tensor, values: Tensor) -> bool:
     )
 
 
+def is_known(cache: Any) -> bool:
+    """Whether a cache is one that is all in its layers, each in its own way."""
+    return type(cache) is DynamicCache and not cache.offloading
+
+
 def _append_to(layer: Any, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    old = (layer.keys, layer.values)
-    tokens, added = old[0].shape[2], new[0].shape[2]
-    room: _Room | None = layer.__dict__.get(_ROOM)
-    # Only what nobody else was given may be written to: the place behind the tensors that the cache itself still holds.
-    if room is not None and room.held[0] is old[0] and room.held[1] is old[1] and _has_room(room, tokens + added):
-        buffers = room.buffers
-    else:
-        buffers = (_with_room(old[0], added), _with_room(old[1], added))
+    tokens, added = layer.keys.shape[2], new[0].shape[2]
+    buffers = buffers_of(layer, tokens, added)
     for buffer, each in zip(buffers, new, strict=True):
         buffer.narrow(2, tokens, added).copy_(each)
-    held = (buffers[0].narrow(2, 0, tokens + added), buffers[1].narrow(2, 0, tokens + added))
+    return hold(layer, buffers, tokens + added)
+
+
+def buffers_of(layer: Any, tokens: int, added: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a `DynamicLayer` of so many tokens with room for more, contiguous `[rows, heads, tokens with
+    room, size]`; the layer holds the beginning of them."""
+    room: _Room | None = layer.__dict__.get(ROOM)
+    # Only what nobody else was given may be written to: the place behind the tensors that the cache itself still holds.
+    mine = room is not None and room.held[0] is layer.keys and room.held[1] is layer.values
+    if room is not None and mine and _has_room(room, tokens + added):
+        return room.buffers
+    buffers = (_with_room(layer.keys, added), _with_room(layer.values, added))
+    hold(layer, buffers, tokens)
+    return buffers
+
+
+def hold(layer: Any, buffers: tuple[Tensor, Tensor], tokens: int) -> tuple[Tensor, Tensor]:
+    """Let a layer hold the first tokens of buffers that are its own; returns what it holds."""
+    held = (buffers[0].narrow(2, 0, tokens), buffers[1].narrow(2, 0, tokens))
     layer.keys, layer.values = held
-    layer.__dict__[_ROOM] = _Room(held, buffers)
+    layer.__dict__[ROOM] = _Room(held, buffers)
     return held
 
 

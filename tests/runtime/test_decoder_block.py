@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from shiftadd_cli.runtime.decoder_block import LookupBlock, fuse_blocks, part_blocks
 from shiftadd_cli.runtime.kernels.block_plan import BlockPlan
+from shiftadd_cli.runtime.kernels.stack_plan import StackPlan
 
 pytestmark = needs_kernels
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
@@ -37,15 +39,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[BlockPlan]:
-    """A plan for every block that the kernels computed."""
+    """A plan for every block that the kernels computed, alone or with the others of its model."""
     found: list[BlockPlan] = []
-    whole = BlockPlan.rest
+    one, whole = BlockPlan.rest, StackPlan.decode
 
     def counted(self: BlockPlan, *tensors: Tensor) -> Tensor:
         found.append(self)
-        return whole(self, *tensors)
+        return one(self, *tensors)
+
+    def all_counted(self: StackPlan, *given: Any) -> Tensor:
+        found.extend(self.plans)
+        return whole(self, *given)
 
     monkeypatch.setattr(BlockPlan, "rest", counted)
+    monkeypatch.setattr(StackPlan, "decode", all_counted)
     return found
 
 

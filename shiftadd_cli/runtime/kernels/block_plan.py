@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shiftadd_cli.runtime.kernels.choice import Kernel
 from shiftadd_cli.runtime.kernels.cpu_weight import CpuWeight, native_layout
 from shiftadd_cli.runtime.kernels.extension import cpu_extension
 from shiftadd_cli.runtime.kernels.ops import TYPES, address
+from shiftadd_cli.runtime.kernels.watch import Place, Watch
 from shiftadd_cli.runtime.linear import PackedLinear
 
 # As `kTileRows` in native/lookups.h.
 MOST_ROWS = 8
-# A dictionary of modules, and a name in it.
-Place = tuple[Mapping[str, nn.Module | None], str]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # As `Norms` in native/block.h.
 NORMS = ("before_attention", "before_mlp", "after_attention", "after_mlp", "query", "key")
@@ -40,9 +39,18 @@ class Form:
     unit: float = 0.0
     epsilon: float = 1e-6
 
+    def takes(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> bool:
+        """Whether rotary embeddings are as the kernels take them with hidden states `[rows, 1, in]`."""
+        shape = cosines.shape
+        fits = shape == sines.shape and shape[1:] == (1, self.head_size) and shape[0] in (1, hidden.shape[0])
+        return fits and cosines.dtype == sines.dtype == hidden.dtype
+
 
 class BlockPlan:
-    """What the kernels need of one block, as long as the tensors it was made of stay in their places."""
+    """What the kernels need of one block, as long as `watch` holds.
+
+    form: what it was made with; precision: that of its layers; native: the block as the extension knows it.
+    """
 
     def __init__(
         self,
@@ -54,38 +62,25 @@ class BlockPlan:
         """linears, norms: by the names in `LINEARS` and `NORMS`; see `suits` for what they must be. places: where all
         modules stand that are computed without being called."""
         self.form = form
-        self._places = [(holder, name, holder.get(name)) for holder, name in places]
-        modules = [module for _, _, module in self._places if module is not None]
-        self._hooks = [each for module in modules for each in (module._forward_hooks, module._forward_pre_hooks)]
-        self._attributes = [module.__dict__ for module in modules]
         self.precision = linears["q_proj"].precision
-        self._words = [(each._buffers, each.words) for each in linears.values()]
-        self._parameters = [
-            (each._parameters, name, tensor, *_place(tensor))
-            for each, name, tensor in _numbers(linears.values(), norms.values())
-        ]
+        places = list(places)
+        numbers = _numbers(linears.values(), norms.values())
+        self.watch = Watch(
+            places=[
+                *places,
+                *((each._buffers, "words") for each in linears.values()),
+                *((holder, name) for holder, name, _ in numbers),
+            ],
+            tensors=[tensor for _, _, tensor in numbers],
+            modules=[module for holder, name in places if (module := holder.get(name)) is not None],
+        )
         # Nothing that an address is taken of may go.
         self._kept: list[Any] = []
         self._signs: list[Tensor] = []
         weights = [0 if norms[name] is None else self._number(norms[name].weight, form.unit) for name in NORMS]
         projections = [self._projection(linears[name]) for name in LINEARS]
         extension = cpu_extension()
-        self._block = extension.DecoderBlock(*projections, weights, form.epsilon, form.gelu, form.head_size, form.scale)
-
-    def holds(self) -> bool:
-        """Whether the modules are still those it was made of, and hold the same tensors, unchanged."""
-        return (
-            all(holder.get(name) is module for holder, name, module in self._places)
-            and all(buffers.get("words") is words for buffers, words in self._words)
-            and all(
-                parameters.get(name) is tensor and _place(tensor) == (address, version)
-                for parameters, name, tensor, address, version in self._parameters
-            )
-        )
-
-    def is_watched(self) -> bool:
-        """Whether somebody wants to be called when one of the modules is, or calls something else."""
-        return any(self._hooks) or any("forward" in each for each in self._attributes)
+        self.native = extension.DecoderBlock(*projections, weights, form.epsilon, form.gelu, form.head_size, form.scale)
 
     def heads(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of one new token of each sequence.
@@ -98,7 +93,7 @@ class BlockPlan:
         queries = torch.empty(rows, form.heads, form.head_size, dtype=torch.float32)
         keys = torch.empty(rows, form.key_heads, 1, form.head_size, dtype=hidden.dtype)
         values = torch.empty_like(keys)
-        self._block.heads(
+        self.native.heads(
             hidden.data_ptr(),
             TYPES[hidden.dtype],
             rows,
@@ -124,7 +119,7 @@ class BlockPlan:
         if any(each.shape != wanted or each.dtype != hidden.dtype or each.stride(3) != 1 for each in (keys, values)):
             raise RuntimeError(f"The cache gives {list(keys.shape)} and {list(values.shape)}, not {list(wanted)}.")
         output = torch.empty_like(hidden)
-        self._block.rest(
+        self.native.rest(
             hidden.data_ptr(),
             TYPES[hidden.dtype],
             hidden.shape[0],
@@ -200,12 +195,7 @@ def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], form: Form) -> T
     return fit and form.key_heads > 0 and form.heads % form.key_heads == 0 and form.head_size % 2 == 0
 
 
-def _numbers(linears: Iterable[PackedLinear], norms: Iterable[Any]) -> list[tuple[nn.Module, str, Tensor]]:
-    """The parameters that the kernels get in float32, and not as they are: whose, by what name, and which."""
-    biases = [(each, "bias", each.bias) for each in linears if each.bias is not None]
-    return [*biases, *((each, "weight", each.weight) for each in norms if each is not None)]
-
-
-def _place(tensor: Tensor) -> tuple[int, int]:
-    """What changes when a tensor does: where it lies, and how often it was written to."""
-    return tensor.data_ptr(), tensor._version
+def _numbers(linears: Iterable[PackedLinear], norms: Iterable[Any]) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """The parameters that the kernels get in float32, and not as they are: where they stand, and which."""
+    biases = [(each._parameters, "bias", each.bias) for each in linears if each.bias is not None]
+    return [*biases, *((each._parameters, "weight", each.weight) for each in norms if each is not None)]

@@ -94,17 +94,17 @@ def test_heads_must_fit(linears: dict[str, Any], norms: dict[str, Any], sizes: d
 def test_a_plan_holds_until_something_changes(linears: dict[str, Any], norms: dict[str, Any]) -> None:
     holder: dict[str, nn.Module] = {**linears, **{name: each for name, each in norms.items() if each is not None}}
     plan = BlockPlan(linears, norms, FORM, [(holder, name) for name in holder])
-    assert plan.holds()
-    assert not plan.is_watched()
+    assert plan.watch.holds()
+    assert not plan.watch.is_heard()
     hook = linears["k_proj"].register_forward_hook(lambda *_: None)
-    assert plan.is_watched()
+    assert plan.watch.is_heard()
     hook.remove()
-    assert not plan.is_watched()
+    assert not plan.watch.is_heard()
     linears["k_proj"].forward = linears["q_proj"].forward
-    assert plan.is_watched()
+    assert plan.watch.is_heard()
     holder["gate_proj"] = linears["up_proj"]
-    assert not plan.holds()
+    assert not plan.watch.holds()
     holder["gate_proj"] = linears["gate_proj"]
-    assert plan.holds()
+    assert plan.watch.holds()
     linears["down_proj"].prepare()
-    assert not plan.holds()
+    assert not plan.watch.holds()

@@ -124,7 +124,7 @@ void attend_and_mix(const Run& run, const DecoderBlock& block, const Hidden& hid
 }  // namespace
 
 void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidden, const Positions& positions,
-                  float* queries, void* keys, void* values) {
+                  float* queries, const Fresh& keys, const Fresh& values) {
     thread_local Scratch key_scratch, value_scratch, angle_scratch;
     const int64_t columns = block.columns(), size = block.head_size, heads = block.key_heads();
     float* key = key_scratch.room<float>(hidden.rows * heads * size);
@@ -145,10 +145,13 @@ void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidde
         };
         for (int64_t i = 0; i < block.query_heads(); ++i)
             place(queries + (row * block.query_heads() + i) * size, block.norms.query);
-        for (int64_t i = 0; i < heads; ++i) place(key + (row * heads + i) * size, block.norms.key);
+        for (int64_t i = 0; i < heads; ++i) {
+            const int64_t at = (row * heads + i) * size;
+            place(key + at, block.norms.key);
+            write_numbers(key + at, size, hidden.type, keys.values, row * keys.row_stride + i * keys.head_stride);
+            write_numbers(value + at, size, hidden.type, values.values, row * values.row_stride + i * values.head_stride);
+        }
     }
-    write_numbers(key, hidden.rows * heads * size, hidden.type, keys, 0);
-    write_numbers(value, hidden.rows * heads * size, hidden.type, values, 0);
 }
 
 void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden, const float* queries,

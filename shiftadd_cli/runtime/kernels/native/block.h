@@ -49,18 +49,25 @@ struct Cached {
     int64_t row_stride, head_stride, token_stride;
 };
 
+// Where keys or values of the new token go: head `h` of row `r` at `r * row_stride + h * head_stride` numbers.
+struct Fresh {
+    void* values;
+    int64_t row_stride, head_stride;
+};
+
 struct Run {
     const Kernels& kernels;
     bool fast;    // look up in 16-bit tables
     int threads;
 };
 
-// First step: queries [rows][query heads][head_size] in float32, turned by the positions, and keys (turned) and values
-// [rows][key heads][head_size] in the type of the activations.
+// First step: queries [rows][query heads][head_size] in float32, turned by the positions, and keys (turned) and values in
+// the type of the activations.
 void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidden, const Positions& positions,
-                  float* queries, void* keys, void* values);
+                  float* queries, const Fresh& keys, const Fresh& values);
 
-// Second step: attention of the queries to `tokens` keys and values, the MLP and both residuals; `output` as `hidden`.
+// Second step: attention of the queries to `tokens` keys and values, the MLP and both residuals; `output` as `hidden`,
+// in whose place it may be written.
 void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden, const float* queries,
                  const Cached& keys, const Cached& values, int64_t tokens, void* output);
 

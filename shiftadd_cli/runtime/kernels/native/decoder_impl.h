@@ -2,7 +2,6 @@
 #pragma once
 
 #include <bit>
-#include <cstring>
 #include <limits>
 
 #include "kernels.h"
@@ -69,16 +68,32 @@ struct DecoderKernel {
         float total = 0;
         for (int64_t token = 0; token < a.tokens; ++token) a.scores[token] = exponential(a.scores[token] - largest);
         for (int64_t token = 0; token < a.tokens; ++token) total += a.scores[token];
-        std::memset(a.output, 0, a.size * sizeof(float));
-        for (int64_t token = 0; token < a.tokens; ++token) {
-            const T* value = values + token * a.value_stride;
-            const float share = a.scores[token] / total;
-            const Float shares = I::set(share);
-            int64_t i = 0;
-            for (; i + kLanes <= a.size; i += kLanes)
-                I::store(a.output + i, I::fma(shares, load(value + i), I::load(a.output + i)));
-            for (; i < a.size; ++i) a.output[i] += share * number(value + i);
+        for (int64_t token = 0; token < a.tokens; ++token) a.scores[token] /= total;
+        int64_t i = 0;
+        for (; i + kMixed * kLanes <= a.size; i += kMixed * kLanes) mix<kMixed>(a, values, i);
+        for (; i + kLanes <= a.size; i += kLanes) mix<1>(a, values, i);
+        for (; i < a.size; ++i) {
+            float sum = 0;
+            for (int64_t token = 0; token < a.tokens; ++token)
+                sum += a.scores[token] * number(values + token * a.value_stride + i);
+            a.output[i] = sum;
         }
+    }
+
+    // Registers of sums at once: as many as half a head of the usual size, and never all there are.
+    static constexpr int kMixed = 4;
+
+    // Numbers `first` to `first + N * kLanes - 1` of the output.
+    template <int N, class T>
+    static inline void mix(const Attention& a, const T* values, int64_t first) {
+        Float sums[N];
+        for (Float& each : sums) each = I::zero();
+        const T* value = values + first;
+        for (int64_t token = 0; token < a.tokens; ++token, value += a.value_stride) {
+            const Float share = I::set(a.scores[token]);
+            for (int n = 0; n < N; ++n) sums[n] = I::fma(share, load(value + n * kLanes), sums[n]);
+        }
+        for (int n = 0; n < N; ++n) I::store(a.output + first + n * kLanes, sums[n]);
     }
 
     static void attend(const Attention& a) {

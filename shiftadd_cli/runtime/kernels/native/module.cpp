@@ -6,9 +6,11 @@
 
 #include "block.h"
 #include "codes.h"
+#include "dictionaries.h"
 #include "engine.h"
 #include "pack.h"
 #include "pool.h"
+#include "stack.h"
 
 namespace nb = nanobind;
 using namespace shiftadd;
@@ -35,6 +37,10 @@ Matrix matrix_at(const Layout& layout, uintptr_t words, uintptr_t scale_codes, u
             at<const float>(offsets),
             at<const float>(row_scale),
             at<const float>(bias)};
+}
+
+void check_rows(int rows) {
+    if (rows < 1 || rows > kTileRows) throw nb::value_error("rows must be 1 to 8");
 }
 
 Number number(int type) { return type == 0 ? Number::kFloat32 : Number::kBFloat16; }
@@ -150,10 +156,11 @@ NB_MODULE(_native, m) {
             "heads",
             [](const DecoderBlock& self, uintptr_t hidden, int type, int rows, uintptr_t cosines, uintptr_t sines,
                int64_t position_stride, uintptr_t queries, uintptr_t keys, uintptr_t values, bool fast, int threads) {
-                if (rows < 1 || rows > kTileRows) throw nb::value_error("rows must be 1 to 8");
+                check_rows(rows);
+                const int64_t width = self.key_heads() * self.head_size;
                 decode_heads({**available_kernels(), fast, threads}, self, {at<const void>(hidden), number(type), rows},
                              {at<const void>(cosines), at<const void>(sines), position_stride}, at<float>(queries),
-                             at<void>(keys), at<void>(values));
+                             {at<void>(keys), width, self.head_size}, {at<void>(values), width, self.head_size});
             },
             nb::call_guard<nb::gil_scoped_release>())
         .def(
@@ -161,10 +168,51 @@ NB_MODULE(_native, m) {
             [](const DecoderBlock& self, uintptr_t hidden, int type, int rows, uintptr_t queries, uintptr_t keys,
                int64_t key_row, int64_t key_head, int64_t key_token, uintptr_t values, int64_t value_row,
                int64_t value_head, int64_t value_token, int64_t tokens, uintptr_t output, bool fast, int threads) {
-                if (rows < 1 || rows > kTileRows) throw nb::value_error("rows must be 1 to 8");
+                check_rows(rows);
                 decode_rest({**available_kernels(), fast, threads}, self, {at<const void>(hidden), number(type), rows},
                             at<const float>(queries), {at<const void>(keys), key_row, key_head, key_token},
                             {at<const void>(values), value_row, value_head, value_token}, tokens, at<void>(output));
+            },
+            nb::call_guard<nb::gil_scoped_release>());
+
+    nb::class_<Dictionaries>(m, "Dictionaries")
+        .def("__init__",
+             [](Dictionaries* self, const nb::tuple& holders, const nb::tuple& names, const nb::tuple& objects,
+                const nb::tuple& empty, const nb::tuple& plain) {
+                 const std::vector<PyObject*> found = borrowed(holders);
+                 if (names.size() != found.size() || objects.size() != found.size())
+                     throw nb::value_error("every place has a holder, a name and an object");
+                 new (self) Dictionaries{{}, borrowed(empty), borrowed(plain)};
+                 for (size_t i = 0; i < found.size(); ++i)
+                     self->standing.push_back({found[i], names[i].ptr(), objects[i].ptr()});
+             })
+        .def("hold", &Dictionaries::hold)
+        .def("silent", [](const Dictionaries& self, const nb::str& forward) { return self.silent(forward.ptr()); });
+
+    // Its blocks must live as long: whoever makes it keeps them.
+    nb::class_<DecoderStack>(m, "DecoderStack")
+        .def("__init__",
+             [](DecoderStack* self, const std::vector<const DecoderBlock*>& blocks) {
+                 if (blocks.empty()) throw nb::value_error("a stack has a block at least");
+                 new (self) DecoderStack{blocks};
+             })
+        .def(
+            "decode",
+            [](const DecoderStack& self, uintptr_t hidden, int type, int rows, uintptr_t cosines, uintptr_t sines,
+               int64_t position_stride, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
+               const std::vector<int64_t>& capacities, int64_t tokens, uintptr_t output, bool fast, int threads) {
+                check_rows(rows);
+                const size_t count = self.blocks.size();
+                if (keys.size() != count || values.size() != count || capacities.size() != count)
+                    throw nb::value_error("every block has keys and values");
+                std::vector<BlockCache> caches;
+                for (size_t i = 0; i < count; ++i) {
+                    if (tokens < 0 || tokens >= capacities[i]) throw nb::value_error("a cache is full");
+                    caches.push_back({at<void>(keys[i]), at<void>(values[i]), capacities[i]});
+                }
+                decode_stack({**available_kernels(), fast, threads}, self, {at<const void>(hidden), number(type), rows},
+                             {at<const void>(cosines), at<const void>(sines), position_stride}, caches, tokens,
+                             at<void>(output));
             },
             nb::call_guard<nb::gil_scoped_release>());
 }

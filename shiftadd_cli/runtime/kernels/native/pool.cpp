@@ -42,9 +42,9 @@ bool Session::work() {
     do {
         if ((state & kMask) >= (state >> kBits & kMask)) return false;
     } while (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_acquire));
-    // The round cannot end before this task is done.
+    // The round cannot end before this portion is done.
     try {
-        (*task_)(static_cast<int64_t>(state & kMask));
+        portions_.run(static_cast<int64_t>(state & kMask), *task_);
     } catch (...) {
         std::lock_guard lock(failing_);
         if (!failure_) failure_ = std::current_exception();
@@ -54,17 +54,19 @@ bool Session::work() {
 }
 
 void Session::run(int64_t count, const std::function<void(int64_t)>& task) {
-    if (count > static_cast<int64_t>(kMask)) {
+    portions_ = Portions(count, threads_);
+    const int64_t portions = portions_.count();
+    if (portions > static_cast<int64_t>(kMask)) {
         for (int64_t i = 0; i < count; ++i) task(i);
         return;
     }
     task_ = &task;
     done_.store(0, std::memory_order_relaxed);
     const uint64_t number = (state_.load(std::memory_order_relaxed) >> 2 * kBits) + 1;
-    state_.store(number << 2 * kBits | static_cast<uint64_t>(count) << kBits, std::memory_order_release);
+    state_.store(number << 2 * kBits | static_cast<uint64_t>(portions) << kBits, std::memory_order_release);
     while (work()) {
     }
-    for (int spins = 0; done_.load(std::memory_order_acquire) < count;) wait(spins);
+    for (int spins = 0; done_.load(std::memory_order_acquire) < portions;) wait(spins);
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
@@ -77,10 +79,10 @@ void Session::serve() {
 
 void Round::take() {
     try {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*task)(i);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < portions.count();) portions.run(i, *task);
     } catch (...) {
         // It may not leave a worker, nor the caller while others still use the task.
-        next.store(count, std::memory_order_relaxed);
+        next.store(portions.count(), std::memory_order_relaxed);
         std::lock_guard lock(failing);
         if (!failure) failure = std::current_exception();
     }
@@ -134,7 +136,7 @@ void Pool::together(int threads, const std::function<void()>& body) {
         std::thread::id leader;
         Session session;
         std::exception_ptr failure;
-    } call{body, std::this_thread::get_id(), {}, nullptr};
+    } call{body, std::this_thread::get_id(), Session(threads), nullptr};
     found(
         [](void* data) {
             Call& call = *static_cast<Call*>(data);
@@ -157,7 +159,7 @@ void Pool::run(int64_t count, int threads, const std::function<void(int64_t)>& t
     if (leading && most > 1) return leading->run(count, task);
     if (const Team found = team; found && most > 1) {
         Round round;
-        round.count = count;
+        round.portions = Portions(count, static_cast<int>(most));
         round.task = &task;
         found([](void* data) { static_cast<Round*>(data)->take(); }, &round, static_cast<unsigned>(most), 0);
         round.rethrow();
@@ -171,7 +173,7 @@ void Pool::run(int64_t count, int threads, const std::function<void(int64_t)>& t
     const size_t wanted = static_cast<size_t>(most) - 1;
     const size_t helpers = grow(wanted < kHelperMask ? wanted : kHelperMask);
     tasks_.task = &task;
-    tasks_.count = count;
+    tasks_.portions = Portions(count, static_cast<int>(helpers) + 1);
     tasks_.next.store(0, std::memory_order_relaxed);
     running_.store(helpers, std::memory_order_relaxed);
     {

@@ -5,6 +5,7 @@
 // used where Python has found it (extension.py), and a pool of our own elsewhere.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -19,9 +20,27 @@ namespace shiftadd {
 // GOMP_parallel of libgomp: calls `work(data)` on a team of threads, the caller among them, and waits for all.
 using Team = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
-// Tasks that several threads take one by one.
+// Tasks in portions that several threads take one after the other. To take one is a word that travels from core to
+// core, some 100 nanoseconds, which a task alone may not be worth; a few portions for each thread still leave what one
+// that is held up does not get to to the others.
+struct Portions {
+    int64_t tasks = 0, size = 1;
+
+    Portions() = default;
+    Portions(int64_t count, int threads) : tasks(count), size(std::max<int64_t>(1, count / (kEach * threads))) {}
+    int64_t count() const { return (tasks + size - 1) / size; }
+    // Does the tasks of portion `i`.
+    void run(int64_t i, const std::function<void(int64_t)>& task) const {
+        for (int64_t each = i * size; each < std::min(tasks, (i + 1) * size); ++each) task(each);
+    }
+
+private:
+    static constexpr int64_t kEach = 4;
+};
+
+// Tasks that several threads take.
 struct Round {
-    int64_t count = 0;
+    Portions portions;
     const std::function<void(int64_t)>* task = nullptr;
     std::atomic<int64_t> next{0};
     std::mutex failing;
@@ -36,6 +55,7 @@ struct Round {
 // layer. One thread leads, the others serve.
 class Session {
 public:
+    explicit Session(int threads) : threads_(threads) {}
     // The leader's: calls `task(i)` for i in [0, count); returns when all are done, and throws as `Pool::run`.
     void run(int64_t count, const std::function<void(int64_t)>& task);
     // The others': helps with rounds until the leader ends the session.
@@ -46,13 +66,15 @@ private:
     static constexpr int kBits = 24;
     static constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
 
-    // Does a task, if one is left.
+    // Does a portion, if one is left.
     bool work();
 
-    // Number of the round, its tasks, and the next of them: one value, so that no thread mixes two rounds.
+    const int threads_;
+    // Number of the round, its portions, and the next of them: one value, so that no thread mixes two rounds.
     std::atomic<uint64_t> state_{0};
     std::atomic<int64_t> done_{0};
     std::atomic<bool> ended_{false};
+    Portions portions_;
     const std::function<void(int64_t)>* task_ = nullptr;
     std::mutex failing_;
     std::exception_ptr failure_;

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <utility>
+#include <vector>
+
+#include "../stack.h"
 
 namespace shiftadd::check {
 namespace {
@@ -101,14 +104,47 @@ DecoderBlock BlockProblem::block() const {
 }
 
 Numbers BlockProblem::output(const Kernels& kernels, bool fast, int threads) const {
+    return output_of(kernels, fast, threads, hidden);
+}
+
+Numbers BlockProblem::repeated(const Kernels& kernels, bool fast, int threads, int depth) const {
+    Numbers state = output(kernels, fast, threads);
+    for (int block = 1; block < depth; ++block) state = output_of(kernels, fast, threads, state);
+    return state;
+}
+
+Numbers BlockProblem::stacked(const Kernels& kernels, bool fast, int threads, int depth) const {
+    const DecoderBlock found = block();
+    std::vector<Numbers> all_keys, all_values;
+    std::vector<BlockCache> caches;
+    for (int block = 0; block < depth; ++block) {
+        // Room for more tokens than there will be, and not the same for all.
+        const int64_t capacity = tokens + 1 + 2 * block, heads_in_all = rows * key_heads;
+        all_keys.emplace_back(type, heads_in_all * capacity * size);
+        all_values.emplace_back(type, heads_in_all * capacity * size);
+        for (int64_t head = 0; head < heads_in_all; ++head)
+            for (int64_t i = 0; i < tokens * size; ++i) {
+                all_keys.back().set(head * capacity * size + i, keys.get(head * tokens * size + i));
+                all_values.back().set(head * capacity * size + i, values.get(head * tokens * size + i));
+            }
+        caches.push_back({all_keys.back().data(), all_values.back().data(), capacity});
+    }
+    Numbers result(type, rows * columns);
+    decode_stack({kernels, fast, threads}, {std::vector<const DecoderBlock*>(depth, &found)},
+                 {hidden.data(), type, rows}, {cosines.data(), sines.data(), one_position ? 0 : size}, caches, tokens,
+                 result.data());
+    return result;
+}
+
+Numbers BlockProblem::output_of(const Kernels& kernels, bool fast, int threads, const Numbers& input) const {
     const Run run{kernels, fast, threads};
     const DecoderBlock found = block();
-    const Hidden given{hidden.data(), type, rows};
+    const Hidden given{input.data(), type, rows};
     Buffer<float> queries(rows * heads * size);
     Numbers new_keys(type, rows * key_heads * size), new_values(type, rows * key_heads * size);
     Numbers result(type, rows * columns);
     decode_heads(run, found, given, {cosines.data(), sines.data(), one_position ? 0 : size}, queries.data(),
-                 new_keys.data(), new_values.data());
+                 {new_keys.data(), key_heads * size, size}, {new_values.data(), key_heads * size, size});
     // As a cache does: the new token after those before it.
     const int64_t stride = (tokens + 1) * size;
     Numbers all_keys(type, rows * key_heads * stride), all_values(type, rows * key_heads * stride);

@@ -27,11 +27,16 @@ struct BlockProblem {
 
     // The block's output on this many threads, the cache of keys and values a plain tensor [rows][heads][tokens][size].
     Numbers output(const Kernels& kernels, bool fast, int threads) const;
+    // The output of so many of these blocks one after the other, each with a cache of its own: in one call, and by
+    // calls of single blocks.
+    Numbers stacked(const Kernels& kernels, bool fast, int threads, int depth) const;
+    Numbers repeated(const Kernels& kernels, bool fast, int threads, int depth) const;
     // Puts other activations into the parts.
     std::vector<double> expected();
 
 private:
     DecoderBlock block() const;
+    Numbers output_of(const Kernels& kernels, bool fast, int threads, const Numbers& input) const;
     std::vector<double> product(int part, const std::vector<double>& input);
 };
 

@@ -168,6 +168,9 @@ void check_block(const Kernels& kernels, const BlockProblem& problem, const std:
         tally.expect(std::sqrt(errors / norm) <= rounding + (fast ? kFastBlockError : kExactBlockError), what);
         const Numbers together = problem.output(kernels, fast, kThreads);
         tally.expect(together == alone, what + ": other bits on more threads");
+        const Numbers deep = problem.repeated(kernels, fast, 1, 3);
+        for (int threads : {1, kThreads})
+            tally.expect(problem.stacked(kernels, fast, threads, 3) == deep, what + ": other bits in a stack");
     }
 }
 

@@ -1,0 +1,61 @@
+"""The decoders of transformers that the CPU kernels compute whole blocks of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+_LLAMA = {
+    "before_attention": "input_layernorm",
+    "before_mlp": "post_attention_layernorm",
+    "query": "q_norm",
+    "key": "k_norm",
+}
+_GEMMA = {
+    "before_attention": "input_layernorm",
+    "after_attention": "post_attention_layernorm",
+    "before_mlp": "pre_feedforward_layernorm",
+    "after_mlp": "post_feedforward_layernorm",
+    "query": "q_norm",
+    "key": "k_norm",
+}
+
+
+class Family(NamedTuple):
+    """Blocks that compute as Llama's: a norm, attention with rotary embeddings of whole heads, a norm, a gated MLP, and
+    two residuals, with norms of heads and of what is added where there are any.
+
+    block: of the class in `transformers.models`; model: of the class that calls such blocks one after the other with
+    the same arguments, if it does; norms: attributes by role; epsilon: attribute of a norm; unit: what is added to the
+    weights of norms.
+    """
+
+    block: str
+    model: str | None
+    norms: Mapping[str, str]
+    epsilon: str
+    unit: float = 0.0
+
+
+_FAMILIES = (
+    Family("llama.modeling_llama.LlamaDecoderLayer", "llama.modeling_llama.LlamaModel", _LLAMA, "variance_epsilon"),
+    Family(
+        "mistral.modeling_mistral.MistralDecoderLayer",
+        "mistral.modeling_mistral.MistralModel",
+        _LLAMA,
+        "variance_epsilon",
+    ),
+    Family("qwen2.modeling_qwen2.Qwen2DecoderLayer", "qwen2.modeling_qwen2.Qwen2Model", _LLAMA, "variance_epsilon"),
+    Family("qwen3.modeling_qwen3.Qwen3DecoderLayer", "qwen3.modeling_qwen3.Qwen3Model", _LLAMA, "variance_epsilon"),
+    # Its blocks differ in their masks and positions.
+    Family("gemma3.modeling_gemma3.Gemma3DecoderLayer", None, _GEMMA, "eps", unit=1.0),
+)
+BLOCKS = {family.block: family for family in _FAMILIES}
+MODELS = frozenset(family.model for family in _FAMILIES if family.model is not None)
+
+
+def name_of(kind: type[nn.Module]) -> str:
+    """A class as it is named in `BLOCKS` and `MODELS`."""
+    return f"{kind.__module__}.{kind.__name__}".removeprefix("transformers.models.")
