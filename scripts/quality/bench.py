@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from quality.conditions import Cell, TableConditions, machine
-from quality.making import make_artifact, read_report
+from quality.making import MakingError, make_artifact, read_report
 from quality.rows import Original, Row, file_name, read_stored, write_stored
 from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import ShiftaddError
@@ -91,7 +91,7 @@ class Bench:
                 shutil.rmtree(path)
 
     def _fail(self, index: int, error: ShiftaddError) -> None:
-        self.failed[index] = str(error)
+        self.failed[index] = error.reason if isinstance(error, MakingError) else str(error)
         self.say(f"{self.cells[index].method.label}, {self.cells[index].bits} bits: {error}")
 
     def _measure(self, artifacts: Sequence[str]) -> list[dict[str, BaseModel]]:

@@ -22,7 +22,14 @@ _SCRIPTS = Path(__file__).resolve().parent.parent
 
 
 class MakingError(ShiftaddError):
-    """A method could not be run; the message is the last line it printed."""
+    """A method could not be run; the message is the last line it printed, and where the others are.
+
+    reason: without the place, which means nothing to whoever reads a table later.
+    """
+
+    def __init__(self, reason: str, log: Path) -> None:
+        super().__init__(f"{reason} (see {log})")
+        self.reason = reason
 
 
 def make_artifact(cell: Cell, model: str, work: Path) -> Path:
@@ -54,7 +61,7 @@ def run_logged(arguments: Sequence[str], log: Path) -> None:
         )
     if done.returncode:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        raise MakingError(f"{lines[-1].strip() if lines else f'exit code {done.returncode}'} (see {log})")
+        raise MakingError(lines[-1].strip() if lines else f"exit code {done.returncode}", log)
 
 
 def read_report(cell: Cell, artifact: Path) -> dict[str, Any]:
