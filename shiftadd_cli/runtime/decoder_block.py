@@ -44,15 +44,13 @@ class LookupBlock(nn.Module):
 
     def _decode(self, hidden: Tensor, positions: tuple[Tensor, Tensor] | None, cache: Any) -> Tensor | None:
         """The output for a new token, or None if the kernels do not compute it."""
-        whole = current_pass()
-        if whole is not None and whole.hands_on(self, hidden):
-            return hidden
         watched = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
         # The kernels compute what torch's own attention does.
         if positions is None or watched or self.training or self.self_attn.config._attn_implementation != "sdpa":
             return None
         hidden = hidden.contiguous()
         cosines, sines = (each.contiguous() for each in positions)
+        whole = current_pass()
         if whole is not None and (found := whole.decode(self, hidden, cosines, sines, cache)) is not None:
             return found
         if (plan := self._find_plan()) is None or not plan.form.takes(hidden, cosines, sines):

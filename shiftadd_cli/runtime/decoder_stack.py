@@ -1,15 +1,15 @@
 """Decoders that make a new token in one call of the CPU kernels, blocks and cache together.
 
 What a block costs beside its computation (calls of modules, checks, two calls of the kernels, a cache of transformers)
-is some fifty microseconds, as much as a block of a small model computes. While the forward of a model runs that calls
-its blocks one after the other, the first block computes all of them, and the others hand its output on.
+is some fifty microseconds, as much as a block of a small model computes. While the forward of a model runs, which goes
+through its blocks one after the other, the first block computes all of them where it can, and the others are left out.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -32,8 +32,15 @@ class LookupModel(nn.Module):
     """Put before a class of `MODELS` in the order of resolution; see `model_class`."""
 
     dense_class: ClassVar[type[nn.Module]]
-    layers: Any
     config: Any
+
+    @property
+    def layers(self) -> Any:
+        """The blocks; while a forward of this model runs in this thread, those that it is to call."""
+        layers: Any = self._modules["layers"]
+        if torch.compiler.is_compiling() or (whole := current_pass()) is None or not whole.is_of(self):
+            return layers
+        return whole.blocks(layers)
 
     def find_stack(self) -> StackPlan | None:
         """How the kernels compute all blocks, or None if they do not, or cannot tell yet: each block must have been
@@ -41,12 +48,14 @@ class LookupModel(nn.Module):
         stack: StackPlan | None = self.__dict__.get(STACK)
         if stack is None or not stack.watch.holds():
             stack = self.__dict__[STACK] = self._make_stack()
-        if stack is None or stack.watch.is_heard() or any(map(_TRAINING, self.layers)):
+        blocks: Any = self._modules["layers"]
+        if stack is None or stack.watch.is_heard() or any(map(_TRAINING, blocks)):
             return None
-        return stack if self.config.num_hidden_layers == len(self.layers) else None
+        return stack if self.config.num_hidden_layers == len(blocks) else None
 
     def _make_stack(self) -> StackPlan | None:
-        blocks = tuple(self.layers)
+        layers: Any = self._modules["layers"]
+        blocks = tuple(layers)
         plans = [plan for block in blocks if isinstance(plan := block.__dict__.get(PLAN), BlockPlan)]
         if not blocks or len(plans) < len(blocks) or not alike(plans) or not all(each.watch.holds() for each in plans):
             return None
@@ -56,9 +65,8 @@ class LookupModel(nn.Module):
             return None
         if [block.self_attn.layer_idx for block in blocks] != list(range(len(blocks))):
             return None
-        held = self.layers._modules
-        places = [(self._modules, "layers"), *((held, name) for name in held)]
-        return StackPlan(plans, Watch(places, (), blocks))
+        places = [(self._modules, "layers"), *((layers._modules, name) for name in layers._modules)]
+        return StackPlan(blocks[0], plans, Watch(places, (), blocks))
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses are of this process.
@@ -69,41 +77,64 @@ class LookupModel(nn.Module):
 
 
 class _Pass:
-    """One forward of a model, which calls its blocks one after the other."""
+    """One forward of a model."""
 
     def __init__(self, model: LookupModel) -> None:
         self._model = model
-        self._output: Tensor | None = None
-        self._passed = 0
+        self._stack: StackPlan | None = None
+        self._done = False
 
-    def hands_on(self, block: nn.Module, hidden: Tensor) -> bool:
-        """Whether `hidden`, which the block is called with, is already the output of all blocks.
+    def is_of(self, model: LookupModel) -> bool:
+        return model is self._model
 
-        Raises RuntimeError where it should be, and is not: the model was changed while it ran.
-        """
-        if self._output is None:
-            return False
-        self._passed += 1
-        layers = self._model.layers
-        if hidden is not self._output or self._passed >= len(layers) or block is not layers[self._passed]:
-            raise RuntimeError(f"{type(self._model).__name__} does not call its blocks one after the other.")
-        return True
+    def blocks(self, layers: nn.ModuleList) -> Any:
+        """Of the model's blocks, those that its forward is to call: `layers`, or what stands for it."""
+        if self._stack is None:
+            self._stack = self._model.find_stack()
+        return layers if self._stack is None else _Blocks(layers, self)
+
+    def calls(self, blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        """The blocks, as long as there is something to compute."""
+        for block in blocks:
+            yield block
+            if self._done:
+                return
 
     def decode(self, block: nn.Module, hidden: Tensor, cosines: Tensor, sines: Tensor, cache: Any) -> Tensor | None:
         """The output of all blocks for a new token that needs no mask, or None where each is to compute its own.
 
         hidden: `[rows, 1, in]`, contiguous as the others; cache: of keys and values, or None.
         """
-        layers = self._model.layers
-        if cache is None or block is not layers[0] or (stack := self._model.find_stack()) is None:
+        stack = self._stack
+        if stack is None or cache is None or block is not stack.first or not stack.form.takes(hidden, cosines, sines):
             return None
-        form = stack.form
-        if not form.takes(hidden, cosines, sines):
+        shape = (hidden.shape[0], stack.form.key_heads, stack.form.head_size)
+        rooms = open_rooms(cache, len(stack.plans), shape, hidden.dtype)
+        if rooms is None:
             return None
-        rooms = open_rooms(cache, len(layers), (hidden.shape[0], form.key_heads, form.head_size), hidden.dtype)
-        if rooms is not None:
-            self._output = stack.decode(hidden, cosines, sines, rooms)
-        return self._output
+        self._done = True
+        return stack.decode(hidden, cosines, sines, rooms)
+
+
+class _Blocks:
+    """A list of blocks, of which a slice ends where nothing is left to compute."""
+
+    def __init__(self, layers: nn.ModuleList, whole: _Pass) -> None:
+        self._layers, self._whole = layers, whole
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return self._whole.calls(tuple(self._layers)[key])
+        return self._layers[key]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self._whole.calls(tuple(self._layers))
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layers, name)
 
 
 _here = threading.local()

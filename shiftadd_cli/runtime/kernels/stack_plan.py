@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shiftadd_cli.runtime.kernels.block_plan import BlockPlan
 from shiftadd_cli.runtime.kernels.extension import cpu_extension
@@ -17,11 +17,12 @@ from shiftadd_cli.runtime.stack_cache import Rooms
 class StackPlan:
     """What the kernels need of blocks that follow one another, as long as `watch` holds.
 
-    plans: of the blocks; form: theirs, but for what may differ between them, see `alike`.
+    first: the first block; plans: of all; form: theirs, but for what may differ between them, see `alike`.
     """
 
-    def __init__(self, plans: Sequence[BlockPlan], watch: Watch) -> None:
+    def __init__(self, first: nn.Module, plans: Sequence[BlockPlan], watch: Watch) -> None:
         """plans: of the blocks, which are `alike`; watch: what must stay beside what they watch."""
+        self.first = first
         self.form, self._precision = plans[0].form, plans[0].precision
         self.watch = Watch.over([watch, *(each.watch for each in plans)])
         # They hold what the addresses are of.
