@@ -21,7 +21,7 @@ from mixes.planning import RANDOM, UNIFORM, Mix, random_bits, uniform_bits
 from mixes.solver import solver_seconds, synthetic_layers
 from mixes.stored import AloneRow, SensitivityRow, SizeRow, SolverRow, find_or_make
 from shiftadd_cli.allocation.budget import Budget
-from shiftadd_cli.allocation.cache import CACHE_VERSION
+from shiftadd_cli.allocation.cache import CACHE_VERSIONS
 from shiftadd_cli.allocation.plan_file import BitPlan, Storage
 from shiftadd_cli.allocation.sensitivity import SensitivityKind
 from shiftadd_cli.code_fingerprint import code_fingerprint
@@ -115,7 +115,7 @@ class Allocations:
         common = {name: getattr(conditions, name) for name in ("calibration", "samples", "seq_len", "seed")}
         return self.method.resolve(self.sample_bits, common)
 
-    def _sensitivity(self, kind: str, seed: int) -> SensitivityRow:
+    def _sensitivity(self, kind: SensitivityKind, seed: int) -> SensitivityRow:
         job = self._jobs[seed]
         settings = {
             "sensitivity": kind,
@@ -123,7 +123,7 @@ class Allocations:
             "recipe": job.recipe_fingerprint,
             "calibration": job.calibration.data.fingerprint,
             "candidates": list(self.candidates),
-            "version": CACHE_VERSION,
+            "version": CACHE_VERSIONS[kind],
             "versions": versions(),
         }
 

@@ -11,11 +11,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from shiftadd_cli.allocation.sensitivity import Sensitivities
+from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind
 from shiftadd_cli.bcq.choices import parse_choice
 
 # Raised whenever sensitivities of the same inputs come out differently.
-CACHE_VERSION = 3
+CACHE_VERSIONS: dict[SensitivityKind, int] = {"output": 4, "divergence": 3, "paper": 3}
 
 
 def cache_folder() -> Path:
@@ -27,8 +27,8 @@ class SensitivityCache:
     """The file for one combination of fingerprints in `folder`, which is made here: a place that cannot be written to
     shows before the work and not after it."""
 
-    def __init__(self, folder: Path, *fingerprints: str) -> None:
-        key = hashlib.sha256("\n".join((str(CACHE_VERSION), *fingerprints)).encode()).hexdigest()
+    def __init__(self, folder: Path, kind: SensitivityKind, *fingerprints: str) -> None:
+        key = hashlib.sha256("\n".join((str(CACHE_VERSIONS[kind]), kind, *fingerprints)).encode()).hexdigest()
         self.path = folder / "sensitivities" / f"{key}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
 

@@ -118,16 +118,16 @@ class Divergence:
         the others' divergence / error at these bits: that nothing was measured there does not mean that nothing
         depends on it.
         """
-        self._finish()
-        found = self._of_all()
+        found = self.measured()
         return {
             name: found[name] if name in found else {bits: _usual(found, errors, bits) * error[bits] for bits in error}
             for name, error in errors.items()
         }
 
-    def _of_all(self) -> dict[str, dict[Choice, float]]:
-        """Divergences by linear and bits, of the variants of all processes."""
-        # Numbers of planes are no keys of JSON.
+    def measured(self) -> dict[str, dict[Choice, float]]:
+        """Divergences in nats a token of the linears that a probe token reached, by bits."""
+        self._finish()
+        # Of the variants of all processes. Numbers of planes are no keys of JSON.
         own = {name: list(by_bits.items()) for name, by_bits in self._found.items()}
         found: dict[str, dict[Choice, float]] = {}
         for each in self._team.gather(own):

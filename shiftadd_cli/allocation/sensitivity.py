@@ -5,6 +5,7 @@ linear's output costs ½ Σ_o E[g_o²] E[Δy_o²] nats a token, where g is the g
 at that output (see `calibration.gradients`). With g² averaged over features that is ½ E[g²] · tr[(W − Ŵ) H (W − Ŵ)ᵀ].
 The error is the real one, of the solver that the run will use, but for what takes most of its time (see `candidates`),
 on a sample of the rows (see `row_sample`). The gradient is one number a layer: some of the windows are enough for it.
+What was dropped is made up for by a factor for each kind of linear, from the divergences of a few (see `anchors`).
 
 `divergence`: of the model with one linear replaced by the same solver's result from the original, in nats a token,
 measured on a few windows; see `divergence`. It drops what couples different layers and nothing else.
@@ -24,13 +25,14 @@ Everything is measured in the original model, whose blocks are read one after an
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from shiftadd_cli.allocation.anchors import anchored, choose_anchors
 from shiftadd_cli.allocation.candidates import CandidateSolver
 from shiftadd_cli.allocation.divergence import Divergence, probe_samples
 from shiftadd_cli.allocation.row_sample import RowSample
@@ -112,9 +114,29 @@ def measure_sensitivities(
     gradients = squared_gradients(
         source, structure, probe, traced, device=device, seed=seed, progress=progress, team=team
     )
-    measure = OutputError(gradients.means, options, candidates, team)
-    found = walk_blocks(source, structure, trace, measure, device=device, progress=progress, team=team)
-    return replace(found, costs=measure.costs(found.costs))
+    estimate = OutputError(gradients.means, options, candidates, team)
+    replay = Replay(source, structure, probe_samples(samples), len(trace.hidden[0]), device)
+    # One candidate is enough: an estimate is wrong by the same factor at any number of bits.
+    divergence = Divergence(replay, structure, options, candidates[:1], progress=progress, team=team)
+    both = _Some(choose_anchors(structure.linears), divergence, estimate)
+    found = walk_blocks(source, structure, trace, both, device=device, progress=progress, team=team)
+    costs = anchored(estimate.costs(found.costs), divergence.measured(), structure.linears)
+    return replace(found, costs=costs)
+
+
+class _Some:
+    """Measures some linears in one way, and all of them in another, which is what it gives."""
+
+    def __init__(self, names: Collection[str], of_some: Measure, of_all: Measure) -> None:
+        self._names, self._of_some, self._of_all = names, of_some, of_all
+
+    def __call__(
+        self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
+    ) -> list[dict[Choice, float]]:
+        some = [(spec, weight) for spec, weight in zip(specs, weights, strict=True) if spec.name in self._names]
+        if some:
+            self._of_some([spec for spec, _ in some], [weight for _, weight in some], hessian)
+        return self._of_all(specs, weights, hessian)
 
 
 class OutputError:

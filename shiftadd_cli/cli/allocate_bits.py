@@ -56,8 +56,8 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     default="output",
     show_default=True,
     help="How to tell what bits matter to a layer: 'output' takes its real error and the curvature of the model's "
-    "loss; 'divergence' replaces each layer alone and runs the model, which takes far longer; 'paper' takes the "
-    "criterion of ShiftAddLLM.",
+    "loss, and measures a few layers of each kind; 'divergence' measures all, by replacing each alone and running the "
+    "model, which takes far longer; 'paper' takes the criterion of ShiftAddLLM.",
 )
 @click.option(
     "--keep",

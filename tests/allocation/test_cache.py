@@ -25,7 +25,7 @@ def test_other_fingerprints_find_nothing(tmp_path, other):
 
 
 def test_later_candidates_join_those_that_are_there(tmp_path):
-    cache = SensitivityCache(tmp_path, "x")
+    cache = SensitivityCache(tmp_path, "paper", "x")
     cache.keep(FOUND)
     whole = cache.keep(Sensitivities({"a.q": {4: 0.02}, "a.k": {4: 0.03}}, FOUND.shared_inputs))
     assert whole.costs == {"a.q": {2: 0.5, 3: 0.1, 4: 0.02}, "a.k": {2: 1e-9, 3: 0.0, 4: 0.03}}
@@ -36,7 +36,7 @@ def test_later_candidates_join_those_that_are_there(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"costs": 3}', '{"costs": {"a": {"x": 1}}}', "\x00"])
 def test_a_damaged_file_is_as_none(tmp_path, text):
-    cache = SensitivityCache(tmp_path, "x")
+    cache = SensitivityCache(tmp_path, "paper", "x")
     cache.path.write_text(text)
     assert cache.load() is None
     assert cache.keep(FOUND) == FOUND == cache.load()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from tiny_models import save_tiny
 
 from shiftadd_cli.allocation import candidates, row_sample, sensitivity
+from shiftadd_cli.allocation.anchors import choose_anchors
 from shiftadd_cli.allocation.sensitivity import OutputError, measure_sensitivities, paper_score, walk_blocks
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import quantize_matrices
@@ -64,6 +66,7 @@ def matrices(path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 def test_output_costs_are_half_the_squared_gradient_times_the_squared_error(tmp_path, family, monkeypatch):
+    """But for one factor for all linears of a kind, which is checked below."""
     save_tiny(family, tmp_path)
     solved = {}
 
@@ -80,12 +83,32 @@ def test_output_costs_are_half_the_squared_gradient_times_the_squared_error(tmp_
     source.materialise(structure.outside)
     trace = trace_model(source, structure, WINDOWS, 4, CPU)
     squares = squared_gradients(source, structure, WINDOWS, trace, device=CPU, seed=0).means
+    kinds = {spec.name: re.sub(r"\d+", "*", spec.kind) for spec in structure.linears}
+    factors: dict[str, list[float]] = {}
     for name, (weight, hessian) in matrices(tmp_path).items():
         assert list(found.costs[name]) == [2, 4]
         for bits, cost in found.costs[name].items():
             error = weight - solved[name, bits].weight.decode().double()
             expected = 0.5 * squares[name] * float(((error @ hessian) * error).sum())
-            assert cost == pytest.approx(expected, rel=1e-3)
+            factors.setdefault(kinds[name], []).append(cost / expected)
+    for each in factors.values():
+        assert each == pytest.approx([each[0]] * len(each), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_output_costs_of_some_linears_of_each_kind_add_up_to_their_divergences(tmp_path, family):
+    save_tiny(family, tmp_path)
+    structure = find_structure(open_source(str(tmp_path)).skeleton())
+    estimated, measured = measure(tmp_path, "output").costs, measure(tmp_path, "divergence", (2,)).costs
+    sums: dict[str, list[float]] = {}
+    for spec in structure.linears:
+        if spec.name in choose_anchors(structure.linears):
+            both = sums.setdefault(re.sub(r"\d+", "*", spec.kind), [0.0, 0.0])
+            both[0] += estimated[spec.name][2]
+            both[1] += measured[spec.name][2]
+    assert len(sums) >= 4
+    for estimate, divergence in sums.values():
+        assert estimate == pytest.approx(divergence, rel=1e-3)
 
 
 def test_the_predicted_loss_is_of_the_size_of_the_real_divergence(tmp_path):
@@ -116,18 +139,22 @@ def test_the_predicted_loss_is_of_the_size_of_the_real_divergence(tmp_path):
 def test_samples_of_rows_and_of_windows_predict_what_all_of_them_do(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path)
     whole = measure(tmp_path, "output").costs
-    solved = []
+    solved: dict[str, list[int]] = {}
 
-    def spy(weights, *rest, **others):
-        solved.extend(map(len, weights))
-        return quantize_matrices(weights, *rest, **others)
+    def spy(weights, names, *rest, **others):
+        for name, weight in zip(names, weights, strict=True):
+            solved.setdefault(name, []).append(len(weight))
+        return quantize_matrices(weights, names, *rest, **others)
 
     monkeypatch.setattr(candidates, "quantize_matrices", spy)
     monkeypatch.setattr(row_sample, "_LARGEST_ROWS", 4)
     monkeypatch.setattr(row_sample, "_OTHER_ROWS", 20)
     monkeypatch.setattr(sensitivity, "_GRADIENT_TOKENS", WINDOWS.numel() // 2)
     sampled = measure(tmp_path, "output").costs
-    assert max(solved) == 24
+    # Whole matrices are solved where the divergence is measured as well, once.
+    anchors = choose_anchors(find_structure(open_source(str(tmp_path)).skeleton()).linears)
+    assert {name: len(each) for name, each in solved.items()} == {name: 2 + (name in anchors) for name in solved}
+    assert max(max(sorted(each)[:2]) for each in solved.values()) == 24
     ratios = torch.tensor([sampled[name][bits] / whole[name][bits] for name in whole for bits in (2, 4)])
     assert float(ratios.log().abs().max()) < 0.7
     assert 0.8 < float(ratios.median()) < 1.25
@@ -168,9 +195,10 @@ def test_blocks_are_released_and_shared_inputs_are_told(tmp_path):
     found = measure_sensitivities(
         "output", source, structure, WINDOWS, trace, OPTIONS, (2,), device=CPU, seed=0, progress=watch
     )
-    assert held == [0] * 6
+    assert held == [0] * 7
     blocks = structure.blocks
-    assert walks == [("Predictions", blocks), ("Gradients", blocks[::-1]), ("Measuring", blocks)]
+    estimating = [("Predictions", blocks), ("Gradients", blocks[::-1]), ("Measuring", blocks)]
+    assert walks == [*estimating, ("Comparing", ["part 0"])]
     first = [tuple(name.removeprefix("model.layers.0.") for name in names) for names in found.shared_inputs[:4]]
     assert first == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
