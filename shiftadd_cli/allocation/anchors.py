@@ -15,6 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.source import LinearSpec
 
+# Planes of the linears that are measured, whatever candidates there are: later ones must join those measured before.
+ANCHOR_PLANES = 2
 # Linears of each kind that are measured.
 _EACH = 3
 
@@ -30,17 +32,18 @@ def choose_anchors(linears: Sequence[LinearSpec]) -> frozenset[str]:
 
 def anchored(
     costs: Mapping[str, dict[Choice, float]],
+    estimated: Mapping[str, dict[Choice, float]],
     measured: Mapping[str, dict[Choice, float]],
     linears: Sequence[LinearSpec],
 ) -> dict[str, dict[Choice, float]]:
     """Costs of all linears, those of each kind multiplied by Σ measured / Σ estimated over what of them was measured.
 
-    costs: estimated, by name and bits; measured: of some of them. A kind of which nothing, or no loss at all, was
-    measured gets the median factor of the others, and 1 where there are none.
+    costs: by name and bits; estimated: in the same way, of the linears that were measured. A kind of which nothing, or
+    no loss at all, was measured gets the median factor of the others, and 1 where there are none.
     """
     factors = {}
     for kind, members in _by_kind(linears).items():
-        pairs = _pairs([each.name for each in members], costs, measured)
+        pairs = _pairs([each.name for each in members], estimated, measured)
         estimate, loss = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
         if estimate > 0 and loss > 0:
             factors[kind] = loss / estimate
@@ -52,10 +55,10 @@ def anchored(
 
 
 def _pairs(
-    names: Collection[str], costs: Mapping[str, dict[Choice, float]], measured: Mapping[str, dict[Choice, float]]
+    names: Collection[str], estimated: Mapping[str, dict[Choice, float]], measured: Mapping[str, dict[Choice, float]]
 ) -> list[tuple[float, float]]:
     """Estimated and measured, wherever there is both."""
-    return [(costs[name][bits], loss) for name in names for bits, loss in measured.get(name, {}).items()]
+    return [(estimated[name][bits], loss) for name in names for bits, loss in measured.get(name, {}).items()]
 
 
 def _by_kind(linears: Sequence[LinearSpec]) -> dict[str, list[LinearSpec]]:

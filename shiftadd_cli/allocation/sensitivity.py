@@ -32,7 +32,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from shiftadd_cli.allocation.anchors import anchored, choose_anchors
+from shiftadd_cli.allocation.anchors import ANCHOR_PLANES, anchored, choose_anchors
 from shiftadd_cli.allocation.candidates import CandidateSolver
 from shiftadd_cli.allocation.divergence import Divergence, probe_samples
 from shiftadd_cli.allocation.row_sample import RowSample
@@ -116,26 +116,29 @@ def measure_sensitivities(
     )
     estimate = OutputError(gradients.means, options, candidates, team)
     replay = Replay(source, structure, probe_samples(samples), len(trace.hidden[0]), device)
-    # One candidate is enough: an estimate is wrong by the same factor at any number of bits.
-    divergence = Divergence(replay, structure, options, candidates[:1], progress=progress, team=team)
+    # One number of planes is enough: an estimate is wrong by the same factor at any.
+    divergence = Divergence(replay, structure, options, [ANCHOR_PLANES], progress=progress, team=team)
     both = _Some(choose_anchors(structure.linears), divergence, estimate)
     found = walk_blocks(source, structure, trace, both, device=device, progress=progress, team=team)
-    costs = anchored(estimate.costs(found.costs), divergence.measured(), structure.linears)
-    return replace(found, costs=costs)
+    costs, of_some = estimate.costs(found.costs), estimate.costs(both.errors)
+    return replace(found, costs=anchored(costs, of_some, divergence.measured(), structure.linears))
 
 
 class _Some:
-    """Measures some linears in one way, and all of them in another, which is what it gives."""
+    """Measures some linears in one way, which it keeps in `errors`, and all of them in another, which it gives."""
 
     def __init__(self, names: Collection[str], of_some: Measure, of_all: Measure) -> None:
         self._names, self._of_some, self._of_all = names, of_some, of_all
+        self.errors: dict[str, dict[Choice, float]] = {}
 
     def __call__(
         self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
     ) -> list[dict[Choice, float]]:
         some = [(spec, weight) for spec, weight in zip(specs, weights, strict=True) if spec.name in self._names]
         if some:
-            self._of_some([spec for spec, _ in some], [weight for _, weight in some], hessian)
+            chosen, matrices = zip(*some, strict=True)
+            found = self._of_some(chosen, matrices, hessian)
+            self.errors |= {spec.name: errors for spec, errors in zip(chosen, found, strict=True)}
         return self._of_all(specs, weights, hessian)
 
 

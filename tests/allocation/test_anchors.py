@@ -49,7 +49,7 @@ def test_what_is_wrong_by_one_factor_for_each_kind_comes_out_right(
     factor = {"attn.q": factors[0], "mlp.up": factors[1]}
     chosen = choose_anchors(linears)
     real = {spec.name: {2: costs[spec.name][2] * factor[spec.kind]} for spec in linears if spec.name in chosen}
-    found = anchored(costs, real, linears)
+    found = anchored(costs, costs, real, linears)
     for spec in linears:
         for bits, cost in costs[spec.name].items():
             assert found[spec.name][bits] == pytest.approx(cost * factor[spec.kind], rel=1e-9)
@@ -59,8 +59,8 @@ def test_kinds_without_a_measured_loss_take_the_factor_of_the_others() -> None:
     linears = specs(4)
     costs = {spec.name: {2: 1.0} for spec in linears}
     measured = {"layers.0.attn.q": {2: 3.0}, "layers.1.mlp.up": {2: 0.0}}
-    assert {each[2] for each in anchored(costs, measured, linears).values()} == {3.0}
-    assert anchored(costs, {}, linears) == costs
+    assert {each[2] for each in anchored(costs, costs, measured, linears).values()} == {3.0}
+    assert anchored(costs, {}, {}, linears) == costs
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
