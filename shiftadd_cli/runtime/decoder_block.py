@@ -103,12 +103,8 @@ class LookupBlock(nn.Module):
         places += [*norm_places.values(), (outside, "self_attn"), (outside, "mlp"), (gated, "act_fn")]
         return BlockPlan(linears, norms, form, places)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Addresses are of this process.
-        return {name: value for name, value in self.__dict__.items() if name != PLAN}
-
     def __reduce_ex__(self, _: Any) -> Reduced:
-        return reduce_made(_block_class, self)
+        return reduce_made(_block_class, self, without=PLAN)
 
 
 def fuse_blocks(model: nn.Module) -> None:

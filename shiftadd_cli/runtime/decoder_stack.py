@@ -54,26 +54,22 @@ class LookupModel(nn.Module):
         return stack if self.config.num_hidden_layers == len(blocks) else None
 
     def _make_stack(self) -> StackPlan | None:
+        # Blocks of several kinds may get other masks than the first.
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        if kinds - {"full_attention"} or getattr(self.config, "sliding_window", None) is not None:
+            return None
         layers: Any = self._modules["layers"]
         blocks = tuple(layers)
         plans = [plan for block in blocks if isinstance(plan := block.__dict__.get(PLAN), BlockPlan)]
         if not blocks or len(plans) < len(blocks) or not alike(plans) or not all(each.watch.holds() for each in plans):
-            return None
-        # Else they may get other masks than the first.
-        kinds = set(getattr(self.config, "layer_types", None) or ())
-        if kinds - {"full_attention"} or getattr(self.config, "sliding_window", None) is not None:
             return None
         if [block.self_attn.layer_idx for block in blocks] != list(range(len(blocks))):
             return None
         places = [(self._modules, "layers"), *((layers._modules, name) for name in layers._modules)]
         return StackPlan(blocks[0], plans, Watch(places, (), blocks))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Addresses are of this process.
-        return {name: value for name, value in self.__dict__.items() if name != STACK}
-
     def __reduce_ex__(self, _: Any) -> Reduced:
-        return reduce_made(model_class, self)
+        return reduce_made(model_class, self, without=STACK)
 
 
 class _Pass:
@@ -128,7 +124,7 @@ class _Blocks:
         return self._layers[key]
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return self._whole.calls(tuple(self._layers))
+        return iter(self._layers)
 
     def __len__(self) -> int:
         return len(self._layers)

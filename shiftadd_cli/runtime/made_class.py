@@ -12,9 +12,13 @@ Maker = Callable[[type[nn.Module]], type[nn.Module]]
 Reduced = tuple[Callable[..., nn.Module], tuple[Maker, type[nn.Module]], dict[str, Any]]
 
 
-def reduce_made(make: Maker, module: Any) -> Reduced:
-    """For `__reduce_ex__` of a module of the class `make(module.dense_class)`; `make` is a function of a module."""
-    return _bare, (make, module.dense_class), module.__getstate__()
+def reduce_made(make: Maker, module: Any, *, without: str | None = None) -> Reduced:
+    """For `__reduce_ex__` of a module of the class `make(module.dense_class)`; `make` is a function of a module.
+
+    without: an attribute of this process alone, which no copy and no file gets.
+    """
+    state = {name: value for name, value in module.__getstate__().items() if name != without}
+    return _bare, (make, module.dense_class), state
 
 
 def _bare(make: Maker, dense: type[nn.Module]) -> nn.Module:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from artifacts import COMMON, Checkpoint, write_checkpoint
+from artifacts import Checkpoint
 from compiled import needs_kernels
+from decoding import decode, write_decoders
 from loading import IDS, assert_close, assert_same_state, load
-from tiny_models import VOCAB_SIZE, tiny_model
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -25,16 +24,11 @@ from shiftadd_cli.runtime.kernels.stack_plan import StackPlan
 pytestmark = needs_kernels
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 OTHERS = ("phi", "gpt2")
-ROTATED = replace(COMMON, rotation="hadamard", offset=True)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return {
-        name: write_checkpoint(tiny_model(name), folder / name, common=ROTATED, own={"k_proj": COMMON}, tables=True)
-        for name in (*FUSED, *OTHERS)
-    }
+    return write_decoders((*FUSED, *OTHERS), tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture
@@ -54,19 +48,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[BlockPlan]:
     monkeypatch.setattr(BlockPlan, "rest", counted)
     monkeypatch.setattr(StackPlan, "decode", all_counted)
     return found
-
-
-def decode(model: PreTrainedModel, rows: int = 1, tokens: int = 6, **options: object) -> Tensor:
-    """Logits `[tokens, rows, vocabulary]` of tokens that follow a prompt, one by one."""
-    ids = torch.randint(0, VOCAB_SIZE, (rows, 9), generator=torch.Generator().manual_seed(1))
-    following = torch.randint(0, VOCAB_SIZE, (tokens, rows, 1), generator=torch.Generator().manual_seed(2))
-    cache = DynamicCache(config=model.config)
-    found = []
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-        for each in following:
-            found.append(model(each, past_key_values=cache, **options).logits[:, -1])
-    return torch.stack(found).float()
 
 
 def parted(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,16 +8,15 @@ import itertools
 import pickle
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from artifacts import COMMON, Checkpoint, write_checkpoint
+from artifacts import Checkpoint
 from compiled import needs_kernels
+from decoding import Between, decode, write_decoders
 from loading import IDS, assert_close, load
-from tiny_models import VOCAB_SIZE, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -28,16 +27,11 @@ from shiftadd_cli.runtime.stack_cache import RoomLayer
 
 pytestmark = needs_kernels
 WHOLE = ("llama", "qwen2", "qwen3")
-ROTATED = replace(COMMON, rotation="hadamard", offset=True)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return {
-        name: write_checkpoint(tiny_model(name), folder / name, common=ROTATED, own={"k_proj": COMMON}, tables=True)
-        for name in (*WHOLE, "mistral", "gemma3")
-    }
+    return write_decoders((*WHOLE, "mistral", "gemma3"), tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture
@@ -52,24 +46,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(StackPlan, "decode", counted)
     return found
-
-
-Between = Callable[[PreTrainedModel, DynamicCache], None]
-
-
-def decode(model: PreTrainedModel, rows: int = 1, tokens: int = 6, between: Between | None = None) -> Tensor:
-    """Logits `[tokens, rows, vocabulary]` of tokens that follow a prompt, with something done after half of them."""
-    ids = torch.randint(0, VOCAB_SIZE, (rows, 9), generator=torch.Generator().manual_seed(1))
-    following = torch.randint(0, VOCAB_SIZE, (tokens, rows, 1), generator=torch.Generator().manual_seed(2))
-    cache = DynamicCache(config=model.config)
-    found = []
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-        for number, each in enumerate(following):
-            if number == tokens // 2 and between is not None:
-                between(model, cache)
-            found.append(model(each, past_key_values=cache).logits[:, -1])
-    return torch.stack(found).float()
 
 
 def by_blocks(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], Tensor]) -> Tensor:
@@ -226,11 +202,13 @@ def test_who_looks_at_the_blocks_while_they_run_sees_all_of_them(checkpoints: di
         found = model.model.layers
         seen.append((len(found), found[1], list(found), [name for name, _ in found.named_children()]))
 
-    model.model.embed_tokens.register_forward_hook(look)
+    # Before the first block, and when it has computed all of them.
+    for module in (model.model.embed_tokens, model.model.norm):
+        module.register_forward_hook(look)
     decode(model, tokens=2)
     assert isinstance(layers, torch.nn.ModuleList)
     assert model.model.layers is layers
-    assert seen == [(2, layers[1], list(layers), ["0", "1"])] * 3
+    assert seen == [(2, layers[1], list(layers), ["0", "1"])] * 6
 
 
 def test_threads_of_the_program_do_not_meet(checkpoints: dict[str, Checkpoint]) -> None:

@@ -1,0 +1,42 @@
+"""Decoders that write token after token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from artifacts import COMMON, Checkpoint, write_checkpoint
+from tiny_models import VOCAB_SIZE, tiny_model
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+Between = Callable[[PreTrainedModel, DynamicCache], None]
+
+_ROTATED = replace(COMMON, rotation="hadamard", offset=True)
+
+
+def write_decoders(families: Iterable[str], folder: Path) -> dict[str, Checkpoint]:
+    """A small compressed model of each family, of layers that are not all stored alike."""
+    return {
+        name: write_checkpoint(tiny_model(name), folder / name, common=_ROTATED, own={"k_proj": COMMON}, tables=True)
+        for name in families
+    }
+
+
+def decode(
+    model: PreTrainedModel, rows: int = 1, tokens: int = 6, between: Between | None = None, **options: object
+) -> Tensor:
+    """Logits `[tokens, rows, vocabulary]` of tokens that follow a prompt, with something done after half of them."""
+    ids = torch.randint(0, VOCAB_SIZE, (rows, 9), generator=torch.Generator().manual_seed(1))
+    following = torch.randint(0, VOCAB_SIZE, (tokens, rows, 1), generator=torch.Generator().manual_seed(2))
+    cache = DynamicCache(config=model.config)
+    found = []
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for number, each in enumerate(following):
+            if number == tokens // 2 and between is not None:
+                between(model, cache)
+            found.append(model(each, past_key_values=cache, **options).logits[:, -1])
+    return torch.stack(found).float()
