@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.source import LinearSpec
@@ -43,8 +43,8 @@ def anchored(
     """
     factors = {}
     for kind, members in _by_kind(linears).items():
-        pairs = _pairs([each.name for each in members], estimated, measured)
-        estimate, loss = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
+        both = [(each.name, bits) for each in members for bits in measured.get(each.name, ())]
+        estimate, loss = (sum(losses[name][bits] for name, bits in both) for losses in (estimated, measured))
         if estimate > 0 and loss > 0:
             factors[kind] = loss / estimate
     usual = statistics.median(factors.values()) if factors else 1.0
@@ -52,13 +52,6 @@ def anchored(
         spec.name: {bits: cost * factors.get(_kind(spec), usual) for bits, cost in costs[spec.name].items()}
         for spec in linears
     }
-
-
-def _pairs(
-    names: Collection[str], estimated: Mapping[str, dict[Choice, float]], measured: Mapping[str, dict[Choice, float]]
-) -> list[tuple[float, float]]:
-    """Estimated and measured, wherever there is both."""
-    return [(estimated[name][bits], loss) for name in names for bits, loss in measured.get(name, {}).items()]
 
 
 def _by_kind(linears: Sequence[LinearSpec]) -> dict[str, list[LinearSpec]]:
