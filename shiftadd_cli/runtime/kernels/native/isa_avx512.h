@@ -57,19 +57,21 @@ struct Avx512 {
         return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(x), by, sign, 0x78));
     }
 
-    // 2^-e plus or minus 2^-(e+d), by integer arithmetic on the exponent field; see `layout.h`.
+    // 2^-e (1 ± 2^-d), either part from a table of its four bits; see `layout.h`.
     static Float decode_scales(const uint8_t* codes) {
+        static constexpr auto kParts = [] {
+            struct {
+                float first[16], more[16];
+            } parts{};
+            for (int i = 0; i < 16; ++i) {
+                parts.first[i] = i < 15 ? 1.0f / (1 << i) : 0;
+                parts.more[i] = (i & 7 ? 1.0f / (1 << (i & 7)) : 0) * (i & 8 ? -1 : 1);
+            }
+            return parts;
+        }();
         const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-        const __m512i e = _mm512_and_si512(code, _mm512_set1_epi32(15));
-        const __m512i d = _mm512_and_si512(_mm512_srli_epi32(code, 4), _mm512_set1_epi32(7));
-        const __m512i minus = _mm512_slli_epi32(_mm512_srli_epi32(code, 7), 31);
-        const __m512i place = _mm512_sub_epi32(_mm512_set1_epi32(127), e);
-        const __mmask16 some = _mm512_cmpneq_epi32_mask(e, _mm512_set1_epi32(15));
-        const __m512i first = _mm512_maskz_slli_epi32(some, place, 23);
-        const __m512i second = _mm512_or_si512(_mm512_slli_epi32(_mm512_sub_epi32(place, d), 23), minus);
-        const __mmask16 both = _mm512_mask_test_epi32_mask(some, d, d);
-        const __m512 value = _mm512_castsi512_ps(first);
-        return _mm512_mask_add_ps(value, both, value, _mm512_castsi512_ps(second));
+        const Float first = look_up(load(kParts.first), code);
+        return fma(first, look_up(load(kParts.more), _mm512_srli_epi32(code, 4)), first);
     }
 
     static void build_table(const float* x, float* table) {

@@ -13,6 +13,7 @@
 #include "rotate_impl.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -74,12 +75,21 @@ struct Kernel {
         });
     }
 
+    // Added up in one order on all instruction sets, and in one that a compiler makes vectors of.
+    static inline float sum_of_sizes(const float* values, int columns) {
+        float parts[kWordColumns] = {};
+        for (int i = 0; i < columns; i += kWordColumns)
+            for (int j = 0; j < kWordColumns; ++j) parts[j] += std::fabs(values[i + j]);
+        for (int half = kWordColumns / 2; half > 0; half /= 2)
+            for (int j = 0; j < half; ++j) parts[j] += parts[j + half];
+        return parts[0];
+    }
+
     static void build_fast(const Layout& layout, const float* row, int16_t* tables, float* units) {
         for_each_chunk(layout, [&](int64_t, int64_t word, int words) {
             const float* values = row + word * kWordColumns;
             const int columns = words * kWordColumns;
-            float size = 0;
-            for (int i = 0; i < columns; ++i) size += std::fabs(values[i]);
+            const float size = sum_of_sizes(values, columns);
             // Rounding adds at most half a unit per column.
             constexpr float kRange = 32767 - kChunkColumns / 2;
             *units++ = size / kRange;
@@ -88,18 +98,22 @@ struct Kernel {
             // come back with the unit, as 0 times it is no number.
             if (size >= kLeastSize && size <= std::numeric_limits<float>::max()) {
                 const float inverse = kRange / size;
-                for (int i = 0; i < columns; ++i) rounded[i] = static_cast<int16_t>(std::lrint(values[i] * inverse));
+                // The last bit of the sum is worth 1: it is rounded to an integer, which its low half then is.
+                constexpr float kShift = 3 << 22;
+                for (int i = 0; i < columns; ++i)
+                    rounded[i] = static_cast<int16_t>(std::bit_cast<uint32_t>(values[i] * inverse + kShift));
             }
-            for (int i = 0; i < columns; i += kLookupColumns) {
-                const int16_t* v = rounded + i;
-                for (int entry = 0; entry < kTable; ++entry) {
-                    int sum = 0;
-                    for (int c = 0; c < kLookupColumns; ++c) sum += (entry >> c) & 1 ? v[c] : -v[c];
-                    *(tables + word * kWordTables * kTable + i / kLookupColumns * kTable + entry) =
-                        static_cast<int16_t>(sum);
-                }
-            }
+            int16_t* table = tables + word * kWordTables * kTable;
+            for (int i = 0; i < columns; i += kLookupColumns, table += kTable) build_half(rounded + i, table);
         });
+    }
+
+    static inline void build_half(const int16_t* values, int16_t* table) {
+        for (int entry = 0; entry < kTable; ++entry) {
+            int sum = 0;
+            for (int c = 0; c < kLookupColumns; ++c) sum += (entry >> c & 1 ? 1 : -1) * values[c];
+            table[entry] = static_cast<int16_t>(sum);
+        }
     }
 
     // Adds `value · scale` of every plane, and the offset's part, to the sums of a block.
