@@ -45,7 +45,7 @@ class PeerJob:
 
 
 class Adapter(Protocol):
-    """A module `peers_NAME`: replaces the weights of the linears by what the peer decodes, in place.
+    """A module `peers_NAME`, `-` as `_`: replaces the weights of the linears by what the peer decodes, in place.
 
     `compress` returns the bits it would store for these layers, scales and zero points counted; it raises RecipeError
     for what the peer cannot do.
@@ -73,7 +73,7 @@ class Peer:
 
     def adapter(self) -> Adapter:
         """The adapter, imported now because its package may take long to come."""
-        adapter: Any = importlib.import_module(f"quality.peers_{self.name}")
+        adapter: Any = importlib.import_module(f"quality.peers_{self.name.replace('-', '_')}")
         return adapter
 
 
@@ -81,6 +81,7 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("autoround", "auto-round", "auto_round", calibrated=True),
+        Peer("autoround-light", "auto-round", "auto_round", calibrated=True),
         Peer("hqq", "hqq", "hqq.core", calibrated=False),
         Peer("quanto", "optimum-quanto", "optimum.quanto", calibrated=False),
     )

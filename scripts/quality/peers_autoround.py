@@ -12,7 +12,12 @@ _SIDE = 32
 
 
 def compress(job: PeerJob) -> int:
-    """See `Adapter`. Asymmetric grids, as in the other uniform methods here; iterations are the peer's default."""
+    """See `Adapter`; with the peer's default iterations."""
+    return round_by(job)
+
+
+def round_by(job: PeerJob, **schedule: float) -> int:
+    """Asymmetric grids, as in the other uniform methods here; schedule: options of `AutoRound` about its iterations."""
     if job.windows is None:
         raise RecipeError("auto-round needs calibration text.")
     for name, linear in job.linears():
@@ -32,6 +37,7 @@ def compress(job: PeerJob) -> int:
         seed=job.seed,
         device_map="cpu",
         enable_torch_compile=False,
+        **schedule,
     )
     done, _ = rounder.quantize()
     stored = 0
