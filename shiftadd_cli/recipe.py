@@ -195,8 +195,9 @@ class Recipe(BaseModel):
         Field(
             min_length=1,
             description="Calibration text: 'builtin' (needs no download), wikitext2, c4, ptb, a .txt, .jsonl or "
-            ".parquet file, or 'none' for a run without data. For vision models images: 'builtin' (digits of "
-            "scikit-learn), a folder, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT.",
+            ".parquet file (field or column 'text', or 'messages' of conversations), or 'none' for a run without "
+            "data. For vision models images: 'builtin' (digits of scikit-learn), a folder, a .parquet file, or a data "
+            "set of the hub as NAME or NAME:SPLIT.",
         ),
     ] = "builtin"
     samples: Annotated[int, Field(ge=1, description="Calibration windows, or images.")] = 128

@@ -137,10 +137,14 @@ class Conditions:
         }
         return Cell(method, bits, recipe, made, {"artifact": made, "scoring": self.scoring})
 
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return open_source(self.model).load_tokenizer()
+
     def _text(self, spec: str, split: Any) -> TextData:
         key = (spec, split)
         if key not in self._texts:
-            self._texts[key] = load_text(spec, split=split)
+            self._texts[key] = load_text(spec, split=split, tokenizer=self._tokenizer)
         return self._texts[key]
 
 

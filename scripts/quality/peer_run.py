@@ -27,9 +27,9 @@ def run_peer(name: str, spec: str, out: Path, recipe: Recipe) -> None:
     if not isinstance(recipe.group_size, int):
         raise RecipeError(f"The peer {name!r} needs a number as group_size, not {recipe.group_size!r}.")
     linears = find_structure(source.skeleton()).linears
-    text = load_text(recipe.calibration, split="calibration") if peer.calibrated else None
-    tokenizer, windows = source.load_tokenizer(), None
-    if text is not None:
+    tokenizer, text, windows = source.load_tokenizer(), None, None
+    if peer.calibrated:
+        text = load_text(recipe.calibration, split="calibration", tokenizer=tokenizer)
         windows = sample_windows(text, tokenizer, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed)
     model = source.load_model()
     parameters, item = sum(each.numel() for each in model.parameters()), source.dtype.itemsize

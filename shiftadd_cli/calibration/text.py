@@ -36,8 +36,10 @@ class TextData:
     fingerprint: str
 
 
-def load_text(spec: str, *, split: Split) -> TextData:
+def load_text(spec: str, *, split: Split, tokenizer: Any = None) -> TextData:
     """The text called `spec`: `builtin`, `wikitext2`, `c4`, `ptb`, or a .txt, .jsonl or .parquet file.
+
+    tokenizer: that of the model; files of conversations are read through its chat template.
 
     `split` chooses between disjoint parts of a named text; a file has no splits and is read whole for both, so the
     fingerprint tells whether calibration and test are the same text.
@@ -50,7 +52,7 @@ def load_text(spec: str, *, split: Split) -> TextData:
     elif spec in text_hub.CORPORA:
         name, text = text_hub.read(spec, split)
     elif Path(spec).suffix.lower() in text_files.READERS or Path(spec).exists() or "/" in spec:
-        name, text = text_files.read(Path(spec))
+        name, text = text_files.read(Path(spec), tokenizer)
     else:
         raise CalibrationError(_unknown(spec))
     if not text.strip():

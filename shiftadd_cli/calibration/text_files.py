@@ -1,24 +1,32 @@
-"""Text from .txt, .jsonl and .parquet files of the user."""
+"""Text, or conversations, from .txt, .jsonl and .parquet files of the user."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from shiftadd_cli.calibration import conversations
 from shiftadd_cli.errors import CalibrationError, first_line
 
 FIELD = "text"
 KINDS = ".txt, .jsonl or .parquet"
 # More than any calibration or test needs; what lies beyond it is not read, and the name of the text says so.
 MAX_CHARACTERS = 64 << 20
+# Where a record stands, and its text or its messages.
+Record = tuple[str, str | list[dict[str, Any]]]
 
 
-def read(path: Path) -> tuple[str, str]:
-    """Name and text of a file: at most its first `MAX_CHARACTERS`; rows and records are joined by a blank line.
+def read(path: Path, tokenizer: Any = None) -> tuple[str, str]:
+    """Name and text of a file: at most its first `MAX_CHARACTERS`.
+
+    Rows and records are joined by a blank line. Conversations become what the chat template of `tokenizer` makes of
+    them, one behind the other.
 
     Raises:
-        CalibrationError: the file is missing, of another kind, not UTF-8, not valid, or has no `text` column.
+        CalibrationError: the file is missing, of another kind, not UTF-8, not valid, or has neither `text` nor
+            `messages`; or the template does not take these.
     """
     if path.is_dir():
         raise CalibrationError(f"{path} is a folder; give a {KINDS} file.")
@@ -28,8 +36,13 @@ def read(path: Path) -> tuple[str, str]:
     if reader is None:
         raise CalibrationError(f"{path} is no {KINDS} file; save the text as one of these.")
     try:
-        parts, used = [], 0
-        for part in reader(path):
+        parts, used, separator = [], 0, ""
+        for where, record in reader(path):
+            if isinstance(record, str):
+                part = separator + record
+                separator = "" if path.suffix.lower() == ".txt" else "\n\n"
+            else:
+                part, separator = conversations.render(record, tokenizer, where=where), ""
             parts.append(part[: MAX_CHARACTERS - used])
             used += len(part)
             if used > MAX_CHARACTERS:
@@ -39,17 +52,16 @@ def read(path: Path) -> tuple[str, str]:
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read ({error.strerror or error}); give another file.") from error
     cut = f" (first {MAX_CHARACTERS >> 20} million characters)" if used > MAX_CHARACTERS else ""
-    separator = "" if path.suffix.lower() == ".txt" else "\n\n"
-    return path.name + cut, separator.join(parts)
+    return path.name + cut, "".join(parts)
 
 
-def _plain(path: Path) -> Iterator[str]:
+def _plain(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file:
         while chunk := file.read(1 << 20):
-            yield chunk
+            yield str(path), chunk
 
 
-def _json_lines(path: Path) -> Iterator[str]:
+def _json_lines(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -58,16 +70,21 @@ def _json_lines(path: Path) -> Iterator[str]:
                 record = json.loads(line)
             except ValueError as error:
                 raise CalibrationError(f"{path}, line {number}, is no valid JSON ({error}); mend the line.") from error
-            text = record.get(FIELD) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                has = f"the fields {', '.join(map(str, record))}" if isinstance(record, dict) and record else "none"
+            fields = record if isinstance(record, dict) else {}
+            where = f"{path}, line {number},"
+            if isinstance(text := fields.get(FIELD), str):
+                yield where, text
+            elif conversations.is_conversation(messages := fields.get(conversations.FIELD)):
+                yield where, messages
+            else:
+                has = f"the fields {', '.join(map(str, fields))}" if fields else "none"
                 raise CalibrationError(
-                    f"{path}, line {number}, has no text in a field named {FIELD!r} (found {has}); rename the field."
+                    f"{where} has no text in a field named {FIELD!r}, nor messages in one named "
+                    f"{conversations.FIELD!r} (found {has}); rename the field."
                 )
-            yield text
 
 
-def _parquet(path: Path) -> Iterator[str]:
+def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow as arrow
     from pyarrow import parquet
 
@@ -75,18 +92,29 @@ def _parquet(path: Path) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow
             kinds = {name: columns.field(name).type for name in columns.names}
-            if FIELD not in kinds:
+            field = FIELD if FIELD in kinds else conversations.FIELD
+            if field not in kinds:
                 raise CalibrationError(
-                    f"{path} has no column {FIELD!r} (found {', '.join(kinds) or 'none'}); rename the one you want."
+                    f"{path} has no column {FIELD!r}, nor {conversations.FIELD!r} "
+                    f"(found {', '.join(kinds) or 'none'}); rename the one you want."
                 )
-            if not (arrow.types.is_string(kinds[FIELD]) or arrow.types.is_large_string(kinds[FIELD])):
+            is_text = arrow.types.is_string(kinds[field]) or arrow.types.is_large_string(kinds[field])
+            if field == FIELD and not is_text:
                 raise CalibrationError(
                     f"The column {FIELD!r} of {path} is {kinds[FIELD]}, not text; give a text column."
                 )
-            for batch in file.iter_batches(columns=[FIELD], batch_size=1024):
-                yield from (row for row in batch.column(0).to_pylist() if row is not None)
+            batches = file.iter_batches(columns=[field], batch_size=1024)
+            for number, row in enumerate((row for batch in batches for row in batch.column(0).to_pylist()), start=1):
+                where = f"{path}, row {number},"
+                if row is None:
+                    continue
+                if field != FIELD and not conversations.is_conversation(row):
+                    raise CalibrationError(
+                        f"{where} has no messages with a role in the column {field!r}; give another file."
+                    )
+                yield where, row
     except arrow.ArrowException as error:
         raise CalibrationError(f"{path} is no valid parquet file ({first_line(error)}); download it again.") from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}

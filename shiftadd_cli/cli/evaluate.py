@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     default="builtin",
     show_default=True,
     help="Test text: 'builtin' (held-out documentation of Python, needs no download), wikitext2, c4, ptb, or a .txt, "
-    ".jsonl (field 'text') or .parquet (column 'text') file. For vision models images: 'builtin' (held-out digits of "
-    "scikit-learn), a folder (a sub-folder for each class, or a table of labels), a .parquet file, or a data set of "
-    "the hub as NAME or NAME:SPLIT.",
+    ".jsonl or .parquet file (field or column 'text', or 'messages' of conversations). For vision models images: "
+    "'builtin' (held-out digits of scikit-learn), a folder (a sub-folder for each class, or a table of labels), a "
+    ".parquet file, or a data set of the hub as NAME or NAME:SPLIT.",
 )
 @click.option(
     "--max-images",

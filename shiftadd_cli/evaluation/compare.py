@@ -96,8 +96,9 @@ def evaluate(
             device=device,
             show_progress=show_progress,
         )
-    text = load_text(dataset, split="test")
-    tokenizer = _common_tokenizer([(each.spec, each.load_tokenizer()) for each in opened], text)
+    tokenizers = [(each.spec, each.load_tokenizer()) for each in opened]
+    text = load_text(dataset, split="test", tokenizer=tokenizers[0][1])
+    tokenizer = _common_tokenizer(tokenizers, text)
     tokens = tokenise(text.text, tokenizer)
     used = tokens[:max_tokens]
     if len(used) < 2:

@@ -51,8 +51,8 @@ def load_calibration(plan: Plan) -> CalibrationSet | None:
         images = load_images(recipe.calibration, split="calibration")
         drawn = draw_images(images, image_reader(plan.source), samples=recipe.samples, seed=recipe.seed)
         return CalibrationSet(images, drawn.inputs)
-    text = load_text(recipe.calibration, split="calibration")
     tokenizer = plan.source.load_tokenizer()
+    text = load_text(recipe.calibration, split="calibration", tokenizer=tokenizer)
     windows = sample_windows(text, tokenizer, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed)
     return CalibrationSet(text, windows)
 

@@ -104,8 +104,10 @@ BAD_FILES = {
     "latin.txt": ("Zürich".encode("latin-1"), "not UTF-8"),
     "notes.md": (b"# hello", "no .txt, .jsonl or .parquet"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": ', "line 2, is no valid JSON"),
-    "field.jsonl": (b'{"content": "a"}', "field named 'text' (found the fields content)"),
+    "field.jsonl": (b'{"content": "a"}', "(found the fields content)"),
     "number.jsonl": (b'{"text": 3}', "no text in a field"),
+    "roles.jsonl": (b'{"messages": [{"content": "a"}]}', "nor messages in one named 'messages'"),
+    "chat.jsonl": (b'{"messages": [{"role": "user", "content": "a"}]}', "line 1, holds a conversation"),
     "list.jsonl": (b'["text"]', "no text in a field"),
     "surrogate.jsonl": (rb'{"text": "a\ud800b"}', "half a character"),
     "empty.jsonl": (b"\n", "holds no text"),
@@ -126,7 +128,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, name):
 
 
 def test_bad_parquet_columns_are_refused(tmp_path):
-    with pytest.raises(CalibrationError, match=r"no column 'text' \(found body, id\)"):
+    with pytest.raises(CalibrationError, match=r"no column 'text', nor 'messages' \(found body, id\)"):
         load_text(str(write_parquet(tmp_path / "a.parquet", body=["a"], id=[1])), split="test")
     with pytest.raises(CalibrationError, match=r"column 'text'.*int64"):
         load_text(str(write_parquet(tmp_path / "b.parquet", text=[1])), split="test")
