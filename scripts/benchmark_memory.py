@@ -4,7 +4,7 @@ Generates Llama models with random weights that differ in the number of blocks a
 own, and prints the peak the operating system saw beside what the plan had said. Memory must not grow with the number of
 blocks: a block's weights are read, quantized, written and dropped.
 
-    python scripts/benchmark_memory.py --blocks 4 --blocks 8 --blocks 16 --width 1024
+    python scripts/benchmark_memory.py --blocks 4 --blocks 8 --blocks 16 --width 1024 --max-memory 2GB
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def _write_tokenizer(folder: Path) -> None:
 @click.option("--recipe", "recipes", multiple=True, default=("fast", "default"), show_default=True)
 @click.option("--samples", default=32, show_default=True)
 @click.option("--seq-len", default=256, show_default=True)
+@click.option("--max-memory", metavar="SIZE", help="For all alike, as for `shiftadd quantize`.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Write the models here and keep them.")
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
 def main(
@@ -92,6 +93,7 @@ def main(
     recipes: tuple[str, ...],
     samples: int,
     seq_len: int,
+    max_memory: str | None,
     keep: Path | None,
     as_json: bool,
 ) -> None:
@@ -106,7 +108,9 @@ def main(
             for recipe in recipes:
                 out = place / f"{model.name}-{recipe}"
                 command = [sys.executable, "-m", "shiftadd_cli", "quantize", model, "-o", out, "--recipe", recipe]
-                run([*command, "--samples", str(samples), "--seq-len", str(seq_len)], check=True, stdout=sys.stderr)
+                command += ["--samples", str(samples), "--seq-len", str(seq_len)]
+                command += ["--max-memory", max_memory] if max_memory else []
+                run(command, check=True, stdout=sys.stderr)
                 report = json.loads((out / "report.json").read_text())
                 hidden = samples * seq_len * width * 2 if report["calibration"] else 0
                 machine = report["machine"]
