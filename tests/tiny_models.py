@@ -47,6 +47,16 @@ _SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
 }  # fmt: skip
 FAMILIES = tuple(_SETTINGS)
 
+# Further decoders, of which the kernels compute whole blocks.
+_DECODERS: dict[str, tuple[str, dict[str, object]]] = {
+    "smollm3": ("smollm3", {**_ROTARY, "hidden_size": 48, "intermediate_size": 88, "num_key_value_heads": 2,
+                            "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
+    "granite": ("granite", {**_ROTARY, "hidden_size": 48, "intermediate_size": 72, "num_key_value_heads": 2,
+                            "residual_multiplier": 0.4, "attention_multiplier": 0.2, "embedding_multiplier": 3.0,
+                            "logits_scaling": 2.0}),
+    "olmo2": ("olmo2", {**_ROTARY, "hidden_size": 48, "intermediate_size": 84, "num_key_value_heads": 2}),
+}  # fmt: skip
+
 _SPARSE = {**_ROTARY, "hidden_size": 32, "num_key_value_heads": 2, "num_experts_per_tok": 2}
 _MIXTURES: dict[str, tuple[str, dict[str, object]]] = {
     "mixtral": ("mixtral", {**_SPARSE, "intermediate_size": 44, "num_local_experts": 4}),
@@ -67,8 +77,8 @@ MIXTURES = tuple(_MIXTURES)
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """Configuration of a random small decoder; `family` is one of `FAMILIES` or `MIXTURES`."""
-    model_type, settings = (_SETTINGS | _MIXTURES)[family]
+    """Configuration of a random small decoder; `family` is one of `FAMILIES` or `MIXTURES`, or in `_DECODERS`."""
+    model_type, settings = (_SETTINGS | _DECODERS | _MIXTURES)[family]
     return AutoConfig.for_model(model_type, **settings)
 
 

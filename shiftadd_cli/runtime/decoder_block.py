@@ -79,6 +79,8 @@ class LookupBlock(nn.Module):
             role: (inside if role in ("query", "key") else outside, name) for role, name in family.norms.items()
         }
         norms = dict.fromkeys(NORMS) | {role: holder.get(name) for role, (holder, name) in norm_places.items()}
+        if any(norms[role] is None for role in family.norms if role not in ("query", "key")):
+            return None
         # What somebody put in the place of a part may have another forward.
         parts = [attention, mlp, *(each for each in norms.values() if each is not None)]
         if any(type(each).__module__ != self.dense_class.__module__ for each in parts):
@@ -97,6 +99,9 @@ class LookupBlock(nn.Module):
             gelu=activation in _GELU,
             unit=family.unit,
             epsilon=epsilons.pop(),
+            joint=family.joint,
+            residual=float(getattr(self, "residual_multiplier", 1.0)),
+            turned=bool(getattr(attention, "use_rope", True)),
         )
         if not suits(linears, norms, form):
             return None

@@ -13,6 +13,12 @@ _LLAMA = {
     "query": "q_norm",
     "key": "k_norm",
 }
+_OLMO = {
+    "after_attention": "post_attention_layernorm",
+    "after_mlp": "post_feedforward_layernorm",
+    "query": "q_norm",
+    "key": "k_norm",
+}
 _GEMMA = {
     "before_attention": "input_layernorm",
     "after_attention": "post_attention_layernorm",
@@ -28,27 +34,32 @@ class Family(NamedTuple):
     two residuals, with norms of heads and of what is added where there are any.
 
     block: of the class in `transformers.models`; model: of the class that calls such blocks one after the other with
-    the same arguments, if it does; norms: attributes by role; epsilon: attribute of a norm; unit: what is added to the
-    weights of norms.
+    the same arguments, if it does; norms: attributes by role, of which those of heads may be missing; epsilon:
+    attribute of a norm; unit: what is added to the weights of norms; joint: norms of queries and keys are of all heads
+    together.
     """
 
     block: str
     model: str | None
     norms: Mapping[str, str]
-    epsilon: str
+    epsilon: str = "variance_epsilon"
     unit: float = 0.0
+    joint: bool = False
+
+
+def _family(module: str, name: str, norms: Mapping[str, str] = _LLAMA, *, joint: bool = False) -> Family:
+    path = f"{module}.modeling_{module}.{name}"
+    return Family(f"{path}DecoderLayer", f"{path}Model", norms, joint=joint)
 
 
 _FAMILIES = (
-    Family("llama.modeling_llama.LlamaDecoderLayer", "llama.modeling_llama.LlamaModel", _LLAMA, "variance_epsilon"),
-    Family(
-        "mistral.modeling_mistral.MistralDecoderLayer",
-        "mistral.modeling_mistral.MistralModel",
-        _LLAMA,
-        "variance_epsilon",
-    ),
-    Family("qwen2.modeling_qwen2.Qwen2DecoderLayer", "qwen2.modeling_qwen2.Qwen2Model", _LLAMA, "variance_epsilon"),
-    Family("qwen3.modeling_qwen3.Qwen3DecoderLayer", "qwen3.modeling_qwen3.Qwen3Model", _LLAMA, "variance_epsilon"),
+    _family("llama", "Llama"),
+    _family("mistral", "Mistral"),
+    _family("qwen2", "Qwen2"),
+    _family("qwen3", "Qwen3"),
+    _family("smollm3", "SmolLM3"),
+    _family("granite", "Granite"),
+    _family("olmo2", "Olmo2", _OLMO, joint=True),
     # Its blocks differ in their masks and positions.
     Family("gemma3.modeling_gemma3.Gemma3DecoderLayer", None, _GEMMA, "eps", unit=1.0),
 )

@@ -22,7 +22,7 @@ from shiftadd_cli.runtime.kernels.block_plan import BlockPlan
 from shiftadd_cli.runtime.kernels.stack_plan import StackPlan
 
 pytestmark = needs_kernels
-FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+FUSED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "gemma3")
 OTHERS = ("phi", "gpt2")
 
 

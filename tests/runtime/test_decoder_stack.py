@@ -26,7 +26,7 @@ from shiftadd_cli.runtime.kernels.stack_plan import StackPlan
 from shiftadd_cli.runtime.stack_cache import RoomLayer
 
 pytestmark = needs_kernels
-WHOLE = ("llama", "qwen2", "qwen3")
+WHOLE = ("llama", "qwen2", "qwen3", "smollm3", "granite", "olmo2")
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ class Form:
 
     heads, key_heads: of queries, and of keys and values; head_size: numbers of a head; scale: of their products.
     gelu: the gate goes through GELU, in the form with tanh, instead of SiLU. unit: what is added to weights of norms.
+    joint: norms of queries and keys are of all heads as one row. residual: of what attention and the MLP add to the
+    hidden state. turned: queries and keys, by their positions.
     """
 
     heads: int
@@ -38,12 +40,15 @@ class Form:
     gelu: bool = False
     unit: float = 0.0
     epsilon: float = 1e-6
+    joint: bool = False
+    residual: float = 1.0
+    turned: bool = True
 
     def takes(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> bool:
         """Whether rotary embeddings are as the kernels take them with hidden states `[rows, 1, in]`."""
         shape = cosines.shape
         fits = shape == sines.shape and shape[1:] == (1, self.head_size) and shape[0] in (1, hidden.shape[0])
-        return fits and cosines.dtype == sines.dtype == hidden.dtype
+        return fits and cosines.dtype == sines.dtype and cosines.dtype in TYPES
 
 
 class BlockPlan:
@@ -80,13 +85,23 @@ class BlockPlan:
         weights = [0 if norms[name] is None else self._number(norms[name].weight, form.unit) for name in NORMS]
         projections = [self._projection(linears[name]) for name in LINEARS]
         extension = cpu_extension()
-        self.native = extension.DecoderBlock(*projections, weights, form.epsilon, form.gelu, form.head_size, form.scale)
+        self.native = extension.DecoderBlock(
+            *projections,
+            weights,
+            form.joint,
+            form.epsilon,
+            form.gelu,
+            form.head_size,
+            form.scale,
+            form.residual,
+            form.turned,
+        )
 
     def heads(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of one new token of each sequence.
 
         hidden: `[rows, 1, in]`, float32 or bfloat16, of at most `MOST_ROWS` rows; cosines, sines: `[rows or 1, 1,
-        head_size]` of the same dtype. Returns queries float32 `[rows, heads, head_size]`, keys and values `[rows,
+        head_size]`, both float32 or bfloat16. Returns queries float32 `[rows, heads, head_size]`, keys and values `[rows,
         key_heads, 1, head_size]` in the dtype of `hidden`.
         """
         rows, form = hidden.shape[0], self.form
@@ -99,6 +114,7 @@ class BlockPlan:
             rows,
             cosines.data_ptr(),
             sines.data_ptr(),
+            TYPES[cosines.dtype],
             form.head_size if cosines.shape[0] > 1 else 0,
             queries.data_ptr(),
             keys.data_ptr(),
@@ -177,8 +193,6 @@ def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], form: Form) -> T
     # What inference mode made does not count its changes.
     made = [tensor for _, _, tensor in _numbers(packed, norms.values())]
     if any(each.is_inference() or each.device.type != "cpu" for each in made):
-        return False
-    if norms["before_attention"] is None or norms["before_mlp"] is None:
         return False
     width, key_width = form.heads * form.head_size, form.key_heads * form.head_size
     hidden, inner = linears["q_proj"].in_features, linears["gate_proj"].out_features

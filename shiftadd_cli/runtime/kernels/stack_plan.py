@@ -42,6 +42,7 @@ class StackPlan:
             hidden.shape[0],
             cosines.data_ptr(),
             sines.data_ptr(),
+            TYPES[cosines.dtype],
             self.form.head_size if cosines.shape[0] > 1 else 0,
             rooms.keys,
             rooms.values,

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstring>
 
 #include "pool.h"
 
@@ -15,13 +16,17 @@ float inverse_root_mean_square(const float* row, int64_t count, float epsilon) {
     return static_cast<float>(1 / std::sqrt(sum / static_cast<double>(count) + epsilon));
 }
 
+// Without a weight the row stays as it is.
 void normalise(const float* row, const float* weight, int64_t count, float epsilon, float* out) {
+    if (!weight) {
+        if (out != row) std::memcpy(out, row, count * sizeof(float));
+        return;
+    }
     const float factor = inverse_root_mean_square(row, count, epsilon);
     for (int64_t i = 0; i < count; ++i) out[i] = row[i] * factor * weight[i];
 }
 
 void normalise_rows(float* values, const float* weight, int64_t rows, int64_t columns, float epsilon) {
-    if (!weight) return;
     for (float* row = values; row < values + rows * columns; row += columns)
         normalise(row, weight, columns, epsilon, row);
 }
@@ -103,7 +108,7 @@ void attend_and_mix(const Run& run, const DecoderBlock& block, const Hidden& hid
     normalise_rows(state, block.norms.after_attention, rows, columns, block.epsilon);
     float* added = down_scratch.room<float>(rows * columns);
     read_numbers(hidden.values, hidden.type, 0, rows * columns, added);
-    for (int64_t i = 0; i < rows * columns; ++i) state[i] += added[i];
+    for (int64_t i = 0; i < rows * columns; ++i) state[i] = added[i] + block.residual * state[i];
 
     float* gate = gate_scratch.room<float>(rows * inner);
     float* up = up_scratch.room<float>(rows * inner);
@@ -117,7 +122,7 @@ void attend_and_mix(const Run& run, const DecoderBlock& block, const Hidden& hid
                [&](int64_t row, float* out) { run.kernels.gate(block.activation, gate + row * inner, up + row * inner, inner, out); },
                rows);
     normalise_rows(down, block.norms.after_mlp, rows, columns, block.epsilon);
-    for (int64_t i = 0; i < rows * columns; ++i) state[i] += down[i];
+    for (int64_t i = 0; i < rows * columns; ++i) state[i] += block.residual * down[i];
     write_numbers(state, rows * columns, hidden.type, output, 0);
 }
 
@@ -134,20 +139,25 @@ void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidde
         normalise(out, block.norms.before_attention, columns, block.epsilon, out);
     };
     project<3>(run, {{{&block.query, queries}, {&block.key, key}, {&block.value, value}}}, fill, hidden.rows);
+    const Norms& norms = block.norms;
+    if (norms.joint) {
+        normalise_rows(queries, norms.query, hidden.rows, block.query_heads() * size, block.epsilon);
+        normalise_rows(key, norms.key, hidden.rows, heads * size, block.epsilon);
+    }
     float* cosines = angle_scratch.room<float>(2 * size);
     float* sines = cosines + size;
     for (int64_t row = 0; row < hidden.rows; ++row) {
-        read_numbers(positions.cosines, hidden.type, row * positions.stride, size, cosines);
-        read_numbers(positions.sines, hidden.type, row * positions.stride, size, sines);
+        read_numbers(positions.cosines, positions.type, row * positions.stride, size, cosines);
+        read_numbers(positions.sines, positions.type, row * positions.stride, size, sines);
         const auto place = [&](float* head, const float* norm) {
-            if (norm) normalise(head, norm, size, block.epsilon, head);
-            turn(head, cosines, sines, size);
+            if (!norms.joint) normalise(head, norm, size, block.epsilon, head);
+            if (block.turned) turn(head, cosines, sines, size);
         };
         for (int64_t i = 0; i < block.query_heads(); ++i)
-            place(queries + (row * block.query_heads() + i) * size, block.norms.query);
+            place(queries + (row * block.query_heads() + i) * size, norms.query);
         for (int64_t i = 0; i < heads; ++i) {
             const int64_t at = (row * heads + i) * size;
-            place(key + at, block.norms.key);
+            place(key + at, norms.key);
             write_numbers(key + at, size, hidden.type, keys.values, row * keys.row_stride + i * keys.head_stride);
             write_numbers(value + at, size, hidden.type, values.values, row * values.row_stride + i * values.head_stride);
         }

@@ -12,9 +12,10 @@ struct Projection {
 };
 
 // Weights of root-mean-square norms: before attention and before the MLP, and of what either gives, [columns], and of
-// each head of queries and of keys [head_size]. All but the first two may be null.
+// each head of queries and of keys [head_size], or (joint) of all their heads as one row. Each may be null.
 struct Norms {
     const float *before_attention, *before_mlp, *after_attention, *after_mlp, *query, *key;
+    bool joint;
 };
 
 struct DecoderBlock {
@@ -24,6 +25,8 @@ struct DecoderBlock {
     Activation activation;
     int64_t head_size;
     float scale;          // of the products of queries and keys
+    float residual;       // of what attention and the MLP add to the hidden state
+    bool turned;          // queries and keys, by their positions
 
     int64_t columns() const { return query.matrix.layout.columns; }
     int64_t query_heads() const { return query.matrix.layout.rows / head_size; }
@@ -37,9 +40,10 @@ struct Hidden {
     int rows;
 };
 
-// Rotary position embeddings [head_size] of each row, or of all (stride 0): type of the activations.
+// Rotary position embeddings [head_size] of each row, or of all (stride 0).
 struct Positions {
     const void *cosines, *sines;
+    Number type;
     int64_t stride;
 };
 

@@ -135,7 +135,8 @@ NB_MODULE(_native, m) {
         .def("__init__",
              [](DecoderBlock* self, const Projection& query, const Projection& key, const Projection& value,
                 const Projection& output, const Projection& gate, const Projection& up, const Projection& down,
-                const std::vector<uintptr_t>& norms, float epsilon, bool gelu, int64_t head_size, float scale) {
+                const std::vector<uintptr_t>& norms, bool joint, float epsilon, bool gelu, int64_t head_size,
+                float scale, float residual, bool turned) {
                  if (norms.size() != 6) throw nb::value_error("a block has six norms, or zeros for them");
                  new (self) DecoderBlock{query,
                                          key,
@@ -146,20 +147,24 @@ NB_MODULE(_native, m) {
                                          down,
                                          {at<const float>(norms[0]), at<const float>(norms[1]),
                                           at<const float>(norms[2]), at<const float>(norms[3]),
-                                          at<const float>(norms[4]), at<const float>(norms[5])},
+                                          at<const float>(norms[4]), at<const float>(norms[5]), joint},
                                          epsilon,
                                          gelu ? Activation::kGeluTanh : Activation::kSilu,
                                          head_size,
-                                         scale};
+                                         scale,
+                                         residual,
+                                         turned};
              })
         .def(
             "heads",
             [](const DecoderBlock& self, uintptr_t hidden, int type, int rows, uintptr_t cosines, uintptr_t sines,
-               int64_t position_stride, uintptr_t queries, uintptr_t keys, uintptr_t values, bool fast, int threads) {
+               int position_type, int64_t position_stride, uintptr_t queries, uintptr_t keys, uintptr_t values,
+               bool fast, int threads) {
                 check_rows(rows);
                 const int64_t width = self.key_heads() * self.head_size;
                 decode_heads({**available_kernels(), fast, threads}, self, {at<const void>(hidden), number(type), rows},
-                             {at<const void>(cosines), at<const void>(sines), position_stride}, at<float>(queries),
+                             {at<const void>(cosines), at<const void>(sines), number(position_type), position_stride},
+                             at<float>(queries),
                              {at<void>(keys), width, self.head_size}, {at<void>(values), width, self.head_size});
             },
             nb::call_guard<nb::gil_scoped_release>())
@@ -199,8 +204,9 @@ NB_MODULE(_native, m) {
         .def(
             "decode",
             [](const DecoderStack& self, uintptr_t hidden, int type, int rows, uintptr_t cosines, uintptr_t sines,
-               int64_t position_stride, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
-               const std::vector<int64_t>& capacities, int64_t tokens, uintptr_t output, bool fast, int threads) {
+               int position_type, int64_t position_stride, const std::vector<uintptr_t>& keys,
+               const std::vector<uintptr_t>& values, const std::vector<int64_t>& capacities, int64_t tokens,
+               uintptr_t output, bool fast, int threads) {
                 check_rows(rows);
                 const size_t count = self.blocks.size();
                 if (keys.size() != count || values.size() != count || capacities.size() != count)
@@ -211,8 +217,8 @@ NB_MODULE(_native, m) {
                     caches.push_back({at<void>(keys[i]), at<void>(values[i]), capacities[i]});
                 }
                 decode_stack({**available_kernels(), fast, threads}, self, {at<const void>(hidden), number(type), rows},
-                             {at<const void>(cosines), at<const void>(sines), position_stride}, caches, tokens,
-                             at<void>(output));
+                             {at<const void>(cosines), at<const void>(sines), number(position_type), position_stride},
+                             caches, tokens, at<void>(output));
             },
             nb::call_guard<nb::gil_scoped_release>());
 }

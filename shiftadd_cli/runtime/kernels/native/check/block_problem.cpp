@@ -53,9 +53,14 @@ BlockProblem::BlockProblem(Random& random)
       tokens(random.between(1, 40)),
       rows(static_cast<int>(random.between(1, kTileRows))),
       type(random.coin() ? Number::kFloat32 : Number::kBFloat16),
+      position_type(random.coin() ? type : Number::kFloat32),
+      inner_norms(random.between(0, 3) > 0),
       head_norms(random.coin()),
-      outer_norms(random.coin()),
+      joint(random.coin()),
+      outer_norms(random.coin() || !inner_norms),
       one_position(random.coin()),
+      turned(random.between(0, 3) > 0),
+      residual(random.coin() ? 1 : 0.3f),
       activation(random.coin() ? Activation::kSilu : Activation::kGeluTanh) {
     heads = key_heads * random.between(1, 3);
     const bool bias = random.coin(), signs = random.coin();
@@ -68,15 +73,16 @@ BlockProblem::BlockProblem(Random& random)
     for (Problem& part : parts)
         for (int64_t i = 0; i < part.row_scale.size(); ++i)
             part.row_scale[i] /= std::sqrt(static_cast<float>(part.shape.columns));
-    for (int64_t count : {columns, columns, size, size, columns, columns}) {
+    const int64_t query_norm = joint ? heads * size : size, key_norm = joint ? key_heads * size : size;
+    for (int64_t count : {columns, columns, query_norm, key_norm, columns, columns}) {
         Buffer<float> norm(count);
         for (int64_t i = 0; i < count; ++i) norm[i] = 1 + 0.1f * static_cast<float>(random.normal());
         norms.push_back(std::move(norm));
     }
     hidden = normal(type, rows * columns, random);
     const int64_t positions = one_position ? 1 : rows;
-    cosines = normal(type, positions * size, random);
-    sines = normal(type, positions * size, random);
+    cosines = normal(position_type, positions * size, random);
+    sines = normal(position_type, positions * size, random);
     keys = normal(type, rows * key_heads * tokens * size, random);
     values = normal(type, rows * key_heads * tokens * size, random);
 }
@@ -90,8 +96,12 @@ std::string BlockProblem::name() const {
 DecoderBlock BlockProblem::block() const {
     DecoderBlock found{projection(parts[0]), projection(parts[1]), projection(parts[2]), projection(parts[3]),
                        projection(parts[4]), projection(parts[5]), projection(parts[6]),
-                       {norms[0].data(), norms[1].data()}, kEpsilon, activation, size,
-                       1 / std::sqrt(static_cast<float>(size))};
+                       {}, kEpsilon, activation, size, 1 / std::sqrt(static_cast<float>(size)), residual, turned};
+    found.norms.joint = joint;
+    if (inner_norms) {
+        found.norms.before_attention = norms[0].data();
+        found.norms.before_mlp = norms[1].data();
+    }
     if (head_norms) {
         found.norms.query = norms[2].data();
         found.norms.key = norms[3].data();
@@ -131,7 +141,7 @@ Numbers BlockProblem::stacked(const Kernels& kernels, bool fast, int threads, in
     }
     Numbers result(type, rows * columns);
     decode_stack({kernels, fast, threads}, {std::vector<const DecoderBlock*>(depth, &found)},
-                 {hidden.data(), type, rows}, {cosines.data(), sines.data(), one_position ? 0 : size}, caches, tokens,
+                 {hidden.data(), type, rows}, {cosines.data(), sines.data(), position_type, one_position ? 0 : size}, caches, tokens,
                  result.data());
     return result;
 }
@@ -143,7 +153,7 @@ Numbers BlockProblem::output_of(const Kernels& kernels, bool fast, int threads, 
     Buffer<float> queries(rows * heads * size);
     Numbers new_keys(type, rows * key_heads * size), new_values(type, rows * key_heads * size);
     Numbers result(type, rows * columns);
-    decode_heads(run, found, given, {cosines.data(), sines.data(), one_position ? 0 : size}, queries.data(),
+    decode_heads(run, found, given, {cosines.data(), sines.data(), position_type, one_position ? 0 : size}, queries.data(),
                  {new_keys.data(), key_heads * size, size}, {new_values.data(), key_heads * size, size});
     // As a cache does: the new token after those before it.
     const int64_t stride = (tokens + 1) * size;
@@ -170,13 +180,16 @@ std::vector<double> BlockProblem::expected() {
     std::vector<double> state(rows * columns);
     for (int64_t i = 0; i < rows * columns; ++i) state[i] = hidden.get(i);
     std::vector<double> normed = state;
-    for (int row = 0; row < rows; ++row) normalise(normed.data() + row * columns, norms[0].data(), columns);
+    for (int row = 0; inner_norms && row < rows; ++row) normalise(normed.data() + row * columns, norms[0].data(), columns);
     std::vector<double> query = product(0, normed), key = product(1, normed);
     const std::vector<double> value = product(2, normed);
     const auto place = [&](std::vector<double>& all, int64_t count, const float* norm) {
+        for (int row = 0; head_norms && joint && row < rows; ++row)
+            normalise(all.data() + row * count * size, norm, count * size);
         for (int64_t head = 0; head < rows * count; ++head) {
             double* numbers = all.data() + head * size;
-            if (head_norms) normalise(numbers, norm, size);
+            if (head_norms && !joint) normalise(numbers, norm, size);
+            if (!turned) continue;
             const std::vector<double> old(numbers, numbers + size);
             const int64_t position = one_position ? 0 : head / count * size;
             for (int64_t i = 0; i < size; ++i) {
@@ -206,15 +219,15 @@ std::vector<double> BlockProblem::expected() {
     }
     std::vector<double> mixed = product(3, attended);
     for (int row = 0; outer_norms && row < rows; ++row) normalise(mixed.data() + row * columns, norms[4].data(), columns);
-    for (size_t i = 0; i < state.size(); ++i) state[i] += mixed[i];
+    for (size_t i = 0; i < state.size(); ++i) state[i] += residual * mixed[i];
     normed = state;
-    for (int row = 0; row < rows; ++row) normalise(normed.data() + row * columns, norms[1].data(), columns);
+    for (int row = 0; inner_norms && row < rows; ++row) normalise(normed.data() + row * columns, norms[1].data(), columns);
     std::vector<double> gate = product(4, normed);
     const std::vector<double> up = product(5, normed);
     for (size_t i = 0; i < gate.size(); ++i) gate[i] = activated(activation, gate[i]) * up[i];
     std::vector<double> down = product(6, gate);
     for (int row = 0; outer_norms && row < rows; ++row) normalise(down.data() + row * columns, norms[5].data(), columns);
-    for (size_t i = 0; i < state.size(); ++i) state[i] += down[i];
+    for (size_t i = 0; i < state.size(); ++i) state[i] += residual * down[i];
     return state;
 }
 

@@ -15,8 +15,9 @@ double activated(Activation activation, double x);
 struct BlockProblem {
     int64_t columns, heads, key_heads, size, inner, tokens;
     int rows;
-    Number type;
-    bool head_norms, outer_norms, one_position;
+    Number type, position_type;
+    bool inner_norms, head_norms, joint, outer_norms, one_position, turned;
+    float residual;
     Activation activation;
     std::vector<Problem> parts;  // query, key, value, output, gate, up, down
     std::vector<Buffer<float>> norms;
