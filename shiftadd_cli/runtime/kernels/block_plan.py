@@ -101,8 +101,8 @@ class BlockPlan:
         """Queries, keys and values of one new token of each sequence.
 
         hidden: `[rows, 1, in]`, float32 or bfloat16, of at most `MOST_ROWS` rows; cosines, sines: `[rows or 1, 1,
-        head_size]`, both float32 or bfloat16. Returns queries float32 `[rows, heads, head_size]`, keys and values `[rows,
-        key_heads, 1, head_size]` in the dtype of `hidden`.
+        head_size]`, both float32 or bfloat16. Returns queries float32 `[rows, heads, head_size]`, keys and values
+        `[rows, key_heads, 1, head_size]` in the dtype of `hidden`.
         """
         rows, form = hidden.shape[0], self.form
         queries = torch.empty(rows, form.heads, form.head_size, dtype=torch.float32)
