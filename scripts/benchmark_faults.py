@@ -2,8 +2,8 @@
 
 Prints for every kill when it came, how many blocks were finished, what it cost in seconds (both sessions together,
 less an undisturbed run just before: work that was lost, and opening and tracing the model again; starting Python is not
-counted), and whether the artifact is the same to the byte but for the times in report.json. Ends with exit code 1 where
-one is not.
+counted), and whether the artifact is the same to the byte but for times and the name of its folder. Ends with exit code
+1 where one is not.
 
     python scripts/benchmark_faults.py demo --kills 20 -- --samples 16 --seq-len 128
 """
@@ -53,8 +53,9 @@ def run(arguments: list[str], kill_after: float | None = None) -> tuple[float, b
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Files by name; report.json without what no two runs have in common."""
-    files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Files by name; report.json without what no two runs have in common, and that the pages made from it are there."""
+    pages = ("report.html", "README.md")
+    files: dict[str, Any] = {path.name: path.name in pages or path.read_bytes() for path in folder.iterdir()}
     report = json.loads(files["report.json"])
     for part in ("seconds", "machine", "command"):
         del report[part]
