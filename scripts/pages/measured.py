@@ -21,17 +21,16 @@ _IMAGES = (("top1", "top-1, %", 100, 1), ("agreement", "same top class, %", 100,
 # Rows of the README: method and bits as measured, and a remark.
 _QUALITY = (
     ("best:avg_bits=3.25", 3, ""),
-    ("default:loss_aware=0.5", 3, ""),
+    ("default:distill_epochs=1", 3, ""),
     ("default", 3, ""),
-    ("default:asymmetric=1.0", 3, ""),
-    ("default:true_sequential=false", 3, ""),
-    ("default:rotation=none", 3, ""),
     ("gptq", 3, ""),
     ("shiftaddllm-acc", 3, "the paper's accuracy form"),
     ("rtn", 3, "round to nearest, no text"),
     ("best:avg_bits=2.25", 2, ""),
+    ("default:distill_epochs=1", 2, ""),
     ("default", 2, ""),
     ("shiftaddllm-lat", 2, "the paper's form for kernels"),
+    ("gptq", 2, ""),
 )
 
 _MODELS = {"demo": "SmolLM2-135M-Instruct (`demo`)"}
