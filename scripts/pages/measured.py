@@ -44,11 +44,13 @@ def measured_names() -> list[str]:
     return sorted(path.parent.name for path in MEASURED.glob("*/table.json"))
 
 
-def measured_table(name: str) -> str:
-    """All rows of a folder, those of fewest bits first and then by divergence, and what they depend on."""
+def measured_table(name: str, *methods: str) -> str:
+    """All rows of a folder, or of these methods, those of fewest bits first and then by divergence, and what they
+    depend on."""
     found = load(name)
     text = "tests" in found["conditions"]
-    rows = sorted(found["rows"], key=lambda row: (row["bits"], _divergence(row)))
+    asked = [row for row in found["rows"] if not methods or row["method"] in methods]
+    rows = sorted(asked, key=lambda row: (row["bits"], _divergence(row)))
     return (_text_table(found, rows) if text else _image_table(found, rows)) + "\n" + _conditions(found)
 
 
