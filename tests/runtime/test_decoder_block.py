@@ -272,3 +272,16 @@ def test_the_state_and_the_dense_model_are_as_without(checkpoints: dict[str, Che
     assert not any(isinstance(each, LookupBlock) for each in dense.modules())
     fuse_blocks(dense)
     assert_close(decode(dense), decode(checkpoints["qwen3"].dense), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "norm"), [("llama", "post_attention_layernorm"), ("olmo2", "post_feedforward_layernorm")]
+)
+def test_a_block_without_a_norm_of_its_family_is_left_alone(
+    checkpoints: dict[str, Checkpoint], family: str, norm: str
+) -> None:
+    block = load(checkpoints[family].folder).model.layers[0]
+    assert isinstance(block, LookupBlock)
+    assert block._find_plan() is not None
+    delattr(block, norm)
+    assert block._find_plan() is None
