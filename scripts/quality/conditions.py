@@ -92,7 +92,8 @@ class Conditions:
     _texts: dict[tuple[str, str], TextData] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.model_fingerprint = open_source(self.model).fingerprint
+        self._source = open_source(self.model)
+        self.model_fingerprint = self._source.fingerprint
 
     @property
     def evaluation_options(self) -> dict[str, Any]:
@@ -137,14 +138,10 @@ class Conditions:
         }
         return Cell(method, bits, recipe, made, {"artifact": made, "scoring": self.scoring})
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return open_source(self.model).load_tokenizer()
-
     def _text(self, spec: str, split: Any) -> TextData:
         key = (spec, split)
         if key not in self._texts:
-            self._texts[key] = load_text(spec, split=split, tokenizer=self._tokenizer)
+            self._texts[key] = load_text(spec, split=split, tokenizer=self._source.load_tokenizer())
         return self._texts[key]
 
 

@@ -35,12 +35,13 @@ def read(path: Path, tokenizer: Any = None) -> tuple[str, str]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise CalibrationError(f"{path} is no {KINDS} file; save the text as one of these.")
+    # A plain text comes in pieces of any length, records of text stand apart, and conversations end themselves.
+    between = "" if reader is _plain else "\n\n"
     try:
         parts, used, separator = [], 0, ""
         for where, record in reader(path):
             if isinstance(record, str):
-                part = separator + record
-                separator = "" if path.suffix.lower() == ".txt" else "\n\n"
+                part, separator = separator + record, between
             else:
                 part, separator = conversations.render(record, tokenizer, where=where), ""
             parts.append(part[: MAX_CHARACTERS - used])

@@ -59,19 +59,19 @@ struct Avx512 {
 
     // 2^-e (1 ± 2^-d), either part from a table of its four bits; see `layout.h`.
     static Float decode_scales(const uint8_t* codes) {
-        static constexpr auto kParts = [] {
+        static constexpr auto kFactors = [] {
             struct {
                 float first[16], more[16];
-            } parts{};
+            } factors{};
             for (int i = 0; i < 16; ++i) {
-                parts.first[i] = i < 15 ? 1.0f / (1 << i) : 0;
-                parts.more[i] = (i & 7 ? 1.0f / (1 << (i & 7)) : 0) * (i & 8 ? -1 : 1);
+                factors.first[i] = i < 15 ? 1.0f / (1 << i) : 0;
+                factors.more[i] = (i & 7 ? 1.0f / (1 << (i & 7)) : 0) * (i & 8 ? -1 : 1);
             }
-            return parts;
+            return factors;
         }();
         const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-        const Float first = look_up(load(kParts.first), code);
-        return fma(first, look_up(load(kParts.more), _mm512_srli_epi32(code, 4)), first);
+        const Float first = look_up(load(kFactors.first), code);
+        return fma(first, look_up(load(kFactors.more), _mm512_srli_epi32(code, 4)), first);
     }
 
     static void build_table(const float* x, float* table) {

@@ -33,6 +33,11 @@ void normalise(double* row, const float* weight, int64_t count) {
     for (int64_t i = 0; i < count; ++i) row[i] *= factor * weight[i];
 }
 
+// Every row of as many numbers as the norm has weights.
+void normalise_rows(std::vector<double>& rows, const Buffer<float>& norm) {
+    for (size_t at = 0; at < rows.size(); at += norm.size()) normalise(rows.data() + at, norm.data(), norm.size());
+}
+
 Projection projection(const Problem& problem) {
     return {problem.matrix(), problem.activations().rotation};
 }
@@ -80,9 +85,9 @@ BlockProblem::BlockProblem(Random& random)
         norms.push_back(std::move(norm));
     }
     hidden = normal(type, rows * columns, random);
-    const int64_t positions = one_position ? 1 : rows;
-    cosines = normal(position_type, positions * size, random);
-    sines = normal(position_type, positions * size, random);
+    const int64_t angles = (one_position ? 1 : rows) * size;
+    cosines = normal(position_type, angles, random);
+    sines = normal(position_type, angles, random);
     keys = normal(type, rows * key_heads * tokens * size, random);
     values = normal(type, rows * key_heads * tokens * size, random);
 }
@@ -113,6 +118,10 @@ DecoderBlock BlockProblem::block() const {
     return found;
 }
 
+Positions BlockProblem::positions() const {
+    return {cosines.data(), sines.data(), position_type, one_position ? 0 : size};
+}
+
 Numbers BlockProblem::output(const Kernels& kernels, bool fast, int threads) const {
     return output_of(kernels, fast, threads, hidden);
 }
@@ -141,8 +150,7 @@ Numbers BlockProblem::stacked(const Kernels& kernels, bool fast, int threads, in
     }
     Numbers result(type, rows * columns);
     decode_stack({kernels, fast, threads}, {std::vector<const DecoderBlock*>(depth, &found)},
-                 {hidden.data(), type, rows}, {cosines.data(), sines.data(), position_type, one_position ? 0 : size}, caches, tokens,
-                 result.data());
+                 {hidden.data(), type, rows}, positions(), caches, tokens, result.data());
     return result;
 }
 
@@ -153,7 +161,7 @@ Numbers BlockProblem::output_of(const Kernels& kernels, bool fast, int threads, 
     Buffer<float> queries(rows * heads * size);
     Numbers new_keys(type, rows * key_heads * size), new_values(type, rows * key_heads * size);
     Numbers result(type, rows * columns);
-    decode_heads(run, found, given, {cosines.data(), sines.data(), position_type, one_position ? 0 : size}, queries.data(),
+    decode_heads(run, found, given, positions(), queries.data(),
                  {new_keys.data(), key_heads * size, size}, {new_values.data(), key_heads * size, size});
     // As a cache does: the new token after those before it.
     const int64_t stride = (tokens + 1) * size;
@@ -180,15 +188,14 @@ std::vector<double> BlockProblem::expected() {
     std::vector<double> state(rows * columns);
     for (int64_t i = 0; i < rows * columns; ++i) state[i] = hidden.get(i);
     std::vector<double> normed = state;
-    for (int row = 0; inner_norms && row < rows; ++row) normalise(normed.data() + row * columns, norms[0].data(), columns);
+    if (inner_norms) normalise_rows(normed, norms[0]);
     std::vector<double> query = product(0, normed), key = product(1, normed);
     const std::vector<double> value = product(2, normed);
-    const auto place = [&](std::vector<double>& all, int64_t count, const float* norm) {
-        for (int row = 0; head_norms && joint && row < rows; ++row)
-            normalise(all.data() + row * count * size, norm, count * size);
+    const auto place = [&](std::vector<double>& all, int64_t count, const Buffer<float>& norm) {
+        if (head_norms && joint) normalise_rows(all, norm);
         for (int64_t head = 0; head < rows * count; ++head) {
             double* numbers = all.data() + head * size;
-            if (head_norms && !joint) normalise(numbers, norm, size);
+            if (head_norms && !joint) normalise(numbers, norm.data(), size);
             if (!turned) continue;
             const std::vector<double> old(numbers, numbers + size);
             const int64_t position = one_position ? 0 : head / count * size;
@@ -198,8 +205,8 @@ std::vector<double> BlockProblem::expected() {
             }
         }
     };
-    place(query, heads, norms[2].data());
-    place(key, key_heads, norms[3].data());
+    place(query, heads, norms[2]);
+    place(key, key_heads, norms[3]);
     std::vector<double> attended(rows * heads * size);
     for (int64_t task = 0; task < rows * heads; ++task) {
         const int64_t head = task / heads * key_heads + task % heads / (heads / key_heads);
@@ -218,15 +225,15 @@ std::vector<double> BlockProblem::expected() {
                 attended[task * size + i] += shares[token] / total * number(values, value, token, i);
     }
     std::vector<double> mixed = product(3, attended);
-    for (int row = 0; outer_norms && row < rows; ++row) normalise(mixed.data() + row * columns, norms[4].data(), columns);
+    if (outer_norms) normalise_rows(mixed, norms[4]);
     for (size_t i = 0; i < state.size(); ++i) state[i] += residual * mixed[i];
     normed = state;
-    for (int row = 0; inner_norms && row < rows; ++row) normalise(normed.data() + row * columns, norms[1].data(), columns);
+    if (inner_norms) normalise_rows(normed, norms[1]);
     std::vector<double> gate = product(4, normed);
     const std::vector<double> up = product(5, normed);
     for (size_t i = 0; i < gate.size(); ++i) gate[i] = activated(activation, gate[i]) * up[i];
     std::vector<double> down = product(6, gate);
-    for (int row = 0; outer_norms && row < rows; ++row) normalise(down.data() + row * columns, norms[5].data(), columns);
+    if (outer_norms) normalise_rows(down, norms[5]);
     for (size_t i = 0; i < state.size(); ++i) state[i] += residual * down[i];
     return state;
 }

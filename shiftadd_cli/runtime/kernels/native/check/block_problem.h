@@ -37,6 +37,7 @@ struct BlockProblem {
 
 private:
     DecoderBlock block() const;
+    Positions positions() const;
     Numbers output_of(const Kernels& kernels, bool fast, int threads, const Numbers& input) const;
     std::vector<double> product(int part, const std::vector<double>& input);
 };
