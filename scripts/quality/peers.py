@@ -68,7 +68,7 @@ class Peer:
         if importlib.util.find_spec(self.module.partition(".")[0]) is None:
             raise RecipeError(
                 f"The peer {self.name!r} needs the package {self.package}, which is not installed; "
-                f"pip install {self.package}, or all peers by pip install '.[peers]'."
+                f"pip install {self.package}, or most peers by pip install '.[peers]'."
             )
 
     def adapter(self) -> Adapter:
@@ -82,6 +82,7 @@ PEERS = {
     for peer in (
         Peer("autoround", "auto-round", "auto_round", calibrated=True),
         Peer("autoround-light", "auto-round", "auto_round", calibrated=True),
+        Peer("gptqmodel", "gptqmodel", "gptqmodel", calibrated=True),
         Peer("hqq", "hqq", "hqq.core", calibrated=False),
         Peer("quanto", "optimum-quanto", "optimum.quanto", calibrated=False),
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.levels import LevelTable
 from shiftadd_cli.bcq.ranks import values_of
+from shiftadd_cli.bcq.settle import settle
 
 _BLOCK = 128
 
@@ -28,31 +29,22 @@ def descend_codes(
     from that of the given ranks, up to rounding.
     """
     columns = weights.shape[0]
-    groups = [tables[group] for group in range(-(-columns // group_columns))]
+    groups = torch.arange(columns, device=weights.device) // group_columns
     ranks = ranks.clone()
     values = values_of(tables, group_columns, ranks)
-    diagonal = hessian.diagonal()
     for _ in range(passes):
         gradient = hessian @ (weights - values)
         changed = False
         for start in range(0, columns, _BLOCK):
             stop = min(start + _BLOCK, columns)
-            local, old = gradient[start:stop], values[start:stop].clone()
-            inner = hessian[start:stop, start:stop]
-            for i in range(stop - start):
-                column = start + i
-                goal = torch.addcdiv(values[column], local[i], diagonal[column])
-                rank, value = groups[column // group_columns].nearest(goal)
-                step = value - values[column]
-                ranks[column] = rank
-                values[column] = value
-                if i + 1 < stop - start:
-                    local[i + 1 :].addr_(inner[i + 1 :, i], step, alpha=-1)
-            moved = values[start:stop] - old
+            here = slice(start, stop)
+            ranks[here], moved = settle(
+                gradient[here], hessian[here, here], tables, groups[here], values[here], descend=True
+            )
             if moved.any():
                 changed = True
                 if stop < columns:
-                    gradient[stop:].addmm_(hessian[stop:, start:stop], moved, alpha=-1)
+                    gradient[stop:].addmm_(hessian[stop:, here], moved, alpha=-1)
         if not changed:
             break
     return ranks, values

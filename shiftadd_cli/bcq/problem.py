@@ -50,7 +50,7 @@ class Problem:
             return self._sweep_dynamic(snapped.row_scale)
         tables = self._tables(snapped)
         if self.options.sweep == "static":
-            ranks, values = compensated_sweep(self.weights, self.objective, width, lambda group, _: tables[group])
+            ranks, values = compensated_sweep(self.weights, self.objective, width, tables)
         else:
             ranks, values = nearest_ranks(self.transposed, tables, width)
         return codes_of(tables, width, ranks), snapped, values
@@ -67,7 +67,7 @@ class Problem:
             found[group] = (snapped, table)
             return table[0]
 
-        ranks, values = compensated_sweep(self.weights, self.objective, width, fit_on_arrival, whole_groups=True)
+        ranks, values = compensated_sweep(self.weights, self.objective, width, fit_on_arrival)
         parts = [found[group] for group in range(self.grid.column_groups)]
         offsets = [part.offsets for part, _ in parts if part.offsets is not None]
         snapped = SnappedScales(

@@ -56,7 +56,7 @@ class ShiftProblem:
         ranks, values = nearest_ranks(self.transposed, table, self.width)
         self._offer(ranks, values, scale)
         if self.options.sweep != "none":
-            ranks, values = compensated_sweep(self.transposed.T, self.objective, self.width, lambda *_: table[0])
+            ranks, values = compensated_sweep(self.transposed.T, self.objective, self.width, table)
             self._offer(ranks, values, scale)
         for _ in range(self.options.refine_rounds):
             scale = self._refit(values, scale)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.hessian import Objective
 from shiftadd_cli.bcq.levels import LevelTable
+from shiftadd_cli.bcq.settle import settle
 
 _BLOCK = 128
 
@@ -22,16 +23,13 @@ def compensated_sweep(
     weights: Tensor,
     objective: Objective,
     group_columns: int,
-    levels: Callable[[int, Tensor], LevelTable],
-    *,
-    whole_groups: bool = False,
+    levels: LevelTable | Callable[[int, Tensor], LevelTable],
 ) -> tuple[Tensor, Tensor]:
     """Quantize `weights` float32 `[out, in]`.
 
-    levels: called with a group of columns and its current weights `[columns of the group, out]` when the sweep reaches
-    the group's first column in a block; gives the levels of that group, batch shape `[out]`.
-    whole_groups: keep every group in one block, where its columns are up to date when `levels` sees them and it is
-    called once per group; the order of the objective must then run through the groups one by one.
+    levels: of all groups, batch shape `[C, out]`; or what gives those of one group, batch shape `[out]`, when the sweep
+    reaches it, from its number and its current weights `[columns of the group, out]`. The order of the objective must
+    then run through the groups one by one.
 
     Returns ranks uint8 `[in, out]` (transposed) and the values they stand for, float32 `[in, out]`.
     """
@@ -39,23 +37,22 @@ def compensated_sweep(
     current = weights.T[order].contiguous()
     ranks = torch.empty_like(current, dtype=torch.uint8)
     values = torch.empty_like(current)
-    groups = (order // group_columns).tolist()
+    groups = order // group_columns
     columns = len(groups)
-    for start, stop in _blocks(groups, whole_groups):
-        block, upper = current[start:stop], factor[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        tables: dict[int, LevelTable] = {}
-        for i in range(stop - start):
-            group = groups[start + i]
-            if group not in tables:
-                members = [j for j in range(i, stop - start) if groups[start + j] == group]
-                tables[group] = levels(group, block[members])
-            rank, value = tables[group].nearest(block[i])
-            ranks[start + i] = rank
-            values[start + i] = value
-            torch.div(block[i] - value, upper[i, i], out=errors[i])
-            if i + 1 < stop - start:
-                block[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+    whole_groups = not isinstance(levels, LevelTable)
+    for start, stop in _blocks(groups.tolist(), whole_groups):
+        errors = torch.empty_like(current[start:stop])
+        for first, last in _runs(groups, start, stop) if whole_groups else [(start, stop)]:
+            here, part = slice(first, last), slice(first - start, last - start)
+            if isinstance(levels, LevelTable):
+                tables, of_column = levels, groups[here]
+            else:
+                tables, of_column = levels(int(groups[first]), current[here])[None], torch.zeros_like(groups[here])
+            ranks[here], errors[part] = settle(
+                current[here], factor[here, here], tables, of_column, values[here], descend=False
+            )
+            if last < stop:
+                current[last:stop].addmm_(factor[here, last:stop].T, errors[part], alpha=-1)
         if stop < columns:
             current[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     inverse = torch.empty_like(order)
@@ -72,3 +69,10 @@ def _blocks(groups: list[int], whole_groups: bool) -> Iterator[tuple[int, int]]:
             stop += 1
         yield start, stop
         start = stop
+
+
+def _runs(groups: Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of the runs of columns of one group."""
+    for count in torch.unique_consecutive(groups[start:stop], return_counts=True)[1].tolist():
+        yield start, start + count
+        start += count

@@ -9,14 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.calibration.products import add_products
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import is_whole
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.source.experts import place_in_mixture, tokens_of
 from shiftadd_cli.source.structure import linear_sizes
 
-# Columns of a second moment that are added to at once.
-_STRIP = 256
 # Of sums over many tokens in float32.
 _ROUNDING = 1e-5
 
@@ -65,18 +64,15 @@ class _Sum:
         self._rows, self._all_rows = torch.zeros(2, 1, dtype=torch.int64)
 
     def add(self, inputs: Tensor, original: Tensor | None, weights: Tensor | None) -> None:
-        # The root on both sides: the result is symmetric and positive whatever the rounding.
-        root = None if weights is None else weights.reshape(-1, 1).to(inputs.device).sqrt()
-        rows = _rows(inputs, root)
+        roots = None if weights is None else weights.reshape(-1).to(inputs.device).float().sqrt()
+        rows = _rows_of(inputs)
         hessian, total, *unspoilt = self._part
-        # The matrix is symmetric: strips from the diagonal rightwards are little more than half the work.
-        for start in range(0, rows.shape[1], _STRIP):
-            hessian[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
-        total += _sum_of(rows, root)
+        others = None
+        total += _sum_of(rows, roots)
         if unspoilt:
-            others = rows if original is None else _rows(original.to(inputs.device), root)
-            unspoilt[0].addmm_(others.T, rows)
-            unspoilt[1].add_(_sum_of(others, root))
+            others = rows if original is None else _rows_of(original.to(inputs))
+            unspoilt[1].add_(_sum_of(others, roots))
+        add_products(rows, others, roots, hessian, unspoilt[0] if unspoilt else None)
         self._rows += len(rows)
 
     def end_round(self, team: Team, shards: int) -> None:
@@ -166,14 +162,13 @@ def _alike(
     return found
 
 
-def _rows(inputs: Tensor, root: Tensor | None) -> Tensor:
-    rows = inputs.reshape(-1, inputs.shape[-1]).float()
-    return rows if root is None else rows * root
+def _rows_of(inputs: Tensor) -> Tensor:
+    return inputs.reshape(-1, inputs.shape[-1])
 
 
-def _sum_of(rows: Tensor, root: Tensor | None) -> Tensor:
-    """Over tokens, each of which counts by its weight, the square of `root`, with which `rows` are multiplied."""
-    return rows.sum(0) if root is None else root.view(-1) @ rows
+def _sum_of(rows: Tensor, roots: Tensor | None) -> Tensor:
+    """Over tokens, each of which counts by its weight, the square of its root."""
+    return rows.sum(0, dtype=torch.float32) if roots is None else roots.square() @ rows.float()
 
 
 def _weights_of(inputs: Tensor, weights: Tensor | None, windows: slice) -> Tensor | None:

@@ -57,7 +57,7 @@ def test_static_sweep_is_the_textbook_one(columns: int, width: int, bits: int, o
     weights, objective, tables, levels = static_problem(6, columns, min(width, columns), bits, order)
     width = min(width, columns)
     expected = textbook(weights, objective.damped, objective.order, levels)
-    ranks, values = compensated_sweep(weights, objective, width, lambda group, _: tables[group])
+    ranks, values = compensated_sweep(weights, objective, width, tables)
     assert ranks.dtype == torch.uint8
     assert torch.equal(values_of(tables, width, ranks), values)
     # A weight on a midpoint may fall either way in float32 and change what follows in its row.
@@ -69,7 +69,7 @@ def test_static_sweep_is_the_textbook_one(columns: int, width: int, bits: int, o
 
 def test_a_sweep_beats_rounding_in_the_norm_it_compensates() -> None:
     weights, objective, tables, _ = static_problem(8, 200, 50, 2, "hessian")
-    _, values = compensated_sweep(weights, objective, 50, lambda group, _: tables[group])
+    _, values = compensated_sweep(weights, objective, 50, tables)
     _, rounded = nearest_ranks(weights.T.contiguous(), tables, 50)
     swept, plain = (quadratic_error(weights - v.T, objective.damped).sum() for v in (values, rounded))
     assert swept < 0.7 * plain
@@ -113,7 +113,7 @@ def test_dynamic_sweep_fits_each_group_once_on_arrival(columns: int, width: int,
         assert current.shape == (min(width, columns - group * width), 6)
         return fitted_levels(current)
 
-    _, values = compensated_sweep(weights, objective, width, levels, whole_groups=True)
+    _, values = compensated_sweep(weights, objective, width, levels)
     assert sorted(arrived) == list(range(-(-columns // width)))
     expected = textbook_dynamic(weights, objective.damped, objective.order, width)
     same = ((values.T.double() - expected).abs() < 1e-4).all(-1)

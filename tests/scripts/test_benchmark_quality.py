@@ -230,7 +230,7 @@ def test_a_method_that_fails_does_not_take_the_others_along(
         (["--methods", "default:group_size"], "not of the form field=value"),
         (["--methods", "default:bits=3"], "give bit widths to --bits"),
         (["--methods", "defalt"], "did you mean 'default'"),
-        (["--methods", "peer:nobody"], "There is no peer 'nobody'; there are autoround, autoround-light, hqq, quanto."),
+        (["--methods", "peer:nobody"], "There is no peer 'nobody'; there are autoround, autoround-light, gptqmodel"),
         (["--bits", "9"], "9 is not valid"),
         (["--bits", "two"], "not a list of whole numbers"),
         (["--test", "builtin", "--test", "builtin"], "same name"),

@@ -65,6 +65,45 @@ struct Codes {
     int64_t stride;
 };
 
+// Some tokens' rows of numbers [tokens][columns]: `count` of them from the first on.
+struct Tokens {
+    const void* values;
+    Number type;
+    int64_t columns;
+    const float* roots;  // by which each token's row is multiplied, or null
+    int64_t first, count;
+};
+
+// Sums over tokens of products of two columns, by tiles: `rows` columns on the left with `width` on the right; see
+// moments_impl.h. Packed values are 32 bits, one for so many tokens.
+struct MomentKernels {
+    int rows, width, tokens;
+    void (*pack_left)(const Tokens&, int64_t tile, void* out);
+    void (*pack_right)(const Tokens&, int64_t panel, void* out);
+    // sums[rows][columns] at a stride += the products of the first so many columns of a tile and of a panel.
+    void (*add)(const void* left, const void* right, int64_t tokens, float* sums, int64_t stride, int rows, int columns);
+};
+
+// Some columns that settle on levels one after the other, rows side by side: all matrices [columns][rows] but
+// `coupling`. Column i takes the level nearest to its goal, which is what `goals` holds of it, corrected by columns
+// before it, and moves the goals of each later column j by -coupling[i][j] times its step:
+//
+//     sweep      the goal itself, and the step is (goal - level) / coupling[i][i]
+//     descent    value + goal / coupling[i][i], the goals being gradients, and the step is level - value
+struct Stretch {
+    bool descend;
+    int64_t columns, rows;
+    const float* goals;
+    const float* coupling;  // [columns][columns] at a stride, used from the diagonal rightwards
+    int64_t coupling_stride;
+    const float *levels, *midpoints;  // [levels][groups][rows] and [levels - 1][groups][rows], ascending
+    int64_t level_count, group_count;
+    const int64_t* groups;  // [columns], of each column
+    float* values;          // what columns settle on; for the descent they are set before
+    uint8_t* ranks;         // the places of these levels
+    float* steps;
+};
+
 struct Kernels {
     const char* name;
     // Rows of activations up to which looking up beats decoding and multiplying, for so many planes; measured.
@@ -92,6 +131,14 @@ struct Kernels {
     void (*attend)(const Attention&);
     // activation(gate) * up, number by number; `out` may be either.
     void (*gate)(Activation, const float* gate, const float* up, int64_t count, float* out);
+
+    // Columns of strip number `strip` of so many rows; `room` [columns][settle_rows].
+    int settle_rows;
+    void (*settle)(const Stretch&, int64_t strip, float* room);
+
+    MomentKernels moments;
+    // Of bfloat16 numbers without roots; `add` is null where the processor has no products of theirs.
+    MomentKernels moments_half;
 };
 
 const Kernels* portable_kernels();

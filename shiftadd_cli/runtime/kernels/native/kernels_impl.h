@@ -10,7 +10,9 @@
 #include "codes_impl.h"
 #include "decoder_impl.h"
 #include "kernels.h"
+#include "moments_impl.h"
 #include "rotate_impl.h"
+#include "settle_impl.h"
 
 #include <algorithm>
 #include <bit>
@@ -429,6 +431,11 @@ struct Kernel {
             all.dot_codes = CodesKernel<I>::dot;
             all.attend = DecoderKernel<I>::attend;
             all.gate = DecoderKernel<I>::gate;
+            all.settle_rows = SettleKernel<I>::kRows;
+            all.settle = SettleKernel<I>::strip;
+            using Moments = MomentsKernel<I>;
+            all.moments = Moments::template form<typename Moments::Plain>();
+            if constexpr (I::kHasPairs) all.moments_half = Moments::template form<typename Moments::Paired>();
             return all;
         }();
         return &kernels;

@@ -8,8 +8,10 @@
 #include "codes.h"
 #include "dictionaries.h"
 #include "engine.h"
+#include "moments.h"
 #include "pack.h"
 #include "pool.h"
+#include "settle.h"
 #include "stack.h"
 
 namespace nb = nanobind;
@@ -121,6 +123,28 @@ NB_MODULE(_native, m) {
             multiply_codes(**available_kernels(),
                            {at<const int8_t>(codes), at<const void>(scale), number(scale_type), code_rows, columns},
                            {at<const void>(x), number(type), rows, {nullptr, 1}}, at<void>(output), threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+
+    m.def(
+        "add_moments",
+        [](uintptr_t x, uintptr_t other, int type, int64_t tokens, int64_t columns, uintptr_t roots, uintptr_t hessian,
+           uintptr_t cross, const std::string& kernels, int threads) {
+            add_moments(kernels_named(kernels), {at<const void>(x), number(type), columns, at<const float>(roots), 0, tokens},
+                        at<const void>(other), at<float>(hessian), at<float>(cross), threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+
+    m.def(
+        "settle",
+        [](bool descend, int64_t columns, int64_t rows, uintptr_t goals, uintptr_t coupling, int64_t coupling_stride,
+           uintptr_t levels, uintptr_t midpoints, int64_t level_count, int64_t group_count, uintptr_t groups,
+           uintptr_t values, uintptr_t ranks, uintptr_t steps, const std::string& kernels, int threads) {
+            const Stretch stretch{descend, columns, rows, at<const float>(goals), at<const float>(coupling),
+                                  coupling_stride, at<const float>(levels), at<const float>(midpoints), level_count,
+                                  group_count, at<const int64_t>(groups), at<float>(values), at<uint8_t>(ranks),
+                                  at<float>(steps)};
+            settle(kernels_named(kernels), stretch, threads);
         },
         nb::call_guard<nb::gil_scoped_release>());
 

@@ -16,6 +16,7 @@
 #include "pool_checks.h"
 #include "process_checks.h"
 #include "products.h"
+#include "solver_checks.h"
 
 namespace shiftadd::check {
 namespace {
@@ -48,6 +49,8 @@ void check_all(uint64_t seed, bool quick) {
         check_attention(kernels, random, tallies[i]);
         check_codes(kernels, random, tallies[i]);
         check_rotation(kernels, random, quick, tallies[i]);
+        check_moments(kernels, random, quick, tallies[i]);
+        check_settle(kernels, random, tallies[i]);
         check_not_finite(kernels, random, tallies[i]);
         check_concurrent_calls(kernels, random, quick ? 3 : 20, tallies[i]);
         std::printf("%-12s %ld passed, %ld failed; exact within %.2f roundings, fast within %.1e\n", kernels.name,

@@ -1,0 +1,58 @@
+"""GPTQModel (GPTQ by columns, groups in the order of their activations): https://github.com/ModelCloud/GPTQModel"""
+
+from __future__ import annotations
+
+import os
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+from quality.peers import PeerJob, half_bits, set_weight
+from shiftadd_cli.errors import RecipeError
+
+# Its packing takes whole words of 32 values only (nn_modules/qlinear/__init__.py of 7.7).
+_SIDE = 32
+
+
+def compress(job: PeerJob) -> int:
+    """See `Adapter`; the peer's default order of columns, which needs no permutation at run time."""
+    return solve_by(job)
+
+
+def solve_by(job: PeerJob, **settings: Any) -> int:
+    """Asymmetric grids, as in the other uniform methods here; settings: further ones of `QuantizeConfig`."""
+    if job.windows is None:
+        raise RecipeError("GPTQModel needs calibration text.")
+    for name, linear in job.linears():
+        if linear.out_features % _SIDE or linear.in_features % _SIDE or linear.in_features % job.group_size:
+            raise RecipeError(
+                f"GPTQModel takes no {name} of {linear.out_features} x {linear.in_features} in groups of "
+                f"{job.group_size}: sides must be multiples of {_SIDE}, and columns of the group."
+            )
+    # One worker, which it takes on two cores, is too few for its own loader.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    # In the older `gptq` format of files zero points are off by one until a model is loaded again.
+    config = QuantizeConfig(
+        bits=job.bits,
+        group_size=job.group_size,
+        sym=False,
+        format="gptq_v2",
+        device="cpu",
+        offload_to_disk=False,
+        **settings,
+    )
+    with TemporaryDirectory() as folder:
+        job.model.save_pretrained(folder)
+        job.tokenizer.save_pretrained(folder)
+        # The decoded weights go into the model we have; its own copy is read from the folder.
+        peer = GPTQModel.load(folder, config, backend=BACKEND.TORCH)
+        samples = [{"input_ids": each[None], "attention_mask": torch.ones_like(each[None])} for each in job.windows]
+        peer.quantize(samples, batch_size=job.batch_size, calibration_sort=None, tokenizer=job.tokenizer)
+    stored = 0
+    for name, linear in job.linears():
+        packed = peer.model.get_submodule(name)
+        set_weight(linear, packed.dequantize_weight().T)
+        stored += job.bits * (linear.weight.numel() + packed.scales.numel()) + half_bits(packed.scales)
+    return stored

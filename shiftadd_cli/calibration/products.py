@@ -1,0 +1,74 @@
+"""Sums of products of activations over tokens: on a CPU by the compiled kernels, which take a bfloat16 tensor as it is
+and a quarter to a half of torch's time (`scripts/benchmark_moments.py`), elsewhere by torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.runtime.kernels.extension import cpu_extension
+from shiftadd_cli.runtime.kernels.ops import TYPES, address
+
+# Columns of a second moment that torch adds to at once.
+_STRIP = 256
+
+
+def add_products(
+    x: Tensor, other: Tensor | None, roots: Tensor | None, hessian: Tensor, cross: Tensor | None, kernels: str = ""
+) -> None:
+    """hessian += Σ w x xᵀ on and above the diagonal, and cross += Σ w x̃ xᵀ, in place; w: the squares of `roots`.
+
+    x: `[tokens, columns]` of any float dtype; other: x̃, of x's shape and dtype, or None, and then there is no cross.
+    roots: float32 `[tokens]`, not negative, or None for ones. hessian, cross: float32 `[columns, columns]`, contiguous;
+    below the diagonal `hessian` is left undefined. Products and sums are in float32. kernels: an instruction set, ""
+    for the best, "torch" for torch.
+    """
+    extension = cpu_extension()
+    if kernels == "torch" or extension is None or not x.is_cpu:
+        _add_by_torch(x, other, roots, hessian, cross)
+        return
+    tokens, columns = x.shape
+    # Addresses are passed on unseen, so a tensor of another size, dtype or order must not get there.
+    sums = [hessian] if cross is None else [hessian, cross]
+    right = (
+        (other is None) == (cross is None)
+        and (other is None or (other.shape, other.dtype) == (x.shape, x.dtype))
+        and (roots is None or (roots.shape, roots.dtype) == ((tokens,), torch.float32))
+        and all((each.shape, each.dtype) == ((columns, columns), torch.float32) for each in sums)
+        and all(each.is_contiguous() for each in sums)
+    )
+    if not right:
+        raise ValueError(f"The tensors do not fit activations of {list(x.shape)}.")
+    x = _ready(x)
+    other = None if other is None else _ready(other)
+    roots = None if roots is None else roots.contiguous()
+    extension.add_moments(
+        x.data_ptr(),
+        address(other),
+        TYPES[x.dtype],
+        tokens,
+        columns,
+        address(roots),
+        hessian.data_ptr(),
+        address(cross),
+        kernels,
+        torch.get_num_threads(),
+    )
+
+
+def _ready(x: Tensor) -> Tensor:
+    return (x if x.dtype in TYPES else x.float()).contiguous()
+
+
+def _add_by_torch(x: Tensor, other: Tensor | None, roots: Tensor | None, hessian: Tensor, cross: Tensor | None) -> None:
+    rows = _weighted(x, roots)
+    # The matrix is symmetric: strips from the diagonal rightwards are little more than half the work.
+    for start in range(0, rows.shape[1], _STRIP):
+        hessian[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
+    if other is not None and cross is not None:
+        cross.addmm_((rows if other is x else _weighted(other, roots)).T, rows)
+
+
+def _weighted(x: Tensor, roots: Tensor | None) -> Tensor:
+    # The root on both sides: the result is symmetric and positive whatever the rounding.
+    return x.float() if roots is None else x.float() * roots.unsqueeze(1)
