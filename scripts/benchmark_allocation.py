@@ -67,7 +67,7 @@ class _Kinds(click.ParamType):
     "--budgets", type=_Numbers(float), default="2.25,2.5,3", show_default=True, help="Stored bits per weight."
 )
 @click.option("--candidates", type=_Numbers(int), default="2,3,4", show_default=True, help="Bits a layer may get.")
-@click.option("--recipe", default="default", show_default=True, help="Recipe of all mixes, with :field=value,... .")
+@click.option("--recipe", default="equal-bits", show_default=True, help="Recipe of all mixes, with :field=value,... .")
 @click.option("--seeds", type=_Numbers(int), default="0,1,2", show_default=True, help="Seeds of everything random.")
 @click.option("--sample-blocks", type=POSITIVE, default=3, show_default=True, help="Blocks of layers replaced alone.")
 @click.option("--sample-bits", type=POSITIVE, default=2, show_default=True, help="Bits of these layers.")
@@ -100,7 +100,7 @@ def main(
     try:
         methods = parse_methods([recipe])
         if len(methods) != 1:
-            raise RecipeError("Give one recipe to --recipe, such as default:group_size=64.")
+            raise RecipeError("Give one recipe to --recipe, such as equal-bits:group_size=64.")
         conditions = [
             Conditions(model, calibration, samples, seq_len, seed, name_tests(tests), context, max_tokens, dtype)
             for seed in seeds
@@ -109,7 +109,7 @@ def main(
             conditions,
             methods[0],
             budgets,
-            Recipe.load("default", {"candidates": candidates}).candidates,
+            Recipe.load("equal-bits", {"candidates": candidates}).candidates,
             sample_blocks,
             sample_bits,
             work,

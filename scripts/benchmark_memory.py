@@ -81,7 +81,7 @@ def _write_tokenizer(folder: Path) -> None:
 @click.command()
 @click.option("--blocks", multiple=True, type=int, default=(4, 8, 16), show_default=True)
 @click.option("--width", default=1024, show_default=True, help="Hidden size; a multiple of 64.")
-@click.option("--recipe", "recipes", multiple=True, default=("fast", "default"), show_default=True)
+@click.option("--recipe", "recipes", multiple=True, default=("fast", "equal-bits"), show_default=True)
 @click.option("--samples", default=32, show_default=True)
 @click.option("--seq-len", default=256, show_default=True)
 @click.option("--max-memory", metavar="SIZE", help="For all alike, as for `shiftadd quantize`.")

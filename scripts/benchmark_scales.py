@@ -170,7 +170,7 @@ def main(
     """Compare the forms that scales can have on MODEL (a hub id, a folder, a .gguf file or `demo`)."""
     try:
         fields = {"calibration": calibration, "samples": samples, "seq_len": seq_len}
-        recipe = Recipe.load("default", fields)
+        recipe = Recipe.load("equal-bits", fields)
         forms = [
             Form(int(width), scales, group if group == "all" else int(group), offset, rotation)
             for width, scales, group, offset, rotation in itertools.product(
@@ -187,7 +187,7 @@ def main(
             forms.append(Form(width, "pot", "all", False, rotation, primitive))
         for form in forms:
             # Refused before any work, in the words of the recipe.
-            Recipe.load("default", fields | asdict(form))
+            Recipe.load("equal-bits", fields | asdict(form))
         rows = measure_forms(model, recipe, forms, [int(block) for block in _words(blocks)])
     except (ShiftaddError, ValueError) as error:
         raise click.UsageError(str(error)) from error

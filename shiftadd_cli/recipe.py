@@ -27,6 +27,7 @@ class Recipe(BaseModel):
     """Options of a run; immutable. Field descriptions are the help texts of the command line.
 
     Constructing one directly raises pydantic's ValidationError; `Recipe.load` raises RecipeError with one sentence.
+    The defaults of the fields are those of the recipe `equal-bits`, and what a file leaves out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -267,8 +268,6 @@ class Recipe(BaseModel):
     def _fits_together(self) -> Recipe:
         if self.avg_bits is not None and self.bit_plan is not None:
             raise ValueError("avg_bits and bit_plan both say how many bits each layer gets; give one of them")
-        if self.avg_bits is not None and self.calibration == NO_CALIBRATION:
-            raise ValueError("what bits matter to a layer is measured on text; choose a calibration text for avg_bits")
         if self.primitive != "bcq":
             if self.bits not in (widths := CODE_BITS[self.primitive]):
                 raise ValueError(
@@ -306,6 +305,7 @@ class Recipe(BaseModel):
             wrong = [
                 text
                 for text, on in (
+                    ("bits in place of avg_bits", self.avg_bits is not None),
                     ("sweep to none", self.sweep != "none"),
                     ("refine_rounds to 0", self.refine_rounds > 0),
                     ("reconstruct_epochs to 0", self.reconstruct_epochs > 0),
@@ -316,7 +316,7 @@ class Recipe(BaseModel):
             ]
             if wrong:
                 raise ValueError(
-                    f"without calibration text there is nothing to compensate or refine against; "
+                    f"without calibration text there is nothing to measure, compensate or refine against; "
                     f"set {' and '.join(wrong)} (as the recipe 'fast' does), or choose a calibration text"
                 )
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,23 @@ def load_recipe(model: type[Recipe], name_or_path: str, overrides: dict[str, Any
     return _build(model, _read_mapping(path), overrides, f"Recipe {path}")
 
 
+def nearest_recipe(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The packaged recipe that differs least from a recipe as JSON, `default` before others that are as near, and the
+    fields to put on top."""
+    from shiftadd_cli.recipe import Recipe
+
+    found = {}
+    for name in ("default", *packaged_names()):
+        usual = Recipe.load(name).model_dump(mode="json")
+        on_top = {key: value for key, value in fields.items() if value != usual.get(key)}
+        if any(way in on_top for way in _BITS):
+            # What is said in one way is refused in another.
+            said = next((way for way in _BITS[1:] if fields.get(way) is not None), "bits")
+            on_top = {said: fields.get(said)} | {key: value for key, value in on_top.items() if key not in _BITS}
+        found[name] = on_top
+    return min(found.items(), key=lambda each: len(each[1]))
+
+
 def change_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
     """See `Recipe.changed`."""
     return _build(type(recipe), recipe.model_dump(), overrides, "The recipe")
@@ -59,8 +76,8 @@ def _build(model: type[Recipe], values: dict[str, Any], overrides: dict[str, Any
         raise RecipeError(
             f"{' and '.join(_option(name) for name in said)} say how many bits layers get; give one of them."
         )
-    if said:
-        # What is said on top takes the place of what is said below in another way.
+    if said or overrides.get("primitive", "bcq") != "bcq":
+        # What is said on top takes the place of what is said below in another way, and shifts are for all layers alike.
         values = {name: value for name, value in values.items() if name not in _BITS}
     try:
         return model(**{**values, **overrides})

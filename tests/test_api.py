@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 import shiftadd_cli
 from shiftadd_cli.cli import main
 
-QUICK = {"samples": 4, "seq_len": 32, "group_size": 16}
+QUICK = {"samples": 4, "seq_len": 32, "group_size": 16, "recipe": "equal-bits"}
 
 
 def test_quantize_load_evaluate(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_vision_model_in_memory(tmp_path: Path) -> None:
         AutoModelForImageClassification.from_pretrained(source),
         AutoImageProcessor.from_pretrained(source),
     )
-    report = shiftadd_cli.quantize(model, tmp_path / "deep" / "out", processor=processor, samples=4, group_size=16)
+    report = shiftadd_cli.quantize(model, tmp_path / "deep" / "out", processor=processor, samples=4, bits=3)
     assert report.source.reads_images
 
 
@@ -93,7 +93,7 @@ def test_a_recipe_object_and_fields_on_top_of_it(tmp_path: Path) -> None:
 def test_bits_on_top_of_a_recipe_object_replace_its_average_as_on_top_of_a_file(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
     recipe = shiftadd_cli.Recipe.load("best", {"reconstruct_epochs": 0, "distill_epochs": 0})
-    report = shiftadd_cli.quantize(str(source), tmp_path / "out", recipe, bits=2, **QUICK)
+    report = shiftadd_cli.quantize(str(source), tmp_path / "out", recipe, bits=2, samples=8, seq_len=32)
     assert (report.recipe["avg_bits"], {layer.bits for layer in report.layers}) == (None, {2})
     with pytest.raises(shiftadd_cli.ShiftaddError, match="--bits: 9"):
         shiftadd_cli.quantize(str(source), tmp_path / "more", recipe, bits=9)

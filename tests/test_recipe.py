@@ -18,7 +18,7 @@ from shiftadd_cli.recipe_file import configs_folder, packaged_names
 
 def test_packaged_recipes_are_the_documented_ones() -> None:
     papers = ("shiftaddllm-acc", "shiftaddllm-lat", "shiftaddvit")
-    assert packaged_names() == ("best", "default", "fast", "gptq", "rtn", *papers)
+    assert packaged_names() == ("best", "default", "equal-bits", "fast", "gptq", "rtn", *papers)
 
 
 @pytest.mark.parametrize("name", packaged_names())
@@ -29,8 +29,18 @@ def test_packaged_recipe_loads_and_says_what_it_is(name: str) -> None:
         assert heading in header
 
 
-def test_default_recipe_is_the_defaults_of_the_fields() -> None:
-    assert Recipe.load("default") == Recipe() == Recipe.load()
+def test_what_a_file_leaves_out_is_as_in_equal_bits() -> None:
+    assert Recipe.load("equal-bits") == Recipe()
+
+
+def test_a_recipe_that_is_not_named_is_the_default() -> None:
+    assert Recipe.load() == Recipe.load("default")
+
+
+def test_best_is_the_default_and_tuning() -> None:
+    best, default = Recipe.load("best"), Recipe.load()
+    changed = {name for name in Recipe.model_fields if getattr(best, name) != getattr(default, name)}
+    assert changed == {"reconstruct_epochs", "distill_epochs"}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +56,7 @@ def test_recipes_of_the_paper_have_its_block_shapes(name: str, shape: tuple[int,
     assert not recipe.row_scale
 
 
-def test_the_mixture_of_primitives_is_the_default_but_for_what_layers_may_be() -> None:
+def test_the_mixture_of_primitives_is_equal_bits_but_for_what_layers_may_be() -> None:
     recipe, same = Recipe.load("shiftaddvit"), Recipe()
     changed = {name for name in Recipe.model_fields if getattr(recipe, name) != getattr(same, name)}
     assert changed == {"avg_bits", "candidates"}
@@ -140,9 +150,9 @@ def test_value_of_wrong_type_or_range_is_refused_by_field(tmp_path: Path, field:
         ({"group_rows": 2}, ("refine_rounds to 0", "row_scale to false", "group_rows to 1")),
         ({"group_rows": "all", "refine_rounds": 0}, ("row_scale to false",)),
         ({"group_rows": "1/8", "row_scale": False}, ("refine_rounds to 0",)),
-        ({"calibration": "none"}, ("sweep to none", "refine_rounds to 0")),
-        ({"calibration": "none", "refine_rounds": 0}, ("sweep to none",)),
-        ({"calibration": "none", "sweep": "none"}, ("refine_rounds to 0",)),
+        ({"calibration": "none"}, ("bits in place of avg_bits", "sweep to none", "refine_rounds to 0")),
+        ({"calibration": "none", "bits": 3, "refine_rounds": 0}, ("sweep to none",)),
+        ({"calibration": "none", "bits": 3, "sweep": "none"}, ("refine_rounds to 0",)),
         ({"primitive": "shift1", "bits": 5}, ("2 to 4 bits",)),
         ({"primitive": "shift2", "avg_bits": 3.0}, ("bits in place of avg_bits", "primitive to bcq")),
         ({"primitive": "shift2", "bit_plan": "plan.json"}, ("bits in place of bit_plan",)),
@@ -158,7 +168,12 @@ def test_fields_that_do_not_fit_together_are_refused_with_the_cure(fields: dict[
 
 def test_following_the_cure_cures() -> None:
     Recipe.load("default", {"group_rows": 2, "refine_rounds": 0, "row_scale": False})
-    Recipe.load("default", {"calibration": "none", "sweep": "none", "refine_rounds": 0})
+    Recipe.load("default", {"calibration": "none", "bits": 3, "sweep": "none", "refine_rounds": 0})
+
+
+def test_shifts_for_all_layers_take_the_place_of_bits_for_each() -> None:
+    recipe = Recipe.load("default", {"primitive": "shift2"})
+    assert (recipe.avg_bits, recipe.bits) == (None, 3)
 
 
 def test_candidates_are_sorted_and_told_once(tmp_path: Path) -> None:

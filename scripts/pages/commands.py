@@ -39,7 +39,7 @@ def verb_table() -> str:
 def option_table() -> str:
     """One row per recipe field: option, default, description."""
     rows = [
-        (f"`{option_name(name)}`", default_text(field), _plain(field.description or ""))
+        (f"`{option_name(name)}`", default_text(name), _plain(field.description or ""))
         for name, field in Recipe.model_fields.items()
     ]
     return table(("option", "default", "meaning"), rows)

@@ -9,7 +9,7 @@ import yaml
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.recipe_file import configs_folder, packaged_names
 
-_ORDER = ("default", "best", "fast", "shiftaddvit", "shiftaddllm-acc", "shiftaddllm-lat", "gptq", "rtn")
+_ORDER = ("default", "best", "equal-bits", "fast", "shiftaddvit", "shiftaddllm-acc", "shiftaddllm-lat", "gptq", "rtn")
 _NOTE = re.compile(r"^# (What|Source|Use it): (.*(?:\n#   .*)*)", re.MULTILINE)
 
 

@@ -21,14 +21,15 @@ _IMAGES = (("top1", "top-1, %", 100, 1), ("agreement", "same top class, %", 100,
 # Rows of the README: method and bits as measured, and a remark.
 _QUALITY = (
     ("best:avg_bits=3.25", 3, ""),
-    ("default:distill_epochs=1", 3, ""),
-    ("default", 3, ""),
+    ("default:avg_bits=3.25", 3, ""),
+    ("equal-bits", 3, ""),
+    ("peer:autoround-light", 3, ""),
     ("gptq", 3, ""),
     ("shiftaddllm-acc", 3, "the paper's accuracy form"),
     ("rtn", 3, "round to nearest, no text"),
     ("best:avg_bits=2.25", 2, ""),
-    ("default:distill_epochs=1", 2, ""),
-    ("default", 2, ""),
+    ("default:avg_bits=2.25", 2, ""),
+    ("equal-bits", 2, ""),
     ("shiftaddllm-lat", 2, "the paper's form for kernels"),
     ("gptq", 2, ""),
 )
@@ -63,7 +64,11 @@ def quality_table() -> str:
     for method, bits, remark in _QUALITY:
         row = rows[method, bits]
         first, second = row["scores"]["wikitext2-test"], row["scores"]["brown-test"]
-        own = "" if row["native_bits"] is None else f"{row['native_bits']:.3f} in a format of its own"
+        own = (
+            ""
+            if row["native_bits"] in (None, row["stored_bits"])
+            else f"{row['native_bits']:.3f} in a format of its own"
+        )
         remarks = "; ".join(filter(None, (remark, own)))
         lines.append(
             [
@@ -133,7 +138,7 @@ def command_of(row: dict[str, Any]) -> str:
     """
     name, _, option = row["method"].partition(":")
     if name == "peer":
-        return f"{option}, {row['bits']} bits (a peer)"
+        return f"{option.replace(':', ', ')}, {row['bits']} bits (a peer)"
     then, now = LATER | row["settings"]["artifact"]["recipe"], Recipe.load(name).model_dump(mode="json")
     budget = then["avg_bits"] is not None
     words = [name, f"--avg-bits {then['avg_bits']:g}" if budget else f"--bits {row['bits']}"]

@@ -85,7 +85,7 @@ def _parse(label: str) -> Method:
             raise RecipeError(f"Method {label}: peers take {', '.join(sorted(PEER_FIELDS))}, not {foreign[0]}.")
         PEERS[name].require()
         # Peers have no such field, and a row of theirs must not be named anew when our default changes.
-        method = Method(label, "default", {"asymmetric": 0.0, **overrides}, PEERS[name])
+        method = Method(label, "equal-bits", {"asymmetric": 0.0, **overrides}, PEERS[name])
     else:
         raise RecipeError(f"There is no peer {name!r}; there are {', '.join(PEERS)}.")
     # Two bits are what every primitive has.

@@ -79,18 +79,20 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def default_text(field: FieldInfo) -> str:
-    """The default of a field as a user would type it."""
-    if isinstance(field.default, bool):
-        return "on" if field.default else "off"
-    if isinstance(field.default, tuple):
-        return ",".join(map(str, field.default)) or "none"
-    return "none" if field.default is None else str(field.default)
+def default_text(name: str) -> str:
+    """What the recipe `default` says of a field, as a user would type it."""
+    recipe = Recipe.load()
+    value = getattr(recipe, name)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None or (name == "bits" and recipe.avg_bits is not None) else str(value)
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     flag = option_name(name)
-    settings: dict[str, Any] = {"default": None, "help": f"{field.description}  [default: {default_text(field)}]"}
+    settings: dict[str, Any] = {"default": None, "help": f"{field.description}  [default: {default_text(name)}]"}
     annotation = field.annotation
     origin = get_origin(annotation)
     if annotation is bool:

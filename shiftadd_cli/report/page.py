@@ -19,6 +19,7 @@ from shiftadd_cli.bcq.choices import Choice, bits_of_choice, choice_words, choic
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.faults import first_fault
 from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.recipe_file import nearest_recipe
 from shiftadd_cli.report.charts import Chart, Line, histogram, line_chart
 from shiftadd_cli.report.cost import Cost, model_cost
 from shiftadd_cli.report.environment import make_environment
@@ -56,10 +57,10 @@ class Run:
         report = self.report
         if report.command:
             return shlex.join(["shiftadd", *report.command])
-        default = Recipe().model_dump(mode="json")
-        fields = {name: value for name, value in report.recipe.items() if value != default.get(name)}
+        recipe, fields = nearest_recipe(report.recipe)
+        named = "" if recipe == "default" else f", {recipe!r}"
         given = "".join(f", {name}={value!r}" for name, value in fields.items())
-        return f"shiftadd_cli.quantize({report.source.spec!r}, {self.name!r}{given})"
+        return f"shiftadd_cli.quantize({report.source.spec!r}, {self.name!r}{named}{given})"
 
     @property
     def loading(self) -> str:
@@ -280,5 +281,5 @@ def _differing(runs: Sequence[Run]) -> list[tuple[str, list[object]]]:
 
 def _unusual(recipe: dict[str, object]) -> set[str]:
     """Fields that are not as in the default recipe."""
-    default = Recipe().model_dump(mode="json")
+    default = Recipe.load().model_dump(mode="json")
     return {name for name, value in recipe.items() if value != default.get(name)}

@@ -12,7 +12,7 @@ from tiny_models import save_tiny
 from shiftadd_cli.cli import main
 from shiftadd_cli.cli.allocate_bits import allocate_bits
 
-QUICK = ["--samples", "4", "--seq-len", "24", "--group-size", "16", "--fit-rounds", "1"]
+QUICK = ["--recipe", "equal-bits", "--samples", "4", "--seq-len", "24", "--group-size", "16", "--fit-rounds", "1"]
 
 
 @pytest.fixture(autouse=True)

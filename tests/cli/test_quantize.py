@@ -170,7 +170,9 @@ def test_a_bit_plan_of_another_model_or_format_is_refused(model: Path, tmp_path:
     path.write_text(plan_for(save_tiny("llama", tmp_path / "other", seed=1), Recipe(group_size=16)).to_json())
     assert_refused(quantize(model, "-o", tmp_path / "out", "--bit-plan", path), "another model")
     path.write_text(plan_for(model, Recipe(group_size=16)).to_json())
-    assert_refused(quantize(model, "-o", tmp_path / "out", "--bit-plan", path), "group_size", "16", "128")
+    assert_refused(
+        quantize(model, "-o", tmp_path / "out", "--recipe", "equal-bits", "--bit-plan", path), "group_size", "16", "128"
+    )
     assert_refused(quantize(model, "-o", tmp_path / "out", "--bit-plan", tmp_path / "lost.json"), "allocate-bits")
     assert not (tmp_path / "out").exists()
 
@@ -178,7 +180,9 @@ def test_a_bit_plan_of_another_model_or_format_is_refused(model: Path, tmp_path:
 def test_the_bits_of_a_plan_are_shown_before_the_run(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(plan_for(model, Recipe(group_size=16)).to_json())
-    result = quantize(model, "-o", tmp_path / "out", "--bit-plan", path, "--group-size", "16", "--dry-run")
+    result = quantize(
+        model, "-o", tmp_path / "out", "--recipe", "equal-bits", "--bit-plan", path, "--group-size", "16", "--dry-run"
+    )
     assert result.exit_code == 0
     assert "2-4" in result.output
     assert "planes" in result.output
@@ -258,5 +262,5 @@ def test_a_run_that_needs_more_memory_than_allowed_is_refused_with_a_figure_that
     assert not list(tmp_path.iterdir())
     assert_refused(quantize(*options, "--max-memory", "plenty"), "800MB")
     assert quantize(*options, "--max-memory", "8GB").exit_code == 0
-    longer = quantize(model, "-o", tmp_path / "more", "--seq-len", "400000", "--max-memory", "6GB")
+    longer = quantize(model, "-o", tmp_path / "more", "--bits", "3", "--seq-len", "400000", "--max-memory", "6GB")
     assert_refused(longer, "give --batch-size")

@@ -28,7 +28,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     recipe = Recipe(group_size=16, samples=4, seq_len=32)
     (folder / "plan.json").write_text(plan_for(source, recipe).to_json())
-    options = ["--samples", "4", "--seq-len", "32", "--group-size", "16", "--bit-plan", folder / "plan.json"]
+    options = [
+        "--recipe",
+        "equal-bits",
+        "--samples",
+        "4",
+        "--seq-len",
+        "32",
+        "--group-size",
+        "16",
+        "--bit-plan",
+        folder / "plan.json",
+    ]
     result = run("quantize", source, "-o", folder / "out", *options)
     assert result.exit_code == 0, result.output
     return folder

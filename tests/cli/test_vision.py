@@ -11,7 +11,20 @@ from tiny_vision import save_pictures, save_tiny_vision
 
 from shiftadd_cli.cli import main
 
-QUICK = ("--samples", "6", "--group-size", "16", "--fit-rounds", "1", "--refine-rounds", "1", "--device", "cpu")
+QUICK = (
+    "--recipe",
+    "equal-bits",
+    "--samples",
+    "6",
+    "--group-size",
+    "16",
+    "--fit-rounds",
+    "1",
+    "--refine-rounds",
+    "1",
+    "--device",
+    "cpu",
+)
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ ROUNDING = 1e-5
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("llama", {}),
+    "bits of its own for every layer": ("llama", {"recipe": "default", "avg_bits": 4.5}),
     "pot": ("llama", {"scale_format": "pot", "group_size": 16}),
     "apot3 with offset": ("llama", {"scale_format": "apot3", "offset": True, "group_size": 16}),
     "float with offset": ("llama", {"scale_format": "float", "offset": True, "row_scale": False, "rotation": "none"}),
@@ -66,7 +67,9 @@ def test_every_kind_of_run_is_read(
     monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SHIFTADD_KERNEL", "reference")
     family, fields = RUNS[name]
-    shiftadd_cli.quantize(models[family], tmp_path / "out", **({"samples": 4, "seq_len": 32} | fields))
+    shiftadd_cli.quantize(
+        models[family], tmp_path / "out", **({"recipe": "equal-bits", "samples": 4, "seq_len": 32} | fields)
+    )
     check(tmp_path / "out")
     reader, model = Reader(tmp_path / "out"), shiftadd_cli.load(tmp_path / "out")
     for module, packed in model.named_modules():

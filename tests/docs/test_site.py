@@ -64,13 +64,13 @@ def test_options_named_on_pages_exist(docs: dict[str, str]) -> None:
 
 def test_rows_are_named_by_what_gives_them_today() -> None:
     """Defaults change while rows stay: a row of another default says so."""
-    fields = Recipe.load("default").model_dump(mode="json")
-    row = {"method": "default", "bits": 3, "settings": {"artifact": {"recipe": fields}}}
-    assert command_of(row) == "`default --bits 3`"
+    fields = Recipe.load("equal-bits").model_dump(mode="json")
+    row = {"method": "equal-bits", "bits": 3, "settings": {"artifact": {"recipe": fields}}}
+    assert command_of(row) == "`equal-bits --bits 3`"
     row["settings"] = {"artifact": {"recipe": fields | {"asymmetric": 0.0, "row_scale": False, "seed": 7}}}
-    assert command_of(row) == "`default --bits 3 --asymmetric 0.0 --no-row-scale`"
+    assert command_of(row) == "`equal-bits --bits 3 --asymmetric 0.0 --no-row-scale`"
     row["settings"] = {"artifact": {"recipe": fields | {"avg_bits": 2.25, "candidates": [2, 3]}}}
-    assert command_of(row) == "`default --avg-bits 2.25 --candidates 2,3`"
+    assert command_of(row) == "`equal-bits --avg-bits 2.25 --candidates 2,3`"
 
 
 def test_exit_codes_are_those_of_the_code(docs: dict[str, str]) -> None:

@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 
 
 def recipe(**fields):
-    return Recipe.load("default", QUICK | fields)
+    return Recipe.load("equal-bits", QUICK | fields)
 
 
 def job_for(model, bits=None, size=None, settings=None, nats=None, **request):

@@ -11,7 +11,15 @@ import pytest
 from stopped_runs import contents, counting_text, disturbed
 from tiny_models import save_tiny
 
-QUICK = ("--samples=5", "--seq-len=24", "--batch-size=3", "--group-size=16", "--fit-rounds=1", "--refine-rounds=1")
+QUICK = (
+    "--recipe=equal-bits",
+    "--samples=5",
+    "--seq-len=24",
+    "--batch-size=3",
+    "--group-size=16",
+    "--fit-rounds=1",
+    "--refine-rounds=1",
+)
 KILLS = 5
 Whole = tuple[dict[str, Any], int, int]
 

@@ -23,7 +23,15 @@ from shiftadd_cli.errors import Interrupted, NumericalError, OutputError, Resume
 from shiftadd_cli.pipeline import history, job, walk
 from shiftadd_cli.recipe import Recipe
 
-QUICK = {"samples": 8, "seq_len": 24, "batch_size": 3, "group_size": 16, "fit_rounds": 1, "refine_rounds": 1}
+QUICK: dict[str, Any] = {
+    "recipe": "equal-bits",
+    "samples": 8,
+    "seq_len": 24,
+    "batch_size": 3,
+    "group_size": 16,
+    "fit_rounds": 1,
+    "refine_rounds": 1,
+}
 WAYS = {
     "default": {},
     "asymmetric": {"asymmetric": 0.5},
@@ -115,7 +123,8 @@ def test_a_run_that_ends_well_or_has_nothing_to_keep_leaves_nothing(
 def test_there_must_be_space_for_hidden_states_too(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = job.Job.prepare(str(model), tmp_path / "out", Recipe.load("default", QUICK)).plan
+    fields = dict(QUICK)
+    plan = job.Job.prepare(str(model), tmp_path / "out", Recipe.load(fields.pop("recipe"), fields)).plan
     assert plan.state_bytes > 0
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=plan.after_bytes + plan.state_bytes - 1))
     with pytest.raises(OutputError, match="MB are needed"):

@@ -37,6 +37,7 @@ TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(
 QUICK: dict[str, Any] = {
     "samples": 8, "seq_len": 64, "batch_size": 3, "group_size": 16, "fit_rounds": 1, "refine_rounds": 1,
 }  # fmt: skip
+QUICK_RUN = QUICK | {"recipe": "equal-bits"}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def decoded(source: Path, packed: PreTrainedModel, report: Report) -> PreTrained
 @pytest.mark.parametrize("family", MIXTURES)
 def test_what_is_written_loads_and_computes_with_the_decoded_weights(tmp_path: Path, text: str, family: str) -> None:
     source, out = save_tiny(family, tmp_path / "source"), tmp_path / "out"
-    report = shiftadd_cli.quantize(source, out, calibration=text, bits=4, **QUICK)
+    report = shiftadd_cli.quantize(source, out, calibration=text, bits=4, **QUICK_RUN)
     verify(Artifact.open(out))
     packed = load(out)
     dense = decoded(source, packed, report)
@@ -125,7 +126,7 @@ def test_every_way_to_calibrate_writes_what_loads(
 ) -> None:
     monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
     source = save_tiny(family, tmp_path / "source")
-    report = shiftadd_cli.quantize(source, tmp_path / "out", calibration=text, **(QUICK | fields))
+    report = shiftadd_cli.quantize(source, tmp_path / "out", calibration=text, **(QUICK_RUN | fields))
     packed = load(tmp_path / "out")
     assert torch.isfinite(logits(packed)).all()
     torch.testing.assert_close(logits(packed), logits(load(tmp_path / "out").dequantize()), rtol=1e-4, atol=1e-4)
@@ -140,14 +141,14 @@ def test_experts_that_read_too_few_tokens_are_fitted_by_weights_alone_and_named(
     tmp_path: Path, text: str, mixtral: Path
 ) -> None:
     fields = QUICK | {"samples": 1, "seq_len": 24, "bits": 2, "rotation": "none"}
-    report = shiftadd_cli.quantize(mixtral, tmp_path / "out", calibration=text, **fields)
+    report = shiftadd_cli.quantize(mixtral, tmp_path / "out", "equal-bits", calibration=text, **fields)
     starved = {layer.name for layer in report.starved}
     assert len(starved) > 0
     assert all(".experts." in name for name in starved)
     packed = load(tmp_path / "out")
     source = open_source(str(mixtral))
     source.materialise([""])
-    options = SolverOptions.from_recipe(Recipe.load("default", fields)).without_data()
+    options = SolverOptions.from_recipe(Recipe.load("equal-bits", fields)).without_data()
     for layer in report.layers:
         if layer.name in starved:
             assert layer.output_error is None
@@ -168,9 +169,9 @@ def test_experts_that_read_too_few_tokens_are_fitted_by_weights_alone_and_named(
 def test_the_room_for_moments_changes_nothing(
     tmp_path: Path, text: str, mixtral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shiftadd_cli.quantize(mixtral, tmp_path / "one", calibration=text, **QUICK)
+    shiftadd_cli.quantize(mixtral, tmp_path / "one", calibration=text, **QUICK_RUN)
     monkeypatch.setattr(mixtures, "ROOM_BYTES", 0)
-    shiftadd_cli.quantize(mixtral, tmp_path / "other", calibration=text, **QUICK)
+    shiftadd_cli.quantize(mixtral, tmp_path / "other", calibration=text, **QUICK_RUN)
     one, other = contents(tmp_path / "one"), contents(tmp_path / "other")
     assert one["model.safetensors"] == other["model.safetensors"]
     assert one["report.json"]["layers"] == other["report.json"]["layers"]
@@ -179,7 +180,7 @@ def test_the_room_for_moments_changes_nothing(
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     tmp_path: Path, text: str, mixtral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = QUICK | {"loss_aware": 0.5, "calibration": text}
+    fields = QUICK_RUN | {"loss_aware": 0.5, "calibration": text}
     shiftadd_cli.quantize(mixtral, tmp_path / "whole", **fields)
     stopped(monkeypatch, 1, mixtral, tmp_path / "out", **fields)
     shiftadd_cli.quantize(mixtral, tmp_path / "out", **fields)
@@ -190,7 +191,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 def test_skipped_experts_are_stored_one_by_one_as_they_were(
     tmp_path: Path, text: str, mixtral: Path, skip: str
 ) -> None:
-    report = shiftadd_cli.quantize(mixtral, tmp_path / "out", calibration=text, skip=[skip], **QUICK)
+    report = shiftadd_cli.quantize(mixtral, tmp_path / "out", calibration=text, skip=[skip], **QUICK_RUN)
     packed = load(tmp_path / "out")
     torch.testing.assert_close(logits(packed), logits(decoded(mixtral, packed, report)), rtol=1e-4, atol=1e-4)
     original = load(mixtral)
@@ -203,7 +204,7 @@ def test_skipped_experts_are_stored_one_by_one_as_they_were(
 
 
 def test_the_plan_of_a_mixture_is_of_what_its_experts_read(mixtral: Path) -> None:
-    plan = make_plan(open_source(str(mixtral)), Recipe.load("default", QUICK))
+    plan = make_plan(open_source(str(mixtral)), Recipe.load("equal-bits", QUICK))
     assert plan.artifact_format().split_experts
     (line,) = (line for line in describe_plan(plan).splitlines() if "gate_proj" in line)
     assert line.split()[:6] == ["mlp.experts.*.gate_proj", "8", "44", "x", "32", "3"]
@@ -218,7 +219,7 @@ def test_the_plan_of_a_mixture_is_of_what_its_experts_read(mixtral: Path) -> Non
 
 
 def test_a_bit_plan_shows_the_bits_that_most_experts_of_a_block_have(mixtral: Path) -> None:
-    recipe = Recipe.load("default", QUICK)
+    recipe = Recipe.load("equal-bits", QUICK)
     plan = plan_for(mixtral, recipe, lambda _: 3)
     layers = dict(plan.layers)
     name = "model.layers.1.mlp.experts.3.up_proj"
@@ -247,7 +248,7 @@ def test_experts_of_a_form_that_is_not_known_are_refused(tmp_path: Path, text: s
 
 
 def test_a_report_of_before_tokens_were_counted_is_read(tmp_path: Path, text: str, mixtral: Path) -> None:
-    shiftadd_cli.quantize(mixtral, tmp_path / "out", calibration=text, **QUICK)
+    shiftadd_cli.quantize(mixtral, tmp_path / "out", calibration=text, **QUICK_RUN)
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     del written["files"]
     for layer in written["layers"]:

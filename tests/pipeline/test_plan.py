@@ -18,7 +18,7 @@ from shiftadd_cli.source import open_source
 
 
 def plan_of(path, **fields):
-    return make_plan(open_source(str(path)), Recipe.load("default", fields))
+    return make_plan(open_source(str(path)), Recipe.load("equal-bits", fields))
 
 
 def test_planning_reads_no_weights(tmp_path):
@@ -53,7 +53,7 @@ def test_bits_of_single_layers_reach_layouts_and_format(tmp_path):
     save_tiny("llama", tmp_path)
     names = [each.spec.name for each in plan_of(tmp_path).linears]
     bits = {name: 2 if "mlp" in name else 4 for name in names}
-    plan = make_plan(open_source(str(tmp_path)), Recipe.load("default", {}), bits)
+    plan = make_plan(open_source(str(tmp_path)), Recipe.load("equal-bits", {}), bits)
     assert {each.spec.name: each.layout.bits for each in plan.linears} == bits
     read = ArtifactFormat.from_dict(plan.artifact_format().to_dict())
     assert read.layouts() == {each.spec.name: each.layout for each in plan.linears}
@@ -62,7 +62,7 @@ def test_bits_of_single_layers_reach_layouts_and_format(tmp_path):
     assert plan.after_bytes == sum(torch.Size(s).numel() * d.itemsize for s, d in plan.tensors.values())
     assert "2-4" not in describe_plan(plan)
     bits[names[0]] = 3
-    described = describe_plan(make_plan(open_source(str(tmp_path)), Recipe.load("default", {}), bits))
+    described = describe_plan(make_plan(open_source(str(tmp_path)), Recipe.load("equal-bits", {}), bits))
     assert "3-4" in described
 
 

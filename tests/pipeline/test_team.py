@@ -15,7 +15,15 @@ from team_runs import codes, command, team
 from tiny_models import save_tiny
 from tiny_vision import save_tiny_vision
 
-QUICK = ("--samples=13", "--seq-len=24", "--batch-size=3", "--group-size=16", "--fit-rounds=1", "--refine-rounds=1")
+QUICK = (
+    "--recipe=equal-bits",
+    "--samples=13",
+    "--seq-len=24",
+    "--batch-size=3",
+    "--group-size=16",
+    "--fit-rounds=1",
+    "--refine-rounds=1",
+)
 Place = tuple[Path, Path]
 
 

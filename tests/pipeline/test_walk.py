@@ -13,7 +13,14 @@ import shiftadd_cli
 from shiftadd_cli.calibration.playback import Playback
 from shiftadd_cli.pipeline import walk as walk_module
 
-QUICK: dict[str, Any] = {"samples": 6, "seq_len": 16, "batch_size": 4, "group_size": 16, "fit_rounds": 1}
+QUICK: dict[str, Any] = {
+    "recipe": "equal-bits",
+    "samples": 6,
+    "seq_len": 16,
+    "batch_size": 4,
+    "group_size": 16,
+    "fit_rounds": 1,
+}
 
 
 class Silent(Playback):

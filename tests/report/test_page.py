@@ -13,6 +13,7 @@ from reports import sample_report, sample_run
 
 import shiftadd_cli
 from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.recipe_file import packaged_names
 from shiftadd_cli.report.page import Run, render_page
 
 PAGES = {
@@ -164,8 +165,12 @@ def test_a_run_from_python_is_told_as_a_call_that_gives_the_same_recipe() -> Non
         sample_report(command=[], recipe=Recipe(bits=2, skip=("*.q",)).model_dump(mode="json")),
         sample_run().cost,
     )
-    assert run.command == "shiftadd_cli.quantize('sample', 'out', bits=2, skip=['*.q'])"
-    assert Recipe() == Recipe.load("default"), "the call names no recipe"
+    assert run.command == "shiftadd_cli.quantize('sample', 'out', 'equal-bits', bits=2, skip=['*.q'])"
+    for name in packaged_names():
+        recipe = Recipe.load(name, {"seed": 7})
+        run = Run("out", sample_report(command=[], recipe=recipe.model_dump(mode="json")), sample_run().cost)
+        named = "" if name == "default" else f", {name!r}"
+        assert run.command == f"shiftadd_cli.quantize('sample', 'out'{named}, seed=7)"
 
 
 def schemes(style: str) -> Iterator[tuple[str, dict[str, str]]]:

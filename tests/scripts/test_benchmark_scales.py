@@ -32,7 +32,9 @@ def test_rows_tell_what_the_command_stores(model: Path, tmp_path: Path) -> None:
     assert len(rows) == 8
     for row in rows:
         out = tmp_path / "out"
-        report = shiftadd_cli.quantize(str(model), out, "default", samples=4, seq_len=32, overwrite=True, **row["form"])
+        report = shiftadd_cli.quantize(
+            str(model), out, "equal-bits", samples=4, seq_len=32, overwrite=True, **row["form"]
+        )
         assert row["stored_bits"] == pytest.approx(report.size.bits_per_weight)
         assert 0 < row["error"] < 1
     errors = {(row["form"]["scale_format"], row["form"]["group_size"], row["form"]["offset"]): row for row in rows}
@@ -59,7 +61,14 @@ def test_errors_are_those_of_a_run(model: Path, tmp_path: Path) -> None:
     done = run(model, tmp_path, *arguments)
     assert done.exit_code == 0, done.output
     (row,) = json.loads((tmp_path / "scales.json").read_text())
-    same = {"samples": 4, "seq_len": 32, "group_size": 16, "true_sequential": False, "embedding_bits": 16}
+    same = {
+        "recipe": "equal-bits",
+        "samples": 4,
+        "seq_len": 32,
+        "group_size": 16,
+        "true_sequential": False,
+        "embedding_bits": 16,
+    }
     report = shiftadd_cli.quantize(str(model), tmp_path / "out", **same)
     assert row["error"] == pytest.approx(geometric_mean(each.output_error for each in report.layers if not each.block))
 
