@@ -1,14 +1,16 @@
-"""Sums of products of activations over tokens: on a CPU by the compiled kernels, which take a bfloat16 tensor as it is
-and a quarter to a half of torch's time (`scripts/benchmark_moments.py`), elsewhere by torch."""
+"""Sums of products of activations over tokens: where it is the faster by the compiled kernels, which take
+bfloat16 as it is, elsewhere by torch. `scripts/benchmark_solver.py` times both."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from shiftadd_cli.runtime.kernels.extension import cpu_extension
+from shiftadd_cli.runtime.kernels.extension import cpu_extension, instruction_sets
 from shiftadd_cli.runtime.kernels.ops import TYPES, address
 
+# The sets of kernels that are faster than torch; on other processors its libraries are.
+_FASTER = ("avx512_bf16", "avx512", "avx2")
 # Columns of a second moment that torch adds to at once.
 _STRIP = 256
 
@@ -21,9 +23,10 @@ def add_products(
     x: `[tokens, columns]` of any float dtype; other: x̃, of x's shape and dtype, or None, and then there is no cross.
     roots: float32 `[tokens]`, not negative, or None for ones. hessian, cross: float32 `[columns, columns]`, contiguous;
     below the diagonal `hessian` is left undefined. Products and sums are in float32. kernels: an instruction set, ""
-    for the best, "torch" for torch.
+    for the best of all ways, "torch" for torch.
     """
     extension = cpu_extension()
+    kernels = kernels or next((name for name in instruction_sets() if name in _FASTER), "torch")
     if kernels == "torch" or extension is None or not x.is_cpu:
         _add_by_torch(x, other, roots, hessian, cross)
         return

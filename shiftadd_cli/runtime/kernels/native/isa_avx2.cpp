@@ -40,6 +40,10 @@ struct Avx2 {
     static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
     static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+    // Lane by lane x > bound ? yes : no.
+    static Float if_above(Float x, Float bound, Float yes, Float no) {
+        return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, bound, _CMP_GT_OQ));
+    }
     static float sum(Float x) {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -36,6 +36,10 @@ struct Avx512 {
     static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     static float sum(Float x) { return _mm512_reduce_add_ps(x); }
+    // Lane by lane x > bound ? yes : no.
+    static Float if_above(Float x, Float bound, Float yes, Float no) {
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), no, yes);
+    }
     // Each lane gets what lane i ^ H has.
     template <int H>
     static Float swap(Float x) {

@@ -31,6 +31,8 @@ struct Neon {
     static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
     static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
     static float sum(Float x) { return vaddvq_f32(x); }
+    // Lane by lane x > bound ? yes : no.
+    static Float if_above(Float x, Float bound, Float yes, Float no) { return vbslq_f32(vcgtq_f32(x, bound), yes, no); }
     // Each lane gets what lane i ^ H has.
     template <int H>
     static Float swap(Float x) {

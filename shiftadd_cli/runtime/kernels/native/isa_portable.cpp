@@ -54,6 +54,10 @@ struct Portable {
     static Float fma(const Float& a, const Float& b, const Float& c) {
         return each<Float>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
     }
+    // Lane by lane x > bound ? yes : no.
+    static Float if_above(const Float& x, const Float& bound, const Float& yes, const Float& no) {
+        return each<Float>([&](int i) { return x.lane[i] > bound.lane[i] ? yes.lane[i] : no.lane[i]; });
+    }
     static float sum(Float x) {
         for (int half = kLanes / 2; half > 0; half /= 2)
             for (int i = 0; i < half; ++i) x.lane[i] += x.lane[i + half];

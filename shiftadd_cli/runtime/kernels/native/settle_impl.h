@@ -1,5 +1,8 @@
 // Columns of a matrix settle on levels one after the other, each correcting those that come after it, over the
-// operations of an instruction set. Rows do not depend on each other: so many as fill two registers go side by side.
+// operations of an instruction set. Rows do not depend on each other: so many as fill two registers go side by side, and
+// what they settle from is copied together first:
+//
+//     room    float32 [column][kRows]
 #pragma once
 
 #include <algorithm>
@@ -11,69 +14,96 @@ namespace shiftadd {
 
 template <class I>
 struct SettleKernel {
-    static constexpr int kLanes = I::kLanes, kRows = 2 * kLanes;
+    static constexpr int kLanes = I::kLanes, kParts = 2, kRows = kParts * kLanes;
+    using Float = typename I::Float;
 
-    // Nearest of ascending levels, a weight on a midpoint to the lower one: their values, and their places.
-    static inline void nearest(const Stretch& s, int64_t column, int64_t row, int count, const float* goal, float* value,
-                               uint8_t* ranks) {
-        const int64_t at = s.groups[column] * s.rows + row, step = s.group_count * s.rows;
-        const float *level = s.levels + at, *midpoint = s.midpoints + at;
-        int32_t rank[kRows] = {};
-        for (int i = 0; i < count; ++i) value[i] = level[i];
-        for (int64_t above = 1; above < s.level_count; ++above, midpoint += step) {
-            level += step;
-            for (int i = 0; i < count; ++i) {
-                const bool over = goal[i] > midpoint[i];
-                value[i] = over ? level[i] : value[i];
-                rank[i] += over;
-            }
+    // Some rows of a matrix [columns][rows]: all kRows, but for the last strip's, where the others are as the first.
+    struct Rows {
+        const float* from;
+        int count;
+
+        Float part(int number) const {
+            if (count == kRows) return I::load(from + number * kLanes);
+            float lanes[kLanes];
+            for (int i = 0; i < kLanes; ++i) lanes[i] = from[std::min(number * kLanes + i, count - 1)];
+            return I::load(lanes);
         }
-        for (int i = 0; i < count; ++i) ranks[i] = static_cast<uint8_t>(rank[i]);
+    };
+
+    static inline void store(Float low, Float high, int count, float* to) {
+        if (count == kRows) {
+            I::store(to, low);
+            I::store(to + kLanes, high);
+            return;
+        }
+        float lanes[kRows];
+        I::store(lanes, low);
+        I::store(lanes + kLanes, high);
+        std::memcpy(to, lanes, count * sizeof(float));
     }
 
-    // Rows from `row` on; `count` is kRows but at the end of the matrix.
-    static inline void settle(const Stretch& s, int64_t row, int count, float* room) {
-        for (int64_t column = 0; column < s.columns; ++column) {
-            float* local = room + column * kRows;
-            if (count < kRows) std::memset(local, 0, kRows * sizeof(float));
-            std::memcpy(local, s.goals + column * s.rows + row, count * sizeof(float));
+    // The nearest of ascending levels, a goal on a midpoint taking the lower one: their values, and their places.
+    static inline void nearest(const Stretch& s, int64_t column, int64_t row, int count, const Float (&goal)[kParts],
+                               Float (&value)[kParts], uint8_t* ranks) {
+        const int64_t at = s.groups[column] * s.rows + row, step = s.group_count * s.rows;
+        Float rank[kParts];
+        for (int part = 0; part < kParts; ++part) {
+            value[part] = Rows{s.levels + at, count}.part(part);
+            rank[part] = I::zero();
         }
-        for (int64_t column = 0; column < s.columns; ++column) {
-            const float* coupling = s.coupling + column * s.coupling_stride;
-            const float* local = room + column * kRows;
-            const float diagonal = coupling[column];
-            const int64_t at = column * s.rows + row;
-            float value[kRows];
-            alignas(64) float step[kRows] = {};
-            if (s.descend) {
-                float goal[kRows], *values = s.values + at;
-                for (int i = 0; i < count; ++i) goal[i] = values[i] + local[i] / diagonal;
-                nearest(s, column, row, count, goal, value, s.ranks + at);
-                for (int i = 0; i < count; ++i) step[i] = value[i] - values[i];
-            } else {
-                nearest(s, column, row, count, local, value, s.ranks + at);
-                for (int i = 0; i < count; ++i) step[i] = (local[i] - value[i]) / diagonal;
-            }
-            std::memcpy(s.values + at, value, count * sizeof(float));
-            std::memcpy(s.steps + at, step, count * sizeof(float));
-            bool any = false;
-            for (int i = 0; i < kRows; ++i) any |= step[i] != 0;
-            if (!any) continue;
-            const auto low = I::load(step), high = I::load(step + kLanes);
-            for (int64_t later = column + 1; later < s.columns; ++later) {
-                float* to = room + later * kRows;
-                const auto factor = I::set(-coupling[later]);
-                I::store(to, I::fma(factor, low, I::load(to)));
-                I::store(to + kLanes, I::fma(factor, high, I::load(to + kLanes)));
+        for (int64_t above = 1; above < s.level_count; ++above) {
+            const Rows level{s.levels + at + above * step, count}, midpoint{s.midpoints + at + (above - 1) * step, count};
+            const Float place = I::set(static_cast<float>(above));
+            for (int part = 0; part < kParts; ++part) {
+                const Float bound = midpoint.part(part);
+                value[part] = I::if_above(goal[part], bound, level.part(part), value[part]);
+                rank[part] = I::if_above(goal[part], bound, place, rank[part]);
             }
         }
+        float places[kRows];
+        store(rank[0], rank[1], kRows, places);
+        for (int i = 0; i < count; ++i) ranks[i] = static_cast<uint8_t>(places[i]);
     }
 
     static void strip(const Stretch& s, int64_t number, float* room) {
         const int64_t row = number * kRows;
-        // A constant count makes the loops over rows registers.
-        if (row + kRows <= s.rows) settle(s, row, kRows, room);
-        else settle(s, row, static_cast<int>(s.rows - row), room);
+        const int count = static_cast<int>(std::min<int64_t>(kRows, s.rows - row));
+        for (int64_t column = 0; column < s.columns; ++column) {
+            const Rows goals{s.goals + column * s.rows + row, count};
+            for (int part = 0; part < kParts; ++part) I::store(room + column * kRows + part * kLanes, goals.part(part));
+        }
+        for (int64_t column = 0; column < s.columns; ++column) {
+            const float* coupling = s.coupling + column * s.coupling_stride;
+            const int64_t at = column * s.rows + row;
+            const Float inverse = I::set(1.0f / coupling[column]), minus = I::set(-1.0f);
+            Float goal[kParts], value[kParts], step[kParts];
+            for (int part = 0; part < kParts; ++part) goal[part] = I::load(room + column * kRows + part * kLanes);
+            if (s.descend) {
+                const Rows values{s.values + at, count};
+                Float before[kParts];
+                for (int part = 0; part < kParts; ++part) {
+                    before[part] = values.part(part);
+                    goal[part] = I::fma(goal[part], inverse, before[part]);
+                }
+                nearest(s, column, row, count, goal, value, s.ranks + at);
+                for (int part = 0; part < kParts; ++part) step[part] = I::fma(before[part], minus, value[part]);
+            } else {
+                nearest(s, column, row, count, goal, value, s.ranks + at);
+                for (int part = 0; part < kParts; ++part)
+                    step[part] = I::mul(I::fma(value[part], minus, goal[part]), inverse);
+            }
+            store(value[0], value[1], count, s.values + at);
+            store(step[0], step[1], count, s.steps + at);
+            // Near the end of a descent next to no value changes.
+            static constexpr float kNone[kRows] = {};
+            if (std::memcmp(s.steps + at, kNone, count * sizeof(float)) == 0) continue;
+            for (int64_t later = column + 1; later < s.columns; ++later) {
+                float* to = room + later * kRows;
+                const Float factor = I::set(-coupling[later]);
+                for (int part = 0; part < kParts; ++part)
+                    I::store(to + part * kLanes, I::fma(factor, step[part], I::load(to + part * kLanes)));
+            }
+        }
     }
 };
 
