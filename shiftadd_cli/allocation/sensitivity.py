@@ -71,6 +71,11 @@ class Sensitivities:
         return all(wanted <= costs.keys() for costs in self.costs.values())
 
 
+def gradient_stride(samples: int, tokens: int) -> int:
+    """Of so many samples of so many tokens, one in how many gradients are taken of."""
+    return max(1, samples * tokens // _GRADIENT_TOKENS)
+
+
 class Measure(Protocol):
     """Something of the linears that read one input, in the order of `specs`, by bits."""
 
@@ -109,7 +114,7 @@ def measure_sensitivities(
         divergence = Divergence(replay, structure, options, candidates, progress=progress, team=team)
         found = walk_blocks(source, structure, trace, divergence, device=device, progress=progress, team=team)
         return replace(found, costs=divergence.costs(found.costs))
-    probe = samples[:: max(1, len(samples) * trace.hidden[0].shape[1] // _GRADIENT_TOKENS)]
+    probe = samples[:: gradient_stride(len(samples), trace.hidden[0].shape[1])]
     traced = trace_model(source, structure, probe, max(trace.calls), device)
     gradients = squared_gradients(
         source, structure, probe, traced, device=device, seed=seed, progress=progress, team=team

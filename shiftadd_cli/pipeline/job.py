@@ -163,7 +163,12 @@ class Job:
             with clock.phase("allocate"):
                 bit_plan = self.allocation.run(block_bar, team)
             history.keep_bits(bit_plan, clock)
-        plan = replace(make_plan(self.plan.source, self.plan.recipe, bit_plan.bits), bit_plan=bit_plan)
+        # The memory is that of the whole run, whose peak the measuring may have been, and not what is expected on top.
+        plan = replace(
+            make_plan(self.plan.source, self.plan.recipe, bit_plan.bits),
+            bit_plan=bit_plan,
+            peak_memory_bytes=self.plan.peak_memory_bytes,
+        )
         if announce is not None:
             announce(plan)
         return plan

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from shiftadd_cli.allocation.sensitivity import gradient_stride
 from shiftadd_cli.calibration.flow import Flow, measure_flow
 from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
 from shiftadd_cli.calibration.mixtures import COPIES, ROOM_BYTES, expert_bytes
@@ -119,7 +120,8 @@ def peak_memory(
         # Squared gradients, and their powers, beside the inputs of the blocks.
         starting += 2 * token_weights + min(GRADIENT_BYTES, len(blocks) * hidden)
     if recipe.avg_bits is not None:
-        measuring = outside + running + hidden + min(GRADIENT_BYTES, len(blocks) * hidden)
+        probed = hidden / gradient_stride(recipe.samples, max(flow.tokens))
+        measuring = outside + running + hidden + min(GRADIENT_BYTES, len(blocks) * probed)
         return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling, measuring)))
     return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling)))
 
