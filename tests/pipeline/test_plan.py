@@ -102,11 +102,12 @@ def test_all_processes_but_the_first_hold_the_hidden_states_of_their_samples(tmp
     assert plan_of(tmp_path, calibration="none", sweep="none", refine_rounds=0).held_bytes(second) == 0
 
 
-@pytest.mark.parametrize("fields", [{"avg_bits": 4.0}, {"loss_aware": 1.0}], ids=str)
-def test_what_measures_gradients_holds_hidden_states_in_memory(tmp_path, fields):
+@pytest.mark.parametrize(("fields", "copies"), [({"avg_bits": 4.0}, 1), ({"loss_aware": 1.0}, 2)], ids=str)
+def test_what_measures_gradients_holds_hidden_states_in_memory(tmp_path, fields, copies):
+    """Of all windows on the way in, and of those that gradients are taken of at every block: some, or all of them."""
     save_tiny("llama", tmp_path)
     few, many = (plan_of(tmp_path, samples=samples, **fields) for samples in (8, 800))
-    assert many.peak_memory_bytes - few.peak_memory_bytes > 2 * 792 * 512 * 48 * 4
+    assert many.peak_memory_bytes - few.peak_memory_bytes > copies * 792 * 512 * 48 * 4
 
 
 def test_the_least_memory_is_that_of_the_smallest_batch_that_is_needed(tmp_path):
