@@ -19,7 +19,8 @@ from shiftadd_cli.runtime.decoder_families import BLOCKS, MODELS, name_of
 from shiftadd_cli.runtime.decoder_stack import PLAN, STACK, LookupModel, current_pass, model_class
 from shiftadd_cli.runtime.growing_cache import append
 from shiftadd_cli.runtime.kernels.block_plan import LINEARS, MOST_ROWS, NORMS, BlockPlan, Form, suits
-from shiftadd_cli.runtime.kernels.ops import TYPES, is_plain
+from shiftadd_cli.runtime.kernels.extension import TYPES
+from shiftadd_cli.runtime.kernels.ops import is_plain
 from shiftadd_cli.runtime.made_class import Reduced, reduce_made
 
 # Classes of activations in transformers that are GELU in the form with tanh, or SiLU.

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from shiftadd_cli.runtime.kernels.choice import Kernel
 from shiftadd_cli.runtime.kernels.cpu_weight import CpuWeight, native_layout
-from shiftadd_cli.runtime.kernels.extension import cpu_extension
-from shiftadd_cli.runtime.kernels.ops import TYPES, address
+from shiftadd_cli.runtime.kernels.extension import TYPES, address, cpu_extension
 from shiftadd_cli.runtime.kernels.watch import Place, Watch
 from shiftadd_cli.runtime.linear import PackedLinear
 

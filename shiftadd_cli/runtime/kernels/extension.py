@@ -1,4 +1,7 @@
-"""The compiled CPU kernels (native/), which an installation may lack: without a compiler the package is pure Python."""
+"""The compiled CPU kernels (native/), which an installation may lack: without a compiler the package is pure Python.
+
+Imports torch alone: what quantizes calls the kernels too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+# As `Number` in native/kernels.h.
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 @cache
@@ -40,6 +47,11 @@ def _torchs_team() -> int | None:
     except (OSError, AttributeError):
         return None
     return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies, as the extension takes it; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.runtime.kernels.cpu_weight import native_layout
-from shiftadd_cli.runtime.kernels.extension import cpu_extension
+from shiftadd_cli.runtime.kernels.extension import TYPES, address, cpu_extension
 from shiftadd_cli.runtime.kernels.triton_weight import TritonWeight
 
-# As `Number` in native/engine.h.
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 METHODS = {"auto": 0, "look-up": 1, "multiply": 2}
 
 _library = torch.library.Library("shiftadd", "DEF")
@@ -268,11 +266,6 @@ def _extension() -> Any:
     if extension is None:
         raise RuntimeError("This installation of shiftadd has no compiled kernels.")
     return extension
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where a tensor lies, as the extension takes it; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _refuse(*_: Any) -> NoReturn:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.runtime.kernels.block_plan import BlockPlan
-from shiftadd_cli.runtime.kernels.extension import cpu_extension
-from shiftadd_cli.runtime.kernels.ops import TYPES
+from shiftadd_cli.runtime.kernels.extension import TYPES, cpu_extension
 from shiftadd_cli.runtime.kernels.watch import Watch
 from shiftadd_cli.runtime.stack_cache import Rooms
 
