@@ -66,11 +66,8 @@ def quality_table() -> str:
     for method, bits, remark in _QUALITY:
         row = rows[method, bits]
         first, second = row["scores"]["wikitext2-test"], row["scores"]["brown-test"]
-        own = (
-            ""
-            if row["native_bits"] in (None, row["stored_bits"])
-            else f"{row['native_bits']:.3f} in a format of its own"
-        )
+        native = row["native_bits"]
+        own = "" if native in (None, row["stored_bits"]) else f"{native:.3f} in a format of its own"
         remarks = "; ".join(filter(None, (remark, own)))
         lines.append(
             [

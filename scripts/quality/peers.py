@@ -36,6 +36,12 @@ class PeerJob:
     batch_size: int
     seed: int
 
+    def calibration_of(self, peer: str) -> Tensor:
+        """The windows. Raises RecipeError, naming the peer as its readers know it, where there are none."""
+        if self.windows is None:
+            raise RecipeError(f"{peer} needs calibration text.")
+        return self.windows
+
     def linears(self) -> list[tuple[str, nn.Linear]]:
         """Name and module of each linear to compress."""
         found = [(name, self.model.get_submodule(name)) for name in self.names]

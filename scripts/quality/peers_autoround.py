@@ -18,8 +18,7 @@ def compress(job: PeerJob) -> int:
 
 def round_by(job: PeerJob, **schedule: float) -> int:
     """Asymmetric grids, as in the other uniform methods here; schedule: options of `AutoRound` about its iterations."""
-    if job.windows is None:
-        raise RecipeError("auto-round needs calibration text.")
+    windows = job.calibration_of("auto-round")
     for name, linear in job.linears():
         if linear.in_features % _SIDE or linear.out_features % _SIDE:
             raise RecipeError(f"auto-round leaves {name} as it is, for its sides are no multiples of {_SIDE}.")
@@ -30,9 +29,9 @@ def round_by(job: PeerJob, **schedule: float) -> int:
         bits=job.bits,
         group_size=job.group_size,
         sym=False,
-        dataset=list(job.windows.split(job.batch_size)),
-        nsamples=len(job.windows),
-        seqlen=job.windows.shape[1],
+        dataset=list(windows.split(job.batch_size)),
+        nsamples=len(windows),
+        seqlen=windows.shape[1],
         batch_size=job.batch_size,
         seed=job.seed,
         device_map="cpu",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
@@ -17,14 +16,9 @@ _SIDE = 32
 
 
 def compress(job: PeerJob) -> int:
-    """See `Adapter`; the peer's default order of columns, which needs no permutation at run time."""
-    return solve_by(job)
-
-
-def solve_by(job: PeerJob, **settings: Any) -> int:
-    """Asymmetric grids, as in the other uniform methods here; settings: further ones of `QuantizeConfig`."""
-    if job.windows is None:
-        raise RecipeError("GPTQModel needs calibration text.")
+    """See `Adapter`; the peer's default order of columns, which needs no permutation at run time, and asymmetric grids,
+    as in the other uniform methods here."""
+    windows = job.calibration_of("GPTQModel")
     for name, linear in job.linears():
         if linear.out_features % _SIDE or linear.in_features % _SIDE or linear.in_features % job.group_size:
             raise RecipeError(
@@ -41,14 +35,13 @@ def solve_by(job: PeerJob, **settings: Any) -> int:
         format="gptq_v2",
         device="cpu",
         offload_to_disk=False,
-        **settings,
     )
     with TemporaryDirectory() as folder:
         job.model.save_pretrained(folder)
         job.tokenizer.save_pretrained(folder)
         # The decoded weights go into the model we have; its own copy is read from the folder.
         peer = GPTQModel.load(folder, config, backend=BACKEND.TORCH)
-        samples = [{"input_ids": each[None], "attention_mask": torch.ones_like(each[None])} for each in job.windows]
+        samples = [{"input_ids": each[None], "attention_mask": torch.ones_like(each[None])} for each in windows]
         peer.quantize(samples, batch_size=job.batch_size, calibration_sort=None, tokenizer=job.tokenizer)
     stored = 0
     for name, linear in job.linears():

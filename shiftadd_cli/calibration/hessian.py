@@ -64,15 +64,16 @@ class _Sum:
         self._rows, self._all_rows = torch.zeros(2, 1, dtype=torch.int64)
 
     def add(self, inputs: Tensor, original: Tensor | None, weights: Tensor | None) -> None:
-        roots = None if weights is None else weights.reshape(-1).to(inputs.device).float().sqrt()
+        weights = None if weights is None else weights.reshape(-1).to(inputs.device).float()
         rows = _rows_of(inputs)
         hessian, total, *unspoilt = self._part
-        others = None
-        total += _sum_of(rows, roots)
+        total += _sum_of(rows, weights)
+        others = cross = None
         if unspoilt:
+            cross, cross_total = unspoilt
             others = rows if original is None else _rows_of(original.to(inputs))
-            unspoilt[1].add_(_sum_of(others, roots))
-        add_products(rows, others, roots, hessian, unspoilt[0] if unspoilt else None)
+            cross_total += _sum_of(others, weights)
+        add_products(rows, others, None if weights is None else weights.sqrt(), hessian, cross)
         self._rows += len(rows)
 
     def end_round(self, team: Team, shards: int) -> None:
@@ -166,9 +167,9 @@ def _rows_of(inputs: Tensor) -> Tensor:
     return inputs.reshape(-1, inputs.shape[-1])
 
 
-def _sum_of(rows: Tensor, roots: Tensor | None) -> Tensor:
-    """Over tokens, each of which counts by its weight, the square of its root."""
-    return rows.sum(0, dtype=torch.float32) if roots is None else roots.square() @ rows.float()
+def _sum_of(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Over tokens, each of which counts by its weight."""
+    return rows.sum(0, dtype=torch.float32) if weights is None else weights @ rows.float()
 
 
 def _weights_of(inputs: Tensor, weights: Tensor | None, windows: slice) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
@@ -79,9 +80,15 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+@cache
+def _default_recipe() -> Recipe:
+    """Read once: every command asks of every field."""
+    return Recipe.load()
+
+
 def default_text(name: str) -> str:
     """What the recipe `default` says of a field, as a user would type it."""
-    recipe = Recipe.load()
+    recipe = _default_recipe()
     value = getattr(recipe, name)
     if isinstance(value, bool):
         return "on" if value else "off"

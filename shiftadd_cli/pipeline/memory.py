@@ -119,11 +119,11 @@ def peak_memory(
         token_weights = token_weight_bytes(recipe, flow, linears)
         # Squared gradients, and their powers, beside the inputs of the blocks.
         starting += 2 * token_weights + min(GRADIENT_BYTES, len(blocks) * hidden)
+    measuring = 0.0
     if recipe.avg_bits is not None:
         probed = hidden / gradient_stride(recipe.samples, max(flow.tokens))
         measuring = outside + running + hidden + min(GRADIENT_BYTES, len(blocks) * probed)
-        return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling, measuring)))
-    return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling)))
+    return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling, measuring)))
 
 
 def _expert_bytes(linears: Sequence[LinearSpec], *, cross: bool) -> int:
