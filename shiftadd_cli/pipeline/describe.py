@@ -27,6 +27,7 @@ def describe_plan(plan: Plan) -> str:
     kept = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
     source, recipe = plan.source, plan.recipe
     before = source.model_bytes
+    after = f"{'at most ' if plan.open_bits else ''}{size(plan.most_bytes)}"
     dtype = str(source.dtype).removeprefix("torch.")
     return "\n".join(
         (
@@ -41,7 +42,7 @@ def describe_plan(plan: Plan) -> str:
                 for each in plan.tables
             ),
             f"Kept          {size(plan.kept_bytes)} in {dtype}: {kept}",
-            f"Size          {size(before)} in {dtype} (files: {size(source.file_bytes)}) -> {size(plan.after_bytes)}, "
+            f"Size          {size(before)} in {dtype} (files: {size(source.file_bytes)}) -> {after}, "
             f"{plan.whole_bits_per_weight:.3f} bits/weight over the whole file",
             f"Memory        about {size(plan.peak_memory_bytes)} at the peak",
             *_computed(plan),
@@ -69,13 +70,13 @@ def _computed(plan: Plan) -> list[str]:
 
 
 def _bit_plan(plan: Plan) -> list[str]:
-    if plan.bit_plan is None:
-        if plan.recipe.avg_bits is None:
-            return []
+    if plan.open_bits:
         return [
             f"Bit plan      at most {plan.recipe.avg_bits:g} stored bits per weight on average, given to layers by how "
             "much each turns out to matter; above is the least"
         ]
+    if plan.bit_plan is None:
+        return []
     made = plan.bit_plan.made_by
     return [
         f"Bit plan      {plan.recipe.bit_plan or made.budget}: {plan.planes_per_weight:.3f} planes, "

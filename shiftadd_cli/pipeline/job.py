@@ -80,7 +80,7 @@ class Job:
         if max_memory is not None:
             _check_memory(plan, max_memory, plan.held_bytes(team))
         if team.first:
-            check_output(out, local, overwrite=overwrite, expected_bytes=plan.after_bytes)
+            check_output(out, local, overwrite=overwrite, expected_bytes=plan.most_bytes)
         return cls(plan, out, device, overwrite, resume, allocation)
 
     def run(
@@ -97,7 +97,7 @@ class Job:
         """
         clock = Measured()
         calibration = self._calibration()
-        check_space(self.out, self.plan.after_bytes + self.plan.state_bytes)
+        check_space(self.out, self.plan.most_bytes + self.plan.state_bytes)
         with Workspace(self.out, resume=self.resume) as workspace:
             history = History(workspace, self.plan.structure.blocks)
             asked = Asked.of(self.plan, None if calibration is None else calibration.samples)

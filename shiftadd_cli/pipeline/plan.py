@@ -84,6 +84,17 @@ class Plan:
         return self.quantized_bytes + self.table_bytes + self.kept_bytes
 
     @property
+    def open_bits(self) -> bool:
+        """Whether the bits of the layers are still to be chosen; those of `linears` then stand for them."""
+        return self.recipe.avg_bits is not None and self.bit_plan is None
+
+    @property
+    def most_bytes(self) -> int:
+        """`after_bytes`, and where bits are still to be chosen what their average allows."""
+        allowed = int((self.recipe.avg_bits or 0) * self.quantized_weights / 8) if self.open_bits else 0
+        return self.after_bytes + max(0, allowed - self.quantized_bytes)
+
+    @property
     def state_bytes(self) -> int:
         """What a run keeps beside the artifact until it ends: hidden states at two depths, in so many versions, token
         weights, and of a block what its linears give out, and for asymmetric calibration what they read in the
@@ -136,8 +147,8 @@ class Plan:
 
     @property
     def whole_bits_per_weight(self) -> float:
-        """Stored bits per parameter of the whole model."""
-        return 8 * self.after_bytes / self.parameters
+        """Stored bits per parameter of the whole model, at most."""
+        return 8 * self.most_bytes / self.parameters
 
     def artifact_format(self) -> ArtifactFormat:
         """The quantization_config of the artifact."""

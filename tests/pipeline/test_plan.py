@@ -14,6 +14,7 @@ from shiftadd_cli.errors import SourceError
 from shiftadd_cli.pipeline.describe import describe_plan
 from shiftadd_cli.pipeline.plan import least_memory, make_plan
 from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.report.summary import size
 from shiftadd_cli.source import open_source
 
 
@@ -100,6 +101,18 @@ def test_all_processes_but_the_first_hold_the_hidden_states_of_their_samples(tmp
     assert plan.held_bytes(ALONE) == 0
     assert plan.held_bytes(second) == 16 * 64 * 48 * 4
     assert plan_of(tmp_path, calibration="none", sweep="none", refine_rounds=0).held_bytes(second) == 0
+
+
+def test_where_bits_are_still_to_be_chosen_the_size_is_what_their_average_allows(tmp_path):
+    save_tiny("llama", tmp_path)
+    plan = plan_of(tmp_path, avg_bits=6.0)
+    other = plan.after_bytes - plan.quantized_bytes
+    assert plan.bits_per_weight < 6
+    assert 8 * (plan.most_bytes - other) / plan.quantized_weights == pytest.approx(6, rel=1e-3)
+    assert f"-> at most {size(plan.most_bytes)}, " in describe_plan(plan)
+    settled = plan_of(tmp_path, bits=3)
+    assert settled.most_bytes == settled.after_bytes
+    assert "at most" not in describe_plan(settled)
 
 
 @pytest.mark.parametrize(("fields", "copies"), [({"avg_bits": 4.0}, 1), ({"loss_aware": 1.0}, 2)], ids=str)
