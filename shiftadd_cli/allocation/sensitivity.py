@@ -115,7 +115,7 @@ def measure_sensitivities(
         found = walk_blocks(source, structure, trace, divergence, device=device, progress=progress, team=team)
         return replace(found, costs=divergence.costs(found.costs))
     probe = samples[:: gradient_stride(len(samples), trace.hidden[0].shape[1])]
-    traced = trace_model(source, structure, probe, max(trace.calls), device)
+    traced = trace_model(source, structure, probe, trace.hidden.batch_size, device)
     gradients = squared_gradients(
         source, structure, probe, traced, device=device, seed=seed, progress=progress, team=team
     )
@@ -226,7 +226,7 @@ def walk_blocks(
     for depth, name in enumerate(progress(structure.blocks, "Measuring")):
         source.materialise([name])
         block = source.skeleton().get_submodule(name).to(device)
-        calls = {size: per_block[depth] for size, per_block in trace.calls.items()}
+        calls = {index: per_block[depth] for index, per_block in trace.calls.items()}
         stream = BlockStream(block, trace.hidden, calls, device)
         specs = {spec.kind: spec for spec in structure.linears if spec.block == depth}
         turns = in_turns(stream.shared_inputs(list(specs), team), list(specs.values()))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.end_loss import EndLoss, Loss
-from shiftadd_cli.calibration.streams import batch_span, is_whole
+from shiftadd_cli.calibration.streams import is_whole
 from shiftadd_cli.calibration.trace import Trace, check_finite
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
@@ -64,8 +64,10 @@ class SquaredGradients:
 
 @dataclass
 class _Batch:
-    """A batch on its way: `first` is the number of its first sample, `hidden` its input of every block so far."""
+    """Batch `number` on its way: `first` is the number of its first sample, `hidden` its input of every block so
+    far."""
 
+    number: int
     first: int
     size: int
     hidden: list[Tensor] = field(default_factory=list)
@@ -149,7 +151,7 @@ class _Walk:
             block = self._load(name)
             with torch.no_grad():
                 for batch in batches:
-                    output = self.trace.calls[batch.size][depth].run(block, batch.hidden[-1].to(self.device))
+                    output = self.trace.calls[batch.number][depth].run(block, batch.hidden[-1].to(self.device))
                     check_finite(output, name)
                     batch.hidden.append(output.cpu())
             self.source.release([name])
@@ -164,7 +166,7 @@ class _Walk:
                 gradient = batch.hidden.pop().to(self.device)
                 inputs = batch.hidden.pop().to(self.device).detach().requires_grad_()
                 with torch.enable_grad(), self._watched(depth, batch):
-                    output = self.trace.calls[batch.size][depth].run(block, inputs)
+                    output = self.trace.calls[batch.number][depth].run(block, inputs)
                 gradient = torch.autograd.grad(output, inputs, gradient)[0]
                 _refuse_not_finite(gradient, name)
                 batch.hidden.append(gradient.cpu())
@@ -212,8 +214,7 @@ def _groups(trace: Trace, numbers: Iterable[int], memory_bytes: int) -> Iterator
         if group and used + hidden.nbytes > memory_bytes:
             yield group
             group, used = [], 0
-        span = batch_span(number, max(trace.calls), trace.hidden.samples)
-        group.append(_Batch(span.start, len(hidden), [hidden]))
+        group.append(_Batch(number, trace.hidden.span(number).start, len(hidden), [hidden]))
         used += hidden.nbytes
     if group:
         yield group

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.calibration.calls import PLAIN_LAYOUT, Layout
 from shiftadd_cli.source import Structure
 from shiftadd_cli.source.vision import IMAGE_INPUT
 
@@ -49,38 +50,64 @@ def predict(model: Any, samples: Tensor) -> Prediction:
     return Prediction(output.last_hidden_state.mean(1), False)
 
 
-def hidden_of(output: Any) -> Tensor:
-    """Blocks return hidden states bare or as the first of a tuple."""
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
 @dataclass(frozen=True)
 class Form:
-    """What a block gives out: hidden states of `shape` `[tokens, width]` for each sample, bare, or the first of a tuple
-    of so many `others` beside them."""
+    """What a block gives out for each sample, packed as in `calibration.calls`.
 
+    Attributes:
+        entered, shape: of the hidden states before and behind it, `(tokens, width)`.
+        others: how many other things it returns behind them in a tuple; None where it returns them bare.
+    """
+
+    entered: tuple[int, ...]
     shape: tuple[int, ...]
     others: int | None
-
-    @classmethod
-    def of(cls, output: Any) -> Form:
-        """The form of a block's output."""
-        others = len(output) - 1 if isinstance(output, (tuple, list)) else None
-        return cls(tuple(hidden_of(output).shape[1:]), others)
+    dtype: torch.dtype = torch.float32
+    layout: Layout = PLAIN_LAYOUT
 
     def dress(self, hidden: Tensor) -> Any:
-        """Hidden states as a block of this form returns them."""
-        return hidden if self.others is None else (hidden, *(None,) * self.others)
+        """Packed hidden states `[batch, tokens, width]` as a block of this form returns them."""
+        states = self.layout.unpack(hidden)
+        return states if self.others is None else (states, *(None,) * self.others)
+
+    def stand_in(self, hidden: Tensor) -> Any:
+        """Something of this form, for the hidden states `hidden` that enter the block."""
+        if self.entered == self.shape:
+            return self.dress(self.layout.pack(hidden))
+        batch, tokens = self.layout.pack(hidden).shape[:2]
+        shape = (tokens if self.entered[0] == self.shape[0] else self.shape[0], self.shape[1])
+        return self.dress(torch.zeros((), dtype=self.dtype, device=hidden.device).expand(batch, *shape))
+
+
+@contextmanager
+def standing_in(blocks: Sequence[nn.Module], forms: Sequence[Form]) -> Iterator[None]:
+    """While this lasts, blocks compute nothing and return something of their forms."""
+
+    def forward(form: Form) -> Callable[..., Any]:
+        return lambda *args, **kwargs: form.stand_in(args[0] if args else kwargs["hidden_states"])
+
+    with _computing(blocks, [forward(form) for form in forms]):
+        yield
 
 
 @contextmanager
 def returning(blocks: Sequence[nn.Module], forms: Sequence[Form], hidden: Tensor) -> Iterator[None]:
-    """While this lasts, the last of `blocks` does nothing and returns `hidden`, the others something of their form."""
-    for block, form in zip(blocks, forms, strict=True):
-        # Of the same shape the states themselves will do, also where they are a slice of the tokens.
+    """While this lasts, the last of `blocks` does nothing and returns packed `hidden` states, the others something of
+    their form."""
+    outputs = []
+    for form in forms:
+        # States of the same shape will do for all blocks, also where they are a slice of the tokens.
         alike = form.shape == forms[-1].shape
-        states = hidden if alike else hidden.detach().new_zeros(()).expand(len(hidden), *form.shape)
-        block.__dict__["forward"] = _returning(form.dress(states))
+        outputs.append(form.dress(hidden if alike else hidden.detach().new_zeros(()).expand(len(hidden), *form.shape)))
+    with _computing(blocks, [_returning(output) for output in outputs]):
+        yield
+
+
+@contextmanager
+def _computing(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """While this lasts, the blocks have these forwards."""
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.__dict__["forward"] = forward
     try:
         yield
     finally:

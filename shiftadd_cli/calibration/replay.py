@@ -63,8 +63,8 @@ class Replay:
     def run(self, depth: int, hidden: Tensor) -> Tensor:
         """What block number `depth`, which must be loaded, makes of hidden states."""
         block, found = self._blocks[depth], []
-        for batch in hidden.split(self._batch_size):
-            found.append(self._calls[len(batch)][depth].run(block, batch.to(self._device)).cpu())
+        for index, batch in enumerate(hidden.split(self._batch_size)):
+            found.append(self._calls[index][depth].run(block, batch.to(self._device)).cpu())
         return torch.cat(found)
 
     @torch.no_grad()

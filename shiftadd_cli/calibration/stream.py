@@ -9,17 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.calibration.calls import BlockCall
 from shiftadd_cli.calibration.playback import Playback
-from shiftadd_cli.calibration.streams import HiddenStates, batch_span
-from shiftadd_cli.calibration.trace import BlockCall, StopForward, check_finite, hooked
+from shiftadd_cli.calibration.streams import HiddenStates
+from shiftadd_cli.calibration.trace import StopForward, check_finite, hooked
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.source.experts import SplitExperts
 
 
 @dataclass(frozen=True)
 class BlockStream:
-    """`block` is fed `hidden`, batch by batch; `calls[batch size]` are its other arguments. With a `playback` of the
-    block, what is finished in it need not be computed again."""
+    """`block` is fed `hidden`, batch by batch, in the call of each batch. With a `playback` of the block, what is
+    finished in it need not be computed again."""
 
     block: nn.Module
     hidden: HiddenStates
@@ -70,7 +71,7 @@ class BlockStream:
 
     def span(self, index: int) -> slice:
         """The samples of a batch."""
-        return batch_span(index, max(self.calls), self.hidden.samples)
+        return self.hidden.span(index)
 
     def shared_inputs(self, names: Sequence[str], team: Team = ALONE) -> list[tuple[str, ...]]:
         """The linears `names` by the tensor they read (query, key and value; gate and up), in the order they run.
@@ -111,4 +112,4 @@ class BlockStream:
     def _run(self, index: int) -> Tensor:
         batch = self.hidden[index]
         with nullcontext() if self.playback is None else self.playback.during(index):
-            return self.calls[len(batch)].run(self.block, batch.to(self.device))
+            return self.calls[index].run(self.block, batch.to(self.device))

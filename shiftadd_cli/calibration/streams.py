@@ -14,14 +14,19 @@ States = TypeVar("States", bound="HiddenStates")
 
 
 class HiddenStates:
-    """The hidden states of all calibration samples at one depth, in batches, on the CPU in the model's dtype.
+    """The states of all calibration samples at one depth (see `calibration.calls`), in batches of `batch_size` but for
+    the last, on the CPU.
 
-    A process of a team that holds some of the batches is told how many there are: `batches`.
+    partial: for a process of a team that holds some of the batches.
     """
 
-    def __init__(self, samples: int, batches: int | None = None) -> None:
-        self.samples, self._count = samples, batches
+    def __init__(self, samples: int, batch_size: int, *, partial: bool = False) -> None:
+        self.samples, self.batch_size, self._partial = samples, batch_size, partial
         self._batches: dict[int, Tensor] = {}
+
+    def span(self, index: int) -> slice:
+        """The samples of a batch."""
+        return batch_span(index, self.batch_size, self.samples)
 
     def append(self, batch: Tensor) -> None:
         """Add a batch `[batch, tokens, width]`."""
@@ -36,7 +41,7 @@ class HiddenStates:
 
     def copy(self: States) -> States:
         """The same batches, to be replaced independently; nothing is duplicated until then."""
-        twin = type(self)(self.samples, self._count)
+        twin = type(self)(self.samples, self.batch_size, partial=self._partial)
         twin._batches = dict(self._batches)
         return twin
 
@@ -44,7 +49,7 @@ class HiddenStates:
         return iter(self._batches.values())
 
     def __len__(self) -> int:
-        return len(self._batches) if self._count is None else self._count
+        return -(-self.samples // self.batch_size) if self._partial else len(self._batches)
 
     @property
     def nbytes(self) -> int:

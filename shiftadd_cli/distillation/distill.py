@@ -104,7 +104,7 @@ class Distiller:
         """Mean over the predictions of these batches, in nats."""
         total, predictions = 0.0, 0
         for index in batches:
-            output = self.stack.forward(self.first_input(self._span(index)))[-1]
+            output = self.stack.forward(index, self.first_input(self._span(index)))[-1]
             gap = self.end.gap(self._span(index).start, output, self.targets[index], learn=False)
             total += gap.divergence
             predictions += gap.predictions
@@ -112,9 +112,9 @@ class Distiller:
 
     def _learn(self, index: int) -> None:
         """Add to the gradients of all that is tuned."""
-        inputs = self.stack.forward(self.first_input(self._span(index)))
+        inputs = self.stack.forward(index, self.first_input(self._span(index)))
         gap = self.end.gap(self._span(index).start, inputs.pop(), self.targets[index], learn=True)
-        self.stack.backward(inputs, gap.gradient)
+        self.stack.backward(index, inputs, gap.gradient)
 
     def _span(self, index: int) -> slice:
         return batch_span(index, self.batch_size, self.targets.samples)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.trace import BlockCall, check_finite
+from shiftadd_cli.calibration.calls import BlockCall
+from shiftadd_cli.calibration.trace import check_finite
 from shiftadd_cli.distillation.block import TunedBlock
 
 # Decoded matrices that stay in memory from step to step; blocks beyond it are decoded anew at every step.
@@ -15,7 +16,7 @@ MEMORY_BYTES = 1 << 30
 
 
 class Stack:
-    """The `blocks` of a model, in order; `calls[batch size]` has the other arguments of each."""
+    """The `blocks` of a model, in order; `calls[batch]` has the call of each."""
 
     def __init__(
         self,
@@ -29,26 +30,23 @@ class Stack:
         self._held: dict[int, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def forward(self, hidden: Tensor) -> list[Tensor]:
-        """Inputs of every block for a batch at the first, `[batch, tokens, width]`, and at the end the last's output;
-        on the CPU. Raises NumericalError naming the block whose output is not finite."""
+    def forward(self, index: int, hidden: Tensor) -> list[Tensor]:
+        """Inputs of every block for batch number `index` at the first, `[batch, tokens, width]`, and at the end the
+        last's output; on the CPU. Raises NumericalError naming the block whose output is not finite."""
         found = [hidden.cpu()]
         for depth, block in enumerate(self.blocks):
-            output = block.run(self._call(hidden, depth), found[-1].to(self._device), self._decoded(depth))
+            output = block.run(self._calls[index][depth], found[-1].to(self._device), self._decoded(depth))
             check_finite(output, block.name)
             found.append(output.cpu())
         return found
 
-    def backward(self, inputs: list[Tensor], gradient: Tensor) -> None:
+    def backward(self, index: int, inputs: list[Tensor], gradient: Tensor) -> None:
         """Add to the gradients of what is tuned; `inputs` are what `forward` gave but the last, and are used up."""
         gradient = gradient.to(self._device)
         for depth in reversed(range(len(self.blocks))):
             hidden = inputs.pop()
-            call, decoded = self._call(hidden, depth), self._decoded(depth)
+            call, decoded = self._calls[index][depth], self._decoded(depth)
             gradient = self.blocks[depth].backward(call, hidden.to(self._device), gradient, decoded)
-
-    def _call(self, batch: Tensor, depth: int) -> BlockCall:
-        return self._calls[len(batch)][depth]
 
     def _decoded(self, depth: int) -> dict[str, Tensor]:
         """Matrices of a block."""

@@ -273,7 +273,7 @@ class AllocationJob:
                 source,
                 structure,
                 samples,
-                trace_model(source, structure, samples, recipe.batch_size, self.device),
+                trace_model(source, structure, samples, recipe.batch_size, self.device, progress=show),
                 SolverOptions.from_recipe(recipe),
                 candidates,
                 device=self.device,

@@ -167,7 +167,7 @@ class _Run:
             assert walk.samples is not None, "there are samples to run"
             history.drop_old_states()
             self.states = history.states(len(walk.samples), self.plan.recipe.batch_size)
-            walk.trace_samples(self._place, self.states)
+            walk.trace_samples(self._place, self.states, progress)
             walk.weigh_tokens(history.token_weights(), progress)
         self.plan.running.release(structure.outside)
         if not begun:

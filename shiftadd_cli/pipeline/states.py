@@ -13,7 +13,7 @@ from shiftadd_cli.artifact.durable import checksum, read_tensor, reserve, sync, 
 from shiftadd_cli.artifact.journal import damaged
 from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.artifact.shards import Shard, plan_shards, read_header
-from shiftadd_cli.calibration.streams import HiddenStates, batch_span
+from shiftadd_cli.calibration.streams import HiddenStates
 from shiftadd_cli.errors import ArtifactError, OutputError
 
 _TENSOR = "hidden_states"
@@ -81,8 +81,8 @@ class StoredStates(HiddenStates):
     """
 
     def __init__(self, folder: Path, samples: int, batch_size: int, name: str = "quantized", depth: int = 0) -> None:
-        super().__init__(samples)
-        self.folder, self.batch_size, self.name, self.depth = folder, batch_size, name, depth
+        super().__init__(samples, batch_size)
+        self.folder, self.name, self.depth = folder, name, depth
         self._inputs: _File | None = None
         self._outputs: _File | None = None
         self._filled = 0
@@ -123,7 +123,7 @@ class StoredStates(HiddenStates):
             raise IndexError(index)
         file = self._outputs if self._outputs is not None and index in self._outputs.sums else self._inputs
         assert file is not None, "something was appended"
-        span = batch_span(index, self.batch_size, self.samples)
+        span = self.span(index)
         return file.read(span.start, span.stop - span.start)
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -57,7 +57,9 @@ class Walk:
         """
         return [store_table(each, self.plan.running.skeleton(), add) for each in self.plan.tables]
 
-    def trace_samples(self, hidden: Callable[[], States], states: dict[str, States]) -> None:
+    def trace_samples(
+        self, hidden: Callable[[], States], states: dict[str, States], progress: BlockProgress = silent
+    ) -> None:
         """Run the samples up to the first block, or take `states` as they are where a run goes on.
 
         hidden: makes the place for states; `states` then has those that there are, by name. What lies outside the
@@ -70,7 +72,19 @@ class Walk:
             first = states.get("quantized")
             if first is None:
                 first = states["quantized"] = hidden()
-            trace = trace_model(source, structure, self.samples, recipe.batch_size, self.device, first)
+            # Steps that each need the one before, as distillation, are all done by the first process.
+            own = None if self.team.first else self.team.shards(len(first)).own()
+            trace = trace_model(
+                source,
+                structure,
+                self.samples,
+                recipe.batch_size,
+                self.device,
+                first,
+                batches=own,
+                spill=self.spill,
+                progress=progress,
+            )
             if recipe.follows_original:
                 trace.original = states.setdefault("original", first.copy())
             for each in (trace.hidden, trace.original):
@@ -121,8 +135,10 @@ class Walk:
     def _calibrate(self, quantizer: BlockQuantizer, depth: int, name: str, waiting: TensorFile) -> BlockReport | None:
         recipe, trace, block = self.plan.recipe, self.trace, quantizer.block
         assert trace is not None, "it was traced"
-        calls = {size: per_block[depth] for size, per_block in trace.calls.items()}
-        stream = BlockStream(block, trace.hidden, calls, self.device, Playback(block, quantizer.specs, waiting))
+        calls = {index: per_block[depth] for index, per_block in trace.calls.items()}
+        # A part that is played back writes nothing for later blocks.
+        playback = None if any(call.hands_on for call in calls.values()) else Playback(block, quantizer.specs, waiting)
+        stream = BlockStream(block, trace.hidden, calls, self.device, playback)
         original, report = None, None
         if trace.original is not None:
             original = BlockStream(copy.deepcopy(block), trace.original, calls, self.device)
@@ -183,7 +199,7 @@ class Walk:
             distiller = Distiller(
                 Stack(blocks, trace.calls, device),
                 EndGap(model, structure, trace.forms, samples, read, device),
-                lambda span: first_input(structure, model, samples[span], device),
+                lambda span: trace.entering.pack(first_input(structure, model, samples[span], device)),
                 trace.original,
                 recipe.batch_size,
             )
@@ -210,8 +226,7 @@ def follow(plan: Plan, samples: Tensor | None, device: torch.device, team: Team)
     walk.store_tables(lambda name, tensor: None)
     if running:
         assert samples is not None, "there are samples to run"
-        batches = -(-len(samples) // plan.recipe.batch_size)
-        walk.trace_samples(lambda: HiddenStates(len(samples), batches), {})
+        walk.trace_samples(lambda: HiddenStates(len(samples), plan.recipe.batch_size, partial=True), {})
         walk.weigh_tokens(None, silent)
     plan.running.release(plan.structure.outside)
     for depth, name in enumerate(names[done:], done):

@@ -120,7 +120,7 @@ class _Tuning:
 
     def _output(self, index: int, parameters: Mapping[str, Tensor]) -> Tensor:
         batch = self.stream.hidden[index].to(self.stream.device)
-        call = self.stream.calls[len(batch)]
+        call = self.stream.calls[index]
         return call.run(lambda *args, **named: functional_call(self.stream.block, dict(parameters), args, named), batch)
 
     def _parameters(self) -> dict[str, Tensor]:

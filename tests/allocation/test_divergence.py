@@ -136,9 +136,9 @@ def test_no_block_is_read_more_often_than_there_are_groups(tmp_path, monkeypatch
 
     monkeypatch.setattr(Source, "materialise", spy)
     in_passes(tmp_path, 1 << 30)
-    # Traced and walked through, by the original and by its float32 copy, which are two batch sizes and one.
+    # Traced, checked and walked through, by the original and by its float32 copy.
     once = read["model.layers.2"]
-    assert once == 5
+    assert once == 6
     read.clear()
     in_passes(tmp_path, 20 * each)
     # A group ends inside the second block and one inside the third, which is loaded then.

@@ -25,7 +25,7 @@ def first_block(path, batch_size):
     trace = trace_model(source, structure, WINDOWS, batch_size, CPU)
     source.materialise([structure.blocks[0]])
     block = source.skeleton().get_submodule(structure.blocks[0])
-    calls = {size: each[0] for size, each in trace.calls.items()}
+    calls = {index: each[0] for index, each in trace.calls.items()}
     kinds = [spec.kind for spec in structure.linears if spec.block == 0]
     return BlockStream(block, trace.hidden, calls, CPU), kinds
 
@@ -40,8 +40,8 @@ def inputs_of(block, stream, kinds):
         for kind in kinds
     ]
     with torch.no_grad():
-        for batch in stream.hidden:
-            stream.calls[len(batch)].run(block, batch)
+        for index, batch in enumerate(stream.hidden):
+            stream.calls[index].run(block, batch)
     for handle in handles:
         handle.remove()
     return {kind: torch.cat(parts) for kind, parts in rows.items()}

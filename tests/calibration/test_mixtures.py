@@ -28,7 +28,7 @@ def last_block(path, batch_size=2):
     depth = len(structure.blocks) - 1
     source.materialise([structure.blocks[depth]])
     block = source.skeleton().get_submodule(structure.blocks[depth])
-    calls = {size: each[depth] for size, each in trace.calls.items()}
+    calls = {index: each[depth] for index, each in trace.calls.items()}
     return BlockStream(block, trace.hidden, calls, CPU), [spec for spec in structure.linears if spec.block == depth]
 
 
@@ -54,7 +54,7 @@ def rows_by_token(stream, spec):
             block.get_submodule(spec.kind).register_forward_pre_hook(note),
         ]
         with torch.no_grad():
-            stream.calls[len(batch)].run(block, batch)
+            stream.calls[index].run(block, batch)
         for handle in handles:
             handle.remove()
     return found

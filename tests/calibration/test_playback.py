@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.calibration.calls import BlockCall
 from shiftadd_cli.calibration.playback import Playback
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import HiddenStates
 from shiftadd_cli.calibration.tensor_file import TensorFile
-from shiftadd_cli.calibration.trace import BlockCall
 
 WIDTH = 8
 TURNS = (("attention.q", "attention.k"), ("attention.o",), ("mlp.up",), ("mlp.down",))
@@ -59,10 +59,10 @@ def file() -> Iterator[TensorFile]:
 
 def stream_of(block: nn.Module, playback: Playback | None) -> BlockStream:
     generator = torch.Generator().manual_seed(1)
-    hidden = HiddenStates(5)
+    hidden = HiddenStates(5, 2)
     for size in (2, 2, 1):
         hidden.append(torch.randn(size, 3, WIDTH, generator=generator))
-    calls = {size: BlockCall((), {}) for size in (1, 2)}
+    calls = {index: BlockCall((), {}) for index in range(3)}
     return BlockStream(block.eval(), hidden, calls, torch.device("cpu"), playback)
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from shiftadd_cli.calibration.calls import BlockCall
 from shiftadd_cli.calibration.recall import Recall
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import HiddenStates
 from shiftadd_cli.calibration.tensor_file import TensorFile
-from shiftadd_cli.calibration.trace import BlockCall
 from shiftadd_cli.errors import NumericalError
 
 
@@ -31,10 +31,12 @@ class Block(nn.Module):
 @pytest.fixture
 def stream() -> BlockStream:
     torch.manual_seed(0)
-    hidden = HiddenStates(5)
+    hidden = HiddenStates(5, 2)
     for size in (2, 2, 1):
         hidden.append(torch.randn(size, 3, 4, dtype=torch.bfloat16))
-    return BlockStream(Block().bfloat16(), hidden, {size: BlockCall((), {}) for size in (1, 2)}, torch.device("cpu"))
+    return BlockStream(
+        Block().bfloat16(), hidden, {index: BlockCall((), {}) for index in range(3)}, torch.device("cpu")
+    )
 
 
 def test_inputs_are_recalled_and_the_states_have_advanced(tmp_path: Path, stream: BlockStream) -> None:

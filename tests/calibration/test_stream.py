@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from shiftadd_cli.calibration.calls import BlockCall
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import HiddenStates
-from shiftadd_cli.calibration.trace import BlockCall
 from shiftadd_cli.errors import NumericalError
 
 CPU = torch.device("cpu")
@@ -32,10 +32,10 @@ class Block(nn.Module):
 @pytest.fixture
 def stream() -> BlockStream:
     torch.manual_seed(0)
-    hidden = HiddenStates(5)
+    hidden = HiddenStates(5, 2)
     for size in (2, 2, 1):
         hidden.append(torch.randn(size, 3, 4))
-    calls = {size: BlockCall((2.0,), {"shift": float(size)}) for size in (1, 2)}
+    calls = {index: BlockCall((2.0,), {"shift": float(size)}) for index, size in enumerate((2, 2, 1))}
     return BlockStream(Block(), hidden, calls, CPU)
 
 

@@ -9,7 +9,8 @@ from tiny_vision import VISION_FAMILIES, save_tiny_vision, write_processor
 from shiftadd_cli.calibration.end_loss import EndLoss
 from shiftadd_cli.calibration.flow import measure_flow
 from shiftadd_cli.calibration.gradients import squared_gradients
-from shiftadd_cli.calibration.head import hidden_of, predict
+from shiftadd_cli.calibration.calls import hidden_of
+from shiftadd_cli.calibration.head import predict
 from shiftadd_cli.calibration.replay import Replay
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.errors import SourceError
@@ -45,7 +46,7 @@ def test_blocks_one_by_one_give_the_hidden_states_of_the_model(family, tmp_path)
         block = source.skeleton().get_submodule(name)
         with torch.no_grad():
             for index, batch in enumerate(trace.hidden):
-                trace.hidden.replace(index, trace.calls[len(batch)][depth].run(block, batch))
+                trace.hidden.replace(index, trace.calls[index][depth].run(block, batch))
         source.release([name])
         torch.testing.assert_close(torch.cat(list(trace.hidden)), wanted[name], rtol=1e-4, atol=1e-5)
         assert trace.forms[depth].shape == wanted[name].shape[1:]

@@ -28,7 +28,7 @@ class Case:
         source.materialise(structure.outside)
         windows = torch.randint(0, 256, (4, 20), generator=torch.Generator().manual_seed(1))
         trace = trace_model(source, structure, windows, 4, CPU)
-        self.hidden, self.call = trace.hidden[0], trace.calls[4][0]
+        self.hidden, self.call = trace.hidden[0], trace.calls[0][0]
         self.name = structure.blocks[0]
         self.module = source.skeleton().get_submodule(self.name)
         source.materialise([self.name])

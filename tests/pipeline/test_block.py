@@ -32,7 +32,7 @@ def first_block(path, family="llama"):
     trace = trace_model(source, structure, WINDOWS, 6, CPU)
     source.materialise([structure.blocks[0]])
     block = source.skeleton().get_submodule(structure.blocks[0])
-    calls = {size: each[0] for size, each in trace.calls.items()}
+    calls = {index: each[0] for index, each in trace.calls.items()}
     return BlockStream(block, trace.hidden, calls, CPU), [spec for spec in structure.linears if spec.block == 0]
 
 
@@ -59,7 +59,7 @@ def read_by(block, stream, kind):
     rows = []
     handle = block.get_submodule(kind).register_forward_pre_hook(lambda _, args: rows.append(args[0].double()))
     with torch.no_grad():
-        stream.calls[6].run(block, stream.hidden[0])
+        stream.calls[0].run(block, stream.hidden[0])
     handle.remove()
     return rows[0].reshape(-1, rows[0].shape[-1])
 

@@ -22,7 +22,7 @@ def batches(seed: int, samples: int = 8, dtype: torch.dtype = torch.bfloat16, wi
 
 
 def both(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[HiddenStates, StoredStates]:
-    memory, disk = HiddenStates(8), StoredStates(folder / "states", 8, BATCH)
+    memory, disk = HiddenStates(8, BATCH), StoredStates(folder / "states", 8, BATCH)
     for batch in batches(0, dtype=dtype):
         memory.append(batch)
         disk.append(batch)

@@ -58,7 +58,7 @@ def quantized_block(path, family="llama", bits=2):
     trace = trace_model(source, structure, windows, 8, CPU)
     source.materialise([structure.blocks[0]])
     block = source.skeleton().get_submodule(structure.blocks[0])
-    calls = {size: each[0] for size, each in trace.calls.items()}
+    calls = {index: each[0] for index, each in trace.calls.items()}
     original = BlockStream(copy.deepcopy(block), trace.hidden.copy(), calls, CPU)
     stream = BlockStream(block, trace.hidden, calls, CPU)
     recipe = Recipe.load("best", {"bits": bits, "group_size": 16, "samples": 96, "seq_len": 64})
@@ -74,7 +74,7 @@ def relative_error(case, batches):
     for index in batches:
         hidden, target = case.stream.hidden[index], case.targets[index].double()
         with torch.no_grad():
-            output = case.stream.calls[len(hidden)].run(case.stream.block, hidden).double()
+            output = case.stream.calls[index].run(case.stream.block, hidden).double()
         errors.append(((output - target).square().sum(-1) / target.square().sum(-1)).mean())
     return float(sum(errors) / len(errors))
 
