@@ -61,7 +61,8 @@ def at_path(tree: Any, path: Path) -> Any:
     return tree
 
 
-class Carried(NamedTuple):
+@dataclass(frozen=True)
+class Carried:
     """In the place of an argument: the tensor of this number among those that the entering state carries."""
 
     number: int
