@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shiftadd_cli.allocation.cost_table import CostKind, parse_budget
 from shiftadd_cli.allocation.plan_file import BitPlan
@@ -17,10 +17,9 @@ from shiftadd_cli.pipeline.job import Job
 from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
-from shiftadd_cli.runtime import transformers_plugin
+from shiftadd_cli.runtime.load import load
 from shiftadd_cli.source import open_source
 from shiftadd_cli.source.in_memory import as_folder
-from shiftadd_cli.source.vision import vision_class
 
 __all__ = ["allocate_bits", "evaluate", "load", "quantize"]
 
@@ -91,17 +90,6 @@ def allocate_bits(
     settings = _settings(recipe, fields)
     request = Request(budget, settings.candidates, sensitivity, tuple(keep), tuple(tie), settings.tie_fused)
     return AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request).run(block_bar)
-
-
-def load(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The compressed model in `folder`, its linears packed; `options` as for transformers' `from_pretrained`.
-
-    Raises ArtifactError, naming the tensor, for a damaged checkpoint.
-    """
-    transformers_plugin.register()
-    loader = vision_class(AutoConfig.from_pretrained(folder), str(folder)) or AutoModelForCausalLM
-    model: PreTrainedModel = loader.from_pretrained(folder, **options)
-    return model
 
 
 def _settings(recipe: str | Recipe, fields: dict[str, Any]) -> Recipe:

@@ -217,6 +217,9 @@ class Recipe(BaseModel):
         tuple[str, ...],
         Field(strict=False, description="Pattern of linear layers to leave as they are; may be given several times."),
     ] = ()
+    allow_partial: Annotated[
+        bool, Field(description="Compress a model even if less than half of its weights are in layers that can be.")
+    ] = False
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of everything random.")] = 0
     device: Annotated[
         str, Field(min_length=1, description="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ...")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -160,8 +160,16 @@ class ArtifactWriter:
                 sums[shard.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         return sums
 
-    def finish(self, config: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> Path:
-        """Write config.json, the index and report.json (with `files` of `seal` added), and put the folder in place."""
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        report: Mapping[str, Any] | None = None,
+        check: Callable[[Path], object] = lambda folder: None,
+    ) -> Path:
+        """Write config.json, the index and report.json (with `files` of `seal` added), and put the folder in place.
+
+        check: called with the complete folder before that; what it raises keeps the folder from its place.
+        """
         sums = self.seal()
         if len(self._shards) > 1:
             total = sum(e.stop - e.start for shard in self._shards for e in shard.entries.values())
@@ -170,6 +178,7 @@ class ArtifactWriter:
         if report is not None:
             self.add_file("report.json", _json({**report, "files": sums}))
         self.add_file("config.json", _json(config))
+        check(self.folder)
         with refusals(self.out):
             for path in self.folder.rglob("*"):
                 if path.is_file():

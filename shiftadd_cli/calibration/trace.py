@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.calls import (
-    PLAIN,
     BlockCall,
     Carried,
     CarriedForm,
@@ -43,6 +42,7 @@ from shiftadd_cli.calibration.tensor_file import TensorFile
 from shiftadd_cli.errors import NumericalError, SourceError
 from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.source import Source, Structure
+from shiftadd_cli.source.weight_reads import watching_weights
 
 # Relative difference that a block may show between two runs on the same inputs: some kernels add in any order.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -58,15 +58,19 @@ class Trace:
     Attributes:
         hidden: the states that enter the first block.
         calls: `calls[batch][block]`, of the batches that this process runs.
-        forms: what each block gives out; entering: how states before the first block are packed.
+        passage: what passes between the blocks.
         original: states of the original model at the same depth, for asymmetric calibration and block reconstruction.
     """
 
     hidden: HiddenStates
+    passage: Passage
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)
-    forms: list[Form] = field(default_factory=list)
-    entering: StateForm = PLAIN
     original: HiddenStates | None = None
+
+    @property
+    def forms(self) -> list[Form]:
+        """What each block gives out."""
+        return self.passage.forms
 
 
 class StopForward(Exception):  # noqa: N818 - control flow, not an error
@@ -96,10 +100,10 @@ def trace_model(
     SourceError where running block by block is not what the model does, naming the block and the argument;
     NumericalError where weights or outputs of a block are not finite.
     """
-    passage = _Passage.of(source, structure, samples, device, progress)
+    passage = Passage.of(source, structure, samples, device, progress)
     passage.check(samples[-1:], progress)
     states = HiddenStates(len(samples), batch_size) if hidden is None else hidden
-    trace = Trace(states, forms=passage.forms, entering=passage.states[0])
+    trace = Trace(states, passage)
     known = len(trace.hidden)
     recorder = _Recorder(passage, spill)
     count = -(-len(samples) // batch_size)
@@ -111,7 +115,7 @@ def trace_model(
         if index in recorded:
             trace.calls[index] = recorder.calls(index, arguments)
         if index >= known:
-            trace.hidden.append(trace.entering.pack(entering))
+            trace.hidden.append(passage.states[0].pack(entering))
     return trace
 
 
@@ -166,7 +170,7 @@ class _Own:
 
 
 @dataclass
-class _Passage:
+class Passage:
     """What passes between the blocks of a model.
 
     Attributes:
@@ -186,8 +190,13 @@ class _Passage:
 
     @classmethod
     def of(
-        cls, source: Source, structure: Structure, samples: Tensor, device: torch.device, progress: BlockProgress
-    ) -> _Passage:
+        cls,
+        source: Source,
+        structure: Structure,
+        samples: Tensor,
+        device: torch.device,
+        progress: BlockProgress = silent,
+    ) -> Passage:
         """Found by the first sample in the model's own forward."""
         passage = cls(source, structure, device)
         layout = passage._layout(samples)
@@ -199,7 +208,15 @@ class _Passage:
             others = None if call.others is None else len(call.others)
             passage.forms.append(Form(before, behind, others, output.dtype, layout))
 
-        passage._own_forward(samples[:1], left, progress, "Tracing", with_head=False)
+        linears = {spec.name: source.skeleton().get_submodule(spec.name) for spec in structure.linears}
+        with watching_weights(linears) as read:
+            passage._own_forward(samples[:1], left, progress, "Tracing", with_head=False)
+        for spec in structure.linears:
+            if spec.name in read:
+                raise SourceError(
+                    f"{type(passage.model).__name__} computes with the weight of {spec.name} itself, so it cannot be "
+                    f"compressed; leave it as it is with --skip '*.{spec.kind}'."
+                )
         passage._follow(own, layout)
         _, recorded = passage.arguments(samples[:1])
         passage._compare_arguments(own, recorded)
@@ -217,6 +234,10 @@ class _Passage:
         return BlockCall(
             tree["args"], tree["kwargs"], self.states[depth], self.states[depth + 1], self.carried_from[depth]
         )
+
+    def recorded_call(self, depth: int, arguments: Sequence[Mapping[Path, Any]]) -> BlockCall:
+        """The same with what `arguments` gave."""
+        return self.call(depth, partial(_replaced, arguments[depth]))
 
     def arguments(self, samples: Tensor) -> tuple[Tensor, list[dict[Path, Any]]]:
         """Hidden states that enter the first block, and the leaves of the arguments of every block, for a batch."""
@@ -245,14 +266,19 @@ class _Passage:
         self._check_count(len(arguments))
         return entered[0], arguments
 
+    def cut(self, samples: Tensor) -> Tensor:
+        """Texts as far as the predictions of one of them may be in memory at once."""
+        if self.source.reads_images:
+            return samples
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return samples[:, : max(1, _LOGIT_BYTES // (_BYTES_PER_LOGIT * vocabulary))]
+
     def check(self, sample: Tensor, progress: BlockProgress) -> None:
         """Run one sample through the model's own forward and through recorded calls, and compare.
 
         Raises SourceError naming the block, and the argument where it is one, at the first difference.
         """
-        vocabulary = self.model.config.get_text_config().vocab_size if not self.source.reads_images else 1
-        if not self.source.reads_images:
-            sample = sample[:, : max(1, _LOGIT_BYTES // (_BYTES_PER_LOGIT * vocabulary))]
+        sample = self.cut(sample)
         entering, recorded = self.arguments(sample)
         state = self.states[0].pack(entering)
         own: list[_Own] = []
@@ -265,7 +291,7 @@ class _Passage:
             for path, leaf in leaves(self.trees[depth]):
                 if isinstance(leaf, Carried):
                     self._compare(carried[leaf.number], call.before[path], f"{argument_name(path)} of {name}")
-            replayed = self.call(depth, lambda path, _: recorded[depth][path])
+            replayed = self.recorded_call(depth, recorded)
             with torch.no_grad():
                 # Not by calling the block, whose hooks are those of the model's own forward.
                 state = replayed.run(block.forward, state)
@@ -458,7 +484,7 @@ class _Passage:
 class _Recorder:
     """Makes calls of recorded arguments, and keeps tensors that all batches share once."""
 
-    def __init__(self, passage: _Passage, spill: FilePath | None) -> None:
+    def __init__(self, passage: Passage, spill: FilePath | None) -> None:
         self._passage, self._spill = passage, spill
         self._first: list[dict[Path, Any]] | None = None
         self._file: TensorFile | None = None

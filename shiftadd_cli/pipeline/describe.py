@@ -41,6 +41,7 @@ def describe_plan(plan: Plan) -> str:
                 f"8-bit rows    {size(each.nbytes)}: {' and '.join(each.modules)}, {' x '.join(map(str, each.shape))}"
                 for each in plan.tables
             ),
+            *_partial(plan),
             f"Kept          {size(plan.kept_bytes)} in {dtype}: {kept}",
             f"Size          {size(before)} in {dtype} (files: {size(source.file_bytes)}) -> {after}, "
             f"{plan.whole_bits_per_weight:.3f} bits/weight over the whole file",
@@ -60,6 +61,11 @@ def _span(sizes: list[int]) -> str:
 def _samples(plan: Plan) -> str:
     recipe = plan.recipe
     return f"{recipe.samples} images" if plan.source.reads_images else f"{recipe.samples} x {recipe.seq_len} tokens"
+
+
+def _partial(plan: Plan) -> list[str]:
+    share = plan.structure.share
+    return [f"Partial       only {share:.0%} of the weights in linear layers are compressed"] if share < 0.5 else []
 
 
 def _computed(plan: Plan) -> list[str]:

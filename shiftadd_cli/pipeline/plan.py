@@ -175,7 +175,7 @@ def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None 
     be read, or is of another model or another way to store it.
     """
     model = source.skeleton()
-    structure = find_structure(model, recipe.skip)
+    structure = find_structure(model, recipe.skip, allow_partial=recipe.allow_partial)
     options = SolverOptions.from_recipe(recipe)
     bit_plan = None
     if bits is None and recipe.bit_plan is not None:

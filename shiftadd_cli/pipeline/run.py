@@ -22,6 +22,7 @@ from shiftadd_cli.calibration.text import TextData, load_text, sample_windows
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
+from shiftadd_cli.pipeline.final_check import check_checkpoint
 from shiftadd_cli.pipeline.history import Asked, History
 from shiftadd_cli.pipeline.pages import checkpoint_pages
 from shiftadd_cli.pipeline.plan import Plan
@@ -143,7 +144,14 @@ class _Run:
             )
             for name, text in checkpoint_pages(plan, report, self.writer.out.name).items():
                 self.writer.add_file(name, text)
-            self.writer.finish(self._config(), report.model_dump(mode="json"))
+        with self.clock.phase("check"):
+            sample, expected = self.walk.predict_stored(self.writer.read)
+        with self.clock.phase("read_and_write"):
+            self.writer.finish(
+                self._config(),
+                report.model_dump(mode="json"),
+                lambda folder: check_checkpoint(folder, sample, expected),
+            )
         return report
 
     @property

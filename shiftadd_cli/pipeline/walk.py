@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.calibration.gradients import squared_gradients
+from shiftadd_cli.calibration.head import Head
+from shiftadd_cli.calibration.images import image_reader
 from shiftadd_cli.calibration.playback import Playback
 from shiftadd_cli.calibration.recall import Recall
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import HiddenStates, States
 from shiftadd_cli.calibration.tensor_file import TensorFile
-from shiftadd_cli.calibration.trace import Trace, first_input, trace_model
+from shiftadd_cli.calibration.trace import Passage, Trace, first_input, trace_model
 from shiftadd_cli.device import move_parts
 from shiftadd_cli.distillation.block import TunedBlock
 from shiftadd_cli.distillation.distill import Distillation, Distiller
@@ -31,6 +33,9 @@ from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.tables import store_table
 from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.report.schema import BlockReport, TableReport
+
+# Of a run without data, that its result is checked on.
+_CHECKED_TOKENS = 32
 
 
 @dataclass
@@ -199,7 +204,7 @@ class Walk:
             distiller = Distiller(
                 Stack(blocks, trace.calls, device),
                 EndGap(model, structure, trace.forms, samples, read, device),
-                lambda span: trace.entering.pack(first_input(structure, model, samples[span], device)),
+                lambda span: trace.passage.states[0].pack(first_input(structure, model, samples[span], device)),
                 trace.original,
                 recipe.batch_size,
             )
@@ -211,6 +216,47 @@ class Walk:
             )
             source.release(needed)
         return result
+
+    def predict_stored(self, read: Reader) -> tuple[Tensor, Tensor]:
+        """A sample, and what the stored tensors predict for it, decoded and run block by block.
+
+        `read` gives tensors as they were written. Without data the sample is made of random numbers.
+        """
+        source, structure, device = self.plan.running, self.plan.structure, self.device
+        model, blocks_within = source.skeleton(), tuple(f"{name}." for name in structure.blocks)
+        buffers = [name for name, _ in model.named_buffers() if name.startswith(blocks_within)]
+        needed = [*structure.outside, *buffers]
+        sample = self._any_sample() if self.samples is None else self.samples[:1]
+        source.materialise(structure.outside)
+        move_parts(model, structure.outside, device)
+        passage = Passage.of(source, structure, sample, device) if self.trace is None else self.trace.passage
+        source.materialise(buffers)
+        self.store_tables(lambda name, tensor: None)
+        for name in self.plan.kept:
+            if not name.startswith(blocks_within):
+                tensor = operator.attrgetter(name)(model)
+                tensor.data = read(name).to(tensor)
+        sample = passage.cut(sample)
+        with torch.no_grad():
+            entering, arguments = passage.arguments(sample)
+            state = passage.states[0].pack(entering)
+            for depth, name in enumerate(structure.blocks):
+                linears = [(each.spec, each.layout) for each in self.plan.linears if each.spec.block == depth]
+                block = TunedBlock(name, model.get_submodule(name), linears, read, device)
+                state = block.run(passage.recorded_call(depth, arguments), state, block.decoded())
+            head = Head(model, structure, passage.forms, sample, device)
+            tokens = slice(0, state.shape[1]) if head.per_token else slice(None)
+            values = head.predict(state, slice(0, 1), tokens).values
+        source.release(needed)
+        return sample, values
+
+    def _any_sample(self) -> Tensor:
+        source, generator = self.plan.source, torch.Generator().manual_seed(0)
+        if source.reads_images:
+            shape = image_reader(source).blank().shape
+            return torch.randn((1, *shape), generator=generator)
+        size: int = source.config.get_text_config().vocab_size
+        return torch.randint(0, size, (1, _CHECKED_TOKENS), generator=generator)
 
     def stand_by(self) -> None:
         """What the others of a team do while the first distills: hear from it after every step, and in the end."""

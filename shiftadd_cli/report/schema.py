@@ -191,6 +191,7 @@ class TimeReport(_Part):
     solve: float
     reconstruct: Annotated[float, Field(description="Tuning blocks by gradient.")] = 0.0
     distill: Annotated[float, Field(description="Tuning the whole model by gradient.")] = 0.0
+    check: Annotated[float, Field(description="Predicting a sample from what was written.")] = 0.0
     read_and_write: float
 
 

@@ -79,7 +79,7 @@ def summarize(report: Report, out: str) -> str:
             f"solving {time.solve:.0f}, "
             + (f"reconstructing {time.reconstruct:.0f}, " if report.blocks else "")
             + (f"distilling {time.distill:.0f}, " if report.distillation else "")
-            + f"reading and writing {time.read_and_write:.0f})",
+            + f"checking {time.check:.0f}, reading and writing {time.read_and_write:.0f})",
             f"Peak memory   {size(machine.peak_memory_bytes)} (planned {size(machine.expected_memory_bytes)})",
             f"Written to    {out}",
         )

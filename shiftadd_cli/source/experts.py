@@ -67,13 +67,17 @@ class SplitExperts(nn.Module):
         hidden_states `[tokens, in]`; top_k_index int64 `[tokens, k]`, experts of a token (a number above all experts is
         none); top_k_weights `[tokens, k]`. Gives `[tokens, out]` in the dtype of the hidden states.
         """
+        if hidden_states.is_meta:
+            # Without values no token is sent to any expert; one of them shows the shape.
+            expert: Any = self._modules["0"]
+            return expert.down_proj(self._inner(expert, hidden_states))
         # Half-precision sums of several experts would be rounded at each.
         total: Tensor | None = None
         for index in top_k_index.unique().tolist():
             if index >= self.num_experts:
                 continue
             tokens, places = torch.where(top_k_index == index)
-            expert: Any = self._modules[str(index)]
+            expert = self._modules[str(index)]
             output = expert.down_proj(self._inner(expert, hidden_states[tokens]))
             weighted = output * top_k_weights[tokens, places, None]
             if total is None:

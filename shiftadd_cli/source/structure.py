@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.experts import SplitExperts
 from shiftadd_cli.source.skeleton import tied_groups
+from shiftadd_cli.source.weight_reads import weights_read_by_others
 
 # Why a convolution outside the blocks is kept: no linear layer, it makes hidden states of pixels.
 PATCH_EMBEDDING = "patch embedding"
 
 _UNKNOWN = "not a linear layer"
+_OUTSIDE = "outside the blocks"
+_READ = "weight read by other code"
+# Sizes of the twin that a layer is tried on.
+_TWIN_OUT, _TWIN_IN = 5, 7
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Structure:
     `block_list` is the name of the ModuleList of blocks, or of stages that hold them; `blocks` are their full names, in
     the order they run, each on what the one before gave out. `kept` pairs the name of every other module that has
     parameters of its own with the reason it is left alone. `outside` are the prefixes that `Source.materialise` needs
-    to run everything except the blocks. `tied` are groups of names of one parameter.
+    to run everything except the blocks. `tied` are groups of names of one parameter. `share` is the part of the weights
+    in linear layers and the like that `linears` have; heads, embeddings, routers and skipped modules do not count.
     """
 
     block_list: str
@@ -62,22 +70,24 @@ class Structure:
     kept: tuple[tuple[str, str], ...]
     outside: tuple[str, ...]
     tied: tuple[tuple[str, ...], ...]
+    share: float = 1.0
 
 
-def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
+def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial: bool = False) -> Structure:
     """Blocks, linears and everything else of a decoder or a vision model, which may be on meta.
 
-    The blocks are the elements of the `nn.ModuleList` of the text decoder that holds the most weights of linear layers
-    and whose elements are of one class or have the same linear layers. Where these elements are stages, which hold
+    The blocks are the elements of the `nn.ModuleList` of the text decoder that holds the most weights of linear layers.
+    Where these elements are stages, which hold
     nothing but such a list and at most one other module that leads to the next stage (as in hierarchical vision
     models, where width and number of tokens change there), the elements of the inner lists are the blocks, and so is
     what leads from each stage to the next. `skip` are glob patterns on full module names; a linear is skipped when it
-    or a module it is part of matches.
+    or a module it is part of matches. `allow_partial`: whether the smaller part of the model may be all that can be
+    compressed.
 
     Raises:
         SourceError: there are no blocks of linear layers, blocks keep weights in stacks of matrices (experts of a form
-            that is not known, see `source.experts`) or most of them in other modules than linear layers, or a pattern
-            matches nothing.
+            that is not known, see `source.experts`), less than half of the weights are in linear layers of the blocks,
+            or a pattern matches nothing.
     """
     block_list, elements = _find_blocks(model)
     blocks = tuple(f"{block_list}.{leaf}" for leaf in _in_stages(elements))
@@ -89,7 +99,8 @@ def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
     stacks: list[str] = []
     mixtures = {name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)}
     routers = {router for name, module in mixtures.items() for router in _routers(model, name, module)}
-    unknown: dict[str, int] = {}
+    # Weights that stay as they are although nobody asked for that.
+    left: dict[str, int] = {}
     for name, module in model.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
             continue
@@ -97,6 +108,8 @@ def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
         sizes = linear_sizes(module)
         if number is None:
             kept.append((name, _reason_outside(model, name, module, head)))
+            if sizes is not None and kept[-1][1] == _OUTSIDE and not matching_pattern(name, skip):
+                left[name] = sizes[0] * sizes[1]
         elif pattern := matching_pattern(name, skip):
             kept.append((name, f"skipped by {pattern}"))
         elif name in routers:
@@ -107,9 +120,10 @@ def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
             ]
             kept.append((name, _reason(module, head, _UNKNOWN)))
             if kept[-1][1] == _UNKNOWN and not _is_convolution(module):
-                unknown[name] = sum(each.numel() for each in module.parameters(recurse=False) if each.ndim > 1)
+                left[name] = sum(each.numel() for each in module.parameters(recurse=False) if each.ndim > 1)
         elif name in shared:
             kept.append((name, "shares its weight with another module"))
+            left[name] = sizes[0] * sizes[1]
         else:
             out_features, in_features, transposed = sizes
             has_bias = getattr(module, "bias", None) is not None
@@ -117,23 +131,54 @@ def find_structure(model: nn.Module, skip: Sequence[str] = ()) -> Structure:
             mixture = next((each for each in _above(name) if each in mixtures), None)
             experts = None if mixture is None else mixture.removeprefix(blocks[number] + ".")
             linears.append(LinearSpec(name, kind, number, out_features, in_features, has_bias, transposed, experts))
+    read = weights_read_by_others(model, {each.name: model.get_submodule(each.name) for each in linears})
+    kept += [(name, _READ) for name in read]
+    left |= {each.name: each.out_features * each.in_features for each in linears if each.name in read}
+    linears = [each for each in linears if each.name not in read]
     _refuse(model, linears, stacks, skip)
-    _refuse_unknown(model, blocks, unknown)
-    return Structure(block_list, blocks, tuple(linears), tuple(kept), tuple(_beside(model, "", blocks)), tied)
+    compressed = sum(each.out_features * each.in_features for each in linears)
+    share = compressed / (compressed + sum(left.values()))
+    if not allow_partial:
+        _refuse_partial(model, share, left, dict(kept))
+    return Structure(block_list, blocks, tuple(linears), tuple(kept), tuple(_beside(model, "", blocks)), tied, share)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int, bool] | None:
-    """(out_features, in_features, transposed) of a plain linear layer, None for any other module.
+    """(out_features, in_features, transposed) of a linear layer, None for any other module.
 
-    A subclass with a forward of its own computes something else, so it is not one.
+    A subclass with a forward of its own is one if that computes the same, as Falcon's does.
     """
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    if isinstance(module, nn.Linear) and _is_linear(type(module), module, nn.Linear):
         return module.out_features, module.in_features, False
-    if isinstance(module, Conv1D) and type(module).forward is Conv1D.forward:
+    if isinstance(module, Conv1D) and _is_linear(type(module), module, Conv1D):
         return int(module.weight.shape[1]), int(module.weight.shape[0]), True
     return None
+
+
+def _is_linear(kind: type[nn.Module], module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether the module computes what `base` does; tried on a small twin of it where its class has its own forward."""
+    if kind.forward is base.forward:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(size, generator=generator) for size in ((_TWIN_OUT, _TWIN_IN), (_TWIN_OUT,)))
+    transposed = base is not nn.Linear
+    twin = copy.copy(module)
+    twin.__dict__ |= {"in_features": _TWIN_IN, "out_features": _TWIN_OUT, "nx": _TWIN_IN, "nf": _TWIN_OUT}
+    twin._parameters = dict.fromkeys(module._parameters)
+    twin._parameters["weight"] = nn.Parameter(weight.T.contiguous() if transposed else weight)
+    if has_bias := module._parameters.get("bias") is not None:
+        twin._parameters["bias"] = nn.Parameter(bias)
+    inputs = torch.randn(2, 3, _TWIN_IN, generator=generator)
+    try:
+        with torch.no_grad():
+            # Not by calling the twin, which has the hooks of the module.
+            output = twin.forward(inputs)
+    except Exception:  # another computation may fail in any way on another layer's sizes
+        return False
+    expected = nn.functional.linear(inputs, weight, bias if has_bias else None)
+    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, atol=1e-5)
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
@@ -142,7 +187,7 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
     for root in (next((name for name, module in model.named_modules() if module is decoder), ""), ""):
         best: tuple[int, str, list[tuple[str, nn.Module]]] = (0, "", [])
         for name, module in model.get_submodule(root).named_modules():
-            if not isinstance(module, nn.ModuleList) or not _alike(module):
+            if not isinstance(module, nn.ModuleList):
                 continue
             weights = sum(sizes[0] * sizes[1] for each in module.modules() if (sizes := linear_sizes(each)) is not None)
             if weights > best[0]:
@@ -150,8 +195,7 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
         if best[2]:
             return best[1], best[2]
     raise SourceError(
-        f"{type(model).__name__} has no blocks to compress: looked for a ModuleList whose elements are alike and hold "
-        "linear layers."
+        f"{type(model).__name__} has no blocks to compress: looked for a ModuleList whose elements hold linear layers."
     )
 
 
@@ -242,7 +286,7 @@ def _reason_outside(model: nn.Module, name: str, module: nn.Module, head: nn.Mod
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     if head is None and "." not in name and (sizes := linear_sizes(module)) is not None and sizes[0] == labels:
         return "classifier"
-    return _reason(module, head, "outside the blocks")
+    return _reason(module, head, _OUTSIDE)
 
 
 def _refuse(model: nn.Module, linears: Sequence[LinearSpec], stacks: Sequence[str], skip: Sequence[str]) -> None:
@@ -260,20 +304,20 @@ def _refuse(model: nn.Module, linears: Sequence[LinearSpec], stacks: Sequence[st
             f"{stacks[0]}), which cannot be compressed yet; leave them as they are with --skip '*.{module}'."
         )
     if not linears:
-        raise SourceError(f"No linear layer of {type(model).__name__} is left to compress; skip fewer modules.")
+        cure = "skip fewer modules" if skip else "its architecture is not supported"
+        raise SourceError(f"No linear layer of {type(model).__name__} can be compressed; {cure}.")
 
 
-def _refuse_unknown(model: nn.Module, blocks: Sequence[str], unknown: Mapping[str, int]) -> None:
+def _refuse_partial(model: nn.Module, share: float, left: Mapping[str, int], reasons: Mapping[str, str]) -> None:
     """Refuse what would be no compression: attention alone, say, where experts are of a form that is not known."""
-    modules = [each for block in blocks for each in model.get_submodule(block).modules()]
-    weights = sum(sizes[0] * sizes[1] for each in modules if (sizes := linear_sizes(each)) is not None)
-    if sum(unknown.values()) > weights:
-        largest = max(unknown, key=lambda name: unknown[name])
-        raise SourceError(
-            f"{type(model).__name__} keeps most weights of its blocks in modules that are no linear layers (largest: "
-            f"{largest}, a {type(model.get_submodule(largest)).__name__}), which cannot be compressed yet; leave them "
-            f"as they are with --skip '*.{largest.rpartition('.')[2]}'."
-        )
+    if share >= 0.5:
+        return
+    largest = max(left, key=lambda name: left[name])
+    raise SourceError(
+        f"Only {share:.0%} of the weights of {type(model).__name__} would be compressed (the largest part left as it "
+        f"is: {largest}, a {type(model.get_submodule(largest)).__name__}, {reasons[largest]}); give --allow-partial "
+        "to compress no more than that."
+    )
 
 
 def _beside(module: nn.Module, name: str, blocks: Sequence[str]) -> Iterator[str]:

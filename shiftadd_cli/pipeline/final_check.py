@@ -1,0 +1,61 @@
+"""The last step of a run: the checkpoint is loaded as a user would, and must predict what its tensors stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.calibration.head import predict
+from shiftadd_cli.errors import NumericalError
+from shiftadd_cli.runtime.load import load
+
+# Relative difference of predictions, by what the model computes in. The kernels add in another order, and the reference
+# may be computed in float32 where the model is in 16 bits. Faults of loading show as differences of the order of 1.
+_ROUNDING = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.2}
+
+
+def check_checkpoint(folder: Path, sample: Tensor, expected: Tensor) -> float:
+    """Load the checkpoint in `folder` and run one sample through it; the relative difference from `expected`.
+
+    sample: int64 `[1, tokens]`, or pixels `[1, channels, height, width]`. expected: predictions for it, `[1, ...,
+    classes]`, from the stored tensors decoded, block by block.
+
+    Raises NumericalError where the predictions are not finite, or other than `expected` by more than rounding.
+    """
+    with _quiet():
+        model = load(folder)
+    with torch.no_grad():
+        values = predict(model, sample).values.float()
+    expected = expected.float().to(values.device)
+    if not torch.isfinite(values).all():
+        raise NumericalError(
+            f"The compressed {type(model).__name__} gives predictions that are not finite when it is loaded; nothing "
+            "was written."
+        )
+    # What is added to all classes of a prediction changes nothing.
+    difference, scale = (each - each.mean(-1, keepdim=True) for each in (values - expected, expected))
+    share = float(difference.norm() / scale.norm().clamp_min(1e-30))
+    if not share <= _ROUNDING.get(model.dtype, 0.02):
+        raise NumericalError(
+            f"The compressed {type(model).__name__} predicts something else when it is loaded than its decoded weights "
+            f"do (a difference of {share:.0%}); its architecture is not supported, and nothing was written."
+        )
+    return share
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
