@@ -15,6 +15,7 @@ from shiftadd_cli.calibration.images import image_reader
 from shiftadd_cli.calibration.trace import StopForward, hooked
 from shiftadd_cli.errors import SourceError, first_line
 from shiftadd_cli.source import Source
+from shiftadd_cli.source.weight_reads import without_values
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,32 @@ def measure_flow(source: Source, blocks: tuple[str, ...], seq_len: int) -> Flow:
     """
     if source.reads_images:
         return _image_flow(source, blocks)
-    return Flow((seq_len,) * len(blocks), seq_len * source.config.get_text_config().hidden_size)
+    return Flow((seq_len,) * len(blocks), _text_values(source, blocks, seq_len))
+
+
+@lru_cache(maxsize=1)
+def _text_values(source: Source, blocks: tuple[str, ...], seq_len: int) -> int:
+    """Values of the hidden states of a window, which may be several streams (Gemma 3n); found by running the model on
+    the meta device, or taken from the configuration where it cannot run there."""
+    entered: list[int] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states: Tensor = args[0] if args else kwargs["hidden_states"]
+        entered.append(states.numel())
+        raise StopForward
+
+    model = source.skeleton()
+    handle = model.get_submodule(blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with hooked([handle]), without_values():
+            run_model(model, torch.zeros(1, seq_len, dtype=torch.long, device="meta"))
+    except StopForward:
+        return entered[0]
+    except Exception:  # code that depends on values fails in any way without them
+        return seq_len * int(source.config.get_text_config().hidden_size)
+    raise SourceError(
+        f"{type(model).__name__} never calls its first block {blocks[0]}; its architecture is not supported."
+    )
 
 
 # A plan is made anew for every choice of bits.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path as FilePath
@@ -41,7 +41,7 @@ from shiftadd_cli.calibration.streams import HiddenStates, batch_span
 from shiftadd_cli.calibration.tensor_file import TensorFile
 from shiftadd_cli.errors import NumericalError, SourceError
 from shiftadd_cli.progress import BlockProgress, silent
-from shiftadd_cli.source import Source, Structure
+from shiftadd_cli.source import LinearSpec, Source, Structure
 from shiftadd_cli.source.weight_reads import watching_weights
 
 # Relative difference that a block may show between two runs on the same inputs: some kernels add in any order.
@@ -208,15 +208,7 @@ class Passage:
             others = None if call.others is None else len(call.others)
             passage.forms.append(Form(before, behind, others, output.dtype, layout))
 
-        linears = {spec.name: source.skeleton().get_submodule(spec.name) for spec in structure.linears}
-        with watching_weights(linears) as read:
-            passage._own_forward(samples[:1], left, progress, "Tracing", with_head=False)
-        for spec in structure.linears:
-            if spec.name in read:
-                raise SourceError(
-                    f"{type(passage.model).__name__} computes with the weight of {spec.name} itself, so it cannot be "
-                    f"compressed; leave it as it is with --skip '*.{spec.kind}'."
-                )
+        passage._own_forward(samples[:1], left, progress, "Tracing", with_head=False)
         passage._follow(own, layout)
         _, recorded = passage.arguments(samples[:1])
         passage._compare_arguments(own, recorded)
@@ -325,6 +317,11 @@ class Passage:
         names, shown = self.structure.blocks, iter(progress(self.structure.blocks, text))
         calls: list[_Own] = []
         previous: list[Tensor] = []
+        watched: list[set[str]] = []
+        watch = ExitStack()
+        linears_of: dict[int, list[LinearSpec]] = {}
+        for spec in self.structure.linears:
+            linears_of.setdefault(spec.block, []).append(spec)
 
         def before(name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._check_order(name, len(calls))
@@ -340,8 +337,17 @@ class Passage:
             self.source.materialise([name])
             _check_weights(block, name)
             block.to(self.device)
+            linears = {spec.name: self.model.get_submodule(spec.name) for spec in linears_of.get(len(calls) - 1, ())}
+            watched.append(watch.enter_context(watching_weights(linears)))
 
         def after(name: str, block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            watch.close()
+            for spec in linears_of.get(len(calls) - 1, ()):
+                if spec.name in watched[-1]:
+                    raise SourceError(
+                        f"{type(self.model).__name__} computes with the weight of {spec.name} itself, so it cannot be "
+                        f"compressed; leave it as it is with --skip '*.{spec.kind}'."
+                    )
             call, result = calls[-1], hidden_of(output)
             check_finite(result, name)
             entered, rest, named = _split(args, kwargs)
@@ -367,7 +373,7 @@ class Passage:
                 block.register_forward_hook(lambda m, a, k, o, name=name: after(name, m, a, k, o), with_kwargs=True)
             )
         values = None
-        with hooked(handles), suppress(StopForward), torch.no_grad():
+        with watch, hooked(handles), suppress(StopForward), torch.no_grad():
             values = predict(self.model, sample.to(self.device)).values
         self._check_count(len(calls))
         return values

@@ -85,9 +85,8 @@ def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial:
     compressed.
 
     Raises:
-        SourceError: there are no blocks of linear layers, blocks keep weights in stacks of matrices (experts of a form
-            that is not known, see `source.experts`), less than half of the weights are in linear layers of the blocks,
-            or a pattern matches nothing.
+        SourceError: there are no blocks of linear layers, less than half of the weights are in linear layers of the
+            blocks (experts of a form that is not known, see `source.experts`), or a pattern matches nothing.
     """
     block_list, elements = _find_blocks(model)
     blocks = tuple(f"{block_list}.{leaf}" for leaf in _in_stages(elements))
@@ -96,7 +95,6 @@ def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linears: list[LinearSpec] = []
     kept: list[tuple[str, str]] = []
-    stacks: list[str] = []
     mixtures = {name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)}
     routers = {router for name, module in mixtures.items() for router in _routers(model, name, module)}
     # Weights that stay as they are although nobody asked for that.
@@ -115,9 +113,6 @@ def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial:
         elif name in routers:
             kept.append((name, "router"))
         elif sizes is None:
-            stacks += [
-                f"{name}.{leaf}" for leaf, each in module.named_parameters(recurse=False) if _is_stack(module, each)
-            ]
             kept.append((name, _reason(module, head, _UNKNOWN)))
             if kept[-1][1] == _UNKNOWN and not _is_convolution(module):
                 left[name] = sum(each.numel() for each in module.parameters(recurse=False) if each.ndim > 1)
@@ -135,7 +130,7 @@ def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial:
     kept += [(name, _READ) for name in read]
     left |= {each.name: each.out_features * each.in_features for each in linears if each.name in read}
     linears = [each for each in linears if each.name not in read]
-    _refuse(model, linears, stacks, skip)
+    _refuse(model, linears, skip)
     compressed = sum(each.out_features * each.in_features for each in linears)
     share = compressed / (compressed + sum(left.values()))
     if not allow_partial:
@@ -248,10 +243,6 @@ def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
-def _is_stack(module: nn.Module, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 3 and min(parameter.shape) > 1 and not _is_convolution(module)
-
-
 def _routers(model: nn.Module, name: str, experts: SplitExperts) -> Iterator[str]:
     """Names of what beside the experts `name` decides how much of which a token gets: a row for each expert, or a
     single one for what all tokens share. It is small, and to be sent elsewhere is worse than any error of a weight."""
@@ -289,7 +280,7 @@ def _reason_outside(model: nn.Module, name: str, module: nn.Module, head: nn.Mod
     return _reason(module, head, _OUTSIDE)
 
 
-def _refuse(model: nn.Module, linears: Sequence[LinearSpec], stacks: Sequence[str], skip: Sequence[str]) -> None:
+def _refuse(model: nn.Module, linears: Sequence[LinearSpec], skip: Sequence[str]) -> None:
     names = [name for name, _ in model.named_modules()]
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -297,12 +288,6 @@ def _refuse(model: nn.Module, linears: Sequence[LinearSpec], stacks: Sequence[st
                 f"The skip pattern {pattern!r} matches no module of {type(model).__name__}; their names look like "
                 f"{names[-1]!r}."
             )
-    if stacks:
-        module = stacks[0].rpartition(".")[0].rpartition(".")[2]
-        raise SourceError(
-            f"{type(model).__name__} keeps weights in {len(stacks)} stacks of matrices, as fused experts (first: "
-            f"{stacks[0]}), which cannot be compressed yet; leave them as they are with --skip '*.{module}'."
-        )
     if not linears:
         cure = "skip fewer modules" if skip else "its architecture is not supported"
         raise SourceError(f"No linear layer of {type(model).__name__} can be compressed; {cure}.")

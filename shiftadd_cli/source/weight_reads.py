@@ -6,67 +6,62 @@ calibrated on, and a packed layer in its place has no matrix to be read; so it s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
-# Questions that do not look at the values of a weight; attributes such as dtype are asked by `__get__`.
-_QUESTIONS = {"__get__", "size", "dim", "numel", "stride", "is_floating_point", "element_size", "__len__"}
+# Questions that do not look at the values of a weight: methods, and attributes.
+_METHODS = {"size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "element_size", "__len__"}
+_ATTRIBUTES = {"dtype", "device", "shape", "ndim", "is_meta", "is_cuda", "requires_grad", "layout", "nbytes"}
+    "dtype",
+    "device",
+    "shape",
+    "ndim",
+    "is_meta",
+    "is_cuda",
+    "requires_grad",
+    "layout",
+    "nbytes",
+    "itemsize",
+}
 _TOKENS = 8
 
 
-class _WatchedWeight(Tensor):
-    """A weight that calls `on_use` when it is computed with."""
+class _Watch(TorchFunctionMode):
+    """Notes weights that are computed with while the layer that they belong to does not run itself."""
 
-    on_use: Callable[[], None]
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.owners = {id(module.get_parameter("weight")): name for name, module in modules.items()}
+        self.used: set[str] = set()
+        self.running: list[str] = []
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ not in _QUESTIONS:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        attribute = getattr(getattr(func, "__self__", None), "__name__", None)
+        if func.__name__ not in _METHODS and not (func.__name__ == "__get__" and attribute in _ATTRIBUTES):
             for value in (*args, *(kwargs or {}).values()):
-                if isinstance(value, _WatchedWeight):
-                    value.on_use()
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+                name = self.owners.get(id(value))
+                if name is not None and name not in self.running:
+                    self.used.add(name)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def watching_weights(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
     """While this lasts, the names of those of `modules` whose weight other code computes with are added to the set."""
-    used: set[str] = set()
-    classes = {name: type(module) for name, module in modules.items()}
-    for name, module in modules.items():
-        module.__class__ = _watched(type(module), name, used)
-    try:
-        yield used
-    finally:
+    watch = _Watch(modules)
+    with ExitStack() as stack:
         for name, module in modules.items():
-            module.__class__ = classes[name]
-            module.__dict__.pop("_in_own_forward", None)
-
-
-def _watched(own: type[nn.Module], name: str, used: set[str]) -> type[nn.Module]:
-    class Watched(own):  # type: ignore[misc, valid-type]
-        def __getattr__(self, attribute: str) -> Any:
-            value = super().__getattr__(attribute)
-            if attribute != "weight" or self.__dict__.get("_in_own_forward"):
-                return value
-            watched = value.detach().as_subclass(_WatchedWeight)
-            watched.on_use = lambda: used.add(name)
-            return watched
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            self.__dict__["_in_own_forward"] = True
-            try:
-                return super().forward(*args, **kwargs)
-            finally:
-                self.__dict__["_in_own_forward"] = False
-
-    Watched.__name__ = own.__name__
-    return Watched
+            enter = module.register_forward_pre_hook(lambda *_, name=name: watch.running.append(name))
+            leave = module.register_forward_hook(lambda *_, name=name: watch.running.remove(name))
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        with watch:
+            yield watch.used
 
 
 def weights_read_by_others(model: Any, modules: Mapping[str, nn.Module]) -> set[str]:
@@ -77,9 +72,18 @@ def weights_read_by_others(model: Any, modules: Mapping[str, nn.Module]) -> set[
     """
     if getattr(model, "main_input_name", None) != "input_ids":
         return set()
-    with watching_weights(modules) as used, torch.no_grad():
+    with watching_weights(modules) as used, without_values():
         try:
             model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="meta"), use_cache=False)
         except Exception:  # code that depends on values fails in any way without them
             return set()
     return used
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """While this lasts, models on the meta device run, and skip checks of values as where they are compiled."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        yield

@@ -114,7 +114,7 @@ def test_times_are_those_of_the_finished_steps(model: Path, tmp_path: Path, monk
 def test_a_run_that_ends_well_or_has_nothing_to_keep_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walk, "trace_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(walk, "trace_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted, match="Nothing was finished"):
         shiftadd_cli.quantize(str(model), tmp_path / "deep" / "out", **QUICK)
     assert not list(tmp_path.iterdir())
