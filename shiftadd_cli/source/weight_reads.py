@@ -17,17 +17,6 @@ from torch.overrides import TorchFunctionMode
 # Questions that do not look at the values of a weight: methods, and attributes.
 _METHODS = {"size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "element_size", "__len__"}
 _ATTRIBUTES = {"dtype", "device", "shape", "ndim", "is_meta", "is_cuda", "requires_grad", "layout", "nbytes"}
-    "dtype",
-    "device",
-    "shape",
-    "ndim",
-    "is_meta",
-    "is_cuda",
-    "requires_grad",
-    "layout",
-    "nbytes",
-    "itemsize",
-}
 _TOKENS = 8
 
 
