@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -59,11 +59,13 @@ def probe_samples(samples: Tensor) -> Tensor:
 
 @dataclass
 class _Variant:
-    """`hidden` float32 `[windows, seq_len, width]`: states behind the deepest block that was entered."""
+    """`hidden` float32 `[windows, seq_len, width]`: states behind the deepest block that was entered. `weight`: what
+    stands for that of the linear `spec`, where blocks to come have copies of it."""
 
-    name: str
+    spec: LinearSpec
     bits: Choice
     hidden: Tensor
+    weight: Tensor | None = None
 
 
 class Divergence:
@@ -148,8 +150,14 @@ class Divergence:
             self._advance(self._depth)
 
     def _advance(self, depth: int) -> None:
+        block = self._replay.load(depth)
         for variant in self._held:
-            variant.hidden = self._replay.run(depth, variant.hidden)
+            copies = [block.get_submodule(kind) for number, kind in variant.spec.copies if number == depth]
+            with ExitStack() as stack:
+                for copy in copies:
+                    assert variant.weight is not None, "a linear with copies keeps it"
+                    stack.enter_context(_replaced(copy, variant.spec.turned(variant.weight)))
+                variant.hidden = self._replay.run(depth, variant.hidden)
 
     def _hold(self, spec: LinearSpec, bits: Choice, weight: Tensor) -> None:
         """Run the block with the linear's weight replaced, float32 `[out, in]`, and hold what comes out."""
@@ -157,7 +165,8 @@ class Divergence:
             self._finish()
         block = self._replay.load(spec.block)
         with _replaced(block.get_submodule(spec.kind), spec.turned(weight)):
-            self._held.append(_Variant(spec.name, bits, self._replay.run(spec.block, self._inputs)))
+            hidden = self._replay.run(spec.block, self._inputs)
+        self._held.append(_Variant(spec, bits, hidden, weight if spec.copies else None))
 
     def _finish(self) -> None:
         """Run all variants to the end, note their divergences and forget them."""
@@ -175,10 +184,10 @@ class Divergence:
         for variant, divergence in zip(held, divergences, strict=True):
             if not math.isfinite(divergence):
                 raise NumericalError(
-                    f"The predictions are not finite when {variant.name} has {choice_words(variant.bits)}; leave it as "
+                    f"The predictions are not finite when {variant.spec.name} has {choice_words(variant.bits)}; leave it as "
                     "it is with --skip, or mend the source."
                 )
-            self._found.setdefault(variant.name, {})[variant.bits] = divergence
+            self._found.setdefault(variant.spec.name, {})[variant.bits] = divergence
 
     @contextmanager
     def _noting_what_is_reached(self, block: nn.Module) -> Iterator[None]:

@@ -184,10 +184,14 @@ class _Walk:
                 squares = self.squares.get(spec.name)
                 watch = self._watch(spec.name, None if squares is None else squares[batch.first :][: batch.size])
                 stack.enter_context(model.get_submodule(spec.name).register_forward_hook(watch))
+            for block, kind in spec.copies:
+                if block == depth:
+                    copy = model.get_submodule(self.structure.blocks[block]).get_submodule(kind)
+                    stack.enter_context(copy.register_forward_hook(self._watch(spec.name, None)))
         return stack
 
     def _watch(self, name: str, rows: Tensor | None) -> Callable[[nn.Module, Any, Tensor], None]:
-        """rows: of the tokens of the batch; None for a linear of an expert."""
+        """rows: of the tokens of the batch; None for a linear of an expert, and for a copy."""
 
         def add(gradient: Tensor) -> None:
             means = gradient.float().square().mean(-1)
@@ -196,7 +200,7 @@ class _Walk:
                 rows.add_(means.view(rows.shape).cpu())
 
         def watch(_: nn.Module, __: Any, output: Tensor) -> None:
-            if rows is None or not is_whole(output.shape[:-1], *rows.shape):
+            if name not in self.squares or (rows is not None and not is_whole(output.shape[:-1], *rows.shape)):
                 self.partial.add(name)
             if output.requires_grad:
                 # A hook of the tensor, not of the module: a model may add to the output in place afterwards.

@@ -39,7 +39,7 @@ from shiftadd_cli.calibration.calls import (
 from shiftadd_cli.calibration.head import Form, Head, predict, run_model, standing_in
 from shiftadd_cli.calibration.streams import HiddenStates, batch_span
 from shiftadd_cli.calibration.tensor_file import TensorFile
-from shiftadd_cli.errors import NumericalError, SourceError
+from shiftadd_cli.errors import NumericalError, ShiftaddError, SourceError, first_line
 from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.source import LinearSpec, Source, Structure
 from shiftadd_cli.source.weight_reads import watching_weights
@@ -107,7 +107,7 @@ def trace_model(
     known = len(trace.hidden)
     recorder = _Recorder(passage, spill)
     count = -(-len(samples) // batch_size)
-    recorded = range(count) if batches is None else batches
+    recorded = set(range(count) if batches is None else batches)
     for index in range(count):
         if index < known and index not in recorded:
             continue
@@ -253,7 +253,13 @@ class Passage:
             )
             for name, block in zip(names, blocks, strict=True)
         ]
-        with standing_in(blocks, self.forms), hooked(handles), suppress(StopForward), torch.no_grad():
+        with (
+            self._refusing_failures(),
+            standing_in(blocks, self.forms),
+            hooked(handles),
+            suppress(StopForward),
+            torch.no_grad(),
+        ):
             run_model(self.model, samples.to(self.device))
         self._check_count(len(arguments))
         return entered[0], arguments
@@ -296,10 +302,10 @@ class Passage:
         tokens = state.shape[1]
         # As the passes over predictions do: in slices, which a head that mixes tokens would show.
         parts = list(head.parts(1, tokens, max(1, -(-tokens // 2))))
-        with torch.no_grad():
+        with self._refusing_failures(), torch.no_grad():
             values = [head.predict(state[rows, cut], rows, cut).values for rows, cut in parts]
         assert logits is not None, "the forward ran to its end"
-        self._compare(torch.cat(values, 1) if len(values) > 1 else values[0], logits, "The predictions")
+        self._compare(torch.cat(values, 1) if len(values) > 1 else values[0], logits, "The output of the head")
 
     def _own_forward(
         self,
@@ -461,15 +467,32 @@ class Passage:
 
     def _compare(self, replayed: Tensor, own: Tensor, what: str) -> None:
         """Refuse a difference beyond rounding."""
-        scale = float(own.float().norm())
-        difference = float((replayed.float() - own.float()).norm()) if replayed.shape == own.shape else float("inf")
+        model = type(self.model).__name__
+        if replayed.shape != own.shape:
+            raise SourceError(
+                f"{what} has shape {list(own.shape)} in the forward of {model} and {list(replayed.shape)} where its "
+                "blocks run one by one; its architecture is not supported."
+            )
+        scale, difference = float(own.float().norm()), float((replayed.float() - own.float()).norm())
         if not difference <= _ROUNDING.get(own.dtype, 1e-4) * max(scale, 1e-30):
             share = difference / scale if scale else float("inf")
             raise SourceError(
-                f"{what} differs by {share:.1%} between the forward of {type(self.model).__name__} and its blocks run "
-                "one by one, so it would be calibrated on inputs that are not its own; its architecture is not "
-                "supported."
+                f"{what} differs by {share:.1%} between the forward of {model} and its blocks run one by one, so it "
+                "would be calibrated on inputs that are not its own; its architecture is not supported."
             )
+
+    @contextmanager
+    def _refusing_failures(self) -> Iterator[None]:
+        """Turn what the model's code raises with other blocks in the place of its own into a refusal."""
+        try:
+            yield
+        except (ShiftaddError, StopForward):
+            raise
+        except Exception as error:  # code of any model may fail in any way
+            raise SourceError(
+                f"{type(self.model).__name__} cannot be run block by block ({first_line(error)}); its architecture is "
+                "not supported."
+            ) from error
 
     def _check_order(self, name: str, done: int) -> None:
         names = self.structure.blocks

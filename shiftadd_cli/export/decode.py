@@ -15,6 +15,7 @@ from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.bcq import int8
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.errors import ArtifactError, ExportError
+from shiftadd_cli.source.skeleton import tied_groups
 from shiftadd_cli.source.structure import linear_sizes
 
 # Rows of a table decoded at a time.
@@ -59,7 +60,10 @@ class DecodedModel:
                     "the model again."
                 )
             self.tensors[name] = (shape, state[name].dtype)
-        if absent := [name for name, _ in skeleton.named_parameters() if name not in self.tensors]:
+        names = {member: group for group in tied_groups(skeleton) for member in group}
+        if absent := [
+            name for name, _ in skeleton.named_parameters() if self.tensors.keys().isdisjoint(names.get(name, (name,)))
+        ]:
             raise ArtifactError(f"{artifact.folder} lacks {absent[0]}; copy it again, or quantize the model again.")
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

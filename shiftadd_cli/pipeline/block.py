@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,10 +34,12 @@ class BlockQuantizer:
         token_weights: Mapping[str, Tensor] | None = None,
         bits: Mapping[str, Choice] | None = None,
         team: Team = ALONE,
+        shared: Collection[str] = (),
     ) -> None:
         """token_weights: by full name of a linear, float32 `[samples, tokens]`, see `calibration.gradients`.
-        bits: by full name of a linear, where the recipe's primitive and bits are not meant for all."""
-        self.block, self.recipe, self.clock, self.team = block, recipe, clock, team
+        bits: by full name of a linear, where the recipe's primitive and bits are not meant for all. shared: parameters
+        of the block that are stored in another one, and not to be tuned here."""
+        self.block, self.recipe, self.clock, self.team, self.shared = block, recipe, clock, team, shared
         self.specs: Mapping[str, LinearSpec] = {spec.kind: spec for spec in specs}
         self.token_weights = token_weights
         self.options = SolverOptions.from_recipe(recipe)
@@ -138,6 +140,7 @@ class BlockQuantizer:
             [kind for kind, spec in self.specs.items() if spec.transposed],
             epochs=self.recipe.reconstruct_epochs,
             seed=self.recipe.seed,
+            fixed=self.shared,
         )
 
     def _solve(self, kinds: Sequence[str], moments: Moments | None) -> None:

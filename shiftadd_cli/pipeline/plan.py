@@ -19,6 +19,7 @@ from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.calibration.flow import Flow, measure_flow
 from shiftadd_cli.device import choose_device
 from shiftadd_cli.distributed.team import Team
+from shiftadd_cli.errors import SourceError
 from shiftadd_cli.pipeline.memory import peak_memory, token_weight_bytes, versions_kept
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import NO_CALIBRATION, Recipe
@@ -176,6 +177,11 @@ def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None 
     """
     model = source.skeleton()
     structure = find_structure(model, recipe.skip, allow_partial=recipe.allow_partial)
+    if recipe.distill_epochs and any(structure.shared_in(depth) for depth in range(len(structure.blocks))):
+        raise SourceError(
+            f"{type(model).__name__} has blocks that share weights, which distillation cannot tune; give "
+            "--distill-epochs 0."
+        )
     options = SolverOptions.from_recipe(recipe)
     bit_plan = None
     if bits is None and recipe.bit_plan is not None:
@@ -217,7 +223,7 @@ def _tensors(
     """All tensors to write, in the order of the model's state, and the names of those that stay as they are."""
     packed = {f"{each.spec.name}.weight": each for each in linears}
     rows = {f"{each.name}.weight": each for each in tables}
-    duplicates = {name for group in structure.tied for name in sorted(group, key=list(model.state_dict()).index)[1:]}
+    duplicates = {name for group in structure.tied for name in group[1:]}
     tensors: dict[str, TensorShape] = {}
     kept: list[str] = []
     for name, tensor in model.state_dict().items():

@@ -89,7 +89,7 @@ def run_plan(
             ArtifactWriter(out, overwrite=overwrite, shard_bytes=plan.recipe.shard_bytes, workspace=history.workspace)
         )
         writer.plan(plan.tensors, history.written)
-        walk = Walk(plan, samples, device, clock or Measured(), team, history.workspace.folder)
+        walk = Walk(plan, samples, device, clock or Measured(), team, history.workspace.folder, read=writer.read)
         return _Run(walk, calibration, writer, list(command), history).execute(progress)
 
 

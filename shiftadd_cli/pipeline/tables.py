@@ -61,7 +61,7 @@ def plan_tables(
     for end in _ends(model, structure):
         weight = f"{end}.weight"
         tied = next((group for group in structure.tied if weight in group), (weight,))
-        group = tuple(name.removesuffix(".weight") for name in sorted(tied, key=order.index) if name in order)
+        group = tuple(name.removesuffix(".weight") for name in tied if name in order)
         if reason := _refusal(model, group, recipe.skip):
             refused[end] = reason
         elif group[0] not in tables:

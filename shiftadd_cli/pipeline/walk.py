@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.head import Head
 from shiftadd_cli.calibration.images import image_reader
@@ -54,6 +55,7 @@ class Walk:
     spill: Path | None = None
     token_weights: dict[str, Tensor] | None = None
     trace: Trace | None = None
+    read: Reader | None = None
 
     def store_tables(self, add: Callable[[str, Tensor], None]) -> list[TableReport]:
         """Give what is stored of embeddings to `add`, and let the model look it up.
@@ -130,7 +132,8 @@ class Walk:
             block.to(self.device)
         specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
         bits = {each.spec.name: each.layout.choice for each in self.plan.linears}
-        quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights, bits, self.team)
+        shared = {path.removeprefix(f"{name}.") for path in self.plan.structure.shared_in(depth)}
+        quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights, bits, self.team, shared)
         if self.trace is None:
             quantizer.without_data()
             return quantizer, None
@@ -147,6 +150,7 @@ class Walk:
         original, report = None, None
         if trace.original is not None:
             original = BlockStream(copy.deepcopy(block), trace.original, calls, self.device)
+        self._take_shared(depth)
         if original is not None and recipe.asymmetric:
             quantizer.towards(original, stream, name, Recall(waiting))
         else:
@@ -164,6 +168,27 @@ class Walk:
                 # The next block calibrates on what it will see.
                 stream.advance(name, self.team)
         return report
+
+    def _take_shared(self, depth: int) -> None:
+        """Give the parameters of a block that earlier blocks have too the values that were stored of them."""
+        shared = self.plan.structure.shared_in(depth)
+        if not shared:
+            return
+        layouts = {f"{each.spec.name}.weight": each for each in self.plan.linears}
+        model = self.plan.running.skeleton()
+        for name, stored in shared.items():
+            planned = layouts.get(stored)
+            module = stored.rpartition(".")[0]
+            names = [stored] if planned is None else [f"{module}.{suffix}" for suffix in planned.layout.tensors()]
+            own = {each: self.read(each) for each in names} if self.team.first and self.read is not None else None
+            tensors = self.team.share_tensors(own)
+            if planned is None:
+                value = tensors[stored]
+            else:
+                suffixes = {each.removeprefix(f"{module}."): tensor for each, tensor in tensors.items()}
+                value = planned.spec.turned(QuantizedWeight(planned.layout, suffixes).decode())
+            parameter = model.get_parameter(name)
+            parameter.data = value.to(parameter).contiguous()
 
     def _round_kept(self, block: str) -> bool:
         """Give norms and biases that were tuned in another dtype the values that are stored of them; whether that
@@ -197,10 +222,7 @@ class Walk:
             source.materialise(needed)
             self.store_tables(lambda name, tensor: None)
             move_parts(model, needed, device)
-            blocks = []
-            for depth, name in enumerate(structure.blocks):
-                linears = [(each.spec, each.layout) for each in self.plan.linears if each.spec.block == depth]
-                blocks.append(TunedBlock(name, model.get_submodule(name), linears, read, device))
+            blocks = [self._stored_block(depth, read) for depth in range(len(structure.blocks))]
             distiller = Distiller(
                 Stack(blocks, trace.calls, device),
                 EndGap(model, structure, trace.forms, samples, read, device),
@@ -240,15 +262,29 @@ class Walk:
         with torch.no_grad():
             entering, arguments = passage.arguments(sample)
             state = passage.states[0].pack(entering)
-            for depth, name in enumerate(structure.blocks):
-                linears = [(each.spec, each.layout) for each in self.plan.linears if each.spec.block == depth]
-                block = TunedBlock(name, model.get_submodule(name), linears, read, device)
+            for depth in range(len(structure.blocks)):
+                block = self._stored_block(depth, read)
                 state = block.run(passage.recorded_call(depth, arguments), state, block.decoded())
             head = Head(model, structure, passage.forms, sample, device)
             tokens = slice(0, state.shape[1]) if head.per_token else slice(None)
             values = head.predict(state, slice(0, 1), tokens).values
         source.release(needed)
         return sample, values
+
+    def _stored_block(self, depth: int, read: Reader) -> TunedBlock:
+        """A block as it is stored, copies of linears of other blocks included."""
+        name, shared = self.plan.structure.blocks[depth], self.plan.structure.shared_in(depth)
+        linears = []
+        for each in self.plan.linears:
+            if each.spec.block == depth:
+                linears.append((each.spec, each.layout))
+            linears += [
+                (replace(each.spec, kind=kind, block=depth), each.layout)
+                for number, kind in each.spec.copies
+                if number == depth
+            ]
+        block = self.plan.running.skeleton().get_submodule(name)
+        return TunedBlock(name, block, linears, lambda path: read(shared.get(path, path)), self.device)
 
     def _any_sample(self) -> Tensor:
         source, generator = self.plan.source, torch.Generator().manual_seed(0)

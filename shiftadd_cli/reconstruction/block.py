@@ -8,7 +8,7 @@ labels is all it takes. Some of the text is held back, and a block keeps what wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,16 +52,18 @@ def reconstruct_block(
     *,
     epochs: int,
     seed: int,
+    fixed: Collection[str] = (),
 ) -> Reconstruction:
     """Tune the linears `weights` (by path in the block) and all vectors among the block's other parameters.
 
     stream: the block, computing with the decoded weights, and the hidden states that reach it; targets: what the
     original block gives for the same windows. originals: float32 `[out, in]`, the matrices that `weights` stand for.
     transposed: those whose module stores `[in, out]`. epochs: passes over the text that is not held back.
+    fixed: vectors of the block that are not tuned, by path.
 
     The block's parameters are left as they are. Needs two batches at least.
     """
-    tuning = _Tuning(stream, targets, weights, originals, set(transposed))
+    tuning = _Tuning(stream, targets, weights, originals, set(transposed), fixed)
     train, held_back = hold_back(len(stream.hidden))
     before = tuning.error(held_back)
     tuning.descend(train, epochs, seed)
@@ -80,6 +82,7 @@ class _Tuning:
         weights: Mapping[str, QuantizedWeight],
         originals: Mapping[str, Tensor],
         transposed: set[str],
+        fixed: Collection[str],
     ) -> None:
         self.stream, self.targets, self.transposed = stream, targets, transposed
         self.weights = {kind: TunableWeight(each, originals[kind]) for kind, each in weights.items()}
@@ -88,7 +91,7 @@ class _Tuning:
         self.vectors = {
             name: nn.Parameter(each.detach().float().clone())
             for name, each in named.items()
-            if each.ndim == 1 and each.is_floating_point()
+            if each.ndim == 1 and each.is_floating_point() and name not in fixed
         }
 
     def descend(self, batches: Sequence[int], epochs: int, seed: int) -> None:

@@ -30,17 +30,25 @@ class Ties:
         members = [source, *(target for target, each in ties.items() if each == source)]
         return [name.removesuffix(".weight") for name in members]
 
-    def rename(self, modules: Collection[str], old: str, new: str) -> None:
-        """Record that the parameter `old` of each of `modules` is now called `new`."""
+    def rename(self, modules: Collection[str], old: str, *new: str) -> None:
+        """Record that the parameter `old` of each of `modules` is now the parameters `new`; without any it is gone."""
 
         def renamed(ties: dict[str, str], prefix: str) -> dict[str, str]:
-            return {one(target, prefix): one(source, prefix) for target, source in ties.items()}
+            pairs = [
+                pair
+                for target, source in ties.items()
+                for pair in zip(names(target, prefix), names(source, prefix), strict=True)
+            ]
+            return dict(pairs)
 
-        def one(name: str, prefix: str) -> str:
+        def names(name: str, prefix: str) -> list[str]:
             parent, _, leaf = (prefix + name).rpartition(".")
-            return f"{parent}.{new}".removeprefix(prefix) if leaf == old and parent in modules else name
+            if leaf != old or parent not in modules:
+                return [name]
+            return [f"{parent}.{each}".removeprefix(prefix) for each in new]
 
-        for prefix, each, expanded in self._expanded:
+        for number, (prefix, part, expanded) in enumerate(self._expanded):
             if expanded:
-                each._tied_weights_keys = renamed(expanded, prefix)
-            each.all_tied_weights_keys = renamed(each.all_tied_weights_keys, prefix)
+                part._tied_weights_keys = renamed(expanded, prefix)
+                self._expanded[number] = (prefix, part, part._tied_weights_keys)
+            part.all_tied_weights_keys = renamed(part.all_tied_weights_keys, prefix)

@@ -27,6 +27,7 @@ from shiftadd_cli.runtime.places import find_module
 from shiftadd_cli.runtime.prepare import prepare_layers
 from shiftadd_cli.runtime.remote_code import forget_unused_entry
 from shiftadd_cli.runtime.rotation import share_rotations
+from shiftadd_cli.runtime.ties import Ties
 from shiftadd_cli.source.experts import SplitExperts, join_experts, split_experts
 
 
@@ -84,8 +85,10 @@ class ShiftAddQuantizer(HfQuantizer):
     ) -> None:
         if self.quantization_config.splits_experts():
             split_experts(model)
+        ties = Ties(model)
         for name, layout in self.quantization_config.layouts().items():
             place, module = find_module(model, name)
+            members = ties.group(place)
             transposed = _is_conv1d(module)
             if not transposed and not isinstance(module, nn.Linear):
                 raise ArtifactError(
@@ -100,7 +103,11 @@ class ShiftAddQuantizer(HfQuantizer):
                 )
             has_bias = module.bias is not None
             packed = PackedLinear(layout, bias=has_bias, transposed=transposed, device="meta", dtype=dtype)
-            model.set_submodule(place, packed)
+            # Layers that share a weight share the packed layer.
+            for member in members:
+                model.set_submodule(member, packed)
+            if len(members) > 1:
+                ties.rename(members, "weight", *layout.tensors())
         place_tables(model, self.quantization_config.table_shapes(), dtype)
         if checkpoint_files is not None:
             check_files(model, checkpoint_files)
@@ -126,10 +133,24 @@ class ShiftAddQuantizer(HfQuantizer):
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         wanted: torch.dtype = named or torch.get_default_dtype()
         part_blocks(model)
-        for name, module in _packed_modules(model).items():
+        names: dict[PackedLinear, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, PackedLinear):
+                names.setdefault(module, []).append(name)
+        ties = Ties(model)
+        for module, members in names.items():
             if module.get_parameter("weight_codes").is_meta:
-                raise ArtifactError(f"{name} is offloaded to disk; load the model without offloading to dequantize it.")
-            model.set_submodule(name, _dense(module, wanted))
+                raise ArtifactError(
+                    f"{members[0]} is offloaded to disk; load the model without offloading to dequantize it."
+                )
+            dense = _dense(module, wanted)
+            for member in members:
+                model.set_submodule(member, dense)
+            if len(members) > 1:
+                first, *others = module.layout.tensors()
+                ties.rename(members, first, "weight")
+                for suffix in others:
+                    ties.rename(members, suffix)
         restore_dense(model, wanted)
         join_experts(model)
         return model

@@ -47,11 +47,13 @@ def dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def tied_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups of full parameter names that are one and the same parameter."""
+    """Groups of full parameter names that are one and the same parameter. The first of each is the name that
+    transformers stores it under; the others follow in the order of the model's state."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return tuple(tuple(group) for group in names.values() if len(group) > 1)
+    targets = getattr(model, "all_tied_weights_keys", {})
+    return tuple(tuple(sorted(group, key=targets.__contains__)) for group in names.values() if len(group) > 1)
 
 
 def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:

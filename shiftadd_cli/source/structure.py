@@ -32,7 +32,8 @@ class LinearSpec:
     `name` is its full module path, `kind` its path inside block number `block`. `transposed` is True where the stored
     weight is [in_features, out_features] (transformers' Conv1D) instead of [out_features, in_features]. `experts` is
     the path inside the block of the mixture that it is in an expert of: the next part of `kind` is the expert's number,
-    and it reads some of the tokens.
+    and it reads some of the tokens. `copies` are the linears of later blocks that share its weight, as number of the
+    block and path inside it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LinearSpec:
     has_bias: bool
     transposed: bool
     experts: str | None = None
+    copies: tuple[tuple[int, str], ...] = ()
 
     def turned(self, weight: Tensor) -> Tensor:
         """A weight as it is stored as `[out, in]`, and the other way round; a view."""
@@ -72,6 +74,11 @@ class Structure:
     tied: tuple[tuple[str, ...], ...]
     share: float = 1.0
 
+    def shared_in(self, block: int) -> dict[str, str]:
+        """Parameters of a block that are one with parameters stored elsewhere, and the names that these have there."""
+        within = f"{self.blocks[block]}."
+        return {name: group[0] for group in self.tied for name in group[1:] if name.startswith(within)}
+
 
 def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial: bool = False) -> Structure:
     """Blocks, linears and everything else of a decoder or a vision model, which may be on meta.
@@ -91,7 +98,7 @@ def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial:
     block_list, elements = _find_blocks(model)
     blocks = tuple(f"{block_list}.{leaf}" for leaf in _in_stages(elements))
     tied = tied_groups(model)
-    shared = {name.rpartition(".")[0] for group in tied for name in group}
+    shared = {name.rpartition(".")[0]: group for group in tied for name in group}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linears: list[LinearSpec] = []
     kept: list[tuple[str, str]] = []
@@ -116,16 +123,30 @@ def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial:
             kept.append((name, _reason(module, head, _UNKNOWN)))
             if kept[-1][1] == _UNKNOWN and not _is_convolution(module):
                 left[name] = sum(each.numel() for each in module.parameters(recurse=False) if each.ndim > 1)
-        elif name in shared:
+        elif name in shared and (copies := _copies(model, blocks, tied, name)) is None:
             kept.append((name, "shares its weight with another module"))
             left[name] = sizes[0] * sizes[1]
+        elif name in shared and f"{name}.weight" != shared[name][0]:
+            kept.append((name, "copy of a linear layer before"))
         else:
             out_features, in_features, transposed = sizes
             has_bias = getattr(module, "bias", None) is not None
             kind = name.removeprefix(blocks[number] + ".")
             mixture = next((each for each in _above(name) if each in mixtures), None)
             experts = None if mixture is None else mixture.removeprefix(blocks[number] + ".")
-            linears.append(LinearSpec(name, kind, number, out_features, in_features, has_bias, transposed, experts))
+            linears.append(
+                LinearSpec(
+                    name,
+                    kind,
+                    number,
+                    out_features,
+                    in_features,
+                    has_bias,
+                    transposed,
+                    experts,
+                    copies or () if name in shared else (),
+                )
+            )
     read = weights_read_by_others(model, {each.name: model.get_submodule(each.name) for each in linears})
     kept += [(name, _READ) for name in read]
     left |= {each.name: each.out_features * each.in_features for each in linears if each.name in read}
@@ -136,6 +157,24 @@ def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial:
     if not allow_partial:
         _refuse_partial(model, share, left, dict(kept))
     return Structure(block_list, blocks, tuple(linears), tuple(kept), tuple(_beside(model, "", blocks)), tied, share)
+
+
+def _copies(
+    model: nn.Module, blocks: Sequence[str], tied: Sequence[tuple[str, ...]], name: str
+) -> tuple[tuple[int, str], ...] | None:
+    """The linears that share all parameters with the linear `name`, but for the first of them, by block and path inside
+    it; None where they are not alike, or the first is not in the first of their blocks."""
+    groups = [group for group in tied if any(member.rpartition(".")[0] == name for member in group)]
+    members = [tuple(member.rpartition(".")[0] for member in group) for group in groups]
+    if len(set(members)) != 1 or len(groups) != len(list(model.get_submodule(name).parameters(recurse=False))):
+        return None
+    places = []
+    for member in members[0]:
+        number = next((i for i, block in enumerate(blocks) if member.startswith(block + ".")), None)
+        if number is None or linear_sizes(model.get_submodule(member)) is None:
+            return None
+        places.append((number, member.removeprefix(blocks[number] + ".")))
+    return tuple(places[1:]) if places[0][0] < min(number for number, _ in places[1:]) else None
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int, bool] | None:
