@@ -184,8 +184,8 @@ class Divergence:
         for variant, divergence in zip(held, divergences, strict=True):
             if not math.isfinite(divergence):
                 raise NumericalError(
-                    f"The predictions are not finite when {variant.spec.name} has {choice_words(variant.bits)}; leave it as "
-                    "it is with --skip, or mend the source."
+                    f"The predictions are not finite when {variant.spec.name} has {choice_words(variant.bits)}; leave "
+                    "it as it is with --skip, or mend the source."
                 )
             self._found.setdefault(variant.spec.name, {})[variant.bits] = divergence
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,18 +56,14 @@ class BlockStream:
     ) -> AbstractContextManager[None]:
         """Put what the modules read into `seen`, each time followed by `then`."""
 
-        def note(name: str, inputs: Tensor) -> None:
-            seen[name] = inputs
+        def note(name: str, module: Any, args: tuple[Any, ...]) -> None:
+            seen[name] = module.routing(*args) if isinstance(module, SplitExperts) else args[0]
             then()
 
         handles = []
         for name in names:
             module = self.block.get_submodule(name)
-            # Of split experts, what they are told after the hidden states.
-            place = 1 if isinstance(module, SplitExperts) else 0
-            handles.append(
-                module.register_forward_pre_hook(lambda _, args, name=name, place=place: note(name, args[place]))
-            )
+            handles.append(module.register_forward_pre_hook(lambda part, args, name=name: note(name, part, args)))
         return hooked(handles)
 
     def span(self, index: int) -> slice:

@@ -2,13 +2,16 @@
 
 What it knows of a class of experts it says when it wraps it (`transformers.integrations.moe`): how a stack lies (both
 halves of gate and up, or every other row; transposed; with biases) and how gate and up make the input of the last
-projection. That is all that is used here, so no family is known by name.
+projection. A class that says nothing may still compute what `PaddedExperts` does, which is tried on a small twin. So no
+family is known by name.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +22,21 @@ _GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _PLAIN = {"up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 # What configurations call the number of experts that a token is sent to.
 _SENT_TO = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How experts lie in stacks and how gate and up are joined, for classes that do not say so themselves."""
+
+    act_fn: Any
+    has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = True
+    is_concatenated: bool = True
+
+    def _apply_gate(self, both: Tensor) -> Any:
+        gate, up = both.chunk(2, -1)
+        return self.act_fn(gate) * up
 
 
 class Expert(nn.Module):
@@ -32,14 +50,17 @@ class SplitExperts(nn.Module):
     it is asked how gate and up are joined, and takes the weights back where stacks are wanted again (`joined`).
     """
 
-    _rules: Any
+    _stacked: nn.Module
+    _form: Any
 
-    def __init__(self, stacked: nn.Module) -> None:
-        """stacked: see `can_split`; it loses its parameters. Linears have their device and dtype."""
+    def __init__(self, stacked: nn.Module, form: Any = None) -> None:
+        """stacked: see `can_split`; it loses its parameters. Linears have their device and dtype. form: how its experts
+        lie in it, by default what its class says."""
         super().__init__()
         # Not as a child: transformers would look for the stacks in it.
-        object.__setattr__(self, "_rules", stacked)
-        self._stacks = _stacks(stacked)
+        object.__setattr__(self, "_stacked", stacked)
+        object.__setattr__(self, "_form", stacked if form is None else form)
+        self._stacks = _stacks(self._form)
         self._shapes = {name: (tuple(each.shape), each.dtype) for name, each in stacked.named_parameters()}
         self.num_experts = int(next(iter(self._shapes.values()))[0][0])
         for index in range(self.num_experts):
@@ -86,9 +107,13 @@ class SplitExperts(nn.Module):
             total.index_add_(0, tokens, weighted.to(total.dtype))
         return torch.zeros_like(hidden_states) if total is None else total.to(hidden_states.dtype)
 
+    def routing(self, hidden_states: Tensor, top_k_index: Tensor, *_: Any) -> Tensor:
+        """The experts of each token, int64 `[tokens, k]`, from the arguments of a call."""
+        return top_k_index
+
     def joined(self) -> nn.Module:
         """The module it was made from, with its weights in stacks again; this one keeps none."""
-        stacked: nn.Module = self._rules
+        stacked = self._stacked
         for name, stack in self.joined_stacks():
             stacked.register_parameter(name, _frozen(stack))
         return stacked
@@ -156,26 +181,83 @@ class SplitExperts(nn.Module):
         return stack
 
     def _inner(self, expert: Any, states: Tensor) -> Any:
-        if not self._rules.has_gate:
-            return self._rules.act_fn(expert.up_proj(states))
+        if not self._form.has_gate:
+            return self._form.act_fn(expert.up_proj(states))
         gate, up = expert.gate_proj(states), expert.up_proj(states)
-        both = torch.cat((gate, up), -1) if self._rules.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
-        return self._rules._apply_gate(both)
+        both = torch.cat((gate, up), -1) if self._form.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
+        return self._form._apply_gate(both)
 
     def _cut(self, name: str, matrices: Tensor, *, turn: bool = True) -> list[Tensor]:
         return [view.clone(memory_format=torch.contiguous_format) for view in self._views(name, matrices, turn=turn)]
 
     def _views(self, name: str, matrices: Tensor, *, turn: bool) -> Sequence[Tensor]:
         """The projections of one expert in a stack, `[out, in]` each, or in one of biases, `[out]` each."""
-        if turn and self._rules.is_transposed:
+        if turn and self._form.is_transposed:
             matrices = matrices.T
         if len(self._stacks[name]) == 1:
             return [matrices]
-        return matrices.chunk(2) if self._rules.is_concatenated else (matrices[::2], matrices[1::2])
+        return matrices.chunk(2) if self._form.is_concatenated else (matrices[::2], matrices[1::2])
+
+
+class PaddedExperts(SplitExperts):
+    """The same for experts that are each given all tokens, zeros in the place of those sent elsewhere (Llama 4)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """`[experts * tokens, in]` → `[experts * tokens, out]`, expert after expert; zeros stay zeros."""
+        states = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
+        if hidden_states.is_meta:
+            first: Any = self._modules["0"]
+            return first.down_proj(self._inner(first, hidden_states))
+        output = torch.zeros_like(states)
+        for index, own in enumerate(states):
+            expert: Any = self._modules[str(index)]
+            tokens = own.any(-1).nonzero().squeeze(-1)
+            if len(tokens):
+                output[index, tokens] = expert.down_proj(self._inner(expert, own[tokens]))
+        return output.view(hidden_states.shape)
+
+    def routing(self, hidden_states: Tensor, *_: Any) -> Tensor:
+        """The experts of each token, int64 `[tokens, experts]`; `experts` stands for none."""
+        active = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1]).any(-1).T
+        numbers = torch.arange(self.num_experts, device=active.device)
+        return torch.where(active, numbers, self.num_experts)
 
 
 def can_split(module: Any) -> bool:
     """Whether the module keeps experts in stacks whose form is known, and nothing else."""
+    return _says_form(module) or _is_padded(module)
+
+
+def _is_padded(module: Any) -> bool:
+    """Whether the module computes what `PaddedExperts` does; tried on a twin of two experts."""
+    parameters, act_fn = dict(module.named_parameters()), getattr(module, "act_fn", None)
+    if list(parameters) != ["gate_up_proj", "down_proj"] or act_fn is None or any(True for _ in module.buffers()):
+        return False
+    if any(each.ndim != 3 for each in parameters.values()):
+        return False
+    outer = parameters["down_proj"].shape[-1]
+    if parameters["gate_up_proj"].shape[1] != outer:
+        return False
+    generator = torch.Generator().manual_seed(0)
+
+    def stack(*shape: int) -> nn.Parameter:
+        return _frozen(torch.randn(shape, generator=generator, device="cpu") / shape[1] ** 0.5)
+
+    twin = copy.copy(module)
+    twin._parameters = {"gate_up_proj": stack(2, outer, 6), "down_proj": stack(2, 3, outer)}
+    states = torch.randn(8, outer, generator=generator, device="cpu")
+    states[[1, 6]] = 0
+    try:
+        # Models are built under the meta device.
+        with torch.no_grad(), torch.device("cpu"):
+            expected = twin.forward(states)
+            found = PaddedExperts(twin, _Form(act_fn))(states)
+    except Exception:  # another computation may fail in any way on these sizes
+        return False
+    return isinstance(expected, Tensor) and expected.shape == found.shape and torch.allclose(expected, found, atol=1e-5)
+
+
+def _says_form(module: Any) -> bool:
     said = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
     if not all(type(getattr(module, name, None)) is bool for name in said) or module.has_post_expert_norm:
         return False
@@ -199,7 +281,7 @@ def split_experts(model: nn.Module) -> dict[str, SplitExperts]:
     found = {}
     for name, module in list(model.named_modules()):
         if can_split(module):
-            found[name] = SplitExperts(module)
+            found[name] = SplitExperts(module) if _says_form(module) else PaddedExperts(module, _Form(module.act_fn))
             model.set_submodule(name, found[name])
     return found
 

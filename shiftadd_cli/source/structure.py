@@ -196,7 +196,10 @@ def _is_linear(kind: type[nn.Module], module: nn.Module, base: type[nn.Module]) 
     if kind.forward is base.forward:
         return True
     generator = torch.Generator().manual_seed(0)
-    weight, bias = (torch.randn(size, generator=generator) for size in ((_TWIN_OUT, _TWIN_IN), (_TWIN_OUT,)))
+    weight, bias, inputs = (
+        torch.randn(size, generator=generator, device="cpu")
+        for size in ((_TWIN_OUT, _TWIN_IN), (_TWIN_OUT,), (2, 3, _TWIN_IN))
+    )
     transposed = base is not nn.Linear
     twin = copy.copy(module)
     twin.__dict__ |= {"in_features": _TWIN_IN, "out_features": _TWIN_OUT, "nx": _TWIN_IN, "nf": _TWIN_OUT}
@@ -204,7 +207,6 @@ def _is_linear(kind: type[nn.Module], module: nn.Module, base: type[nn.Module]) 
     twin._parameters["weight"] = nn.Parameter(weight.T.contiguous() if transposed else weight)
     if has_bias := module._parameters.get("bias") is not None:
         twin._parameters["bias"] = nn.Parameter(bias)
-    inputs = torch.randn(2, 3, _TWIN_IN, generator=generator)
     try:
         with torch.no_grad():
             # Not by calling the twin, which has the hooks of the module.
