@@ -75,10 +75,50 @@ _MIXTURES: dict[str, tuple[str, dict[str, object]]] = {
 }  # fmt: skip
 MIXTURES = tuple(_MIXTURES)
 
+# Decoders whose blocks are given more than hidden states, masks and positions, differ in kind, or share weights.
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+_STREAMS = {**_ROTARY, "hidden_size": 32, "head_dim": 8, "intermediate_size": 48, "sliding_window": 16,
+            "vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 2}  # fmt: skip
+_LINEAR, _HYBRID = "linear_attention", "hybrid"
+_UNUSUAL: dict[str, tuple[str, dict[str, object]]] = {
+    "gemma4": ("gemma4_text", {**_STREAMS, "num_hidden_layers": 6, "num_key_value_heads": 1, "global_head_dim": 16,
+                               "layer_types": [_SLIDING, _FULL] * 3, "tie_word_embeddings": True}),
+    "gemma3n": ("gemma3n_text", {**_STREAMS, "num_hidden_layers": 5, "num_key_value_heads": 2,
+                                 "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL, _SLIDING], "altup_num_inputs": 4,
+                                 "laurel_rank": 4, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0, 0.0]}),
+    "zamba2": ("zamba2", {**_COMMON, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6,
+                          "layers_block_type": [_LINEAR, _HYBRID] * 3, "n_mamba_heads": 8, "mamba_expand": 2,
+                          "mamba_d_state": 8, "mamba_ngroups": 1, "chunk_size": 16, "num_attention_heads": 4,
+                          "num_mem_blocks": 1, "use_shared_attention_adapter": True, "adapter_rank": 4,
+                          "use_mem_rope": True}),
+    "mamba": ("mamba", {**_COMMON, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "expand": 2,
+                        "time_step_rank": 4}),
+    "jamba": ("jamba", {**_COMMON, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4,
+                        "num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 2,
+                        "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4,
+                        "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}),
+    "falcon": ("falcon", {**_COMMON, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "llama4": ("llama4_text", {**_ROTARY, "hidden_size": 32, "head_dim": 8, "intermediate_size": 40,
+                               "intermediate_size_mlp": 56, "num_key_value_heads": 2, "num_local_experts": 4,
+                               "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "attention_chunk_size": 16}),
+    "xlm_roberta": ("xlm-roberta", {**_COMMON, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                                    "num_attention_heads": 4, "is_decoder": True, "max_position_embeddings": 514}),
+}  # fmt: skip
+UNUSUAL = tuple(_UNUSUAL)
+
+# Experts that lie below each other in one matrix, which nothing here takes apart.
+_PARTIAL: dict[str, tuple[str, dict[str, object]]] = {
+    "dbrx": ("dbrx", {**_COMMON, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+                      "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+                      "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}}),
+}  # fmt: skip
+
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """Configuration of a random small decoder; `family` is one of `FAMILIES` or `MIXTURES`, or in `_DECODERS`."""
-    model_type, settings = (_SETTINGS | _DECODERS | _MIXTURES)[family]
+    """Configuration of a random small decoder; `family` is one of `FAMILIES`, `MIXTURES` or `UNUSUAL`, or in
+    `_DECODERS` or `_PARTIAL`."""
+    model_type, settings = (_SETTINGS | _DECODERS | _MIXTURES | _UNUSUAL | _PARTIAL)[family]
     return AutoConfig.for_model(model_type, **settings)
 
 

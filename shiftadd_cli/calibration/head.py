@@ -106,13 +106,17 @@ def returning(blocks: Sequence[nn.Module], forms: Sequence[Form], hidden: Tensor
 @contextmanager
 def _computing(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """While this lasts, the blocks have these forwards."""
+    before = [block.__dict__.get("forward") for block in blocks]
     for block, forward in zip(blocks, forwards, strict=True):
         block.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for block in blocks:
-            del block.__dict__["forward"]
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = own
 
 
 def _returning(output: Any) -> Callable[..., Any]:

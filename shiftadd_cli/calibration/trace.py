@@ -344,7 +344,7 @@ class Passage:
             _check_weights(block, name)
             block.to(self.device)
             linears = {spec.name: self.model.get_submodule(spec.name) for spec in linears_of.get(len(calls) - 1, ())}
-            watched.append(watch.enter_context(watching_weights(linears)))
+            watched.append(watch.enter_context(watching_weights(block, linears)))
 
         def after(name: str, block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             watch.close()

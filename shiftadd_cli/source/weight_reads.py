@@ -40,11 +40,17 @@ class _Watch(TorchFunctionMode):
 
 
 @contextmanager
-def watching_weights(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """While this lasts, the names of those of `modules` whose weight other code computes with are added to the set."""
+def watching_weights(root: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """While this lasts, the names of those of `modules` whose weight other code computes with are added to the set.
+
+    root: what they are part of; others in it may share their weights.
+    """
     watch = _Watch(modules)
     with ExitStack() as stack:
-        for name, module in modules.items():
+        for module in root.modules():
+            name = watch.owners.get(id(module._parameters.get("weight")))
+            if name is None:
+                continue
             enter = module.register_forward_pre_hook(lambda *_, name=name: watch.running.append(name))
             leave = module.register_forward_hook(lambda *_, name=name: watch.running.remove(name))
             stack.callback(enter.remove)
@@ -61,7 +67,7 @@ def weights_read_by_others(model: Any, modules: Mapping[str, nn.Module]) -> set[
     """
     if getattr(model, "main_input_name", None) != "input_ids":
         return set()
-    with watching_weights(modules) as used, without_values():
+    with watching_weights(model, modules) as used, without_values():
         try:
             model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="meta"), use_cache=False)
         except Exception:  # code that depends on values fails in any way without them
