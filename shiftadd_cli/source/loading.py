@@ -15,6 +15,7 @@ from shiftadd_cli.source.checkpoint import Checkpoint
 from shiftadd_cli.source.memory import trim
 from shiftadd_cli.source.plan import LoadPlan
 from shiftadd_cli.source.skeleton import dtype_plan, set_tensor, tied_groups
+from shiftadd_cli.source.unstored import compute_unstored
 
 _ROWS_COMPARED_AT_ONCE = 4096
 
@@ -53,7 +54,7 @@ class Loader:
             tensor.requires_grad_(False)
             for alias in self._alias.get(name, ()):
                 set_tensor(self._model, alias, tensor)
-        self._compute_unstored(prefixes)
+        compute_unstored(self._model, self._on_meta(prefixes), self._name)
 
     def release(self, prefixes: Sequence[str]) -> None:
         """Drop the memory of everything at or below `prefixes`."""
@@ -106,31 +107,6 @@ class Loader:
                 "configuration do not belong together."
             )
 
-    @torch.no_grad()
-    def _compute_unstored(self, prefixes: Sequence[str]) -> None:
-        """Give what no file stores (rotary frequencies, embedding scales) the value transformers gives it.
-
-        That is `_init_weights` of the model a module belongs to, called for the modules that own such tensors and for
-        no other, since in some classes it overwrites loaded values.
-        """
-        from transformers import initialization
-
-        computed = self._on_meta(prefixes)
-        if not computed:
-            return
-        tensors = dict(self._tensors())
-        for name in computed:
-            set_tensor(self._model, name, torch.empty_like(tensors[name], device="cpu"))
-        fresh = set(computed)
-        for name, tensor in self._tensors():
-            if not tensor.is_meta and name not in fresh:
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-        parents = {name.rpartition(".")[0] for name in computed}
-        with initialization.guard_torch_init_functions():
-            for module_name, module, owner in _with_owner(self._model):
-                if module_name in parents:
-                    owner._init_weights(module)
-
     def _untie_what_differs(self) -> bool:
         """Untie parameters the configuration ties but the checkpoint stores with different values, as transformers
         does; whether there were any."""
@@ -157,19 +133,6 @@ class Loader:
 def covered(name: str, prefixes: Sequence[str]) -> bool:
     """Whether `name` is at or below one of `prefixes`."""
     return any(prefix == "" or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
-
-
-def _with_owner(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Every module, children first, with the innermost transformers model it is part of."""
-    from transformers import PreTrainedModel
-
-    def walk(name: str, module: nn.Module, owner: Any) -> Iterator[tuple[str, nn.Module, Any]]:
-        owner = module if isinstance(module, PreTrainedModel) else owner
-        for leaf, child in module.named_children():
-            yield from walk(f"{name}.{leaf}" if name else leaf, child, owner)
-        yield name, module, owner
-
-    yield from walk("", model, model)
 
 
 @contextmanager
