@@ -17,10 +17,16 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Shape of a stored tensor, and its dtype (None where the file holds quantized blocks that are decoded on read)."""
+    """What the header of a file says of one tensor.
+
+    dtype: None where the file holds quantized blocks that are decoded on read. nbytes: the size in the file. place: the
+    name in the model that the tensor's own name means, where no transform translates it.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
+    nbytes: int
+    place: str | None = None
 
 
 class Checkpoint(Protocol):

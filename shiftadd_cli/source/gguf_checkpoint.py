@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ import torch
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import TensorHeader, fingerprint_file
 from shiftadd_cli.source.gguf_header import GgufFile, GgufTensor
+from shiftadd_cli.source.gguf_rope import ROPE_TENSORS
 
 
 class _GgufBase:
     def __init__(self, file: GgufFile) -> None:
         self._file = file
         self.files: tuple[Path, ...] = (file.path,)
-        self.tensors: dict[str, TensorHeader] = {t.name: TensorHeader(t.shape, t.dtype) for t in file.tensors}
+        self.tensors: dict[str, TensorHeader] = {
+            t.name: TensorHeader(t.shape, t.dtype, t.nbytes) for t in file.tensors if t.name not in ROPE_TENSORS
+        }
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
@@ -90,13 +94,35 @@ class StepwiseGguf(_GgufBase):
                 self._parts.setdefault(target, []).append(tensor)
         # Shapes are the model's own: what the older loader does to a tensor on the way is known only to its code.
         own = model.state_dict()
-        self.tensors = {name: TensorHeader(tuple(own[name].shape), None) for name in self._parts if name in own}
+        self.tensors = {
+            name: TensorHeader(tuple(own[name].shape), None, sum(part.nbytes for part in parts))
+            for name, parts in self._parts.items()
+            if name in own
+        }
+        for tensor in file.tensors:
+            if tensor.name not in ROPE_TENSORS and self._target(tensor.name) not in own:
+                place = self._place(tensor.name)
+                self.tensors[tensor.name] = TensorHeader(tensor.shape, tensor.dtype, tensor.nbytes, place)
 
     def _target(self, name: str) -> str | None:
         # Stacked experts are mapped by a bare name their processor cuts out; two of them (gate, up) share one target.
         experts = getattr(self._processor, "GGUF_MOE_WEIGHTS_PATTERN", None)
         match = experts.fullmatch(name) if experts is not None else None
         return self._targets.get(match.groupdict().get("name", name) if match else name)
+
+    def _place(self, name: str) -> str:
+        """Where a tensor that has no name in the model would be: beside those whose names in the file begin alike."""
+        parts = name.split(".")
+        for depth in range(len(parts) - 1, 0, -1):
+            beside = [
+                target.split(".")[:-1]
+                for known, target in self._targets.items()
+                if known.split(".")[:depth] == parts[:depth] and target in self._parts
+            ]
+            if beside:
+                common = takewhile(lambda column: len(set(column)) == 1, zip(*beside, strict=False))
+                return ".".join([*(column[0] for column in common), *parts[depth:]])
+        return name
 
     def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
         """What transformers applies to a checkpoint with the model's own names; no quantizer."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from shiftadd_cli.errors import SourceError, first_line
 from shiftadd_cli.source.gguf_header import GgufFile
+from shiftadd_cli.source.gguf_rope import read_rope
 
 _VOCABULARY = "tokenizer."
 
@@ -20,7 +21,8 @@ def read_gguf_config(file: GgufFile) -> Any:
     without vocabulary and with empty tensors.
 
     Raises:
-        SourceError: transformers has no configuration for the architecture, or the metadata is incomplete.
+        SourceError: transformers has no configuration for the architecture, or the metadata is incomplete, or scales
+            rotary positions in a way that transformers has no setting for.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -40,6 +42,7 @@ def read_gguf_config(file: GgufFile) -> Any:
     # The blocks are decoded on the way in: what we hold and save is an ordinary model.
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    read_rope(config, file)
     config.name_or_path = str(file.path)
     return config
 

@@ -15,6 +15,7 @@ from shiftadd_cli.source.checkpoint import Checkpoint
 from shiftadd_cli.source.memory import trim
 from shiftadd_cli.source.plan import LoadPlan
 from shiftadd_cli.source.skeleton import dtype_plan, set_tensor, tied_groups
+from shiftadd_cli.source.unread import left_behind
 from shiftadd_cli.source.unstored import compute_unstored
 
 _ROWS_COMPARED_AT_ONCE = 4096
@@ -24,16 +25,18 @@ class Loader:
     """Moves parts of `model` (a skeleton on meta) into memory and back; `name` is for messages.
 
     A *prefix* is the full name of a module, parameter or buffer; it stands for everything at and below it. Tied
-    parameters come and go together, whichever of their names a prefix covers.
+    parameters come and go together, whichever of their names a prefix covers. `left_behind` lists what the model does
+    not read of the checkpoint.
 
     Raises:
-        SourceError: the checkpoint does not hold what the model needs.
+        SourceError: the checkpoint does not hold what the model needs, or holds what the model would need to read.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> None:
         self._model, self._checkpoint, self._dtype, self._name = model, checkpoint, dtype, name
         self._transforms, self._quantizer = checkpoint.loader(model, dtype)
         self._plan = LoadPlan(model, checkpoint, self._transforms, name)
+        self.left_behind = left_behind(model, checkpoint.tensors, self._plan.unread, name)
         self.untied = self._untie_what_differs()
         self._alias = {member: group for group in tied_groups(model) for member in group}
 

@@ -19,6 +19,7 @@ from shiftadd_cli.source.image_processor import load_image_processor, save_image
 from shiftadd_cli.source.loading import Loader, covered
 from shiftadd_cli.source.skeleton import build_skeleton
 from shiftadd_cli.source.tokenizer import load_tokenizer, save_tokenizer
+from shiftadd_cli.source.unread import without_prediction
 from shiftadd_cli.source.vision import IMAGE_INPUT
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Source:
         fingerprint: sha256 (hex) over the configuration and, for every weight file, its name, size, header and 256
             sampled pages; the folder's place and time stamps do not enter.
         file_bytes: size of the weight files.
+        left_behind: parts of the checkpoint that the model does not read.
         model_bytes: size of all parameters at `dtype`, tied ones once.
     """
 
@@ -58,6 +60,7 @@ class Source:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._image_processor: Any = None
         self._skeleton, self._loader = self._fresh(config, dtype)
+        self.left_behind = self._loader.left_behind
         self._experts = split_experts(self._skeleton)
         self.config: PreTrainedConfig = copy.deepcopy(self._skeleton.config)
         files = (weights.path,) if isinstance(weights, GgufFile) else weights.files
@@ -170,4 +173,5 @@ class Source:
         loader = Loader(model, checkpoint, dtype, self.spec)
         if loader.untied:
             model.config.tie_word_embeddings = False
+        without_prediction(model.config, loader.left_behind)
         return model, loader

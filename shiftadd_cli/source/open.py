@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from shiftadd_cli.source.locate import DEMO, hub_id, locate
 from shiftadd_cli.source.model import Source
 from shiftadd_cli.source.safetensors_folder import SafetensorsFolder
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -42,7 +44,7 @@ def open_source(spec: str, *, dtype: str = "auto", trust_remote_code: bool = Fal
     config = read_gguf_config(gguf) if gguf is not None else read_config(path, remote_code=trust_remote_code)
     chosen, config = model_class(config, spec, remote_code=trust_remote_code)
     weights = gguf if gguf is not None else SafetensorsFolder(path)
-    return Source(
+    source = Source(
         spec=spec,
         name=_short_name(spec, path),
         path=path,
@@ -53,6 +55,10 @@ def open_source(spec: str, *, dtype: str = "auto", trust_remote_code: bool = Fal
         fingerprint=_fingerprint(path, weights),
         remote_code=trust_remote_code,
     )
+    if source.left_behind:
+        parts = "; ".join(map(str, source.left_behind))
+        _log.warning("%s holds tensors that %s does not read, and no result has: %s.", spec, chosen.__name__, parts)
+    return source
 
 
 def _own_dtype(config: Any, stored: torch.dtype | None) -> torch.dtype:

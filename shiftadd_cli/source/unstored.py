@@ -45,7 +45,7 @@ def compute_unstored(model: nn.Module, names: Collection[str], spec: str) -> Non
 def _initialised(
     model: nn.Module, shapes: dict[str, torch.Tensor], outer: Collection[str], *, high: bool
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `shapes` after `_init_weights` of the modules `outer`, on memory filled with high or low values."""
+    """The tensors of `shapes` after `_init_weights` of the modules `outer`, in memory filled before."""
     from transformers import initialization
 
     for name, tensor in shapes.items():

@@ -1,0 +1,144 @@
+"""Tensors that a checkpoint holds and the model does not read: which may stay behind, and which make it wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from shiftadd_cli.errors import SourceError
+from shiftadd_cli.sizes import size
+from shiftadd_cli.source.checkpoint import TensorHeader
+
+# Buffers that older versions of transformers stored and every version computes.
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(original_)?inv_freq|rotary_pos_emb\.inv_freq|masked_bias|position_ids)$")
+_ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
+_PREDICTION = re.compile(r"(^|\.)(mtp|nextn)(\w*)(\.|$)")
+# The settings under which families count their layers for predicting more than one token.
+_PREDICTION_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
+_MULTIPLE_TOKENS = "for predicting several tokens at once"
+
+
+@dataclass(frozen=True)
+class LeftBehind:
+    """Tensors that the model does not read: how many at and below `place` (a name in the model), their size in the
+    file, and why they are not read."""
+
+    place: str
+    tensors: int
+    nbytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        count = "1 tensor" if self.tensors == 1 else f"{self.tensors} tensors"
+        return f"{self.place} ({count}, {size(self.nbytes)}, {self.reason})"
+
+
+def left_behind(
+    model: Any, stored: Mapping[str, TensorHeader], unread: Mapping[str, str], spec: str
+) -> tuple[LeftBehind, ...]:
+    """What of a checkpoint its model does not read, one entry for each part that the model lacks.
+
+    stored: all tensors of the checkpoint. unread: those that the model does not read, and what their names mean in the
+    model. spec: the model as the user named it, for messages.
+
+    Buffers that the model computes for itself are no loss and are not listed; neither are tensors inside its modules
+    that transformers knows it may ignore.
+
+    Raises:
+        SourceError: tensors belong to a module that the model has, so its results would be wrong without them.
+    """
+    computed = {name for name, _ in model.named_buffers()}
+    modules = dict(model.named_modules())
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    rest = {key: place for key, place in unread.items() if place not in computed and not _COMPUTED.search(place)}
+    inside = {key: place for key, place in rest.items() if _belongs(modules, place)}
+    wrong = [key for key, place in inside.items() if not any(p.search(key) or p.search(place) for p in ignored)]
+    if wrong:
+        raise SourceError(
+            f"{spec} holds {len(wrong)} tensors for modules of {type(model).__name__} that the model does not read "
+            f"({_named(wrong)}), so its results would be wrong; weights and config.json do not belong together."
+        )
+    groups: dict[str, list[str]] = {}
+    for key, place in rest.items():
+        if key not in inside:
+            groups.setdefault(_missing_part(modules, place), []).append(key)
+    return tuple(
+        LeftBehind(place, len(keys), sum(stored[key].nbytes for key in keys), _reason(model, modules, place))
+        for place, keys in groups.items()
+    )
+
+
+def refuse_adapter(unread: Mapping[str, str], spec: str) -> None:
+    """Raise SourceError, saying what to do, where tensors of an adapter (LoRA) are among the `unread` ones."""
+    if adapter := [key for key, place in unread.items() if _ADAPTER.search(place)]:
+        raise SourceError(
+            f"{spec} holds {len(adapter)} tensors of an adapter (first: {adapter[0]}); merge it into its base model "
+            "first, and give the merged model."
+        )
+
+
+def without_prediction(config: Any, behind: tuple[LeftBehind, ...]) -> None:
+    """Say in `config` that there are no layers for predicting several tokens at once, where they stay behind."""
+    if any(each.reason == _MULTIPLE_TOKENS for each in behind):
+        for part in (config, config.get_text_config()):
+            for name in _PREDICTION_COUNTS:
+                if getattr(part, name, None):
+                    setattr(part, name, 0)
+
+
+def wrapping_prefix(unread: Mapping[str, str]) -> str | None:
+    """The prefix that torch.compile or a parallel wrapper put before the names of all tensors, if one did."""
+    for prefix in ("_orig_mod.", "module.", "_fsdp_wrapped_module."):
+        if unread and all(key.startswith(prefix) for key in unread):
+            return prefix
+    return None
+
+
+def _belongs(modules: Mapping[str, nn.Module], place: str) -> bool:
+    """Whether a tensor would take part in what an existing module computes: it lies in a block, or beside the
+    parameters of a module without children."""
+    around = [modules[name] for name in _existing(modules, place)]
+    in_block = any(isinstance(outer, nn.ModuleList) for outer in around[:-1])
+    inner = around[-1]
+    is_leaf = next(inner.children(), None) is None
+    return in_block or (is_leaf and any(True for _ in inner.parameters(recurse=False)))
+
+
+def _existing(modules: Mapping[str, nn.Module], place: str) -> list[str]:
+    """The names of the modules around a tensor that the model has, from the model itself inwards."""
+    return [name for name in _outer_names(place) if name in modules]
+
+
+def _outer_names(place: str) -> Iterator[str]:
+    parts = place.split(".")
+    for end in range(len(parts)):
+        yield ".".join(parts[:end])
+
+
+def _missing_part(modules: Mapping[str, nn.Module], place: str) -> str:
+    """The outermost name that the model has not: `model.visual` of all tensors of a tower."""
+    depth = next(end for end, name in enumerate([*_outer_names(place), place]) if name not in modules)
+    return ".".join(place.split(".")[:depth])
+
+
+def _reason(model: Any, modules: Mapping[str, nn.Module], place: str) -> str:
+    if _PREDICTION.search(place):
+        return _MULTIPLE_TOKENS
+    outer, _, leaf = place.rpartition(".")
+    blocks = modules.get(outer)
+    if isinstance(blocks, nn.ModuleList) and leaf.isdecimal():
+        config = model.config.get_text_config()
+        extra = next((count for name in _PREDICTION_COUNTS if (count := getattr(config, name, None))), 0)
+        if int(leaf) < len(blocks) + extra:
+            return _MULTIPLE_TOKENS
+        return f"beyond the {len(blocks)} layers of the configuration"
+    return f"no part of {type(model).__name__}"
+
+
+def _named(keys: list[str]) -> str:
+    shown = ", ".join(keys[:3])
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"
