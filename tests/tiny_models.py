@@ -149,13 +149,14 @@ def save_tiny_gguf(
     seed: int = 0,
     tensors: dict[str, Any] | None = None,
     metadata: dict[str, float | str] | None = None,
+    tensors_a_part: int = 0,
     **settings: Any,
 ) -> PreTrainedModel:
     """Write a random Llama with the tiny tokenizer as a GGUF file, as llama.cpp's converter lays it out.
 
     `kind` is the ggml type of the matrices (F16, Q8_0, Q4_1, ...); norms are F32. `tensors` (float32 arrays) and
-    `metadata` (text and numbers) are written too; `settings` are of the model's configuration. Returns the model before
-    rounding.
+    `metadata` (text and numbers) are written too; `settings` are of the model's configuration. With `tensors_a_part`
+    the model is written in parts, beside `path` under llama.cpp's names for them. Returns the model before rounding.
     """
     import gguf
     import numpy as np
@@ -166,7 +167,7 @@ def save_tiny_gguf(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=tensors_a_part)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -57,6 +57,12 @@ class Checkpoint(Protocol):
         """
 
 
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bytes; unlike `equal`, NaN is the same as NaN."""
+    first, second = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
+    return torch.equal(first, second)
+
+
 def fingerprint_file(digest: Any, path: Path, header: bytes) -> None:
     """Add the identity of a weight file to `digest`: its name, its size, its header and samples of its content.
 

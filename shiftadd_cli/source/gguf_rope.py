@@ -142,7 +142,7 @@ def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
 
 def _read(file: GgufFile, tensor: GgufTensor) -> torch.Tensor:
     """A tensor of float32, float64 `[frequencies]`, all positive."""
-    values = np.fromfile(file.path, dtype=np.float32, count=math.prod(tensor.shape), offset=tensor.offset)
+    values = np.fromfile(tensor.path, dtype=np.float32, count=math.prod(tensor.shape), offset=tensor.offset)
     if tensor.kind != _FLOAT32 or len(tensor.shape) != 1 or not (values > 0).all():
         raise _unknown(file, f"in {tensor.name}, which does not hold one positive number for each frequency")
     return torch.from_numpy(values).double()

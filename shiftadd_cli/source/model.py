@@ -17,6 +17,7 @@ from shiftadd_cli.source.gguf_checkpoint import open_gguf
 from shiftadd_cli.source.gguf_header import GgufFile
 from shiftadd_cli.source.image_processor import load_image_processor, save_image_processor
 from shiftadd_cli.source.loading import Loader, covered
+from shiftadd_cli.source.safetensors_folder import SafetensorsFolder
 from shiftadd_cli.source.skeleton import build_skeleton
 from shiftadd_cli.source.tokenizer import load_tokenizer, save_tokenizer
 from shiftadd_cli.source.unread import without_prediction
@@ -63,7 +64,7 @@ class Source:
         self.left_behind = self._loader.left_behind
         self._experts = split_experts(self._skeleton)
         self.config: PreTrainedConfig = copy.deepcopy(self._skeleton.config)
-        files = (weights.path,) if isinstance(weights, GgufFile) else weights.files
+        files = tuple(weights.headers) if isinstance(weights, GgufFile) else weights.files
         self.file_bytes = sum(file.stat().st_size for file in files)
         self.model_bytes = sum(each.numel() * each.element_size() for each in self._skeleton.parameters())
 
@@ -156,8 +157,10 @@ class Source:
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory on the CPU, in evaluation mode, at `dtype` (default: the source's own)."""
         dtype = dtype or self.dtype
-        if isinstance(self._weights, GgufFile):
-            # Not from_pretrained: it leaves a quantization entry behind that keeps the model from being saved.
+        weights = self._weights
+        # Not from_pretrained, which leaves a quantization entry behind that keeps the model from being saved, or would
+        # read other files.
+        if isinstance(weights, GgufFile) or (isinstance(weights, SafetensorsFolder) and weights.ambiguous):
             model, loader = self._fresh(self.config, dtype)
             loader.materialise([""])
             return model

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shiftadd_cli.errors import SourceError
+from shiftadd_cli.source.checkpoint import same_bytes
 from shiftadd_cli.source.skeleton import set_tensor
 
 
@@ -32,7 +33,7 @@ def compute_unstored(model: nn.Module, names: Collection[str], spec: str) -> Non
     outer = {prefix for name in names for prefix in _prefixes(name)}
     with _others_on_meta(model, names):
         values = [_initialised(model, shapes, outer, high=high) for high in (True, False)]
-    open_ = [name for name, first in values[0].items() if not _same_bytes(first, values[1][name])]
+    open_ = [name for name, first in values[0].items() if first.is_meta or not same_bytes(first, values[1][name])]
     if open_:
         for name in names:
             set_tensor(model, name, torch.empty_like(shapes[name], device="meta"))
@@ -63,13 +64,6 @@ def _fill(dtype: torch.dtype, *, high: bool) -> Any:
     if dtype.is_floating_point or dtype.is_complex:
         return float("nan") if high else 0.0
     return torch.iinfo(dtype).max if high else 0
-
-
-def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.is_meta or other.is_meta or one.shape != other.shape:
-        return False
-    first, second = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
-    return torch.equal(first, second)
 
 
 @contextmanager
