@@ -9,7 +9,7 @@ import torch
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import Checkpoint
-from shiftadd_cli.source.unread import refuse_adapter, wrapping_prefix
+from shiftadd_cli.source.unread import refuse_adapter, wrapper
 
 
 class LoadPlan:
@@ -92,9 +92,9 @@ class LoadPlan:
             for parameter, _ in model.named_parameters(remove_duplicate=False)
             if parameter not in present and not any(pattern.search(parameter) for pattern in ignorable)
         ]
-        if missing and (prefix := wrapping_prefix(self.unread)) is not None:
+        if missing and (part := wrapper(self.unread)) is not None:
             raise SourceError(
-                f"The names of all tensors of {name} begin with {prefix!r}, which a wrapper around the model has put "
+                f"The names of all tensors of {name} hold the part {part!r}, which a wrapper around the model has put "
                 "there; save the weights again without it."
             )
         if missing:

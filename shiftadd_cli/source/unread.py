@@ -53,6 +53,7 @@ def left_behind(
     """
     computed = {name for name, _ in model.named_buffers()}
     modules = dict(model.named_modules())
+    unread = {key: _with_outer_names(model, place) for key, place in unread.items()}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     rest = {key: place for key, place in unread.items() if place not in computed and not _COMPUTED.search(place)}
     inside = {key: place for key, place in rest.items() if _belongs(modules, place)}
@@ -90,12 +91,22 @@ def without_prediction(config: Any, behind: tuple[LeftBehind, ...]) -> None:
                     setattr(part, name, 0)
 
 
-def wrapping_prefix(unread: Mapping[str, str]) -> str | None:
-    """The prefix that torch.compile or a parallel wrapper put before the names of all tensors, if one did."""
-    for prefix in ("_orig_mod.", "module.", "_fsdp_wrapped_module."):
-        if unread and all(key.startswith(prefix) for key in unread):
-            return prefix
+def wrapper(unread: Mapping[str, str]) -> str | None:
+    """The part of a name that torch.compile or a parallel wrapper put into the names of all tensors, if one did."""
+    for part in ("_orig_mod", "module", "_fsdp_wrapped_module"):
+        if unread and all(part in key.split(".") for key in unread):
+            return part
     return None
+
+
+def _with_outer_names(model: Any, place: str) -> str:
+    """A name as the model has it, which may be stored with or without the name of the model's main part."""
+    prefix = model.base_model_prefix
+    first, _, rest = place.partition(".")
+    main = getattr(model, prefix, None) if prefix else None
+    if isinstance(main, nn.Module) and not hasattr(model, first) and hasattr(main, first):
+        return f"{prefix}.{place}"
+    return rest if first == prefix and main is None and rest else place
 
 
 def _belongs(modules: Mapping[str, nn.Module], place: str) -> bool:

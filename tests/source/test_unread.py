@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, save_tiny_gguf, tiny_model
+from tiny_vision import tiny_vision_model, write_processor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from shiftadd_cli.errors import SourceError
@@ -176,12 +177,38 @@ def test_an_adapter_around_its_base_is_named_as_one(tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
-def test_a_wrapper_that_left_its_prefix_is_named(prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "renamed"), [("_orig_mod", "_orig_mod.{}"), ("module", "module.{}"), ("_orig_mod", "model._orig_mod.{}")]
+)
+def test_a_wrapper_that_left_its_name_is_named(part: str, renamed: str, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    save_file({f"{prefix}{name}": value for name, value in stored.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(SourceError, match=f"begin with '{prefix}'"):
+    save_file({renamed.format(name): value for name, value in stored.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(SourceError, match=f"hold the part '{part}'"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "refused"), [("h.1.attn.bias", False), ("h.1.attn.q_norm.weight", True)])
+def test_names_without_that_of_the_main_part(name: str, refused: bool, tmp_path: Path) -> None:
+    """As of GPT-2 on the hub."""
+    tiny_model("gpt2").transformer.save_pretrained(tmp_path)
+    spec = _add(tmp_path, {name: torch.ones(4)})
+    if refused:
+        with pytest.raises(SourceError, match=name):
+            open_source(spec)
+    else:
+        assert open_source(spec).left_behind == ()
+
+
+def test_names_with_that_of_the_main_part_for_the_main_part_alone(tmp_path: Path) -> None:
+    tiny_vision_model("vit-bare").save_pretrained(tmp_path)
+    write_processor(tmp_path)
+    stored = {f"vit.{name}": value for name, value in load_file(tmp_path / "model.safetensors").items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    assert open_source(str(tmp_path)).left_behind == ()
+    query = next(name for name in stored if name.endswith("query.weight"))
+    _add(tmp_path, {query.replace("weight", "scale"): torch.ones(2)})
+    with pytest.raises(SourceError, match=r"query\.scale"):
         open_source(str(tmp_path))
 
 
