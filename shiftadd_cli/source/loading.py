@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ class Loader:
         self.left_behind = left_behind(model, checkpoint.tensors, self._plan.unread, name)
         self.untied = self._untie_what_differs()
         self._alias = {member: group for group in tied_groups(model) for member in group}
+        self._try_unstored()
 
     def materialise(self, prefixes: Sequence[str]) -> None:
         """Load every parameter and buffer at or below `prefixes` that is not in memory yet."""
@@ -109,6 +111,17 @@ class Loader:
                 f"{len(problems)} parameters of {self._name} could not be loaded (first: {problems[0]}); weights and "
                 "configuration do not belong together."
             )
+
+    def _try_unstored(self) -> None:
+        """Compute one tensor of each kind that no file holds, so that a refusal comes before any work."""
+        kinds: dict[str, str] = {}
+        for name, _ in self._tensors():
+            if not self._plan.is_stored(self._stored_name(name)):
+                kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), name)
+        compute_unstored(self._model, list(kinds.values()), self._name)
+        for name, tensor in list(self._tensors()):
+            if not tensor.is_meta:
+                self._to_meta(name, tensor)
 
     def _untie_what_differs(self) -> bool:
         """Untie parameters the configuration ties but the checkpoint stores with different values, as transformers

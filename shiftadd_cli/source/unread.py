@@ -13,8 +13,10 @@ from shiftadd_cli.errors import SourceError
 from shiftadd_cli.sizes import size
 from shiftadd_cli.source.checkpoint import TensorHeader
 
-# Buffers that older versions of transformers stored and every version computes.
-_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(original_)?inv_freq|rotary_pos_emb\.inv_freq|masked_bias|position_ids)$")
+# Buffers that older versions of transformers, llama.cpp and others stored, and that every model computes.
+_COMPUTED = re.compile(
+    r"(^|\.)((rotary_emb|rotary_pos_emb)\.(original_)?inv_freq|rope\.freqs|attn_rot_embd\.weight|masked_bias|position_ids)$"
+)
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
 _PREDICTION = re.compile(r"(^|\.)(mtp|nextn)(\w*)(\.|$)")
 # The settings under which families count their layers for predicting more than one token.

@@ -240,6 +240,11 @@ def test_a_gguf_tensor_of_a_module_of_the_model_is_a_refusal(name: str, tmp_path
     assert name in str(caught.value)
 
 
+def test_frequencies_of_older_gguf_files_pass_without_a_word(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "m.gguf", kind="F16", tensors={"blk.0.attn_rot_embd.weight": [1.0] * 8})
+    assert open_source(str(tmp_path / "m.gguf")).left_behind == ()
+
+
 def test_what_else_a_gguf_file_holds_is_said(tmp_path: Path) -> None:
     extra: dict[str, Any] = {"some.nonsense": [[1.0] * 32] * 2, "blk.2.attn_q.weight": [[1.0] * 32] * 3}
     save_tiny_gguf(tmp_path / "m.gguf", kind="F16", tensors=extra)

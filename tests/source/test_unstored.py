@@ -128,3 +128,16 @@ def test_what_is_not_computed_in_full_or_by_chance_is_refused_by_name(computed: 
         compute_unstored(model, ["scale"], "m")
     assert model.scale.is_meta
     assert model.weight.tolist() == [3.0] * 2
+
+
+def test_a_model_that_does_not_compute_a_buffer_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As remote code written for transformers 4, which computed buffers in the constructor alone."""
+    from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1PreTrainedModel
+
+    kind, settings = MODELS["falcon_h1"]
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(tmp_path)
+    monkeypatch.setattr(FalconH1PreTrainedModel, "_init_weights", lambda self, module: None)
+    with pytest.raises(SourceError, match=r"does not compute by itself \(first: model\.layers\.0\.mamba\.mup_vector\)"):
+        open_source(str(tmp_path))
