@@ -134,7 +134,7 @@ def make_report(
             hub_id=hub_id(source.spec),
             license=source_license(source.path),
             reads_images=source.reads_images,
-            left_behind=[LeftBehindReport(**asdict(each)) for each in source.left_behind],
+            left_behind=[LeftBehindReport(**asdict(left)) for left in source.left_behind],
         ),
         recipe=plan.recipe.model_dump(mode="json"),
         recipe_fingerprint=plan.recipe.fingerprint(),

@@ -87,8 +87,8 @@ def _planes(report: Report) -> str:
 
 def _left_behind(report: Report) -> list[str]:
     return [
-        f"Not read      {each.place} ({each.tensors} tensors, {size(each.nbytes)}, {each.reason})"
-        for each in report.source.left_behind
+        f"Not read      {left.part} ({left.tensors} tensors, {size(left.nbytes)}, {left.reason})"
+        for left in report.source.left_behind
     ]
 
 

@@ -19,14 +19,14 @@ _SAMPLE_BYTES = 4096
 class TensorHeader:
     """What the header of a file says of one tensor.
 
-    dtype: None where the file holds quantized blocks that are decoded on read. nbytes: the size in the file. place: the
-    name in the model that the tensor's own name means, where no transform translates it.
+    dtype: None where the file holds quantized blocks that are decoded on read. nbytes: the size in the file. target:
+    the name that the tensor would have in the model, where no transform translates its own.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     nbytes: int
-    place: str | None = None
+    target: str | None = None
 
 
 class Checkpoint(Protocol):
@@ -59,7 +59,7 @@ class Checkpoint(Protocol):
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype hold the same bytes; unlike `equal`, NaN is the same as NaN."""
-    first, second = (each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
+    first, second = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
     return torch.equal(first, second)
 
 

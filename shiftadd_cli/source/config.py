@@ -110,18 +110,22 @@ def causal_lm_class(config: Any, name: str, *, remote_code: bool) -> tuple[Any, 
 
 def _refuse_other_head(config: Any, name: str) -> None:
     """Refuse a decoder with a head for another task: read as a language model it would lose that head."""
-    for each in getattr(config, "architectures", None) or ():
-        if _OTHER_HEAD.search(each):
+    for architecture in getattr(config, "architectures", None) or ():
+        if _OTHER_HEAD.search(architecture):
             raise SourceError(
-                f"{name} is {each}, a decoder whose head gives scores and not the next token; only language models (a "
-                "...ForCausalLM class) and image models can be compressed."
+                f"{name} is {architecture}, a decoder whose head gives scores and not the next token; only language "
+                "models (a ...ForCausalLM class) and image models can be compressed."
             )
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter and file.is_file():
+        # transformers adds it to the model where peft is installed, and leaves it out where not.
+        raise SourceError(f"{folder} holds a model and an adapter; merge the adapter, or remove adapter_config.json.")
     if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
+        if adapter:
             raise SourceError(f"{folder} is an adapter, not a model; merge it into its base model first.")
         if ggufs := sorted(folder.glob("*.gguf")):
             raise SourceError(f"{folder} has no config.json; to read {ggufs[0].name}, give the path of that file.")

@@ -68,14 +68,14 @@ class TransformGguf(_GgufBase):
 
         lazy: dict[str, Any] = {}
         for path in self.files:
-            lazy |= load_gguf_state_dict(self._header([each for each in self._file.tensors if each.path == path], path))
+            lazy |= load_gguf_state_dict(self._header([t for t in self._file.tensors if t.path == path], path))
         yield {name: lazy[name] for name in names}
 
     def _header(self, tensors: Sequence[GgufTensor], path: Path | None = None) -> Any:
         """transformers' form of what has been read of the headers."""
         from transformers.integrations.gguf.reader import GgufHeader, TensorInfo
 
-        infos = tuple(TensorInfo(each.name, each.shape, each.kind, each.offset, each.nbytes) for each in tensors)
+        infos = tuple(TensorInfo(t.name, t.shape, t.kind, t.offset, t.nbytes) for t in tensors)
         return GgufHeader(str(path or self._file.path), self._file.architecture, infos, 0)
 
 
@@ -110,8 +110,8 @@ class StepwiseGguf(_GgufBase):
         }
         for tensor in file.tensors:
             if tensor.name not in ROPE_TENSORS and self._target(tensor.name) not in own:
-                place = self._place(tensor.name)
-                self.tensors[tensor.name] = TensorHeader(tensor.shape, tensor.dtype, tensor.nbytes, place)
+                beside = self._name_beside(tensor.name)
+                self.tensors[tensor.name] = TensorHeader(tensor.shape, tensor.dtype, tensor.nbytes, beside)
 
     def _target(self, name: str) -> str | None:
         # Stacked experts are mapped by a bare name their processor cuts out; two of them (gate, up) share one target.
@@ -119,8 +119,8 @@ class StepwiseGguf(_GgufBase):
         match = experts.fullmatch(name) if experts is not None else None
         return self._targets.get(match.groupdict().get("name", name) if match else name)
 
-    def _place(self, name: str) -> str:
-        """Where a tensor that has no name in the model would be: beside those whose names in the file begin alike."""
+    def _name_beside(self, name: str) -> str:
+        """The name in the model of a tensor that it lacks: beside the tensors whose names in the file begin alike."""
         parts = name.split(".")
         for depth in range(len(parts) - 1, 0, -1):
             beside = [

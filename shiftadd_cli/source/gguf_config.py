@@ -29,7 +29,7 @@ def read_gguf_config(file: GgufFile) -> Any:
     from transformers import AutoConfig
     from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 
-    # Of a model in parts, none shows transformers all tensors.
+    # No single part of several shows transformers all tensors.
     as_is = len(file.headers) == 1 and (
         file.architecture in GGUF_CONFIG_ARCHS or f"{file.architecture}.vocab_size" not in file.metadata
     )

@@ -18,7 +18,7 @@ _DEFAULT_ALIGNMENT = 32
 
 
 _PART = re.compile(r"(?P<model>.*)-\d{5}-of-(?P<count>\d{5})\.gguf", flags=re.IGNORECASE)
-# What other programs keep in this format.
+# Other contents that llama.cpp keeps in this format, by general.type or general.architecture.
 _NO_MODEL = {
     "imatrix": "an importance matrix",
     "adapter": "an adapter",

@@ -99,8 +99,8 @@ def _of_divisors(config: Any, own: dict[str, Any], divisors: torch.Tensor) -> di
     before = config.rope_parameters
     config.rope_parameters = _base(own) | {"rope_type": "llama3", "factor": float(divisors.max())} | _LLAMA3
     if _same(_frequencies(config, None), default / divisors):
-        found: dict[str, Any] = config.rope_parameters
-        return found
+        llama3: dict[str, Any] = config.rope_parameters
+        return llama3
     config.rope_parameters = before
     factors = divisors.tolist()
     return _base(own) | {

@@ -35,8 +35,8 @@ class LoadPlan:
         self.unread: dict[str, str] = {}
         # Some renamings act only once another key was seen: the order is the loader's, and its state stays in them.
         for key in sorted(checkpoint.tensors, key=dot_natural_key):
-            if (place := checkpoint.tensors[key].place) is not None:
-                self.unread[key] = place
+            if (own_target := checkpoint.tensors[key].target) is not None:
+                self.unread[key] = own_target
                 continue
             target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
             if target not in own and key in own:

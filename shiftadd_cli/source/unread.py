@@ -26,23 +26,26 @@ _MULTIPLE_TOKENS = "for predicting several tokens at once"
 
 @dataclass(frozen=True)
 class LeftBehind:
-    """Tensors that the model does not read: how many at and below `place` (a name in the model), their size in the
-    file, and why they are not read."""
+    """Tensors that the model does not read.
 
-    place: str
+    part: the name that they would have in the model, or that their names there begin with. tensors: their number.
+    nbytes: their size in the file. reason: why they are not read.
+    """
+
+    part: str
     tensors: int
     nbytes: int
     reason: str
 
     def __str__(self) -> str:
         count = "1 tensor" if self.tensors == 1 else f"{self.tensors} tensors"
-        return f"{self.place} ({count}, {size(self.nbytes)}, {self.reason})"
+        return f"{self.part} ({count}, {size(self.nbytes)}, {self.reason})"
 
 
 def left_behind(
     model: Any, stored: Mapping[str, TensorHeader], unread: Mapping[str, str], spec: str
 ) -> tuple[LeftBehind, ...]:
-    """What of a checkpoint its model does not read, one entry for each part that the model lacks.
+    """The tensors of a checkpoint that its model does not read, one entry for each part that the model lacks.
 
     stored: all tensors of the checkpoint. unread: those that the model does not read, and what their names mean in the
     model. spec: the model as the user named it, for messages.
@@ -55,29 +58,29 @@ def left_behind(
     """
     computed = {name for name, _ in model.named_buffers()}
     modules = dict(model.named_modules())
-    unread = {key: _with_outer_names(model, place) for key, place in unread.items()}
+    unread = {key: _with_outer_names(model, target) for key, target in unread.items()}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    rest = {key: place for key, place in unread.items() if place not in computed and not _COMPUTED.search(place)}
-    inside = {key: place for key, place in rest.items() if _belongs(modules, place)}
-    wrong = [key for key, place in inside.items() if not any(p.search(key) or p.search(place) for p in ignored)]
+    rest = {key: target for key, target in unread.items() if target not in computed and not _COMPUTED.search(target)}
+    inside = {key: target for key, target in rest.items() if _belongs(modules, target)}
+    wrong = [key for key, target in inside.items() if not any(p.search(key) or p.search(target) for p in ignored)]
     if wrong:
         raise SourceError(
             f"{spec} holds {len(wrong)} tensors for modules of {type(model).__name__} that the model does not read "
             f"({_named(wrong)}), so its results would be wrong; weights and config.json do not belong together."
         )
     groups: dict[str, list[str]] = {}
-    for key, place in rest.items():
+    for key, target in rest.items():
         if key not in inside:
-            groups.setdefault(_missing_part(modules, place), []).append(key)
+            groups.setdefault(_missing_part(modules, target), []).append(key)
     return tuple(
-        LeftBehind(place, len(keys), sum(stored[key].nbytes for key in keys), _reason(model, modules, place))
-        for place, keys in groups.items()
+        LeftBehind(target, len(keys), sum(stored[key].nbytes for key in keys), _reason(model, modules, target))
+        for target, keys in groups.items()
     )
 
 
 def refuse_adapter(unread: Mapping[str, str], spec: str) -> None:
     """Raise SourceError, saying what to do, where tensors of an adapter (LoRA) are among the `unread` ones."""
-    if adapter := [key for key, place in unread.items() if _ADAPTER.search(place)]:
+    if adapter := [key for key, target in unread.items() if _ADAPTER.search(target)]:
         raise SourceError(
             f"{spec} holds {len(adapter)} tensors of an adapter (first: {adapter[0]}); merge it into its base model "
             "first, and give the merged model."
@@ -86,7 +89,7 @@ def refuse_adapter(unread: Mapping[str, str], spec: str) -> None:
 
 def without_prediction(config: Any, behind: tuple[LeftBehind, ...]) -> None:
     """Say in `config` that there are no layers for predicting several tokens at once, where they stay behind."""
-    if any(each.reason == _MULTIPLE_TOKENS for each in behind):
+    if any(left.reason == _MULTIPLE_TOKENS for left in behind):
         for part in (config, config.get_text_config()):
             for name in _PREDICTION_COUNTS:
                 if getattr(part, name, None):
@@ -101,47 +104,47 @@ def wrapper(unread: Mapping[str, str]) -> str | None:
     return None
 
 
-def _with_outer_names(model: Any, place: str) -> str:
+def _with_outer_names(model: Any, target: str) -> str:
     """A name as the model has it, which may be stored with or without the name of the model's main part."""
     prefix = model.base_model_prefix
-    first, _, rest = place.partition(".")
+    first, _, rest = target.partition(".")
     main = getattr(model, prefix, None) if prefix else None
     if isinstance(main, nn.Module) and not hasattr(model, first) and hasattr(main, first):
-        return f"{prefix}.{place}"
-    return rest if first == prefix and main is None and rest else place
+        return f"{prefix}.{target}"
+    return rest if first == prefix and main is None and rest else target
 
 
-def _belongs(modules: Mapping[str, nn.Module], place: str) -> bool:
+def _belongs(modules: Mapping[str, nn.Module], target: str) -> bool:
     """Whether a tensor would take part in what an existing module computes: it lies in a block, or beside the
     parameters of a module without children."""
-    around = [modules[name] for name in _existing(modules, place)]
+    around = [modules[name] for name in _existing(modules, target)]
     in_block = any(isinstance(outer, nn.ModuleList) for outer in around[:-1])
     inner = around[-1]
     is_leaf = next(inner.children(), None) is None
     return in_block or (is_leaf and any(True for _ in inner.parameters(recurse=False)))
 
 
-def _existing(modules: Mapping[str, nn.Module], place: str) -> list[str]:
+def _existing(modules: Mapping[str, nn.Module], target: str) -> list[str]:
     """The names of the modules around a tensor that the model has, from the model itself inwards."""
-    return [name for name in _outer_names(place) if name in modules]
+    return [name for name in _outer_names(target) if name in modules]
 
 
-def _outer_names(place: str) -> Iterator[str]:
-    parts = place.split(".")
+def _outer_names(target: str) -> Iterator[str]:
+    parts = target.split(".")
     for end in range(len(parts)):
         yield ".".join(parts[:end])
 
 
-def _missing_part(modules: Mapping[str, nn.Module], place: str) -> str:
+def _missing_part(modules: Mapping[str, nn.Module], target: str) -> str:
     """The outermost name that the model has not: `model.visual` of all tensors of a tower."""
-    depth = next(end for end, name in enumerate([*_outer_names(place), place]) if name not in modules)
-    return ".".join(place.split(".")[:depth])
+    depth = next(end for end, name in enumerate([*_outer_names(target), target]) if name not in modules)
+    return ".".join(target.split(".")[:depth])
 
 
-def _reason(model: Any, modules: Mapping[str, nn.Module], place: str) -> str:
-    if _PREDICTION.search(place):
+def _reason(model: Any, modules: Mapping[str, nn.Module], target: str) -> str:
+    if _PREDICTION.search(target):
         return _MULTIPLE_TOKENS
-    outer, _, leaf = place.rpartition(".")
+    outer, _, leaf = target.rpartition(".")
     blocks = modules.get(outer)
     if isinstance(blocks, nn.ModuleList) and leaf.isdecimal():
         config = model.config.get_text_config()

@@ -33,13 +33,13 @@ def compute_unstored(model: nn.Module, names: Collection[str], spec: str) -> Non
     outer = {prefix for name in names for prefix in _prefixes(name)}
     with _others_on_meta(model, names):
         values = [_initialised(model, shapes, outer, high=high) for high in (True, False)]
-    open_ = [name for name, first in values[0].items() if first.is_meta or not same_bytes(first, values[1][name])]
-    if open_:
+    uncomputed = [name for name, first in values[0].items() if first.is_meta or not same_bytes(first, values[1][name])]
+    if uncomputed:
         for name in names:
             set_tensor(model, name, torch.empty_like(shapes[name], device="meta"))
         raise SourceError(
-            f"{spec} lacks {len(open_)} tensors that {type(model).__name__} needs and does not compute by itself "
-            f"(first: {open_[0]}); the checkpoint is incomplete, or of a kind that cannot be read here."
+            f"{spec} lacks {len(uncomputed)} tensors that {type(model).__name__} needs and does not compute by itself "
+            f"(first: {uncomputed[0]}); the checkpoint is incomplete, or of a kind that cannot be read here."
         )
 
 

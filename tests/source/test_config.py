@@ -176,3 +176,8 @@ def test_a_decoder_with_another_head(head: str, tmp_path: Path) -> None:
 
 def test_a_reward_model_of_a_class_of_its_own(llama: Path) -> None:
     _refused(_edit(llama, architectures=["LlamaForRewardModel"]), "is LlamaForRewardModel, a decoder whose head")
+
+
+def test_an_adapter_beside_a_model(llama: Path) -> None:
+    (llama / "adapter_config.json").write_text("{}")
+    _refused(llama, "holds a model and an adapter; merge the adapter")

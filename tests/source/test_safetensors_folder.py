@@ -162,4 +162,4 @@ def test_a_tensor_in_two_shards(sharded: Path) -> None:
 def test_a_tensor_of_a_shard_that_the_index_does_not_list(sharded: Path) -> None:
     shard = _shards(sharded)[0]
     save_file(load_file(shard) | {"extra": torch.ones(5)}, shard)
-    assert [(part.place, part.nbytes) for part in open_source(str(sharded)).left_behind] == [("extra", 20)]
+    assert [(left.part, left.nbytes) for left in open_source(str(sharded)).left_behind] == [("extra", 20)]

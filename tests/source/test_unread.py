@@ -96,7 +96,7 @@ def test_layers_beyond_the_configuration_are_said(tmp_path: Path) -> None:
     save_tiny("qwen3", tmp_path)
     spec = _configure(tmp_path, num_hidden_layers=2, layer_types=["full_attention"] * 2)
     (behind,) = open_source(spec).left_behind
-    assert (behind.place, behind.reason) == ("model.layers.2", "beyond the 2 layers of the configuration")
+    assert (behind.part, behind.reason) == ("model.layers.2", "beyond the 2 layers of the configuration")
     stored = load_file(tmp_path / "model.safetensors")
     assert behind.nbytes == sum(t.nbytes for name, t in stored.items() if ".layers.2." in name)
 
@@ -153,7 +153,7 @@ def test_a_tower_that_the_class_does_not_read_is_said(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tower = [value for name, value in model.named_parameters() if name.startswith("model.visual.")]
     (behind,) = open_source(str(tmp_path)).left_behind
-    assert behind.place == "model.visual"
+    assert behind.part == "model.visual"
     assert behind.tensors == len(tower)
     assert behind.nbytes == sum(each.numel() * 4 for each in tower)
 
@@ -249,4 +249,4 @@ def test_what_else_a_gguf_file_holds_is_said(tmp_path: Path) -> None:
     extra: dict[str, Any] = {"some.nonsense": [[1.0] * 32] * 2, "blk.2.attn_q.weight": [[1.0] * 32] * 3}
     save_tiny_gguf(tmp_path / "m.gguf", kind="F16", tensors=extra)
     source = open_source(str(tmp_path / "m.gguf"))
-    assert {(each.place, each.nbytes) for each in source.left_behind} == {("some", 256), ("model.layers.2", 384)}
+    assert {(each.part, each.nbytes) for each in source.left_behind} == {("some", 256), ("model.layers.2", 384)}
