@@ -33,7 +33,7 @@ def read_rope(config: Any, file: GgufFile) -> None:
     settings = _settings(file)
     kind = settings.pop("type", "linear" if settings.get("factor", 1.0) != 1.0 else "none")
     scaled = kind in ("linear", "yarn") and settings.get("factor", 1.0) not in (0.0, 1.0)
-    if not tensors and not scaled and kind in ("none", "linear", "yarn", "longrope"):
+    if not tensors and not scaled and kind in ("none", "linear", "yarn") and settings.get("attn_factor", 1.0) == 1.0:
         return
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict):
@@ -65,7 +65,7 @@ def read_rope(config: Any, file: GgufFile) -> None:
         scaling = _of_settings(file, kind, settings, config)
         if all(own.get(name) == value for name, value in scaling.items()):
             return
-        changed = _base(own) | scaling
+        changed = (own if own.get("rope_type") == kind else _base(own)) | scaling
         config.rope_parameters = changed if layer is None else rope | {layer: changed}
     else:
         raise _unknown(file, f"of the type {kind!r}, in {', '.join(sorted(tensors)) or 'metadata'}")

@@ -117,28 +117,23 @@ def _with_outer_names(model: Any, target: str) -> str:
 def _belongs(modules: Mapping[str, nn.Module], target: str) -> bool:
     """Whether a tensor would take part in what an existing module computes: it lies in a block, or beside the
     parameters of a module without children."""
-    around = [modules[name] for name in _existing(modules, target)]
+    around = [modules[name] for name in (*_outer_names(target), target) if name in modules]
     in_block = any(isinstance(outer, nn.ModuleList) for outer in around[:-1])
     inner = around[-1]
     is_leaf = next(inner.children(), None) is None
     return in_block or (is_leaf and any(True for _ in inner.parameters(recurse=False)))
 
 
-def _existing(modules: Mapping[str, nn.Module], target: str) -> list[str]:
-    """The names of the modules around a tensor that the model has, from the model itself inwards."""
-    return [name for name in _outer_names(target) if name in modules]
-
-
 def _outer_names(target: str) -> Iterator[str]:
+    """The names of the modules around a tensor, from the model itself inwards."""
     parts = target.split(".")
     for end in range(len(parts)):
         yield ".".join(parts[:end])
 
 
 def _missing_part(modules: Mapping[str, nn.Module], target: str) -> str:
-    """The outermost name that the model has not: `model.visual` of all tensors of a tower."""
-    depth = next(end for end, name in enumerate([*_outer_names(target), target]) if name not in modules)
-    return ".".join(target.split(".")[:depth])
+    """The outermost module around a tensor that the model lacks, such as `model.visual` for a tower; else its name."""
+    return next((name for name in _outer_names(target) if name not in modules), target)
 
 
 def _reason(model: Any, modules: Mapping[str, nn.Module], target: str) -> str:

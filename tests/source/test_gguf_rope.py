@@ -111,6 +111,8 @@ def test_long_and_short_factors(tmp_path: Path) -> None:
     ("metadata", "tensors"),
     [
         ({"type": "new"}, {}),
+        ({"type": "longrope"}, {}),
+        ({"attn_factor": 1.2}, {}),
         ({"type": "yarn", "factor": 4.0, "yarn_log_multiplier": 0.1}, {}),
         ({"type": "linear", "factor": 4.0}, {"rope_freqs.weight": [2.0] * 8}),
         ({}, {"rope_freqs.weight": [0.0] * 8}),

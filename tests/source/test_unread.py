@@ -250,3 +250,13 @@ def test_what_else_a_gguf_file_holds_is_said(tmp_path: Path) -> None:
     save_tiny_gguf(tmp_path / "m.gguf", kind="F16", tensors=extra)
     source = open_source(str(tmp_path / "m.gguf"))
     assert {(each.part, each.nbytes) for each in source.left_behind} == {("some", 256), ("model.layers.2", 384)}
+
+
+@pytest.mark.parametrize("name", ["model", "model.layers", "lm_head", "model.layers.0"])
+def test_a_tensor_with_the_name_of_a_module(name: str, tmp_path: Path) -> None:
+    spec = _add(save_tiny("llama", tmp_path), {name: torch.ones(2)})
+    if name in ("lm_head", "model.layers.0"):
+        with pytest.raises(SourceError, match="does not read"):
+            open_source(spec)
+    else:
+        assert [left.part for left in open_source(spec).left_behind] == [name]
