@@ -87,7 +87,7 @@ def _planes(report: Report) -> str:
 
 def _left_behind(report: Report) -> list[str]:
     return [
-        f"Not read      {left.part} ({left.tensors} tensors, {size(left.nbytes)}, {left.reason})"
+        f"Not read      {left.part} ({left.tensors} tensor{'s' * (left.tensors != 1)}, {size(left.nbytes)}, {left.reason})"
         for left in report.source.left_behind
     ]
 

@@ -38,8 +38,7 @@ class LeftBehind:
     reason: str
 
     def __str__(self) -> str:
-        count = "1 tensor" if self.tensors == 1 else f"{self.tensors} tensors"
-        return f"{self.part} ({count}, {size(self.nbytes)}, {self.reason})"
+        return f"{self.part} ({self.tensors} tensor{'s' * (self.tensors != 1)}, {size(self.nbytes)}, {self.reason})"
 
 
 def left_behind(

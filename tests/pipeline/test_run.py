@@ -294,7 +294,7 @@ def test_the_report_lists_what_of_the_files_is_not_read(tmp_path):
     written = json.loads((tmp_path / "out" / "report.json").read_text())["source"]["left_behind"]
     reason = "no part of LlamaForCausalLM"
     assert written == [{"part": "tower", "tensors": 1, "nbytes": 120, "reason": reason}]
-    assert f"Not read      tower (1 tensors, 120 B, {reason})" in summarize(report, "out")
+    assert f"Not read      tower (1 tensor, 120 B, {reason})" in summarize(report, "out")
 
 
 def test_a_block_whose_activations_are_not_finite_is_named(tmp_path):
