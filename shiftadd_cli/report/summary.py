@@ -86,10 +86,11 @@ def _planes(report: Report) -> str:
 
 
 def _left_behind(report: Report) -> list[str]:
-    return [
-        f"Not read      {left.part} ({left.tensors} tensor{'s' * (left.tensors != 1)}, {size(left.nbytes)}, {left.reason})"
-        for left in report.source.left_behind
-    ]
+    lines = []
+    for left in report.source.left_behind:
+        plural = "s" * (left.tensors != 1)
+        lines.append(f"Not read      {left.part} ({left.tensors} tensor{plural}, {size(left.nbytes)}, {left.reason})")
+    return lines
 
 
 def _starved(report: Report) -> list[str]:
