@@ -182,21 +182,32 @@ def save_tiny(
     return folder
 
 
-def save_tiny_gguf(path: Path, *, kind: str = "Q8_0", seed: int = 0) -> PreTrainedModel:
+def save_tiny_gguf(
+    path: Path,
+    *,
+    kind: str = "Q8_0",
+    seed: int = 0,
+    tensors: dict[str, Any] | None = None,
+    metadata: dict[str, float | str] | None = None,
+    tensors_a_part: int = 0,
+    **settings: Any,
+) -> PreTrainedModel:
     """Write a random Llama with the tiny tokenizer as a GGUF file, as llama.cpp's converter lays it out.
 
-    `kind` is the ggml type of the matrices (F16, Q8_0, Q4_1, ...); norms are F32. Returns the model before rounding.
+    `kind` is the ggml type of the matrices (F16, Q8_0, Q4_1, ...); norms are F32. `tensors` (float32 arrays) and
+    `metadata` (text and numbers) are written too; `settings` are of the model's configuration. With `tensors_a_part`
+    the model is written in parts, beside `path` under llama.cpp's names for them. Returns the model before rounding.
     """
     import gguf
     import numpy as np
 
     config = AutoConfig.for_model(
-        "llama", **{**_ROTARY, "hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}
+        "llama", **{**_ROTARY, "hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, **settings}
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=tensors_a_part)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -216,6 +227,13 @@ def save_tiny_gguf(path: Path, *, kind: str = "Q8_0", seed: int = 0) -> PreTrain
         stored = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
         packed = gguf.quantize(np.ascontiguousarray(weight), stored)
         writer.add_tensor(names.get_name(name, (".weight",)), packed, raw_dtype=stored)
+    for name, array in (tensors or {}).items():
+        writer.add_tensor(name, np.asarray(array, dtype=np.float32), raw_dtype=gguf.GGMLQuantizationType.F32)
+    for key, value in (metadata or {}).items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_float32(key, value)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     return model

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from shiftadd_cli.report.schema import (
     DistillationReport,
     KeptReport,
     LayerReport,
+    LeftBehindReport,
     MachineReport,
     Report,
     SizeReport,
@@ -132,6 +134,7 @@ def make_report(
             hub_id=hub_id(source.spec),
             license=source_license(source.path),
             reads_images=source.reads_images,
+            left_behind=[LeftBehindReport(**asdict(left)) for left in source.left_behind],
         ),
         recipe=plan.recipe.model_dump(mode="json"),
         recipe_fingerprint=plan.recipe.fingerprint(),

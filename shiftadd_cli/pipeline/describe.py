@@ -43,6 +43,7 @@ def describe_plan(plan: Plan) -> str:
             ),
             *_partial(plan),
             f"Kept          {size(plan.kept_bytes)} in {dtype}: {kept}",
+            *(f"Not read      {left}" for left in source.left_behind),
             f"Size          {size(before)} in {dtype} (files: {size(source.file_bytes)}) -> {after}, "
             f"{plan.whole_bits_per_weight:.3f} bits/weight over the whole file",
             f"Memory        about {size(plan.peak_memory_bytes)} at the peak",

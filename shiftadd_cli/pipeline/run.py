@@ -20,6 +20,7 @@ from shiftadd_cli.calibration.images import draw_images, image_reader, load_imag
 from shiftadd_cli.calibration.images_data import ImageData
 from shiftadd_cli.calibration.text import TextData, load_text, sample_windows
 from shiftadd_cli.distributed.team import ALONE, Team
+from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.pipeline.final_check import check_checkpoint
@@ -239,7 +240,9 @@ class _Run:
     def _write_kept(self, names: Iterable[str]) -> None:
         state = self.plan.running.skeleton().state_dict()
         for name in names:
-            self.writer.add(name, state[name].to(self.plan.tensors[name][1]))
+            tensor = state[name].to(self.plan.tensors[name][1])
+            _check_kept(name, tensor)
+            self.writer.add(name, tensor)
 
     def _config(self) -> dict[str, Any]:
         """config.json: the source's own, with its dtype, its class, our quantization_config and code file."""
@@ -249,6 +252,16 @@ class _Run:
         config["dtype"] = str(source.dtype).removeprefix("torch.")
         config["quantization_config"] = self.plan.artifact_format().to_dict()
         return config
+
+
+def _check_kept(name: str, tensor: Tensor) -> None:
+    """Raise NumericalError unless all numbers are finite."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise NumericalError(
+            f"{name} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}; "
+            + ("give --dtype bfloat16 or float32, or " if tensor.dtype == torch.float16 else "")
+            + "mend the source."
+        )
 
 
 def _layer_report(spec: LinearSpec, solution: Solution, tokens: int | None) -> LayerReport:

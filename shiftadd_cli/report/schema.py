@@ -16,6 +16,15 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class LeftBehindReport(_Part):
+    """Tensors of the original's files that its model does not read, so that they are not in the checkpoint."""
+
+    part: Annotated[str, Field(description="The name they would have in the model, or what their names begin with.")]
+    tensors: Annotated[int, Field(description="How many they are.")]
+    nbytes: Annotated[int, Field(description="Their size in the original's files.")]
+    reason: str
+
+
 class SourceReport(_Part):
     """The model that was compressed."""
 
@@ -30,6 +39,7 @@ class SourceReport(_Part):
     hub_id: Annotated[str | None, Field(description="null where it was not named by its id on the hub.")] = None
     license: Annotated[str | None, Field(description="As the original's model card or file says.")] = None
     reads_images: Annotated[bool, Field(description="A vision model, and no language model.")] = False
+    left_behind: Annotated[list[LeftBehindReport], Field(description="Tensors that the model does not read.")] = []
 
 
 class CalibrationReport(_Part):

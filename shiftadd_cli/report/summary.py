@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shiftadd_cli.report.schema import Report
+from shiftadd_cli.sizes import size
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 # Layers that a line names; report.json names all.
 _NAMED = 3
-
-
-def size(count: float) -> str:
-    """Bytes with a decimal unit: `44.9 MB`."""
-    unit = 0
-    while count >= 1000 and unit < len(_UNITS) - 1:
-        count, unit = count / 1000, unit + 1
-    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"
 
 
 def with_error(value: float | None, error: float | None, digits: int) -> str:
@@ -70,6 +62,7 @@ def summarize(report: Report, out: str) -> str:
             f"Size          {size(before)} -> {size(after)} ({before / after:.2f} x smaller)",
             f"Bits/weight   {report.size.bits_per_weight:.3f} in the quantized layers{_planes(report)}, "
             f"{report.size.whole_file_bits_per_weight:.3f} over the whole file",
+            *_left_behind(report),
             *_starved(report),
             *_reconstruction(report),
             *_distillation(report),
@@ -90,6 +83,14 @@ def _planes(report: Report) -> str:
     if len({layer.bits for layer in report.layers}) == 1:
         return ""
     return f" ({report.size.planes_per_weight:.3f} planes on average)"
+
+
+def _left_behind(report: Report) -> list[str]:
+    lines = []
+    for left in report.source.left_behind:
+        plural = "s" * (left.tensors != 1)
+        lines.append(f"Not read      {left.part} ({left.tensors} tensor{plural}, {size(left.nbytes)}, {left.reason})")
+    return lines
 
 
 def _starved(report: Report) -> list[str]:

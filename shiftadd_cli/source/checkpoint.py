@@ -17,10 +17,16 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Shape of a stored tensor, and its dtype (None where the file holds quantized blocks that are decoded on read)."""
+    """What the header of a file says of one tensor.
+
+    dtype: None where the file holds quantized blocks that are decoded on read. nbytes: the size in the file. target:
+    the name that the tensor would have in the model, where no transform translates its own.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
+    nbytes: int
+    target: str | None = None
 
 
 class Checkpoint(Protocol):
@@ -49,6 +55,12 @@ class Checkpoint(Protocol):
         Raises:
             OSError: a file is gone or has changed.
         """
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bytes; unlike `equal`, NaN is the same as NaN."""
+    first, second = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)
 
 
 def fingerprint_file(digest: Any, path: Path, header: bytes) -> None:

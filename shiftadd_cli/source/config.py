@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,13 @@ from shiftadd_cli.errors import SourceError, first_line
 from shiftadd_cli.source.vision import vision_class
 
 OWN_METHOD = "shiftadd"
+_OTHER_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)|Reward")
+# Beside config.json, where other quantizers say that they have been at work: the file, and what it is of.
+_QUANTIZER_FILES = {
+    "hf_quant_config.json": "NVIDIA ModelOpt",
+    "quantize_config.json": "AutoGPTQ",
+    "quant_config.json": "AutoAWQ",
+}
 
 
 def read_config(path: Path, *, remote_code: bool) -> Any:
@@ -75,6 +83,7 @@ def causal_lm_class(config: Any, name: str, *, remote_code: bool) -> tuple[Any, 
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if own_code and remote_code:
         return get_class_from_dynamic_module(own_code, config.name_or_path), config
+    _refuse_other_head(config, name)
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         what = "no decoder language model" if type(config) in MODEL_MAPPING else "not a model"
@@ -99,14 +108,32 @@ def causal_lm_class(config: Any, name: str, *, remote_code: bool) -> tuple[Any, 
     return model_class, config
 
 
+def _refuse_other_head(config: Any, name: str) -> None:
+    """Refuse a decoder with a head for another task: read as a language model it would lose that head."""
+    for architecture in getattr(config, "architectures", None) or ():
+        if _OTHER_HEAD.search(architecture):
+            raise SourceError(
+                f"{name} is {architecture}, a decoder whose head gives scores and not the next token; only language "
+                "models (a ...ForCausalLM class) and image models can be compressed."
+            )
+
+
 def _raw_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter and file.is_file():
+        # transformers adds it to the model where peft is installed, and leaves it out where not.
+        raise SourceError(f"{folder} holds a model and an adapter; merge the adapter, or remove adapter_config.json.")
     if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
+        if adapter:
             raise SourceError(f"{folder} is an adapter, not a model; merge it into its base model first.")
         if ggufs := sorted(folder.glob("*.gguf")):
             raise SourceError(f"{folder} has no config.json; to read {ggufs[0].name}, give the path of that file.")
         raise SourceError(f"{folder} has no config.json, so it is no model folder; give the folder that holds it.")
+    return _read_table(file)
+
+
+def _read_table(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -120,6 +147,7 @@ def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
     places = (raw, raw.get("text_config") or {})
     found = next((c for p in places for k in ("quantization_config", "compression_config") if (c := p.get(k))), None)
     if found is None:
+        _refuse_quantizer_files(folder)
         return
     method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else "an unnamed method"
     if method == OWN_METHOD:
@@ -128,3 +156,15 @@ def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
             "compress the original model again."
         )
     raise SourceError(f"{folder} is already quantized ({method}); give the original, unquantized model.")
+
+
+def _refuse_quantizer_files(folder: Path) -> None:
+    for file, method in _QUANTIZER_FILES.items():
+        if not (folder / file).is_file():
+            continue
+        said = _read_table(folder / file).get("quantization", {"quant_algo": method})
+        # ModelOpt writes the file too where it left the weights alone.
+        if not isinstance(said, dict) or said.get("quant_algo") is not None:
+            raise SourceError(
+                f"{folder} is already quantized ({method}, as {file} says); give the original, unquantized model."
+            )

@@ -7,9 +7,10 @@ loader's own per-tensor steps lazily, so no architecture needs the whole model i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ import torch
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import TensorHeader, fingerprint_file
 from shiftadd_cli.source.gguf_header import GgufFile, GgufTensor
+from shiftadd_cli.source.gguf_rope import ROPE_TENSORS
 
 
 class _GgufBase:
     def __init__(self, file: GgufFile) -> None:
         self._file = file
-        self.files: tuple[Path, ...] = (file.path,)
-        self.tensors: dict[str, TensorHeader] = {t.name: TensorHeader(t.shape, t.dtype) for t in file.tensors}
+        self.files: tuple[Path, ...] = tuple(file.headers)
+        self.tensors: dict[str, TensorHeader] = {
+            t.name: TensorHeader(t.shape, t.dtype, t.nbytes) for t in file.tensors if t.name not in ROPE_TENSORS
+        }
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
@@ -32,8 +36,9 @@ class _GgufBase:
         return self._file.stored_dtype
 
     def fingerprint(self, digest: Any) -> None:
-        """Add the identity of the file to `digest`."""
-        fingerprint_file(digest, self._file.path, self._file.raw)
+        """Add the identity of every file to `digest`."""
+        for path, raw in self._file.headers.items():
+            fingerprint_file(digest, path, raw)
 
 
 class TransformGguf(_GgufBase):
@@ -46,13 +51,12 @@ class TransformGguf(_GgufBase):
     def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
         """The architecture's transforms, with decoding and casting to `dtype` added, and the quantizer behind them."""
         from transformers import GgufConfig
-        from transformers.integrations.gguf.reader import GgufHeader
         from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, get_gguf_plan
         from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
         quantizer = GgufHfQuantizer(GgufConfig(dequantize=True))
         quantizer.supported, quantizer.dtype = True, dtype
-        quantizer.header = GgufHeader.from_file(str(self._file.path))
+        quantizer.header = self._header(self._file.tensors)
         quantizer.mapping = get_gguf_conversion_mapping(self._file.architecture, self._config)
         quantizer.quantized, _, _ = get_gguf_plan(quantizer.header, quantizer.mapping)
         return list(quantizer.update_weight_conversions([], model)), quantizer
@@ -60,10 +64,19 @@ class TransformGguf(_GgufBase):
     @contextmanager
     def opened(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Lazy tensors of the file; quantized ones give their raw blocks, which the transforms decode."""
-        from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict
+        from transformers.integrations.gguf.reader import load_gguf_state_dict
 
-        lazy = load_gguf_state_dict(GgufHeader.from_file(str(self._file.path)))
+        lazy: dict[str, Any] = {}
+        for path in self.files:
+            lazy |= load_gguf_state_dict(self._header([t for t in self._file.tensors if t.path == path], path))
         yield {name: lazy[name] for name in names}
+
+    def _header(self, tensors: Sequence[GgufTensor], path: Path | None = None) -> Any:
+        """transformers' form of what has been read of the headers."""
+        from transformers.integrations.gguf.reader import GgufHeader, TensorInfo
+
+        infos = tuple(TensorInfo(t.name, t.shape, t.kind, t.offset, t.nbytes) for t in tensors)
+        return GgufHeader(str(path or self._file.path), self._file.architecture, infos, 0)
 
 
 class StepwiseGguf(_GgufBase):
@@ -90,13 +103,35 @@ class StepwiseGguf(_GgufBase):
                 self._parts.setdefault(target, []).append(tensor)
         # Shapes are the model's own: what the older loader does to a tensor on the way is known only to its code.
         own = model.state_dict()
-        self.tensors = {name: TensorHeader(tuple(own[name].shape), None) for name in self._parts if name in own}
+        self.tensors = {
+            name: TensorHeader(tuple(own[name].shape), None, sum(part.nbytes for part in parts))
+            for name, parts in self._parts.items()
+            if name in own
+        }
+        for tensor in file.tensors:
+            if tensor.name not in ROPE_TENSORS and self._target(tensor.name) not in own:
+                beside = self._name_beside(tensor.name)
+                self.tensors[tensor.name] = TensorHeader(tensor.shape, tensor.dtype, tensor.nbytes, beside)
 
     def _target(self, name: str) -> str | None:
         # Stacked experts are mapped by a bare name their processor cuts out; two of them (gate, up) share one target.
         experts = getattr(self._processor, "GGUF_MOE_WEIGHTS_PATTERN", None)
         match = experts.fullmatch(name) if experts is not None else None
         return self._targets.get(match.groupdict().get("name", name) if match else name)
+
+    def _name_beside(self, name: str) -> str:
+        """The name in the model of a tensor that it lacks: beside the tensors whose names in the file begin alike."""
+        parts = name.split(".")
+        for depth in range(len(parts) - 1, 0, -1):
+            beside = [
+                target.split(".")[:-1]
+                for known, target in self._targets.items()
+                if known.split(".")[:depth] == parts[:depth] and target in self._parts
+            ]
+            if beside:
+                common = takewhile(lambda column: len(set(column)) == 1, zip(*beside, strict=False))
+                return ".".join([*(column[0] for column in common), *parts[depth:]])
+        return name
 
     def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
         """What transformers applies to a checkpoint with the model's own names; no quantizer."""
@@ -117,9 +152,9 @@ class StepwiseGguf(_GgufBase):
         written: dict[str, torch.Tensor] = {}
         for part in self._parts[name]:
             kind = GGMLQuantizationType(part.kind)
-            data = np.fromfile(self._file.path, dtype=np.uint8, count=part.nbytes, offset=part.offset)
+            data = np.fromfile(part.path, dtype=np.uint8, count=part.nbytes, offset=part.offset)
             if data.size != part.nbytes:
-                raise OSError(f"{self._file.path} became shorter")
+                raise OSError(f"{part.path} became shorter")
             per_block, block_bytes = GGML_QUANT_SIZES[kind]
             rows = data.reshape(*part.shape[:-1], part.shape[-1] // per_block * block_bytes)
             if kind == GGMLQuantizationType.F32:

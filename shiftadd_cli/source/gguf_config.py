@@ -8,8 +8,10 @@ from typing import Any
 
 from shiftadd_cli.errors import SourceError, first_line
 from shiftadd_cli.source.gguf_header import GgufFile
+from shiftadd_cli.source.gguf_rope import read_rope
 
 _VOCABULARY = "tokenizer."
+_TOKENS = "tokenizer.ggml.tokens"
 
 
 def read_gguf_config(file: GgufFile) -> Any:
@@ -17,16 +19,20 @@ def read_gguf_config(file: GgufFile) -> Any:
 
     For most architectures transformers parses the vocabulary string by string here, which takes seconds for a usual
     one and has no bearing on the result where the file states the vocabulary's size. Such a file is shown to it
-    without vocabulary and with empty tensors.
+    without vocabulary and with empty tensors, and so is a model in several parts, with as many empty tokens as it has.
 
     Raises:
-        SourceError: transformers has no configuration for the architecture, or the metadata is incomplete.
+        SourceError: transformers has no configuration for the architecture, or the metadata is incomplete, or scales
+            rotary positions in a way that transformers has no setting for.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 
-    as_is = file.architecture in GGUF_CONFIG_ARCHS or f"{file.architecture}.vocab_size" not in file.metadata
+    # No single part of several shows transformers all tensors.
+    as_is = len(file.headers) == 1 and (
+        file.architecture in GGUF_CONFIG_ARCHS or f"{file.architecture}.vocab_size" not in file.metadata
+    )
     with tempfile.TemporaryDirectory() as folder:
         shown = file.path if as_is else _without_vocabulary(file, Path(folder) / file.path.name)
         try:
@@ -40,6 +46,7 @@ def read_gguf_config(file: GgufFile) -> Any:
     # The blocks are decoded on the way in: what we hold and save is an ordinary model.
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    read_rope(config, file)
     config.name_or_path = str(file.path)
     return config
 
@@ -57,12 +64,18 @@ def _without_vocabulary(file: GgufFile, copy: Path) -> Path:
     }
     for key, value in file.metadata.items():
         scalar_token = key.startswith(_VOCABULARY) and key.endswith("_token_id")
-        if key == "general.architecture" or (key.startswith(_VOCABULARY) and not scalar_token):
+        if (
+            key == "general.architecture"
+            or key.startswith("split.")
+            or (key.startswith(_VOCABULARY) and not scalar_token)
+        ):
             continue
         if isinstance(value, list):
             writer.add_array(key, value)
         else:
             writer.add_key_value(key, value, kinds[type(value)])
+    if isinstance(count := file.metadata.get(_TOKENS), int) and f"{file.architecture}.vocab_size" not in file.metadata:
+        writer.add_array(_TOKENS, [""] * count)
     for tensor in file.tensors:
         writer.add_tensor(tensor.name, np.zeros(1, dtype=np.float32))
     writer.write_header_to_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -16,15 +17,27 @@ _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _DEFAULT_ALIGNMENT = 32
 
 
+_PART = re.compile(r"(?P<model>.*)-\d{5}-of-(?P<count>\d{5})\.gguf", flags=re.IGNORECASE)
+# Other contents that llama.cpp keeps in this format, by general.type or general.architecture.
+_NO_MODEL = {
+    "imatrix": "an importance matrix",
+    "adapter": "an adapter",
+    "mmproj": "the projector of a vision-language model",
+    "clip": "the projector of a vision-language model",
+    "controlvector": "a control vector",
+}
+
+
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies: `offset` and `nbytes` in the file, `shape` in torch order, `kind` its ggml type."""
+    """Where one tensor lies: `offset` and `nbytes` in the file `path`, `shape` in torch order, `kind` its ggml type."""
 
     name: str
     shape: tuple[int, ...]
     kind: int
     offset: int
     nbytes: int
+    path: Path
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -34,13 +47,17 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A checked header. `metadata` has arrays of strings as their lengths; `raw` is the header as stored."""
+    """Checked headers of a model in one file or in several parts.
+
+    path: the file, or the first part. metadata: of the first part; arrays of strings are there as their lengths.
+    tensors: of all parts. headers: by file the bytes of its header, in the order of the parts.
+    """
 
     path: Path
     architecture: str
     metadata: dict[str, Any]
     tensors: tuple[GgufTensor, ...]
-    raw: bytes
+    headers: dict[Path, bytes]
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
@@ -52,12 +69,72 @@ class GgufFile:
         return next((half for half in (torch.bfloat16, torch.float16) if half in dtypes), torch.float32)
 
 
+@dataclass(frozen=True)
+class _Part:
+    path: Path
+    metadata: dict[str, Any]
+    tensors: tuple[GgufTensor, ...]
+    raw: bytes
+
+
 def read_gguf_header(path: Path) -> GgufFile:
-    """Header of a GGUF file, offsets checked against the size of the file.
+    """Header of a GGUF file, offsets checked against the size of the file; of all parts where `path` is any of them.
 
     Raises:
-        SourceError: not a GGUF file, damaged, cut off, or with tensor types that cannot be decoded.
+        SourceError: not a GGUF file, damaged, cut off, with tensor types that cannot be decoded, one of several parts
+            of which another is missing, or a file that holds no model.
     """
+    given = _read_part(path)
+    parts = [given] if given.metadata.get("split.count", 1) == 1 else _read_parts(given)
+    metadata = parts[0].metadata
+    tensors = tuple(tensor for part in parts for tensor in part.tensors)
+    architecture = metadata.get("general.architecture")
+    other = _NO_MODEL.get(str(metadata.get("general.type")), _NO_MODEL.get(str(architecture)))
+    if other is None and architecture is not None and not tensors:
+        other = "a vocabulary and no weights"
+    if other is not None:
+        raise SourceError(f"{path} holds {other} and is no model; give the .gguf file of the model itself.")
+    if not isinstance(architecture, str):
+        raise _damaged(path, "its header has no general.architecture")
+    return GgufFile(parts[0].path, architecture, metadata, tensors, {part.path: part.raw for part in parts})
+
+
+def model_name(path: Path) -> str:
+    """What the model in a .gguf file is called: the name of the file, or what the names of its parts have in common."""
+    match = _PART.fullmatch(path.name)
+    return path.stem if match is None else match["model"]
+
+
+def _read_parts(given: _Part) -> list[_Part]:
+    """All parts of the model that `given` is one of, which lie beside it under the names that llama.cpp gives them."""
+    count = given.metadata["split.count"]
+    match = _PART.fullmatch(given.path.name)
+    named = match is not None and isinstance(count, int) and int(match["count"]) == count
+    name = match["model"] if match is not None and named else "MODEL"
+    paths = [given.path.with_name(f"{name}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
+    join = f"join them with `llama-gguf-split --merge {paths[0].name} {name}.gguf`"
+    if not named:
+        raise SourceError(
+            f"{given.path} is one of {count} parts of a model and not named as one; name them {paths[0].name} and so "
+            f"on, or {join}."
+        )
+    if absent := [path for path in paths if not path.is_file()]:
+        raise SourceError(
+            f"{given.path} is one of {count} parts of a model, and {absent[0].name} is not beside it; put all parts in "
+            f"one folder, or {join}."
+        )
+    parts = [given if path == given.path else _read_part(path) for path in paths]
+    names = [tensor.name for part in parts for tensor in part.tensors]
+    total = parts[0].metadata.get("split.tensors.count", len(names))
+    numbers = [part.metadata.get("split.no") for part in parts]
+    if numbers != list(range(count)) or len(set(names)) != len(names) or len(names) != total:
+        raise SourceError(
+            f"{given.path} and the {count - 1} parts beside it are not of one model; download all of them again."
+        )
+    return parts
+
+
+def _read_part(path: Path) -> _Part:
     from gguf.constants import GGML_QUANT_SIZES
     from transformers.integrations.gguf import reader
 
@@ -66,7 +143,7 @@ def read_gguf_header(path: Path) -> GgufFile:
         raise _damaged(path, f"it holds {size} bytes, too few for a header")
     try:
         blob = reader._mapped(str(path))
-        metadata, count, position = reader._read_metadata(blob, str(path))
+        metadata, count, position = _read_metadata(blob)
         entries, end = reader._read_tensor_table(blob, count, position)
     except (ValueError, struct.error, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
         raise _damaged(path, f"its header cannot be read ({str(error).rstrip('.')})") from error
@@ -86,8 +163,28 @@ def read_gguf_header(path: Path) -> GgufFile:
         nbytes = prod(shape) // per_block * block_bytes
         if start + offset + nbytes > size:
             raise _damaged(path, f"it is cut off: tensor {name} ends at byte {start + offset + nbytes} of {size}")
-        tensors.append(GgufTensor(name, tuple(shape), kind, start + offset, nbytes))
-    return GgufFile(path, metadata["general.architecture"], metadata, tuple(tensors), bytes(blob[:end]))
+        tensors.append(GgufTensor(name, tuple(shape), kind, start + offset, nbytes, path))
+    return _Part(path, metadata, tuple(tensors), bytes(blob[:end]))
+
+
+def _read_metadata(blob: Any) -> tuple[dict[str, Any], int, int]:
+    """Metadata, the number of tensors, and the offset of their table.
+
+    transformers' own function refuses files without an architecture, which all parts but the first are.
+    """
+    from transformers.integrations.gguf import reader
+
+    if bytes(blob[:4]) != b"GGUF":
+        raise ValueError("it does not start with the GGUF magic bytes")
+    version, tensors, entries = struct.unpack_from("<IQQ", blob, 4)
+    if version not in reader._GGUF_VERSIONS:
+        raise ValueError(f"it is of GGUF version {version}, which is not supported")
+    position, metadata = 24, {}
+    for _ in range(entries):
+        key, position = reader._read_string(blob, position)
+        (kind,) = struct.unpack_from("<I", blob, position)
+        metadata[key], position = reader._read_value(blob, position + 4, kind)
+    return metadata, tensors, position
 
 
 def _damaged(path: Path, what: str) -> SourceError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from shiftadd_cli.source.checkpoint import Checkpoint
 from shiftadd_cli.source.memory import trim
 from shiftadd_cli.source.plan import LoadPlan
 from shiftadd_cli.source.skeleton import dtype_plan, set_tensor, tied_groups
+from shiftadd_cli.source.unread import left_behind
+from shiftadd_cli.source.unstored import compute_unstored
 
 _ROWS_COMPARED_AT_ONCE = 4096
 
@@ -23,18 +26,21 @@ class Loader:
     """Moves parts of `model` (a skeleton on meta) into memory and back; `name` is for messages.
 
     A *prefix* is the full name of a module, parameter or buffer; it stands for everything at and below it. Tied
-    parameters come and go together, whichever of their names a prefix covers.
+    parameters come and go together, whichever of their names a prefix covers. `left_behind` lists what the model does
+    not read of the checkpoint.
 
     Raises:
-        SourceError: the checkpoint does not hold what the model needs.
+        SourceError: the checkpoint does not hold what the model needs, or holds what the model would need to read.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> None:
         self._model, self._checkpoint, self._dtype, self._name = model, checkpoint, dtype, name
         self._transforms, self._quantizer = checkpoint.loader(model, dtype)
         self._plan = LoadPlan(model, checkpoint, self._transforms, name)
+        self.left_behind = left_behind(model, checkpoint.tensors, self._plan.unread, name)
         self.untied = self._untie_what_differs()
         self._alias = {member: group for group in tied_groups(model) for member in group}
+        self._try_unstored()
 
     def materialise(self, prefixes: Sequence[str]) -> None:
         """Load every parameter and buffer at or below `prefixes` that is not in memory yet."""
@@ -53,7 +59,7 @@ class Loader:
             tensor.requires_grad_(False)
             for alias in self._alias.get(name, ()):
                 set_tensor(self._model, alias, tensor)
-        self._compute_unstored(prefixes)
+        compute_unstored(self._model, self._on_meta(prefixes), self._name)
 
     def release(self, prefixes: Sequence[str]) -> None:
         """Drop the memory of everything at or below `prefixes`."""
@@ -106,30 +112,16 @@ class Loader:
                 "configuration do not belong together."
             )
 
-    @torch.no_grad()
-    def _compute_unstored(self, prefixes: Sequence[str]) -> None:
-        """Give what no file stores (rotary frequencies, embedding scales) the value transformers gives it.
-
-        That is `_init_weights` of the model a module belongs to, called for the modules that own such tensors and for
-        no other, since in some classes it overwrites loaded values.
-        """
-        from transformers import initialization
-
-        computed = self._on_meta(prefixes)
-        if not computed:
-            return
-        tensors = dict(self._tensors())
-        for name in computed:
-            set_tensor(self._model, name, torch.empty_like(tensors[name], device="cpu"))
-        fresh = set(computed)
-        for name, tensor in self._tensors():
-            if not tensor.is_meta and name not in fresh:
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-        parents = {name.rpartition(".")[0] for name in computed}
-        with initialization.guard_torch_init_functions():
-            for module_name, module, owner in _with_owner(self._model):
-                if module_name in parents:
-                    owner._init_weights(module)
+    def _try_unstored(self) -> None:
+        """Compute one tensor of each kind that no file holds, so that a refusal comes before any work."""
+        kinds: dict[str, str] = {}
+        for name, _ in self._tensors():
+            if not self._plan.is_stored(self._stored_name(name)):
+                kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), name)
+        compute_unstored(self._model, list(kinds.values()), self._name)
+        for name, tensor in list(self._tensors()):
+            if not tensor.is_meta:
+                self._to_meta(name, tensor)
 
     def _untie_what_differs(self) -> bool:
         """Untie parameters the configuration ties but the checkpoint stores with different values, as transformers
@@ -157,19 +149,6 @@ class Loader:
 def covered(name: str, prefixes: Sequence[str]) -> bool:
     """Whether `name` is at or below one of `prefixes`."""
     return any(prefix == "" or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
-
-
-def _with_owner(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Every module, children first, with the innermost transformers model it is part of."""
-    from transformers import PreTrainedModel
-
-    def walk(name: str, module: nn.Module, owner: Any) -> Iterator[tuple[str, nn.Module, Any]]:
-        owner = module if isinstance(module, PreTrainedModel) else owner
-        for leaf, child in module.named_children():
-            yield from walk(f"{name}.{leaf}" if name else leaf, child, owner)
-        yield name, module, owner
-
-    yield from walk("", model, model)
 
 
 @contextmanager

@@ -26,9 +26,9 @@ def locate(spec: str, *, remote_code: bool) -> Path:
         return _demo_file()
     path = Path(spec).expanduser()
     if spec.strip() and path.is_dir():
-        return path.resolve()
+        return _absolute(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
-        return path.resolve()
+        return _absolute(path)
     if path.is_file():
         raise SourceError(f"{spec} is neither a model folder nor a .gguf file; give the folder that holds config.json.")
     match = _HUB_ID.fullmatch(spec)
@@ -43,6 +43,11 @@ def hub_id(spec: str) -> str | None:
     if spec == DEMO or Path(spec).expanduser().exists() or match is None:
         return None
     return match["id"]
+
+
+def _absolute(path: Path) -> Path:
+    """Under the name that the user gave: the hub's cache has links with it, to files that are called by checksums."""
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
 def _demo_file() -> Path:

@@ -17,8 +17,10 @@ from shiftadd_cli.source.gguf_checkpoint import open_gguf
 from shiftadd_cli.source.gguf_header import GgufFile
 from shiftadd_cli.source.image_processor import load_image_processor, save_image_processor
 from shiftadd_cli.source.loading import Loader, covered
+from shiftadd_cli.source.safetensors_folder import SafetensorsFolder
 from shiftadd_cli.source.skeleton import build_skeleton
 from shiftadd_cli.source.tokenizer import load_tokenizer, save_tokenizer
+from shiftadd_cli.source.unread import without_prediction
 from shiftadd_cli.source.vision import IMAGE_INPUT
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Source:
         fingerprint: sha256 (hex) over the configuration and, for every weight file, its name, size, header and 256
             sampled pages; the folder's place and time stamps do not enter.
         file_bytes: size of the weight files.
+        left_behind: parts of the checkpoint that the model does not read.
         model_bytes: size of all parameters at `dtype`, tied ones once.
     """
 
@@ -58,9 +61,10 @@ class Source:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._image_processor: Any = None
         self._skeleton, self._loader = self._fresh(config, dtype)
+        self.left_behind = self._loader.left_behind
         self._experts = split_experts(self._skeleton)
         self.config: PreTrainedConfig = copy.deepcopy(self._skeleton.config)
-        files = (weights.path,) if isinstance(weights, GgufFile) else weights.files
+        files = tuple(weights.headers) if isinstance(weights, GgufFile) else weights.files
         self.file_bytes = sum(file.stat().st_size for file in files)
         self.model_bytes = sum(each.numel() * each.element_size() for each in self._skeleton.parameters())
 
@@ -153,8 +157,10 @@ class Source:
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory on the CPU, in evaluation mode, at `dtype` (default: the source's own)."""
         dtype = dtype or self.dtype
-        if isinstance(self._weights, GgufFile):
-            # Not from_pretrained: it leaves a quantization entry behind that keeps the model from being saved.
+        weights = self._weights
+        # Not from_pretrained, which leaves a quantization entry behind that keeps the model from being saved, or would
+        # read other files.
+        if isinstance(weights, GgufFile) or (isinstance(weights, SafetensorsFolder) and weights.ambiguous):
             model, loader = self._fresh(self.config, dtype)
             loader.materialise([""])
             return model
@@ -170,4 +176,5 @@ class Source:
         loader = Loader(model, checkpoint, dtype, self.spec)
         if loader.untied:
             model.config.tie_word_embeddings = False
+        without_prediction(model.config, loader.left_behind)
         return model, loader

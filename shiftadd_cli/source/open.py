@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import fingerprint_file
 from shiftadd_cli.source.config import model_class, read_config
 from shiftadd_cli.source.gguf_config import read_gguf_config
-from shiftadd_cli.source.gguf_header import GgufFile, read_gguf_header
+from shiftadd_cli.source.gguf_header import GgufFile, model_name, read_gguf_header
 from shiftadd_cli.source.locate import DEMO, hub_id, locate
 from shiftadd_cli.source.model import Source
 from shiftadd_cli.source.safetensors_folder import SafetensorsFolder
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -39,10 +41,12 @@ def open_source(spec: str, *, dtype: str = "auto", trust_remote_code: bool = Fal
         raise SourceError(f"There is no dtype {dtype!r} to load a model in; use auto, {', '.join(_DTYPES)}.")
     path = locate(spec, remote_code=trust_remote_code)
     gguf = read_gguf_header(path) if path.is_file() else None
+    if gguf is not None:
+        path = gguf.path
     config = read_gguf_config(gguf) if gguf is not None else read_config(path, remote_code=trust_remote_code)
     chosen, config = model_class(config, spec, remote_code=trust_remote_code)
-    weights = gguf if gguf is not None else SafetensorsFolder(path)
-    return Source(
+    weights = gguf if gguf is not None else SafetensorsFolder(path, fetched=hub_id(spec) is not None)
+    source = Source(
         spec=spec,
         name=_short_name(spec, path),
         path=path,
@@ -53,6 +57,10 @@ def open_source(spec: str, *, dtype: str = "auto", trust_remote_code: bool = Fal
         fingerprint=_fingerprint(path, weights),
         remote_code=trust_remote_code,
     )
+    if source.left_behind:
+        parts = "; ".join(map(str, source.left_behind))
+        _log.warning("%s holds tensors that %s does not read, and no result has: %s.", spec, chosen.__name__, parts)
+    return source
 
 
 def _own_dtype(config: Any, stored: torch.dtype | None) -> torch.dtype:
@@ -63,14 +71,15 @@ def _own_dtype(config: Any, stored: torch.dtype | None) -> torch.dtype:
 
 def _short_name(spec: str, path: Path) -> str:
     if path.is_file():
-        return path.stem.rpartition(".")[0] if spec == DEMO else path.stem
+        return path.stem.rpartition(".")[0] if spec == DEMO else model_name(path)
     return path.name if Path(spec).expanduser().is_dir() else (hub_id(spec) or spec).rpartition("/")[2]
 
 
 def _fingerprint(path: Path, weights: GgufFile | SafetensorsFolder) -> str:
     digest = hashlib.sha256()
     if isinstance(weights, GgufFile):
-        fingerprint_file(digest, path, weights.raw)
+        for part, raw in weights.headers.items():
+            fingerprint_file(digest, part, raw)
     else:
         digest.update((path / "config.json").read_bytes())
         weights.fingerprint(digest)

@@ -9,17 +9,19 @@ import torch
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import Checkpoint
+from shiftadd_cli.source.unread import refuse_adapter, wrapper
 
 
 class LoadPlan:
-    """Stored names by target: `keys[parameter or persistent buffer]` are the tensors it is made of.
+    """Stored names by target: `keys[parameter or persistent buffer]` are the tensors it is made of; `unread` has those
+    that make up none, with the name in the model that they would have.
 
     Renaming and fusing are transformers' own (`core_model_loading`), so every architecture it can load is planned
     without code of ours.
 
     Raises:
-        SourceError: a parameter of the model has no tensor in the checkpoint, or one of another shape, or one that
-            holds packed integers.
+        SourceError: a parameter of the model has no tensor in the checkpoint, or two, or one of another shape, or one
+            whose numbers are no floats of 16 bits or more; or the checkpoint holds an adapter.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, transforms: list[Any], name: str) -> None:
@@ -30,31 +32,47 @@ class LoadPlan:
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
         self.keys: dict[str, list[str]] = {}
+        self.unread: dict[str, str] = {}
         # Some renamings act only once another key was seen: the order is the loader's, and its state stays in them.
         for key in sorted(checkpoint.tensors, key=dot_natural_key):
+            if (own_target := checkpoint.tensors[key].target) is not None:
+                self.unread[key] = own_target
+                continue
             target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
             if target not in own and key in own:
                 target, pattern = rename_source_key(key, [], [], model.base_model_prefix, own)
             if target not in own:
+                self.unread[key] = target
                 continue
+            self._check_numbers(checkpoint, key, own[target], name)
             if pattern is None:
                 self._check_plain(checkpoint, key, own[target], target, name)
             for each in _all_targets(target, by_pattern.get(pattern) if pattern is not None else None):
                 if each in own:
                     self.keys.setdefault(each, []).append(key)
+        refuse_adapter(self.unread, name)
         self._check_complete(model, name)
 
     def is_stored(self, target: str) -> bool:
         """Whether the checkpoint has what makes up `target`."""
         return target in self.keys
 
-    def _check_plain(self, checkpoint: Checkpoint, key: str, parameter: torch.Tensor, target: str, name: str) -> None:
-        header = checkpoint.tensors[key]
-        if header.dtype is not None and parameter.is_floating_point() and header.dtype.itemsize < 2:
+    def _check_numbers(self, checkpoint: Checkpoint, key: str, parameter: torch.Tensor, name: str) -> None:
+        dtype = checkpoint.tensors[key].dtype
+        if dtype is None or not parameter.is_floating_point():
+            return
+        if not dtype.is_floating_point or dtype.itemsize < 2:
             raise SourceError(
-                f"Tensor {key} of {name} is stored as {str(header.dtype).removeprefix('torch.')}, so the model is "
-                "already quantized; give the original, unquantized model."
+                f"Tensor {key} of {name} is stored as {str(dtype).removeprefix('torch.')}, so the model is already "
+                "quantized; give the original, unquantized model."
             )
+
+    def _check_plain(self, checkpoint: Checkpoint, key: str, parameter: torch.Tensor, target: str, name: str) -> None:
+        if target in self.keys:
+            raise SourceError(
+                f"{name} holds {target} twice, as {self.keys[target][0]} and as {key}; remove the one that is wrong."
+            )
+        header = checkpoint.tensors[key]
         if tuple(header.shape) != tuple(parameter.shape) and header.dtype is not None:
             raise SourceError(
                 f"Tensor {key} of {name} has shape {list(header.shape)}, but the configuration asks for "
@@ -74,6 +92,11 @@ class LoadPlan:
             for parameter, _ in model.named_parameters(remove_duplicate=False)
             if parameter not in present and not any(pattern.search(parameter) for pattern in ignorable)
         ]
+        if missing and (part := wrapper(self.unread)) is not None:
+            raise SourceError(
+                f"The names of all tensors of {name} hold the part {part!r}, which a wrapper around the model has put "
+                "there; save the weights again without it."
+            )
         if missing:
             raise SourceError(
                 f"{name} lacks {len(missing)} of the tensors {type(model).__name__} needs (first: {missing[0]}); the "

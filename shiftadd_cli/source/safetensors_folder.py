@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shiftadd_cli.errors import SourceError
-from shiftadd_cli.source.checkpoint import TensorHeader, fingerprint_file
+from shiftadd_cli.source.checkpoint import TensorHeader, fingerprint_file, same_bytes
 from shiftadd_cli.source.safetensors_header import read_header
 
 SINGLE_NAME = "model.safetensors"
@@ -20,41 +20,73 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 class SafetensorsFolder:
-    """`Checkpoint` over `model.safetensors`, or over the shards its index names.
+    """`Checkpoint` over the shards that an index names, or else over `model.safetensors`.
+
+    Where both are there, transformers takes the one file and not the shards. That is no answer here unless both hold
+    the same. `fetched`: the folder is a snapshot of a hub model, of which the shards were asked for; whatever else the
+    hub's cache holds of it does not count.
+
+    Attributes:
+        ambiguous: transformers would read another file of the folder.
 
     Raises:
         SourceError: no safetensors, a shard missing, damaged or named outside the folder, a tensor missing from its
-            shard.
+            shard or in two; one file that differs from the shards beside it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        index = folder / INDEX_NAME
+    def __init__(self, folder: Path, *, fetched: bool = False) -> None:
+        index, single = folder / INDEX_NAME, folder / SINGLE_NAME
         self._located: dict[str, Path] = {}
         self._raw: dict[Path, bytes] = {}
         self.tensors: dict[str, TensorHeader] = {}
-        if (folder / SINGLE_NAME).is_file():
-            self._add(folder / SINGLE_NAME, None)
-        elif index.is_file():
-            placed = read_index(index)
-            for shard in sorted(set(placed.values())):
-                self._add(folder / shard, {name for name, where in placed.items() if where == shard})
-        else:
+        placed = read_index(index) if index.is_file() else {}
+        shards = sorted(set(placed.values()))
+        if single.is_file() and not any((folder / shard).is_file() for shard in shards):
+            # An index without any of its shards was left behind by an earlier save.
+            placed, shards = {}, [SINGLE_NAME]
+        elif not shards:
             raise _no_safetensors(folder)
+        for shard in shards:
+            self._add(folder / shard, {name for name, where in placed.items() if where == shard})
         self.files = tuple(self._raw)
+        self.ambiguous = single.is_file() and single not in self._raw
+        if self.ambiguous and not fetched:
+            self._refuse_unless_same(single)
 
-    def _add(self, path: Path, expected: set[str] | None) -> None:
+    def _add(self, path: Path, expected: set[str]) -> None:
         if not path.is_file():
             raise SourceError(f"The shard {path} that the index names is missing; download the model again.")
         headers, self._raw[path] = read_header(path)
-        absent = sorted(expected - headers.keys()) if expected is not None else []
+        absent = sorted(expected - headers.keys())
         if absent:
             raise SourceError(
                 f"{path} lacks {len(absent)} tensors that {INDEX_NAME} places in it (first: {absent[0]}); "
                 "index and shards are of different versions, download the model again."
             )
-        for name in headers if expected is None else expected:
-            self.tensors[name] = headers[name]
+        # transformers reads all tensors of a shard, those too that the index does not list.
+        for name, header in headers.items():
+            if name in self._located:
+                raise SourceError(
+                    f"The tensor {name} is in {self._located[name]} and in {path}; download the model again, or remove "
+                    "the file that is left of another version."
+                )
+            self.tensors[name] = header
             self._located[name] = path
+
+    def _refuse_unless_same(self, single: Path) -> None:
+        """Refuse one file beside shards unless both hold the same tensors, to the last byte."""
+        headers, _ = read_header(single)
+        same = headers == self.tensors
+        if same:
+            from safetensors import safe_open
+
+            with safe_open(single, framework="pt", backend="pread") as other, self.opened(headers) as own:
+                same = all(same_bytes(own[name][...], other.get_tensor(name)) for name in headers)
+        if not same:
+            raise SourceError(
+                f"{single.parent} holds {SINGLE_NAME} and, with other content, the shards of {INDEX_NAME}; remove the "
+                "one that is left of another version."
+            )
 
     @property
     def stored_dtype(self) -> torch.dtype | None:

@@ -85,7 +85,7 @@ def _check(path: Path, entries: dict[str, Any], data_bytes: int) -> dict[str, Te
             )
         if end - begin != prod(shape) * _DTYPES[kind].itemsize:
             raise _damaged(path, f"tensor {name} of shape {list(shape)} ({kind}) is given {end - begin} bytes")
-        headers[name] = TensorHeader(shape, _DTYPES[kind])
+        headers[name] = TensorHeader(shape, _DTYPES[kind], end - begin)
         spans.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(spans):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
 from shiftadd_cli.artifact.format import ArtifactFormat
@@ -144,3 +145,10 @@ def test_the_description_names_kinds_sizes_and_what_is_kept(tmp_path):
     assert "1 x embedding" in whole
     assert "1 x output head" in whole
     assert "8-bit" not in whole
+
+
+def test_what_of_the_files_is_not_read_is_said(tmp_path):
+    save_tiny("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"tower.blocks.0.weight": torch.ones(6, 5)}, file)
+    assert "Not read      tower (1 tensor, 120 B, no part of LlamaForCausalLM)" in describe_plan(plan_of(tmp_path))

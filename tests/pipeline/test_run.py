@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import pytest
 import torch
 from bit_plans import plan_for
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +30,10 @@ CPU = torch.device("cpu")
 
 
 def quantize(model, out, recipe="default", bits_of=None, **fields):
-    plan = make_plan(open_source(str(model)), Recipe.load(recipe, QUICK | fields), bits_of)
+    return run(make_plan(open_source(str(model)), Recipe.load(recipe, QUICK | fields), bits_of), out)
+
+
+def run(plan, out):
     return run_plan(
         plan,
         load_calibration(plan),
@@ -247,6 +251,51 @@ def test_a_layer_with_a_weight_that_is_not_finite_is_named(tmp_path):
         quantize(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("recipe", ["default", "rtn"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_what_is_kept_has_to_be_finite(tmp_path, name, recipe):
+    source = save_tiny("llama", tmp_path / "source")
+    stored = load_file(source / "model.safetensors")
+    stored[name][3] = float("nan")
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match=rf"{re.escape(name)} holds values that are not finite"):
+        quantize(source, tmp_path / "out", recipe)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_is_kept_has_to_be_finite_in_the_dtype_it_is_written_in(tmp_path):
+    source = save_tiny("llama", tmp_path / "source")
+    stored = load_file(source / "model.safetensors")
+    stored["model.norm.weight"][3] = 7e4
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    plan = make_plan(open_source(str(source), dtype="float16"), Recipe.load("rtn", {"dtype": "float16"}))
+    with pytest.raises(NumericalError, match=r"model\.norm\.weight .*not finite in float16; give --dtype bfloat16"):
+        run(plan, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    quantize(source, tmp_path / "out", "rtn")
+    verify(Artifact.open(tmp_path / "out"))
+
+
+def test_an_embedding_at_16_bits_has_to_be_finite(tmp_path):
+    source = save_tiny("llama", tmp_path / "source")
+    stored = load_file(source / "model.safetensors")
+    stored["model.embed_tokens.weight"][300, 3] = float("inf")
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match=r"model\.embed_tokens\.weight .*not finite"):
+        quantize(source, tmp_path / "out", "rtn", embedding_bits=16)
+
+
+def test_the_report_lists_what_of_the_files_is_not_read(tmp_path):
+    source = save_tiny("llama", tmp_path / "source")
+    file = source / "model.safetensors"
+    save_file(load_file(file) | {"tower.blocks.0.weight": torch.ones(6, 5)}, file, metadata={"format": "pt"})
+    report = quantize(source, tmp_path / "out", "rtn")
+    written = json.loads((tmp_path / "out" / "report.json").read_text())["source"]["left_behind"]
+    reason = "no part of LlamaForCausalLM"
+    assert written == [{"part": "tower", "tensors": 1, "nbytes": 120, "reason": reason}]
+    assert f"Not read      tower (1 tensor, 120 B, {reason})" in summarize(report, "out")
 
 
 def test_a_block_whose_activations_are_not_finite_is_named(tmp_path):

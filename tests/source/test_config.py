@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import save_tiny, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -136,3 +137,47 @@ def test_code_in_the_checkpoint_runs_when_trusted(llama: Path, monkeypatch: pyte
     assert type(source.skeleton()).__name__ == "OwnForCausalLM"
     tokens = torch.arange(20).reshape(1, -1)
     assert torch.equal(source.load_model()(tokens).logits, source.skeleton()(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("file", "said", "method"),
+    [
+        (
+            "hf_quant_config.json",
+            {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}},
+            "NVIDIA ModelOpt",
+        ),
+        ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": False}, "AutoGPTQ"),
+        ("quant_config.json", {"zero_point": True, "q_group_size": 128, "w_bit": 4}, "AutoAWQ"),
+    ],
+)
+def test_quantized_by_the_word_of_a_file_beside_the_configuration(
+    file: str, said: dict[str, Any], method: str, llama: Path
+) -> None:
+    (llama / file).write_text(json.dumps(said))
+    _refused(llama, rf"already quantized \({method}, as {file} says\)")
+
+
+def test_a_file_that_says_that_only_the_cache_is_quantized(llama: Path) -> None:
+    said = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (llama / "hf_quant_config.json").write_text(json.dumps(said))
+    assert open_source(str(llama)).left_behind == ()
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_a_decoder_with_another_head(head: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, num_labels=1,
+    )  # fmt: skip
+    getattr(transformers, f"Qwen2For{head}")(config).save_pretrained(tmp_path)
+    _refused(tmp_path, rf"is Qwen2For{head}, a decoder whose head gives scores")
+
+
+def test_a_reward_model_of_a_class_of_its_own(llama: Path) -> None:
+    _refused(_edit(llama, architectures=["LlamaForRewardModel"]), "is LlamaForRewardModel, a decoder whose head")
+
+
+def test_an_adapter_beside_a_model(llama: Path) -> None:
+    (llama / "adapter_config.json").write_text("{}")
+    _refused(llama, "holds a model and an adapter; merge the adapter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def test_names_are_those_of_the_older_loader(family: str) -> None:
 _LFM2_SIZES = {"context_length": 128, "embedding_length": 64, "feed_forward_length": 96, "block_count": 2}
 
 
-def _save_lfm2(path: Path) -> dict[str, torch.Tensor]:
+def _save_lfm2(path: Path, tensors_a_part: int = 0) -> dict[str, torch.Tensor]:
     """A random hybrid of convolution and attention; an architecture transformers reads with weight transforms."""
     config = AutoConfig.for_model(
         "lfm2", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -117,7 +118,7 @@ def _save_lfm2(path: Path) -> dict[str, torch.Tensor]:
     )  # fmt: skip
     torch.manual_seed(0)
     weights = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
-    writer = gguf.GGUFWriter(path, "lfm2")
+    writer = gguf.GGUFWriter(path, "lfm2", split_max_tensors=tensors_a_part)
     for key, value in {
         "context_length": 128,
         "embedding_length": 64,
@@ -163,6 +164,35 @@ def test_architecture_with_weight_transforms(tmp_path: Path) -> None:
     for name, value in decoded.items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-6)
     _assert_as_transformers_loads_it(open_source(str(tmp_path / "lfm2.gguf")))
+
+
+@pytest.mark.parametrize("save", [save_tiny_gguf, _save_lfm2])
+def test_parts_are_one_model_whichever_is_given(save: Callable[..., Any], tmp_path: Path) -> None:
+    save(tmp_path / "tiny.gguf")
+    whole = open_source(str(tmp_path / "tiny.gguf"))
+    (tmp_path / "parts").mkdir()
+    save(tmp_path / "parts" / "tiny.gguf", tensors_a_part=7)
+    parts = sorted((tmp_path / "parts").iterdir())
+    assert [part.name for part in parts] == [f"tiny-{i:05}-of-{len(parts):05}.gguf" for i in range(1, len(parts) + 1)]
+    assert len(parts) >= 3
+    sources = [open_source(str(part)) for part in parts]
+    assert {source.name for source in sources} == {"tiny"}
+    assert len({source.fingerprint for source in sources}) == 1
+    assert sources[0].file_bytes == sum(part.stat().st_size for part in parts)
+    assert sources[-1].config.to_diff_dict() | {"_name_or_path": ""} == whole.config.to_diff_dict() | {
+        "_name_or_path": ""
+    }
+    mine, other = _tensors(_walk(sources[-1])), _tensors(_walk(whole))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], value) for name, value in other.items())
+
+
+def test_the_tokenizer_of_a_model_in_parts(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "whole.gguf")
+    save_tiny_gguf(tmp_path / "tiny.gguf", tensors_a_part=7)
+    last = sorted(tmp_path.glob("tiny-*"))[-1]
+    whole = open_source(str(tmp_path / "whole.gguf")).load_tokenizer()
+    assert open_source(str(last)).load_tokenizer().get_vocab() == whole.get_vocab()
 
 
 def test_each_way_of_reading_is_taken(tmp_path: Path) -> None:

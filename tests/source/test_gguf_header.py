@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
@@ -36,7 +38,7 @@ def test_tensors_lie_where_the_reference_reader_finds_them(original: Path) -> No
 
 
 def test_every_kind_of_truncation_is_refused(original: Path, tmp_path: Path) -> None:
-    content, end = original.read_bytes(), len(read_gguf_header(original).raw)
+    content, end = original.read_bytes(), len(read_gguf_header(original).headers[original])
     for length in (0, 3, 10, 24, end // 2, end - 1, end, (end + len(content)) // 2, len(content) - 1):
         (tmp_path / "cut.gguf").write_bytes(content[:length])
         with pytest.raises(SourceError, match=r"cut\.gguf is damaged: .*; download or copy the file again\."):
@@ -53,10 +55,74 @@ def test_another_kind_of_file(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_byte_never_crashes_the_header(original: Path, tmp_path: Path, position: int, value: int) -> None:
     content = bytearray(original.read_bytes())
-    content[position % len(read_gguf_header(original).raw)] = value
+    content[position % len(read_gguf_header(original).headers[original])] = value
     (tmp_path / "changed.gguf").write_bytes(content)
     try:
         header = read_gguf_header(tmp_path / "changed.gguf")
     except SourceError:
         return
     assert all(0 <= tensor.offset <= tensor.offset + tensor.nbytes <= len(content) for tensor in header.tensors)
+
+
+def _parts(folder: Path, *, seed: int = 0) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    save_tiny_gguf(folder / "tiny.gguf", kind="F16", seed=seed, tensors_a_part=8)
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_a_part_that_is_not_there(given: int, tmp_path: Path) -> None:
+    parts = _parts(tmp_path)
+    parts[1].unlink()
+    cure = rf"llama-gguf-split --merge {parts[0].name} tiny\.gguf"
+    with pytest.raises(SourceError, match=rf"{parts[given].name} is one of 3 .*{parts[1].name} is not .*{cure}"):
+        open_source(str(parts[given]))
+
+
+def test_a_part_that_is_not_named_as_one(tmp_path: Path) -> None:
+    parts = _parts(tmp_path)
+    moved = parts[0].rename(tmp_path / "model.gguf")
+    with pytest.raises(SourceError, match=r"model\.gguf is one of 3 parts of a model and not named as one"):
+        open_source(str(moved))
+
+
+def test_parts_of_two_models(tmp_path: Path) -> None:
+    parts = _parts(tmp_path)
+    content = parts[1].read_bytes()
+    parts[2].write_bytes(content)
+    with pytest.raises(SourceError, match="are not of one model"):
+        open_source(str(parts[0]))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "tensors", "named"),
+    [
+        ("", "imatrix", 1, "an importance matrix"),
+        ("llama", "adapter", 1, "an adapter"),
+        ("clip", "mmproj", 1, "the projector of a vision-language model"),
+        ("clip", "", 1, "the projector of a vision-language model"),
+        ("controlvector", "", 1, "a control vector"),
+        ("llama", "", 0, "a vocabulary and no weights"),
+    ],
+)
+def test_what_is_no_model_is_named(architecture: str, kind: str, tensors: int, named: str, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", architecture)
+    if kind:
+        writer.add_type(kind)
+    writer.add_token_list(["a", "b"])
+    for index in range(tensors):
+        writer.add_tensor(f"blk.{index}.weight", np.ones(4, dtype=np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(SourceError, match=rf"other\.gguf holds {named} and is no model"):
+        open_source(str(tmp_path / "other.gguf"))
+
+
+def test_a_file_without_an_architecture(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
+    del writer.kv_data[0]["general.architecture"]
+    writer.add_tensor("blk.0.weight", np.ones(4, dtype=np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(SourceError, match=r"other\.gguf is damaged: .*general\.architecture"):
+        open_source(str(tmp_path / "other.gguf"))

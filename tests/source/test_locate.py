@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import save_tiny, save_tiny_gguf
 
 from shiftadd_cli.errors import SourceError
@@ -39,6 +40,19 @@ def test_a_hub_model_in_the_cache(sharded: bool, cache: Path) -> None:
     assert source.name == "tiny"
     source.materialise(["model.layers.0"])
     assert source.load_tokenizer()("hello").input_ids
+
+
+def test_what_else_the_cache_holds_of_a_hub_model_does_not_count(cache: Path) -> None:
+    _put_in_cache(cache, True)
+    before = open_source("some/tiny")
+    folder = cache / "models--some--tiny" / "snapshots" / _COMMIT
+    expected = {name: value.clone() for name, value in before.load_model().state_dict().items()}
+    save_file({name: 10 * value for name, value in expected.items()}, folder / "model.safetensors")
+    after = open_source("some/tiny")
+    assert after.fingerprint == before.fingerprint
+    after.materialise([""])
+    for model in (after.load_model(), after.skeleton()):
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def test_a_hub_model_that_cannot_be_reached(cache: Path) -> None:
@@ -101,3 +115,16 @@ def test_demo_is_the_file_in_the_package(tmp_path: Path, monkeypatch: pytest.Mon
     importlib.invalidate_caches()
     source = open_source("demo")
     assert (source.spec, source.name, source.dtype) == ("demo", "SmolLM2-135M-Instruct", torch.bfloat16)
+
+
+def test_a_link_is_called_by_its_own_name(tmp_path: Path) -> None:
+    """As in the hub's cache, whose files are called by checksums."""
+    blob = tmp_path / "0a1b2c"
+    save_tiny_gguf(blob)
+    link = tmp_path / "tiny-q8.gguf"
+    link.symlink_to(blob)
+    source = open_source(str(link))
+    assert (source.path, source.name) == (link, "tiny-q8")
+    save_tiny("llama", tmp_path / "3d4e5f")
+    (tmp_path / "tiny-llama").symlink_to(tmp_path / "3d4e5f")
+    assert open_source(str(tmp_path / "tiny-llama")).path == tmp_path / "tiny-llama"

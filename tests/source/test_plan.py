@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, save_tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source import open_source
@@ -54,3 +55,32 @@ def test_tensors_the_model_does_not_know_are_ignored(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     source.materialise([""])
     assert not any(each.is_meta for each in source.skeleton().parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.bool])
+def test_weights_that_are_no_floats(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    _rewrite(tmp_path, {"model.layers.0.mlp.up_proj.weight": torch.zeros(100, 48).to(dtype)})
+    with pytest.raises(SourceError, match=r"up_proj\.weight of .* already quantized; give the original"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32])
+def test_quantized_weights_among_tensors_that_are_fused_when_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    _rewrite(tmp_path, {name: stored[name].to(dtype), f"{name}_scale": torch.ones(())})
+    with pytest.raises(SourceError, match=r"experts\.2\.w3\.weight of .* already quantized; give the original"):
+        open_source(str(tmp_path))
+
+
+def test_two_tensors_for_one_parameter(tmp_path: Path) -> None:
+    save_tiny("qwen2", tmp_path)
+    _rewrite(tmp_path, {"norm.weight": torch.zeros(32)})
+    with pytest.raises(SourceError, match=r"twice, as model\.norm\.weight and as norm\.weight"):
+        open_source(str(tmp_path))

@@ -119,3 +119,47 @@ def test_stored_dtype_is_that_of_most_numbers(tmp_path: Path) -> None:
         tmp_path / "model.safetensors",
     )
     assert SafetensorsFolder(tmp_path).stored_dtype == torch.float16
+
+
+def _stray(sharded: Path, change: float) -> Path:
+    """One file beside the shards, as an earlier save has left it."""
+    stored = {name: value for shard in _shards(sharded) for name, value in load_file(shard).items()}
+    stored["model.norm.weight"] = stored["model.norm.weight"] + change
+    save_file(stored, sharded / "model.safetensors", metadata={"format": "pt"})
+    return sharded
+
+
+def test_one_file_that_differs_from_the_shards_beside_it(sharded: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds model\.safetensors and, with other content, the shards"):
+        open_source(str(_stray(sharded, 1e-3)))
+
+
+def test_one_file_of_other_tensors_than_the_shards_beside_it(sharded: Path) -> None:
+    save_file({"model.norm.weight": torch.ones(48)}, sharded / "model.safetensors")
+    with pytest.raises(SourceError, match="with other content"):
+        open_source(str(sharded))
+
+
+def test_one_file_that_is_the_same_as_the_shards_beside_it(sharded: Path) -> None:
+    before = _fingerprint(sharded)
+    assert _fingerprint(_stray(sharded, 0.0)) == before
+
+
+def test_an_index_that_is_left_without_its_shards(sharded: Path) -> None:
+    _stray(sharded, 0.0)
+    for shard in _shards(sharded):
+        shard.unlink()
+    assert [file.name for file in SafetensorsFolder(sharded).files] == ["model.safetensors"]
+
+
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
+    first, second = _shards(sharded)[:2]
+    save_file(load_file(first) | dict([next(iter(load_file(second).items()))]), first)
+    with pytest.raises(SourceError, match=rf"is in .*{first.name} and in .*{second.name}"):
+        open_source(str(sharded))
+
+
+def test_a_tensor_of_a_shard_that_the_index_does_not_list(sharded: Path) -> None:
+    shard = _shards(sharded)[0]
+    save_file(load_file(shard) | {"extra": torch.ones(5)}, shard)
+    assert [(left.part, left.nbytes) for left in open_source(str(sharded)).left_behind] == [("extra", 20)]
