@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from shiftadd_cli.artifact.folder import Artifact
-from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.artifact.shards import nbytes
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.export.decode import DecodedModel
@@ -17,9 +15,7 @@ from shiftadd_cli.export.stacks import StackedModel
 from shiftadd_cli.progress import progress
 from shiftadd_cli.runtime.remote_code import CODE_FILE
 from shiftadd_cli.runtime.skeleton import artifact_skeleton
-
-# What is said of the compressed checkpoint, and would not be true of the other.
-_OWN_FILES = {"config.json", "report.json", "report.html", "evaluation.json", "README.md", CODE_FILE}
+from shiftadd_cli.source.companions import copy_companions
 
 
 def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None) -> int:
@@ -43,9 +39,6 @@ def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None) -> i
         writer.plan(decoded.tensors)
         for name, tensor in progress(decoded, len(decoded.tensors), "Decoding"):
             writer.add(name, tensor)
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and path.name not in _OWN_FILES and ".safetensors" not in path.suffixes:
-                with refusals(writer.folder / path.name):
-                    shutil.copyfile(path, writer.folder / path.name)
+        copy_companions(folder, writer.folder)
         writer.finish(config)
         return writer.nbytes

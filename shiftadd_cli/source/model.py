@@ -12,13 +12,14 @@ import torch
 
 from shiftadd_cli.device import computes_in
 from shiftadd_cli.source.checkpoint import Checkpoint
+from shiftadd_cli.source.companions import copy_companions, write_generation_settings, write_tokenizer
 from shiftadd_cli.source.experts import split_experts
 from shiftadd_cli.source.gguf_checkpoint import open_gguf
 from shiftadd_cli.source.gguf_header import GgufFile
-from shiftadd_cli.source.image_processor import load_image_processor, save_image_processor
+from shiftadd_cli.source.image_processor import load_image_processor
 from shiftadd_cli.source.loading import Loader, covered
 from shiftadd_cli.source.skeleton import build_skeleton
-from shiftadd_cli.source.tokenizer import load_tokenizer, save_tokenizer
+from shiftadd_cli.source.tokenizer import load_tokenizer
 from shiftadd_cli.source.vision import IMAGE_INPUT
 
 if TYPE_CHECKING:
@@ -129,10 +130,6 @@ class Source:
             self._tokenizer = load_tokenizer(self.path, remote_code=self._remote_code)
         return self._tokenizer
 
-    def save_tokenizer(self, folder: Path) -> None:
-        """Write tokenizer, chat template and generation settings to `folder`."""
-        save_tokenizer(self.path, self.load_tokenizer(), self.config, folder)
-
     def load_image_processor(self) -> Any:
         """The image processor of a vision model, read once.
 
@@ -144,11 +141,16 @@ class Source:
         return self._image_processor
 
     def save_companions(self, folder: Path) -> None:
-        """Write to `folder` what a model folder holds beside weights and configuration: what reads text or images."""
-        if self.reads_images:
-            save_image_processor(self.path, folder)
+        """Write to `folder` what a model folder holds beside weights and configuration: what reads text or images.
+
+        Files of a model folder are copied as they are. Only a GGUF file's tokenizer is written anew.
+        """
+        if isinstance(self._weights, GgufFile):
+            write_tokenizer(self.load_tokenizer(), folder)
         else:
-            self.save_tokenizer(folder)
+            copy_companions(self.path, folder, code=self._remote_code)
+        if not self.reads_images:
+            write_generation_settings(self.config, folder)
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory on the CPU, in evaluation mode, at `dtype` (default: the source's own)."""
