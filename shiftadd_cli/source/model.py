@@ -13,6 +13,7 @@ import torch
 from shiftadd_cli.device import computes_in
 from shiftadd_cli.source.checkpoint import Checkpoint
 from shiftadd_cli.source.companions import copy_companions, write_generation_settings, write_tokenizer
+from shiftadd_cli.source.config_file import merged_config, set_dtype
 from shiftadd_cli.source.experts import split_experts
 from shiftadd_cli.source.gguf_checkpoint import open_gguf
 from shiftadd_cli.source.gguf_header import GgufFile
@@ -52,9 +53,14 @@ class Source:
         dtype: torch.dtype,
         fingerprint: str,
         remote_code: bool,
+        fields: dict[str, Any],
     ) -> None:
         self.spec, self.name, self.path, self.dtype, self.fingerprint = spec, name, path, dtype, fingerprint
         self._model_class, self._weights, self._remote_code = model_class, weights, remote_code
+        self._fields = fields
+        if not remote_code and hasattr(config, "auto_map"):
+            # The code it names is neither run nor copied.
+            del config.auto_map
         self._in_float32: Source | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._image_processor: Any = None
@@ -103,6 +109,7 @@ class Source:
             dtype=dtype,
             fingerprint=self.fingerprint,
             remote_code=self._remote_code,
+            fields=self._fields,
         )
 
     def computed_on(self, device: torch.device) -> Source:
@@ -151,6 +158,13 @@ class Source:
             copy_companions(self.path, folder, code=self._remote_code)
         if not self.reads_images:
             write_generation_settings(self.config, folder)
+
+    def config_fields(self) -> dict[str, Any]:
+        """What config.json says of the model, in the source's own fields beside those of the transformers in use."""
+        fields = merged_config(self._fields, self.config)
+        fields["architectures"] = [type(self._skeleton).__name__]
+        set_dtype(fields, str(self.dtype).removeprefix("torch."))
+        return fields
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory on the CPU, in evaluation mode, at `dtype` (default: the source's own)."""

@@ -10,7 +10,8 @@ import torch
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import fingerprint_file
-from shiftadd_cli.source.config import model_class, read_config
+from shiftadd_cli.source.config import model_class, read_config, read_fields
+from shiftadd_cli.source.config_file import own_fields
 from shiftadd_cli.source.gguf_config import read_gguf_config
 from shiftadd_cli.source.gguf_header import GgufFile, read_gguf_header
 from shiftadd_cli.source.locate import DEMO, hub_id, locate
@@ -39,8 +40,8 @@ def open_source(spec: str, *, dtype: str = "auto", trust_remote_code: bool = Fal
         raise SourceError(f"There is no dtype {dtype!r} to load a model in; use auto, {', '.join(_DTYPES)}.")
     path = locate(spec, remote_code=trust_remote_code)
     gguf = read_gguf_header(path) if path.is_file() else None
-    config = read_gguf_config(gguf) if gguf is not None else read_config(path, remote_code=trust_remote_code)
-    chosen, config = model_class(config, spec, remote_code=trust_remote_code)
+    read = read_gguf_config(gguf) if gguf is not None else read_config(path, remote_code=trust_remote_code)
+    chosen, config = model_class(read, spec, remote_code=trust_remote_code)
     weights = gguf if gguf is not None else SafetensorsFolder(path)
     return Source(
         spec=spec,
@@ -52,6 +53,7 @@ def open_source(spec: str, *, dtype: str = "auto", trust_remote_code: bool = Fal
         dtype=_DTYPES[dtype] if dtype != "auto" else _own_dtype(config, weights.stored_dtype),
         fingerprint=_fingerprint(path, weights),
         remote_code=trust_remote_code,
+        fields={} if gguf is not None else own_fields(read_fields(path), read, config),
     )
 
 
