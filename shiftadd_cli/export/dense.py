@@ -10,6 +10,7 @@ from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.shards import nbytes
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.export.decode import DecodedModel
+from shiftadd_cli.export.original_names import OriginalNames
 from shiftadd_cli.export.place import check_place
 from shiftadd_cli.export.stacks import StackedModel
 from shiftadd_cli.progress import progress
@@ -29,7 +30,7 @@ def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None) -> i
     """
     artifact = Artifact.open(folder)
     skeleton = artifact_skeleton(folder, dtype)
-    decoded = StackedModel(DecodedModel(artifact, skeleton), skeleton)
+    decoded = OriginalNames(StackedModel(DecodedModel(artifact, skeleton), skeleton), skeleton)
     check_place(out, folder, sum(map(nbytes, decoded.tensors.values())))
     config = {name: value for name, value in artifact.config.items() if name != "quantization_config"}
     if (folder / CODE_FILE).is_file():
