@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from shiftadd_cli.allocation.cost_table import CostKind, parse_budget
 from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.allocation.sensitivity import SensitivityKind
+from shiftadd_cli.artifact.folder import read_json
+from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.evaluation.compare import evaluate
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.job import Job
@@ -18,8 +20,11 @@ from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.runtime import transformers_plugin
+from shiftadd_cli.runtime.remote_code import brings_code
+from shiftadd_cli.runtime.skeleton import read_artifact_config
 from shiftadd_cli.source import open_source
 from shiftadd_cli.source.in_memory import as_folder
+from shiftadd_cli.source.locate import hub_id
 from shiftadd_cli.source.vision import vision_class
 
 __all__ = ["allocate_bits", "evaluate", "load", "quantize"]
@@ -34,6 +39,7 @@ def quantize(
     overwrite: bool = False,
     resume: bool = True,
     max_memory: str | None = None,
+    trust_remote_code: bool = False,
     **fields: Any,
 ) -> Report:
     """Compress `model` into the folder `out`; returns what report.json says.
@@ -42,12 +48,19 @@ def quantize(
     processor as `processor`: both are written beside `out` for as long as this takes.
     resume: go on where an earlier call with the same arguments was stopped. max_memory: what it may take of the
     machine's memory, such as "4GB"; a run that is expected to need more is refused.
+    trust_remote_code: run model code that comes with `model`, of a kind that transformers does not know.
     recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields (`bits=2`, `group_size=32`, ...).
     Raises ShiftaddError with one sentence that says what to do.
     """
     with as_folder(model, processor, Path(out)) as spec:
         job = Job.prepare(
-            spec, Path(out), _settings(recipe, fields), overwrite=overwrite, resume=resume, max_memory=max_memory
+            spec,
+            Path(out),
+            _settings(recipe, fields),
+            overwrite=overwrite,
+            resume=resume,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
         )
         return job.run()
 
@@ -65,6 +78,7 @@ def allocate_bits(
     cost: CostKind = "bits",
     cost_table: str | Path | None = None,
     max_cost: float | None = None,
+    trust_remote_code: bool = False,
     **fields: Any,
 ) -> BitPlan:
     """The best bits for every layer of `model` within a budget; what `shiftadd allocate-bits` writes to plan.json.
@@ -83,6 +97,7 @@ def allocate_bits(
         keep: `PATTERN=BITS` for layers that get these bits.
         tie: `PATTERN,PATTERN` for layers that get equal bits inside each block.
         cost, cost_table, max_cost: a budget in the unit of a table of the user's, see `allocation.cost_table`.
+        trust_remote_code: run model code that comes with `model`, of a kind that transformers does not know.
 
     Raises ShiftaddError with one sentence that says what to do.
     """
@@ -90,16 +105,30 @@ def allocate_bits(
     budget = parse_budget(avg_bits, target_size, max_divergence, cost, table, max_cost)
     settings = _settings(recipe, fields)
     request = Request(budget, settings.candidates, sensitivity, tuple(keep), tuple(tie), settings.tie_fused)
-    return AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request).run(block_bar)
+    source = open_source(model, dtype=settings.dtype, trust_remote_code=trust_remote_code)
+    return AllocationJob.prepare(source, settings, request).run(block_bar)
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     """The compressed model in `folder`, its linears packed; `options` as for transformers' `from_pretrained`.
 
-    Raises ArtifactError, naming the tensor, for a damaged checkpoint.
+    folder: a folder that `quantize` wrote, or a hub id of one, `USER/NAME`.
+
+    Raises ArtifactError, naming the tensor, for a damaged checkpoint, and where there is no such folder.
     """
     transformers_plugin.register()
-    loader = vision_class(AutoConfig.from_pretrained(folder), str(folder)) or AutoModelForCausalLM
+    remote_code = bool(options.get("trust_remote_code", False))
+    place = Path(folder).expanduser()
+    config: Any
+    if place.is_dir():
+        remote_code = remote_code and brings_code(read_json(place / "config.json"))
+        config, folder = read_artifact_config(place, remote_code=remote_code), place
+    elif isinstance(folder, Path) or "/" not in (hub_id(folder) or ""):
+        # The hub has no models of ours under a bare name, and is not asked for what can only be a path.
+        raise ArtifactError(f"{folder} is no folder; give one that `shiftadd quantize` wrote, or a hub id.")
+    else:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
+    loader = (None if remote_code else vision_class(config, str(folder))) or AutoModelForCausalLM
     model: PreTrainedModel = loader.from_pretrained(folder, **options)
     return model
 

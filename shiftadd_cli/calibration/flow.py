@@ -35,7 +35,11 @@ def measure_flow(source: Source, blocks: tuple[str, ...], seq_len: int) -> Flow:
     """
     if source.reads_images:
         return _image_flow(source, blocks)
-    return Flow((seq_len,) * len(blocks), seq_len * source.config.get_text_config().hidden_size)
+    width: int | None = getattr(source.config.get_text_config(), "hidden_size", None)
+    if width is None:  # under a name of its own, in the configuration of a model that brings its code
+        embedding: Any = source.skeleton().get_input_embeddings()
+        width = int(embedding.embedding_dim)
+    return Flow((seq_len,) * len(blocks), seq_len * width)
 
 
 # A plan is made anew for every choice of bits.

@@ -37,6 +37,7 @@ class Source:
         dtype: dtype of everything that is not quantized, and of activations.
         fingerprint: sha256 (hex) over the configuration and, for every weight file, its name, size, header and 256
             sampled pages; the folder's place and time stamps do not enter.
+        remote_code: whether model code that comes with the files is run.
         file_bytes: size of the weight files.
         model_bytes: size of all parameters at `dtype`, tied ones once.
     """
@@ -56,7 +57,7 @@ class Source:
         fields: dict[str, Any],
     ) -> None:
         self.spec, self.name, self.path, self.dtype, self.fingerprint = spec, name, path, dtype, fingerprint
-        self._model_class, self._weights, self._remote_code = model_class, weights, remote_code
+        self._model_class, self._weights, self.remote_code = model_class, weights, remote_code
         self._fields = fields
         if not remote_code and hasattr(config, "auto_map"):
             # The code it names is neither run nor copied.
@@ -108,7 +109,7 @@ class Source:
             weights=self._weights,
             dtype=dtype,
             fingerprint=self.fingerprint,
-            remote_code=self._remote_code,
+            remote_code=self.remote_code,
             fields=self._fields,
         )
 
@@ -134,7 +135,7 @@ class Source:
             SourceError: there is none that can be read.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.path, remote_code=self._remote_code)
+            self._tokenizer = load_tokenizer(self.path, remote_code=self.remote_code)
         return self._tokenizer
 
     def load_image_processor(self) -> Any:
@@ -155,7 +156,7 @@ class Source:
         if isinstance(self._weights, GgufFile):
             write_tokenizer(self.load_tokenizer(), folder)
         else:
-            copy_companions(self.path, folder, code=self._remote_code)
+            copy_companions(self.path, folder, code=self.remote_code)
         if not self.reads_images:
             write_generation_settings(self.config, folder)
 
