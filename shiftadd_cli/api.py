@@ -14,6 +14,7 @@ from shiftadd_cli.allocation.sensitivity import SensitivityKind
 from shiftadd_cli.artifact.folder import read_json
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.evaluation.compare import evaluate
+from shiftadd_cli.paths import expanded
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.job import Job
 from shiftadd_cli.progress import block_bar
@@ -118,7 +119,7 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     """
     transformers_plugin.register()
     remote_code = bool(options.get("trust_remote_code", False))
-    place = Path(folder).expanduser()
+    place = expanded(folder)
     config: Any
     if place.is_dir():
         remote_code = remote_code and brings_code(read_json(place / "config.json"))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shiftadd_cli.errors import SourceError
+from shiftadd_cli.paths import expanded
 from shiftadd_cli.source.checkpoint import fingerprint_file
 from shiftadd_cli.source.config import model_class, read_config, read_fields
 from shiftadd_cli.source.config_file import own_fields
@@ -66,7 +67,7 @@ def _own_dtype(config: Any, stored: torch.dtype | None) -> torch.dtype:
 def _short_name(spec: str, path: Path) -> str:
     if path.is_file():
         return path.stem.rpartition(".")[0] if spec == DEMO else path.stem
-    return path.name if Path(spec).expanduser().is_dir() else (hub_id(spec) or spec).rpartition("/")[2]
+    return path.name if expanded(spec).is_dir() else (hub_id(spec) or spec).rpartition("/")[2]
 
 
 def _fingerprint(path: Path, weights: GgufFile | SafetensorsFolder) -> str:
