@@ -33,6 +33,7 @@ def quantize(
     overwrite: bool = False,
     resume: bool = True,
     max_memory: str | None = None,
+    trust_remote_code: bool = False,
     **fields: Any,
 ) -> Report:
     """Compress `model` into the folder `out`; returns what report.json says.
@@ -41,12 +42,19 @@ def quantize(
     processor as `processor`: both are written beside `out` for as long as this takes.
     resume: go on where an earlier call with the same arguments was stopped. max_memory: what it may take of the
     machine's memory, such as "4GB"; a run that is expected to need more is refused.
+    trust_remote_code: run model code that comes with `model`, of a kind that transformers does not know.
     recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields (`bits=2`, `group_size=32`, ...).
     Raises ShiftaddError with one sentence that says what to do.
     """
     with as_folder(model, processor, Path(out)) as spec:
         job = Job.prepare(
-            spec, Path(out), _settings(recipe, fields), overwrite=overwrite, resume=resume, max_memory=max_memory
+            spec,
+            Path(out),
+            _settings(recipe, fields),
+            overwrite=overwrite,
+            resume=resume,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
         )
         return job.run()
 
@@ -64,6 +72,7 @@ def allocate_bits(
     cost: CostKind = "bits",
     cost_table: str | Path | None = None,
     max_cost: float | None = None,
+    trust_remote_code: bool = False,
     **fields: Any,
 ) -> BitPlan:
     """The best bits for every layer of `model` within a budget; what `shiftadd allocate-bits` writes to plan.json.
@@ -82,6 +91,7 @@ def allocate_bits(
         keep: `PATTERN=BITS` for layers that get these bits.
         tie: `PATTERN,PATTERN` for layers that get equal bits inside each block.
         cost, cost_table, max_cost: a budget in the unit of a table of the user's, see `allocation.cost_table`.
+        trust_remote_code: run model code that comes with `model`, of a kind that transformers does not know.
 
     Raises ShiftaddError with one sentence that says what to do.
     """
@@ -89,7 +99,8 @@ def allocate_bits(
     budget = parse_budget(avg_bits, target_size, max_divergence, cost, table, max_cost)
     settings = _settings(recipe, fields)
     request = Request(budget, settings.candidates, sensitivity, tuple(keep), tuple(tie), settings.tie_fused)
-    return AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request).run(block_bar)
+    source = open_source(model, dtype=settings.dtype, trust_remote_code=trust_remote_code)
+    return AllocationJob.prepare(source, settings, request).run(block_bar)
 
 
 def _settings(recipe: str | Recipe, fields: dict[str, Any]) -> Recipe:

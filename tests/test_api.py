@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 
 import shiftadd_cli
 from shiftadd_cli.cli import main
+from shiftadd_cli.errors import ArtifactError
 
 QUICK = {"samples": 4, "seq_len": 32, "group_size": 16, "recipe": "equal-bits"}
 
@@ -110,3 +111,15 @@ def test_importing_the_package_imports_no_torch() -> None:
 
     program = "import sys, shiftadd_cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "folder", ["./missing", "~/missing", "/a/missing", "a/missing/", "a/b/c", "missing", Path("a/b")]
+)
+def test_a_missing_folder_is_refused_without_asking_the_hub(
+    folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("something was asked"))
+    with pytest.raises(ArtifactError, match=r"is no folder; give one that `shiftadd quantize` wrote, or a hub id"):
+        shiftadd_cli.load(folder)

@@ -65,6 +65,12 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
+def as_bytes(content: bytes | str) -> bytes:
+    """Text as UTF-8. A name of a file that is none is written in escapes, which JSON reads back, so that no result is
+    lost over it."""
+    return content.encode(errors="backslashreplace") if isinstance(content, str) else content
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file that is there whole, on the disk, or not at all."""
     new = path.with_name(f".{path.name}.partial-{os.getpid()}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shiftadd_cli.artifact.durable import replace_file
+from shiftadd_cli.artifact.durable import as_bytes, replace_file
 from shiftadd_cli.artifact.format import QUANT_METHOD
 from shiftadd_cli.errors import OutputError
 
@@ -96,7 +96,7 @@ def write_file(path: Path, content: bytes | str) -> None:
     Raises OutputError if the system refuses.
     """
     with refusals(path):
-        replace_file(path, content.encode() if isinstance(content, str) else content)
+        replace_file(path, as_bytes(content))
 
 
 @contextmanager

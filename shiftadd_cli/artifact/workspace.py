@@ -6,6 +6,7 @@
   journal/     what is finished, see `artifact.journal`
   states/      hidden states and token weights, for the run that goes on
   old/         for a moment, what OUT was before
+  failure      what the run failed of, if a fault of the program or the machine ended it
 """
 
 from __future__ import annotations
@@ -19,19 +20,24 @@ from types import TracebackType
 from shiftadd_cli.artifact.durable import sync
 from shiftadd_cli.artifact.journal import Journal
 from shiftadd_cli.artifact.output import partial_folder, refusals
-from shiftadd_cli.errors import NumericalError, OutputError
+from shiftadd_cli.errors import OutputError, ResumeError, ShiftaddError, SourceError, TeamError, first_line
 
 # Records of a run that has finished nothing.
 _BEGUN = 1
+# After these the same command can go on as after an interrupt, once the cause is gone.
+_CURABLE = (OutputError, TeamError, ResumeError)
 
 
 class Workspace:
     """`.OUT.partial`, locked while it is entered. What the system refuses raises OutputError.
 
     Left without `publish`, it is removed, unless its journal says more than that a run began: then the same command can
-    go on. It is removed too after a NumericalError, which the same command would raise again. `resume=False` removes
+    go on. It is removed too after an error of ours that the same command would raise again. `resume=False` removes
     what an earlier run left. Entering raises OutputError where another run is at work, and ResumeError where the
     journal is damaged.
+
+    failure: what the run that left it failed of; None where it was interrupted, or is new. A run that failed must not
+    keep the next from being tried with other options, see `start_anew`.
     """
 
     def __init__(self, out: Path, *, resume: bool = True) -> None:
@@ -41,6 +47,7 @@ class Workspace:
         self.artifact, self.states, self._old = (self.folder / name for name in ("artifact", "states", "old"))
         self._created: list[Path] = []
         self._lock: int | None = None
+        self.failure: str | None = None
 
     def __enter__(self) -> Workspace:
         self._created = [folder for folder in self.out.parents if not folder.exists()]
@@ -65,12 +72,29 @@ class Workspace:
             self._empty()
             self.journal = Journal(self.folder / "journal")
         self.artifact.mkdir(exist_ok=True)
+        self.failure = self._failed.read_text(encoding="utf-8") if self._failed.is_file() else None
+
+    @property
+    def _failed(self) -> Path:
+        return self.folder / "failure"
+
+    def start_anew(self) -> None:
+        """Drop what an earlier run left; what is entered stays entered."""
+        with refusals(self.out):
+            self._empty()
+            self.artifact.mkdir()
+        self.journal, self.failure = Journal(self.folder / "journal"), None
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if len(self.journal) <= _BEGUN or isinstance(value, NumericalError):
+        ours = isinstance(value, ShiftaddError) and not isinstance(value, (*_CURABLE, SourceError))
+        if len(self.journal) <= _BEGUN or ours:
             self._remove()
+        elif isinstance(value, Exception) and not isinstance(value, _CURABLE):
+            self._failed.write_text(first_line(value), encoding="utf-8")
+        elif not isinstance(value, ResumeError):
+            self._failed.unlink(missing_ok=True)
         self._unlock()
 
     def publish(self, *, overwrite: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from shiftadd_cli.artifact.durable import checksum, read_tensor, reserve, sync, write_all, write_tensor
+from shiftadd_cli.artifact.durable import as_bytes, checksum, read_tensor, reserve, sync, write_all, write_tensor
 from shiftadd_cli.artifact.journal import damaged
 from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.artifact.shards import INDEX_FILE, Shard, TensorShape, plan_shards
@@ -146,7 +146,7 @@ class ArtifactWriter:
         """Write a small file; text as UTF-8. Files may also be put into `self.folder` directly."""
         path = self.folder / name
         with refusals(path):
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
+            path.write_bytes(as_bytes(content))
 
     def seal(self) -> dict[str, dict[str, Any]]:
         """Close the tensors' files; returns {file: {"bytes", "sha256"}} of each. RuntimeError if tensors lack."""

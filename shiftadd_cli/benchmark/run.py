@@ -42,6 +42,7 @@ def benchmark(
     rounds: int = 5,
     threads: int | None = None,
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     layers: bool = True,
     show_progress: bool = True,
 ) -> Benchmark:
@@ -57,14 +58,15 @@ def benchmark(
         batch: prompts at once, by default one; or images at once, by default each of `DEFAULT_BATCHES`.
         threads: of torch, None leaves them as they are.
         dtype: that `model` computes in.
+        trust_remote_code: run model code that comes with a model.
         layers: measure single layers and the speed of the memory as well.
 
     Raises:
         ShiftaddError: with what is wrong: a model, or lengths beyond a model's context.
     """
     count = use_threads(threads)
-    opened = open_any(model)
-    original = None if against is None else open_any(against)
+    opened = open_any(model, trust_remote_code=trust_remote_code)
+    original = None if against is None else open_any(against, trust_remote_code=trust_remote_code)
     if original is not None and original.reads_images != opened.reads_images:
         raise RecipeError(f"{opened.spec} and {original.spec} do not read the same: one reads images, the other text.")
     candidates = _candidates(opened, dtype, original)

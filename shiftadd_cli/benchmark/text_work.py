@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from shiftadd_cli.benchmark.timing import Clock, Span
 from shiftadd_cli.benchmark.work import Work
+from shiftadd_cli.generation.run import check_generates
 
 
 def text_work(tokens: Tensor, lengths: Sequence[int], new_tokens: int, batch: int) -> list[Work]:
@@ -37,6 +38,7 @@ def time_generation(model: Any, clock: Clock, prompts: Tensor, new_tokens: int) 
 
     transformers generates, greedily and with its KV cache; no token ends a text before it is as long as wanted.
     """
+    check_generates(model)
     # Nothing the checkpoint brings along may stop early or add work, see `generation.run`.
     model.generation_config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0

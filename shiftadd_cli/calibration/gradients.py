@@ -96,7 +96,7 @@ def squared_gradients(
     seed: for the drawn labels; results depend on it, not on batches.
     memory_bytes: block inputs kept at once, `blocks * tokens * width` values a sample. So many batches go through
         the blocks together, one at least; each such group reads every block twice.
-    progress: shows how far each such walk through the blocks is.
+    progress: shows how far each such walk through the blocks is, and the batches between the two.
     team: whose processes share the batches, and all get all; each needs the hidden states of its own.
 
     samples: see `trace_model`; trace: of these, as it gave it (not changed here). Modules outside the blocks must be
@@ -117,7 +117,9 @@ def squared_gradients(
     own = team.shards(len(trace.hidden)).own()
     for batches in _groups(trace, own, memory_bytes // len(structure.blocks)):
         walk.forward(batches)
-        for batch in batches:
+        names = [f"batch {batch.first}" for batch in batches]
+        # With a large vocabulary this takes longer than the blocks.
+        for batch, _ in zip(batches, progress(names, "Head gradients"), strict=True):
             gradient = end.gradient(batch.first, batch.hidden.pop())
             _refuse_not_finite(gradient, "the head")
             batch.hidden.append(gradient)

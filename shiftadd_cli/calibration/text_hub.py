@@ -131,5 +131,5 @@ def reachable(url: str) -> bool:
     except URLError as error:
         # Certificates may be found by the hub's client, which brings its own, and not by this one.
         return isinstance(error.reason, ssl.SSLError)
-    except OSError:
+    except (OSError, ValueError):  # the second for an address that is none
         return False

@@ -7,10 +7,13 @@ Exit codes: 0 done, 2 the user can cure it (one line, `Error: ...`), 3 another p
 from __future__ import annotations
 
 import errno
+import io
 import os
+import sys
 import traceback
 from importlib import import_module
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -71,7 +74,14 @@ class _Group(click.Group):
         add_talk_options(command)
         return command
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _prepare_streams()
+        for argument in args:
+            _check_text(argument)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
+        _check_hub_settings()
         if launched_size() > 1:
             # Before torch is imported, which tells of a process that is gone in pages of stack frames.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -94,6 +104,42 @@ class _Group(click.Group):
             if speaks():
                 click.echo("Interrupted.", err=True)
             ctx.exit(130)
+
+
+def _prepare_streams() -> None:
+    """Let output never fail: what a terminal or pipe cannot show is escaped, and what is closed is passed over."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_text(argument: str) -> None:
+    """Refuse an argument that holds bytes of another encoding: libraries and files of ours take UTF-8 alone."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as failure:
+        encoding = sys.getfilesystemencoding()
+        cure = "rename the file" if encoding == "utf-8" else "set LC_ALL=C.UTF-8, or rename the file"
+        raise _Curable(f"The argument {argument!r} is no text in {encoding}; {cure}.") from failure
+
+
+def _check_hub_settings() -> None:
+    """Refuse settings on which the hub's client fails when it is imported."""
+    try:
+        urlsplit(os.environ.get("HF_ENDPOINT", ""))
+    except ValueError as failure:
+        raise _Curable(f"HF_ENDPOINT is {os.environ['HF_ENDPOINT']!r}, which is no address; unset it.") from failure
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        value = os.environ.get(name)
+        try:
+            int(value or 0)
+        except ValueError as failure:
+            raise _Curable(f"{name} is {value!r} and must be a number of seconds, such as 10.") from failure
+        if value == "":
+            raise _Curable(f"{name} is empty and must be a number of seconds, such as 10; or unset it.")
 
 
 def _trace() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from shiftadd_cli.cli.completion import a_model
-from shiftadd_cli.cli.computing import team_timeout_option
+from shiftadd_cli.cli.computing import remote_code_option, team_timeout_option
 from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_options_without
 
 
@@ -83,6 +83,7 @@ from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_optio
     help="Draw the plan, and the loss predicted at every size, as .svg, .png or .pdf; needs matplotlib.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace PLAN and the picture if they exist.")
+@remote_code_option
 @team_timeout_option
 @recipe_choice
 @recipe_options_without("primitive", "bits", "avg_bits", "bit_plan", "shard_size")
@@ -101,6 +102,7 @@ def allocate_bits(
     curve: str | None,
     plot: Path | None,
     overwrite: bool,
+    trust_remote_code: bool,
     team_timeout: float,
     recipe: str,
     **fields: Any,
@@ -139,7 +141,8 @@ def allocate_bits(
             check_plan_output(out, overwrite=overwrite)
             if plot is not None:
                 check_plot_output(plot, out, overwrite=overwrite)
-        job = AllocationJob.prepare(open_source(model, dtype=settings.dtype), settings, request)
+        source = open_source(model, dtype=settings.dtype, trust_remote_code=trust_remote_code)
+        job = AllocationJob.prepare(source, settings, request)
         others = [job.with_budget(point) for point in points]
         sensitivities = job.sensitivities(block_bar if team.first else silent, team)
     if not team.first:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from shiftadd_cli.cli.completion import a_model
-from shiftadd_cli.cli.computing import dtype_option, threads_option
+from shiftadd_cli.cli.computing import dtype_option, remote_code_option, threads_option
 
 
 class _Lengths(click.ParamType):
@@ -58,6 +58,7 @@ class _Lengths(click.ParamType):
 )
 @threads_option
 @dtype_option
+@remote_code_option
 @click.option(
     "--layers/--no-layers",
     default=True,
@@ -74,6 +75,7 @@ def benchmark(
     rounds: int,
     threads: int | None,
     dtype: str,
+    trust_remote_code: bool,
     layers: bool,
     as_json: bool,
 ) -> None:
@@ -99,6 +101,7 @@ def benchmark(
         rounds=rounds,
         threads=threads,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
         layers=layers,
     )
     if as_json:

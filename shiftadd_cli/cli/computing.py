@@ -16,6 +16,13 @@ threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: as torch chooses]"
 )
 
+remote_code_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the Python code that comes with a model of a kind unknown to transformers. Read it before: it may do "
+    "anything that you may.",
+)
+
 team_timeout_option = click.option(
     "--team-timeout",
     metavar="SECONDS",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from shiftadd_cli.cli.computing import remote_code_option
+
 if TYPE_CHECKING:
     from shiftadd_cli.report.cost import Cost, WayCost
 
@@ -33,8 +35,16 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Write the energy of every shape at 1 to 8 bits as well, for `shiftadd allocate-bits --cost energy`.",
 )
+@remote_code_option
 @click.option("--json", "as_json", is_flag=True, help="Print the costs as JSON, and nothing else.")
-def cost(folder: Path, unit_costs: Path | None, batch: int, cost_table: Path | None, as_json: bool) -> None:
+def cost(
+    folder: Path,
+    unit_costs: Path | None,
+    batch: int,
+    cost_table: Path | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
     """Show what the checkpoint OUT takes: bytes by part, and the operations and energy of one token.
 
     Energy is modelled, from literature values for single operations, for OUT and for the same model in 16-bit floats
@@ -50,7 +60,8 @@ def cost(folder: Path, unit_costs: Path | None, batch: int, cost_table: Path | N
     units = load_unit_costs(unit_costs or PACKAGED)
     artifact = Artifact.open(folder)
     tensors = artifact.tensors
-    result = model_cost(artifact_skeleton(folder), artifact.layouts, tensors, units, batch=batch)
+    skeleton = artifact_skeleton(folder, trust_remote_code=trust_remote_code)
+    result = model_cost(skeleton, artifact.layouts, tensors, units, batch=batch)
     if cost_table is not None:
         table = energy_table(artifact.layouts, units, batch=batch).model_dump(mode="json", exclude_none=True)
         write_file(cost_table, json.dumps(table, indent=2) + "\n")

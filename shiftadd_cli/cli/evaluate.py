@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shiftadd_cli.cli.completion import a_model
-from shiftadd_cli.cli.computing import team_timeout_option
+from shiftadd_cli.cli.computing import remote_code_option, team_timeout_option
 from shiftadd_cli.cli.evaluate_images import calibrations, computed, describe_images
 from shiftadd_cli.cli.scoring import scoring_options
 from shiftadd_cli.cli.tasks import check_options, show_tasks, task_options
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 @click.option(
     "--device", default="auto", show_default=True, help="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ..."
 )
+@remote_code_option
 @team_timeout_option
 @task_options
 @click.option(
@@ -72,6 +73,7 @@ def evaluate(
     batch_size: int,
     dtype: str,
     device: str,
+    trust_remote_code: bool,
     team_timeout: float,
     tasks: str | None,
     task_path: Path | None,
@@ -114,6 +116,7 @@ def evaluate(
             batch_size=batch_size,
             dtype=dtype,
             device=choose_device(device),
+            trust_remote_code=trust_remote_code,
             as_json=as_json,
         )
         return
@@ -128,6 +131,7 @@ def evaluate(
             batch_size=batch_size,
             dtype=dtype,
             device=choose_device(device),
+            trust_remote_code=trust_remote_code,
             team=team,
         )
     if not team.first:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from shiftadd_cli.cli.computing import remote_code_option
+
 
 @click.command()
 @click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
@@ -26,7 +28,8 @@ import click
     show_default=True,
     help="Type of the numbers: 'auto' is OUT's own for dense and float16 for gguf; q8_0 is for gguf alone.",
 )
-def export(folder: Path, out: Path, form: str, dtype: str) -> None:
+@remote_code_option
+def export(folder: Path, out: Path, form: str, dtype: str, trust_remote_code: bool) -> None:
     """Decode the checkpoint OUT into the folder DIR, which is then as large as the original.
 
     Weights are those that OUT computes with, rotations folded back, rounded once to the type asked for. One tensor is
@@ -44,5 +47,6 @@ def export(folder: Path, out: Path, form: str, dtype: str) -> None:
     elif dtype == "q8_0":
         raise ExportError("q8_0 is a type of GGUF files; give --format gguf, or another --dtype.")
     else:
-        path, written = out, export_dense(folder, out, None if dtype == "auto" else getattr(torch, dtype))
+        number = None if dtype == "auto" else getattr(torch, dtype)
+        path, written = out, export_dense(folder, out, number, trust_remote_code=trust_remote_code)
     click.echo(f"Written to {path} ({size(written)})")

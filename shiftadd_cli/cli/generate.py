@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shiftadd_cli.cli.completion import a_model
-from shiftadd_cli.cli.computing import dtype_option, threads_option
+from shiftadd_cli.cli.computing import dtype_option, remote_code_option, threads_option
 
 if TYPE_CHECKING:
     from shiftadd_cli.generation.run import Generated
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     "--device", default="auto", show_default=True, help="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ..."
 )
 @threads_option
+@remote_code_option
 @click.option("--json", "as_json", is_flag=True, help="Print text and measurements as JSON, at the end.")
 def generate(
     model: str,
@@ -57,6 +58,7 @@ def generate(
     dtype: str,
     device: str,
     threads: int | None,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Let the model OUT write, and show how fast it does.
@@ -85,7 +87,7 @@ def generate(
     logging.disable_progress_bar()
     place = choose_device(device)
     use_threads(threads)
-    opened = open_any(model)
+    opened = open_any(model, trust_remote_code=trust_remote_code)
     encoded = encode_prompt(text, opened.load_tokenizer(), name=model, chat=chat)
     room = room_for(encoded, opened.positions, name=model)
     start = time.perf_counter()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shiftadd_cli.cli.completion import a_model
-from shiftadd_cli.cli.computing import team_timeout_option
+from shiftadd_cli.cli.computing import remote_code_option, team_timeout_option
 from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_options
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     metavar="SIZE",
     help="Memory that the run may take, such as 4GB: one that is expected to need more is refused before it begins.",
 )
+@remote_code_option
 @team_timeout_option
 def quantize(
     model: str,
@@ -45,6 +46,7 @@ def quantize(
     overwrite: bool,
     resume: bool,
     max_memory: str | None,
+    trust_remote_code: bool,
     team_timeout: float,
     **fields: Any,
 ) -> None:
@@ -68,7 +70,16 @@ def quantize(
         tell(describe_plan(plan) + "\n")
 
     with join_team(team_timeout) as team:
-        job = Job.prepare(model, out, settings, overwrite=overwrite, resume=resume, max_memory=max_memory, team=team)
+        job = Job.prepare(
+            model,
+            out,
+            settings,
+            overwrite=overwrite,
+            resume=resume,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
+            team=team,
+        )
         if not team.first:
             if not dry_run:
                 with terminable():

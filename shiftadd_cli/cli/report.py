@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from shiftadd_cli.cli.computing import remote_code_option
+
 
 @click.command()
 @click.argument("folders", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -17,7 +19,8 @@ import click
     type=click.Path(path_type=Path),
     help="Page to write.  [default: report.html in OUT, if it is one]",
 )
-def report(folders: tuple[Path, ...], page: Path | None) -> None:
+@remote_code_option
+def report(folders: tuple[Path, ...], page: Path | None, trust_remote_code: bool) -> None:
     """Write the page about OUT anew, with what `shiftadd evaluate --save` measured since, or compare several OUT.
 
     The page is one HTML file that needs nothing else.
@@ -31,6 +34,6 @@ def report(folders: tuple[Path, ...], page: Path | None) -> None:
     place = folders[0] / PAGE_FILE if page is None else page
     if place.is_dir():
         raise OutputError(f"{place} is a folder; give a file to -o, such as {place / PAGE_FILE}.")
-    text = render_page([open_run(folder) for folder in folders])
+    text = render_page([open_run(folder, trust_remote_code=trust_remote_code) for folder in folders])
     write_file(place, text)
     click.echo(f"Written to {place}")

@@ -59,6 +59,7 @@ def show_tasks(
     batch_size: int,
     dtype: str,
     device: torch.device,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Measure, and print a table with one row for each metric and one column for each model, or JSON."""
@@ -73,6 +74,7 @@ def show_tasks(
         batch_size=batch_size,
         dtype=dtype,
         device=device,
+        trust_remote_code=trust_remote_code,
     )
     click.echo(
         json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) if as_json else _describe(result)

@@ -62,6 +62,7 @@ def evaluate(
     device: torch.device | None = None,
     max_images: int | None = None,
     show_progress: bool = True,
+    trust_remote_code: bool = False,
     team: Team = ALONE,
 ) -> Evaluation | ImageEvaluation:
     """Perplexity of each model on the test split of a text, and its distance from an original; vision models on images,
@@ -75,13 +76,15 @@ def evaluate(
         models: names of originals or of checkpoints of ours, see `open_any`.
         against: name of the original; None leaves out divergence and agreement.
         dataset: see `load_text`, and for vision models `load_images`.
+        trust_remote_code: run model code that comes with a model.
         team: whose processes share the windows of a text; each holds all models.
 
     Raises:
         ShiftaddError: with what is wrong: a model, the text, the context, or models that split text differently.
     """
     device = device or torch.device("cpu")
-    opened = [open_any(spec) for spec in ([] if against is None else [against]) + list(models)]
+    everyone = ([] if against is None else [against]) + list(models)
+    opened = [open_any(spec, trust_remote_code=trust_remote_code) for spec in everyone]
     if any(each.reads_images for each in opened):
         _refuse_mixture(opened)
         if team.size > 1:

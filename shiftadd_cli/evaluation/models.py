@@ -12,6 +12,7 @@ import torch
 
 from shiftadd_cli.device import computes_in
 from shiftadd_cli.errors import ArtifactError, SourceError, first_line
+from shiftadd_cli.runtime.remote_code import brings_code
 from shiftadd_cli.runtime.skeleton import read_artifact_config
 from shiftadd_cli.source import Source, open_source
 from shiftadd_cli.source.config import OWN_METHOD
@@ -59,8 +60,11 @@ class Loaded(NamedTuple):
 class Opened:
     """A model of which only headers were read; made by `open_any`."""
 
-    def __init__(self, spec: str, path: Path, source: Source | None, config: dict[str, Any]) -> None:
+    def __init__(
+        self, spec: str, path: Path, source: Source | None, config: dict[str, Any], *, trust_remote_code: bool = False
+    ) -> None:
         self.spec, self.path, self._source, self._config = spec, path, source, config
+        self._remote_code = trust_remote_code and brings_code(config)
         self._tokenizer: Any = None
         self._image_processor: Any = None
 
@@ -69,7 +73,7 @@ class Opened:
         """Whether it is a vision model; a language model otherwise."""
         if self._source is not None:
             return self._source.reads_images
-        return vision_class(self.config, self.spec) is not None
+        return self._vision_class is not None
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -91,15 +95,22 @@ class Opened:
     @cached_property
     def config(self) -> Any:
         """The configuration."""
-        return read_artifact_config(self.path) if self._source is None else self._source.config
+        if self._source is not None:
+            return self._source.config
+        return read_artifact_config(self.path, remote_code=self._remote_code)
 
     @cached_property
     def classes(self) -> dict[int, str] | None:
         """Names of the classes of a vision model by number; None for one without class scores."""
-        found = self._source.skeleton() if self._source is not None else vision_class(self.config, self.spec)
+        found = self._source.skeleton() if self._source is not None else self._vision_class
         if not self.reads_images or not is_classifier(found):
             return None
         return {int(number): str(name) for number, name in self.config.id2label.items()}
+
+    @property
+    def _vision_class(self) -> Any | None:
+        # Code of a model's own is for language models, see `source.config.model_class`.
+        return None if self._remote_code else vision_class(self.config, self.spec)
 
     @property
     def _text_config(self) -> Any:
@@ -115,7 +126,7 @@ class Opened:
         if self._source is not None:
             return self._source.load_tokenizer()
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.path, remote_code=False)
+            self._tokenizer = load_tokenizer(self.path, remote_code=self._remote_code)
         return self._tokenizer
 
     def load_image_processor(self) -> Any:
@@ -139,7 +150,7 @@ class Opened:
         if self._source is not None:
             model, file_bytes = self._source.load_model(computed), self._source.file_bytes
         else:
-            model = _load_artifact(self.path, computed, self.config)
+            model = self._load_artifact(computed)
             file_bytes = sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
         model.to(device).eval()
         parameters, quantized = _count(model)
@@ -158,18 +169,42 @@ class Opened:
         )
         return Loaded(model, None if self.reads_images else self.load_tokenizer(), info)
 
+    def _load_artifact(self, dtype: torch.dtype) -> Any:
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
 
-def open_any(spec: str) -> Opened:
+        from shiftadd_cli.runtime import transformers_plugin
+
+        transformers_plugin.register()
+        try:
+            return (self._vision_class or AutoModelForCausalLM).from_pretrained(
+                self.path,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=self._remote_code,
+            )
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            reason = first_line(error)
+            raise ArtifactError(
+                f"The checkpoint {self.path} cannot be loaded ({reason}); see `shiftadd inspect --verify`, and "
+                "quantize again."
+            ) from error
+
+
+def open_any(spec: str, *, trust_remote_code: bool = False) -> Opened:
     """Open an original (`demo`, a folder, a .gguf file, a hub id) or a checkpoint of ours, reading headers only.
+
+    trust_remote_code: run model code that comes with it.
 
     Raises:
         SourceError: there is no such model, or it is of a kind that is not supported.
     """
-    path = locate(spec, remote_code=False)
+    path = locate(spec, remote_code=trust_remote_code)
     config = _read_json(path / "config.json") if path.is_dir() else {}
     if (config.get("quantization_config") or {}).get("quant_method") == OWN_METHOD:
-        return Opened(spec, path, None, config)
-    return Opened(spec, path, open_source(spec), config)
+        return Opened(spec, path, None, config, trust_remote_code=trust_remote_code)
+    return Opened(spec, path, open_source(spec, trust_remote_code=trust_remote_code), config)
 
 
 def load_any(spec: str, dtype: str = "auto", device: torch.device | None = None) -> Loaded:
@@ -188,23 +223,6 @@ def computing_dtype(requested: str, stored: torch.dtype, device: torch.device) -
     if not computes_in(device, stored):
         return torch.float32
     return stored
-
-
-def _load_artifact(path: Path, dtype: torch.dtype, config: Any) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    from shiftadd_cli.runtime import transformers_plugin
-
-    transformers_plugin.register()
-    try:
-        loader = vision_class(config, str(path)) or AutoModelForCausalLM
-        return loader.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = first_line(error)
-        raise ArtifactError(
-            f"The checkpoint {path} cannot be loaded ({reason}); see `shiftadd inspect --verify`, and quantize again."
-        ) from error
 
 
 def _count(model: torch.nn.Module) -> tuple[int, float | None]:

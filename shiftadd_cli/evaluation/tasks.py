@@ -93,6 +93,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     dtype: str = "auto",
     device: torch.device | None = None,
+    trust_remote_code: bool = False,
     seed: int = 0,
 ) -> TaskEvaluation:
     """Scores of each model on tasks of lm-evaluation-harness.
@@ -103,6 +104,7 @@ def evaluate_tasks(
         task_path: folder of task files (.yaml) of the user's own.
         fewshot: examples in the prompt, for tasks that do not fix them; None: what each task says.
         limit: documents of each task that are used, the first ones; None: all.
+        trust_remote_code: run model code that comes with a model.
         seed: of the choice of examples.
 
     Raises:
@@ -110,7 +112,7 @@ def evaluate_tasks(
             all but the last before a model is loaded.
     """
     device = device or torch.device("cpu")
-    opened = [open_any(spec) for spec in models]
+    opened = [open_any(spec, trust_remote_code=trust_remote_code) for spec in models]
     for each in opened:
         if each.reads_images:
             raise RecipeError(f"{each.spec} is a vision model, which answers no tasks; measure it on images instead.")

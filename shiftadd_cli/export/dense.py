@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from shiftadd_cli.artifact.folder import Artifact
-from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.artifact.shards import nbytes
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.export.decode import DecodedModel
+from shiftadd_cli.export.original_names import OriginalNames
 from shiftadd_cli.export.place import check_place
 from shiftadd_cli.export.stacks import StackedModel
 from shiftadd_cli.progress import progress
-from shiftadd_cli.runtime.remote_code import CODE_FILE
+from shiftadd_cli.runtime.remote_code import CODE_FILE, brings_code
 from shiftadd_cli.runtime.skeleton import artifact_skeleton
+from shiftadd_cli.source.companions import copy_companions
+from shiftadd_cli.source.config_file import set_dtype
 
-# What is said of the compressed checkpoint, and would not be true of the other.
-_OWN_FILES = {"config.json", "report.json", "report.html", "evaluation.json", "README.md", CODE_FILE}
 
-
-def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None) -> int:
+def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> int:
     """Write `out`, all of it or nothing; returns the bytes of its weight files.
 
-    dtype: of everything but what transformers keeps in float32; by default the checkpoint's.
+    dtype: of everything but what transformers keeps in float32; by default the checkpoint's. trust_remote_code: run
+    model code that comes with it.
 
     Raises ArtifactError for a damaged checkpoint, OutputError for a place that cannot be written, ExportError where
     `dtype` cannot hold a number.
     """
     artifact = Artifact.open(folder)
-    skeleton = artifact_skeleton(folder, dtype)
-    decoded = StackedModel(DecodedModel(artifact, skeleton), skeleton)
+    skeleton = artifact_skeleton(folder, dtype, trust_remote_code=trust_remote_code)
+    decoded = OriginalNames(StackedModel(DecodedModel(artifact, skeleton), skeleton), skeleton)
     check_place(out, folder, sum(map(nbytes, decoded.tensors.values())))
     config = {name: value for name, value in artifact.config.items() if name != "quantization_config"}
     if (folder / CODE_FILE).is_file():
         config.pop("auto_map", None)
     if dtype is not None:
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        set_dtype(config, str(dtype).removeprefix("torch."))
     with ArtifactWriter(out) as writer:
         writer.plan(decoded.tensors)
         for name, tensor in progress(decoded, len(decoded.tensors), "Decoding"):
             writer.add(name, tensor)
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and path.name not in _OWN_FILES and ".safetensors" not in path.suffixes:
-                with refusals(writer.folder / path.name):
-                    shutil.copyfile(path, writer.folder / path.name)
+        copy_companions(folder, writer.folder, code=trust_remote_code and brings_code(config))
         writer.finish(config)
         return writer.nbytes

@@ -37,7 +37,9 @@ def export_gguf(folder: Path, out: Path, dtype: str) -> tuple[Path, int]:
 
     Raises ExportError for an architecture or a tokenizer that GGUF has in another form, or not at all.
     """
-    artifact, config = Artifact.open(folder), read_artifact_config(folder)
+    artifact = Artifact.open(folder)
+    _check_family(artifact.config.get("model_type"))
+    config = read_artifact_config(folder)
     check_config(config)
     tokenizer = GgufTokenizer.read(load_tokenizer(folder, remote_code=False), config.vocab_size)
     decoded = DecodedModel(artifact, artifact_skeleton(folder, torch.float32))
@@ -61,11 +63,7 @@ def export_gguf(folder: Path, out: Path, dtype: str) -> tuple[Path, int]:
 
 def check_config(config: Any) -> None:
     """Refuse a model whose GGUF form is not known here, or would compute something else. Raises ExportError."""
-    if config.model_type not in _FAMILIES:
-        raise ExportError(
-            f"Models of type {config.model_type} cannot be written as GGUF here, only {', '.join(_FAMILIES)}; export "
-            "with --format dense, and convert that with llama.cpp's convert_hf_to_gguf.py."
-        )
+    _check_family(config.model_type)
     rope = config.rope_parameters or {}
     reasons = {
         f"rope scaling ({rope.get('rope_type')})": rope.get("rope_type", "default") != "default",
@@ -78,6 +76,14 @@ def check_config(config: Any) -> None:
                 f"The model has {reason}, which is not written as GGUF here; export with --format dense, and convert "
                 "that with llama.cpp's convert_hf_to_gguf.py."
             )
+
+
+def _check_family(model_type: Any) -> None:
+    if model_type not in _FAMILIES:
+        raise ExportError(
+            f"Models of type {model_type} cannot be written as GGUF here, only {', '.join(_FAMILIES)}; export with "
+            "--format dense, and convert that with llama.cpp's convert_hf_to_gguf.py."
+        )
 
 
 def _write(

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from shiftadd_cli.errors import NumericalError
+from shiftadd_cli.errors import NumericalError, PromptError
 from shiftadd_cli.evaluation.models import Loaded
 from shiftadd_cli.generation.pieces import TextPieces
 from shiftadd_cli.generation.prompt import Prompt
@@ -62,6 +62,14 @@ class Generated:
         }
 
 
+def check_generates(model: Any) -> None:
+    """Refuse a model whose class cannot write, which code of a model's own may leave out. Raises PromptError."""
+    if not hasattr(model, "generate"):
+        raise PromptError(
+            f"{type(model).__name__} has no method `generate`, so it cannot write; `shiftadd evaluate` measures it."
+        )
+
+
 def generate_text(
     loaded: Loaded,
     prompt: Prompt,
@@ -83,7 +91,9 @@ def generate_text(
 
     Raises:
         NumericalError: the model gives logits that are not numbers.
+        PromptError: the model's class cannot write.
     """
+    check_generates(loaded.model)
     wanted = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room)
     model, tokenizer = loaded.model, loaded.tokenizer
     ends = _end_tokens(model, tokenizer)

@@ -34,6 +34,7 @@ from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.states import StoredStates
 from shiftadd_cli.report.schema import BlockReport, DistillationReport, LayerReport
 from shiftadd_cli.signals import uninterrupted
+from shiftadd_cli.verbosity import tell
 
 # Fields of a recipe that may change when a run goes on.
 MAY_CHANGE = ("device",)
@@ -146,6 +147,10 @@ class History:
 
     def __init__(self, workspace: Workspace, names: tuple[str, ...]) -> None:
         self.workspace, self.names = workspace, names
+        self._read_records()
+
+    def _read_records(self) -> None:
+        workspace = self.workspace
         self.asked = self._read("run", Asked)
         self.bits = self._read("bits", Bits)
         self.start = self._read("start", Start)
@@ -154,25 +159,37 @@ class History:
         self.distilled = self._read("distilled", Distilled)
 
     def begin(self, asked: Asked) -> None:
-        """Keep what is asked; refuse it, in words, where the unfinished run was asked for something else."""
+        """Keep what is asked; refuse it, in words, where the unfinished run was asked for something else.
+
+        A run that failed is no reason to refuse: it is started anew with what is asked, which is said in a line.
+        """
+        if self.spent is not None and self.asked is None:
+            raise damaged(self.workspace.journal.folder, "what was asked is missing")
+        if self.spent is not None and self.asked is not None and (refusal := self._refusal(self.asked, asked)):
+            if self.workspace.failure is None:
+                raise ResumeError(refusal)
+            tell(f"The run before this one had other options and failed ({self.workspace.failure}): starting anew.")
+            self.workspace.start_anew()
+            self._read_records()
         if self.spent is None:
             self.workspace.journal.put("run", asked.model_dump(mode="json"))
             self.asked = asked
             return
-        if self.asked is None:
-            raise damaged(self.workspace.journal.folder, "what was asked is missing")
-        begun = f"The unfinished run of {self.workspace.out} was begun with"
-        if (field := self.asked.other_field(asked)) is not None:
-            was, now = (_word(each.recipe.get(field)) for each in (self.asked, asked))
-            raise ResumeError(
-                f"{begun} {field} = {was}, and this one has {now}; give {was} again to go on, or start anew with "
-                "--no-resume."
-            )
-        if difference := self.asked.difference(asked):
-            raise ResumeError(f"{begun} {difference}; start anew with --no-resume.")
         names = [each.name for each in self.blocks]
         if names != list(self.names[: len(names)]) or (names and self.start is None):
             raise damaged(self.workspace.journal.folder, "steps are missing")
+
+    def _refusal(self, before: Asked, now: Asked) -> str | None:
+        """Why the run cannot go on with what is asked now."""
+        begun = f"The unfinished run of {self.workspace.out} was begun with"
+        if (field := before.other_field(now)) is not None:
+            was, new = (_word(each.recipe.get(field)) for each in (before, now))
+            return (
+                f"{begun} {field} = {was}, and this one has {new}; give {was} again to go on, or start anew with "
+                "--no-resume."
+            )
+        difference = before.difference(now)
+        return None if difference is None else f"{begun} {difference}; start anew with --no-resume."
 
     @property
     def done(self) -> int:

@@ -54,12 +54,14 @@ class Job:
         overwrite: bool = False,
         resume: bool = True,
         max_memory: str | None = None,
+        trust_remote_code: bool = False,
         team: Team = ALONE,
     ) -> Job:
         """Plan to compress `model` (hub id, folder, .gguf file or `demo`) into the folder `out`, from headers alone.
 
         max_memory: what the run may take of the machine's memory, such as "4GB"; one that is expected to need more is
             refused.
+        trust_remote_code: run model code that comes with `model`.
         team: of which this process is one; the first writes.
 
         Raises ShiftaddError, saying what to do, for everything that can be known to be wrong now.
@@ -68,7 +70,7 @@ class Job:
         if team.first:
             check_output(out, local, overwrite=overwrite)
         device = choose_device(recipe.device)
-        source = open_source(model, dtype=recipe.dtype)
+        source = open_source(model, dtype=recipe.dtype, trust_remote_code=trust_remote_code)
         if recipe.avg_bits is None:
             allocation, plan = None, make_plan(source, recipe)
         else:

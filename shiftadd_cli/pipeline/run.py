@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -247,9 +246,7 @@ class _Run:
     def _config(self) -> dict[str, Any]:
         """config.json: the source's own, with its dtype, its class, our quantization_config and code file."""
         source = self.plan.source
-        config: dict[str, Any] = json.loads(source.config.to_json_string()) | code_entry(source.config)
-        config["architectures"] = [type(source.skeleton()).__name__]
-        config["dtype"] = str(source.dtype).removeprefix("torch.")
+        config = source.config_fields() | code_entry(source.config)
         config["quantization_config"] = self.plan.artifact_format().to_dict()
         return config
 

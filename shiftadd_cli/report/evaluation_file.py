@@ -22,6 +22,7 @@ from shiftadd_cli.evaluation.compare import Evaluation
 from shiftadd_cli.evaluation.compare_images import ImageEvaluation
 from shiftadd_cli.evaluation.measured import Measured
 from shiftadd_cli.faults import first_fault
+from shiftadd_cli.paths import expanded
 from shiftadd_cli.report.summary import share_with_error, with_error
 
 EVALUATION_FILE = "evaluation.json"
@@ -207,7 +208,7 @@ def save_evaluations(result: Evaluation | ImageEvaluation) -> list[Path]:
 
 def _folder(spec: str) -> Path | None:
     """The folder of a checkpoint of ours on this machine that was named by its path."""
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     return path if is_checkpoint(path) else None
 
 

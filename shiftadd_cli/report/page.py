@@ -77,8 +77,10 @@ class Run:
         )
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path, *, trust_remote_code: bool = False) -> Run:
     """What is known of the checkpoint in `folder`, from its files.
+
+    trust_remote_code: run model code that comes with it.
 
     Raises ArtifactError where it is none of ours, or has no report.json that can be read.
     """
@@ -94,7 +96,8 @@ def open_run(folder: Path) -> Run:
             f"{folder / 'report.json'} is not what this shiftadd writes ({'.'.join(place)}: {message}); quantize the "
             "model again."
         ) from None
-    cost = model_cost(artifact_skeleton(folder), artifact.layouts, artifact.tensors, load_unit_costs())
+    skeleton = artifact_skeleton(folder, trust_remote_code=trust_remote_code)
+    cost = model_cost(skeleton, artifact.layouts, artifact.tensors, load_unit_costs())
     return Run(folder.resolve().name, report, cost, load_evaluations(folder))
 
 

@@ -6,6 +6,7 @@ that name. Without this package the file's import fails, and transformers says w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 MODULE = "configuration_shiftadd"
@@ -35,6 +36,13 @@ def code_entry(config: Any) -> dict[str, Any]:
 def code_files(config: Any) -> dict[str, str]:
     """The file's text by its name; empty where `code_entry` is."""
     return {CODE_FILE: _TEXT.format(name=type(config).__name__)} if code_entry(config) else {}
+
+
+def brings_code(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json names code of the model's own, beside the file of ours."""
+    entries = config.get("auto_map")
+    names = entries.values() if isinstance(entries, Mapping) else ()
+    return any(not str(name).startswith(f"{MODULE}.") for name in names)
 
 
 def forget_unused_entry(config: Any) -> None:

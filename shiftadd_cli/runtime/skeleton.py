@@ -7,46 +7,57 @@ from typing import Any
 
 import torch
 
+from shiftadd_cli.artifact.folder import read_json
 from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.errors import ArtifactError, first_line
-from shiftadd_cli.source.config import causal_lm_class
+from shiftadd_cli.runtime.remote_code import brings_code
+from shiftadd_cli.source.config import model_class
 from shiftadd_cli.source.experts import split_experts
 from shiftadd_cli.source.skeleton import build_skeleton
-from shiftadd_cli.source.vision import vision_class
 
 
-def artifact_skeleton(folder: Path, dtype: torch.dtype | None = None) -> Any:
+def artifact_skeleton(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
     """The dense model on meta in the checkpoint's dtype, or another, tied weights tied, and experts of a mixture split
     where the checkpoint stores them one by one.
 
+    trust_remote_code: run model code that comes with the checkpoint.
+
     Raises ArtifactError where its configuration cannot be read, SourceError where it is of no model known.
     """
-    config = read_artifact_config(folder)
+    remote_code = trust_remote_code and brings_code(read_json(folder / "config.json"))
+    config = read_artifact_config(folder, remote_code=remote_code)
     if dtype is None:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    model_class = vision_class(config, str(folder))
-    if model_class is None:
-        model_class, config = causal_lm_class(config, str(folder), remote_code=False)
+    chosen, config = model_class(config, str(folder), remote_code=remote_code)
     split = False
     if hasattr(config, "quantization_config"):
         split = ArtifactFormat.from_dict(config.quantization_config).split_experts
         del config.quantization_config
-    model = build_skeleton(model_class, config, dtype)
+    model = build_skeleton(chosen, config, dtype)
     if split:
         split_experts(model)
     return model
 
 
-def read_artifact_config(folder: Path) -> Any:
-    """The configuration of a checkpoint of ours as transformers reads it. Raises ArtifactError if it cannot."""
+def read_artifact_config(folder: Path, *, remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint of ours as transformers reads it. Raises ArtifactError if it cannot.
+
+    remote_code: run the code of its own that it brings.
+    """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     from shiftadd_cli.runtime import transformers_plugin
 
     transformers_plugin.register()
+    raw = read_json(folder / "config.json")
+    if not remote_code and brings_code(raw) and raw.get("model_type") not in CONFIG_MAPPING:
+        raise ArtifactError(
+            f"The checkpoint {folder} holds a model that brings code of its own, which runs only with "
+            "--trust-remote-code (in Python: trust_remote_code=True)."
+        )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         reason = first_line(error)
         raise ArtifactError(

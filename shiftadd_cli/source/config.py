@@ -30,7 +30,7 @@ def read_config(path: Path, *, remote_code: bool) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    raw = _raw_config(path)
+    raw = read_fields(path)
     _refuse_quantized(path, raw)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -39,7 +39,7 @@ def read_config(path: Path, *, remote_code: bool) -> Any:
     if model_type not in CONFIG_MAPPING and not (own_code and remote_code):
         names = ", ".join(raw.get("architectures") or ()) or "no architecture named"
         cure = (
-            "it brings code of its own, which runs only with trust_remote_code"
+            "it brings code of its own, which runs only with --trust-remote-code (in Python: trust_remote_code=True)"
             if own_code
             else "install a version of transformers that knows it"
         )
@@ -118,7 +118,8 @@ def _refuse_other_head(config: Any, name: str) -> None:
             )
 
 
-def _raw_config(folder: Path) -> dict[str, Any]:
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The content of config.json in `folder`. Raises SourceError where there is none, or none that can be read."""
     file = folder / "config.json"
     adapter = (folder / "adapter_config.json").is_file()
     if adapter and file.is_file():

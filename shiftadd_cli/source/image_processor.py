@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from shiftadd_cli.errors import SourceError, first_line
-
-# The second is where newer versions of transformers keep it, beside the settings of other inputs.
-_FILES = ("preprocessor_config.json", "processor_config.json")
+from shiftadd_cli.source.companions import IMAGE_PROCESSOR_FILES as _FILES
 
 
 def load_image_processor(path: Path) -> Any:
@@ -31,10 +28,3 @@ def load_image_processor(path: Path) -> Any:
         raise SourceError(
             f"The image processor of {path} cannot be read ({reason}); put {_FILES[0]} of the original model there."
         ) from error
-
-
-def save_image_processor(path: Path, folder: Path) -> None:
-    """Copy the settings of the image processor of the model at `path` to `folder`, if there are any."""
-    for name in _FILES:
-        if (path / name).is_file():
-            shutil.copyfile(path / name, folder / name)

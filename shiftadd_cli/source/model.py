@@ -12,14 +12,16 @@ import torch
 
 from shiftadd_cli.device import computes_in
 from shiftadd_cli.source.checkpoint import Checkpoint
+from shiftadd_cli.source.companions import copy_companions, write_generation_settings, write_tokenizer
+from shiftadd_cli.source.config_file import merged_config, set_dtype
 from shiftadd_cli.source.experts import split_experts
 from shiftadd_cli.source.gguf_checkpoint import open_gguf
 from shiftadd_cli.source.gguf_header import GgufFile
-from shiftadd_cli.source.image_processor import load_image_processor, save_image_processor
+from shiftadd_cli.source.image_processor import load_image_processor
 from shiftadd_cli.source.loading import Loader, covered
 from shiftadd_cli.source.safetensors_folder import SafetensorsFolder
 from shiftadd_cli.source.skeleton import build_skeleton
-from shiftadd_cli.source.tokenizer import load_tokenizer, save_tokenizer
+from shiftadd_cli.source.tokenizer import load_tokenizer
 from shiftadd_cli.source.unread import without_prediction
 from shiftadd_cli.source.vision import IMAGE_INPUT
 
@@ -37,6 +39,7 @@ class Source:
         dtype: dtype of everything that is not quantized, and of activations.
         fingerprint: sha256 (hex) over the configuration and, for every weight file, its name, size, header and 256
             sampled pages; the folder's place and time stamps do not enter.
+        remote_code: whether model code that comes with the files is run.
         file_bytes: size of the weight files.
         left_behind: parts of the checkpoint that the model does not read.
         model_bytes: size of all parameters at `dtype`, tied ones once.
@@ -54,9 +57,14 @@ class Source:
         dtype: torch.dtype,
         fingerprint: str,
         remote_code: bool,
+        fields: dict[str, Any],
     ) -> None:
         self.spec, self.name, self.path, self.dtype, self.fingerprint = spec, name, path, dtype, fingerprint
-        self._model_class, self._weights, self._remote_code = model_class, weights, remote_code
+        self._model_class, self._weights, self.remote_code = model_class, weights, remote_code
+        self._fields = fields
+        if not remote_code and hasattr(config, "auto_map"):
+            # The code it names is neither run nor copied.
+            del config.auto_map
         self._in_float32: Source | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._image_processor: Any = None
@@ -105,7 +113,8 @@ class Source:
             weights=self._weights,
             dtype=dtype,
             fingerprint=self.fingerprint,
-            remote_code=self._remote_code,
+            remote_code=self.remote_code,
+            fields=self._fields,
         )
 
     def computed_on(self, device: torch.device) -> Source:
@@ -130,12 +139,8 @@ class Source:
             SourceError: there is none that can be read.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.path, remote_code=self._remote_code)
+            self._tokenizer = load_tokenizer(self.path, remote_code=self.remote_code)
         return self._tokenizer
-
-    def save_tokenizer(self, folder: Path) -> None:
-        """Write tokenizer, chat template and generation settings to `folder`."""
-        save_tokenizer(self.path, self.load_tokenizer(), self.config, folder)
 
     def load_image_processor(self) -> Any:
         """The image processor of a vision model, read once.
@@ -148,11 +153,23 @@ class Source:
         return self._image_processor
 
     def save_companions(self, folder: Path) -> None:
-        """Write to `folder` what a model folder holds beside weights and configuration: what reads text or images."""
-        if self.reads_images:
-            save_image_processor(self.path, folder)
+        """Write to `folder` what a model folder holds beside weights and configuration: what reads text or images.
+
+        Files of a model folder are copied as they are. Only a GGUF file's tokenizer is written anew.
+        """
+        if isinstance(self._weights, GgufFile):
+            write_tokenizer(self.load_tokenizer(), folder)
         else:
-            self.save_tokenizer(folder)
+            copy_companions(self.path, folder, code=self.remote_code)
+        if not self.reads_images:
+            write_generation_settings(self.config, folder)
+
+    def config_fields(self) -> dict[str, Any]:
+        """What config.json says of the model, in the source's own fields beside those of the transformers in use."""
+        fields = merged_config(self._fields, self.config)
+        fields["architectures"] = [type(self._skeleton).__name__]
+        set_dtype(fields, str(self.dtype).removeprefix("torch."))
+        return fields
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The whole model in memory on the CPU, in evaluation mode, at `dtype` (default: the source's own)."""

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from shiftadd_cli.errors import SourceError
+from shiftadd_cli.paths import expanded
 from shiftadd_cli.source.checkpoint import fingerprint_file
-from shiftadd_cli.source.config import model_class, read_config
+from shiftadd_cli.source.config import model_class, read_config, read_fields
+from shiftadd_cli.source.config_file import own_fields
 from shiftadd_cli.source.gguf_config import read_gguf_config
 from shiftadd_cli.source.gguf_header import GgufFile, model_name, read_gguf_header
 from shiftadd_cli.source.locate import DEMO, hub_id, locate
@@ -43,8 +45,8 @@ def open_source(spec: str, *, dtype: str = "auto", trust_remote_code: bool = Fal
     gguf = read_gguf_header(path) if path.is_file() else None
     if gguf is not None:
         path = gguf.path
-    config = read_gguf_config(gguf) if gguf is not None else read_config(path, remote_code=trust_remote_code)
-    chosen, config = model_class(config, spec, remote_code=trust_remote_code)
+    read = read_gguf_config(gguf) if gguf is not None else read_config(path, remote_code=trust_remote_code)
+    chosen, config = model_class(read, spec, remote_code=trust_remote_code)
     weights = gguf if gguf is not None else SafetensorsFolder(path, fetched=hub_id(spec) is not None)
     source = Source(
         spec=spec,
@@ -56,6 +58,7 @@ def open_source(spec: str, *, dtype: str = "auto", trust_remote_code: bool = Fal
         dtype=_DTYPES[dtype] if dtype != "auto" else _own_dtype(config, weights.stored_dtype),
         fingerprint=_fingerprint(path, weights),
         remote_code=trust_remote_code,
+        fields={} if gguf is not None else own_fields(read_fields(path), read, config),
     )
     if source.left_behind:
         parts = "; ".join(map(str, source.left_behind))
@@ -72,7 +75,7 @@ def _own_dtype(config: Any, stored: torch.dtype | None) -> torch.dtype:
 def _short_name(spec: str, path: Path) -> str:
     if path.is_file():
         return path.stem.rpartition(".")[0] if spec == DEMO else model_name(path)
-    return path.name if Path(spec).expanduser().is_dir() else (hub_id(spec) or spec).rpartition("/")[2]
+    return path.name if expanded(spec).is_dir() else (hub_id(spec) or spec).rpartition("/")[2]
 
 
 def _fingerprint(path: Path, weights: GgufFile | SafetensorsFolder) -> str:

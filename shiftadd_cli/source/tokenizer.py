@@ -1,14 +1,11 @@
-"""The tokenizer of a source, and what belongs beside it in a model folder."""
+"""The tokenizer of a source."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from shiftadd_cli.errors import SourceError, first_line
-
-_GENERATION = "generation_config.json"
 
 
 def load_tokenizer(path: Path, *, remote_code: bool) -> Any:
@@ -31,15 +28,3 @@ def load_tokenizer(path: Path, *, remote_code: bool) -> Any:
     if len(tokenizer) == 0:
         raise SourceError(f"{path} holds no tokenizer; put the tokenizer files of the original model there.")
     return tokenizer
-
-
-def save_tokenizer(path: Path, tokenizer: Any, config: Any, folder: Path) -> None:
-    """Write tokenizer, chat template and generation settings of the model at `path` to `folder`."""
-    from transformers import GenerationConfig
-
-    tokenizer.save_pretrained(folder)
-    own = path / _GENERATION
-    if own.is_file():
-        shutil.copyfile(own, folder / _GENERATION)
-    else:
-        GenerationConfig.from_model_config(config).save_pretrained(folder)

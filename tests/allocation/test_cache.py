@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pwd
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,3 +51,45 @@ def test_the_folder_is_that_of_the_environment(monkeypatch):
     monkeypatch.delenv("SHIFTADD_CACHE")
     monkeypatch.setenv("HOME", "/home/someone")
     assert cache_folder() == Path("/home/someone/.cache/shiftadd")
+
+
+def unusable(tmp_path: Path, kind: str) -> Path:
+    (tmp_path / "file").write_text("")
+    return {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "cache", "no home": Path("~nosuchuser/x")}[
+        kind
+    ]
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "no home"])
+def test_a_folder_that_cannot_be_used_is_warned_of_once_and_stops_nothing(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    cache = SensitivityCache(unusable(tmp_path, kind), "output", "model")
+    assert cache.load() is None
+    assert cache.keep(FOUND) == FOUND == cache.keep(FOUND)
+    assert cache.load() is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Warning: sensitivities cannot be kept in ")
+    assert "set SHIFTADD_CACHE to a folder that you may write" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_a_folder_that_goes_away_meanwhile_is_warned_of(tmp_path, capsys):
+    cache = SensitivityCache(tmp_path / "cache", "output", "model")
+    assert not capsys.readouterr().err
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.keep(FOUND) == FOUND
+    assert capsys.readouterr().err.count("Warning: ") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the root user may write anywhere")
+def test_a_folder_without_permission_is_warned_of(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert SensitivityCache(tmp_path, "output", "model").keep(FOUND) == FOUND
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_without_any_home_there_is_a_folder_to_be_warned_of(monkeypatch):
+    monkeypatch.delenv("SHIFTADD_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["nobody"])  # as for a user without an entry
+    assert cache_folder() == Path("~/.cache/shiftadd")

@@ -195,9 +195,10 @@ def test_blocks_are_released_and_shared_inputs_are_told(tmp_path):
     found = measure_sensitivities(
         "output", source, structure, WINDOWS, trace, OPTIONS, (2,), device=CPU, seed=0, progress=watch
     )
-    assert held == [0] * 7
-    blocks = structure.blocks
-    estimating = [("Predictions", blocks), ("Gradients", blocks[::-1]), ("Measuring", blocks)]
+    blocks, batches = structure.blocks, [f"batch {first}" for first in range(0, len(WINDOWS), 4)]
+    assert held == [0] * (7 + len(batches))
+    estimating = [("Predictions", blocks), ("Head gradients", batches), ("Gradients", blocks[::-1])]
+    estimating.append(("Measuring", blocks))
     assert walks == [*estimating, ("Comparing", ["part 0"])]
     first = [tuple(name.removeprefix("model.layers.0.") for name in names) for names in found.shared_inputs[:4]]
     assert first == [

@@ -103,7 +103,7 @@ def test_quantize_offers_every_recipe_field_and_nothing_else_shapes_the_result()
     options = {option.name: option for option in quantize.params if isinstance(option, click.Option)}
     assert set(Recipe.model_fields) <= set(options)
     about_the_call = {"out", "recipe", "dry_run", "overwrite", "resume", "max_memory", "team_timeout"}
-    about_the_call |= {"quiet", "verbose"}
+    about_the_call |= {"quiet", "verbose", "trust_remote_code"}
     assert set(options) - set(Recipe.model_fields) == about_the_call
 
 

@@ -50,7 +50,8 @@ def test_it_is_the_model_that_dequantize_gives(tmp_path, family):
     assert torch.equal(logits(plain), logits(expected))
     tied = bool(plain.all_tied_weights_keys)
     assert (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight) == tied
-    assert len(tensors_of(out)) == len(state) - len(plain.all_tied_weights_keys)
+    if family not in MIXTURES:  # their files hold experts in another form, see test_original_names.py
+        assert len(tensors_of(out)) == len(state) - len(plain.all_tied_weights_keys)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])

@@ -19,7 +19,15 @@ from tiny_models import save_tiny
 import shiftadd_cli
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter
-from shiftadd_cli.errors import Interrupted, NumericalError, OutputError, ResumeError
+from shiftadd_cli.errors import (
+    AllocationError,
+    CalibrationError,
+    Interrupted,
+    NumericalError,
+    OutputError,
+    ResumeError,
+    ShiftaddError,
+)
 from shiftadd_cli.pipeline import history, job, walk
 from shiftadd_cli.recipe import Recipe
 
@@ -132,11 +140,55 @@ def test_there_must_be_space_for_hidden_states_too(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_would_fail_again_is_not_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_before(monkeypatch, 1, NumericalError("a layer is not finite"))
-    with pytest.raises(NumericalError):
+@pytest.mark.parametrize("kind", [NumericalError, CalibrationError, AllocationError])
+def test_what_would_fail_again_is_not_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[ShiftaddError]
+) -> None:
+    stop_before(monkeypatch, 1, kind("a layer is not finite"))
+    with pytest.raises(kind):
         shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
     assert not list(tmp_path.iterdir())
+
+
+def failed(monkeypatch: pytest.MonkeyPatch, model: Path, out: Path) -> None:
+    """Leave a run that a defect ended before its second block."""
+    with monkeypatch.context() as patch:
+        stop_before(patch, 1, RuntimeError("sizes of tensors\ndo not match"))
+        with pytest.raises(RuntimeError, match="sizes of tensors"):
+            shiftadd_cli.quantize(str(model), out, **QUICK)
+    assert partial(out).is_dir()
+
+
+def test_a_run_that_failed_does_not_block_one_with_other_options(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, fields = tmp_path / "out", QUICK | {"bits": 2}
+    failed(monkeypatch, model, out)
+    shiftadd_cli.quantize(str(model), out, **fields)
+    assert "other options and failed (sizes of tensors): starting anew.\n" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    shiftadd_cli.quantize(str(model), tmp_path / "clean", **fields)
+    assert contents(out) == contents(tmp_path / "clean")
+
+
+def test_a_run_that_failed_goes_on_with_the_same_options(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed(monkeypatch, model, tmp_path / "out")
+    shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
+    assert "1 of 2 blocks were done before" in capsys.readouterr().err
+
+
+def test_a_run_that_failed_and_was_then_interrupted_is_an_interrupted_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed(monkeypatch, model, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_before(patch, 1, KeyboardInterrupt())
+        with pytest.raises(Interrupted):
+            shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
+    with pytest.raises(ResumeError, match="bits = 3"):
+        shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK | {"bits": 2})
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_demo_model(tmp_path: Path) -> None:
     _assert_as_transformers_loads_it(source)
 
     tokenizer = source.load_tokenizer()
-    source.save_tokenizer(tmp_path)
+    source.save_companions(tmp_path)
     text = "<|im_start|>user\nCount: 12345, 6 + 7 = 13; naïve 你好\t\n\n  end<|im_end|>"
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again(text).input_ids == tokenizer(text).input_ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -13,7 +14,7 @@ from tiny_models import save_tiny, save_tiny_gguf
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source import open_source
-from shiftadd_cli.source.locate import hub_id
+from shiftadd_cli.source.locate import hub_id, locate
 
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -128,3 +129,22 @@ def test_a_link_is_called_by_its_own_name(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "3d4e5f")
     (tmp_path / "tiny-llama").symlink_to(tmp_path / "3d4e5f")
     assert open_source(str(tmp_path / "tiny-llama")).path == tmp_path / "tiny-llama"
+
+
+@pytest.mark.parametrize(
+    "failure", [ValueError("Invalid IPv6 URL"), RuntimeError("Could not determine home directory."), UnicodeError("ü")]
+)
+def test_settings_of_the_hub_that_its_client_does_not_check(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(SourceError, match=r"check HF_HOME, HF_ENDPOINT, HF_TOKEN and proxies, or give a folder"):
+        locate("some/model", remote_code=False)
+
+
+def test_the_home_of_nobody_is_no_model() -> None:
+    with pytest.raises(SourceError, match="There is no model at ~nosuchuser/model"):
+        locate("~nosuchuser/model", remote_code=False)
