@@ -19,7 +19,7 @@ from shiftadd_cli.benchmark.text_work import text_work
 from shiftadd_cli.benchmark.work import Work
 from shiftadd_cli.calibration.head import run_model
 from shiftadd_cli.calibration.images import ImageReader
-from shiftadd_cli.calibration.text import load_text, tokenise
+from shiftadd_cli.calibration.text import check_tokens, load_text, tokenise
 from shiftadd_cli.device import use_threads
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.evaluation.models import Loaded, Opened, computing_dtype, open_any
@@ -167,13 +167,15 @@ def _lengths(candidates: Sequence[Candidate], asked: Sequence[int] | None, new_t
 
 def _prompt(candidates: Sequence[Candidate], length: int) -> Tensor:
     """The first tokens of the builtin test text, from its beginning again where it is too short: int64 `[length]`."""
-    tokens = tokenise(load_text("builtin", split="test").text, candidates[0].opened.load_tokenizer())
+    tokenizer = candidates[0].opened.load_tokenizer()
+    tokens = tokenise(load_text("builtin", split="test").text, tokenizer)
     tokens = tokens.repeat(-(-length // len(tokens)))[:length]
+    first = candidates[0].opened
+    check_tokens(tokens, tokenizer, first.vocab_size, data="The prompt", model=first.spec)
     for each in candidates[1:]:
         if int(tokens.max()) >= each.opened.vocab_size:
             raise RecipeError(
-                f"{each.opened.spec} does not know all tokens of {candidates[0].opened.spec}; give the original that "
-                "it was made from."
+                f"{each.opened.spec} does not know all tokens of {first.spec}; give the original that it was made from."
             )
     return tokens
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shiftadd_cli.errors import PromptError
+from shiftadd_cli.source.tokenizer import unknown_token
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,20 @@ def encode_prompt(text: str, tokenizer: Any, *, name: str, chat: bool | None = N
     if not ids:
         raise PromptError(f"The tokenizer of {name} makes no token of the prompt; give another text.")
     return Prompt(tuple(ids), use_chat)
+
+
+def check_prompt(prompt: Prompt, tokenizer: Any, rows: int, *, name: str) -> None:
+    """Refuse tokens that the embedding of the model, which has so many rows, does not hold.
+
+    Raises:
+        PromptError: with the token, its id, and the rows.
+    """
+    if unknown := unknown_token(prompt.ids, tokenizer, rows):
+        source = "The chat template or the prompt" if prompt.chat else "The prompt"
+        raise PromptError(
+            f"{source} has {unknown}, and the embedding of {name} has {rows:,} rows; leave the token out, or give the "
+            "model the tokenizer that it was trained with."
+        )
 
 
 def room_for(prompt: Prompt, positions: int | None, *, name: str) -> int | None:
