@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from shiftadd_cli.calibration.conversations import for_template
 from shiftadd_cli.errors import PromptError
 from shiftadd_cli.source.tokenizer import unknown_token
 
@@ -39,7 +40,7 @@ def encode_prompt(text: str, tokenizer: Any, *, name: str, chat: bool | None = N
     # Of a length beyond what it was made for the tokenizer would warn; `room_for` decides.
     quiet = {"verbose": False}
     if use_chat:
-        message = [{"role": "user", "content": text}]
+        message = for_template([{"role": "user", "content": text}], tokenizer, where="The prompt")
         try:
             ids = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=quiet

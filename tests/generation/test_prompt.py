@@ -91,3 +91,12 @@ def test_a_token_beyond_the_embedding_is_named(tokenizer):
     other.chat_template = "<x>{{ messages[0]['content'] }}"
     with pytest.raises(PromptError, match="chat template or the prompt has the token '<x>'"):
         check_prompt(encode_prompt("hello", other, name="m"), other, 320, name="m")
+
+
+def test_a_template_that_iterates_over_parts_shows_the_prompt():
+    other = tiny_tokenizer()
+    other.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}({{ part.text }})"
+        "{% endif %}{% endfor %}{% endfor %}"
+    )
+    assert other.decode(encode_prompt("hello", other, name="m").ids) == "(hello)"
