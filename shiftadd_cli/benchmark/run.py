@@ -53,7 +53,8 @@ def benchmark(
         model, against: names of originals or of checkpoints of ours, see `open_any`. The original is measured in the
             dtype it computes in by itself (see `computing_dtype`), and in float32.
         prompt_tokens: lengths of prompts; by default those of `DEFAULT_LENGTHS` that fit.
-        new_tokens: tokens to write, 2 or more, by default `DEFAULT_NEW_TOKENS`.
+        new_tokens: tokens to write, 2 or more, by default `DEFAULT_NEW_TOKENS`, or half of the positions if these are
+            fewer.
         batch: prompts at once, by default one; or images at once, by default each of `DEFAULT_BATCHES`.
         threads: of torch, None leaves them as they are.
         dtype: that `model` computes in.
@@ -73,7 +74,7 @@ def benchmark(
             raise RecipeError(f"{opened.spec} is a vision model, which reads no prompt; leave out its lengths.")
         task = _look_at_images(candidates, batch)
     else:
-        task = _read_and_write(candidates, prompt_tokens, new_tokens or DEFAULT_NEW_TOKENS, batch or 1)
+        task = _read_and_write(candidates, prompt_tokens, new_tokens, batch or 1)
     speeds, first = measure_models(
         candidates, task.work, task.unit, task.touch, rounds=rounds, show_progress=show_progress
     )
@@ -99,7 +100,12 @@ class _Task(NamedTuple):
     described: str
 
 
-def _read_and_write(candidates: Sequence[Candidate], asked: Sequence[int] | None, new_tokens: int, batch: int) -> _Task:
+def _read_and_write(
+    candidates: Sequence[Candidate], asked: Sequence[int] | None, wanted: int | None, batch: int
+) -> _Task:
+    limits = [limit for each in candidates if (limit := each.opened.positions) is not None]
+    # The default leaves room for a prompt where there are few positions.
+    new_tokens = wanted or max(2, min([DEFAULT_NEW_TOKENS, *(limit // 2 for limit in limits)]))
     lengths = _lengths(candidates, asked, new_tokens)
     tokens = _prompt(candidates, max(lengths))
     told = ", ".join(f"{n:,}" for n in lengths)
