@@ -83,7 +83,7 @@ def main(
     seq_len: int,
     seeds: tuple[int, ...],
     tests: tuple[str, ...],
-    context: int,
+    context: int | None,
     max_tokens: int | None,
     dtype: str,
     sample_blocks: int,

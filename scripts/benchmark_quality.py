@@ -50,7 +50,7 @@ def main(
     seq_len: int,
     seed: int,
     tests: tuple[str, ...],
-    context: int,
+    context: int | None,
     max_tokens: int | None,
     dtype: str,
     work: Path,

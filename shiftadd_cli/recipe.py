@@ -27,7 +27,8 @@ class Recipe(BaseModel):
     """Options of a run; immutable. Field descriptions are the help texts of the command line.
 
     Constructing one directly raises pydantic's ValidationError; `Recipe.load` raises RecipeError with one sentence.
-    The defaults of the fields are those of the recipe `equal-bits`, and what a file leaves out.
+    The defaults of the fields are those of the recipe `equal-bits`, and what a file leaves out. `model_fields_set` is
+    what the user gave: the fields of a file of theirs, options and arguments, but not those of a packaged recipe.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -202,7 +203,14 @@ class Recipe(BaseModel):
         ),
     ] = "builtin"
     samples: Annotated[int, Field(ge=1, description="Calibration windows, or images.")] = 128
-    seq_len: Annotated[int, Field(ge=2, description="Tokens per calibration window of a text.")] = 512
+    seq_len: Annotated[
+        int,
+        Field(
+            ge=2,
+            description="Tokens per calibration window of a text; where this is not given, no more than the model has "
+            "positions for.",
+        ),
+    ] = 512
     batch_size: Annotated[
         int, Field(ge=1, description="Calibration windows, or images, run at once; more needs more memory.")
     ] = 8

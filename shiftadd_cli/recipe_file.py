@@ -39,13 +39,15 @@ def packaged_names() -> tuple[str, ...]:
 
 def load_recipe(model: type[Recipe], name_or_path: str, overrides: dict[str, Any]) -> Recipe:
     """See `Recipe.load`."""
-    if name_or_path in packaged_names():
+    packaged = name_or_path in packaged_names()
+    if packaged:
         path = configs_folder() / f"{name_or_path}.yaml"
     else:
         path = Path(name_or_path)
         if not path.exists():
             raise RecipeError(_no_such_recipe(name_or_path))
-    return _build(model, _read_mapping(path), overrides, f"Recipe {path}")
+    values = _read_mapping(path)
+    return _build(model, values, overrides, f"Recipe {path}", given=() if packaged else values)
 
 
 def nearest_recipe(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -67,10 +69,14 @@ def nearest_recipe(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def change_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
     """See `Recipe.changed`."""
-    return _build(type(recipe), recipe.model_dump(), overrides, "The recipe")
+    return _build(type(recipe), recipe.model_dump(), overrides, "The recipe", given=recipe.model_fields_set)
 
 
-def _build(model: type[Recipe], values: dict[str, Any], overrides: dict[str, Any], origin: str) -> Recipe:
+def _build(
+    model: type[Recipe], values: dict[str, Any], overrides: dict[str, Any], origin: str, given: Iterable[str]
+) -> Recipe:
+    """The recipe of `values` with `overrides` on top. `given`: fields of `values` that the user gave, which become its
+    `model_fields_set` with the overrides."""
     said = [name for name in _BITS if name in overrides]
     if len(said) > 1:
         raise RecipeError(
@@ -80,10 +86,11 @@ def _build(model: type[Recipe], values: dict[str, Any], overrides: dict[str, Any
         # What is said on top takes the place of what is said below in another way, and shifts are for all layers alike.
         values = {name: value for name, value in values.items() if name not in _BITS}
     try:
-        return model(**{**values, **overrides})
+        built = model(**{**values, **overrides})
     except ValidationError as failure:
         faults = [_sentence(error, origin, overrides, tuple(model.model_fields)) for error in failure.errors()]
         raise RecipeError("; ".join(dict.fromkeys(faults)) + ".") from None
+    return model.model_construct({*given, *overrides}, **dict(built))
 
 
 def _no_such_recipe(name: str) -> str:

@@ -156,12 +156,20 @@ def _tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCAB_SIZE` entries with a chat template; it covers every string."""
-    from tokenizers import Tokenizer
+def tiny_tokenizer(*, before: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `VOCAB_SIZE` entries with a chat template; it covers every string.
 
+    before: special tokens that it puts before every text.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    backend = Tokenizer.from_str(_tokenizer_json())
+    if before:
+        ids = [(name, backend.token_to_id(name)) for name in dict.fromkeys(before)]
+        backend.post_processor = TemplateProcessing(single=[*before, "$A"], special_tokens=ids)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_tokenizer_json()),
+        tokenizer_object=backend,
         bos_token=_SPECIAL[0],
         eos_token=_SPECIAL[0],
         pad_token=_SPECIAL[0],
@@ -171,14 +179,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(
-    family: str, folder: Path, *, sharded: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+    family: str,
+    folder: Path,
+    *,
+    sharded: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    before: tuple[str, ...] = (),
 ) -> Path:
     """Write a random checkpoint with its tokenizer to `folder` and return it.
 
-    The same seed gives the same weights; `sharded` spreads them over several files with an index.
+    The same seed gives the same weights; `sharded` spreads them over several files with an index. before: special
+    tokens that the tokenizer puts before every text.
     """
     tiny_model(family, seed=seed, dtype=dtype).save_pretrained(folder, max_shard_size="30KB" if sharded else "5GB")
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(before=before).save_pretrained(folder)
     return folder
 
 
@@ -190,13 +205,15 @@ def save_tiny_gguf(
     tensors: dict[str, Any] | None = None,
     metadata: dict[str, float | str] | None = None,
     tensors_a_part: int = 0,
+    adds_bos: bool = False,
     **settings: Any,
 ) -> PreTrainedModel:
     """Write a random Llama with the tiny tokenizer as a GGUF file, as llama.cpp's converter lays it out.
 
     `kind` is the ggml type of the matrices (F16, Q8_0, Q4_1, ...); norms are F32. `tensors` (float32 arrays) and
     `metadata` (text and numbers) are written too; `settings` are of the model's configuration. With `tensors_a_part`
-    the model is written in parts, beside `path` under llama.cpp's names for them. Returns the model before rounding.
+    the model is written in parts, beside `path` under llama.cpp's names for them. adds_bos: the file says that
+    a text begins with the bos token. Returns the model before rounding.
     """
     import gguf
     import numpy as np
@@ -218,6 +235,8 @@ def save_tiny_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(VOCAB_SIZE)
     _write_gguf_tokenizer(writer)
+    if adds_bos:
+        writer.add_add_bos_token(True)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, value in model.state_dict().items():
         weight = value.numpy()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from shiftadd_cli.calibration.text import load_text, tokenise
+from shiftadd_cli.calibration.text import load_text, text_windows, tokenise
 from shiftadd_cli.evaluation.models import load_any
 from shiftadd_cli.evaluation.perplexity import score_models
 from shiftadd_cli.source import LinearSpec
@@ -31,10 +31,9 @@ def losses_alone(
     """
     original, compressed = load_any(model, dtype), load_any(artifact, dtype)
     tokens = tokenise(load_text(dataset, split="test").text, original.tokenizer)[:max_tokens]
+    windows = text_windows(tokens, original.tokenizer, context, "--context")
     variants = [(name, _with_layer(original.model, compressed.model, name)) for name in names]
-    scores, _ = score_models(
-        variants, tokens, context=context, original=("original", original.model), show_progress=False
-    )
+    scores, _ = score_models(variants, windows, original=("original", original.model), show_progress=False)
     return {name: score.kl for name, score in zip(names, scores, strict=True) if score.kl is not None}
 
 

@@ -27,6 +27,7 @@ from shiftadd_cli.allocation.sensitivity import SensitivityKind
 from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import AllocationError, RecipeError
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request, file_bytes
+from shiftadd_cli.pipeline.history import samples_fingerprint
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source
 
@@ -121,7 +122,7 @@ class Allocations:
             "sensitivity": kind,
             "model": job.source.fingerprint,
             "recipe": job.recipe_fingerprint,
-            "calibration": job.calibration.data.fingerprint,
+            "calibration": samples_fingerprint(job.calibration.samples),
             "candidates": list(self.candidates),
             "version": CACHE_VERSIONS[kind],
             "versions": versions(),

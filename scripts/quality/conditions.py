@@ -18,8 +18,10 @@ from quality.methods import Method
 from quality.rows import Original, Row, TestScore, file_name
 from shiftadd_cli.calibration.text import TextData, load_text
 from shiftadd_cli.errors import CalibrationError, RecipeError
+from shiftadd_cli.evaluation.compare import DEFAULT_CONTEXT
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source
+from shiftadd_cli.source.positions import position_limit, window_length
 from shiftadd_cli.version import __version__
 
 _LIBRARIES = ("torch", "transformers")
@@ -86,7 +88,7 @@ class Conditions:
     seq_len: int
     seed: int
     tests: dict[str, str]
-    context: int
+    context: int | None
     max_tokens: int | None
     dtype: str
     _texts: dict[tuple[str, str], TextData] = field(default_factory=dict)
@@ -94,6 +96,8 @@ class Conditions:
     def __post_init__(self) -> None:
         self._source = open_source(self.model)
         self.model_fingerprint = self._source.fingerprint
+        limits = {self.model: position_limit(self._source.config)}
+        self.context = window_length(self.context, DEFAULT_CONTEXT, limits, "--context")
 
     @property
     def evaluation_options(self) -> dict[str, Any]:

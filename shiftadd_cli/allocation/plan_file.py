@@ -70,17 +70,22 @@ class Storage(_Part):
 
 
 class PlanCalibration(_Part):
-    """The data that sensitivities were measured on: `samples` windows of `seq_len` tokens, or images (None)."""
+    """The data that sensitivities were measured on: `samples` windows of `seq_len` tokens, or images (None), and the
+    special tokens that windows begin with ("" for none, None for images)."""
 
     name: str
     fingerprint: str
     samples: int
     seq_len: int | None
+    window_start: str | None = None
 
     @property
     def amount(self) -> str:
         """How much of it, in words."""
-        return f"{self.samples} images" if self.seq_len is None else f"{self.samples} x {self.seq_len} tokens"
+        if self.seq_len is None:
+            return f"{self.samples} images"
+        start = f", windows begin with {self.window_start}" if self.window_start else ""
+        return f"{self.samples} x {self.seq_len} tokens{start}"
 
 
 class Origin(_Part):

@@ -19,7 +19,7 @@ from shiftadd_cli.benchmark.text_work import text_work
 from shiftadd_cli.benchmark.work import Work
 from shiftadd_cli.calibration.head import run_model
 from shiftadd_cli.calibration.images import ImageReader
-from shiftadd_cli.calibration.text import load_text, tokenise
+from shiftadd_cli.calibration.text import check_tokens, load_text, tokenise
 from shiftadd_cli.device import use_threads
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.evaluation.models import Loaded, Opened, computing_dtype, open_any
@@ -54,7 +54,8 @@ def benchmark(
         model, against: names of originals or of checkpoints of ours, see `open_any`. The original is measured in the
             dtype it computes in by itself (see `computing_dtype`), and in float32.
         prompt_tokens: lengths of prompts; by default those of `DEFAULT_LENGTHS` that fit.
-        new_tokens: tokens to write, 2 or more, by default `DEFAULT_NEW_TOKENS`.
+        new_tokens: tokens to write, 2 or more, by default `DEFAULT_NEW_TOKENS`, or half of the positions if these are
+            fewer.
         batch: prompts at once, by default one; or images at once, by default each of `DEFAULT_BATCHES`.
         threads: of torch, None leaves them as they are.
         dtype: that `model` computes in.
@@ -75,7 +76,7 @@ def benchmark(
             raise RecipeError(f"{opened.spec} is a vision model, which reads no prompt; leave out its lengths.")
         task = _look_at_images(candidates, batch)
     else:
-        task = _read_and_write(candidates, prompt_tokens, new_tokens or DEFAULT_NEW_TOKENS, batch or 1)
+        task = _read_and_write(candidates, prompt_tokens, new_tokens, batch or 1)
     speeds, first = measure_models(
         candidates, task.work, task.unit, task.touch, rounds=rounds, show_progress=show_progress
     )
@@ -101,7 +102,12 @@ class _Task(NamedTuple):
     described: str
 
 
-def _read_and_write(candidates: Sequence[Candidate], asked: Sequence[int] | None, new_tokens: int, batch: int) -> _Task:
+def _read_and_write(
+    candidates: Sequence[Candidate], asked: Sequence[int] | None, wanted: int | None, batch: int
+) -> _Task:
+    limits = [limit for each in candidates if (limit := each.opened.positions) is not None]
+    # The default leaves room for a prompt where there are few positions.
+    new_tokens = wanted or max(2, min([DEFAULT_NEW_TOKENS, *(limit // 2 for limit in limits)]))
     lengths = _lengths(candidates, asked, new_tokens)
     tokens = _prompt(candidates, max(lengths))
     told = ", ".join(f"{n:,}" for n in lengths)
@@ -169,13 +175,15 @@ def _lengths(candidates: Sequence[Candidate], asked: Sequence[int] | None, new_t
 
 def _prompt(candidates: Sequence[Candidate], length: int) -> Tensor:
     """The first tokens of the builtin test text, from its beginning again where it is too short: int64 `[length]`."""
-    tokens = tokenise(load_text("builtin", split="test").text, candidates[0].opened.load_tokenizer())
+    tokenizer = candidates[0].opened.load_tokenizer()
+    tokens = tokenise(load_text("builtin", split="test").text, tokenizer)
     tokens = tokens.repeat(-(-length // len(tokens)))[:length]
+    first = candidates[0].opened
+    check_tokens(tokens, tokenizer, first.vocab_size, data="The prompt", model=first.spec)
     for each in candidates[1:]:
         if int(tokens.max()) >= each.opened.vocab_size:
             raise RecipeError(
-                f"{each.opened.spec} does not know all tokens of {candidates[0].opened.spec}; give the original that "
-                "it was made from."
+                f"{each.opened.spec} does not know all tokens of {first.spec}; give the original that it was made from."
             )
     return tokens
 

@@ -60,7 +60,8 @@ def _text_values(source: Source, blocks: tuple[str, ...], seq_len: int) -> int:
     except Exception:  # code that depends on values fails in any way without them
         width = getattr(source.config.get_text_config(), "hidden_size", None)
         # The configuration of a model that brings its code may have it under another name.
-        return seq_len * int(width or model.get_input_embeddings().embedding_dim)
+        embedding: Any = model.get_input_embeddings()
+        return seq_len * int(width or embedding.embedding_dim)
     raise SourceError(
         f"{type(model).__name__} never calls its first block {blocks[0]}; its architecture is not supported."
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -21,6 +23,9 @@ from shiftadd_cli.source import Source
 
 # Unreadable pictures are named and left out; more of them mean that something is wrong with the set.
 MAX_UNREADABLE = 10
+# Pillow's modes of grey pictures with more than 8 bits, of which it cuts off what is above 255 when it converts them.
+_WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.+-]+)?")
 _KINDS = "a folder of images, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT"
 
@@ -92,13 +97,16 @@ def read_images(data: ImageData, reader: ImageReader, order: Sequence[int]) -> I
     with a warning that names them.
 
     Raises:
-        CalibrationError: more than `MAX_UNREADABLE` are unreadable, or all, or the inputs differ in size.
+        CalibrationError: more than `MAX_UNREADABLE` are unreadable, or all, the inputs differ in size, or a picture
+            holds numbers whose range is unknown.
     """
     unreadable: list[str] = []
     shape: torch.Size | None = None
     for index in order:
         try:
             picture = _decode(data, index)
+        except CalibrationError:
+            raise
         except Exception as error:  # decoders raise whatever the bytes at hand lead them to
             unreadable.append(data.places[index])
             reason = first_line(error)
@@ -127,7 +135,7 @@ class ImageReader:
     """From a picture to the input of a model.
 
     name: of the model, for messages; channels: that it takes. Pictures are converted to colours or greys where the
-    model takes 3 channels or 1; the rest is the image processor's.
+    model takes 3 channels or 1, which drops their transparency as transformers does; the rest is the image processor's.
     """
 
     _MODES = {1: "L", 3: "RGB"}  # noqa: RUF012 - a constant
@@ -182,11 +190,43 @@ def image_reader(source: Source) -> ImageReader:
 
 
 def _decode(data: ImageData, index: int) -> Any:
-    from PIL import Image
+    """The picture of a number, upright and with 8 bits a channel.
 
-    picture = Image.open(BytesIO(data.read(index)))
-    picture.load()
-    return picture
+    Raises CalibrationError where it cannot be told what its numbers mean; decoders raise anything.
+    """
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings():
+        # Pillow warns of photographs of 90 million pixels, and stops at twice as many.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(BytesIO(data.read(index)))
+        except Image.DecompressionBombError as error:
+            raise OSError(f"it has more than the {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels that are read") from error
+        picture.load()
+    upright = ImageOps.exif_transpose(picture)
+    if picture.mode not in _WIDE_MODES:
+        return upright
+    bits, inverted = _grey_scale(picture, data.places[index])
+    # Signed numbers have room for the product; the highest value becomes 255.
+    grey = numpy.asarray(upright).astype(numpy.int64) * 255 // (2**bits - 1)
+    return Image.fromarray((255 - grey if inverted else grey).astype(numpy.uint8))
+
+
+def _grey_scale(picture: Any, place: str) -> tuple[int, bool]:
+    """Bits of a grey picture of more than 8, and whether its highest value is black.
+
+    Raises CalibrationError for pictures whose range is unknown.
+    """
+    tags = getattr(picture, "tag_v2", {}) if picture.format == "TIFF" else {}
+    if picture.mode.startswith("I;16"):
+        return int(tags.get(_BITS_PER_SAMPLE, (16,))[0]), tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    if picture.mode == "I" and picture.format in ("PNG", "PPM"):
+        return 16, False
+    kind = "floating-point" if picture.mode == "F" else "32-bit or signed"
+    raise CalibrationError(
+        f"{place} holds {kind} numbers, and which of them are black and white is not known; save it with 8 or 16 bits."
+    )
 
 
 def _first(items: Iterator[Any], count: int) -> Iterator[Any]:

@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 
 from shiftadd_cli.calibration import text_builtin, text_files, text_hub
+from shiftadd_cli.calibration.windows import Windows, cut_windows
 from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.source.tokenizer import leading_tokens, tokens_as_text, unknown_token
 
 Split = Literal["calibration", "test"]
 
@@ -83,23 +85,58 @@ def tokenise(text: str, tokenizer: Any, piece_characters: int | None = None) -> 
 def sample_windows(data: TextData, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
     """Draw windows of tokens that do not overlap: int64 `[samples, seq_len]`.
 
-    The text is cut into consecutive windows of `seq_len` tokens, and a permutation seeded with `seed` picks among
-    them; the same text, tokenizer and seed give the same windows, and the first k of more samples are the k samples.
+    The windows are those of `text_windows`, and a permutation seeded with `seed` picks among them; the same text,
+    tokenizer and seed give the same windows, and the first k of more samples are the k samples.
 
     Raises:
-        CalibrationError: the text has fewer than `samples * seq_len` tokens.
+        CalibrationError: the text has too few tokens.
     """
     tokens = tokenise(data.text, tokenizer, CALIBRATION_PIECE_CHARACTERS)
-    windows = len(tokens) // seq_len
-    if windows < samples:
+    windows = text_windows(tokens, tokenizer, seq_len, "--seq-len")
+    available = len(windows.whole)
+    if available < samples:
+        own = seq_len - len(windows.prefix)
+        behind = f" behind {tokens_as_text(tokenizer, windows.prefix)}" if windows.prefix else ""
         raise CalibrationError(
-            f"{samples} windows of {seq_len} tokens need {samples * seq_len} tokens, and {data.name} has "
+            f"{samples} windows of {seq_len} tokens need {samples * own} tokens{behind}, and {data.name} has "
             f"{len(tokens)}; give a longer text, or fewer or shorter windows"
-            + (f" (at most {windows} of this length)." if windows else ".")
+            + (f" (at most {available} of this length)." if available else ".")
         )
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(windows, generator=generator)[:samples]
-    return tokens[: windows * seq_len].view(windows, seq_len)[chosen]
+    chosen = torch.randperm(available, generator=generator)[:samples]
+    return windows.whole[chosen]
+
+
+def text_windows(tokens: torch.Tensor, tokenizer: Any, length: int, option: str) -> Windows:
+    """The consecutive windows of a tokenised text that begin with what its tokenizer puts before a text.
+
+    tokens: int64 `[n]`, without these; option: that says the length.
+
+    Raises:
+        CalibrationError: the windows have no room for a token behind the special ones.
+    """
+    prefix = leading_tokens(tokenizer)
+    if length <= len(prefix):
+        raise CalibrationError(
+            f"Windows of {length} tokens hold nothing but {tokens_as_text(tokenizer, prefix)}, which the tokenizer "
+            f"puts before a text; give a larger {option}."
+        )
+    return cut_windows(tokens, length, prefix)
+
+
+def check_tokens(windows: Windows | torch.Tensor, tokenizer: Any, rows: int, *, data: str, model: str) -> None:
+    """Refuse tokens that the embedding of `model`, which has so many rows, does not hold.
+
+    Raises:
+        CalibrationError: with the token, its id, and the rows.
+    """
+    pieces = [windows] if isinstance(windows, torch.Tensor) else [windows.whole, windows.rest]
+    for piece in pieces:
+        if unknown := unknown_token(piece, tokenizer, rows):
+            raise CalibrationError(
+                f"{data} has {unknown}, and the embedding of {model} has {rows:,} rows; take it out of the text, or "
+                "give the model the tokenizer that it was trained with."
+            )
 
 
 def _pieces(text: str, size: int) -> list[str]:

@@ -42,7 +42,7 @@ class _Lengths(click.ParamType):
 @click.option(
     "--new-tokens",
     type=click.IntRange(min=2),
-    help="Tokens to write after the shortest prompt.  [default: 64]",
+    help="Tokens to write after the shortest prompt.  [default: 64, or half of the positions if fewer]",
 )
 @click.option(
     "--batch",

@@ -67,7 +67,7 @@ def evaluate(
     models: tuple[str, ...],
     against: str | None,
     dataset: str,
-    context: int,
+    context: int | None,
     max_tokens: int | None,
     max_images: int | None,
     batch_size: int,
@@ -85,7 +85,8 @@ def evaluate(
     """Measure the perplexity, or accuracy on images, of each MODEL, and with --against its distance from the original.
 
     MODEL is a folder written by `shiftadd quantize`, or an original: a hub id, a folder with safetensors, a .gguf file,
-    or `demo`. The text is tokenised as one string and cut into windows; every token but each window's first is scored.
+    or `demo`. The text is tokenised as one string and cut into windows, each beginning with the special tokens that the
+    tokenizer puts before a text, such as <bos>. Every token behind these is scored, or behind a window's first.
     With --tasks the models answer those instead, and the original of --against answers first.
     Several processes share the windows where torchrun starts them; each holds all models.
     Vision models are measured on images: top-1 and top-5 accuracy, or without a head that of the nearest neighbours.
@@ -160,12 +161,13 @@ def _describe(result: Evaluation) -> str:
         header[2:2] = ["KL, nats/token", "same top token"]
     rows = [_row(each, compared=result.original is not None) for each in everyone]
     part = "" if result.tokens == result.text_tokens else f" (the first of {result.text_tokens:,})"
+    longest = ", as many as there are positions for" if result.context == result.positions else ""
     lines = [
         table(header, rows),
         "",
         f"Text          {result.text}: {result.tokens:,} tokens{part}",
-        f"Windows       {result.windows:,} of {result.context} tokens (context), not overlapping; "
-        f"{result.scored_tokens:,} tokens scored",
+        f"Windows       {result.windows:,} of {result.context} tokens (context{longest}), not overlapping, which begin "
+        f"with {result.window_start or 'no special token'}; {result.scored_tokens:,} tokens scored",
         f"Computed      {computed(everyone)} on {result.device}",
         *calibrations(everyone),
     ]

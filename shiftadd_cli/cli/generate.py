@@ -79,7 +79,7 @@ def generate(
 
     from shiftadd_cli.device import choose_device, use_threads
     from shiftadd_cli.evaluation.models import open_any
-    from shiftadd_cli.generation.prompt import encode_prompt, room_for
+    from shiftadd_cli.generation.prompt import check_prompt, encode_prompt, room_for
     from shiftadd_cli.generation.run import generate_text
     from shiftadd_cli.pipeline.memory import resident_bytes
     from shiftadd_cli.verbosity import tell
@@ -88,7 +88,9 @@ def generate(
     place = choose_device(device)
     use_threads(threads)
     opened = open_any(model, trust_remote_code=trust_remote_code)
-    encoded = encode_prompt(text, opened.load_tokenizer(), name=model, chat=chat)
+    tokenizer = opened.load_tokenizer()
+    encoded = encode_prompt(text, tokenizer, name=model, chat=chat)
+    check_prompt(encoded, tokenizer, opened.vocab_size, name=model)
     room = room_for(encoded, opened.positions, name=model)
     start = time.perf_counter()
     loaded = opened.load(dtype, place)

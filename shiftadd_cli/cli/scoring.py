@@ -24,9 +24,8 @@ def scoring_options(function: F) -> F:
         click.option(
             "--context",
             type=click.IntRange(min=2),
-            default=512,
-            show_default=True,
-            help="Tokens per window; windows do not overlap.",
+            help="Tokens per window; windows do not overlap.  "
+            "[default: 512, or as many as the models have positions for]",
         ),
     ):
         function = option(function)

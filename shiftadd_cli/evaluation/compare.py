@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
-from shiftadd_cli.calibration.text import TextData, load_text, tokenise
+from shiftadd_cli.calibration.text import TextData, check_tokens, load_text, text_windows, tokenise
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.evaluation.compare_images import ImageEvaluation, evaluate_images
 from shiftadd_cli.evaluation.measured import Measured
 from shiftadd_cli.evaluation.models import Loaded, Opened, open_any
 from shiftadd_cli.evaluation.perplexity import Score, score_models
-from shiftadd_cli.evaluation.windows import scored_tokens, window_lengths
+from shiftadd_cli.source.positions import window_length
+from shiftadd_cli.source.tokenizer import leading_tokens, tokens_as_text
 
+DEFAULT_CONTEXT = 512
 _SAMPLE_CHARACTERS = 20_000
 
 
@@ -27,7 +29,9 @@ class Evaluation:
     Attributes:
         text, text_fingerprint: name and SHA-256 of the test text.
         context: tokens per window; windows: how many; tokens: used of the text; text_tokens: in the whole text.
-        scored_tokens: tokens predicted, over which all means are.
+        positions: of the model with the fewest; None where none has a limit.
+        window_start: special tokens that every window begins with, as the tokenizer puts them before a text; may be "".
+        scored_tokens: tokens predicted, over which all means are. Those of `window_start` are not.
         device: where it was computed.
         original: the model the others are compared with, if one was given.
         models: in the order asked for.
@@ -39,6 +43,8 @@ class Evaluation:
     tokens: int
     scored_tokens: int
     context: int
+    positions: int | None
+    window_start: str
     windows: int
     device: str
     original: Measured[Score] | None
@@ -55,7 +61,7 @@ def evaluate(
     *,
     against: str | None = None,
     dataset: str = "builtin",
-    context: int = 512,
+    context: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 8,
     dtype: str = "auto",
@@ -68,14 +74,15 @@ def evaluate(
     """Perplexity of each model on the test split of a text, and its distance from an original; vision models on images,
     see `evaluate_images`.
 
-    The text is tokenised as one string, with no special tokens added, and its first `max_tokens` tokens are used; see
-    `score_models` for what is measured. All models are in memory at once, so that each sees the same batches and the
-    original runs once.
+    The text is tokenised as one string, and its first `max_tokens` tokens are used. It is cut into windows that begin
+    with the special tokens that the tokenizer puts before a text, see `text_windows`; see `score_models` for what is
+    measured. All models are in memory at once, so that each sees the same batches and the original runs once.
 
     Args:
         models: names of originals or of checkpoints of ours, see `open_any`.
         against: name of the original; None leaves out divergence and agreement.
         dataset: see `load_text`, and for vision models `load_images`.
+        context: tokens per window; by default 512, or as many as the models have positions for.
         trust_remote_code: run model code that comes with a model.
         team: whose processes share the windows of a text; each holds all models.
 
@@ -99,20 +106,24 @@ def evaluate(
             device=device,
             show_progress=show_progress,
         )
+    limits = {each.spec: each.positions for each in opened}
+    length = window_length(context, DEFAULT_CONTEXT, limits, "--context")
     tokenizers = [(each.spec, each.load_tokenizer()) for each in opened]
     text = load_text(dataset, split="test", tokenizer=tokenizers[0][1])
     tokenizer = _common_tokenizer(tokenizers, text)
     tokens = tokenise(text.text, tokenizer)
     used = tokens[:max_tokens]
-    if len(used) < 2:
+    windows = text_windows(used, tokenizer, length, "--context")
+    if not windows.scored_tokens:
         raise CalibrationError(f"{text.name} has {len(tokens)} tokens, and 2 are needed; give a longer text.")
+    for each in opened:
+        check_tokens(windows, tokenizer, each.vocab_size, data=text.name, model=each.spec)
     loaded = [each.load(dtype, device) for each in opened]
     pairs = [(each.info.spec, each.model) for each in loaded]
     first = 0 if against is None else 1
     scores, original_score = score_models(
         pairs[first:],
-        used,
-        context=context,
+        windows,
         batch_size=batch_size,
         original=pairs[0] if first else None,
         show_progress=show_progress,
@@ -123,9 +134,11 @@ def evaluate(
         text_fingerprint=text.fingerprint,
         text_tokens=len(tokens),
         tokens=len(used),
-        scored_tokens=scored_tokens(len(used), context),
-        context=context,
-        windows=len(window_lengths(len(used), context)),
+        scored_tokens=windows.scored_tokens,
+        context=length,
+        positions=min((limit for limit in limits.values() if limit is not None), default=None),
+        window_start=tokens_as_text(tokenizer, windows.prefix),
+        windows=len(windows.lengths),
         device=str(device),
         original=None if original_score is None else _measured(loaded[0], original_score, text),
         models=tuple(_measured(each, score, text) for each, score in zip(loaded[first:], scores, strict=True)),
@@ -152,6 +165,15 @@ def _common_tokenizer(tokenizers: list[tuple[str, Any]], text: TextData) -> Any:
     sample = text.text[:_SAMPLE_CHARACTERS]
     expected = tokenise(sample, tokenizer)
     for other, candidate in tokenizers[1:]:
+        starts = [leading_tokens(each) for each in (tokenizer, candidate)]
+        if starts[0] != starts[1]:
+            named = [
+                tokens_as_text(each, ids) or "nothing" for each, ids in zip((tokenizer, candidate), starts, strict=True)
+            ]
+            raise RecipeError(
+                f"The tokenizer of {name} puts {named[0]} before a text and that of {other} {named[1]}, so their "
+                "numbers cannot be compared; evaluate them one by one."
+            )
         if not torch.equal(tokenise(sample, candidate), expected):
             raise RecipeError(
                 f"{other} and {name} split text into different tokens, so their numbers cannot be compared; "

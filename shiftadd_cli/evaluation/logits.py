@@ -16,7 +16,7 @@ _PROBE_TOKENS = 32
 
 
 class RowLogits:
-    """Computes, for a batch of windows, the logits of all positions but the last of each.
+    """Computes, for a batch of windows, the logits that predict the tokens of each.
 
     Where the output layer is a plain linear over the last hidden states, only these are kept and the layer runs on
     rows as they are asked for; where the model does more to its logits (soft caps, factors), its own forward is used
@@ -61,14 +61,17 @@ class RowLogits:
             if states is not None and torch.equal(head(states).float(), whole.float()):
                 self._head = head
 
-    def states(self, windows: Tensor) -> Tensor:
-        """For windows `[w, n]`: `[w * (n - 1), width]`, to be given to `logits` in pieces."""
+    def states(self, windows: Tensor, unscored: int = 1) -> Tensor:
+        """For windows `[w, n]`: `[w * (n - unscored), width]`, to be given to `logits` in pieces.
+
+        unscored: tokens at the start of each window that are not predicted, at least 1.
+        """
         ids = windows.to(self.device)
         if self._head is None:
             found = self._model(input_ids=ids, use_cache=False).logits
         else:
             found = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return found[:, :-1].reshape(-1, found.shape[-1])
+        return found[:, unscored - 1 : -1].reshape(-1, found.shape[-1])
 
     def logits(self, states: Tensor) -> Tensor:
         """Rows of `states` to float32 logits `[rows, vocabulary]`."""

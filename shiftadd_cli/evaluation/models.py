@@ -18,6 +18,7 @@ from shiftadd_cli.source import Source, open_source
 from shiftadd_cli.source.config import OWN_METHOD
 from shiftadd_cli.source.image_processor import load_image_processor
 from shiftadd_cli.source.locate import locate
+from shiftadd_cli.source.positions import position_limit
 from shiftadd_cli.source.tokenizer import load_tokenizer
 from shiftadd_cli.source.vision import is_classifier, vision_class
 
@@ -82,9 +83,8 @@ class Opened:
 
     @property
     def positions(self) -> int | None:
-        """Tokens of the longest text the model takes; None for one whose configuration names no limit."""
-        found: int | None = getattr(self._text_config, "max_position_embeddings", None)
-        return found
+        """Tokens of the longest text the model takes, see `position_limit`; None for one without a limit."""
+        return position_limit(self.config)
 
     @property
     def vocab_size(self) -> int:

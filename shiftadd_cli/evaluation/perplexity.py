@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.calibration.distribution import Reference
+from shiftadd_cli.calibration.windows import Windows
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.evaluation.logits import RowLogits
-from shiftadd_cli.evaluation.windows import batch_count, batches, scored_tokens
 from shiftadd_cli.progress import progress
+from shiftadd_cli.source.positions import position_limit, window_length
 
 # One float32 buffer of [rows, vocabulary]; four live at once.
 BUFFER_BYTES = 16 << 20
@@ -50,24 +51,22 @@ class Score:
 
 def score_models(
     models: Sequence[tuple[str, Any]],
-    tokens: Tensor,
+    windows: Windows,
     *,
-    context: int,
     batch_size: int = 8,
     original: tuple[str, Any] | None = None,
     show_progress: bool = True,
     team: Team = ALONE,
 ) -> tuple[list[Score], Score | None]:
-    """Score causal language models on one string of tokens; every model sees the same batches.
+    """Score causal language models on the windows of a text; every model sees the same batches.
 
-    The string is cut into consecutive windows of `context` tokens, and the last, shorter one counts too if it has two
-    tokens or more. Every token but each window's first is predicted from those before it in the window, and means are
-    over these tokens. Logits are float32 from the model's own, log-softmax is float32, and sums are float64.
+    Every token behind the first of a window, or behind its special tokens, is predicted from those before it in the
+    window, and means are over these tokens. Logits are float32 from the model's own, log-softmax is float32, and sums
+    are float64.
 
     Args:
         models: (name for messages, transformers model in evaluation mode) pairs.
-        tokens: int64 `[n]`.
-        context: tokens per window, at least 2.
+        windows: see `text_windows`.
         batch_size: windows run at once; less where a model's logits cannot be computed by rows.
         original: what KL and agreement are measured against; it is scored too.
         team: whose processes share the windows; all get all scores.
@@ -76,36 +75,38 @@ def score_models(
         The scores in the order of `models`, and that of the original.
 
     Raises:
-        CalibrationError: fewer than two tokens.
-        RecipeError: the context is longer than a model's positions, or vocabularies differ from the original's.
+        CalibrationError: there is no window.
+        RecipeError: windows are longer than a model's positions, or vocabularies differ from the original's.
         NumericalError: logits that are not finite.
     """
-    if len(tokens) < 2 or context < 2:
-        raise CalibrationError(f"Perplexity needs two tokens and a context of two, not {len(tokens)} and {context}.")
+    count = windows.scored_tokens
+    if not count:
+        raise CalibrationError("Perplexity needs a token to predict, and the text has none; give a longer text.")
+    longest = max(windows.lengths)
     first = [] if original is None else [original]
     readers = [RowLogits(model, name) for name, model in (*first, *models)]
     for (name, model), reader in zip((*first, *models), readers, strict=True):
-        _check_fit(name, model, min(context, len(tokens)), reader.vocab_size, readers[0] if first else None)
-        reader.check(tokens[:context].unsqueeze(0))
-    limits = [limit for reader in readers if (limit := reader.max_windows(context)) is not None]
+        window_length(longest, longest, {name: position_limit(model.config)}, "--context")
+        _check_vocabulary(name, reader.vocab_size, readers[0] if first else None)
+        reader.check(next(windows.batches(1)))
+    limits = [limit for reader in readers if (limit := reader.max_windows(longest)) is not None]
     size = min([batch_size, *limits])
-    total = batch_count(len(tokens), context, size)
+    total = windows.batch_count(size)
     own = range(team.rank, total, team.size)
-    work: Iterable[Tensor] = islice(batches(tokens, context, size), team.rank, None, team.size)
+    work: Iterable[Tensor] = islice(windows.batches(size), team.rank, None, team.size)
     if show_progress and team.first:
         work = progress(work, total=len(own), desc="Evaluating")
     found = []
     with torch.inference_mode():
-        for windows in work:
+        for batch in work:
             sums = [_Sums() for _ in readers]
-            _score_batch(readers, sums, windows, against_first=bool(first))
+            _score_batch(readers, sums, batch, windows.unscored, against_first=bool(first))
             found.append([asdict(each) for each in sums])
     everyone = team.gather(found)
     whole = [_Sums() for _ in readers]
-    for batch in range(total):
-        for each, part in zip(whole, everyone[batch % team.size][batch // team.size], strict=True):
+    for number in range(total):
+        for each, part in zip(whole, everyone[number % team.size][number // team.size], strict=True):
             each.add(_Sums(**part))
-    count = scored_tokens(len(tokens), context)
     scores = [each.score(count) for each in whole]
     return scores[len(first) :], scores[0] if first else None
 
@@ -157,14 +158,16 @@ class _Sums:
         return mean.item(), (spread.sqrt() / lengths.sum()).item()
 
 
-def _score_batch(readers: list[RowLogits], sums: list[_Sums], windows: Tensor, *, against_first: bool) -> None:
-    """Add the statistics of windows `[w, n]` to the sums."""
-    count, length = len(windows), windows.shape[1] - 1
-    targets = windows[:, 1:].reshape(-1)
+def _score_batch(
+    readers: list[RowLogits], sums: list[_Sums], windows: Tensor, unscored: int, *, against_first: bool
+) -> None:
+    """Add the statistics of windows `[w, n]` to the sums; the first `unscored` tokens of each are not predicted."""
+    count, length = len(windows), windows.shape[1] - unscored
+    targets = windows[:, unscored:].reshape(-1)
     states = []
     for reader, total in zip(readers, sums, strict=True):
         start = time.monotonic()
-        states.append(reader.states(windows))
+        states.append(reader.states(windows, unscored))
         total.seconds += time.monotonic() - start
     nll = torch.empty(len(readers), len(targets), dtype=torch.float64)
     kl = torch.empty(len(readers), len(targets), dtype=torch.float64)
@@ -191,12 +194,7 @@ def _score_batch(readers: list[RowLogits], sums: list[_Sums], windows: Tensor, *
             total.kl += kl[index].view(count, length).sum(1).tolist()
 
 
-def _check_fit(name: str, model: Any, context: int, vocab_size: int, original: RowLogits | None) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and context > positions:
-        raise RecipeError(
-            f"The context of {context} tokens is beyond the {positions} of {name}; use --context {positions}."
-        )
+def _check_vocabulary(name: str, vocab_size: int, original: RowLogits | None) -> None:
     if original is not None and vocab_size != original.vocab_size:
         raise RecipeError(
             f"{name} has a vocabulary of {vocab_size} and {original.name} one of {original.vocab_size}, so they cannot "

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from shiftadd_cli.calibration.text import check_tokens
 from shiftadd_cli.errors import CalibrationError, RecipeError, first_line
 from shiftadd_cli.evaluation.models import Loaded, ModelInfo, open_any
+from shiftadd_cli.source.positions import position_limit
 
 # ShiftAddLLM (arXiv:2406.05981), section 5.1: ARC (challenge, easy), BoolQ, COPA, PIQA, RTE, StoryCloze and MMLU.
 PAPER_TASKS = ("arc_challenge", "arc_easy", "boolq", "copa", "piqa", "rte", "storycloze_2016", "mmlu")
@@ -191,7 +193,32 @@ def _run(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=batch_size)
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+
+    class Checked(HFLM):
+        """Refuses tokens that the model does not know, which its embedding would answer with an IndexError."""
+
+        def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
+            ids: list[int] = super().tok_encode(*args, **kwargs)
+            self._check(ids)
+            return ids
+
+        def tok_batch_encode(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            ids, mask = super().tok_batch_encode(*args, **kwargs)
+            self._check(ids)
+            return ids, mask
+
+        def _check(self, ids: torch.Tensor | list[int]) -> None:
+            check_tokens(torch.as_tensor(ids), loaded.tokenizer, rows, data="A task", model=loaded.info.spec)
+
+    model = Checked(
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        backend="causal",
+        batch_size=batch_size,
+        # The harness does not know every name that configurations have for it.
+        max_length=position_limit(loaded.model.config),
+    )
     found = simple_evaluate(
         model,
         tasks=tasks,

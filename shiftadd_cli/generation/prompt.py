@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from shiftadd_cli.calibration.conversations import for_template
 from shiftadd_cli.errors import PromptError
+from shiftadd_cli.source.tokenizer import unknown_token
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def encode_prompt(text: str, tokenizer: Any, *, name: str, chat: bool | None = N
     # Of a length beyond what it was made for the tokenizer would warn; `room_for` decides.
     quiet = {"verbose": False}
     if use_chat:
-        message = [{"role": "user", "content": text}]
+        message = for_template([{"role": "user", "content": text}], tokenizer, where="The prompt")
         try:
             ids = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, return_dict=False, tokenizer_kwargs=quiet
@@ -52,6 +54,20 @@ def encode_prompt(text: str, tokenizer: Any, *, name: str, chat: bool | None = N
     if not ids:
         raise PromptError(f"The tokenizer of {name} makes no token of the prompt; give another text.")
     return Prompt(tuple(ids), use_chat)
+
+
+def check_prompt(prompt: Prompt, tokenizer: Any, rows: int, *, name: str) -> None:
+    """Refuse tokens that the embedding of the model, which has so many rows, does not hold.
+
+    Raises:
+        PromptError: with the token, its id, and the rows.
+    """
+    if unknown := unknown_token(prompt.ids, tokenizer, rows):
+        source = "The chat template or the prompt" if prompt.chat else "The prompt"
+        raise PromptError(
+            f"{source} has {unknown}, and the embedding of {name} has {rows:,} rows; leave the token out, or give the "
+            "model the tokenizer that it was trained with."
+        )
 
 
 def room_for(prompt: Prompt, positions: int | None, *, name: str) -> int | None:

@@ -12,11 +12,8 @@ from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from shiftadd_cli.allocation.front import lower_bound, uniform_points
-from shiftadd_cli.calibration.images_data import ImageData
-from shiftadd_cli.calibration.text import TextData
 from shiftadd_cli.pipeline.memory import resident_bytes
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.schema import (
@@ -104,7 +101,7 @@ def versions() -> dict[str, str]:
 
 def make_report(
     plan: Plan,
-    calibration: tuple[TextData | ImageData, Tensor] | None,
+    calibration: CalibrationReport | None,
     layers: list[LayerReport],
     blocks: list[BlockReport],
     distillation: DistillationReport | None,
@@ -138,7 +135,7 @@ def make_report(
         ),
         recipe=plan.recipe.model_dump(mode="json"),
         recipe_fingerprint=plan.recipe.fingerprint(),
-        calibration=None if calibration is None else _calibration(*calibration),
+        calibration=calibration,
         bit_plan=_bit_plan(plan),
         size=SizeReport(
             files_bytes=files_bytes,
@@ -186,16 +183,4 @@ def _bit_plan(plan: Plan) -> BitPlanReport | None:
             TradeOffPoint(bits_per_weight=point.nbytes * bits_per_byte, predicted_loss=point.predicted_loss)
             for point in lower_bound(made)
         ],
-    )
-
-
-def _calibration(data: TextData | ImageData, samples: Tensor) -> CalibrationReport:
-    images = isinstance(data, ImageData)
-    return CalibrationReport(
-        name=data.name,
-        fingerprint=data.fingerprint,
-        samples=len(samples),
-        seq_len=None if images else samples.shape[1],
-        tokens=None if images else samples.numel(),
-        image_shape=tuple(samples.shape[1:]) if images else None,
     )

@@ -32,13 +32,14 @@ from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.device import choose_device, move_parts
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import AllocationError
+from shiftadd_cli.pipeline.history import samples_fingerprint
 from shiftadd_cli.pipeline.plan import Plan, PlannedLinear, make_plan
 from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import Source
 
-# Fields of a recipe that no sensitivity depends on; the text goes by its own fingerprint, whatever it is called.
+# Fields of a recipe that no sensitivity depends on; the text goes by the samples drawn from it, whatever it is called.
 _IRRELEVANT = (
     "primitive", "bits", "avg_bits", "candidates", "tie_fused", "bit_plan", "refine_rounds", "descent_passes",
     "bias_correction", "true_sequential", "asymmetric", "loss_aware", "reconstruct_epochs", "distill_epochs",
@@ -116,7 +117,7 @@ class AllocationJob:
                 "What bits matter to a layer is measured on calibration data; choose a --calibration, and a recipe "
                 "that uses one."
             )
-        job = cls(source, recipe, request, plan.linears, allowed, tied, _calibrate(plan), device)
+        job = cls(source, plan.recipe, request, plan.linears, allowed, tied, _calibrate(plan), device)
         job.check_budget()
         return job
 
@@ -210,7 +211,8 @@ class AllocationJob:
             self.source.fingerprint,
             str(self.running.dtype),
             self.recipe_fingerprint,
-            self.calibration.data.fingerprint,
+            # Of the samples themselves: another way to draw or to read the same data gives other sensitivities.
+            samples_fingerprint(self.calibration.samples),
         )
         kept = cache.load() if team.first else None
         known = next(iter(kept.costs.values())).keys() if kept is not None else set[Choice]()
@@ -305,6 +307,7 @@ class AllocationJob:
                     fingerprint=self.calibration.data.fingerprint,
                     samples=len(samples),
                     seq_len=None if self.source.reads_images else samples.shape[1],
+                    window_start=self.calibration.window_start,
                 ),
                 budget=request.budget.text,
                 keep=request.keep,

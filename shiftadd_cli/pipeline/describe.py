@@ -6,6 +6,7 @@ from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.bcq.choices import choices_in_words
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.summary import size, table
+from shiftadd_cli.source.positions import position_limit
 
 
 def describe_plan(plan: Plan) -> str:
@@ -61,7 +62,14 @@ def _span(sizes: list[int]) -> str:
 
 def _samples(plan: Plan) -> str:
     recipe = plan.recipe
-    return f"{recipe.samples} images" if plan.source.reads_images else f"{recipe.samples} x {recipe.seq_len} tokens"
+    if plan.source.reads_images:
+        return f"{recipe.samples} images"
+    positions = position_limit(plan.source.config)
+    longest = ", as many as the model has positions for" if recipe.seq_len == positions else ""
+    return (
+        f"{recipe.samples} x {recipe.seq_len} tokens{longest}; windows begin with "
+        f"{plan.window_start or 'no special token'}"
+    )
 
 
 def _partial(plan: Plan) -> list[str]:

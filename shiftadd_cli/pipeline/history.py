@@ -67,7 +67,7 @@ class Asked(_Part):
         return cls(
             recipe=plan.recipe.model_dump(mode="json"),
             source=plan.source.fingerprint,
-            tokens=None if windows is None else _fingerprint(windows),
+            tokens=None if windows is None else samples_fingerprint(windows),
             bit_plan=None if plan.bit_plan is None else plan.bit_plan.fingerprint(),
             computed=str(plan.running.dtype),
             versions=versions(),
@@ -363,9 +363,10 @@ def _block_name(depth: int) -> str:
     return f"block-{depth:05}"
 
 
-def _fingerprint(windows: Tensor) -> str:
-    digest = hashlib.sha256(f"{windows.dtype} {tuple(windows.shape)}".encode())
-    digest.update(windows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def samples_fingerprint(samples: Tensor) -> str:
+    """SHA-256, in hex, of calibration samples: tokens or pixels, their dtype and shape."""
+    digest = hashlib.sha256(f"{samples.dtype} {tuple(samples.shape)}".encode())
+    digest.update(samples.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

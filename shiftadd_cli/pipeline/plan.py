@@ -25,6 +25,8 @@ from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import NO_CALIBRATION, Recipe
 from shiftadd_cli.source import LinearSpec, Source, Structure, find_structure
 from shiftadd_cli.source.experts import has_split_experts, routed_shares
+from shiftadd_cli.source.positions import position_limit, window_length
+from shiftadd_cli.source.tokenizer import leading_tokens, tokens_as_text
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         return self.recipe.calibration != NO_CALIBRATION
+
+    @property
+    def window_start(self) -> str | None:
+        """The special tokens that every calibration window begins with; "" for none, None for a run without text."""
+        if not self.calibrated or self.source.reads_images:
+            return None
+        tokenizer = self.source.load_tokenizer()
+        return tokens_as_text(tokenizer, leading_tokens(tokenizer))
 
     @property
     def parameters(self) -> int:
@@ -173,8 +183,10 @@ def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None 
         those of the recipe's bit plan, or its primitive and bits for all.
 
     Raises SourceError when there is nothing to quantize, see `find_structure`; AllocationError when the bit plan cannot
-    be read, or is of another model or another way to store it.
+    be read, or is of another model or another way to store it; RecipeError for windows longer than the model's
+    positions.
     """
+    recipe = _within_positions(source, recipe)
     model = source.skeleton()
     structure = find_structure(model, recipe.skip, allow_partial=recipe.allow_partial)
     if recipe.distill_epochs and any(structure.shared_in(depth) for depth in range(len(structure.blocks))):
@@ -201,6 +213,18 @@ def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None 
     running = source if recipe.calibration == NO_CALIBRATION else source.computed_on(choose_device(recipe.device))
     peak = peak_memory(running, structure, tables, recipe)
     return Plan(source, running, structure, recipe, linears, tables, tensors, kept, kept_modules, peak, bit_plan)
+
+
+def _within_positions(source: Source, recipe: Recipe) -> Recipe:
+    """The recipe with windows that the model can read: a length that the user did not give is shortened.
+
+    Raises RecipeError for a length that the user gave and the model cannot read.
+    """
+    if source.reads_images or recipe.calibration == NO_CALIBRATION:
+        return recipe
+    asked = recipe.seq_len if "seq_len" in recipe.model_fields_set else None
+    length = window_length(asked, recipe.seq_len, {source.spec: position_limit(source.config)}, "--seq-len")
+    return recipe if length == recipe.seq_len else recipe.model_copy(update={"seq_len": length})
 
 
 def least_memory(plan: Plan, limit: int) -> tuple[int, int]:

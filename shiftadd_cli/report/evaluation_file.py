@@ -2,8 +2,8 @@
 
     {"schema_version": 1, "evaluations": [{"text": "...", "context": 512, ..., "original": {...}, "model": {...}}]}
 
-One entry for each text, context, number of tokens, original and dtype, or of a vision model for each set of images, how
-many of them, original and dtype; measuring the same again replaces it.
+One entry for each text, context, start of its windows, number of tokens, original and dtype, or of a vision model for
+each set of images, how many of them, original and dtype; measuring the same again replaces it.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class EvaluationReport(_Part):
     tokens: int
     scored_tokens: int
     context: int
+    window_start: Annotated[str, Field(description="Special tokens that every window begins with; not scored.")] = ""
     device: str
     original: ScoreReport | None
     model: ScoreReport
@@ -77,7 +78,7 @@ class EvaluationReport(_Part):
     def key(self) -> tuple[object, ...]:
         """What makes it the same measurement."""
         original = None if self.original is None else self.original.spec
-        return self.text_fingerprint, self.tokens, self.context, original, self.model.dtype
+        return self.text_fingerprint, self.tokens, self.context, self.window_start, original, self.model.dtype
 
     @property
     def quality(self) -> Quality:
@@ -90,7 +91,8 @@ class EvaluationReport(_Part):
             None if own.kl is None else with_error(own.kl, own.kl_error, 4),
             "nats a token",
             None if own.agreement is None else f"{own.agreement:.1%}",
-            f"{self.text}, {self.scored_tokens:,} tokens, context {self.context}",
+            f"{self.text}, {self.scored_tokens:,} tokens, context {self.context}"
+            + (f", windows begin with {self.window_start}" if self.window_start else ""),
         )
 
 

@@ -52,6 +52,10 @@ class CalibrationReport(_Part):
     samples: Annotated[int, Field(description="Windows of tokens, or images.")]
     seq_len: Annotated[int | None, Field(description="Tokens of a window; null for images.")]
     tokens: Annotated[int | None, Field(description="null for images.")]
+    window_start: Annotated[
+        str | None,
+        Field(description="Special tokens that every window begins with, counted as its tokens; null for images."),
+    ] = None
     image_shape: Annotated[
         tuple[int, ...] | None, Field(description="Channels, height and width of an image as the model reads it.")
     ] = None
@@ -59,7 +63,10 @@ class CalibrationReport(_Part):
     @property
     def amount(self) -> str:
         """How much of it, in words."""
-        return f"{self.samples} images" if self.seq_len is None else f"{self.samples} x {self.seq_len} tokens"
+        if self.seq_len is None:
+            return f"{self.samples} images"
+        start = f", windows begin with {self.window_start}" if self.window_start else ""
+        return f"{self.samples} x {self.seq_len} tokens{start}"
 
 
 class SizeReport(_Part):

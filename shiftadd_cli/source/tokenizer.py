@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from shiftadd_cli.errors import SourceError, first_line
+
+# A tokenizer without a token for the first may have one for another.
+_SAMPLES = ("a", "0", ".", "\u4e00")
 
 
 def load_tokenizer(path: Path, *, remote_code: bool) -> Any:
@@ -28,3 +35,37 @@ def load_tokenizer(path: Path, *, remote_code: bool) -> Any:
     if len(tokenizer) == 0:
         raise SourceError(f"{path} holds no tokenizer; put the tokenizer files of the original model there.")
     return tokenizer
+
+
+def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of the special tokens that the tokenizer puts before a text by itself: often that of `<bos>`, or none.
+
+    Raises:
+        SourceError: it encodes the text itself in another way when it adds special tokens.
+    """
+    for sample in _SAMPLES:
+        bare, whole = (tokenizer(sample, add_special_tokens=added)["input_ids"] for added in (False, True))
+        if not bare:
+            continue
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return tuple(whole[:start])
+    raise SourceError(
+        f"It cannot be told which special tokens the tokenizer {type(tokenizer).__name__} puts before a text; check "
+        "the post-processor in tokenizer.json."
+    )
+
+
+def tokens_as_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The names of some tokens in one string; empty for none."""
+    return "".join(tokenizer.convert_ids_to_tokens(list(ids)))
+
+
+def unknown_token(ids: Tensor | Sequence[int], tokenizer: Any, rows: int) -> str | None:
+    """The first token without a row in an embedding of `rows` rows, by name and id; None if all have one."""
+    ids = torch.as_tensor(ids).flatten()
+    beyond = ids[ids >= rows]
+    if not len(beyond):
+        return None
+    first = int(beyond[0])
+    return f"the token {tokenizer.convert_ids_to_tokens(first)!r} (id {first:,})"

@@ -96,6 +96,12 @@ def test_lengths_beyond_a_context_are_refused(positions, asked, said):
         module._lengths(fakes(*positions), asked, 64)
 
 
+@pytest.mark.parametrize(("positions", "expected"), [(512, 64), (64, 32), (None, 64)])
+def test_new_tokens_that_nobody_asked_for_leave_room_for_a_prompt(positions, expected):
+    task = module._read_and_write(fakes(positions), None, None, 1)
+    assert task.conditions["new_tokens"] == expected
+
+
 def test_prompts_are_real_text_and_repeat_where_it_is_short():
     text = load_text("builtin", split="test").text
     ids = tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]

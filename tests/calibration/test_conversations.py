@@ -70,6 +70,89 @@ def test_what_a_template_does_not_take_is_named_by_its_line(tmp_path: Path) -> N
         load_text(spec, split="calibration", tokenizer=tokenizer)
 
 
+PARTS = [
+    [
+        {"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "a slice?"}]},
+        {"role": "assistant", "content": "A part of a sequence."},
+    ],
+    [{"role": "user", "content": ["one", {"text": "two"}]}, {"role": "assistant", "content": None}],
+]
+JOINED = [
+    [{"role": "user", "content": "What is\na slice?"}, {"role": "assistant", "content": "A part of a sequence."}],
+    [{"role": "user", "content": "one\ntwo"}, {"role": "assistant", "content": None}],
+]
+STRINGS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+ITERATES = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content or [] %}{% if part.type == 'text' %}"
+    "[{{ part.text }}]{% endif %}{% endfor %}{% endfor %}"
+)
+BOTH = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content or [] %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [STRINGS, BOTH, "{{ messages | tojson }}"])
+def test_parts_are_joined_for_templates_that_take_strings(tmp_path: Path, template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    expected = "".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in JOINED)
+    spec = write_lines(tmp_path / "a.jsonl", *({"messages": chat} for chat in PARTS))
+    text = load_text(spec, split="calibration", tokenizer=tokenizer).text
+    assert text == expected
+    assert "type" not in text
+
+
+def test_a_template_that_drops_strings_gets_parts(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ITERATES
+    spec = write_lines(tmp_path / "a.jsonl", *({"messages": chat} for chat in PARTS))
+    assert load_text(spec, split="calibration", tokenizer=tokenizer).text == (
+        "<user>[What is][a slice?]<assistant>[A part of a sequence.]<user>[one][two]<assistant>"
+    )
+
+
+def test_parts_of_a_parquet_file_are_those_of_a_list(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    chats = [[{"role": "user", "content": [{"type": "text", "text": "a", "image": None}]}]]
+    kind = pa.list_(
+        pa.struct(
+            {
+                "role": pa.string(),
+                "content": pa.list_(pa.struct({"type": pa.string(), "text": pa.string(), "image": pa.string()})),
+            }
+        )
+    )
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"messages": pa.array(chats, kind)}), table)
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert load_text(str(table), split="test", tokenizer=tokenizer).text == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"type": "image", "image": "a.png"}, "a part of type 'image'"),
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, "a part of type 'image_url'"),
+        ({"type": "input_audio", "text": None}, "a part of type 'input_audio'"),
+        ({"type": "text", "text": 3}, "a part of type 'text'"),
+        ({"image": "a.png"}, "a part without a type"),
+        (3, "a part without a type"),
+    ],
+)
+def test_a_part_that_is_no_text_is_refused_with_file_and_line(tmp_path: Path, part: object, named: str) -> None:
+    chat = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, part]}]
+    spec = write_lines(tmp_path / "a.jsonl", {"messages": PARTS[0]}, {"messages": chat})
+    with pytest.raises(CalibrationError, match=rf"a\.jsonl, line 2, holds a message with {named}, and only text"):
+        load_text(spec, split="calibration", tokenizer=tiny_tokenizer())
+
+
+def test_a_content_of_another_type_is_refused(tmp_path: Path) -> None:
+    spec = write_lines(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": {"text": "a"}}]})
+    with pytest.raises(CalibrationError, match=r"a\.jsonl, line 1, holds a message whose content is neither .* a dict"):
+        load_text(spec, split="calibration", tokenizer=tiny_tokenizer())
+
+
 def test_a_column_of_other_things_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"messages": [CHATS[0], [{"role": None, "content": "a"}]]}), path)

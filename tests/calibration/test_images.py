@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -228,3 +230,93 @@ def test_a_table_without_pictures_is_one_sentence(tmp_path):
     refused(tmp_path / "text.parquet", r"has no column of images \(found text, label\)")
     parquet.write_table(pyarrow.table({"image": [1.5], "label": [1]}), tmp_path / "numbers.parquet")
     refused(tmp_path / "numbers.parquet", r"The column 'image' of numbers\.parquet holds no images")
+
+
+def pixels_of(folder, reader):
+    data = load_images(str(folder), split="test")
+    return torch.stack([pixels for _, pixels in read_images(data, reader, range(len(data)))])
+
+
+def noise(seed=0, size=(24, 24), high=256):
+    return numpy.random.default_rng(seed).integers(0, high, size)
+
+
+TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_pictures_are_turned_upright_as_their_tag_says(tmp_path, reader, orientation):
+    for name in ("plain", "tagged"):
+        (tmp_path / name).mkdir()
+    upright = Image.fromarray(noise(size=(24, 24, 3)).astype("uint8"))
+    upright.save(tmp_path / "plain" / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright.transpose(TURNED[orientation])
+    stored.save(tmp_path / "tagged" / "a.png", exif=exif)
+    assert torch.equal(pixels_of(tmp_path / "tagged", reader), pixels_of(tmp_path / "plain", reader))
+
+
+def write_wide(folder, kind, grey):
+    """Grey values from 0 to 255 in a file that holds more than 8 bits of each."""
+    folder.mkdir()
+    wide = (grey * 257).astype(numpy.uint16)
+    if kind == "pgm":
+        height, width = grey.shape
+        (folder / "a.pgm").write_bytes(b"P5 %d %d 65535\n" % (width, height) + wide.astype(">u2").tobytes())
+    elif kind == "inverted.tiff":
+        Image.fromarray(65535 - wide).save(folder / "a.tiff", tiffinfo={262: 0})
+    else:
+        Image.fromarray(wide).save(folder / f"a.{kind}")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["png", "tiff", "pgm", "inverted.tiff"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, kind, channels):
+    (tmp_path / "processor").mkdir()
+    write_processor(tmp_path / "processor", channels=channels)
+    reader = ImageReader(load_image_processor(tmp_path / "processor"), channels, "the model")
+    grey = noise()
+    write_wide(tmp_path / "wide", kind, grey)
+    (tmp_path / "narrow").mkdir()
+    Image.fromarray(grey.astype("uint8")).save(tmp_path / "narrow" / "a.png")
+    assert torch.equal(pixels_of(tmp_path / "wide", reader), pixels_of(tmp_path / "narrow", reader))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "floating-point"), ("int32", "32-bit or signed")])
+def test_numbers_of_unknown_range_are_refused_by_name(tmp_path, reader, dtype, kind):
+    Image.fromarray(noise(high=9).astype(dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(CalibrationError, match=rf"a\.tiff holds {kind} numbers.*save it with 8 or 16 bits"):
+        pixels_of(tmp_path, reader)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_dropped(tmp_path, reader, mode):
+    for name in ("opaque", "clear"):
+        (tmp_path / name).mkdir()
+    opaque = Image.fromarray(noise(size=(24, 24, 3)).astype("uint8"))
+    opaque = opaque.convert({"RGBA": "RGB", "LA": "L", "P": "P"}[mode])
+    opaque.save(tmp_path / "opaque" / "a.png")
+    if mode == "P":
+        opaque.save(tmp_path / "clear" / "a.png", transparency=3)
+    else:
+        opaque.putalpha(Image.fromarray(noise(seed=1).astype("uint8")))
+        opaque.save(tmp_path / "clear" / "a.png")
+    assert torch.equal(pixels_of(tmp_path / "clear", reader), pixels_of(tmp_path / "opaque", reader))
+
+
+def test_large_pictures_draw_no_warning_and_larger_ones_are_named(tmp_path, reader, monkeypatch, capsys, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    for name, side in (("fits", 19), ("large", 28), ("bomb", 29)):
+        Image.new("1", (side, side)).save(tmp_path / f"{name}.png")
+    assert len(pixels_of(tmp_path, reader)) == 2
+    assert re.search(r"bomb\.png cannot be read \(it has more than the 800 pixels", capsys.readouterr().err)
+    assert not [each for each in recwarn if issubclass(each.category, Image.DecompressionBombWarning)]

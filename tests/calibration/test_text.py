@@ -16,20 +16,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_tokenizer
+from tiny_models import VOCAB_SIZE, tiny_tokenizer
 
 from shiftadd_cli.calibration import text as text_module
 from shiftadd_cli.calibration import text_builtin, text_files, text_hub
-from shiftadd_cli.calibration.text import TextData, load_text, sample_windows, tokenise
+from shiftadd_cli.calibration.text import TextData, check_tokens, load_text, sample_windows, tokenise
+from shiftadd_cli.calibration.windows import cut_windows
 from shiftadd_cli.errors import CalibrationError
 
 
 class CharacterTokenizer:
-    """One token per character, so that the expected tokens are known without any tokenizer."""
+    """One token per character, so that the expected tokens are known without a tokenizer; `before` precedes a text."""
 
-    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [ord(character) for character in text]}
+    def __init__(self, before: tuple[str, ...] = ()) -> None:
+        self.before = before
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool = True) -> dict[str, list[int]]:
+        whole = [*self.before, *text] if add_special_tokens else text
+        return {"input_ids": [ord(character) for character in whole]}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [chr(each) for each in ids]
 
 
 def data(text: str) -> TextData:
@@ -188,7 +195,7 @@ def test_c4_is_read_only_as_far_as_needed(monkeypatch):
 
 @given(
     text=st.text(alphabet="ab\n", min_size=1, max_size=400),
-    seq_len=st.integers(1, 9),
+    seq_len=st.integers(2, 9),
     samples=st.integers(1, 30),
     seed=st.integers(0, 2**63 - 1),
 )
@@ -209,6 +216,63 @@ def test_windows_are_disjoint_pieces_of_the_text(text, seq_len, samples, seed):
     steps = drawn[:, 1:] - drawn[:, :-1]
     assert bool((steps == 1).all())
     assert bool(((drawn[:, 0] - 1000) % seq_len == 0).all())
+
+
+@given(
+    count=st.integers(0, 300),
+    seq_len=st.integers(3, 9),
+    samples=st.integers(1, 30),
+    before=st.sampled_from(["^", "<^"]),
+)
+@settings(deadline=None)
+def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(count, seq_len, samples, before):
+    text = data("".join(chr(1000 + place) for place in range(count)))
+    tokenizer, own = CharacterTokenizer(tuple(before)), seq_len - len(before)
+    if count // own < samples:
+        with pytest.raises(CalibrationError, match=rf"need {samples * own} tokens behind {re.escape(before)}, and"):
+            sample_windows(text, tokenizer, samples=samples, seq_len=seq_len, seed=0)
+        return
+    drawn = sample_windows(text, tokenizer, samples=samples, seq_len=seq_len, seed=0)
+    assert drawn.shape == (samples, seq_len)
+    assert all("".join(map(chr, window[: len(before)])) == before for window in drawn.tolist())
+    behind = drawn[:, len(before) :]
+    assert behind.unique().numel() == samples * own
+    assert int(behind.min()) >= 1000
+
+
+def test_windows_that_hold_nothing_but_special_tokens_are_refused():
+    with pytest.raises(CalibrationError, match=r"2 tokens hold nothing but <\^.*larger --seq-len"):
+        sample_windows(data("text" * 99), CharacterTokenizer(("<", "^")), samples=1, seq_len=2, seed=0)
+
+
+def test_a_conversation_gets_no_second_special_token(tmp_path):
+    tokenizer = tiny_tokenizer(before=("<|user|>",))
+    chats = [{"messages": [{"role": "user", "content": "ab " * 20}]} for _ in range(8)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, chats)))
+    text = load_text(str(path), split="calibration", tokenizer=tokenizer)
+    one = len(tokenise(text.text, tokenizer)) // 8
+    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    # The template begins every conversation with the token that the tokenizer puts before a text.
+    windows = sample_windows(text, tokenizer, samples=8, seq_len=one, seed=0)
+    assert windows.tolist() == [tokenise(text.text, tokenizer)[:one].tolist()] * 8
+    for window in sample_windows(text, tokenizer, samples=5, seq_len=one - 3, seed=0).tolist():
+        assert window[0] == user
+        assert window[1] != user
+
+
+def test_tokens_without_a_row_in_the_embedding_are_refused_by_name():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<x>"])
+    ids = tokenise("some text <x> and more", tokenizer)
+    check_tokens(ids, tokenizer, VOCAB_SIZE + 1, data="a text", model="m")
+    with pytest.raises(
+        CalibrationError, match=r"a text has the token '<x>' \(id 320\), and the embedding of m has 320"
+    ):
+        check_tokens(ids, tokenizer, VOCAB_SIZE, data="a text", model="m")
+    for length in (3, 100):
+        with pytest.raises(CalibrationError, match="'<x>'"):
+            check_tokens(cut_windows(ids, length), tokenizer, VOCAB_SIZE, data="a text", model="m")
 
 
 def test_more_samples_begin_with_the_fewer_and_the_seed_matters():

@@ -44,8 +44,26 @@ def test_the_table_has_a_row_per_model_and_says_how_it_was_measured(one, two):
     assert len({len(row) for row in (header, original, first, second)}) == 1
     assert "builtin (documentation of Python" in result.stdout
     assert "200 tokens (the first of" in result.stdout
-    assert "4 of 64 tokens (context), not overlapping; 196 tokens scored" in result.stdout
+    assert (
+        "4 of 64 tokens (context), not overlapping, which begin with no special token; 196 tokens scored"
+        in result.stdout
+    )
     assert "in float32 on cpu" in result.stdout
+
+
+def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(tmp_path):
+    model = str(save_tiny("llama", tmp_path / "model", before=("<|user|>",)))
+    result = evaluate(model, *SHORT)
+    assert "4 of 64 tokens (context), not overlapping, which begin with <|user|>; 200 tokens scored" in result.stdout
+    other = str(save_tiny("llama", tmp_path / "other"))
+    refused = evaluate(model, other, *SHORT)
+    assert refused.exit_code == 2
+    assert f"tokenizer of {model} puts <|user|> before a text and that of {other} nothing" in refused.stderr
+
+
+def test_a_context_that_nobody_asked_for_is_shortened_to_the_positions(one):
+    result = evaluate(one, "--max-tokens", "600", "--device", "cpu")
+    assert "2 of 512 tokens (context, as many as there are positions for), not overlapping" in result.stdout
 
 
 def test_json_is_all_there_is_on_standard_output(one, two):
@@ -85,7 +103,7 @@ BAD = {
     "unknown text": (["{one}", "--dataset", "wikitxt2"], "did you mean wikitext2?"),
     "no network": (["{one}", "--dataset", "wikitext2"], "pass a .txt, .jsonl or .parquet file instead"),
     "context of one": (["{one}", "--context", "1"], "'--context'"),
-    "context too long": (["{one}", "--context", "100000"], "is beyond the 512"),
+    "context too long": (["{one}", "--context", "100000"], "is longer than the 512 positions of"),
     "no such device": (["{one}", "--device", "nonsense"], "--device nonsense"),
     "unknown dtype": (["{one}", "--dtype", "int8"], "'--dtype'"),
 }

@@ -54,6 +54,31 @@ def test_perplexity_of_the_first_tokens_of_the_text(one):
     assert found.models[0].score.kl is None
 
 
+@torch.no_grad()
+def test_a_model_is_measured_behind_the_tokens_that_its_tokenizer_puts_before_a_text(folder):
+    found = run(str(save_tiny("llama", folder / "begun", before=("<|user|>",))))
+    tokenizer = tiny_tokenizer(before=("<|user|>",))
+    ids = tokenizer(load_text("builtin", split="test").text, add_special_tokens=False)["input_ids"][:300]
+    assert (found.window_start, found.windows, found.tokens, found.scored_tokens) == ("<|user|>", 5, 300, 300)
+    model, total = tiny_model("llama"), 0.0
+    for own in torch.tensor(ids).split(63):
+        window = torch.tensor(tokenizer(tokenizer.decode(own))["input_ids"])
+        assert window[1:].tolist() == own.tolist()
+        total += (len(window) - 1) * model(input_ids=window.unsqueeze(0), labels=window.unsqueeze(0)).loss.item()
+    assert found.models[0].score.perplexity == pytest.approx(math.exp(total / 300), rel=1e-5)
+
+
+def test_tokens_beyond_the_embedding_are_refused_before_a_model_is_loaded(folder, tmp_path, monkeypatch):
+    model = save_tiny("llama", folder / "beyond")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<x>"])
+    tokenizer.save_pretrained(model)
+    (tmp_path / "x.txt").write_text("a line with <x> in it\n" * 20)
+    monkeypatch.setattr("shiftadd_cli.evaluation.models.Opened.load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(CalibrationError, match=r"x\.txt has the token '<x>' \(id 320\), and the embedding of .* 320 "):
+        run(str(model), dataset=str(tmp_path / "x.txt"))
+
+
 def test_several_models_against_an_original(one, two):
     found = run(one, two, against=one)
     same, other = (each.score for each in found.models)

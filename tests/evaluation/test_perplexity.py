@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB_SIZE, tiny_model
 
+from shiftadd_cli.calibration.windows import cut_windows
 from shiftadd_cli.errors import CalibrationError, NumericalError, RecipeError
 from shiftadd_cli.evaluation import logits as logits_module
 from shiftadd_cli.evaluation import perplexity as module
@@ -22,8 +23,9 @@ def some_tokens(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def score(model, tokens, context, **options):
-    return score_models([("model", model)], tokens, context=context, show_progress=False, **options)[0][0]
+def score(model, tokens, context, *, prefix=(), **options):
+    windows = cut_windows(tokens, context, prefix)
+    return score_models([("model", model)], windows, show_progress=False, **options)[0][0]
 
 
 def reference(tokens, context, model, original=None):
@@ -61,7 +63,7 @@ def test_scores_equal_the_obvious_formulas(count, context):
     tokens = some_tokens(count)
     nll, kl, same = reference(tokens, context, TWO, ONE)
     found, original = score_models(
-        [("two", TWO)], tokens, context=context, batch_size=3, original=("one", ONE), show_progress=False
+        [("two", TWO)], cut_windows(tokens, context), batch_size=3, original=("one", ONE), show_progress=False
     )
     assert found[0].nll == pytest.approx(mean(nll), rel=1e-5)
     assert found[0].perplexity == pytest.approx(math.exp(mean(nll)), rel=1e-5)
@@ -118,7 +120,7 @@ def test_several_candidates_score_as_each_alone():
     tokens = some_tokens(90)
     three = tiny_model("llama", seed=2)
     both, _ = score_models(
-        [("two", TWO), ("three", three)], tokens, context=32, original=("one", ONE), show_progress=False
+        [("two", TWO), ("three", three)], cut_windows(tokens, 32), original=("one", ONE), show_progress=False
     )
     for found, model in zip(both, (TWO, three), strict=True):
         alone = score(model, tokens, 32, original=("one", ONE))
@@ -181,16 +183,33 @@ def test_nan_is_refused_by_name():
         score(broken, some_tokens(20), 10)
 
 
-@pytest.mark.parametrize(("count", "context"), [(0, 8), (1, 8), (20, 1)])
-def test_too_little_to_predict_is_refused(count, context):
-    with pytest.raises(CalibrationError, match="needs two tokens"):
-        score(ONE, some_tokens(count), context)
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_little_to_predict_is_refused(count):
+    with pytest.raises(CalibrationError, match="needs a token to predict"):
+        score(ONE, some_tokens(count), 8)
 
 
-def test_a_context_beyond_the_positions_is_refused():
-    with pytest.raises(RecipeError, match=r"beyond the 512 of model; use --context 512"):
+def test_windows_beyond_the_positions_are_refused():
+    with pytest.raises(RecipeError, match=r"513 tokens is longer than the 512 positions of model; give --context 512"):
         score(ONE, some_tokens(600), 513)
     assert score(ONE, some_tokens(40), 513).nll > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", [(3,), (3, 7)])
+def test_behind_a_prefix_every_token_is_predicted_from_it_and_those_before(prefix):
+    tokens, own = some_tokens(90), 30
+    nll, kl = [], []
+    for part in tokens.split(own):
+        window = torch.cat((torch.tensor(prefix), part)).unsqueeze(0)
+        chances = [
+            each(input_ids=window).logits[0].double().log_softmax(-1)[len(prefix) - 1 : -1] for each in (TWO, ONE)
+        ]
+        nll.append(-chances[0].gather(1, part.unsqueeze(1)).squeeze(1))
+        kl.append((chances[1].exp() * (chances[1] - chances[0])).sum(-1))
+    found = score(TWO, tokens, own + len(prefix), prefix=prefix, original=("one", ONE))
+    assert found.nll == pytest.approx(torch.cat(nll).mean().item(), rel=1e-5)
+    assert found.kl == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
 
 
 def test_another_vocabulary_is_refused():

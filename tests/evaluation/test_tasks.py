@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_models import save_tiny, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from shiftadd_cli.errors import CalibrationError
 from shiftadd_cli.evaluation.tasks import PAPER_TASKS, evaluate_tasks, harness_tasks, task_names
@@ -80,6 +80,37 @@ def test_accuracy_is_that_of_the_likeliest_answers(model: Path, tasks: Path) -> 
         assert score.error > 0
         assert (score.samples, score.higher_is_better) == (len(QUESTIONS), True)
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["tasks"] == ["shiftadd_questions"]
+
+
+def test_a_text_begins_once_as_its_tokenizer_begins_it(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = save_tiny("llama", tmp_path / "begun", before=("<|user|>",))
+    seen: list[torch.Tensor] = []
+    forward = LlamaForCausalLM.forward
+
+    def watch(self, input_ids, **options):
+        seen.extend(input_ids)
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watch)
+    evaluate_tasks([str(begun)], ["shiftadd_questions"], task_path=tasks, fewshot=0)
+    user = tiny_tokenizer().convert_tokens_to_ids("<|user|>")
+    # The harness tries batches of one token before.
+    questions = [ids.tolist() for ids in seen if len(set(ids.tolist())) > 1]
+    assert questions
+    assert all(ids[0] == user and ids.count(user) == 1 for ids in questions)
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_name(tasks: Path, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "beyond")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["colour"])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(
+        CalibrationError, match=r"A task has the token 'colour' \(id 320\), and the embedding of .*320 rows"
+    ):
+        evaluate_tasks([str(model)], ["shiftadd_questions"], task_path=tasks, fewshot=0)
 
 
 def test_a_limit_takes_the_first_documents(model: Path, tasks: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from tiny_models import tiny_tokenizer
 
 from shiftadd_cli.errors import PromptError
-from shiftadd_cli.generation.prompt import Prompt, encode_prompt, room_for
+from shiftadd_cli.generation.prompt import Prompt, check_prompt, encode_prompt, room_for
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +79,24 @@ def test_a_prompt_leaves_the_rest_of_the_context():
     for positions in (3, 2):
         with pytest.raises(PromptError, match=f"3 tokens, and the context of m is {positions}"):
             room_for(prompt, positions, name="m")
+
+
+def test_a_token_beyond_the_embedding_is_named(tokenizer):
+    other = tiny_tokenizer()
+    other.add_tokens(["<x>"])
+    prompt = encode_prompt("before <x> behind", other, name="m", chat=False)
+    check_prompt(prompt, other, 321, name="m")
+    with pytest.raises(PromptError, match=r"The prompt has the token '<x>' \(id 320\), and the embedding of m has 320"):
+        check_prompt(prompt, other, 320, name="m")
+    other.chat_template = "<x>{{ messages[0]['content'] }}"
+    with pytest.raises(PromptError, match="chat template or the prompt has the token '<x>'"):
+        check_prompt(encode_prompt("hello", other, name="m"), other, 320, name="m")
+
+
+def test_a_template_that_iterates_over_parts_shows_the_prompt():
+    other = tiny_tokenizer()
+    other.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}({{ part.text }})"
+        "{% endif %}{% endfor %}{% endfor %}"
+    )
+    assert other.decode(encode_prompt("hello", other, name="m").ids) == "(hello)"

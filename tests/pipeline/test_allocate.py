@@ -149,6 +149,25 @@ def test_a_plan_measured_in_two_goes_is_that_of_one(model, cache, sensitivity):
     assert BitPlan.model_validate_json(twice.to_json()) == twice
 
 
+def test_sensitivities_of_other_windows_are_not_remembered(model, tmp_path, monkeypatch):
+    """The same model, text and recipe: with another tokenizer the windows are others."""
+    job_for(model, bits=4.2).run(quiet)
+    monkeypatch.setattr(AllocationJob, "measure", lambda *_: pytest.fail("it was measured again"))
+    job_for(model, bits=4.0).run(quiet)
+    begun = save_tiny("llama", tmp_path / "begun", before=("<|user|>",))
+    job = job_for(str(begun), bits=4.2)
+    assert job.source.fingerprint == open_source(model).fingerprint
+    assert job.recipe_fingerprint == job_for(model, bits=4.2).recipe_fingerprint
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        job.run(quiet)
+
+
+@pytest.mark.parametrize("before", [(), ("<|user|>",)])
+def test_a_plan_says_what_its_windows_begin_with(tmp_path, before):
+    plan = job_for(str(save_tiny("llama", tmp_path / "model", before=before)), bits=4.2).run(quiet)
+    assert BitPlan.model_validate_json(plan.to_json()).made_by.calibration.window_start == "".join(before)
+
+
 @pytest.mark.parametrize(("bits", "size"), [(2.0, None), (None, "20KB")])
 def test_a_budget_that_cannot_be_met_is_refused_before_any_work_with_the_range(model, cache, bits, size):
     with pytest.raises(AllocationError) as caught:

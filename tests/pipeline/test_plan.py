@@ -11,7 +11,7 @@ from tiny_models import save_tiny
 
 from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.distributed.team import ALONE, Team
-from shiftadd_cli.errors import SourceError
+from shiftadd_cli.errors import RecipeError, SourceError
 from shiftadd_cli.pipeline.describe import describe_plan
 from shiftadd_cli.pipeline.plan import least_memory, make_plan
 from shiftadd_cli.recipe import Recipe
@@ -125,7 +125,7 @@ def test_what_measures_gradients_holds_hidden_states_in_memory(tmp_path, fields,
 
 
 def test_the_least_memory_is_that_of_the_smallest_batch_that_is_needed(tmp_path):
-    save_tiny("llama", tmp_path)
+    save_tiny("bloom", tmp_path)  # has no last position
     plans = {size: plan_of(tmp_path, batch_size=size, seq_len=4096) for size in (1, 2, 4, 16)}
     needs = {size: plan.peak_memory_bytes for size, plan in plans.items()}
     assert needs[1] < needs[2] < needs[4] < needs[16]
@@ -133,6 +133,37 @@ def test_the_least_memory_is_that_of_the_smallest_batch_that_is_needed(tmp_path)
     assert (size, least) == (4, pytest.approx(needs[4], rel=0.02))
     assert least_memory(plans[16], 0)[0] == 1
     assert least_memory(plans[16], needs[16]) == (16, needs[16])
+
+
+@pytest.mark.parametrize("before", [(), ("<|user|>",)])
+def test_the_plan_says_what_windows_begin_with(tmp_path, before):
+    save_tiny("llama", tmp_path, before=before)
+    assert f"; windows begin with {'<|user|>' if before else 'no special token'}" in describe_plan(plan_of(tmp_path))
+    assert plan_of(tmp_path, calibration="none", sweep="none", refine_rounds=0).window_start is None
+
+
+def test_windows_that_nobody_asked_for_are_no_longer_than_the_positions(tmp_path):
+    save_tiny("llama", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 100'))
+    model = str(tmp_path / "model")
+    plan = make_plan(open_source(model), Recipe.load("equal-bits"))
+    assert plan.recipe.seq_len == 100
+    assert "128 x 100 tokens, as many as the model has positions for" in describe_plan(plan)
+    # Options change other fields, and are kept.
+    assert make_plan(open_source(model), Recipe.load("equal-bits", {"bits": 2})).recipe.seq_len == 100
+    assert make_plan(open_source(model), Recipe.load("equal-bits").changed({"bits": 2})).recipe.seq_len == 100
+    (tmp_path / "own.yaml").write_text("seq_len: 101\n")
+    for asked in (
+        Recipe.load("equal-bits", {"seq_len": 512}),
+        Recipe.load(str(tmp_path / "own.yaml")),
+        Recipe.load("equal-bits").changed({"seq_len": 101}),
+        Recipe.load("equal-bits", {"seq_len": 101}).changed({"bits": 2}),
+        Recipe(seq_len=101),
+    ):
+        with pytest.raises(RecipeError, match=r"longer than the 100 positions of .*model; give --seq-len 100 or less"):
+            make_plan(open_source(model), asked)
+    assert make_plan(open_source(model), Recipe.load("equal-bits", {"seq_len": 100})).recipe.seq_len == 100
 
 
 def test_the_description_names_kinds_sizes_and_what_is_kept(tmp_path):

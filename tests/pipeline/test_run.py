@@ -10,14 +10,14 @@ import pytest
 import torch
 from bit_plans import plan_for
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, save_tiny
+from tiny_models import FAMILIES, save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import shiftadd_cli  # noqa: F401 - registers the format with transformers
 from shiftadd_cli.artifact.contents import Contents
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
-from shiftadd_cli.errors import NumericalError
+from shiftadd_cli.errors import CalibrationError, NumericalError
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.pipeline.run import load_calibration, run_plan
 from shiftadd_cli.recipe import Recipe
@@ -166,6 +166,27 @@ def test_the_same_command_writes_the_same_bytes(tmp_path):
         quantize(source, tmp_path / name)
         sums.append(file_sum(tmp_path / name))
     assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize("before", [(), ("<|user|>",)])
+def test_the_report_says_what_windows_begin_with(tmp_path, before):
+    save_tiny("llama", tmp_path / "model", before=before)
+    report = quantize(tmp_path / "model", tmp_path / "out", "equal-bits", samples=3)
+    assert report.calibration.window_start == "".join(before)
+    assert ("windows begin with <|user|>" in summarize(report, "out")) == bool(before)
+
+
+def test_tokens_beyond_the_embedding_are_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<x>"])
+    tokenizer.save_pretrained(save_tiny("llama", tmp_path / "model"))
+    text = tmp_path / "x.txt"
+    text.write_text("a line with <x> in it\n" * 200)
+    plan = make_plan(
+        open_source(str(tmp_path / "model")), Recipe.load("equal-bits", QUICK | {"calibration": str(text)})
+    )
+    with pytest.raises(CalibrationError, match=r"x\.txt has the token '<x>' \(id 320\), .*model has 320 rows"):
+        load_calibration(plan)
 
 
 def test_another_seed_draws_other_windows(tmp_path):

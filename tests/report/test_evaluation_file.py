@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from artifacts import write_checkpoint
+from reports import sample_evaluation
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_vision import save_pictures, tiny_vision_model, write_processor
 
@@ -11,6 +12,7 @@ from shiftadd_cli.errors import ArtifactError, OutputError
 from shiftadd_cli.evaluation.compare import evaluate
 from shiftadd_cli.report.evaluation_file import (
     EVALUATION_FILE,
+    EvaluationReport,
     ImageEvaluationReport,
     ImageScoreReport,
     check_saving,
@@ -94,6 +96,18 @@ def scored(**values: float) -> ImageScoreReport:
         "calibrated_on_test": False,
     }
     return ImageScoreReport(**empty | values)
+
+
+def test_windows_that_begin_otherwise_are_another_measurement():
+    plain = sample_evaluation()
+    begun = plain.model_copy(update={"window_start": "<bos>"})
+    assert plain.key != begun.key
+    assert begun.quality.on.endswith("context 64, windows begin with <bos>")
+    assert plain.quality.on.endswith("context 64")
+    # Files of before had no such field.
+    fields = plain.model_dump(mode="json")
+    del fields["window_start"]
+    assert EvaluationReport.model_validate(fields) == plain
 
 
 @pytest.mark.parametrize(

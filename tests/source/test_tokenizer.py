@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source import open_source
+from shiftadd_cli.source.tokenizer import leading_tokens, tokens_as_text, unknown_token
 
 TEXT = "The with statement, 12345 naïve 你好\t\n  x = [1]<|endoftext|>"
 MESSAGES = [{"role": "user", "content": "What is a slice?"}]
@@ -45,3 +46,45 @@ def test_folder_without_tokenizer(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(SourceError, match=r"holds no tokenizer.*tokenizer files of the original model"):
         open_source(str(folder)).load_tokenizer()
+
+
+@pytest.mark.parametrize("before", [(), ("<|user|>",), ("<|user|>", "<|assistant|>")])
+def test_what_precedes_a_text_is_what_the_tokenizer_puts_there(before: tuple[str, ...]) -> None:
+    tokenizer = tiny_tokenizer(before=before)
+    ids = leading_tokens(tokenizer)
+    assert tokens_as_text(tokenizer, ids) == "".join(before)
+    bare, whole = (tokenizer(TEXT, add_special_tokens=added)["input_ids"] for added in (False, True))
+    assert whole == [*ids, *bare]
+
+
+def test_a_token_at_the_end_of_a_text_does_not_precede_it() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A <|endoftext|>", special_tokens=[("<|user|>", 1), ("<|endoftext|>", 0)]
+    )
+    assert leading_tokens(tokenizer) == (1,)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_gguf_file_says_itself_whether_its_tokenizer_begins_texts(tmp_path: Path, adds: bool) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf", adds_bos=adds)
+    assert leading_tokens(open_source(str(tmp_path / "tiny.gguf")).load_tokenizer()) == ((0,) if adds else ())
+
+
+def test_a_tokenizer_that_changes_the_text_with_its_special_tokens_is_refused() -> None:
+    class Odd:
+        def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [1, 2] if add_special_tokens else [3]}
+
+    with pytest.raises(SourceError, match="special tokens the tokenizer Odd puts before a text"):
+        leading_tokens(Odd())
+
+
+def test_a_token_without_a_row_is_named() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<x>"])
+    assert unknown_token([1, 319], tokenizer, 320) is None
+    assert unknown_token([1, 320, 319], tokenizer, 320) == "the token '<x>' (id 320)"
+    assert unknown_token([], tokenizer, 320) is None
