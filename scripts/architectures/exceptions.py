@@ -8,6 +8,7 @@ _LINEAR, _FULL, _SLIDING, _HYBRID = "linear_attention", "full_attention", "slidi
 _SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 _PYRAMID = {"depths": (1, 2), "hidden_sizes": (16, 32), "patch_sizes": (4, 2), "strides": (4, 2),
             "num_attention_heads": (1, 2), "mlp_ratios": (2, 2), "num_encoder_blocks": 2}  # fmt: skip
+_TOWER = {"num_hidden_layers": 1, "intermediate_size": 16}
 _GEMMA4 = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
            "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 6,
            "layer_types": [_SLIDING, _FULL] * 3, "sliding_window": 8}  # fmt: skip
@@ -30,6 +31,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
                         "swa_kv_lora_rank": 8, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
                         "swa_qk_rope_head_dim": 8, "layer_types": ["indexed_attention", _SLIDING, "indexed_attention"],
                         "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    # Towers that are not compressed are small beside the language model, as those of released models are.
+    "fuyu": {"patch_size": 2},
+    "gemma3": {"vision_config.": _TOWER},
+    "got_ocr2": {"vision_config.": {**_TOWER, "output_channels": 8, "mlp_dim": 16, "window_size": 2,
+                                    "global_attn_indexes": (0,)}},
+    "moss_transcribe_diarize": {"audio_config.": _TOWER},
     "gemma3n_text": {"layer_types": [_SLIDING, _FULL, _SLIDING, _FULL, _SLIDING], "num_hidden_layers": 5,
                      "num_kv_shared_layers": 2, "intermediate_size": [48] * 5,
                      "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0, 0.0]},

@@ -72,7 +72,10 @@ def small_settings(
     end are for the configuration that is nested under it. changes: go on top.
     """
     exact = {**exceptions.get(config_class.model_type, {}), **(changes or {})}
-    default = config_class(**{name: value for name, value in exact.items() if not name.endswith(".")})
+    try:
+        default = config_class()
+    except Exception:  # a few classes refuse their own defaults, in any way
+        default = config_class(**{name: value for name, value in exact.items() if not name.endswith(".")})
     fields = [each for each in dataclasses.fields(config_class) if each.init and not each.name.startswith("_")]
     values = {each.name: _read(default, each) for each in fields}
     per_layer = _per_layer_lists(values)

@@ -1,0 +1,93 @@
+"""The check of architectures, on a sample of them: what is right today stays right, and what is wrong is seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import check as checking
+from architectures.check import check
+from architectures.factory import Architecture, architectures
+from architectures.listening import Heard, listening
+from safetensors.torch import load_file, save_file
+
+# Nearly all of the weights of their linear layers are compressed, and everything agrees.
+RIGHT: tuple[str, ...] = ()
+# A part of the sentence.
+REFUSED: dict[str, str] = {}
+
+
+def _named(name: str) -> Architecture:
+    return next(each for each in architectures() if each.name == name)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right(name: str, tmp_path: Path) -> None:
+    outcome = check(_named(name), tmp_path)
+    assert (outcome.status, outcome.note) == ("right", "")
+    assert outcome.share is not None
+    assert outcome.share > 0.9
+
+
+@pytest.mark.parametrize(("name", "sentence"), REFUSED.items())
+def test_refused_with_a_reason(name: str, sentence: str, tmp_path: Path) -> None:
+    outcome = check(_named(name), tmp_path)
+    assert outcome.status == "refused"
+    assert sentence in outcome.note
+
+
+def test_other_inputs_in_calibration_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def disturbed() -> Iterator[Heard]:
+        with listening() as heard:
+            yield heard
+        for each in heard.inputs.values():
+            for tensor in each:
+                tensor.mul_(1.001)
+
+    monkeypatch.setattr(checking, "listening", disturbed)
+    outcome = check(_named("LlamaForCausalLM"), tmp_path)
+    assert outcome.status == "broken"
+    assert "calibration never gave model.layers.0.self_attn.q_proj" in outcome.note
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sentence"),
+    [
+        ("model.norm.weight", "model.norm.weight is kept, and has other values than in the source"),
+        ("model.layers.1.mlp.up_proj.bias", "are not finite"),
+    ],
+)
+def test_other_values_in_the_result_are_seen(
+    tensor: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = checking._run
+
+    def then_damage(arguments: list[str]) -> str | None:
+        refusal = run(arguments)
+        if arguments[0] == "quantize":
+            (file,) = (tmp_path / "out").glob("*.safetensors")
+            tensors = load_file(file)
+            tensors[tensor] = torch.full_like(tensors[tensor], torch.nan if "bias" in tensor else 3.0)
+            save_file(tensors, file, {"format": "pt"})
+        return refusal
+
+    monkeypatch.setattr(checking, "_run", then_damage)
+    outcome = check(_named("LlamaForCausalLM"), tmp_path)
+    assert outcome.status == "broken"
+    assert sentence in outcome.note
+
+
+def test_a_traceback_of_the_product_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: list[str]) -> str | None:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(checking, "_run", fail)
+    outcome = check(_named("LlamaForCausalLM"), tmp_path)
+    assert outcome.status == "broken"
+    assert "KeyError: 'no such thing'" in outcome.note
+    json.dumps(outcome.to_dict())
