@@ -85,7 +85,11 @@ def build(architecture: Architecture, seed: int = 0) -> Any:
 
 
 def randomise(model: Any) -> None:
-    """Matrices whose outputs are about as large as their inputs; vectors a little beside their constants."""
+    """Matrices whose outputs are about as large as their inputs; vectors a little beside their constants.
+
+    The row of an embedding that stands for padding is zero, as training leaves it: some classes set it to zero whenever
+    they are loaded.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 3:
@@ -94,6 +98,9 @@ def randomise(model: Any) -> None:
                 parameter.normal_(std=0.7 / parameter.shape[-1] ** 0.5)
             elif parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
         stored = model.state_dict().keys()
         for name, buffer in model.named_buffers():
             if name in stored and buffer.is_floating_point():
