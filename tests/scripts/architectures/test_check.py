@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,45 @@ from architectures.listening import Heard, listening
 from safetensors.torch import load_file, save_file
 
 # Nearly all of the weights of their linear layers are compressed, and everything agrees.
-RIGHT: tuple[str, ...] = ()
+RIGHT = (
+    "BambaForCausalLM",
+    "BartForCausalLM",
+    "BertLMHeadModel",
+    "BioGptForCausalLM",
+    "BloomForCausalLM",
+    "Cohere2ForCausalLM",
+    "CTRLLMHeadModel",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV4ForCausalLM",
+    "FalconMambaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Glm4MoeForCausalLM",
+    "GPT2LMHeadModel",
+    "GptOssForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "Lfm2ForCausalLM",
+    "LlamaForCausalLM",
+    "Mamba2ForCausalLM",
+    "MixtralForCausalLM",
+    "MptForCausalLM",
+    "NemotronHForCausalLM",
+    "OPTForCausalLM",
+    "PhiForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "XGLMForCausalLM",
+    "SwinForImageClassification",
+    "ViTForImageClassification",
+)
 # A part of the sentence.
-REFUSED: dict[str, str] = {}
+REFUSED = {
+    "ResNetForImageClassification": "has no blocks to compress",
+    "ConvNextForImageClassification": "does not pass tokens through its blocks one by one",
+    "ShieldGemma2ForImageClassification": "only its vision tower can be compressed",
+}
 
 
 def _named(name: str) -> Architecture:
@@ -56,14 +93,14 @@ def test_other_inputs_in_calibration_are_seen(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("tensor", "sentence"),
+    ("name", "tensor", "value", "sentence"),
     [
-        ("model.norm.weight", "model.norm.weight is kept, and has other values than in the source"),
-        ("model.layers.1.mlp.up_proj.bias", "are not finite"),
+        ("LlamaForCausalLM", "model.norm.weight", 3.0, "model.norm.weight is kept, and has other values"),
+        ("GPT2LMHeadModel", "transformer.h.1.mlp.c_fc.bias", torch.nan, "logits of the dense export are not finite"),
     ],
 )
 def test_other_values_in_the_result_are_seen(
-    tensor: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tensor: str, value: float, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = checking._run
 
@@ -72,14 +109,29 @@ def test_other_values_in_the_result_are_seen(
         if arguments[0] == "quantize":
             (file,) = (tmp_path / "out").glob("*.safetensors")
             tensors = load_file(file)
-            tensors[tensor] = torch.full_like(tensors[tensor], torch.nan if "bias" in tensor else 3.0)
+            tensors[tensor] = torch.full_like(tensors[tensor], value)
             save_file(tensors, file, {"format": "pt"})
         return refusal
 
     monkeypatch.setattr(checking, "_run", then_damage)
-    outcome = check(_named("LlamaForCausalLM"), tmp_path)
+    outcome = check(_named(name), tmp_path)
     assert outcome.status == "broken"
     assert sentence in outcome.note
+
+
+@pytest.mark.parametrize("factor", [1.01, torch.nan])
+def test_other_logits_of_the_loaded_result_are_seen(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturbed(architecture: Architecture, model: Any, batch: torch.Tensor) -> torch.Tensor:
+        packed = hasattr(model.config, "quantization_config")
+        return logits(architecture, model, batch) * (factor if packed else 1.0)
+
+    logits = checking._logits
+    monkeypatch.setattr(checking, "_logits", disturbed)
+    outcome = check(_named("LlamaForCausalLM"), tmp_path)
+    assert outcome.status == "broken"
+    assert ("not finite" if factor != factor else "by 1.0%") in outcome.note
 
 
 def test_a_traceback_of_the_product_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
