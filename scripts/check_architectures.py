@@ -12,6 +12,7 @@ code is 1 where a class is broken.
 
 from __future__ import annotations
 
+import signal
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,8 +33,10 @@ from architectures.table import as_markdown, as_page, summary
 @click.option("--write", type=click.Path(path_type=Path), help="Page to write, with a line on how it was made.")
 def main(only: str, jobs: int, limit: int, work: Path, write: Path | None) -> None:
     """Check every architecture, and print the table."""
+    # So that the checks that run are ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     import_everything()
-    chosen = [each for each in architectures() if fnmatchcase(each.name, only)]
+    chosen = [architecture for architecture in architectures() if fnmatchcase(architecture.name, only)]
     if not chosen:
         raise click.UsageError(f"No class is called {only}.")
     rows = Rows(work)
@@ -41,13 +44,13 @@ def main(only: str, jobs: int, limit: int, work: Path, write: Path | None) -> No
     for number, outcome in enumerate(check_all(missing, jobs=jobs, limit_s=limit), 1):
         rows.add(outcome)
         click.echo(f"[{number}/{len(missing)}] {outcome.name}: {outcome.status} {outcome.note}"[:200], err=True)
-    outcomes = [rows.outcomes[each.name] for each in chosen]
-    images = [each.name for each in chosen if each.reads_images]
+    outcomes = [rows.outcomes[architecture.name] for architecture in chosen]
+    images = [architecture.name for architecture in chosen if architecture.reads_images]
     click.echo(as_markdown(outcomes, images))
     click.echo(summary(outcomes))
     if write is not None:
         write.write_text(as_page(outcomes, images))
-    if any(each.status == "broken" for each in outcomes):
+    if any(outcome.status == "broken" for outcome in outcomes):
         sys.exit(1)
 
 

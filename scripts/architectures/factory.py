@@ -50,7 +50,7 @@ def _own_type(name: str, types: list[str]) -> str:
     if len(types) == 1:
         return types[0]
     own = getattr(transformers, name).config_class
-    return next((each for each in types if CONFIG_MAPPING[each] is own), types[0])
+    return next((model_type for model_type in types if CONFIG_MAPPING[model_type] is own), types[0])
 
 
 def small_config(architecture: Architecture) -> Any:
@@ -74,7 +74,7 @@ def build(architecture: Architecture, seed: int = 0) -> Any:
         torch.manual_seed(seed)
         config = small_config(architecture)
         with torch.device("meta"):
-            size = sum(each.numel() for each in model_class(config).parameters())
+            size = sum(weight.numel() for weight in model_class(config).parameters())
         if size > MOST_WEIGHTS:
             raise ValueError(f"the smallest configuration has {size:,} weights")
         torch.manual_seed(seed)

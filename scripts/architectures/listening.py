@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The tensor of numbers that a module works on: its first argument, or what is named hidden_states."""
-    found = args[0] if args else kwargs.get("hidden_states")
-    return found if isinstance(found, Tensor) and found.is_floating_point() else None
+    given = args[0] if args else kwargs.get("hidden_states")
+    return given if isinstance(given, Tensor) and given.is_floating_point() else None
 
 
 @dataclass
@@ -31,8 +31,9 @@ class Heard:
 
     def note_batch(self, batch: Tensor | None) -> None:
         """Keep a batch that is seen for the first time."""
-        if batch is not None and not batch.is_meta and not any(torch.equal(batch, each) for each in self.batches):
-            self.batches.append(batch.detach().clone())
+        if batch is None or batch.is_meta or any(torch.equal(batch.detach(), known) for known in self.batches):
+            return
+        self.batches.append(batch.detach().clone())
 
     def distance(self, wanted: Tensor) -> float:
         """Relative error of the nearest tensor that a module was given; infinite where none has the shape.
@@ -43,7 +44,7 @@ class Heard:
         shape = tuple(wanted.shape)
         candidates = self.inputs.get(shape) or self.within.get(shape) or []
         norm = float(wanted.norm()) or 1.0
-        return min((float((each - wanted).norm()) / norm for each in candidates), default=float("inf"))
+        return min((float((given - wanted).norm()) / norm for given in candidates), default=float("inf"))
 
 
 @contextmanager
@@ -57,13 +58,7 @@ def listening() -> Iterator[Heard]:
         nonlocal depth
         whole = isinstance(module, PreTrainedModel)
         if whole and not depth:
-            batch = kwargs.get("input_ids", kwargs.get("pixel_values"))
-            if (
-                batch is not None
-                and not batch.is_meta
-                and not any(torch.equal(batch.detach(), each) for each in heard.batches)
-            ):
-                heard.batches.append(batch.detach().clone())
+            heard.note_batch(kwargs.get("input_ids", kwargs.get("pixel_values")))
         depth += whole
         try:
             given = first_tensor(args, kwargs)

@@ -64,16 +64,16 @@ def check_all(architectures: Sequence[Architecture], *, jobs: int, limit_s: floa
         while waiting or running:
             while waiting and len(running) < jobs:
                 running.append(_start(waiting.pop(0)))
-            for each in list(running):
-                if (outcome := _finished(each, limit_s)) is not None:
-                    running.remove(each)
-                    shutil.rmtree(each.folder, ignore_errors=True)
+            for child in list(running):
+                if (outcome := _finished(child, limit_s)) is not None:
+                    running.remove(child)
+                    shutil.rmtree(child.folder, ignore_errors=True)
                     yield outcome
             time.sleep(0.005)
     finally:
-        for each in running:
-            _end(each)
-            shutil.rmtree(each.folder, ignore_errors=True)
+        for child in running:
+            _end(child)
+            shutil.rmtree(child.folder, ignore_errors=True)
 
 
 def _start(architecture: Architecture) -> _Running:

@@ -43,7 +43,7 @@ class Rows:
 
     def missing(self, architectures: list[Architecture]) -> list[Architecture]:
         """Those without an outcome."""
-        return [each for each in architectures if each.name not in self.outcomes]
+        return [architecture for architecture in architectures if architecture.name not in self.outcomes]
 
 
 def _row(line: str) -> dict[str, object]:

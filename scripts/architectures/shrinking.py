@@ -23,8 +23,7 @@ IMAGE_SIZE = 32
 # Field names that say how many layers there are.
 _LAYERS = re.compile(r"(num_(hidden_|decoder_|encoder_)?layers|n_layers?|(en|de)coder_layers|num_layers_per_stack)")
 
-# The first pattern that matches the whole name of a field gives its size. A pair is (size where the default is larger
-# than 1, size otherwise); None leaves the default as it is.
+# The first pattern that matches the whole name of a field gives the most it may be; None leaves the default as it is.
 _SIZES: tuple[tuple[str, int | None], ...] = (
     (r"chunk_size_.*|pretraining_tp|type_vocab_size|task_type_vocab_size|num_channels|num_labels", None),
     (r".*vocab_size(_per_layer_input|_base)?", VOCAB_SIZE),
@@ -32,8 +31,8 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
     (r".*(moe|expert|experts)_(intermediate|ffn_hidden)_size|.*shared.*intermediate_size", 24),
     (r".*intermediate_size(_mlp)?|.*ffn_dim|dff|dim_ff|ffn_hidden_size|d_inner|feed_forward_size", 48),
     (r"qk_head_dim", 16),
-    (r".*head_dim|kv_channels|attention_head_size|d_head|dim_head|mamba_d_head|rotary_dim|attention_head_size", 8),
-    (r"(mamba_)?(d_)?(ssm_)?state(_size)?|mamba_d_state", 8),
+    (r".*head_dim|kv_channels|attention_head_size|d_head|dim_head|mamba_d_head|rotary_dim", 8),
+    (r"(mamba_)?(d_)?(ssm_)?state(_size)?", 8),
     (r"mamba_d_ssm", 2 * HIDDEN),
     (r"(n_)?mamba_(num_|n_)?heads", 8),
     (r"linear_num_value_heads", 4),
@@ -43,22 +42,19 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
     (r"(num|n|moe_num)_(shared|routed)?_?(local_)?experts|num_local_experts|moe_num_experts|zero_expert_num", 4),
     (r"num_experts_per_tok|moe_topk|moe_k|top_k_experts", 2),
     (r"(mamba_)?chunk_size|block_size|block_multiple_of", 8),
-    (
-        r"(n_embd|d_model|emb_dim|embed(ding)?_dim|(input_|output_)?embedding_size|lru_width|backbone_hidden_size)",
-        HIDDEN,
-    ),
+    (r"n_embd|d_model|emb_dim|embed(ding)?_dim|(input_|output_)?embedding_size|lru_width", HIDDEN),
     (r"(.*_)?hidden_size|word_embed_proj_dim|projection_dim|pooler_output_size|out_hidden_size|.*_embed_dim", HIDDEN),
     (r"max_(source_|target_)?positions?(_embeddings)?|n_positions|n_ctx|max_seq_len|context_length", 128),
     (r"original_max_position_embeddings|num_position_embeddings", 64),
     # Below the length of the windows, so that what lies outside of them is cut off.
     (r".*sliding_window(_size)?|attention_(chunk|window)_size|local_attention(_window_len)?|keep_window_size", 8),
     (r"index_topk|centroid_intermediate_top_k", 4),
-    (r"(image_size)", IMAGE_SIZE),
+    (r"image_size", IMAGE_SIZE),
     (r"(num_)?depths?|num_(mtp_|nextn_predict_)layers", 2),
 )
 _MARKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _COMPILED = tuple((re.compile(pattern), size) for pattern, size in _SIZES)
-_HEADS = re.compile(r"(num_|n_|decoder_|encoder_)?(.*_)?(heads?|n_head)|n_head")
+_HEADS = re.compile(r"(.*_)?heads?")
 _KEY_VALUE_HEADS = re.compile(r".*(key_value|kv)_heads")
 _TOKEN = re.compile(r".*(token_id|_token_index|_id|(mask|pad|bos|eos|unk)_index)")
 
@@ -76,8 +72,8 @@ def small_settings(
         default = config_class()
     except Exception:  # a few classes refuse their own defaults, in any way
         default = config_class(**{name: value for name, value in exact.items() if not name.endswith(".")})
-    fields = [each for each in dataclasses.fields(config_class) if each.init and not each.name.startswith("_")]
-    values = {each.name: _read(default, each) for each in fields}
+    fields = [field for field in dataclasses.fields(config_class) if field.init and not field.name.startswith("_")]
+    values = {field.name: _read(default, field) for field in fields}
     per_layer = _per_layer_lists(values)
     settings: dict[str, Any] = {}
     count = LAYERS
@@ -125,7 +121,9 @@ def _small(name: str, value: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if _KEY_VALUE_HEADS.fullmatch(name):
-        heads = next((each for key, each in values.items() if _HEADS.fullmatch(key) and isinstance(each, int)), value)
+        heads = next(
+            (number for key, number in values.items() if _HEADS.fullmatch(key) and isinstance(number, int)), value
+        )
         return 1 if value == 1 else 4 if value == heads else 2
     for pattern, size in _COMPILED:
         if pattern.fullmatch(name):
@@ -143,13 +141,13 @@ def _per_layer_lists(values: Mapping[str, Any]) -> dict[str, list[Any]]:
         for name, value in values.items()
         if isinstance(value, (list, tuple)) and len(value) > 1 and len(value) in counts and not _are_numbers(value)
     }
-    longest = max((len(each) for each in lists.values()), default=0)
-    return {name: each for name, each in lists.items() if len(each) == longest}
+    longest = max((len(layers) for layers in lists.values()), default=0)
+    return {name: layers for name, layers in lists.items() if len(layers) == longest}
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:
     """Whether these are numbers of layers, and no property of each."""
-    return all(isinstance(each, int) for each in values) and all(a < b for a, b in pairwise(values))
+    return all(isinstance(value, int) for value in values) and all(a < b for a, b in pairwise(values))
 
 
 def _every_kind(kinds: Sequence[Any]) -> list[int]:

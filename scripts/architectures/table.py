@@ -21,22 +21,22 @@ its dense export. *Partial* is right too, but less than half of the weights of l
 means that the run ends with the quoted sentence and writes nothing. *Broken* means that the run fails in another way or
 that its result is wrong. *Not built* are classes of which the script has no model. The share is the part of the weights
 of all linear layers, without the output head, that was compressed. These small models show that an architecture is
-computed right; they say nothing of its quality at a given size. The version of transformers was
+computed right; they say nothing of its quality at a given size. transformers was of version
 {transformers.__version__}.
 """
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """How many there are of each status, in one line."""
-    counts = Counter(each.status for each in outcomes)
+    counts = Counter(outcome.status for outcome in outcomes)
     parts = [f"{counts[status]} {status}" for status in get_args(Status) if counts[status]]
     return f"{len(outcomes)} classes: {', '.join(parts)}."
 
 
 def as_markdown(outcomes: Sequence[Outcome], images: Sequence[str] = ()) -> str:
     """Tables of the language models and of the image classifiers, whose names are `images`."""
-    texts = [each for each in outcomes if each.name not in images]
-    pictures = [each for each in outcomes if each.name in images]
+    texts = [outcome for outcome in outcomes if outcome.name not in images]
+    pictures = [outcome for outcome in outcomes if outcome.name in images]
     sections = [("Language models", texts), ("Image classifiers", pictures)]
     return "\n".join(_section(title, rows) for title, rows in sections if rows)
 
@@ -55,8 +55,8 @@ def _section(title: str, outcomes: Sequence[Outcome]) -> str:
         "| Class | Status | Compressed | Note |",
         "| --- | --- | ---: | --- |",
     ]
-    for each in sorted(outcomes, key=lambda each: each.name.lower()):
-        share = "" if each.share is None else f"{100 * each.share:.0f} %"
-        note = each.note.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
-        lines.append(f"| {each.name} | {each.status} | {share} | {note} |")
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.name.lower()):
+        share = "" if outcome.share is None else f"{100 * outcome.share:.0f} %"
+        note = outcome.note.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+        lines.append(f"| {outcome.name} | {outcome.status} | {share} | {note} |")
     return "\n".join(lines) + "\n"

@@ -18,10 +18,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def check_all(architectures: Sequence[Architecture], *, jobs: int, limit_s: float) -> Iterator[Outcome]:
-        for each in architectures:
-            names.append(each.name)
-            status = "broken" if each.name == "GPTJForCausalLM" else "right"
-            yield Outcome(each.name, each.model_type, status, 0.5, "a | b")
+        for architecture in architectures:
+            names.append(architecture.name)
+            status = "broken" if architecture.name == "GPTJForCausalLM" else "right"
+            yield Outcome(architecture.name, architecture.model_type, status, 0.5, "a | b")
 
     monkeypatch.setattr(check_architectures, "check_all", check_all)
     monkeypatch.setattr(check_architectures, "import_everything", lambda: None)

@@ -59,7 +59,7 @@ REFUSED = {
 
 
 def _named(name: str) -> Architecture:
-    return next(each for each in architectures() if each.name == name)
+    return next(architecture for architecture in architectures() if architecture.name == name)
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -82,8 +82,8 @@ def test_other_inputs_in_calibration_are_seen(tmp_path: Path, monkeypatch: pytes
     def disturbed() -> Iterator[Heard]:
         with listening() as heard:
             yield heard
-        for each in heard.inputs.values():
-            for tensor in each:
+        for tensors in heard.inputs.values():
+            for tensor in tensors:
                 tensor.mul_(1.001)
 
     monkeypatch.setattr(checking, "listening", disturbed)

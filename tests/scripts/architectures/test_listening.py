@@ -21,14 +21,14 @@ def test_what_a_module_is_given_is_heard() -> None:
 
 
 def test_a_whole_model_counts_only_where_nothing_else_was_seen() -> None:
-    model = build(next(each for each in architectures() if each.name == "LlamaForCausalLM"))
+    model = build(next(architecture for architecture in architectures() if architecture.name == "LlamaForCausalLM"))
     tokens = torch.randint(64, 320, (2, 7), generator=torch.Generator().manual_seed(0))
     states: list[torch.Tensor] = []
     model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
     with listening() as heard, torch.no_grad():
         model(input_ids=tokens, use_cache=False)
         model(input_ids=tokens, use_cache=False)
-    assert [each.tolist() for each in heard.batches] == [tokens.tolist()]
+    assert [batch.tolist() for batch in heard.batches] == [tokens.tolist()]
     assert heard.distance(states[0]) == 0
     with listening() as heard, torch.no_grad():
         model(input_ids=tokens, use_cache=False)

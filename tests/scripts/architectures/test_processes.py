@@ -30,17 +30,17 @@ def test_outcomes_of_all_kinds_of_ends(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     names = ["Crash", "Fine", "Hang", "Error", "Also"]
     began = time.monotonic()
-    found = {
-        each.name: each
-        for each in check_all([Architecture(name, "type", False) for name in names], jobs=2, limit_s=1.5)
+    outcomes = {
+        outcome.name: outcome
+        for outcome in check_all([Architecture(name, "type", False) for name in names], jobs=2, limit_s=1.5)
     }
     assert time.monotonic() - began < 20
-    assert {name: each.status for name, each in found.items()} == {
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {
         "Crash": "broken", "Fine": "right", "Hang": "broken", "Error": "broken", "Also": "right",
     }  # fmt: skip
-    assert "SIGKILL" in found["Crash"].note
-    assert "not done within" in found["Hang"].note
-    assert "exit code 1" in found["Error"].note
-    assert found["Fine"].share == 0.75
-    assert found["Fine"].note != f"from {os.getpid()}"
+    assert "SIGKILL" in outcomes["Crash"].note
+    assert "not done within" in outcomes["Hang"].note
+    assert "exit code 1" in outcomes["Error"].note
+    assert outcomes["Fine"].share == 0.75
+    assert outcomes["Fine"].note != f"from {os.getpid()}"
     assert not list(tmp_path.iterdir())

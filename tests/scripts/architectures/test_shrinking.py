@@ -21,19 +21,19 @@ NOT_BUILT = {
 
 
 def _known() -> Iterator[Architecture]:
-    for each in architectures():
-        if each.name not in NOT_BUILT:
-            yield each
+    for architecture in architectures():
+        if architecture.name not in NOT_BUILT:
+            yield architecture
 
 
 def _named(name: str) -> Architecture:
-    return next(each for each in architectures() if each.name == name)
+    return next(architecture for architecture in architectures() if architecture.name == name)
 
 
 def test_every_class_of_both_mappings_is_listed_once() -> None:
     from transformers.models.auto import modeling_auto
 
-    listed = [each.name for each in architectures()]
+    listed = [architecture.name for architecture in architectures()]
     wanted: set[str] = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     for names in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
         wanted |= {names} if isinstance(names, str) else set(names)
@@ -44,22 +44,24 @@ def test_every_class_of_both_mappings_is_listed_once() -> None:
 def test_nearly_all_configurations_can_be_made_small() -> None:
     every = list(architectures())
     assert len(NOT_BUILT) < 0.05 * len(every)
-    for each in _known():
-        config = small_config(each).get_text_config()
-        if not each.reads_images:
-            assert config.vocab_size == VOCAB_SIZE, each.name
+    for architecture in _known():
+        config = small_config(architecture).get_text_config()
+        if not architecture.reads_images:
+            assert config.vocab_size == VOCAB_SIZE, architecture.name
 
 
 @pytest.mark.parametrize("field", ["layer_types", "mlp_layer_types", "layers_block_type"])
 def test_every_kind_of_layer_stays(field: str) -> None:
     checked = 0
-    for each in _known():
-        config_class = getattr(transformers, each.name).config_class
-        if each.model_type in EXCEPTIONS or not isinstance(before := getattr(config_class(), field, None), list):
+    for architecture in _known():
+        config_class = getattr(transformers, architecture.name).config_class
+        if architecture.model_type in EXCEPTIONS or not isinstance(
+            before := getattr(config_class(), field, None), list
+        ):
             continue
-        after = getattr(small_config(each), field)
-        assert set(after) == set(before), each.name
-        assert 2 <= len(after) <= 16, each.name
+        after = getattr(small_config(architecture), field)
+        assert set(after) == set(before), architecture.name
+        assert 2 <= len(after) <= 16, architecture.name
         checked += 1
     assert checked > 1
 
