@@ -67,6 +67,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
                  "attn_layers": ["local", "lsh", "local"], "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
                        "indexer_compress_ratio": 2},
+    # Weights are divided at the first forward, from this layer on.
+    "rwkv": {"rescale_every": 1},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0, "chunk_size": 8, "num_blocks": 3},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 64,
