@@ -177,9 +177,7 @@ def _linear_weights(model: Any) -> int:
     slid over their input."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tables = (nn.Embedding, nn.EmbeddingBag)
-    looked_up = {
-        id(matrix) for module in model.modules() if isinstance(module, tables) for matrix in module.parameters()
-    }
+    counted = {id(matrix) for module in model.modules() if isinstance(module, tables) for matrix in module.parameters()}
     total = 0
     for module in model.modules():
         if module is head or isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -187,7 +185,9 @@ def _linear_weights(model: Any) -> int:
         for name, weight in module.named_parameters(recurse=False):
             is_matrix = weight.ndim == 2 and (name == "weight" or name.endswith("proj"))
             is_stack = weight.ndim == 3 and min(weight.shape) > 1
-            if (is_matrix or is_stack) and id(weight) not in looked_up:
+            if (is_matrix or is_stack) and id(weight) not in counted:
+                # Modules may share a weight.
+                counted.add(id(weight))
                 total += weight.numel()
     return total
 
