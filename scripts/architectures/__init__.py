@@ -1,0 +1,1 @@
+"""What `check_architectures.py` is made of."""
