@@ -117,7 +117,8 @@ class StateForm:
     """How the state between two blocks is packed.
 
     `hidden` is the dtype of the hidden states, which only matters where other tensors are `carried`: these are promoted
-    to one dtype with them, which loses nothing, and returned to their own.
+    to one dtype with them, which loses nothing, and returned to their own. Whole numbers, such as numbers of tokens,
+    become floats of 32 bits.
     """
 
     layout: Layout = PLAIN_LAYOUT
@@ -131,11 +132,13 @@ class StateForm:
             return packed
         dtype = packed.dtype
         for form in self.carried:
-            dtype = torch.promote_types(dtype, form.dtype)
+            dtype = torch.promote_types(dtype, form.dtype if form.dtype.is_floating_point else torch.float32)
         batch, tokens = packed.shape[:2]
         parts = [packed.to(dtype)]
         for tensor in carried:
             values = tensor.to(dtype).reshape(batch, -1)
+            if not tensor.is_floating_point() and not torch.equal(values.to(tensor.dtype), tensor.reshape(batch, -1)):
+                raise ValueError("a block hands later blocks whole numbers that a float of 32 bits does not hold")
             # Each takes a whole number of values for every token.
             padded = torch.nn.functional.pad(values, (0, -values.shape[1] % tokens))
             parts.append(padded.view(batch, tokens, -1))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.calls import (
+    PLAIN_LAYOUT,
     BlockCall,
     Carried,
     CarriedForm,
@@ -379,22 +380,26 @@ class Passage:
                 block.register_forward_hook(lambda m, a, k, o, name=name: after(name, m, a, k, o), with_kwargs=True)
             )
         values = None
-        with watch, hooked(handles), suppress(StopForward), torch.no_grad():
+        with self._refusing_failures(), watch, hooked(handles), suppress(StopForward), torch.no_grad():
             values = predict(self.model, sample.to(self.device)).values
         self._check_count(len(calls))
         return values
 
     def _layout(self, samples: Tensor) -> Layout:
         """Where hidden states have their batch and tokens; where that does not show, found by running other sizes."""
-        hidden = first_input(self.structure, self.model, samples[:1], self.device)
+
+        def entering(some: Tensor) -> Tensor:
+            with self._refusing_failures():
+                return first_input(self.structure, self.model, some, self.device)
+
+        hidden = entering(samples[:1])
         usual = hidden.ndim == 3 and len(hidden) == 1
         if usual and (self.source.reads_images or hidden.shape[1] == samples.shape[1]):
-            return Layout()
-        twice = first_input(self.structure, self.model, samples[:1].repeat(2, *[1] * (samples.ndim - 1)), self.device)
-        batch = _grown_axis(hidden, twice)
+            return PLAIN_LAYOUT
+        batch = _grown_axis(hidden, entering(samples[:1].repeat(2, *[1] * (samples.ndim - 1))))
         tokens = None
         if not self.source.reads_images and samples.shape[1] > 1:
-            tokens = _grown_axis(first_input(self.structure, self.model, samples[:1, :-1], self.device), hidden)
+            tokens = _grown_axis(entering(samples[:1, :-1]), hidden)
         if batch is None or tokens is None:
             raise SourceError(
                 f"The hidden states of {type(self.model).__name__} have shape {list(hidden.shape)} for one sample, in "
@@ -429,7 +434,7 @@ class Passage:
             entering = leaving
 
     def _carried_form(self, tensor: Tensor, depth: int) -> CarriedForm:
-        if tensor.ndim < 2 or len(tensor) != 1 or not tensor.is_floating_point():
+        if tensor.ndim < 2 or len(tensor) != 1:
             raise SourceError(
                 f"{self.structure.blocks[depth]} hands later blocks a tensor of shape {list(tensor.shape)} "
                 f"({tensor.dtype}), which is not one of each sample; its architecture is not supported."
@@ -440,8 +445,9 @@ class Passage:
         """Refuse arguments that blocks change or compute in a way that was not followed."""
         for depth, call in enumerate(own):
             name = self.structure.blocks[depth]
-            given = {path for path, leaf in leaves(self.trees[depth]) if not isinstance(leaf, Carried)}
-            for path in given ^ recorded[depth].keys():
+            tree = dict(leaves(self.trees[depth]))
+            given = {path for path, leaf in tree.items() if not isinstance(leaf, Carried)}
+            for path in given ^ (recorded[depth].keys() - (tree.keys() - given)):
                 raise self._dependent(path, name)
             for path in given:
                 mine, theirs = recorded[depth][path], call.before[path]
@@ -483,7 +489,7 @@ class Passage:
 
     @contextmanager
     def _refusing_failures(self) -> Iterator[None]:
-        """Turn what the model's code raises with other blocks in the place of its own into a refusal."""
+        """Turn what the model's code raises on samples alone, or without its blocks, into a refusal."""
         try:
             yield
         except (ShiftaddError, StopForward):

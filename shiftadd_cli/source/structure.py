@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +84,8 @@ class Structure:
 def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial: bool = False) -> Structure:
     """Blocks, linears and everything else of a decoder or a vision model, which may be on meta.
 
-    The blocks are the elements of the `nn.ModuleList` of the text decoder that holds the most weights of linear layers.
-    Where these elements are stages, which hold
+    The blocks are the elements of the `nn.ModuleList` of the text decoder that holds the most weights of linear layers;
+    of one whose elements are alike, if that holds half as many. Where these elements are stages, which hold
     nothing but such a list and at most one other module that leads to the next stage (as in hierarchical vision
     models, where width and number of tokens change there), the elements of the inner lists are the blocks, and so is
     what leads from each stage to the next. `skip` are glob patterns on full module names; a linear is skipped when it
@@ -221,15 +222,20 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
     decoder = getattr(model, "get_decoder", lambda: model)()
     # What a model calls its decoder may be its head: then the blocks are looked for in all of it.
     for root in (next((name for name, module in model.named_modules() if module is decoder), ""), ""):
-        best: tuple[int, str, list[tuple[str, nn.Module]]] = (0, "", [])
+        largest: tuple[int, str, Any] = (0, "", None)
+        alike = largest
         for name, module in model.get_submodule(root).named_modules():
             if not isinstance(module, nn.ModuleList):
                 continue
             weights = sum(sizes[0] * sizes[1] for each in module.modules() if (sizes := linear_sizes(each)) is not None)
-            if weights > best[0]:
-                best = (weights, ".".join(part for part in (root, name) if part), list(module.named_children()))
-        if best[2]:
-            return best[1], best[2]
+            if weights > largest[0]:
+                largest = (weights, name, module)
+            if weights > alike[0] and _alike(module):
+                alike = (weights, name, module)
+        # Elements of different kinds may be blocks (Jamba), or stages of which some hold blocks (MobileViT).
+        _, name, module = alike if alike[0] >= largest[0] / 2 else largest
+        if module is not None:
+            return ".".join(part for part in (root, name) if part), list(module.named_children())
     raise SourceError(
         f"{type(model).__name__} has no blocks to compress: looked for a ModuleList whose elements hold linear layers."
     )

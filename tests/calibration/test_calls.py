@@ -69,6 +69,16 @@ def test_what_a_state_carries_comes_back_bit_for_bit(batch, tokens, width, shape
         assert torch.equal(part, tensor)
 
 
+def test_whole_numbers_that_a_state_carries_come_back_or_are_refused():
+    hidden, numbers = torch.randn(2, 3, 4).bfloat16(), torch.arange(12).reshape(2, 6) * 100_003
+    form = StateForm(Layout(), torch.bfloat16, (CarriedForm((6,), torch.int64),))
+    again, (found,) = form.unpack(form.pack(hidden, [numbers]))
+    assert torch.equal(again, hidden)
+    assert torch.equal(found, numbers)
+    with pytest.raises(ValueError, match="whole numbers"):
+        form.pack(hidden, [numbers + 2**30 + 1])
+
+
 def test_a_state_of_hidden_states_alone_is_the_tensor_itself():
     hidden = torch.randn(2, 3, 4)
     assert StateForm().pack(hidden) is hidden
