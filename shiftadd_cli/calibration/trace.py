@@ -48,8 +48,8 @@ from shiftadd_cli.source.weight_reads import watching_weights
 # Relative difference that a block may show between two runs on the same inputs: some kernels add in any order.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 # The predictions of the second sample, in all copies that a model makes of its logits, stay below this.
-_LOGIT_BYTES = 1 << 30
-_BYTES_PER_LOGIT = 12
+LOGIT_BYTES = 1 << 30
+BYTES_PER_LOGIT = 12
 
 
 @dataclass
@@ -270,7 +270,7 @@ class Passage:
         if self.source.reads_images:
             return samples
         vocabulary = self.model.config.get_text_config().vocab_size
-        return samples[:, : max(1, _LOGIT_BYTES // (_BYTES_PER_LOGIT * vocabulary))]
+        return samples[:, : max(1, LOGIT_BYTES // (BYTES_PER_LOGIT * vocabulary))]
 
     def check(self, sample: Tensor, progress: BlockProgress) -> None:
         """Run one sample through the model's own forward and through recorded calls, and compare.

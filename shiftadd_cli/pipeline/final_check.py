@@ -18,16 +18,16 @@ from shiftadd_cli.runtime.load import load
 _ROUNDING = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.2}
 
 
-def check_checkpoint(folder: Path, sample: Tensor, expected: Tensor) -> float:
+def check_checkpoint(folder: Path, sample: Tensor, expected: Tensor, *, remote_code: bool = False) -> float:
     """Load the checkpoint in `folder` and run one sample through it; the relative difference from `expected`.
 
     sample: int64 `[1, tokens]`, or pixels `[1, channels, height, width]`. expected: predictions for it, `[1, ...,
-    classes]`, from the stored tensors decoded, block by block.
+    classes]`, from the stored tensors decoded, block by block. remote_code: run the code that the model brings.
 
     Raises NumericalError where the predictions are not finite, or other than `expected` by more than rounding.
     """
     with _quiet():
-        model = load(folder)
+        model = load(folder, **({"trust_remote_code": True} if remote_code else {}))
     with torch.no_grad():
         values = predict(model, sample).values.float()
     expected = expected.float().to(values.device)

@@ -15,6 +15,7 @@ from shiftadd_cli.allocation.sensitivity import gradient_stride
 from shiftadd_cli.calibration.flow import Flow, measure_flow
 from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
 from shiftadd_cli.calibration.mixtures import COPIES, ROOM_BYTES, expert_bytes
+from shiftadd_cli.calibration.trace import BYTES_PER_LOGIT, LOGIT_BYTES
 from shiftadd_cli.distillation.end import SLICE_BYTES as DISTILLED_SLICE_BYTES
 from shiftadd_cli.distillation.stack import MEMORY_BYTES as DECODED_BYTES
 from shiftadd_cli.pipeline.tables import PlannedTable
@@ -53,8 +54,10 @@ def peak_memory(
     structure: Structure,
     tables: Sequence[PlannedTable],
     recipe: Recipe,
+    loaded_bytes: int,
 ) -> int:
-    """Expected peak resident memory of the process that runs `source`, in bytes.
+    """Expected peak resident memory of the process that runs `source`, in bytes. loaded_bytes: of the result, which is
+    loaded at the end.
 
     What is resident now and will be loaded for any model, and the larger of two moments, with some slack: embeddings
     and one block while the first inputs are made; one block with its moments, and a batch or the solver's copies.
@@ -77,8 +80,11 @@ def peak_memory(
     solver = 4 * max(_MATRIX_COPIES * rows * key[2] + _HESSIAN_COPIES * key[2] ** 2 for key, rows in tall.items())
     vocabulary = 0 if source.reads_images else source.config.get_text_config().vocab_size
     resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * vocabulary
+    # A sample's predictions are compared where blocks run one by one, and where the result is loaded.
+    logits = min(LOGIT_BYTES, recipe.seq_len * vocabulary * BYTES_PER_LOGIT)
+    checking = logits + max(outside + reading, loaded_bytes)
     if recipe.calibration == NO_CALIBRATION:
-        return int(_SLACK * (resident + max(outside + codes, reading, block + solver)))
+        return int(_SLACK * (resident + max(outside + codes, reading, block + solver, checking)))
     versions = versions_kept(recipe)
     flow = measure_flow(source, structure.blocks, recipe.seq_len)
     itemsize = source.dtype.itemsize
@@ -110,8 +116,8 @@ def peak_memory(
         decoded = min(DECODED_BYTES, sum(_module_bytes(module) for module in blocks.values())) + block
         inputs_of_blocks = recipe.batch_size * len(blocks) * flow.values * itemsize
         through = _TUNING_ACTIVATIONS * activations
-        logits = DISTILLED_SLICE_BYTES if vocabulary else 0
-        distilling = outside + decoded + inputs_of_blocks + max(through, logits)
+        slices = DISTILLED_SLICE_BYTES if vocabulary else 0
+        distilling = outside + decoded + inputs_of_blocks + max(through, slices)
     starting = outside + max(codes, reading, block + activations)
     running = max(reading, versions * block + max(gathering, solving, tuning))
     token_weights = 0
@@ -123,7 +129,7 @@ def peak_memory(
     if recipe.avg_bits is not None:
         probed = hidden / gradient_stride(recipe.samples, max(flow.tokens))
         measuring = outside + running + hidden + min(GRADIENT_BYTES, len(blocks) * probed)
-    return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling, measuring)))
+    return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling, measuring, checking)))
 
 
 def _expert_bytes(linears: Sequence[LinearSpec], *, cross: bool) -> int:

@@ -209,10 +209,10 @@ def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None 
     )
     tables, kept_modules = plan_tables(model, structure, recipe)
     tensors, kept = _tensors(model, structure, linears, tables)
-    # Without data nothing is run.
+    # Without data nothing is run but the sample that the result is checked on.
     running = source if recipe.calibration == NO_CALIBRATION else source.computed_on(choose_device(recipe.device))
-    peak = peak_memory(running, structure, tables, recipe)
-    return Plan(source, running, structure, recipe, linears, tables, tensors, kept, kept_modules, peak, bit_plan)
+    plan = Plan(source, running, structure, recipe, linears, tables, tensors, kept, kept_modules, 0, bit_plan)
+    return replace(plan, peak_memory_bytes=peak_memory(running, structure, tables, recipe, plan.most_bytes))
 
 
 def _within_positions(source: Source, recipe: Recipe) -> Recipe:
@@ -234,7 +234,7 @@ def least_memory(plan: Plan, limit: int) -> tuple[int, int]:
     while expected > limit and batch_size > 1:
         batch_size //= 2
         recipe = plan.recipe.model_copy(update={"batch_size": batch_size})
-        expected = peak_memory(plan.running, plan.structure, plan.tables, recipe)
+        expected = peak_memory(plan.running, plan.structure, plan.tables, recipe, plan.most_bytes)
     return batch_size, expected
 
 

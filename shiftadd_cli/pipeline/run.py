@@ -160,7 +160,7 @@ class _Run:
             self.writer.finish(
                 self._config(),
                 report.model_dump(mode="json"),
-                lambda folder: check_checkpoint(folder, sample, expected),
+                lambda folder: check_checkpoint(folder, sample, expected, remote_code=self.plan.source.remote_code),
             )
         return report
 

@@ -66,7 +66,7 @@ def test_every_run_compares_what_it_wrote_with_its_own_tensors(
     calibration = "builtin" if family == "vit" else str(counting_text(tmp_path / "text.txt"))
     differences = []
     check = run.check_checkpoint
-    monkeypatch.setattr(run, "check_checkpoint", lambda *given: differences.append(check(*given)))
+    monkeypatch.setattr(run, "check_checkpoint", lambda *given, **options: differences.append(check(*given, **options)))
     shiftadd_cli.quantize(source, tmp_path / "out", **(QUICK | {"calibration": calibration} | fields))
     # Rounding of kernels with 16-bit tables.
     assert len(differences) == 1
@@ -78,7 +78,7 @@ def test_a_checkpoint_that_does_not_predict_what_it_stands_for_gets_no_name(
 ) -> None:
     source, text = save_tiny("llama", tmp_path / "source"), counting_text(tmp_path / "text.txt")
     check = run.check_checkpoint
-    monkeypatch.setattr(run, "check_checkpoint", lambda folder, sample, expected: check(folder, sample, -expected))
+    monkeypatch.setattr(run, "check_checkpoint", lambda folder, sample, expected, **_: check(folder, sample, -expected))
     with pytest.raises(NumericalError, match="predicts something else"):
         shiftadd_cli.quantize(source, tmp_path / "out", calibration=str(text), **QUICK)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]

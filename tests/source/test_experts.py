@@ -14,7 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source import find_structure, open_source
-from shiftadd_cli.source.experts import SplitExperts, can_split, has_split_experts, join_experts, split_experts
+from shiftadd_cli.source.experts import (
+    PaddedExperts,
+    SplitExperts,
+    can_split,
+    has_split_experts,
+    join_experts,
+    split_experts,
+)
 
 TOKENS = torch.randint(0, VOCAB_SIZE, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -148,29 +155,44 @@ def test_structure_of_a_mixture(family: str) -> None:
 _ROUTERS = ("gpt_oss", "granitemoe")
 
 
-def test_stacks_of_an_unknown_form_are_refused_by_name(tmp_path: Path) -> None:
-    """Llama 4 keeps its experts in stacks, and says nothing of their form."""
-    config = AutoConfig.for_model(
-        "llama4_text", vocab_size=64, hidden_size=32, intermediate_size=40, intermediate_size_mlp=40, head_dim=8,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, moe_layers=[0, 1],
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    assert not split_experts(model)
-    with pytest.raises(SourceError, match=r"first: model\.layers\.0\.feed_forward\.experts\..*--skip '\*\.experts'"):
-        find_structure(model)
+def test_experts_that_are_given_every_token_are_taken_apart_and_compute_the_same(tmp_path: Path) -> None:
+    """Llama 4 says nothing of the form of its stacks, and gives experts zeros for tokens that go elsewhere."""
+    model = tiny_model("llama4")
+    names = [name for name, each in model.named_modules() if can_split(each)]
+    assert names
+    experts = model.get_submodule(names[0])
+    states = torch.randn(4 * 6, 32, generator=torch.Generator().manual_seed(0))
+    states[torch.arange(24) % 3 != 0] = 0
+    expected = experts(states)
+    split = split_experts(model)[names[0]]
+    assert isinstance(split, PaddedExperts)
+    torch.testing.assert_close(split(states), expected)
+    # A token of each expert's own rows, by number.
+    assert split.routing(states).tolist() == [
+        [expert if (expert * 6 + token) % 3 == 0 else 4 for expert in range(4)] for token in range(6)
+    ]
+    seen = []
+    split.get_submodule("2.gate_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    split(states)
+    assert torch.equal(seen[0], states[[12, 15]])
+    join_experts(model)
+    assert torch.equal(model.get_submodule(names[0])(states), expected)
 
 
-def test_experts_that_are_no_stacks_of_three_axes_are_refused_too() -> None:
+def test_stacks_whose_module_computes_something_else_are_left_alone() -> None:
+    experts = tiny_model("llama4").model.layers[1].feed_forward.experts
+    assert can_split(experts)
+    compute = type(experts).forward
+    other = type("Other", (type(experts),), {"forward": lambda self, states: 2 * compute(self, states)})
+    experts.__class__ = other
+    assert not can_split(experts)
+
+
+def test_experts_that_are_no_stacks_of_three_axes_are_refused() -> None:
     """DBRX keeps those of a layer below each other in one matrix: attention alone would be compressed."""
-    config = AutoConfig.for_model(
-        "dbrx", d_model=32, n_heads=4, n_layers=2, vocab_size=64, max_seq_len=64,
-        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
-    )  # fmt: skip
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(SourceError, match=r"most weights of its blocks in modules that are no linear layers.*--skip"):
+        model = AutoModelForCausalLM.from_config(tiny_config("dbrx"))
+    with pytest.raises(SourceError, match=r"experts\.mlp, a DbrxExpertGLU, not a linear layer.*--allow-partial"):
         find_structure(model)
 
 

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source import Structure, find_structure
+from shiftadd_cli.source.structure import linear_sizes
 
 _GATED = {f"self_attn.{x}_proj" for x in "qkvo"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
 EXPECTED = {
@@ -123,7 +124,7 @@ def _mixture() -> PreTrainedModel:
 
 
 def test_fused_experts_are_refused_by_name_unless_skipped() -> None:
-    with pytest.raises(SourceError, match=r"first: model\.layers\.0\.mlp\.experts\.\w+.*--skip '\*\.experts'"):
+    with pytest.raises(SourceError, match=r"Only \d+% .*model\.layers\.0\.mlp\.experts.*--allow-partial"):
         find_structure(_mixture())
     found = find_structure(_mixture(), skip=["*.experts"])
     assert _kinds(found, 0) >= {"self_attn.q_proj"}
@@ -162,12 +163,49 @@ class _Scaled(nn.Linear):
         return super().forward(x) * 2
 
 
-def test_a_linear_with_a_forward_of_its_own_is_left_alone() -> None:
+class _Apart(nn.Linear):
+    """Computes what any linear does, as Falcon's does, bias apart."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = x @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+def test_a_linear_with_a_forward_of_its_own_is_left_alone_unless_it_computes_the_same() -> None:
     model = nn.Module()
-    model.steps = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), _Scaled(4, 4)) for _ in range(2)])
-    found = find_structure(model)
-    assert _kinds(found, 0) == {"0"}
+    model.steps = nn.ModuleList(
+        [nn.Sequential(nn.Linear(4, 4), _Scaled(4, 4), _Apart(4, 6), _Apart(6, 4, bias=False)) for _ in range(2)]
+    )
+    found = find_structure(model.to("meta"))
+    assert _kinds(found, 0) == {"0", "2", "3"}
     assert dict(found.kept)["steps.0.1"] == "not a linear layer"
+    assert found.share == (16 + 24 + 24) / (16 + 16 + 24 + 24)
+
+
+def test_a_twin_leaves_the_module_as_it_was() -> None:
+    module = _Apart(4, 6)
+    weight = module.weight
+    assert linear_sizes(module) == (6, 4, False)
+    assert module.weight is weight
+    assert (module.in_features, module.out_features) == (4, 6)
+
+
+def test_elements_of_different_kinds_are_blocks() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.ReLU(), nn.Linear(4, 8))])
+    found = find_structure(model)
+    assert found.blocks == ("layers.0", "layers.1")
+    assert [each.kind for each in found.linears] == ["0", "1"]
+
+
+def test_the_smaller_part_of_a_model_is_compressed_where_that_is_allowed() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), _Scaled(4, 8)) for _ in range(2)])
+    with pytest.raises(SourceError, match=r"Only 33% .*layers\.0\.1, a _Scaled, not a linear layer.*--allow-partial"):
+        find_structure(model)
+    assert find_structure(model, allow_partial=True).share == 1 / 3
+    # Whoever names what stays has said it.
+    assert find_structure(model, skip=["layers.*.1"]).share == 1
 
 
 def test_a_model_without_blocks_is_refused() -> None:
