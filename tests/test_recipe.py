@@ -224,6 +224,7 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
         "batch_size": 1,
         "embedding_bits": 16,
         "skip": ("a",),
+        "allow_partial": True,
         "seed": 1,
         "device": "cpu",
         "dtype": "float32",

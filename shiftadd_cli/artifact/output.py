@@ -25,6 +25,12 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool, expected_by
     is what will be written. Raises OutputError naming the path and the cure.
     """
     place = out.resolve()
+    try:
+        str(place).encode()
+    except UnicodeEncodeError as failure:
+        # safetensors opens no file under such a name, so nobody could load the result.
+        shown = str(out).encode(errors="backslashreplace").decode()
+        raise OutputError(f"The name {shown} is no text in utf-8; give another folder.") from failure
     if source is not None:
         _check_apart(out, place, source)
     if place.exists() and not place.is_dir():

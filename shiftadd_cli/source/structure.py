@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -148,7 +149,7 @@ def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial:
                     copies or () if name in shared else (),
                 )
             )
-    read = weights_read_by_others(model, {each.name: model.get_submodule(each.name) for each in linears})
+    read = weights_read_by_others(model, tuple(each.name for each in linears))
     kept += [(name, _READ) for name in read]
     left |= {each.name: each.out_features * each.in_features for each in linears if each.name in read}
     linears = [each for each in linears if each.name not in read]
@@ -346,9 +347,9 @@ def _refuse_partial(model: nn.Module, share: float, left: Mapping[str, int], rea
         return
     largest = max(left, key=lambda name: left[name])
     raise SourceError(
-        f"Only {share:.0%} of the weights of {type(model).__name__} would be compressed (the largest part left as it "
-        f"is: {largest}, a {type(model.get_submodule(largest)).__name__}, {reasons[largest]}); give --allow-partial "
-        "to compress no more than that."
+        f"Only {math.floor(100 * share)}% of the weights of {type(model).__name__} would be compressed (the largest "
+        f"part left as it is: {largest}, a {type(model.get_submodule(largest)).__name__}, {reasons[largest]}); give "
+        "--allow-partial to compress no more than that."
     )
 
 

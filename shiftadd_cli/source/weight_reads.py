@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -59,20 +60,22 @@ def watching_weights(root: nn.Module, modules: Mapping[str, nn.Module]) -> Itera
             yield watch.used
 
 
-def weights_read_by_others(model: Any, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Names of those of `modules`, parts of a decoder on the meta device, whose weight other code computes with.
+# A structure is found anew for every plan.
+@lru_cache(maxsize=1)
+def weights_read_by_others(model: Any, names: tuple[str, ...]) -> frozenset[str]:
+    """Those of the linears `names` of a decoder on the meta device whose weight other code computes with.
 
     The model runs on a few tokens without values. A model that cannot run without values gives an empty set; the run
     itself watches again (see `calibration.trace`), and refuses such layers by name.
     """
     if getattr(model, "main_input_name", None) != "input_ids":
-        return set()
-    with watching_weights(model, modules) as used, without_values():
+        return frozenset()
+    with watching_weights(model, {name: model.get_submodule(name) for name in names}) as used, without_values():
         try:
             model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="meta"), use_cache=False)
         except Exception:  # code that depends on values fails in any way without them
-            return set()
-    return used
+            return frozenset()
+    return frozenset(used)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from stopped_runs import counting_text
 from tiny_models import save_tiny
 
 import shiftadd_cli
+from shiftadd_cli.errors import OutputError
 
 pytestmark = pytest.mark.slow
 
@@ -70,11 +71,10 @@ def test_a_locale_that_cannot_name_the_file_is_told(place: Path) -> None:
     assert b"set LC_ALL=C.UTF-8, or rename the file." in found.stderr
 
 
-def test_python_writes_a_folder_whose_name_is_no_text(place: Path) -> None:
-    out = place / os.fsdecode(b"out\xfe")
-    shiftadd_cli.quantize(str(place / "model"), out, "fast", group_size=16)
-    assert json.loads((out / "report.json").read_text())["layers"]
-    assert b"\\udcfe" in (out / "README.md").read_bytes()
+def test_python_writes_no_folder_whose_name_is_no_text(place: Path) -> None:
+    """No library opens a weight file there."""
+    with pytest.raises(OutputError, match=r"out\\udcfe is no text in utf-8"):
+        shiftadd_cli.quantize(str(place / "model"), place / os.fsdecode(b"out\xfe"), "fast", group_size=16)
 
 
 def test_a_pipe_that_is_closed_ends_the_output_and_no_more(place: Path) -> None:
