@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shiftadd_cli.benchmark.timing import Clock, Span
 from shiftadd_cli.benchmark.work import Work
-from shiftadd_cli.calibration.head import run_model
+from shiftadd_cli.calibration.forward import run_model
 
 
 def image_work(pixels: Tensor, batches: Sequence[int]) -> list[Work]:

@@ -17,7 +17,7 @@ from shiftadd_cli.benchmark.result import Benchmark
 from shiftadd_cli.benchmark.roof import Roof, better_roof, read_roof, roof_bytes
 from shiftadd_cli.benchmark.text_work import text_work
 from shiftadd_cli.benchmark.work import Work
-from shiftadd_cli.calibration.head import run_model
+from shiftadd_cli.calibration.forward import run_model
 from shiftadd_cli.calibration.images import ImageReader
 from shiftadd_cli.calibration.text import check_tokens, load_text, tokenise
 from shiftadd_cli.device import use_threads

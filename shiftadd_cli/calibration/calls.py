@@ -15,7 +15,7 @@ argument, `(0,)` the first positional argument behind the hidden states.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -52,6 +52,11 @@ def rebuilt(tree: Any, leaf: Callable[[Path, Any], Any], path: Path = ()) -> Any
         values = [rebuilt(value, leaf, (*path, number)) for number, value in enumerate(tree)]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return leaf(path, tree)
+
+
+def substituted(stand_ins: Mapping[Path, Any], path: Path, leaf: Any) -> Any:
+    """For `rebuilt`: what stands for the leaf at this path, or the leaf itself."""
+    return stand_ins.get(path, leaf)
 
 
 def at_path(tree: Any, path: Path) -> Any:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.head import Prediction
+from shiftadd_cli.calibration.forward import Prediction
 
 
 class Reference:

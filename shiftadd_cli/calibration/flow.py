@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shiftadd_cli.calibration.head import run_model
+from shiftadd_cli.calibration.forward import StopForward, hooked, run_model
 from shiftadd_cli.calibration.images import image_reader
-from shiftadd_cli.calibration.trace import StopForward, hooked
 from shiftadd_cli.errors import SourceError, first_line
 from shiftadd_cli.source import Source
 from shiftadd_cli.source.weight_reads import without_values

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.end_loss import EndLoss, Loss
+from shiftadd_cli.calibration.forward import check_finite
 from shiftadd_cli.calibration.streams import is_whole
-from shiftadd_cli.calibration.trace import Trace, check_finite
+from shiftadd_cli.calibration.trace import Trace
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress, silent

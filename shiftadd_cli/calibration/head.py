@@ -10,44 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.calls import PLAIN_LAYOUT, Layout
+from shiftadd_cli.calibration.forward import Prediction, predict
 from shiftadd_cli.source import Structure
 from shiftadd_cli.source.vision import IMAGE_INPUT
-
-# What a model without class scores gives for an image, best first; without any the mean of its last hidden states.
-_FEATURES = ("image_embeds", "pooler_output")
-
-
-def run_model(model: Any, samples: Tensor) -> Any:
-    """The model's own forward on int64 tokens `[batch, seq_len]`, or on pixels `[batch, channels, height, width]`, cast
-    to its dtype."""
-    if model.main_input_name == IMAGE_INPUT:
-        return model(**{IMAGE_INPUT: samples.to(model.dtype)})
-    return model(input_ids=samples, use_cache=False)
-
-
-class Prediction(NamedTuple):
-    """What a model says of its samples: `values` are logits `[..., classes]`, or, of a vision model without a head,
-    features `[batch, width]`."""
-
-    values: Tensor
-    is_logits: bool
-
-
-def predict(model: Any, samples: Tensor) -> Prediction:
-    """Logits, or features where the model has no head, see `run_model` and `_FEATURES`."""
-    output = run_model(model, samples)
-    if (logits := getattr(output, "logits", None)) is not None:
-        return Prediction(logits, True)
-    for name in _FEATURES:
-        if (found := getattr(output, name, None)) is not None:
-            return Prediction(found, False)
-    return Prediction(output.last_hidden_state.mean(1), False)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.distribution import comparable, reference_of
-from shiftadd_cli.calibration.head import Head, Prediction
+from shiftadd_cli.calibration.forward import Prediction
+from shiftadd_cli.calibration.head import Head
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.device import move_parts
 from shiftadd_cli.progress import BlockProgress, silent

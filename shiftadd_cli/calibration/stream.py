@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.calls import BlockCall
+from shiftadd_cli.calibration.forward import StopForward, check_finite, hooked
 from shiftadd_cli.calibration.playback import Playback
 from shiftadd_cli.calibration.streams import HiddenStates
-from shiftadd_cli.calibration.trace import StopForward, check_finite, hooked
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.source.experts import SplitExperts
 

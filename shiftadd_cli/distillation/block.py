@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 from shiftadd_cli.calibration.calls import BlockCall
-from shiftadd_cli.calibration.trace import hooked
+from shiftadd_cli.calibration.forward import hooked
 from shiftadd_cli.distillation.vectors import Reader, TunedVectors
 from shiftadd_cli.source import LinearSpec
 

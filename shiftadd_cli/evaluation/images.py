@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.calibration.distribution import Direction, Reference
-from shiftadd_cli.calibration.head import Prediction, predict
+from shiftadd_cli.calibration.forward import Prediction, predict
 from shiftadd_cli.errors import NumericalError, RecipeError
 from shiftadd_cli.evaluation.neighbours import nearest_classes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.head import predict
+from shiftadd_cli.calibration.forward import predict
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.runtime.load import load
 

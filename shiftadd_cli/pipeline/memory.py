@@ -15,7 +15,7 @@ from shiftadd_cli.allocation.sensitivity import gradient_stride
 from shiftadd_cli.calibration.flow import Flow, measure_flow
 from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
 from shiftadd_cli.calibration.mixtures import COPIES, ROOM_BYTES, expert_bytes
-from shiftadd_cli.calibration.trace import BYTES_PER_LOGIT, LOGIT_BYTES
+from shiftadd_cli.calibration.passage import BYTES_PER_LOGIT, LOGIT_BYTES
 from shiftadd_cli.distillation.end import SLICE_BYTES as DISTILLED_SLICE_BYTES
 from shiftadd_cli.distillation.stack import MEMORY_BYTES as DECODED_BYTES
 from shiftadd_cli.pipeline.tables import PlannedTable

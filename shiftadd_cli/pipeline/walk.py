@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.bcq.weight import QuantizedWeight
+from shiftadd_cli.calibration.forward import first_input
 from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.head import Head
 from shiftadd_cli.calibration.images import image_reader
+from shiftadd_cli.calibration.passage import Passage
 from shiftadd_cli.calibration.playback import Playback
 from shiftadd_cli.calibration.recall import Recall
 from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import HiddenStates, States
 from shiftadd_cli.calibration.tensor_file import TensorFile
-from shiftadd_cli.calibration.trace import Passage, Trace, first_input, trace_model
+from shiftadd_cli.calibration.trace import Trace, trace_model
 from shiftadd_cli.device import move_parts
 from shiftadd_cli.distillation.block import TunedBlock
 from shiftadd_cli.distillation.distill import Distillation, Distiller

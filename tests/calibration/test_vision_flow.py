@@ -9,8 +9,8 @@ from tiny_vision import VISION_FAMILIES, save_tiny_vision, write_processor
 from shiftadd_cli.calibration.calls import hidden_of
 from shiftadd_cli.calibration.end_loss import EndLoss
 from shiftadd_cli.calibration.flow import measure_flow
+from shiftadd_cli.calibration.forward import predict
 from shiftadd_cli.calibration.gradients import squared_gradients
-from shiftadd_cli.calibration.head import predict
 from shiftadd_cli.calibration.replay import Replay
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.errors import SourceError

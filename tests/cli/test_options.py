@@ -50,6 +50,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "batch_size": (["--batch-size", "1"], 1),
     "embedding_bits": (["--embedding-bits", "16"], 16),
     "skip": (["--skip", "lm_head", "--skip", "*.k_proj"], ("lm_head", "*.k_proj")),
+    "allow_partial": (["--allow-partial"], True),
     "seed": (["--seed", "3"], 3),
     "device": (["--device", "cpu"], "cpu"),
     "dtype": (["--dtype", "float32"], "float32"),

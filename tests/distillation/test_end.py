@@ -9,7 +9,7 @@ import torch
 from tiny_models import FAMILIES, save_tiny
 from tiny_vision import save_tiny_vision
 
-from shiftadd_cli.calibration.head import predict
+from shiftadd_cli.calibration.forward import predict
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.distillation import end as module
 from shiftadd_cli.distillation.end import EndGap

@@ -12,9 +12,9 @@ import torch
 from bit_plans import plan_for
 from click.testing import CliRunner
 from stopped_runs import contents, counting_text, stopped
-from tiny_models import MIXTURES, save_tiny, tiny_tokenizer
+from tiny_models import MIXTURES, save_tiny
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import shiftadd_cli
 from shiftadd_cli.artifact.folder import Artifact
@@ -231,19 +231,14 @@ def test_a_bit_plan_shows_the_bits_that_most_experts_of_a_block_have(mixtral: Pa
 
 
 def test_experts_of_a_form_that_is_not_known_are_refused(tmp_path: Path, text: str) -> None:
-    config = AutoConfig.for_model(
-        "llama4_text", vocab_size=320, hidden_size=32, intermediate_size=40, intermediate_size_mlp=40, head_dim=8,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, moe_layers=[0, 1],
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny("dbrx", tmp_path / "model")
     result = CliRunner().invoke(
         main, ["quantize", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--calibration", text]
     )
     assert result.exit_code == 2, result.output
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("Error: ")
-    assert "model.layers.0.feed_forward.experts" in last
+    assert "ffn.experts.mlp, a DbrxExpertGLU" in last
     assert not (tmp_path / "out").exists()
 
 
