@@ -248,10 +248,12 @@ def _share_tables(original: Any, dense: Any, out: Path) -> None:
     changed = tuple({f"{_present(original, layer['name'])}." for layer in report["layers"]})
     before, after = original.state_dict(), dense.state_dict()
     tied = {before[name].data_ptr() for name in tables}
+    # A weight that several layers share is reported once.
+    compressed = {tensor.data_ptr() for name, tensor in before.items() if name.startswith(changed)}
     for name, tensor in before.items():
         if name in tables or tensor.data_ptr() in tied:
             tensor.copy_(after[name])
-        elif not name.startswith(changed) and not torch.equal(tensor, after[name]):
+        elif tensor.data_ptr() not in compressed and not torch.equal(tensor, after[name]):
             raise _WrongError(f"{name} is kept, and has other values than in the source")
 
 

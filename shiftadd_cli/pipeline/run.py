@@ -155,7 +155,7 @@ class _Run:
             for name, text in checkpoint_pages(plan, report, self.writer.out.name).items():
                 self.writer.add_file(name, text)
         with self.clock.phase("check"):
-            sample, expected = self.walk.predict_stored(self.writer.read)
+            sample, expected = self.walk.predict_stored(self.writer.read, progress)
         with self.clock.phase("read_and_write"):
             self.writer.finish(
                 self._config(),

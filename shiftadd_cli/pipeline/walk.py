@@ -241,7 +241,7 @@ class Walk:
             source.release(needed)
         return result
 
-    def predict_stored(self, read: Reader) -> tuple[Tensor, Tensor]:
+    def predict_stored(self, read: Reader, progress: BlockProgress) -> tuple[Tensor, Tensor]:
         """A sample, and what the stored tensors predict for it, decoded and run block by block.
 
         `read` gives tensors as they were written. Without data the sample is made of random numbers.
@@ -253,8 +253,10 @@ class Walk:
         sample = self._any_sample() if self.samples is None else self.samples[:1]
         source.materialise(structure.outside)
         move_parts(model, structure.outside, device)
-        passage = Passage.of(source, structure, sample, device) if self.trace is None else self.trace.passage
+        known = None if self.trace is None else self.trace.passage
+        passage = known or Passage.of(source, structure, sample, device, progress)
         source.materialise(buffers)
+        move_parts(model, buffers, device)
         self.store_tables(lambda name, tensor: None)
         for name in self.plan.kept:
             if not name.startswith(blocks_within):
@@ -264,7 +266,7 @@ class Walk:
         with torch.no_grad():
             entering, arguments = passage.arguments(sample)
             state = passage.states[0].pack(entering)
-            for depth in range(len(structure.blocks)):
+            for depth, _ in enumerate(progress(structure.blocks, "Checking what was written")):
                 block = self._stored_block(depth, read)
                 state = block.run(passage.recorded_call(depth, arguments), state, block.decoded())
             head = Head(model, structure, passage.forms, sample, device)
