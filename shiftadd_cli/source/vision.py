@@ -72,4 +72,7 @@ def _listed(mapping: Any, config: Any) -> list[Any]:
 
 def _modalities(model_class: Any) -> set[str]:
     found = model_class.input_modalities
+    if found == "text" and model_class.main_input_name == IMAGE_INPUT:
+        # Text is what classes are said to read that say nothing themselves (Cvt, FocalNet).
+        return {"image"}
     return {found} if isinstance(found, str) else set(found)

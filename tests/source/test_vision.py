@@ -7,10 +7,17 @@ import json
 import pytest
 import torch
 from tiny_vision import VISION_FAMILIES, save_tiny_vision, tiny_vision_model, write_processor
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedImageModeling
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedImageModeling,
+    CvtForImageClassification,
+    FocalNetForImageClassification,
+)
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source import find_structure, open_source
+from shiftadd_cli.source.vision import vision_class
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
@@ -85,3 +92,13 @@ def test_patch_embedding_and_classifier_are_kept_for_a_reason(family, classifier
     heads = [name for name, reason in reasons.items() if reason == "classifier"]
     assert all("classifier" in name for name in heads)
     assert bool(heads) == classifier
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("cvt", CvtForImageClassification), ("focalnet", FocalNetForImageClassification)],
+)
+def test_a_class_that_says_nothing_of_what_it_reads_is_known_by_its_input(family, expected):
+    config = AutoConfig.for_model(family)
+    config.architectures = [expected.__name__]
+    assert vision_class(config, family) is expected
