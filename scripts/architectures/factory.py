@@ -43,7 +43,7 @@ def architectures() -> Iterator[Architecture]:
 
 
 def _own_type(name: str, types: list[str]) -> str:
-    """Of the types that share a class, the one whose configuration the class is written for."""
+    """The type whose configuration the class is written for, among those that share the class."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -57,7 +57,7 @@ def small_config(architecture: Architecture) -> Any:
     """A small configuration for the class. Raises whatever transformers says to it."""
     import transformers
 
-    # Of models of pictures and texts, the class for texts alone is built from a part of their configuration.
+    # A model of pictures and texts has a class for texts alone, which is built from a part of its configuration.
     config_class = getattr(transformers, architecture.name).config_class
     config = config_class(**small_settings(config_class, EXCEPTIONS))
     if architecture.reads_images:

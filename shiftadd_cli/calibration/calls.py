@@ -191,7 +191,9 @@ class BlockCall:
             arguments = rebuilt(arguments, lambda _, leaf: _resolved(leaf, entered))
         output = block(hidden, *arguments["args"], **arguments["kwargs"])
         results = {**arguments, "output": output}
-        carried = [entered[each] if isinstance(each, int) else at_path(results, each) for each in self.carried_from]
+        carried = [
+            entered[origin] if isinstance(origin, int) else at_path(results, origin) for origin in self.carried_from
+        ]
         return self.leaving.pack(hidden_of(output), carried)
 
     @property

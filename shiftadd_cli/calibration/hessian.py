@@ -14,7 +14,7 @@ from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.calibration.streams import is_whole
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.source.experts import place_in_mixture, tokens_of
-from shiftadd_cli.source.structure import linear_sizes
+from shiftadd_cli.source.linear import linear_sizes
 
 # Of sums over many tokens in float32.
 _ROUNDING = 1e-5

@@ -15,8 +15,8 @@ from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.bcq import int8
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.errors import ArtifactError, ExportError
+from shiftadd_cli.source.linear import linear_sizes
 from shiftadd_cli.source.skeleton import tied_groups
-from shiftadd_cli.source.structure import linear_sizes
 
 # Rows of a table decoded at a time.
 _TABLE_ROWS = 4096

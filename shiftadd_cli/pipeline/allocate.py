@@ -211,7 +211,7 @@ class AllocationJob:
             self.source.fingerprint,
             str(self.running.dtype),
             self.recipe_fingerprint,
-            # Of the samples themselves: another way to draw or to read the same data gives other sensitivities.
+            # The samples themselves count: another way to draw or read the same data gives other sensitivities.
             samples_fingerprint(self.calibration.samples),
         )
         kept = cache.load() if team.first else None

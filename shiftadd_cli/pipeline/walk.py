@@ -176,18 +176,18 @@ class Walk:
         shared = self.plan.structure.shared_in(depth)
         if not shared:
             return
-        layouts = {f"{each.spec.name}.weight": each for each in self.plan.linears}
+        linears = {f"{linear.spec.name}.weight": linear for linear in self.plan.linears}
         model = self.plan.running.skeleton()
         for name, stored in shared.items():
-            planned = layouts.get(stored)
+            planned = linears.get(stored)
             module = stored.rpartition(".")[0]
             names = [stored] if planned is None else [f"{module}.{suffix}" for suffix in planned.layout.tensors()]
-            own = {each: self.read(each) for each in names} if self.team.first and self.read is not None else None
+            own = {part: self.read(part) for part in names} if self.team.first and self.read is not None else None
             tensors = self.team.share_tensors(own)
             if planned is None:
                 value = tensors[stored]
             else:
-                suffixes = {each.removeprefix(f"{module}."): tensor for each, tensor in tensors.items()}
+                suffixes = {part.removeprefix(f"{module}."): tensor for part, tensor in tensors.items()}
                 value = planned.spec.turned(QuantizedWeight(planned.layout, suffixes).decode())
             parameter = model.get_parameter(name)
             parameter.data = value.to(parameter).contiguous()
@@ -279,14 +279,12 @@ class Walk:
         """A block as it is stored, copies of linears of other blocks included."""
         name, shared = self.plan.structure.blocks[depth], self.plan.structure.shared_in(depth)
         linears = []
-        for each in self.plan.linears:
-            if each.spec.block == depth:
-                linears.append((each.spec, each.layout))
-            linears += [
-                (replace(each.spec, kind=kind, block=depth), each.layout)
-                for number, kind in each.spec.copies
-                if number == depth
-            ]
+        for planned in self.plan.linears:
+            if planned.spec.block == depth:
+                linears.append((planned.spec, planned.layout))
+            for number, kind in planned.spec.copies:
+                if number == depth:
+                    linears.append((replace(planned.spec, kind=kind, block=depth), planned.layout))
         block = self.plan.running.skeleton().get_submodule(name)
         return TunedBlock(name, block, linears, lambda path: read(shared.get(path, path)), self.device)
 

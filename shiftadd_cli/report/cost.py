@@ -21,7 +21,7 @@ from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.report import operations
 from shiftadd_cli.report.operations import WAYS, Counts, Way
 from shiftadd_cli.report.unit_costs import UnitCosts
-from shiftadd_cli.source.structure import linear_sizes
+from shiftadd_cli.source.linear import linear_sizes
 
 # What the tensors of a compressed layer are called.
 _PARTS = {

@@ -45,7 +45,7 @@ class Ties:
             parent, _, leaf = (prefix + name).rpartition(".")
             if leaf != old or parent not in modules:
                 return [name]
-            return [f"{parent}.{each}".removeprefix(prefix) for each in new]
+            return [f"{parent}.{suffix}".removeprefix(prefix) for suffix in new]
 
         for number, (prefix, part, expanded) in enumerate(self._expanded):
             if expanded:

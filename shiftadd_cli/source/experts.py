@@ -233,7 +233,7 @@ def _is_padded(module: Any) -> bool:
     parameters, act_fn = dict(module.named_parameters()), getattr(module, "act_fn", None)
     if list(parameters) != ["gate_up_proj", "down_proj"] or act_fn is None or any(True for _ in module.buffers()):
         return False
-    if any(each.ndim != 3 for each in parameters.values()):
+    if any(stack.ndim != 3 for stack in parameters.values()):
         return False
     outer = parameters["down_proj"].shape[-1]
     if parameters["gate_up_proj"].shape[1] != outer:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source import Structure, find_structure
-from shiftadd_cli.source.structure import linear_sizes
+from shiftadd_cli.source.linear import linear_sizes
 
 _GATED = {f"self_attn.{x}_proj" for x in "qkvo"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
 EXPECTED = {
