@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from shiftadd_cli.verbosity import Verbosity, tell, verbosity
@@ -47,6 +48,20 @@ def block_bar(names: Sequence[str], text: str) -> Iterator[str]:
 def silent(names: Sequence[str], text: str) -> Sequence[str]:
     """The names, and nothing shown."""
     return names
+
+
+@contextmanager
+def no_library_bar() -> Iterator[None]:
+    """While this lasts, transformers draws no progress bar of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def duration(seconds: float) -> str:

@@ -105,7 +105,7 @@ class _Task(NamedTuple):
 def _read_and_write(
     candidates: Sequence[Candidate], asked: Sequence[int] | None, wanted: int | None, batch: int
 ) -> _Task:
-    limits = [limit for each in candidates if (limit := each.opened.positions) is not None]
+    limits = [limit for candidate in candidates if (limit := candidate.opened.positions) is not None]
     # The default leaves room for a prompt where there are few positions.
     new_tokens = wanted or max(2, min([DEFAULT_NEW_TOKENS, *(limit // 2 for limit in limits)]))
     lengths = _lengths(candidates, asked, new_tokens)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from shiftadd_cli.calibration.forward import predict
 from shiftadd_cli.errors import NumericalError
+from shiftadd_cli.progress import no_library_bar
 from shiftadd_cli.runtime.load import load
 
 # Relative difference of predictions, by what the model computes in. The kernels add in another order, and the reference
@@ -28,7 +27,7 @@ def check_checkpoint(folder: Path, sample: Tensor, expected: Tensor, *, remote_c
 
     Raises NumericalError where the predictions are not finite, or other than `expected` by more than rounding.
     """
-    with _quiet():
+    with no_library_bar():
         model = load(folder, **({"trust_remote_code": True} if remote_code else {}))
     with torch.no_grad():
         values = predict(model, sample).values
@@ -54,17 +53,3 @@ def check_checkpoint(folder: Path, sample: Tensor, expected: Tensor, *, remote_c
 def _spread(values: Tensor) -> float:
     """Squared distance from the mean over classes: what is added to all classes of a prediction changes nothing."""
     return float((values - values.mean(-1, keepdim=True)).square().sum(dtype=torch.float64))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

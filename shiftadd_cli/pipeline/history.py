@@ -183,7 +183,7 @@ class History:
         """Why the run cannot go on with what is asked now."""
         begun = f"The unfinished run of {self.workspace.out} was begun with"
         if (field := before.other_field(now)) is not None:
-            was, new = (_word(each.recipe.get(field)) for each in (before, now))
+            was, new = (_word(asked.recipe.get(field)) for asked in (before, now))
             return (
                 f"{begun} {field} = {was}, and this one has {new}; give {was} again to go on, or start anew with "
                 "--no-resume."

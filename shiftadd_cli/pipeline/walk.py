@@ -37,7 +37,7 @@ from shiftadd_cli.pipeline.tables import store_table
 from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.report.schema import BlockReport, TableReport
 
-# Of a run without data, that its result is checked on.
+# Tokens that the result of a run without data is checked on.
 _CHECKED_TOKENS = 32
 
 

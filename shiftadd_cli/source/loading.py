@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from shiftadd_cli.errors import SourceError
+from shiftadd_cli.progress import no_library_bar
 from shiftadd_cli.source.checkpoint import Checkpoint
 from shiftadd_cli.source.memory import trim
 from shiftadd_cli.source.plan import LoadPlan
@@ -158,17 +159,13 @@ def _quiet_and_sequential() -> Iterator[None]:
     Each of its threads would keep freed memory in an arena of its own: measured on 30 blocks of 7 MB, resident memory
     crept up by 20 MB per pass with threads and stayed level without.
     """
-    from transformers.utils import logging
-
-    shown, variable = logging.is_progress_bar_enabled(), "HF_DEACTIVATE_ASYNC_LOAD"
+    variable = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(variable)
-    logging.disable_progress_bar()
     os.environ[variable] = "1"
     try:
-        yield
+        with no_library_bar():
+            yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
         if before is None:
             del os.environ[variable]
         else:

@@ -146,7 +146,7 @@ def find_structure(model: nn.Module, skip: Sequence[str] = (), *, allow_partial:
                     copies or () if name in shared else (),
                 )
             )
-    read = weights_read_by_others(model, tuple(each.name for each in linears))
+    read = weights_read_by_others(model, tuple(spec.name for spec in linears))
     kept += [(name, _READ) for name in read]
     left |= {each.name: each.out_features * each.in_features for each in linears if each.name in read}
     linears = [each for each in linears if each.name not in read]
