@@ -29,8 +29,8 @@ from shiftadd_cli.bcq.choices import Primitive, parse_choice, parts_of_choice
 from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.errors import ShiftaddError
+from shiftadd_cli.pipeline.calibration import draw_calibration
 from shiftadd_cli.pipeline.plan import make_plan
-from shiftadd_cli.pipeline.run import load_calibration
 from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.summary import table
@@ -96,7 +96,7 @@ def measure_forms(
 ) -> list[Row]:
     """Rows of all forms on the linears of these blocks; raises ShiftaddError for what cannot be read."""
     plan = make_plan(open_source(model, dtype=recipe.dtype), recipe)
-    calibration = load_calibration(plan)
+    calibration = draw_calibration(plan)
     if calibration is None or not set(blocks) <= set(range(len(plan.structure.blocks))):
         raise click.UsageError(f"Give a calibration text, and blocks from 0 to {len(plan.structure.blocks) - 1}.")
     # Blocks behind the last one asked for are not run.

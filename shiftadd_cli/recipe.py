@@ -196,12 +196,34 @@ class Recipe(BaseModel):
         str,
         Field(
             min_length=1,
-            description="Calibration text: 'builtin' (needs no download), wikitext2, c4, ptb, a .txt, .jsonl or "
-            ".parquet file (field or column 'text', or 'messages' of conversations), or 'none' for a run without "
-            "data. For vision models images: 'builtin' (digits of scikit-learn), a folder, a .parquet file, or a data "
-            "set of the hub as NAME or NAME:SPLIT.",
+            description="Calibration text: 'self' (documents and conversations that the model writes; 'self-plain' and "
+            "'self-chat' are one of them), 'builtin' (documentation of Python), wikitext2, c4, ptb, a .txt, .jsonl or "
+            ".parquet file (field or column 'text', or 'messages' of conversations), a mixture of these such as "
+            "self:0.8,notes.txt:0.2, or 'none' for a run without data. For vision models images: 'builtin' (digits of "
+            "scikit-learn), a folder, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT.",
         ),
-    ] = "builtin"
+    ] = "self"
+    writing_length: Annotated[
+        int,
+        Field(
+            ge=2,
+            description="Tokens that a model writes at a stretch of its own calibration text; longer windows are put "
+            "together of several pieces.",
+        ),
+    ] = 256
+    writing_temperature: Annotated[
+        float,
+        Field(gt=0, description="Temperature at which a model writes its own calibration text."),
+    ] = 1.0
+    writing_min_p: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="Where a model writes its own calibration text: the least probability of a token that may be "
+            "drawn, as a share of that of the likeliest.",
+        ),
+    ] = 0.02
     samples: Annotated[int, Field(ge=1, description="Calibration windows, or images.")] = 128
     seq_len: Annotated[
         int,

@@ -10,6 +10,12 @@ from torch import Tensor
 
 from shiftadd_cli.calibration.forward import Prediction
 
+# Relative difference of predictions of one model, by what it computes in: kernels add in different orders, and one of
+# the two may be computed in float32. A model that was loaded or run wrongly differs by the order of 1.
+_ROUNDING = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.2}
+# Predictions that are in float32 at a time.
+_SLICE = 64
+
 
 class Reference:
     """The original's distribution on some rows, from log-probabilities, float32 `[..., vocabulary]`."""
@@ -63,3 +69,26 @@ def comparable(prediction: Prediction) -> Tensor:
 def reference_of(prediction: Prediction) -> Divergence:
     """The original's side of the comparison."""
     return Reference(comparable(prediction)) if prediction.is_logits else Direction(comparable(prediction))
+
+
+def relative_difference(values: Tensor, expected: Tensor) -> float:
+    """How far predictions `[..., classes]` are from those expected, relative to how far these are from their means.
+
+    Zero where all classes of a prediction differ by the same, which changes nothing.
+    """
+    difference = scale = 0.0
+    for own, other in zip(values.flatten(0, -2).split(_SLICE), expected.flatten(0, -2).split(_SLICE), strict=True):
+        own, other = own.float(), other.to(own.device).float()
+        difference += _spread(own - other)
+        scale += _spread(other)
+    return (difference / max(scale, 1e-60)) ** 0.5
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """The largest `relative_difference` that rounding explains in a model that computes in `dtype`."""
+    return _ROUNDING.get(dtype, _ROUNDING[torch.float32])
+
+
+def _spread(values: Tensor) -> float:
+    """Squared distance from the mean over classes."""
+    return float((values - values.mean(-1, keepdim=True)).square().sum(dtype=torch.float64))

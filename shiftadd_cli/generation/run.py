@@ -112,7 +112,7 @@ def generate_text(
         ids,
         attention_mask=torch.ones_like(ids),
         streamer=stream,
-        logits_processor=LogitsProcessorList([_RefuseNoNumbers(loaded.info.spec, loaded.info.dtype)]),
+        logits_processor=LogitsProcessorList([RefuseNoNumbers(loaded.info.spec, loaded.info.dtype)]),
         stopping_criteria=StoppingCriteriaList([_Ends(ends)]),
     )
     ended = stream.tokens[-1] in ends
@@ -165,7 +165,7 @@ class _Ends(StoppingCriteria):
         return torch.tensor([int(input_ids[0, -1]) in self._ends], device=input_ids.device)
 
 
-class _RefuseNoNumbers(LogitsProcessor):
+class RefuseNoNumbers(LogitsProcessor):
     """Leaves logits alone; without it NaN would give some text where the likeliest token is taken, or a traceback."""
 
     def __init__(self, name: str, dtype: str) -> None:

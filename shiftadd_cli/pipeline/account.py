@@ -38,7 +38,7 @@ from shiftadd_cli.source.card import source_license
 from shiftadd_cli.source.locate import hub_id
 from shiftadd_cli.version import __version__
 
-_PHASES = ("allocate", "trace", "forward", "solve", "reconstruct", "distill", "check", "read_and_write")
+_PHASES = ("calibration", "allocate", "trace", "forward", "solve", "reconstruct", "distill", "check", "read_and_write")
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

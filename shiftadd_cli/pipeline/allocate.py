@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from shiftadd_cli.allocation.budget import Budget
-from shiftadd_cli.allocation.cache import SensitivityCache, cache_folder
+from shiftadd_cli.allocation.cache import SensitivityCache
 from shiftadd_cli.allocation.cost_table import CostLimit
 from shiftadd_cli.allocation.patterns import follow_pins, fused, pinned_bits, tied_by_pattern
 from shiftadd_cli.allocation.plan_file import (
@@ -28,13 +28,13 @@ from shiftadd_cli.allocation.solve import Choices, allocate, allocate_smallest, 
 from shiftadd_cli.artifact.shards import plan_shards
 from shiftadd_cli.bcq.choices import Choice, ordered_choices
 from shiftadd_cli.bcq.solver import SolverOptions
+from shiftadd_cli.cache import cache_folder
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.device import choose_device, move_parts
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import AllocationError
-from shiftadd_cli.pipeline.history import samples_fingerprint
+from shiftadd_cli.pipeline.calibration import Calibration, CalibrationSet, samples_fingerprint
 from shiftadd_cli.pipeline.plan import Plan, PlannedLinear, make_plan
-from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import Source
@@ -43,7 +43,8 @@ from shiftadd_cli.source import Source
 _IRRELEVANT = (
     "primitive", "bits", "avg_bits", "candidates", "tie_fused", "bit_plan", "refine_rounds", "descent_passes",
     "bias_correction", "true_sequential", "asymmetric", "loss_aware", "reconstruct_epochs", "distill_epochs",
-    "embedding_bits", "calibration", "batch_size", "device", "shard_size",
+    "embedding_bits", "calibration", "writing_length", "writing_temperature",
+    "writing_min_p", "batch_size", "device", "shard_size",
 )  # fmt: skip
 
 
@@ -80,7 +81,8 @@ class FrontPoint(NamedTuple):
 class AllocationJob:
     """An allocation whose request has been checked; nothing has been measured yet.
 
-    `linears` are planned at the recipe's own bits; `options` are the recipe's for the solver.
+    `linears` are planned at the recipe's own bits. `data` is drawn when it is needed. `not_written` is that of
+    the plan.
     """
 
     source: Source
@@ -89,18 +91,19 @@ class AllocationJob:
     linears: tuple[PlannedLinear, ...]
     allowed: dict[str, tuple[Choice, ...]]
     tied: list[tuple[str, ...]]
-    calibration: CalibrationSet
+    data: Calibration
     device: torch.device
+    not_written: str | None = None
 
     @classmethod
-    def prepare(cls, source: Source, recipe: Recipe, request: Request) -> AllocationJob:
+    def prepare(cls, source: Source, recipe: Recipe, request: Request, *, memory: int | None = None) -> AllocationJob:
         """Check everything that can be known from headers and the calibration text.
 
         Raises ShiftaddError, saying what to do: also for a budget that no choice of bits meets.
         """
         recipe = recipe.model_copy(update={"primitive": "bcq", "bit_plan": None})
         device = choose_device(recipe.device)
-        plan = make_plan(source, recipe)
+        plan = make_plan(source, recipe, memory=memory)
         specs = [each.spec for each in plan.linears]
         pinned = pinned_bits(specs, request.keep)
         allowed = {spec.name: (pinned[spec.name],) if spec.name in pinned else request.candidates for spec in specs}
@@ -117,7 +120,9 @@ class AllocationJob:
                 "What bits matter to a layer is measured on calibration data; choose a --calibration, and a recipe "
                 "that uses one."
             )
-        job = cls(source, plan.recipe, request, plan.linears, allowed, tied, _calibrate(plan), device)
+        data = Calibration.of(plan)
+        assert data is not None, "the plan is calibrated"
+        job = cls(source, plan.recipe, request, plan.linears, allowed, tied, data, device, plan.not_written)
         job.check_budget()
         return job
 
@@ -204,6 +209,7 @@ class AllocationJob:
     def sensitivities(self, show: BlockProgress, team: Team = ALONE) -> Sensitivities:
         """At everything allowed for any layer, from the cache where it has them; in the first process of a team, and in
         the others of what this took to measure."""
+        calibration = self.data.draw(team)
         wanted = ordered_choices(choice for each in self.allowed.values() for choice in each)
         cache = SensitivityCache(
             cache_folder(),
@@ -212,7 +218,7 @@ class AllocationJob:
             str(self.running.dtype),
             self.recipe_fingerprint,
             # The samples themselves count: another way to draw or read the same data gives other sensitivities.
-            samples_fingerprint(self.calibration.samples),
+            samples_fingerprint(calibration.samples),
         )
         kept = cache.load() if team.first else None
         known = next(iter(kept.costs.values())).keys() if kept is not None else set[Choice]()
@@ -251,7 +257,12 @@ class AllocationJob:
         for name, choices in self.allowed.items():
             stored = {options.at(choice).layout(*self.shapes[name]).nbytes: choice for choice in reversed(choices)}
             chosen[name] = stored[choose(stored)]
-        return make_plan(self.source, self.recipe, chosen)
+        return replace(make_plan(self.source, self.recipe, chosen), not_written=self.not_written)
+
+    @property
+    def calibration(self) -> CalibrationSet:
+        """The data, which the model writes now if it has not yet."""
+        return self.data.draw()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -303,8 +314,8 @@ class AllocationJob:
                 sensitivity=request.sensitivity,
                 recipe_fingerprint=self.recipe_fingerprint,
                 calibration=PlanCalibration(
-                    name=self.calibration.data.name,
-                    fingerprint=self.calibration.data.fingerprint,
+                    name=self.calibration.name,
+                    fingerprint=self.calibration.fingerprint,
                     samples=len(samples),
                     seq_len=None if self.source.reads_images else samples.shape[1],
                     window_start=self.calibration.window_start,
@@ -316,12 +327,6 @@ class AllocationJob:
             ),
             layers=planned,
         )
-
-
-def _calibrate(plan: Plan) -> CalibrationSet:
-    calibration = load_calibration(plan)
-    assert calibration is not None, "the caller saw to it"
-    return calibration
 
 
 def file_bytes(plan: Plan) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.bcq.choices import choices_in_words
+from shiftadd_cli.calibration import text_builtin
+from shiftadd_cli.calibration.mixture import parse_mixture
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.summary import size, table
 from shiftadd_cli.source.positions import position_limit
@@ -26,7 +28,7 @@ def describe_plan(plan: Plan) -> str:
     for _, reason in plan.kept_modules:
         reasons[reason] = reasons.get(reason, 0) + 1
     kept = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
-    source, recipe = plan.source, plan.recipe
+    source = plan.source
     before = source.model_bytes
     after = f"{'at most ' if plan.open_bits else ''}{size(plan.most_bytes)}"
     dtype = str(source.dtype).removeprefix("torch.")
@@ -49,7 +51,7 @@ def describe_plan(plan: Plan) -> str:
             f"{plan.whole_bits_per_weight:.3f} bits/weight over the whole file",
             f"Memory        about {size(plan.peak_memory_bytes)} at the peak",
             *_computed(plan),
-            "Calibration   " + (f"{recipe.calibration}, {_samples(plan)}" if plan.calibrated else "none"),
+            *_calibration(plan),
         )
     )
 
@@ -58,6 +60,23 @@ def _span(sizes: list[int]) -> str:
     """`384`, or `96-768` where stages differ."""
     found = sorted(set(sizes))
     return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+
+
+def _calibration(plan: Plan) -> list[str]:
+    recipe = plan.recipe
+    if not plan.calibrated:
+        return ["Calibration   none"]
+    lines = [f"Calibration   {recipe.calibration}, {_samples(plan)}"]
+    if plan.source.reads_images:
+        return lines
+    if plan.not_written is not None:
+        lines.append(f"Warning       the model does not write its own calibration text: {plan.not_written}")
+    if any(part.spec == text_builtin.NAME for part in parse_mixture(recipe.calibration)):
+        lines.append(
+            "Warning       the builtin text is the documentation of Python; a model for anything else is better "
+            "calibrated on self, or on a file of its own kind of text"
+        )
+    return lines
 
 
 def _samples(plan: Plan) -> str:

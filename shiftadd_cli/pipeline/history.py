@@ -9,12 +9,10 @@ batch sizes too: sums over tokens round by batch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,6 +28,7 @@ from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import ResumeError
 from shiftadd_cli.faults import first_fault
 from shiftadd_cli.pipeline.account import Measured, Spent, versions
+from shiftadd_cli.pipeline.calibration import samples_fingerprint
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.states import StoredStates
 from shiftadd_cli.report.schema import BlockReport, DistillationReport, LayerReport
@@ -361,13 +360,6 @@ def _synced(states: Mapping[str, StoredStates]) -> dict[str, StatesRecord]:
 
 def _block_name(depth: int) -> str:
     return f"block-{depth:05}"
-
-
-def samples_fingerprint(samples: Tensor) -> str:
-    """SHA-256, in hex, of calibration samples: tokens or pixels, their dtype and shape."""
-    digest = hashlib.sha256(f"{samples.dtype} {tuple(samples.shape)}".encode())
-    digest.update(samples.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _word(value: Any) -> str:

@@ -17,9 +17,10 @@ from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import Interrupted, MemoryLimitError, OutputError, RecipeError, TeamError
 from shiftadd_cli.pipeline.account import Measured
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
+from shiftadd_cli.pipeline.calibration import Calibration, CalibrationSet
 from shiftadd_cli.pipeline.history import Asked, History
 from shiftadd_cli.pipeline.plan import Plan, least_memory, make_plan
-from shiftadd_cli.pipeline.run import CalibrationSet, load_calibration, run_plan
+from shiftadd_cli.pipeline.run import run_plan
 from shiftadd_cli.pipeline.walk import follow
 from shiftadd_cli.progress import block_bar, silent
 from shiftadd_cli.recipe import Recipe
@@ -71,16 +72,17 @@ class Job:
             check_output(out, local, overwrite=overwrite)
         device = choose_device(recipe.device)
         source = open_source(model, dtype=recipe.dtype, trust_remote_code=trust_remote_code)
+        memory = None if max_memory is None else _memory_limit(max_memory)
         if recipe.avg_bits is None:
-            allocation, plan = None, make_plan(source, recipe)
+            allocation, plan = None, make_plan(source, recipe, memory=memory)
         else:
             request = Request(
                 Budget.parse(recipe.avg_bits, None), candidates=recipe.candidates, tie_fused=recipe.tie_fused
             )
-            allocation = AllocationJob.prepare(source, recipe, request)
+            allocation = AllocationJob.prepare(source, recipe, request, memory=memory)
             plan = allocation.plan_at(min)
-        if max_memory is not None:
-            _check_memory(plan, max_memory, plan.held_bytes(team))
+        if max_memory is not None and memory is not None:
+            _check_memory(plan, max_memory, memory, plan.held_bytes(team))
         if team.first:
             check_output(out, local, overwrite=overwrite, expected_bytes=plan.most_bytes)
         return cls(plan, out, device, overwrite, resume, allocation)
@@ -98,8 +100,9 @@ class Job:
         how to go on, when it is stopped; TeamError where another process of the team fails.
         """
         clock = Measured()
-        calibration = self._calibration()
         check_space(self.out, self.plan.most_bytes + self.plan.state_bytes)
+        with clock.phase("calibration"):
+            calibration = self._calibration(team)
         with Workspace(self.out, resume=self.resume) as workspace:
             history = History(workspace, self.plan.structure.blocks)
             asked = Asked.of(self.plan, None if calibration is None else calibration.samples)
@@ -136,7 +139,7 @@ class Job:
 
         Raises RecipeError where this process has other options, another model, text or software than the first.
         """
-        calibration = self._calibration()
+        calibration = self._calibration(team)
         samples = None if calibration is None else calibration.samples
         own = Asked.of(self.plan, samples)
         first = Asked.model_validate(team.share(own.model_dump(mode="json")))
@@ -147,11 +150,14 @@ class Job:
         if self.allocation is not None:
             chosen = team.share("")
             bit_plan = BitPlan.model_validate_json(chosen) if chosen else self.allocation.run(silent, team)
-            plan = replace(make_plan(plan.source, plan.recipe, bit_plan.bits), bit_plan=bit_plan)
+            plan = replace(
+                make_plan(plan.source, plan.recipe, bit_plan.bits), bit_plan=bit_plan, not_written=plan.not_written
+            )
         follow(plan, samples, self.device, team)
 
-    def _calibration(self) -> CalibrationSet | None:
-        return load_calibration(self.plan) if self.allocation is None else self.allocation.calibration
+    def _calibration(self, team: Team) -> CalibrationSet | None:
+        data = Calibration.of(self.plan) if self.allocation is None else self.allocation.data
+        return None if data is None else data.draw(team)
 
     def _with_bits(
         self, history: History, clock: Measured, announce: Callable[[Plan], None] | None, team: Team
@@ -169,6 +175,7 @@ class Job:
         plan = replace(
             make_plan(self.plan.source, self.plan.recipe, bit_plan.bits),
             bit_plan=bit_plan,
+            not_written=self.plan.not_written,
             peak_memory_bytes=self.plan.peak_memory_bytes,
         )
         if announce is not None:
@@ -176,11 +183,15 @@ class Job:
         return plan
 
 
-def _check_memory(plan: Plan, max_memory: str, held: int) -> None:
-    """held: bytes beside what the plan says, which smaller batches do not change."""
+def _memory_limit(max_memory: str) -> int:
     limit = parse_size(max_memory)
     if limit is None:
         raise MemoryLimitError(f"--max-memory {max_memory!r} is not valid; give a size such as 800MB or 4GB.")
+    return limit
+
+
+def _check_memory(plan: Plan, max_memory: str, limit: int, held: int) -> None:
+    """held: bytes beside what the plan says, which smaller batches do not change."""
     if plan.peak_memory_bytes + held <= limit:
         return
     batch_size, least = least_memory(plan, limit - held)

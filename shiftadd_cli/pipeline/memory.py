@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -16,6 +17,7 @@ from shiftadd_cli.calibration.flow import Flow, measure_flow
 from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
 from shiftadd_cli.calibration.mixtures import COPIES, ROOM_BYTES, expert_bytes
 from shiftadd_cli.calibration.passage import BYTES_PER_LOGIT, LOGIT_BYTES
+from shiftadd_cli.calibration.self_text.write import writing_bytes, written_by_model
 from shiftadd_cli.distillation.end import SLICE_BYTES as DISTILLED_SLICE_BYTES
 from shiftadd_cli.distillation.stack import MEMORY_BYTES as DECODED_BYTES
 from shiftadd_cli.pipeline.tables import PlannedTable
@@ -37,6 +39,19 @@ _LATER_BYTES = 120_000_000
 _VOCABULARY_ENTRY_BYTES = 3000
 # What the allocator keeps of what was freed, over all: SmolLM2 took from 0.98 to 1.12 times the sum of its parts.
 _SLACK = 1.15
+# Where Linux says how much memory a container may take, by the version of its control groups.
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def machine_memory() -> int:
+    """Bytes of memory that processes here may have in all: those of the machine, or fewer where a container has a
+    limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _CONTAINER_LIMITS:
+        # Without a limit the file says "max", or a number beyond any machine.
+        if path.is_file() and (text := path.read_text().strip()).isdecimal():
+            total = min(total, int(text))
+    return total
 
 
 def versions_kept(recipe: Recipe) -> int:
@@ -129,7 +144,10 @@ def peak_memory(
     if recipe.avg_bits is not None:
         probed = hidden / gradient_stride(recipe.samples, max(flow.tokens))
         measuring = outside + running + hidden + min(GRADIENT_BYTES, len(blocks) * probed)
-    return int(_SLACK * (resident + pixels + max(starting, running + token_weights, distilling, measuring, checking)))
+    requests = [] if source.reads_images else written_by_model(recipe)
+    writing = max((writing_bytes(source, request) for request in requests), default=0)
+    moments_of_run = (starting, running + token_weights, distilling, measuring, checking, writing)
+    return int(_SLACK * (resident + pixels + max(moments_of_run)))
 
 
 def _expert_bytes(linears: Sequence[LinearSpec], *, cross: bool) -> int:

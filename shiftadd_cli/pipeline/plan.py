@@ -17,10 +17,11 @@ from shiftadd_cli.bcq.choices import Choice, parts_of_choice
 from shiftadd_cli.bcq.solver import SolverOptions
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.calibration.flow import Flow, measure_flow
+from shiftadd_cli.calibration.self_text.write import why_not, without_self, written_by_model
 from shiftadd_cli.device import choose_device
 from shiftadd_cli.distributed.team import Team
 from shiftadd_cli.errors import SourceError
-from shiftadd_cli.pipeline.memory import peak_memory, token_weight_bytes, versions_kept
+from shiftadd_cli.pipeline.memory import machine_memory, peak_memory, token_weight_bytes, versions_kept
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import NO_CALIBRATION, Recipe
 from shiftadd_cli.source import LinearSpec, Source, Structure, find_structure
@@ -42,7 +43,8 @@ class Plan:
     """A run, fixed: `source` is the model as it will be stored, `running` the same at the dtype that is computed in;
     `tensors` are all tensors of the artifact in file order; `kept` those stored as they are, and `kept_modules` the
     modules with such, each with the reason; `tables` is what is stored as 8-bit rows; `bit_plan` the file that bits
-    come from, if any."""
+    come from, if any. `not_written` says why the model does not write the calibration text that it was asked for, so
+    that the recipe has the builtin one in its place; None where it does or was not asked."""
 
     source: Source
     running: Source
@@ -55,6 +57,7 @@ class Plan:
     kept_modules: tuple[tuple[str, str], ...]
     peak_memory_bytes: int
     bit_plan: BitPlan | None = None
+    not_written: str | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -176,17 +179,23 @@ class Plan:
         return ArtifactFormat(common, modules, tables, split_experts=has_split_experts(self.source.skeleton()))
 
 
-def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None = None) -> Plan:
+def make_plan(
+    source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None = None, *, memory: int | None = None
+) -> Plan:
     """Plan a run from headers alone.
 
     bits: of every linear that the recipe does not skip (or the word of a shift primitive), by full name; by default
         those of the recipe's bit plan, or its primitive and bits for all.
+    memory: bytes that the run may take, by default those of the machine.
 
     Raises SourceError when there is nothing to quantize, see `find_structure`; AllocationError when the bit plan cannot
     be read, or is of another model or another way to store it; RecipeError for windows longer than the model's
     positions.
     """
     recipe = _within_positions(source, recipe)
+    # Without data nothing is run but the sample that the result is checked on.
+    running = source if recipe.calibration == NO_CALIBRATION else source.computed_on(choose_device(recipe.device))
+    recipe, not_written = _with_writable_text(running, recipe, min(machine_memory(), memory or machine_memory()))
     model = source.skeleton()
     structure = find_structure(model, recipe.skip, allow_partial=recipe.allow_partial)
     if recipe.distill_epochs and any(structure.shared_in(depth) for depth in range(len(structure.blocks))):
@@ -209,9 +218,9 @@ def make_plan(source: Source, recipe: Recipe, bits: Mapping[str, Choice] | None 
     )
     tables, kept_modules = plan_tables(model, structure, recipe)
     tensors, kept = _tensors(model, structure, linears, tables)
-    # Without data nothing is run but the sample that the result is checked on.
-    running = source if recipe.calibration == NO_CALIBRATION else source.computed_on(choose_device(recipe.device))
-    plan = Plan(source, running, structure, recipe, linears, tables, tensors, kept, kept_modules, 0, bit_plan)
+    plan = Plan(
+        source, running, structure, recipe, linears, tables, tensors, kept, kept_modules, 0, bit_plan, not_written
+    )
     return replace(plan, peak_memory_bytes=peak_memory(running, structure, tables, recipe, plan.most_bytes))
 
 
@@ -225,6 +234,16 @@ def _within_positions(source: Source, recipe: Recipe) -> Recipe:
     asked = recipe.seq_len if "seq_len" in recipe.model_fields_set else None
     length = window_length(asked, recipe.seq_len, {source.spec: position_limit(source.config)}, "--seq-len")
     return recipe if length == recipe.seq_len else recipe.model_copy(update={"seq_len": length})
+
+
+def _with_writable_text(running: Source, recipe: Recipe, memory: int) -> tuple[Recipe, str | None]:
+    """The recipe with the builtin text in place of one that this model cannot write, and the reason if there is one."""
+    requests = [] if running.reads_images else written_by_model(recipe)
+    reasons = (why_not(running, request, memory) for request in requests)
+    reason = next((each for each in reasons if each is not None), None)
+    if reason is None:
+        return recipe, None
+    return recipe.model_copy(update={"calibration": without_self(recipe.calibration)}), reason
 
 
 def least_memory(plan: Plan, limit: int) -> tuple[int, int]:

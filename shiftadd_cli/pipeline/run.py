@@ -15,13 +15,11 @@ from torch import Tensor
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution
-from shiftadd_cli.calibration.images import draw_images, image_reader, load_images
-from shiftadd_cli.calibration.images_data import ImageData
-from shiftadd_cli.calibration.text import TextData, check_tokens, load_text, sample_windows
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.pipeline.account import Measured, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
+from shiftadd_cli.pipeline.calibration import CalibrationSet
 from shiftadd_cli.pipeline.final_check import check_checkpoint
 from shiftadd_cli.pipeline.history import Asked, History
 from shiftadd_cli.pipeline.pages import checkpoint_pages
@@ -31,7 +29,6 @@ from shiftadd_cli.pipeline.walk import Walk
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.report.schema import (
     BlockReport,
-    CalibrationReport,
     DistillationReport,
     LayerReport,
     Report,
@@ -39,33 +36,6 @@ from shiftadd_cli.report.schema import (
 )
 from shiftadd_cli.runtime.remote_code import code_entry
 from shiftadd_cli.source import LinearSpec
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """The data and the samples drawn from it: of a text windows of tokens, int64 `[samples, seq_len]`, of images
-    pixels, float32 `[samples, channels, height, width]`. `window_start`: see `Plan.window_start`."""
-
-    data: TextData | ImageData
-    samples: Tensor
-    window_start: str | None
-
-
-def load_calibration(plan: Plan) -> CalibrationSet | None:
-    """Data and samples of the plan's recipe, None for a run without data. Raises CalibrationError, before any work."""
-    if not plan.calibrated:
-        return None
-    recipe = plan.recipe
-    if plan.source.reads_images:
-        images = load_images(recipe.calibration, split="calibration")
-        drawn = draw_images(images, image_reader(plan.source), samples=recipe.samples, seed=recipe.seed)
-        return CalibrationSet(images, drawn.inputs, None)
-    tokenizer = plan.source.load_tokenizer()
-    text = load_text(recipe.calibration, split="calibration", tokenizer=tokenizer)
-    windows = sample_windows(text, tokenizer, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed)
-    rows: int = plan.source.config.get_text_config().vocab_size
-    check_tokens(windows, tokenizer, rows, data=text.name, model=plan.source.spec)
-    return CalibrationSet(text, windows, plan.window_start)
 
 
 def run_plan(
@@ -141,7 +111,7 @@ class _Run:
             files_bytes = self.writer.nbytes
             report = make_report(
                 plan,
-                None if self.calibration is None else _calibration_report(self.calibration),
+                None if self.calibration is None else self.calibration.report(),
                 self.layers,
                 self.blocks,
                 distillation,
@@ -269,20 +239,6 @@ def _check_kept(name: str, tensor: Tensor) -> None:
             + ("give --dtype bfloat16 or float32, or " if tensor.dtype == torch.float16 else "")
             + "mend the source."
         )
-
-
-def _calibration_report(calibration: CalibrationSet) -> CalibrationReport:
-    data, samples = calibration.data, calibration.samples
-    images = isinstance(data, ImageData)
-    return CalibrationReport(
-        name=data.name,
-        fingerprint=data.fingerprint,
-        samples=len(samples),
-        seq_len=None if images else samples.shape[1],
-        tokens=None if images else samples.numel(),
-        window_start=calibration.window_start,
-        image_shape=tuple(samples.shape[1:]) if images else None,
-    )
 
 
 def _layer_report(spec: LinearSpec, solution: Solution, tokens: int | None) -> LayerReport:

@@ -42,12 +42,25 @@ class SourceReport(_Part):
     left_behind: Annotated[list[LeftBehindReport], Field(description="Tensors that the model does not read.")] = []
 
 
+class CalibrationPart(_Part):
+    """One text of a mixture."""
+
+    name: str
+    fingerprint: Annotated[str, Field(description="SHA-256 of the text, or of the windows that the model wrote.")]
+    share: Annotated[float, Field(description="Of the windows, as it was asked for.")]
+    samples: Annotated[int, Field(description="Windows.")]
+
+
 class CalibrationReport(_Part):
     """The data the model was run on."""
 
     name: str
     fingerprint: Annotated[
-        str, Field(description="SHA-256 of the text, or over the names of all images and the bytes of some.")
+        str,
+        Field(
+            description="SHA-256 of the text, of windows that the model wrote or that are a mixture, or over the names "
+            "of all images and the bytes of some."
+        ),
     ]
     samples: Annotated[int, Field(description="Windows of tokens, or images.")]
     seq_len: Annotated[int | None, Field(description="Tokens of a window; null for images.")]
@@ -59,6 +72,7 @@ class CalibrationReport(_Part):
     image_shape: Annotated[
         tuple[int, ...] | None, Field(description="Channels, height and width of an image as the model reads it.")
     ] = None
+    parts: Annotated[list[CalibrationPart], Field(description="Of a mixture of texts; empty for a single one.")] = []
 
     @property
     def amount(self) -> str:
@@ -202,6 +216,7 @@ class TimeReport(_Part):
     """Where the time went."""
 
     total: float
+    calibration: Annotated[float, Field(description="Reading the data, or letting the model write it.")] = 0.0
     allocate: Annotated[float, Field(description="Measuring how much each layer matters, and choosing its bits.")] = 0.0
     trace: Annotated[float, Field(description="Embedding the samples and recording block arguments.")]
     forward: Annotated[float, Field(description="Running blocks, Hessians included.")]

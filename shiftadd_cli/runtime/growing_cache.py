@@ -7,6 +7,7 @@ The cache stays what it was: whatever else is done to it (crop, reorder, copy) i
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -96,3 +97,23 @@ def _with_room(old: Tensor, added: int) -> Tensor:
     buffer = torch.empty(rows, heads, capacity, size, dtype=old.dtype, device=old.device)
     buffer.narrow(2, 0, tokens).copy_(old)
     return buffer
+
+
+class GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` that appends without copying what it holds."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized or not _go_together(self, key_states, value_states):
+            found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return found
+        return _append_to(self, (key_states, value_states))
+
+
+def growing_cache(model: Any) -> DynamicCache | None:
+    """An empty cache for `model.generate` whose layers grow without copying; None for a model that makes its own."""
+    taken = inspect.signature(model.forward).parameters
+    if not model._supports_default_dynamic_cache() or "past_key_values" not in taken:
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from shiftadd_cli.allocation.cache import SensitivityCache, cache_folder
+from shiftadd_cli.allocation.cache import SensitivityCache
 from shiftadd_cli.allocation.sensitivity import Sensitivities
+from shiftadd_cli.cache import cache_folder
 
 FOUND = Sensitivities({"a.q": {2: 0.5, 3: 0.1}, "a.k": {2: 1e-9, 3: 0.0}}, (("a.q", "a.k"),))
 

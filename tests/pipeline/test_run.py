@@ -18,8 +18,9 @@ from shiftadd_cli.artifact.contents import Contents
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.errors import CalibrationError, NumericalError
+from shiftadd_cli.pipeline.calibration import draw_calibration
 from shiftadd_cli.pipeline.plan import make_plan
-from shiftadd_cli.pipeline.run import load_calibration, run_plan
+from shiftadd_cli.pipeline.run import run_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.summary import summarize
 from shiftadd_cli.source import model as source_model
@@ -36,7 +37,7 @@ def quantize(model, out, recipe="default", bits_of=None, **fields):
 def run(plan, out):
     return run_plan(
         plan,
-        load_calibration(plan),
+        draw_calibration(plan),
         out,
         device=CPU,
         overwrite=False,
@@ -186,13 +187,13 @@ def test_tokens_beyond_the_embedding_are_refused(tmp_path):
         open_source(str(tmp_path / "model")), Recipe.load("equal-bits", QUICK | {"calibration": str(text)})
     )
     with pytest.raises(CalibrationError, match=r"x\.txt has the token '<x>' \(id 320\), .*model has 320 rows"):
-        load_calibration(plan)
+        draw_calibration(plan)
 
 
 def test_another_seed_draws_other_windows(tmp_path):
     save_tiny("llama", tmp_path)
     plans = [make_plan(open_source(str(tmp_path)), Recipe.load("default", QUICK | {"seed": seed})) for seed in (0, 1)]
-    first, second = (load_calibration(plan) for plan in plans)
+    first, second = (draw_calibration(plan) for plan in plans)
     assert not torch.equal(first.samples, second.samples)
 
 
@@ -204,7 +205,7 @@ def test_every_packaged_recipe_runs(tmp_path, recipe):
     plan = make_plan(open_source(str(source)), Recipe.load(recipe, fields))
     report = run_plan(
         plan,
-        load_calibration(plan),
+        draw_calibration(plan),
         tmp_path / "out",
         device=CPU,
         overwrite=False,
@@ -256,7 +257,7 @@ def test_blocks_are_released_after_their_turn(tmp_path):
                 held.append(sum(p.numel() for p in opened.skeleton().parameters() if not p.is_meta))
             yield name
 
-    run_plan(plan, load_calibration(plan), tmp_path / "out", device=CPU, overwrite=False, command=[], progress=watch)
+    run_plan(plan, draw_calibration(plan), tmp_path / "out", device=CPU, overwrite=False, command=[], progress=watch)
     assert held == [0] * len(plan.structure.blocks)
 
 

@@ -19,8 +19,9 @@ from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.evaluation.models import load_any
 from shiftadd_cli.pipeline import walk as walk_module
+from shiftadd_cli.pipeline.calibration import draw_calibration
 from shiftadd_cli.pipeline.plan import make_plan
-from shiftadd_cli.pipeline.run import load_calibration, run_plan
+from shiftadd_cli.pipeline.run import run_plan
 from shiftadd_cli.pipeline.tables import plan_tables, store_table
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import find_structure, open_source
@@ -46,7 +47,7 @@ def planned(model, **fields):
 
 def quantize(model, out, recipe="fast", **fields):
     plan = make_plan(open_source(str(model)), Recipe.load(recipe, QUICK | fields))
-    calibration = load_calibration(plan)
+    calibration = draw_calibration(plan)
     options = {"device": CPU, "overwrite": False, "command": [], "progress": lambda names, _: names}
     return plan, run_plan(plan, calibration, out, **options)
 

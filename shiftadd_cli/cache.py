@@ -1,0 +1,66 @@
+"""Results kept between runs of the command, so that they need not be computed again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+from shiftadd_cli.artifact.durable import replace_file
+from shiftadd_cli.paths import expanded
+
+
+def cache_folder() -> Path:
+    """$SHIFTADD_CACHE, or `~/.cache/shiftadd`."""
+    return expanded(os.environ.get("SHIFTADD_CACHE") or "~/.cache/shiftadd")
+
+
+class CacheFile:
+    """One file of the cache, whose folder is made here.
+
+    It only saves time. Where the folder cannot be written, a warning says so once, and nothing is kept.
+
+    Args:
+        path: of the file.
+        content: a plural noun for the warning, such as "sensitivities".
+        loss: a clause for the warning, such as "so another budget will measure them again".
+    """
+
+    def __init__(self, path: Path, *, content: str, loss: str) -> None:
+        self.path, self._content, self._loss = path, content, loss
+        self._usable = True
+        try:
+            # A home folder that is unknown leaves its sign in the path.
+            if path.parts[:1] and path.parts[0].startswith("~"):
+                raise FileNotFoundError(errno.ENOENT, "there is no such home folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as failure:
+            self._give_up(failure)
+
+    def read(self) -> bytes | None:
+        """The content; None if there is nothing, or nothing that can be read."""
+        try:
+            return self.path.read_bytes()
+        except OSError:
+            return None
+
+    def write(self, content: bytes) -> None:
+        """Replace the content; another process never reads a part of it."""
+        if not self._usable:
+            return
+        try:
+            replace_file(self.path, content)
+        except OSError as failure:
+            self._give_up(failure)
+
+    def _give_up(self, failure: OSError) -> None:
+        self._usable = False
+        print(
+            f"Warning: {self._content} cannot be kept in {self.path.parent} ({failure.strerror or failure}), "
+            f"{self._loss}; set SHIFTADD_CACHE to a folder that you may write.",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,174 @@
+"""What a window of the model's own text consists of beside what is sampled: first tokens, and the chat template's.
+
+An author fills one window. It begins with tokens that are set; then it is told every token that was sampled, and says
+which tokens the window goes on with, most often that very token. First tokens drawn from the whole vocabulary are from
+LLM-QAT (arXiv 2305.17888, section 3.1); that an aligned model writes the user's message where a chat template has it is
+from Magpie (arXiv 2406.08464, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from shiftadd_cli.calibration.conversations import render
+from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.source.tokenizer import leading_tokens
+
+# An exchange is a message of the user and the answer. A third adds little but thanks.
+EXCHANGES = 2
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+class Author(Protocol):
+    """Decides what follows in one window."""
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the next token may be one that ends a text; an empty text or message is not wanted."""
+
+    def begin(self) -> list[int]:
+        """The tokens that the window begins with, at least one."""
+
+    def follow(self, token: int) -> list[int]:
+        """The tokens that the window goes on with, after `token` was sampled; at least one."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens of a model by what they are for.
+
+    Attributes:
+        leading: ids that the tokenizer puts before every text.
+        stops: ids of special tokens, which end a text or a message.
+        first: ids that a text can begin with: neither special, nor blank, nor part of a character.
+        size: rows of the embedding.
+    """
+
+    leading: tuple[int, ...]
+    stops: frozenset[int]
+    first: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def of(cls, tokenizer: Any, size: int, ends: Iterable[int] = ()) -> Vocabulary:
+        """ends: ids that end a text by the model's own settings.
+
+        Raises:
+            CalibrationError: no token can begin a text.
+        """
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {number for number, token in added.items() if token.special}
+        stops = frozenset(special | set(tokenizer.all_special_ids) | set(ends))
+        plain = [number for number in range(min(size, len(tokenizer))) if number not in stops]
+        texts = [tokenizer.decode([number]) for number in plain]
+        first = tuple(number for number, text in zip(plain, texts, strict=True) if text.strip() and _BROKEN not in text)
+        if not first:
+            raise CalibrationError(
+                f"The tokenizer {type(tokenizer).__name__} has no token that a text can begin with, so the model "
+                "cannot write its own calibration text; give --calibration a file, or builtin."
+            )
+        return cls(leading_tokens(tokenizer), stops, first, size)
+
+    def draw_first(self, generator: torch.Generator) -> int:
+        """A token that a text can begin with; all are equally likely."""
+        return self.first[int(torch.randint(len(self.first), (), generator=generator))]
+
+
+class DocumentAuthor:
+    """Fills a window with one document, which is not let end: what came behind it would be another beginning.
+
+    It begins with what the tokenizer puts before a text. Then comes a token drawn from the vocabulary, but for every
+    second window of a tokenizer that puts something there, which the model goes on with as it likes.
+    """
+
+    may_stop = False
+
+    def __init__(self, vocabulary: Vocabulary, generator: torch.Generator, number: int) -> None:
+        self._vocabulary, self._generator, self._number = vocabulary, generator, number
+
+    def begin(self) -> list[int]:
+        leading = list(self._vocabulary.leading)
+        if leading and self._number % 2:
+            return leading
+        return [*leading, self._vocabulary.draw_first(self._generator)]
+
+    def follow(self, token: int) -> list[int]:
+        return [token]
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """The tokens that a chat template puts around messages.
+
+    Attributes:
+        opening: before the first message of the user.
+        to_assistant: between a message of the user and the answer; to_user: between an answer and the next message.
+        closing: after the last answer; may be empty.
+    """
+
+    opening: tuple[int, ...]
+    to_assistant: tuple[int, ...]
+    to_user: tuple[int, ...]
+    closing: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any, vocabulary: Vocabulary) -> ChatForm | None:
+        """The form of the tokenizer's chat template; None without a template, or where the model cannot show the end of
+        a message, since the template marks it with no special token or changes the messages."""
+        if getattr(tokenizer, "chat_template", None) is None:
+            return None
+        marks = ["Ask0one", "Say0two", "Ask3four", "Say5six"]
+        roles = ["user", "assistant", "user", "assistant"]
+        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        try:
+            text = render(messages, tokenizer, where="A window of the model's own text")
+        except CalibrationError:
+            return None
+        parts = []
+        for mark in marks:
+            before, found, text = text.partition(mark)
+            if not found or mark in text:
+                return None
+            parts.append(before)
+        opening, to_assistant, to_user, again = (
+            tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts
+        )
+        closing = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        marked = all(vocabulary.stops.intersection(each) for each in (to_assistant, to_user))
+        if not opening or not marked or to_assistant != again:
+            return None
+        return cls(opening, to_assistant, to_user, closing)
+
+
+class ChatAuthor:
+    """Fills a window with conversations one behind the other, each of `EXCHANGES` questions with their answers."""
+
+    def __init__(self, form: ChatForm, stops: frozenset[int]) -> None:
+        self._form, self._stops = form, stops
+        self._messages = 0
+        self._empty = True
+
+    @property
+    def may_stop(self) -> bool:
+        return not self._empty
+
+    def begin(self) -> list[int]:
+        self._messages, self._empty = 0, True
+        return list(self._form.opening)
+
+    def follow(self, token: int) -> list[int]:
+        if token not in self._stops:
+            self._empty = False
+            return [token]
+        self._messages += 1
+        self._empty = True
+        if self._messages % 2:
+            return list(self._form.to_assistant)
+        if self._messages < 2 * EXCHANGES:
+            return list(self._form.to_user)
+        # A template without an end of its own leaves it to the token that was sampled.
+        return [*(self._form.closing or (token,)), *self.begin()]

@@ -1,0 +1,168 @@
+"""The calibration data of a run: checked before any work, and drawn, or written by the model, when the work begins."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.calibration.images import draw_images, image_reader, load_images
+from shiftadd_cli.calibration.mixture import Part, parse_mixture, window_counts
+from shiftadd_cli.calibration.self_text.write import KINDS, write_windows, writing_request
+from shiftadd_cli.calibration.text import check_tokens, load_text, sample_windows
+from shiftadd_cli.device import choose_device
+from shiftadd_cli.distributed.team import ALONE, Team
+from shiftadd_cli.pipeline.plan import Plan
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.report.schema import CalibrationPart, CalibrationReport
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """The samples that the model is run on, and where they come from.
+
+    Attributes:
+        name: of the data, for reports; fingerprint: its SHA-256, hex.
+        samples: windows of tokens, int64 `[samples, seq_len]`, or pixels, float32 `[samples, channels, height, width]`.
+        window_start: see `Plan.window_start`.
+        parts: of a mixture of texts; empty for one text, and for images.
+    """
+
+    name: str
+    fingerprint: str
+    samples: Tensor
+    window_start: str | None
+    parts: tuple[CalibrationPart, ...] = ()
+
+    def report(self) -> CalibrationReport:
+        """What report.json says of it."""
+        images = self.samples.ndim == 4
+        return CalibrationReport(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            samples=len(self.samples),
+            seq_len=None if images else self.samples.shape[1],
+            tokens=None if images else self.samples.numel(),
+            window_start=self.window_start,
+            image_shape=tuple(self.samples.shape[1:]) if images else None,
+            parts=list(self.parts),
+        )
+
+
+def samples_fingerprint(samples: Tensor) -> str:
+    """SHA-256, in hex, of calibration samples: tokens or pixels, their dtype and shape."""
+    digest = hashlib.sha256(f"{samples.dtype} {tuple(samples.shape)}".encode())
+    digest.update(samples.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The windows of one part, and what they were drawn from."""
+
+    name: str
+    fingerprint: str
+    windows: Tensor
+
+
+@dataclass
+class Calibration:
+    """The data that a plan asks for. All but what the model writes itself has been read; made by `of`."""
+
+    plan: Plan
+    _ready: CalibrationSet | None = None
+    _parts: list[tuple[Part, int, _Drawn | None]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, plan: Plan) -> Calibration | None:
+        """Read the data of the plan's recipe; None for a run without.
+
+        Raises:
+            CalibrationError: it is missing, too short, or of another kind.
+        """
+        if not plan.calibrated:
+            return None
+        recipe = plan.recipe
+        if plan.source.reads_images:
+            images = load_images(recipe.calibration, split="calibration")
+            drawn = draw_images(images, image_reader(plan.source), samples=recipe.samples, seed=recipe.seed)
+            return cls(plan, CalibrationSet(images.name, images.fingerprint, drawn.inputs, None))
+        parts = parse_mixture(recipe.calibration)
+        counts = window_counts(parts, recipe.samples)
+        found = [
+            (part, count, None if part.spec in KINDS else _read(plan, part.spec, count))
+            for part, count in zip(parts, counts, strict=True)
+        ]
+        return cls(plan, None, found)
+
+    def draw(self, team: Team = ALONE) -> CalibrationSet:
+        """The samples; the model writes its own where they are asked for, once.
+
+        team: whose first process lets the model write, and tells the others.
+
+        Raises:
+            CalibrationError, NumericalError: the model cannot write, see `write_windows`.
+        """
+        if self._ready is None:
+            self._ready = self._mixed(self._write_missing(team))
+        return self._ready
+
+    def _write_missing(self, team: Team) -> list[tuple[Part, _Drawn]]:
+        plan, mine = self.plan, {}
+        if team.first:
+            device = choose_device(plan.recipe.device)
+            for part, count, drawn in self._parts:
+                if drawn is None:
+                    mine[part.spec] = write_windows(
+                        plan.running, writing_request(plan.recipe, part.spec, count), device
+                    )
+        # Also where nothing is written: processes with other recipes find out only after this.
+        written = team.share_tensors(mine)
+        found = []
+        for part, _, drawn in self._parts:
+            if drawn is None:
+                windows = written[part.spec]
+                drawn = _Drawn(_self_name(plan.recipe, part.spec), samples_fingerprint(windows), windows)
+            found.append((part, drawn))
+        return found
+
+    def _mixed(self, drawn: list[tuple[Part, _Drawn]]) -> CalibrationSet:
+        start = self.plan.window_start
+        if len(drawn) == 1:
+            only = drawn[0][1]
+            return CalibrationSet(only.name, only.fingerprint, only.windows, start)
+        parts = tuple(
+            CalibrationPart(name=each.name, fingerprint=each.fingerprint, share=part.share, samples=len(each.windows))
+            for part, each in drawn
+        )
+        windows = torch.cat([each.windows for _, each in drawn])
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.plan.recipe.seed))
+        mixed = windows[order]
+        name = " + ".join(f"{part.share:.3g} {each.name}" for part, each in drawn)
+        return CalibrationSet(name, samples_fingerprint(mixed), mixed, start, parts)
+
+
+def draw_calibration(plan: Plan) -> CalibrationSet | None:
+    """The data of a plan in one step; None for a run without. Raises as `Calibration` does."""
+    calibration = Calibration.of(plan)
+    return None if calibration is None else calibration.draw()
+
+
+def _read(plan: Plan, spec: str, samples: int) -> _Drawn:
+    recipe, source = plan.recipe, plan.source
+    tokenizer: Any = source.load_tokenizer()
+    text = load_text(spec, split="calibration", tokenizer=tokenizer)
+    windows = sample_windows(text, tokenizer, samples=samples, seq_len=recipe.seq_len, seed=recipe.seed)
+    rows: int = source.config.get_text_config().vocab_size
+    check_tokens(windows, tokenizer, rows, data=text.name, model=source.spec)
+    return _Drawn(text.name, text.fingerprint, windows)
+
+
+def _self_name(recipe: Recipe, spec: str) -> str:
+    return (
+        f"{spec} (written by the model, temperature {recipe.writing_temperature:g}, min-p {recipe.writing_min_p:g}, "
+        f"seed {recipe.seed})"
+    )
