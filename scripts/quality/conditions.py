@@ -16,6 +16,9 @@ from pydantic import BaseModel
 from quality.later import LATER
 from quality.methods import Method
 from quality.rows import Original, Row, TestScore, file_name
+from shiftadd_cli.calibration.mixture import parse_mixture
+from shiftadd_cli.calibration.self_text import KINDS
+from shiftadd_cli.calibration.self_text.write import written_by_model
 from shiftadd_cli.calibration.text import TextData, load_text
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.evaluation.compare import DEFAULT_CONTEXT
@@ -128,19 +131,27 @@ class Conditions:
         }
         recipe = method.resolve(bits, common)
         reads = recipe.calibration != "none" and (method.peer is None or method.peer.calibrated)
-        text = self._text(recipe.calibration, "calibration").fingerprint if reads else None
+        texts = self._calibration_texts(recipe.calibration) if reads else {}
         for name, fingerprint in self.scoring["tests"].items():
-            if fingerprint == text:
+            if fingerprint in texts:
                 raise CalibrationError(f"{name} is the calibration text of {method.label} and a test; give another.")
         packages = (method.peer.package,) if method.peer else ()
         made = {
             "model": self.model_fingerprint,
             "peer": method.peer.name if method.peer else None,
             "recipe": recipe_settings(recipe),
-            "calibration": text,
+            # One text goes by its fingerprint alone, as it did before there were mixtures.
+            "calibration": next(iter(texts), None) if len(texts) < 2 else texts,
             "versions": versions(*packages),
         }
         return Cell(method, bits, recipe, made, {"artifact": made, "scoring": self.scoring})
+
+    def _calibration_texts(self, calibration: str) -> dict[str, float]:
+        """Shares of the windows by the fingerprint of their text, or by the name of one that the model writes."""
+        return {
+            part.spec if part.spec in KINDS else self._text(part.spec, "calibration").fingerprint: part.share
+            for part in parse_mixture(calibration)
+        }
 
     def _text(self, spec: str, split: Any) -> TextData:
         key = (spec, split)
@@ -159,7 +170,9 @@ def name_tests(specs: tuple[str, ...]) -> dict[str, str]:
 
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
     """The fields that fix an artifact. What is calibrated on counts by itself, and not by the name of its file."""
-    fields = recipe.model_dump(mode="json", exclude={"calibration"})
+    written = written_by_model(recipe)
+    unused = {"calibration", *(() if written else ("writing_length", "writing_temperature", "writing_min_p"))}
+    fields = recipe.model_dump(mode="json", exclude=unused)
     return {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
 
 

@@ -15,6 +15,8 @@ from shiftadd_cli.recipe import Recipe
 PEER_PREFIX = "peer:"
 
 _CONTINUES = re.compile(r"\s*[A-Za-z_]+=")
+# What stands between commas; those within quotes part nothing.
+_BETWEEN_COMMAS = re.compile(r'(?:[^,"]|"[^"]*")+')
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class Method:
 
 def split_names(text: str) -> list[str]:
     """The methods of a list such as `default:group_size=128,offset=false,gptq`: a part of the form `field=value`
-    belongs to the method before it."""
+    belongs to the method before it, and a value with commas stands in quotes."""
     names: list[str] = []
-    for part in text.split(","):
+    for part in _BETWEEN_COMMAS.findall(text):
         if names and _CONTINUES.match(part):
             names[-1] += "," + part.strip()
         else:
@@ -74,7 +76,7 @@ def parse_methods(lists: Iterable[str]) -> list[Method]:
 
 def _parse(label: str) -> Method:
     name, _, changes = label.removeprefix(PEER_PREFIX).partition(":")
-    overrides = dict(_change(label, each) for each in changes.split(",")) if changes else {}
+    overrides = dict(_change(label, each) for each in _BETWEEN_COMMAS.findall(changes)) if changes else {}
     if "bits" in overrides:
         raise RecipeError(f"Method {label}: give bit widths to --bits, where all methods share them.")
     if not label.startswith(PEER_PREFIX):

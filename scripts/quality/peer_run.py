@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 from quality.peers import PEERS, PeerJob
-from shiftadd_cli.calibration.text import load_text, sample_windows
 from shiftadd_cli.errors import RecipeError, ShiftaddError
+from shiftadd_cli.pipeline.calibration import draw_calibration
 from shiftadd_cli.pipeline.memory import resident_bytes
+from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import find_structure, open_source
 
@@ -27,10 +28,9 @@ def run_peer(name: str, spec: str, out: Path, recipe: Recipe) -> None:
     if not isinstance(recipe.group_size, int):
         raise RecipeError(f"The peer {name!r} needs a number as group_size, not {recipe.group_size!r}.")
     linears = find_structure(source.skeleton()).linears
-    tokenizer, text, windows = source.load_tokenizer(), None, None
-    if peer.calibrated:
-        text = load_text(recipe.calibration, split="calibration", tokenizer=tokenizer)
-        windows = sample_windows(text, tokenizer, samples=recipe.samples, seq_len=recipe.seq_len, seed=recipe.seed)
+    tokenizer = source.load_tokenizer()
+    calibration = draw_calibration(make_plan(source, recipe)) if peer.calibrated else None
+    windows = None if calibration is None else calibration.samples
     model = source.load_model()
     parameters, item = sum(each.numel() for each in model.parameters()), source.dtype.itemsize
     names = [each.name for each in linears]
@@ -40,13 +40,13 @@ def run_peer(name: str, spec: str, out: Path, recipe: Recipe) -> None:
     # A hidden name until it is whole: a run that was killed must not pass for a finished one.
     scratch = out.with_name(f".{out.name}")
     model.save_pretrained(scratch)
-    source.save_tokenizer(scratch)
+    source.save_companions(scratch)
     report = {
         "stored_bits": stored / weights,
         "file_bits": (stored + 8 * item * (parameters - weights)) / parameters,
         "seconds": time.monotonic() - start,
         "peak_memory_bytes": resident_bytes(),
-        "calibration": text.name if text else None,
+        "calibration": None if calibration is None else calibration.name,
     }
     (scratch / REPORT_FILE).write_text(json.dumps(report))
     scratch.rename(out)

@@ -21,6 +21,12 @@ class Part:
     share: float
 
 
+def is_mixture(spec: str) -> bool:
+    """Whether this is several texts, each with its share."""
+    parts = spec.split(",")
+    return not Path(spec).exists() and len(parts) > 1 and all(_PART.fullmatch(part.strip()) for part in parts)
+
+
 def parse_mixture(spec: str) -> tuple[Part, ...]:
     """The parts of a calibration text as a user writes it, in their order; one part for a text by itself.
 

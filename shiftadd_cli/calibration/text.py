@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 
 from shiftadd_cli.calibration import text_builtin, text_files, text_hub
+from shiftadd_cli.calibration.mixture import is_mixture
+from shiftadd_cli.calibration.self_text import KINDS
 from shiftadd_cli.calibration.windows import Windows, cut_windows
 from shiftadd_cli.errors import CalibrationError
 from shiftadd_cli.source.tokenizer import leading_tokens, tokens_as_text, unknown_token
@@ -49,6 +51,10 @@ def load_text(spec: str, *, split: Split, tokenizer: Any = None) -> TextData:
     Raises:
         CalibrationError: unknown name, no network, or a file that is missing, empty or unreadable.
     """
+    if spec in KINDS:
+        raise CalibrationError(f"{spec!r} is what a model writes to be calibrated on; give another text here.")
+    if is_mixture(spec):
+        raise CalibrationError(f"{spec!r} is a mixture of texts to calibrate on; give one text here.")
     if spec == text_builtin.NAME:
         name, text = text_builtin.read(split)
     elif spec in text_hub.CORPORA:
@@ -56,7 +62,7 @@ def load_text(spec: str, *, split: Split, tokenizer: Any = None) -> TextData:
     elif Path(spec).suffix.lower() in text_files.READERS or Path(spec).exists() or "/" in spec:
         name, text = text_files.read(Path(spec), tokenizer)
     else:
-        raise CalibrationError(_unknown(spec))
+        raise CalibrationError(_unknown(spec, split))
     if not text.strip():
         raise CalibrationError(f"{name} holds no text; give a file with text in it.")
     try:
@@ -151,8 +157,8 @@ def _pieces(text: str, size: int) -> list[str]:
     return pieces
 
 
-def _unknown(spec: str) -> str:
-    names = [text_builtin.NAME, *text_hub.CORPORA]
+def _unknown(spec: str, split: Split) -> str:
+    names = [*(KINDS if split == "calibration" else ()), text_builtin.NAME, *text_hub.CORPORA]
     near = difflib.get_close_matches(spec, names, n=1)
     guess = f" (did you mean {near[0]}?)" if near else ""
     return (

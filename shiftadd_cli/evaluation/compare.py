@@ -156,7 +156,7 @@ def _refuse_mixture(opened: Sequence[Opened]) -> None:
 
 
 def _measured(loaded: Loaded, score: Score, text: TextData) -> Measured[Score]:
-    return Measured(loaded.info, score, loaded.info.calibration_fingerprint == text.fingerprint)
+    return Measured(loaded.info, score, loaded.info.was_calibrated_on(text.fingerprint))
 
 
 def _common_tokenizer(tokenizers: list[tuple[str, Any]], text: TextData) -> Any:

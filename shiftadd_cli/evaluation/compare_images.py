@@ -87,7 +87,7 @@ def evaluate_images(
     )
 
     def measured(each: Loaded, score: ImageScore) -> Measured[ImageScore]:
-        return Measured(each.info, score, each.info.calibration_fingerprint == data.fingerprint)
+        return Measured(each.info, score, each.info.was_calibrated_on(data.fingerprint))
 
     return ImageEvaluation(
         data=data.name,

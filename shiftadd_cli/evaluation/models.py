@@ -36,6 +36,7 @@ class ModelInfo:
         quantized_bits_per_weight: everything stored for the compressed layers over their weights; None for an original.
         stored_dtype, dtype: of what is not compressed, in the files and in this measurement.
         calibration, calibration_fingerprint: name and SHA-256 of the data it was calibrated on, if its report says so.
+        calibration_parts: SHA-256 of each text of a mixture.
     """
 
     spec: str
@@ -48,6 +49,11 @@ class ModelInfo:
     dtype: str
     calibration: str | None
     calibration_fingerprint: str | None
+    calibration_parts: tuple[str, ...] = ()
+
+    def was_calibrated_on(self, fingerprint: str) -> bool:
+        """Whether the data of this SHA-256, or a part of it, was what the model was calibrated on."""
+        return fingerprint in (self.calibration_fingerprint, *self.calibration_parts)
 
 
 class Loaded(NamedTuple):
@@ -166,6 +172,7 @@ class Opened:
             dtype=_name(computed),
             calibration=calibration.get("name"),
             calibration_fingerprint=calibration.get("fingerprint"),
+            calibration_parts=tuple(part["fingerprint"] for part in calibration.get("parts", ())),
         )
         return Loaded(model, None if self.reads_images else self.load_tokenizer(), info)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shiftadd_cli.calibration.images import draw_images, image_reader, load_images
 from shiftadd_cli.calibration.mixture import Part, parse_mixture, window_counts
-from shiftadd_cli.calibration.self_text.write import KINDS, write_windows, writing_request
+from shiftadd_cli.calibration.self_text import KINDS
+from shiftadd_cli.calibration.self_text.write import write_windows, writing_request
 from shiftadd_cli.calibration.text import check_tokens, load_text, sample_windows
 from shiftadd_cli.device import choose_device
 from shiftadd_cli.distributed.team import ALONE, Team

@@ -67,6 +67,7 @@ def summarize(report: Report, out: str) -> str:
             *_reconstruction(report),
             *_distillation(report),
             f"Time          {time.total:.0f} s ("
+            + (f"calibration text {time.calibration:.0f}, " if time.calibration >= 1 else "")
             + (f"choosing bits {time.allocate:.0f}, " if time.allocate else "")
             + f"start {time.trace:.0f}, running blocks {time.forward:.0f}, "
             f"solving {time.solve:.0f}, "

@@ -148,6 +148,12 @@ def test_an_unknown_name_gets_a_suggestion():
         load_text("wikitext", split="test")
 
 
+@pytest.mark.parametrize(("spec", "message"), [("self", "what a model writes"), ("builtin:1,a/b.txt:2", "a mixture")])
+def test_what_is_for_calibration_alone_is_no_text_to_measure_on(spec, message):
+    with pytest.raises(CalibrationError, match=f"{message}.*; give (another|one) text here"):
+        load_text(spec, split="test")
+
+
 @pytest.mark.parametrize("name", sorted(text_hub.CORPORA))
 def test_without_network_a_corpus_fails_fast_and_says_how_to_pass_a_file(name, monkeypatch, tmp_path):
     # The reserved name `.invalid` never resolves, whatever network the tests run in.

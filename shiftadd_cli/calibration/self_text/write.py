@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,22 +17,16 @@ from torch import Tensor
 from shiftadd_cli.cache import CacheFile, cache_folder
 from shiftadd_cli.calibration import text_builtin
 from shiftadd_cli.calibration.mixture import parse_mixture, text_of_shares, window_counts
+from shiftadd_cli.calibration.self_text import KINDS, Kind
 from shiftadd_cli.calibration.self_text.authors import Author, ChatAuthor, ChatForm, DocumentAuthor, Vocabulary
 from shiftadd_cli.calibration.self_text.decode import Sampler, write_rows
 from shiftadd_cli.calibration.self_text.repetition import is_degenerate
 from shiftadd_cli.errors import CalibrationError, NumericalError, first_line
-from shiftadd_cli.progress import progress
+from shiftadd_cli.progress import no_library_bar, progress
 from shiftadd_cli.recipe import NO_CALIBRATION, Recipe
 from shiftadd_cli.source import Source
 from shiftadd_cli.source.memory import trim
 
-Kind = Literal["documents", "conversations"]
-# What a user may call the text, and the kinds of windows that take turns in it.
-KINDS: dict[str, tuple[Kind, ...]] = {
-    "self": ("documents", "conversations"),
-    "self-plain": ("documents",),
-    "self-chat": ("conversations",),
-}
 # Windows are written this many more than wanted, since a step takes hardly longer for them, and a second round would
 # take as many steps as the first.
 SPARE = 1 / 8
@@ -163,7 +157,8 @@ def write_windows(source: Source, request: Request, device: torch.device) -> Ten
     kept = _kept(file, request, vocabulary)
     if kept is not None:
         return kept
-    model: Any = source.load_model()
+    with no_library_bar():
+        model: Any = source.load_model()
     model.to(device).eval()
     try:
         with torch.inference_mode():

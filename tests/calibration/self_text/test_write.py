@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_models import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
+from shiftadd_cli.calibration.self_text import KINDS
 from shiftadd_cli.calibration.self_text.authors import ChatForm, Vocabulary
 from shiftadd_cli.calibration.self_text.repetition import is_degenerate
 from shiftadd_cli.calibration.self_text.write import (
-    KINDS,
     Request,
     row_bytes,
     why_not,
@@ -116,7 +116,7 @@ def test_a_model_without_a_chat_template_writes_documents(tmp_path: Path) -> Non
     plain = open_source(str(tmp_path / "model"))
     windows = write_windows(plain, REQUEST, CPU)
     assert (windows[:, :: REQUEST.piece_length] == 0).all()
-    with pytest.raises(CalibrationError, match="no chat template that shows .* give --calibration self-plain, or a"):
+    with pytest.raises(CalibrationError, match=r"no chat template that shows .* give --calibration self-plain, or a"):
         write_windows(plain, replace(REQUEST, kinds=KINDS["self-chat"]), CPU)
 
 

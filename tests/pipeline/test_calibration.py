@@ -1,0 +1,180 @@
+"""Calibration data of a plan: each text its share, the model's own where it can write one, and the plan says which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_tiny
+from torch import Tensor
+
+from shiftadd_cli.api import evaluate, quantize
+from shiftadd_cli.calibration.text import load_text, sample_windows
+from shiftadd_cli.distributed.team import Team, Tensors
+from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.pipeline.calibration import Calibration, CalibrationSet, draw_calibration
+from shiftadd_cli.pipeline.describe import describe_plan
+from shiftadd_cli.pipeline.plan import Plan, make_plan
+from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import Source, open_source
+
+SIZES: dict[str, Any] = {"samples": 8, "seq_len": 32, "batch_size": 3, "group_size": 16, "writing_length": 16}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    return open_source(str(save_tiny("llama", tmp_path / "model")))
+
+
+def planned(source: Source, calibration: str, memory: int | None = None, **fields: Any) -> Plan:
+    recipe = Recipe.load("equal-bits", {**SIZES, "calibration": calibration, **fields})
+    return make_plan(source, recipe, memory=memory)
+
+
+def drawn(plan: Plan) -> CalibrationSet:
+    found = draw_calibration(plan)
+    assert found is not None
+    return found
+
+
+def rows(windows: Tensor) -> set[tuple[int, ...]]:
+    return {tuple(window) for window in windows.tolist()}
+
+
+def test_one_text_gives_the_windows_that_are_drawn_from_it(source: Source) -> None:
+    found = drawn(planned(source, "builtin"))
+    text = load_text("builtin", split="calibration")
+    expected = sample_windows(text, source.load_tokenizer(), samples=8, seq_len=32, seed=0)
+    assert torch.equal(found.samples, expected)
+    assert (found.name, found.fingerprint, found.parts) == (text.name, text.fingerprint, ())
+
+
+def test_every_part_of_a_mixture_has_its_share_of_the_windows(source: Source, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("".join(f"note {number} on something else\n" for number in range(500)))
+    plan = planned(source, f"self:0.5,builtin:0.25,{notes}:0.25")
+    found = drawn(plan)
+    assert [part.samples for part in found.parts] == [4, 2, 2]
+    assert [part.share for part in found.parts] == [0.5, 0.25, 0.25]
+    builtin, own = (drawn(planned(source, spec, samples=2)) for spec in ("builtin", str(notes)))
+    written = drawn(planned(source, "self", samples=4))
+    assert rows(found.samples) == rows(torch.cat([builtin.samples, own.samples, written.samples]))
+    assert len(rows(found.samples)) == 8
+    # The parts do not stand one behind the other.
+    assert not torch.equal(found.samples[:4], written.samples)
+    assert "notes.txt" in found.name
+    assert torch.equal(drawn(plan).samples, found.samples)
+    other = drawn(planned(source, f"self:0.5,builtin:0.25,{notes}:0.25", seed=1))
+    assert not torch.equal(other.samples, found.samples)
+
+
+def test_report_and_card_name_the_parts_and_evaluation_knows_them(source: Source, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("".join(f"note {number} on something else\n" for number in range(500)))
+    report = quantize(source.spec, tmp_path / "out", "equal-bits", calibration=f"self:1,{notes}:1", **SIZES)
+    assert report.calibration is not None
+    assert [part.name.partition(" ")[0] for part in report.calibration.parts] == ["self", "notes.txt"]
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert stored["calibration"]["parts"][1]["fingerprint"] == load_text(str(notes), split="test").fingerprint
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "0.5 self (written by the model" in card
+    assert "0.5 notes.txt" in card
+    on_it, on_another = (
+        evaluate([str(tmp_path / "out")], dataset=dataset, max_tokens=64, context=32, show_progress=False)
+        for dataset in (str(notes), "builtin")
+    )
+    assert on_it.models[0].calibrated_on_test
+    assert not on_another.models[0].calibrated_on_test
+
+
+def test_the_model_writes_when_the_work_begins_and_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[object] = []
+    load_model = Source.load_model
+
+    def count(self: Source, dtype: torch.dtype | None = None) -> Any:
+        loads.append(self)
+        return load_model(self, dtype)
+
+    monkeypatch.setattr(Source, "load_model", count)
+    calibration = Calibration.of(planned(source, "self"))
+    assert calibration is not None
+    assert not loads
+    first = calibration.draw()
+    assert calibration.draw() is first
+    assert len(loads) == 1
+
+
+class _Follower(Team):
+    """Another process than the first, which is told these tensors."""
+
+    rank, size = 1, 2
+
+    def __init__(self, told: Tensors) -> None:
+        self._told = told
+
+    def share_tensors(self, tensors: Tensors | None) -> Tensors:
+        return self._told
+
+
+def test_other_processes_of_a_team_are_told_what_the_first_wrote(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class First(Team):
+        def share_tensors(self, tensors: Tensors | None) -> Tensors:
+            told.update(tensors or {})
+            return super().share_tensors(tensors)
+
+    told: Tensors = {}
+    first, other = (Calibration.of(planned(source, "self:1,builtin:1")) for _ in range(2))
+    assert first is not None
+    assert other is not None
+    expected = first.draw(First())
+    monkeypatch.setattr(Source, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert torch.equal(other.draw(_Follower(told)).samples, expected.samples)
+
+
+def test_a_model_too_large_to_be_loaded_whole_is_calibrated_on_the_builtin_text_and_says_so(source: Source) -> None:
+    plan = planned(source, "self", memory=1000)
+    assert plan.recipe.calibration == "builtin"
+    told = describe_plan(plan)
+    assert "does not write its own calibration text: the whole model would be in memory" in told
+    assert "Calibration   builtin, 8 x 32 tokens" in told
+    assert drawn(plan).name.startswith("builtin")
+    assert planned(source, "self:3,builtin:1", memory=1000).recipe.calibration == "builtin"
+
+
+def test_a_plan_warns_of_the_builtin_text_and_of_no_other(source: Source) -> None:
+    for calibration in ("builtin", "self:0.5,builtin:0.5"):
+        assert "the builtin text is the documentation of Python" in describe_plan(planned(source, calibration))
+    for calibration in ("self", "self-plain"):
+        told = describe_plan(planned(source, calibration))
+        assert "Warning" not in told
+        assert f"Calibration   {calibration}, 8 x 32 tokens" in told
+
+
+def test_writing_counts_in_the_memory_of_a_plan(source: Source) -> None:
+    # So many windows at once that nothing else takes as much.
+    few, many = (
+        planned(source, "self", samples=samples, writing_length=256, seq_len=256).peak_memory_bytes
+        for samples in (8, 4000)
+    )
+    plain = planned(source, "builtin", samples=4000, seq_len=256).peak_memory_bytes
+    assert many > few
+    assert many > plain
+
+
+@pytest.mark.parametrize("spec", ["self:1,none:1", "self:1,nothing:1", "self:1,/no/such.txt:1"])
+def test_a_part_that_is_no_text_is_refused_before_the_model_writes(
+    source: Source, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Source, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(CalibrationError, match=r"no text called|no file"):
+        draw_calibration(planned(source, spec))
