@@ -16,6 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/.demo  ## Compress SmolLM2-135M to 3.25 bits and measure what it cost
 	$(BIN)/shiftadd quantize demo -o $(OUT) --overwrite
 	$(BIN)/shiftadd evaluate $(OUT) --against demo --max-tokens $(DEMO_TOKENS)
+	$(BIN)/shiftadd evaluate $(OUT) --against demo --dataset scripts/texts/code.txt
 
 test: lint types check  ## Everything CI runs
 

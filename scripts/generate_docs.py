@@ -17,10 +17,11 @@ from pathlib import Path
 
 from pages.commands import error_table, option_table, verb_reference, verb_table
 from pages.gallery import recipe_gallery
-from pages.measured import measured_table, quality_table
+from pages.measured import calibration_table, measured_table, quality_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS: dict[str, Callable[..., str]] = {
+    "calibration": calibration_table,
     "errors": error_table,
     "measured": measured_table,
     "options": option_table,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton decides when it is imported whether kernels are interpreted, on the CPU; 0 runs their tests on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# What is remembered between runs stays apart from what the user's own runs remember.
+os.environ["SHIFTADD_CACHE"] = tempfile.mkdtemp(prefix="shiftadd-cache-")
+atexit.register(shutil.rmtree, os.environ["SHIFTADD_CACHE"], ignore_errors=True)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Commands that tests start run this checkout, whatever the environment has installed.

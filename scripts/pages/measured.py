@@ -85,6 +85,22 @@ def quality_table() -> str:
     return table(header, lines, numbers=7)
 
 
+def calibration_table() -> str:
+    """What the recipe `default` loses at each size, by the text it was calibrated on, best first."""
+    found = load("smollm2-calibration")
+    tests = list(found["original"]["scores"])
+    lines = []
+    for row in sorted(found["rows"], key=lambda row: (-row["bits"], _divergence(row))):
+        calibration = row["method"].rpartition("calibration=")[2].strip('"')
+        cells = [f"{row['stored_bits']:.3f}", f"`{calibration}`"]
+        for name in tests:
+            score = row["scores"][name]
+            cells.append(f"{with_error(score['kl'], score['kl_error'], 3)} ({_ratio(row['ratio'][name])})")
+        lines.append(cells)
+    header = ("bits/weight", "calibration", *(f"{name}: KL (ratio)" for name in tests))
+    return table(header, lines, numbers=len(tests)) + "\n" + _conditions(found)
+
+
 def load(name: str) -> dict[str, Any]:
     """What a folder of rows says."""
     found: dict[str, Any] = json.loads((MEASURED / name / "table.json").read_text(encoding="utf-8"))

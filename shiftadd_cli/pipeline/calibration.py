@@ -12,13 +12,13 @@ from torch import Tensor
 from shiftadd_cli.calibration.images import draw_images, image_reader, load_images
 from shiftadd_cli.calibration.mixture import Part, parse_mixture, window_counts
 from shiftadd_cli.calibration.self_text import KINDS
-from shiftadd_cli.calibration.self_text.write import write_windows, writing_request
+from shiftadd_cli.calibration.self_text.write import Means, Request, write_windows, writing_request
 from shiftadd_cli.calibration.text import check_tokens, load_text, sample_windows
 from shiftadd_cli.device import choose_device
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import CalibrationPart, CalibrationReport
+from shiftadd_cli.source import Source
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Calibration:
 
     plan: Plan
     _ready: CalibrationSet | None = None
-    _parts: list[tuple[Part, int, _Drawn | None]] = field(default_factory=list)
+    _parts: list[tuple[Part, _Drawn | Request]] = field(default_factory=list)
 
     @classmethod
     def of(cls, plan: Plan) -> Calibration | None:
@@ -93,10 +93,14 @@ class Calibration:
             return cls(plan, CalibrationSet(images.name, images.fingerprint, drawn.inputs, None))
         parts = parse_mixture(recipe.calibration)
         counts = window_counts(parts, recipe.samples)
-        found = [
-            (part, count, None if part.spec in KINDS else _read(plan, part.spec, count))
-            for part, count in zip(parts, counts, strict=True)
-        ]
+        found: list[tuple[Part, _Drawn | Request]] = []
+        for part, count in zip(parts, counts, strict=True):
+            if part.spec in KINDS:
+                request = writing_request(recipe, part.spec, count)
+                Means.of(plan.source).kinds(request, plan.source.spec)
+                found.append((part, request))
+            else:
+                found.append((part, _read(plan, part.spec, count)))
         return cls(plan, None, found)
 
     def draw(self, team: Team = ALONE) -> CalibrationSet:
@@ -112,22 +116,22 @@ class Calibration:
         return self._ready
 
     def _write_missing(self, team: Team) -> list[tuple[Part, _Drawn]]:
-        plan, mine = self.plan, {}
+        running, mine = self.plan.running, {}
         if team.first:
-            device = choose_device(plan.recipe.device)
-            for part, count, drawn in self._parts:
-                if drawn is None:
-                    mine[part.spec] = write_windows(
-                        plan.running, writing_request(plan.recipe, part.spec, count), device
-                    )
+            device = choose_device(self.plan.recipe.device)
+            for part, wanted in self._parts:
+                if isinstance(wanted, Request):
+                    mine[part.spec] = write_windows(running, wanted, device)
         # Also where nothing is written: processes with other recipes find out only after this.
         written = team.share_tensors(mine)
         found = []
-        for part, _, drawn in self._parts:
-            if drawn is None:
+        for part, wanted in self._parts:
+            if isinstance(wanted, Request):
                 windows = written[part.spec]
-                drawn = _Drawn(_self_name(plan.recipe, part.spec), samples_fingerprint(windows), windows)
-            found.append((part, drawn))
+                name = _self_name(running, wanted, part.spec)
+                found.append((part, _Drawn(name, samples_fingerprint(windows), windows)))
+            else:
+                found.append((part, wanted))
         return found
 
     def _mixed(self, drawn: list[tuple[Part, _Drawn]]) -> CalibrationSet:
@@ -162,8 +166,9 @@ def _read(plan: Plan, spec: str, samples: int) -> _Drawn:
     return _Drawn(text.name, text.fingerprint, windows)
 
 
-def _self_name(recipe: Recipe, spec: str) -> str:
+def _self_name(source: Source, request: Request, spec: str) -> str:
+    kinds = " and ".join(Means.of(source).kinds(request, source.spec))
     return (
-        f"{spec} (written by the model, temperature {recipe.writing_temperature:g}, min-p {recipe.writing_min_p:g}, "
-        f"seed {recipe.seed})"
+        f"{spec} ({kinds} that the model wrote, {request.piece_length} tokens at a stretch, temperature "
+        f"{request.temperature:g}, min-p {request.min_p:g}, seed {request.seed})"
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import save_tiny
+from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from shiftadd_cli.api import evaluate, quantize
@@ -85,7 +85,7 @@ def test_report_and_card_name_the_parts_and_evaluation_knows_them(source: Source
     stored = json.loads((tmp_path / "out" / "report.json").read_text())
     assert stored["calibration"]["parts"][1]["fingerprint"] == load_text(str(notes), split="test").fingerprint
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "0.5 self (written by the model" in card
+    assert "0.5 self (documents and conversations that the model wrote" in card
     assert "0.5 notes.txt" in card
     on_it, on_another = (
         evaluate([str(tmp_path / "out")], dataset=dataset, max_tokens=64, context=32, show_progress=False)
@@ -169,6 +169,17 @@ def test_writing_counts_in_the_memory_of_a_plan(source: Source) -> None:
     plain = planned(source, "builtin", samples=4000, seq_len=256).peak_memory_bytes
     assert many > few
     assert many > plain
+
+
+def test_conversations_without_a_chat_template_are_refused_before_any_work(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    source = open_source(str(tmp_path / "model"))
+    with pytest.raises(CalibrationError, match="cannot write conversations"):
+        Calibration.of(planned(source, "self-chat"))
+    assert drawn(planned(source, "self")).name.startswith("self (documents that the model wrote")
 
 
 @pytest.mark.parametrize("spec", ["self:1,none:1", "self:1,nothing:1", "self:1,/no/such.txt:1"])

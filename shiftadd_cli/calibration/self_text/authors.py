@@ -105,7 +105,7 @@ class ChatForm:
     """The tokens that a chat template puts around messages.
 
     Attributes:
-        opening: before the first message of the user.
+        opening: before the first message of the user, with what the tokenizer puts before a text.
         to_assistant: between a message of the user and the answer; to_user: between an answer and the next message.
         closing: after the last answer; may be empty.
     """
@@ -138,6 +138,9 @@ class ChatForm:
             tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts
         )
         closing = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        # Every window begins as the tokenizer begins a text, also where the template leaves that to the tokenizer.
+        if opening[: len(vocabulary.leading)] != vocabulary.leading:
+            opening = (*vocabulary.leading, *opening)
         marked = all(vocabulary.stops.intersection(each) for each in (to_assistant, to_user))
         if not opening or not marked or to_assistant != again:
             return None

@@ -132,6 +132,35 @@ def why_not(source: Source, request: Request, limit: int) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Means:
+    """What a model writes with: its vocabulary, and the form of its conversations (None without)."""
+
+    vocabulary: Vocabulary
+    form: ChatForm | None
+
+    @classmethod
+    def of(cls, source: Source) -> Means:
+        """Raises CalibrationError where no text can begin."""
+        tokenizer, config = source.load_tokenizer(), source.config
+        vocabulary = Vocabulary.of(tokenizer, config.get_text_config().vocab_size, _ends(config))
+        return cls(vocabulary, ChatForm.of(tokenizer, vocabulary))
+
+    def kinds(self, request: Request, name: str) -> tuple[Kind, ...]:
+        """The kinds of windows that are asked for and can be written. name: of the model, for messages.
+
+        Raises:
+            CalibrationError: there are none.
+        """
+        found = tuple(kind for kind in request.kinds if kind == "documents" or self.form is not None)
+        if not found:
+            raise CalibrationError(
+                f"The tokenizer of {name} has no chat template that shows the model where a message ends, so it cannot "
+                "write conversations; give --calibration self-plain, or a file."
+            )
+        return found
+
+
 def write_windows(source: Source, request: Request, device: torch.device) -> Tensor:
     """The windows, int64 `[samples, seq_len]`: those kept from an earlier run, or written now and kept.
 
@@ -139,22 +168,14 @@ def write_windows(source: Source, request: Request, device: torch.device) -> Ten
     with the same threads.
 
     Raises:
-        CalibrationError: conversations are wanted and the tokenizer has no chat template that shows where messages end,
-            the model cannot be run, or it writes little but loops.
+        CalibrationError: conversations alone are wanted and there is no form for them, the model cannot be run, or it
+            writes little but loops.
         NumericalError: the model gives logits that are not numbers.
     """
-    tokenizer = source.load_tokenizer()
-    config = source.config.get_text_config()
-    vocabulary = Vocabulary.of(tokenizer, config.vocab_size, _ends(source.config))
-    form = ChatForm.of(tokenizer, vocabulary)
-    kinds = request.kinds if form is not None else tuple(kind for kind in request.kinds if kind == "documents")
-    if not kinds:
-        raise CalibrationError(
-            f"The tokenizer of {source.spec} has no chat template that shows the model where a message ends, so it "
-            "cannot write conversations; give --calibration self-plain, or a file."
-        )
-    file = _file(source, request, device, vocabulary, form)
-    kept = _kept(file, request, vocabulary)
+    means = Means.of(source)
+    kinds = means.kinds(request, source.spec)
+    file = _file(source, request, device, means)
+    kept = _kept(file, request, means.vocabulary)
     if kept is not None:
         return kept
     with no_library_bar():
@@ -163,10 +184,12 @@ def write_windows(source: Source, request: Request, device: torch.device) -> Ten
     try:
         with torch.inference_mode():
             at_once = _rows_at_once(row_bytes(source, request.piece_length))
-            windows = _Writer(model, vocabulary, form, kinds, request, at_once).windows(source.spec)
+            written = _Writer(model, means, kinds, request, at_once).windows(source.spec)
     finally:
         del model
         trim()
+    # Tensors of inference mode cannot take part in what is tuned by gradient.
+    windows = written.clone()
     file.write(save({"tokens": windows.to(torch.int32)}))
     return windows
 
@@ -174,8 +197,7 @@ def write_windows(source: Source, request: Request, device: torch.device) -> Ten
 @dataclass
 class _Writer:
     model: Any
-    vocabulary: Vocabulary
-    form: ChatForm | None
+    means: Means
     kinds: Sequence[Kind]
     request: Request
     at_once: int
@@ -232,14 +254,14 @@ class _Writer:
                 for row, place in enumerate(places[batch * size : (batch + 1) * size])
             ]
             sampler = Sampler(self.request.temperature, self.request.min_p, generator)
-            pieces += write_rows(self.model, authors, self.vocabulary.stops, length, sampler, ticks)
+            pieces += write_rows(self.model, authors, self.means.vocabulary.stops, length, sampler, ticks)
         return pieces
 
     def _author(self, kind: Kind, generator: torch.Generator, row: int) -> Author:
         if kind == "documents":
-            return DocumentAuthor(self.vocabulary, generator, row)
-        assert self.form is not None, "conversations are written in a form"
-        return ChatAuthor(self.form, self.vocabulary.stops)
+            return DocumentAuthor(self.means.vocabulary, generator, row)
+        assert self.means.form is not None, "conversations are written in a form"
+        return ChatAuthor(self.means.form, self.means.vocabulary.stops)
 
 
 def _rows_at_once(bytes_each: int) -> int:
@@ -256,11 +278,10 @@ def _ends(config: Any) -> list[int]:
     return [end for end in (named if isinstance(named, (list, tuple)) else [named]) if end is not None]
 
 
-def _file(
-    source: Source, request: Request, device: torch.device, vocabulary: Vocabulary, form: ChatForm | None
-) -> CacheFile:
+def _file(source: Source, request: Request, device: torch.device, means: Means) -> CacheFile:
     from transformers import __version__ as transformers_version
 
+    vocabulary = means.vocabulary
     made = {
         "version": _VERSION,
         "libraries": [torch.__version__, transformers_version],
@@ -268,7 +289,7 @@ def _file(
         "computed": [str(source.dtype), device.type],
         "request": asdict(request),
         "vocabulary": [vocabulary.leading, sorted(vocabulary.stops), vocabulary.first, vocabulary.size],
-        "form": None if form is None else asdict(form),
+        "form": None if means.form is None else asdict(means.form),
     }
     key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     return CacheFile(

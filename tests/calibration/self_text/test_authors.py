@@ -79,6 +79,19 @@ def test_the_form_is_what_the_template_makes_of_a_conversation() -> None:
     assert tokenizer.decode([*joined, *form.closing]) == expected
 
 
+def test_a_conversation_begins_as_the_tokenizer_begins_a_text_once() -> None:
+    plain, before = tiny_tokenizer(), tiny_tokenizer(before=("<|endoftext|>",))
+    expected = ChatForm.of(plain, vocabulary(plain))
+    form = ChatForm.of(before, vocabulary(before))
+    assert form is not None
+    assert expected is not None
+    assert form.opening == (0, *expected.opening)
+    before.chat_template = "<|endoftext|>" + before.chat_template
+    again = ChatForm.of(before, vocabulary(before))
+    assert again is not None
+    assert again.opening == form.opening
+
+
 @pytest.mark.parametrize(
     "template",
     [
