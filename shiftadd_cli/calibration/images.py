@@ -80,17 +80,19 @@ def load_images(spec: str, *, split: Split, config: Any = None) -> ImageData:
 
 
 def images_remark(spec: str, config: Any) -> str | None:
-    """What to say to somebody who calibrates a vision model of this configuration on the pictures called `spec`: a
-    sentence where other pictures serve the model better, None for pictures of the user's own."""
+    """A sentence for the plan of a vision model of this configuration, calibrated on the pictures called `spec`.
+
+    It says what the pictures are, where `spec` does not, and which would serve the model better. None where there is
+    neither to say, as of pictures of the user's own.
+    """
     digits = reads_digits(config)
-    if spec == SELF:
-        spec = images_builtin.NAME if digits else images_noise.NAME
-    if spec == images_noise.NAME:
-        cure = f"--calibration {images_builtin.NAME}" if digits else "--calibration FOLDER"
-        kind = "digits" if digits else "photographs"
+    if spec == SELF and digits:
+        return "The images are the handwritten digits of scikit-learn, since the classes of the model are digits."
+    if spec in (SELF, images_noise.NAME):
+        kind, cure = ("digits", images_builtin.NAME) if digits else ("photographs", "FOLDER")
         return (
-            f"The images are random shapes, not photographs; a model of {kind} is calibrated better on {kind}: "
-            f"give {cure}."
+            f"The images are random shapes, not {kind}; a model of {kind} is calibrated better on {kind}: give "
+            f"--calibration {cure}."
         )
     if spec == images_builtin.NAME and not digits:
         return (

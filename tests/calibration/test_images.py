@@ -96,7 +96,7 @@ def test_a_model_of_digits_is_known_by_its_classes_and_served_by_the_digits(mode
     assert reads_digits(config)
     assert len(load_images("self", split="calibration", config=config)) == 1297
     assert images_remark("builtin", config) is None
-    assert images_remark("self", config) is None
+    assert "handwritten digits" in images_remark("self", config)
     assert "--calibration builtin" in images_remark("noise", config)
 
 
