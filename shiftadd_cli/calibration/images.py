@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration import images_builtin, images_folder, images_table, text_files, text_hub
+from shiftadd_cli.calibration import images_builtin, images_folder, images_noise, images_table, text_files, text_hub
 from shiftadd_cli.calibration.images_data import ImageData
 from shiftadd_cli.calibration.text import Split
 from shiftadd_cli.errors import CalibrationError, first_line
@@ -27,7 +27,13 @@ MAX_UNREADABLE = 10
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.+-]+)?")
+# A language model then reads what it writes itself. A vision model draws nothing, so pictures are made for it.
+SELF = "self"
+_DIGITS = frozenset("0123456789")
+# What transformers calls classes that nobody named.
+_UNNAMED = "LABEL_"
 _KINDS = "a folder of images, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT"
+_NO_DOWNLOAD = "'noise' or 'builtin', which need no download"
 
 
 class Drawn(NamedTuple):
@@ -37,18 +43,25 @@ class Drawn(NamedTuple):
     indices: tuple[int, ...]
 
 
-def load_images(spec: str, *, split: Split) -> ImageData:
-    """The pictures called `spec`: `builtin`, a folder, a .parquet file, or a data set of the hub, `NAME` or
-    `NAME:SPLIT`.
+def load_images(spec: str, *, split: Split, config: Any = None) -> ImageData:
+    """The pictures called `spec`: `builtin` (digits), `noise` (scenes of random shapes), `self`, a folder, a .parquet
+    file, or a data set of the hub, `NAME` or `NAME:SPLIT`.
 
-    `split` chooses between disjoint parts of a named set; a folder or a file is the same for both.
+    `self` is what serves best where nobody gives pictures: the digits for a model of digits, `noise` for any other.
+
+    `split` chooses between disjoint parts of a named set; a folder or a file is the same for both. `config` is the
+    configuration of the model that will see them; only `self` asks for it, and without it stands for `noise`.
 
     Raises:
         CalibrationError: there is no such set, it is empty, or holds text.
     """
+    if spec == SELF:
+        spec = images_builtin.NAME if config is not None and reads_digits(config) else images_noise.NAME
     path = Path(spec)
     if spec == images_builtin.NAME:
         data = images_builtin.read(split)
+    elif spec == images_noise.NAME:
+        data = images_noise.read(split)
     elif path.is_dir():
         data = images_folder.read(path)
     elif path.suffix.lower() == ".parquet":
@@ -58,12 +71,43 @@ def load_images(spec: str, *, split: Split) -> ImageData:
     elif path.exists():
         raise CalibrationError(f"{spec} is no folder of images and no .parquet file; give {_KINDS}.")
     elif not _HUB_ID.fullmatch(spec):
-        raise CalibrationError(f"There are no images at {spec}; give {_KINDS}, or 'builtin', which needs no download.")
+        raise CalibrationError(f"There are no images at {spec}; give {_KINDS}, or {_NO_DOWNLOAD}.")
     else:
         data = images_table.read_hub(spec, split)
     if not len(data):
         raise CalibrationError(f"{data.name} holds no images; give {_KINDS}.")
     return data
+
+
+def images_remark(spec: str, config: Any) -> str | None:
+    """A sentence for the plan of a vision model of this configuration, calibrated on the pictures called `spec`.
+
+    It says what the pictures are, where `spec` does not, and which would serve the model better. None where there is
+    neither to say, as of pictures of the user's own.
+    """
+    digits = reads_digits(config)
+    if spec == SELF and digits:
+        return "The images are the handwritten digits of scikit-learn, since the classes of the model are digits."
+    if spec in (SELF, images_noise.NAME):
+        kind, cure = ("digits", images_builtin.NAME) if digits else ("photographs", "FOLDER")
+        return (
+            f"The images are random shapes, not {kind}; a model of {kind} is calibrated better on {kind}: give "
+            f"--calibration {cure}."
+        )
+    if spec == images_builtin.NAME and not digits:
+        return (
+            "The built-in images are handwritten digits; a model of photographs is calibrated better on photographs, "
+            f"and without any on random shapes: give --calibration FOLDER or --calibration {images_noise.NAME}."
+        )
+    return None
+
+
+def reads_digits(config: Any) -> bool:
+    """Whether a vision model of this configuration reads digits: its classes are the ten digits by name, or ten without
+    names and its images grey. Any other is taken for a model of photographs, since most are."""
+    names = {str(name) for name in (getattr(config, "id2label", None) or {}).values()}
+    unnamed = {name.removeprefix(_UNNAMED) for name in names} == _DIGITS
+    return names == _DIGITS or (unnamed and _channels(config) == 1)
 
 
 def draw_images(data: ImageData, reader: ImageReader, *, samples: int, seed: int) -> Drawn:
@@ -147,10 +191,7 @@ class ImageReader:
     @classmethod
     def of(cls, processor: Any, config: Any, name: str) -> ImageReader:
         """The reader for a model of this configuration."""
-        # A classifier made of a dual model keeps what its vision tower is apart.
-        places = (config, getattr(config, "vision_config", None))
-        channels = next((found for each in places if (found := getattr(each, "num_channels", None))), 3)
-        return cls(processor, int(channels), name)
+        return cls(processor, _channels(config), name)
 
     def __call__(self, picture: Any, place: str) -> Tensor:
         """float32 `[channels, height, width]`. Raises CalibrationError where it has another number of channels."""
@@ -187,6 +228,12 @@ class ImageReader:
 def image_reader(source: Source) -> ImageReader:
     """The reader of a vision model. Raises SourceError where it has no image processor."""
     return ImageReader.of(source.load_image_processor(), source.config, source.spec)
+
+
+def _channels(config: Any) -> int:
+    # A classifier made of a dual model keeps what its vision tower is apart.
+    places = (config, getattr(config, "vision_config", None))
+    return int(next((found for each in places if (found := getattr(each, "num_channels", None))), 3))
 
 
 def _decode(data: ImageData, index: int) -> Any:

@@ -1,7 +1,7 @@
 """Pictures that need no download: the 1797 handwritten digits, 8 x 8, that scikit-learn brings.
 
 They are enough to try things on and for models made for them. What a model of photographs does with them says little
-about photographs, so calibrate such a model on photographs.
+about photographs, so calibrate such a model on photographs, or on `noise`, if there are none.
 """
 
 from __future__ import annotations

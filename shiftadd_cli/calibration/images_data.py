@@ -9,8 +9,6 @@ from functools import cached_property
 
 import torch
 
-_FINGERPRINT_SAMPLES = 256
-
 
 @dataclass(frozen=True)
 class ImageData:
@@ -22,6 +20,7 @@ class ImageData:
         places: what to call each picture in messages.
         read: the encoded picture of a number; may raise OSError.
         labels: the class of each, by name or number; None where they have none.
+        fingerprint_samples: how many pictures the fingerprint reads.
     """
 
     name: str
@@ -29,15 +28,16 @@ class ImageData:
     places: Sequence[str]
     read: Callable[[int], bytes]
     labels: tuple[str | int, ...] | None = None
+    fingerprint_samples: int = 256
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the keys of all pictures and the bytes of 256 of them at equal distances."""
+        """SHA-256 (hex) over the keys of all pictures and the bytes of some at equal distances."""
         digest = hashlib.sha256("\0".join(self.keys).encode(errors="surrogateescape"))
-        for index in spread(len(self), _FINGERPRINT_SAMPLES):
+        for index in spread(len(self), self.fingerprint_samples):
             try:
                 digest.update(hashlib.sha256(self.read(index)).digest())
             except OSError:  # told of when it is needed

@@ -27,7 +27,9 @@ def read_parquet(path: Path) -> ImageData:
     from pyarrow import parquet
 
     if not path.is_file():
-        raise CalibrationError(f"There is no file {path}; give an existing one, or 'builtin', which needs none.")
+        raise CalibrationError(
+            f"There is no file {path}; give an existing one, or 'noise' or 'builtin', which need none."
+        )
     try:
         table = parquet.read_table(path, memory_map=True)
         rows = Dataset(table)
@@ -57,7 +59,7 @@ def read_hub(spec: str, split: str) -> ImageData:
         reason = first_line(error) if online else "the hub cannot be reached, and the cache has no copy"
         raise CalibrationError(
             f"There are no images at {name}: no such folder or file, and the data set {name} of the hub could not be "
-            f"had ({reason}); give a folder of images, or 'builtin', which needs no download."
+            f"had ({reason}); give a folder of images, or 'noise' or 'builtin', which need no download."
         ) from error
     return _data(rows, f"{name} {wanted}")
 

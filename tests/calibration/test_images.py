@@ -10,14 +10,17 @@ import pytest
 import torch
 from PIL import Image
 from tiny_vision import CLASSES, save_pictures, write_processor
+from transformers import CLIPConfig, Dinov2Config, ViTConfig
 
 from shiftadd_cli.calibration import images_table
 from shiftadd_cli.calibration.images import (
     MAX_UNREADABLE,
     ImageReader,
     draw_images,
+    images_remark,
     load_images,
     read_images,
+    reads_digits,
 )
 from shiftadd_cli.errors import CalibrationError
 from shiftadd_cli.source.image_processor import load_image_processor
@@ -67,6 +70,56 @@ def test_built_in_digits_are_split_and_labelled():
     picture = Image.open(BytesIO(parts["test"].read(0)))
     assert picture.size == (8, 8)
     assert picture.mode == "L"
+
+
+def classes(names, **settings):
+    return ViTConfig(id2label=dict(enumerate(names)), **settings)
+
+
+MODELS_OF_DIGITS = {
+    "named": classes("0123456789"),
+    "unnamed and grey": ViTConfig(num_labels=10, num_channels=1),
+}
+MODELS_OF_PHOTOGRAPHS = {
+    "named": classes(CLASSES),
+    "ten, named": classes("abcdefghij", num_channels=1),
+    "ten in colour, unnamed": ViTConfig(num_labels=10),
+    "more in grey, unnamed": ViTConfig(num_labels=12, num_channels=1),
+    "encoder": Dinov2Config(),
+    "two towers": CLIPConfig(num_labels=10),
+}
+
+
+@pytest.mark.parametrize("model", MODELS_OF_DIGITS)
+def test_a_model_of_digits_is_known_by_its_classes_and_served_by_the_digits(model):
+    config = MODELS_OF_DIGITS[model]
+    assert reads_digits(config)
+    assert len(load_images("self", split="calibration", config=config)) == 1297
+    assert images_remark("builtin", config) is None
+    assert "handwritten digits" in images_remark("self", config)
+    assert "--calibration builtin" in images_remark("noise", config)
+
+
+@pytest.mark.parametrize("model", MODELS_OF_PHOTOGRAPHS)
+def test_any_other_model_is_served_by_noise_and_told_that_photographs_are_better(model):
+    config = MODELS_OF_PHOTOGRAPHS[model]
+    assert not reads_digits(config)
+    noise = load_images("noise", split="calibration")
+    assert load_images("self", split="calibration", config=config).fingerprint == noise.fingerprint
+    assert images_remark("self", config) == images_remark("noise", config)
+    assert "--calibration FOLDER" in images_remark("noise", config)
+    assert re.search("digits.*--calibration FOLDER or --calibration noise", images_remark("builtin", config))
+
+
+def test_nothing_is_remarked_of_pictures_of_the_users_own(tmp_path):
+    for spec in (str(tmp_path), "pictures.parquet", "somebody/pictures:train"):
+        for config in (*MODELS_OF_DIGITS.values(), *MODELS_OF_PHOTOGRAPHS.values()):
+            assert images_remark(spec, config) is None
+
+
+def test_self_is_noise_where_no_model_is_named():
+    found = load_images("self", split="test")
+    assert found.fingerprint == load_images("noise", split="test").fingerprint
 
 
 @pytest.mark.parametrize("typed", [True, False])
