@@ -199,8 +199,9 @@ class Recipe(BaseModel):
             description="Calibration text: 'self' (documents and conversations that the model writes; 'self-plain' and "
             "'self-chat' are one of them), 'builtin' (documentation of Python), wikitext2, c4, ptb, a .txt, .jsonl or "
             ".parquet file (field or column 'text', or 'messages' of conversations), a mixture of these such as "
-            "self:0.8,notes.txt:0.2, or 'none' for a run without data. For vision models images: 'builtin' (digits of "
-            "scikit-learn), a folder, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT.",
+            "self:0.8,notes.txt:0.2, or 'none' for a run without data. For vision models images: 'self' (those of the "
+            "next two that suit the model), 'noise' (scenes of random shapes), 'builtin' (digits of scikit-learn), a "
+            "folder, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT.",
         ),
     ] = "self"
     writing_length: Annotated[

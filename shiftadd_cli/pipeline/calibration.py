@@ -88,7 +88,7 @@ class Calibration:
             return None
         recipe = plan.recipe
         if plan.source.reads_images:
-            images = load_images(recipe.calibration, split="calibration")
+            images = load_images(recipe.calibration, split="calibration", config=plan.source.config)
             drawn = draw_images(images, image_reader(plan.source), samples=recipe.samples, seed=recipe.seed)
             return cls(plan, CalibrationSet(images.name, images.fingerprint, drawn.inputs, None))
         parts = parse_mixture(recipe.calibration)

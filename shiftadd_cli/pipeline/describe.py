@@ -5,6 +5,7 @@ from __future__ import annotations
 from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.bcq.choices import choices_in_words
 from shiftadd_cli.calibration import text_builtin
+from shiftadd_cli.calibration.images import images_remark
 from shiftadd_cli.calibration.mixture import parse_mixture
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.summary import size, table
@@ -68,7 +69,8 @@ def _calibration(plan: Plan) -> list[str]:
         return ["Calibration   none"]
     lines = [f"Calibration   {recipe.calibration}, {_samples(plan)}"]
     if plan.source.reads_images:
-        return lines
+        remark = images_remark(recipe.calibration, plan.source.config)
+        return [*lines, *([] if remark is None else [f"              {remark}"])]
     if plan.not_written is not None:
         lines.append(f"Warning       the model does not write its own calibration text: {plan.not_written}")
     if any(part.spec == text_builtin.NAME for part in parse_mixture(recipe.calibration)):
