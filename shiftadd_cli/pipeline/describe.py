@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.bcq.choices import choices_in_words
 from shiftadd_cli.calibration import text_builtin
@@ -70,15 +72,21 @@ def _calibration(plan: Plan) -> list[str]:
     lines = [f"Calibration   {recipe.calibration}, {_samples(plan)}"]
     if plan.source.reads_images:
         remark = images_remark(recipe.calibration, plan.source.config)
-        return [*lines, *([] if remark is None else [f"              {remark}"])]
+        return [*lines, *([] if remark is None else _wrapped("Note", remark))]
     if plan.not_written is not None:
-        lines.append(f"Warning       the model does not write its own calibration text: {plan.not_written}")
+        lines += _wrapped("Warning", f"the model does not write its own calibration text: {plan.not_written}")
     if any(part.spec == text_builtin.NAME for part in parse_mixture(recipe.calibration)):
-        lines.append(
-            "Warning       the builtin text is the documentation of Python; a model for anything else is better "
-            "calibrated on self, or on a file of its own kind of text"
+        lines += _wrapped(
+            "Warning",
+            "the builtin text is the documentation of Python; a model for anything else is better calibrated on self, "
+            "or on a file of its own kind of text",
         )
     return lines
+
+
+def _wrapped(title: str, text: str) -> list[str]:
+    """A title and a text of several lines beside it."""
+    return textwrap.wrap(text, 120, initial_indent=f"{title:<14}", subsequent_indent=" " * 14)
 
 
 def _samples(plan: Plan) -> str:
