@@ -215,7 +215,7 @@ class Recipe(BaseModel):
     writing_temperature: Annotated[
         float,
         Field(gt=0, description="Temperature at which a model writes its own calibration text."),
-    ] = 1.0
+    ] = 1.6
     writing_min_p: Annotated[
         float,
         Field(

@@ -20,6 +20,8 @@ from shiftadd_cli.source.tokenizer import leading_tokens
 
 # An exchange is a message of the user and the answer. A third adds little but thanks.
 EXCHANGES = 2
+# Tokens of the longest question. Half of what a piece has room for is then left for the answer.
+QUESTION = 64
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -148,27 +150,34 @@ class ChatForm:
 
 
 class ChatAuthor:
-    """Fills a window with conversations one behind the other, each of `EXCHANGES` questions with their answers."""
+    """Fills a window with conversations one behind the other, each of `EXCHANGES` questions with their answers.
+
+    A question ends where the model ends it, or after `QUESTION` tokens: at a high temperature a model seldom ends one.
+    """
 
     def __init__(self, form: ChatForm, stops: frozenset[int]) -> None:
         self._form, self._stops = form, stops
-        self._messages = 0
-        self._empty = True
+        self._messages = self._written = 0
 
     @property
     def may_stop(self) -> bool:
-        return not self._empty
+        return self._written > 0
 
     def begin(self) -> list[int]:
-        self._messages, self._empty = 0, True
+        self._messages = self._written = 0
         return list(self._form.opening)
 
     def follow(self, token: int) -> list[int]:
-        if token not in self._stops:
-            self._empty = False
-            return [token]
+        asks = self._messages % 2 == 0
+        if token in self._stops:
+            return self._end(token)
+        self._written += 1
+        return [token, *self._end(token)] if asks and self._written == QUESTION else [token]
+
+    def _end(self, token: int) -> list[int]:
+        """What the template puts behind a message that ended with `token`."""
         self._messages += 1
-        self._empty = True
+        self._written = 0
         if self._messages % 2:
             return list(self._form.to_assistant)
         if self._messages < 2 * EXCHANGES:

@@ -10,6 +10,7 @@ from tiny_models import VOCAB_SIZE, tiny_tokenizer
 
 from shiftadd_cli.calibration.self_text.authors import (
     EXCHANGES,
+    QUESTION,
     Author,
     ChatAuthor,
     ChatForm,
@@ -119,6 +120,17 @@ def test_a_conversation_takes_turns_and_then_another_begins() -> None:
     turns = [*[*[form.to_assistant], *[form.to_user]] * EXCHANGES][:-1]
     one = [*form.opening, *WORDS, *(token for turn in turns for token in (*turn, *WORDS)), *form.closing]
     assert window == [*one, *form.opening, *WORDS, *form.to_assistant]
+
+
+def test_a_question_without_an_end_is_answered_all_the_same() -> None:
+    tokenizer = tiny_tokenizer()
+    found = vocabulary(tokenizer)
+    form = ChatForm.of(tokenizer, found)
+    assert form is not None
+    endless = 10 * QUESTION
+    window = fill(ChatAuthor(form, found.stops), [40] * endless)
+    # The answer is not cut short.
+    assert window == [*form.opening, *[40] * QUESTION, *form.to_assistant, *[40] * (endless - QUESTION)]
 
 
 def test_no_message_is_empty() -> None:
