@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,6 @@ from shiftadd_cli.device import choose_device
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.schema import CalibrationPart, CalibrationReport
-from shiftadd_cli.source import Source
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Calibration:
     plan: Plan
     _ready: CalibrationSet | None = None
     _parts: list[tuple[Part, _Drawn | Request]] = field(default_factory=list)
+    _means: Means | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> Calibration | None:
@@ -93,15 +94,16 @@ class Calibration:
             return cls(plan, CalibrationSet(images.name, images.fingerprint, drawn.inputs, None))
         parts = parse_mixture(recipe.calibration)
         counts = window_counts(parts, recipe.samples)
+        means = Means.of(plan.source) if any(part.spec in KINDS for part in parts) else None
         found: list[tuple[Part, _Drawn | Request]] = []
         for part, count in zip(parts, counts, strict=True):
-            if part.spec in KINDS:
+            if means is not None and part.spec in KINDS:
                 request = writing_request(recipe, part.spec, count)
-                Means.of(plan.source).kinds(request, plan.source.spec)
+                means.kinds(request, plan.source.spec)
                 found.append((part, request))
             else:
                 found.append((part, _read(plan, part.spec, count)))
-        return cls(plan, None, found)
+        return cls(plan, None, found, means)
 
     def draw(self, team: Team = ALONE) -> CalibrationSet:
         """The samples; the model writes its own where they are asked for, once.
@@ -116,19 +118,20 @@ class Calibration:
         return self._ready
 
     def _write_missing(self, team: Team) -> list[tuple[Part, _Drawn]]:
-        running, mine = self.plan.running, {}
-        if team.first:
+        running, means, mine = self.plan.running, self._means, {}
+        if team.first and means is not None:
             device = choose_device(self.plan.recipe.device)
             for part, wanted in self._parts:
                 if isinstance(wanted, Request):
-                    mine[part.spec] = write_windows(running, wanted, device)
+                    mine[part.spec] = write_windows(running, means, wanted, device)
         # Also where nothing is written: processes with other recipes find out only after this.
         written = team.share_tensors(mine)
         found = []
         for part, wanted in self._parts:
             if isinstance(wanted, Request):
+                assert means is not None, "the model was asked to write"
                 windows = written[part.spec]
-                name = _self_name(running, wanted, part.spec)
+                name = _self_name(means.kinds(wanted, running.spec), wanted, part.spec)
                 found.append((part, _Drawn(name, samples_fingerprint(windows), windows)))
             else:
                 found.append((part, wanted))
@@ -166,9 +169,8 @@ def _read(plan: Plan, spec: str, samples: int) -> _Drawn:
     return _Drawn(text.name, text.fingerprint, windows)
 
 
-def _self_name(source: Source, request: Request, spec: str) -> str:
-    kinds = " and ".join(Means.of(source).kinds(request, source.spec))
+def _self_name(kinds: Sequence[str], request: Request, spec: str) -> str:
     return (
-        f"{spec} ({kinds} that the model wrote, {request.piece_length} tokens at a stretch, temperature "
+        f"{spec} ({' and '.join(kinds)} that the model wrote, {request.piece_length} tokens at a stretch, temperature "
         f"{request.temperature:g}, min-p {request.min_p:g}, seed {request.seed})"
     )

@@ -161,18 +161,17 @@ class Means:
         return found
 
 
-def write_windows(source: Source, request: Request, device: torch.device) -> Tensor:
+def write_windows(source: Source, means: Means, request: Request, device: torch.device) -> Tensor:
     """The windows, int64 `[samples, seq_len]`: those kept from an earlier run, or written now and kept.
 
-    source: of the model, at the dtype that is computed in. The same request gives the same windows on the same machine
-    with the same threads.
+    source: of the model, at the dtype that is computed in; means: its own. The same request gives the same windows on
+    the same machine with the same threads.
 
     Raises:
         CalibrationError: conversations alone are wanted and there is no form for them, the model cannot be run, or it
             writes little but loops.
         NumericalError: the model gives logits that are not numbers.
     """
-    means = Means.of(source)
     kinds = means.kinds(request, source.spec)
     file = _file(source, request, device, means)
     kept = _kept(file, request, means.vocabulary)

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
+from torch import Tensor
 
 from shiftadd_cli.calibration.self_text import KINDS
 from shiftadd_cli.calibration.self_text.authors import ChatForm, Vocabulary
 from shiftadd_cli.calibration.self_text.repetition import is_degenerate
 from shiftadd_cli.calibration.self_text.write import (
+    Means,
     Request,
     row_bytes,
     why_not,
@@ -25,7 +27,6 @@ from shiftadd_cli.errors import CalibrationError, NumericalError
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import Source, open_source
 
-CPU = torch.device("cpu")
 REQUEST = Request(KINDS["self"], samples=6, seq_len=40, piece=16, temperature=1.0, min_p=0.0, seed=0)
 
 
@@ -40,13 +41,17 @@ def source(tmp_path: Path) -> Source:
     return open_source(str(save_tiny("llama", tmp_path / "model")))
 
 
+def written(source: Source, request: Request) -> Tensor:
+    return write_windows(source, Means.of(source), request, torch.device("cpu"))
+
+
 def forgotten(cache: Path) -> None:
     for file in cache.rglob("*.safetensors"):
         file.unlink()
 
 
 def test_windows_have_the_size_asked_for_and_tokens_of_the_model(source: Source) -> None:
-    windows = write_windows(source, REQUEST, CPU)
+    windows = written(source, REQUEST)
     assert windows.shape == (6, 40)
     assert windows.dtype == torch.int64
     assert int(windows.min()) >= 0
@@ -55,40 +60,40 @@ def test_windows_have_the_size_asked_for_and_tokens_of_the_model(source: Source)
 
 
 def test_the_same_request_gives_the_same_and_another_seed_does_not(source: Source, cache: Path) -> None:
-    first = write_windows(source, REQUEST, CPU)
+    first = written(source, REQUEST)
     forgotten(cache)
-    assert torch.equal(write_windows(source, REQUEST, CPU), first)
-    assert not torch.equal(write_windows(source, replace(REQUEST, seed=1), CPU), first)
+    assert torch.equal(written(source, REQUEST), first)
+    assert not torch.equal(written(source, replace(REQUEST, seed=1)), first)
 
 
 def test_what_was_written_is_remembered(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = write_windows(source, REQUEST, CPU)
+    first = written(source, REQUEST)
 
     def refuse(self: Source, dtype: torch.dtype | None = None) -> None:
         raise AssertionError("the model is loaded again")
 
     monkeypatch.setattr(Source, "load_model", refuse)
-    assert torch.equal(write_windows(source, REQUEST, CPU), first)
+    assert torch.equal(written(source, REQUEST), first)
     with pytest.raises(AssertionError, match="loaded again"):
-        write_windows(source, replace(REQUEST, temperature=1.1), CPU)
+        written(source, replace(REQUEST, temperature=1.1))
 
 
 @pytest.mark.parametrize("damage", [b"", b"no tensors", None])
 def test_what_is_damaged_is_written_again(source: Source, cache: Path, damage: bytes | None) -> None:
-    first = write_windows(source, REQUEST, CPU)
+    first = written(source, REQUEST)
     (file,) = cache.rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-8] if damage is None else damage)
-    assert torch.equal(write_windows(source, REQUEST, CPU), first)
+    assert torch.equal(written(source, REQUEST), first)
 
 
 def test_another_model_or_template_has_a_text_of_its_own(tmp_path: Path, cache: Path) -> None:
     folder = save_tiny("llama", tmp_path / "model")
-    write_windows(open_source(str(folder)), REQUEST, CPU)
+    written(open_source(str(folder)), REQUEST)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}<|endoftext|>{% endfor %}"
     tokenizer.save_pretrained(folder)
-    write_windows(open_source(str(folder)), REQUEST, CPU)
-    write_windows(open_source(str(save_tiny("llama", tmp_path / "other", seed=1))), REQUEST, CPU)
+    written(open_source(str(folder)), REQUEST)
+    written(open_source(str(save_tiny("llama", tmp_path / "other", seed=1))), REQUEST)
     assert len(list(cache.rglob("*.safetensors"))) == 3
 
 
@@ -97,14 +102,14 @@ def test_documents_and_conversations_take_turns(source: Source) -> None:
     form = ChatForm.of(tokenizer, Vocabulary.of(tokenizer, VOCAB_SIZE))
     assert form is not None
     opening = list(form.opening)
-    windows = write_windows(source, REQUEST, CPU).tolist()
+    windows = written(source, REQUEST).tolist()
     piece = REQUEST.piece_length
     for number, window in enumerate(windows):
         begun = [window[start : start + len(opening)] == opening for start in range(0, REQUEST.seq_len, piece)]
         assert begun == [number % 2 == 1] * REQUEST.pieces
     assert all(
         window[: len(opening)] == opening
-        for window in write_windows(source, replace(REQUEST, kinds=KINDS["self-chat"]), CPU).tolist()
+        for window in written(source, replace(REQUEST, kinds=KINDS["self-chat"])).tolist()
     )
 
 
@@ -114,16 +119,16 @@ def test_a_model_without_a_chat_template_writes_documents(tmp_path: Path) -> Non
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "model")
     plain = open_source(str(tmp_path / "model"))
-    windows = write_windows(plain, REQUEST, CPU)
+    windows = written(plain, REQUEST)
     assert (windows[:, :: REQUEST.piece_length] == 0).all()
     with pytest.raises(CalibrationError, match=r"no chat template that shows .* give --calibration self-plain, or a"):
-        write_windows(plain, replace(REQUEST, kinds=KINDS["self-chat"]), CPU)
+        written(plain, replace(REQUEST, kinds=KINDS["self-chat"]))
 
 
 def test_a_model_that_can_only_repeat_itself_is_refused(source: Source) -> None:
     with pytest.raises(CalibrationError, match=r"repeats itself in nearly all .* or builtin"):
         # A random model that always takes the likeliest token is soon in a circle.
-        write_windows(source, replace(REQUEST, samples=2, seq_len=400, piece=400, min_p=0.999), CPU)
+        written(source, replace(REQUEST, samples=2, seq_len=400, piece=400, min_p=0.999))
 
 
 def test_a_damaged_model_is_refused_by_its_numbers(tmp_path: Path) -> None:
@@ -132,7 +137,7 @@ def test_a_damaged_model_is_refused_by_its_numbers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(NumericalError, match="not finite"):
-        write_windows(open_source(str(tmp_path / "model")), REQUEST, CPU)
+        written(open_source(str(tmp_path / "model")), REQUEST)
 
 
 def test_memory_decides_who_writes(source: Source) -> None:
