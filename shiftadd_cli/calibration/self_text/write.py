@@ -31,8 +31,9 @@ from shiftadd_cli.source.memory import trim
 # take as many steps as the first.
 SPARE = 1 / 8
 ROUNDS = 6
-# Keys, values and logits of windows that are written at once take so many bytes.
-ROOM_BYTES = 1 << 30
+# Keys, values and logits of pieces that are written at once take so many bytes: more would be faster, and make writing
+# the step of a small model that takes most memory.
+ROOM_BYTES = 1 << 29
 # Copies of the logits of a step: as they are computed, in float32, summed up, and with one token left.
 _LOGIT_COPIES = 4
 # Raised whenever the same request is answered by another text.
