@@ -17,6 +17,7 @@ from tiny_models import save_tiny
 
 from shiftadd_cli.cli import main
 from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.source import Source
 from shiftadd_cli.source import model as source_model
 
 QUICK = ["--samples", "4", "--seq-len", "32"]
@@ -50,7 +51,13 @@ BAD_OPTIONS = [
     (["--calibration", "no-such-text.txt"], "no-such-text.txt"),
     (["--skip", "*.no_such_module"], "no_such_module"),
     (["--device", "warp:9"], "--device"),
-    (["--samples", "100000000"], "tokens"),
+    (["--calibration", "builtin", "--samples", "100000000"], "tokens"),
+    (["--samples", "100000000"], "free"),
+    (["--calibration", "self:0.5,builtin"], "has no share"),
+    (["--calibration", "self:0.5,no-such-text.txt:0.5"], "no-such-text.txt"),
+    (["--calibration", "selfie"], "did you mean self?"),
+    (["--writing-temperature", "0"], "writing-temperature"),
+    (["--writing-min-p", "1"], "writing-min-p"),
 ]
 
 
@@ -246,10 +253,23 @@ def test_dry_run_shows_the_plan_and_writes_nothing(model: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_does_not_let_the_model_write(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Source, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    result = quantize(model, "-o", tmp_path / "out", "--dry-run", *QUICK)
+    assert result.exit_code == 0
+    assert "Calibration   self, 4 x 32 tokens" in result.stdout
+
+
 def test_the_summary_names_calibration_size_and_place(model: Path, tmp_path: Path) -> None:
     result = quantize(model, "-o", tmp_path / "out", *QUICK)
     assert result.exit_code == 0
-    for part in ("builtin", "4 x 32 tokens", "Bits/weight", "Peak memory", str(tmp_path / "out")):
+    for part in (
+        "self (documents and conversations",
+        "4 x 32 tokens",
+        "Bits/weight",
+        "Peak memory",
+        str(tmp_path / "out"),
+    ):
         assert part in result.stdout
 
 

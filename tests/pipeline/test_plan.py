@@ -169,7 +169,7 @@ def test_windows_that_nobody_asked_for_are_no_longer_than_the_positions(tmp_path
 def test_the_description_names_kinds_sizes_and_what_is_kept(tmp_path):
     save_tiny("llama", tmp_path)
     text = describe_plan(plan_of(tmp_path))
-    for part in ("self_attn.q_proj", "mlp.down_proj", "LlamaForCausalLM", "at the peak", "builtin"):
+    for part in ("self_attn.q_proj", "mlp.down_proj", "LlamaForCausalLM", "at the peak", "self"):
         assert part in text
     assert "8-bit rows    16.0 kB: lm_head, 320 x 48" in text
     whole = describe_plan(plan_of(tmp_path, embedding_bits=16))

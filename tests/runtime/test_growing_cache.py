@@ -9,10 +9,11 @@ import torch
 from caches import assert_same, crop, reorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_model
 from torch import Tensor
 from transformers import DynamicCache
 
-from shiftadd_cli.runtime.growing_cache import append
+from shiftadd_cli.runtime.growing_cache import append, growing_cache
 
 
 def numbers(rows: int, tokens: int, seed: int, size: int = 4) -> tuple[Tensor, Tensor]:
@@ -79,3 +80,28 @@ def test_what_does_not_go_together_is_left_to_the_cache() -> None:
     # Numbers of another type are promoted, as by `torch.cat`.
     keys, _ = append(cache, *(each.double() for each in numbers(1, 1, 1)), 0)
     assert keys.dtype == torch.float64
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(min_value=1, max_value=40), min_size=1, max_size=30))
+def test_a_cache_that_grows_by_itself_gives_what_the_plain_one_gives(lengths: list[int]) -> None:
+    growing = growing_cache(tiny_model("llama"))
+    assert growing is not None
+    plain = DynamicCache()
+    with torch.no_grad():
+        for number, tokens in enumerate(lengths):
+            for layer in range(2):
+                new = numbers(3, tokens, 10 * number + layer)
+                found, expected = growing.update(*new, layer), plain.update(*new, layer)
+                assert all(map(torch.equal, found, expected))
+    assert_same(growing, plain)
+
+
+def test_layers_of_a_sliding_window_stay_what_they_are() -> None:
+    cache = growing_cache(tiny_model("gemma3"))
+    assert cache is not None
+    assert [layer.is_sliding for layer in cache.layers] == [True, False, True]
+
+
+def test_a_model_with_a_state_of_its_own_makes_its_own() -> None:
+    assert growing_cache(tiny_model("mamba")) is None
