@@ -1,9 +1,9 @@
-"""What a window of the model's own text consists of beside what is sampled: first tokens, and the chat template's.
+"""Tokens of a model's own text that are not sampled: first ones, and those that a chat template puts around messages.
 
-An author fills one window. It begins with tokens that are set; then it is told every token that was sampled, and says
-which tokens the window goes on with, most often that very token. First tokens drawn from the whole vocabulary are from
-LLM-QAT (arXiv 2305.17888, section 3.1); that an aligned model writes the user's message where a chat template has it is
-from Magpie (arXiv 2406.08464, section 2).
+An author fills one piece of text. It begins with tokens of its own. Then it is told each token that was sampled and
+answers with those that follow in the piece, most often that token alone. Drawing first tokens from the whole vocabulary
+is from LLM-QAT (arXiv 2305.17888, section 3.1). Letting an aligned model write the user's messages, by giving it the
+chat template up to them, is from Magpie (arXiv 2406.08464, section 2).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Author(Protocol):
-    """Decides what follows in one window."""
+    """Decides what follows in one piece."""
 
     @property
     def may_stop(self) -> bool:
-        """Whether the next token may be one that ends a text; an empty text or message is not wanted."""
+        """Whether the next token may end a text: an empty text or message is not wanted."""
 
     def begin(self) -> list[int]:
-        """The tokens that the window begins with, at least one."""
+        """The first tokens of the piece, at least one."""
 
     def follow(self, token: int) -> list[int]:
-        """The tokens that the window goes on with, after `token` was sampled; at least one."""
+        """The next tokens of the piece after `token` was sampled, at least one."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class Vocabulary:
 
 
 class DocumentAuthor:
-    """Fills a window with one document, which is not let end: what came behind it would be another beginning.
+    """Fills a piece with one document, which may not end: another beginning would follow it.
 
-    It begins with what the tokenizer puts before a text. Then comes a token drawn from the vocabulary, but for every
-    second window of a tokenizer that puts something there, which the model goes on with as it likes.
+    The document begins with the tokens that the tokenizer puts before a text, and a token drawn from the vocabulary.
+    Where there are tokens of the first kind, every second document leaves the other to the model.
     """
 
     may_stop = False
@@ -150,7 +150,7 @@ class ChatForm:
 
 
 class ChatAuthor:
-    """Fills a window with conversations one behind the other, each of `EXCHANGES` questions with their answers.
+    """Fills a piece with conversations one behind the other, each of `EXCHANGES` questions with their answers.
 
     A question ends where the model ends it, or after `QUESTION` tokens: at a high temperature a model seldom ends one.
     """
@@ -175,7 +175,7 @@ class ChatAuthor:
         return [token, *self._end(token)] if asks and self._written == QUESTION else [token]
 
     def _end(self, token: int) -> list[int]:
-        """What the template puts behind a message that ended with `token`."""
+        """The tokens that follow a message, which ended with `token`."""
         self._messages += 1
         self._written = 0
         if self._messages % 2:

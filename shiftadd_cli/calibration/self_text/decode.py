@@ -1,7 +1,7 @@
-"""Many windows written at once: one token of each at every step of transformers' own `generate`.
+"""Many pieces of text written at once: one token of each at every step of transformers' own `generate`.
 
-All windows begin at position 0 and grow in step, so there is neither padding nor a mask; what an author sets takes the
-place of a token that was sampled.
+All pieces begin at position 0 and grow in step, so that there is neither padding nor a mask. A token that an author
+sets takes the place of one that was sampled.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def write_rows(
     sampler: Sampler,
     ticks: Iterator[object],
 ) -> Tensor:
-    """Let the authors fill a window each: int64 `[authors, length]`.
+    """Let each author fill a piece: int64 `[authors, length]`.
 
     model: in evaluation mode, on its device. stops: tokens that an author may refuse, see `Author.may_stop`. ticks: of
-    a progress bar; one is taken whenever every window has another token.
+    a progress bar; one is taken whenever every piece has another token.
 
     Raises:
         NumericalError: the model gives logits that are not numbers.

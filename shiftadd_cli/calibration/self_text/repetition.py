@@ -1,4 +1,4 @@
-"""Recognising a window in which the model fell into a loop."""
+"""Recognising text in which the model fell into a loop."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def repeated_share(tokens: Tensor) -> float:
     return 1 - len(torch.unique(phrases, dim=0)) / len(phrases)
 
 
-def is_degenerate(window: Tensor) -> bool:
-    """Whether half of a window, int64 `[n]`, or a quarter in the middle of it, says little but what it said before."""
-    size = max(PHRASE + 1, len(window) // 2)
-    starts = range(0, max(1, len(window) - size + 1), max(1, size // 2))
-    return any(repeated_share(window[start : start + size]) > MOST_REPEATED for start in starts)
+def is_degenerate(tokens: Tensor) -> bool:
+    """Whether one of the halves of a text, int64 `[n]`, or the half in its middle, mostly repeats itself."""
+    size = max(PHRASE + 1, len(tokens) // 2)
+    starts = range(0, max(1, len(tokens) - size + 1), max(1, size // 2))
+    return any(repeated_share(tokens[start : start + size]) > MOST_REPEATED for start in starts)

@@ -1,4 +1,4 @@
-"""Windows of text that a model writes itself, with those in which it fell into a loop written anew."""
+"""Windows of text that a model writes itself. A piece in which it fell into a loop is written again."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from shiftadd_cli.recipe import NO_CALIBRATION, Recipe
 from shiftadd_cli.source import Source
 from shiftadd_cli.source.memory import trim
 
-# Windows are written this many more than wanted, since a step takes hardly longer for them, and a second round would
-# take as many steps as the first.
+# So many more pieces are written than are wanted: they cost little beside the others, and a second round takes as many
+# steps as the first.
 SPARE = 1 / 8
 ROUNDS = 6
 # Keys, values and logits of pieces that are written at once take so many bytes: more would be faster, and make writing
