@@ -194,7 +194,9 @@ def _conditions(found: dict[str, Any]) -> str:
     original, scores = found["original"], next(iter(found["original"]["scores"].values()))
     where = f"computed in {scores['dtype']} on {scores['device']} ({original['machine']['processor']})"
     if "tests" in conditions:
-        amount = f"{conditions['samples']} x {conditions['seq_len']} tokens of {Path(conditions['calibration']).name}"
+        own = any("calibration=" in row["method"] for row in found["rows"])
+        named = "the text named" if own else Path(conditions["calibration"]).name
+        amount = f"{conditions['samples']} x {conditions['seq_len']} tokens of {named}"
         tests = ", ".join(f"{each['tokens']:,} tokens of {name}" for name, each in original["scores"].items())
         measured = f"measured on {tests} in windows of {conditions['scoring']['context']}"
     else:

@@ -91,3 +91,32 @@ def check_finite(hidden: Tensor, block: str) -> None:
         raise NumericalError(
             f"The output of {block} is not finite in {dtype}; use --dtype float32, or mend the source."
         )
+
+
+def check_weights(module: nn.Module, name: str = "") -> None:
+    """Raise NumericalError naming the first parameter of a module, itself called `name`, that is not finite."""
+    for parameter, weight in module.named_parameters(prefix=name):
+        if not torch.isfinite(weight).all():
+            raise NumericalError(f"{parameter} holds values that are not finite; the source checkpoint is damaged.")
+
+
+def name_what_is_not_finite(model: nn.Module, samples: Tensor) -> None:
+    """Raise NumericalError naming a parameter, or else the first block whose output for `samples`, int64 `[batch,
+    tokens]`, is not finite; return where there is none.
+
+    model: whole, in memory. Blocks are the members of its lists of modules.
+    """
+    check_weights(model)
+
+    def check(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(first, Tensor):
+                check_finite(first, name)
+
+        return hook
+
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    blocks = {name: module for name, module in model.named_modules() if name.rpartition(".")[0] in lists}
+    with hooked([module.register_forward_hook(check(name)) for name, module in blocks.items()]), torch.no_grad():
+        run_model(model, samples)

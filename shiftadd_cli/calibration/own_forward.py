@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.calibration.calls import Path, hidden_of, leaves, rebuilt
-from shiftadd_cli.calibration.forward import StopForward, check_finite, hooked, predict, split_call
-from shiftadd_cli.errors import NumericalError, ShiftaddError, SourceError, first_line
+from shiftadd_cli.calibration.forward import StopForward, check_finite, check_weights, hooked, predict, split_call
+from shiftadd_cli.errors import ShiftaddError, SourceError, first_line
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import LinearSpec, Source, Structure
 from shiftadd_cli.source.weight_reads import watching_weights
@@ -69,7 +69,7 @@ def run_own_forward(
         arguments = {"args": rest, "kwargs": named}
         calls.append(OwnCall(rebuilt(arguments, lambda _, leaf: leaf), dict(leaves(arguments))))
         source.materialise([name])
-        _check_weights(block, name)
+        check_weights(block, name)
         block.to(device)
         linears = {spec.name: model.get_submodule(spec.name) for spec in linears_of.get(len(calls) - 1, ())}
         watched.append(watch.enter_context(watching_weights(block, linears)))
@@ -142,11 +142,3 @@ def check_count(model: Any, structure: Structure, done: int) -> None:
             f"{type(model).__name__} calls {done} of its {len(structure.blocks)} blocks "
             f"({structure.blocks[done]} is not called); its architecture is not supported."
         )
-
-
-def _check_weights(block: nn.Module, name: str) -> None:
-    for parameter, weight in block.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise NumericalError(
-                f"{name}.{parameter} holds values that are not finite; the source checkpoint is damaged."
-            )

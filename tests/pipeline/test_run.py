@@ -354,7 +354,7 @@ def test_without_instructions_for_it_a_type_is_stored_and_not_computed_in(tmp_pa
     """As from the same weights in float32, up to what 16 bits hold of norms and biases."""
     save_tiny(family, tmp_path / "half", dtype=torch.bfloat16)
     AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).save_pretrained(tmp_path / "single")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "single" / name).write_bytes((tmp_path / "half" / name).read_bytes())
     monkeypatch.setattr(source_model, "computes_in", lambda _, dtype: dtype == torch.float32)
     reports = {name: quantize(tmp_path / name, tmp_path / f"{name}-out", **fields) for name in ("half", "single")}

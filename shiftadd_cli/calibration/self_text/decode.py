@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from shiftadd_cli.calibration.distribution import relative_difference, rounding_of
-from shiftadd_cli.calibration.forward import predict
+from shiftadd_cli.calibration.forward import name_what_is_not_finite, predict
 from shiftadd_cli.calibration.self_text.authors import Author
-from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.errors import CalibrationError, NumericalError
 from shiftadd_cli.generation.run import RefuseNoNumbers
 from shiftadd_cli.runtime.growing_cache import growing_cache
 
@@ -60,7 +60,7 @@ def write_rows(
     a progress bar; one is taken whenever every piece has another token.
 
     Raises:
-        NumericalError: the model gives logits that are not numbers.
+        NumericalError: a parameter, the output of a block, or the logits are not finite.
         CalibrationError: it writes by other predictions than it gives when it reads.
     """
     pending = [deque(author.begin()) for author in authors]
@@ -72,12 +72,17 @@ def write_rows(
     )
     choose = _Choose(authors, pending, stops, sampler, ticks)
     cache = growing_cache(model)
-    found: Tensor = model.generate(
-        start,
-        attention_mask=torch.ones_like(start),
-        logits_processor=LogitsProcessorList([RefuseNoNumbers(type(model).__name__, _name(model.dtype)), choose]),
-        **({} if cache is None else {"past_key_values": cache}),
-    )
+    try:
+        found: Tensor = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            logits_processor=LogitsProcessorList([RefuseNoNumbers(type(model).__name__, _name(model.dtype)), choose]),
+            **({} if cache is None else {"past_key_values": cache}),
+        )
+    except NumericalError:
+        # The logits show the fault, and not where it lies.
+        name_what_is_not_finite(model, start)
+        raise
     _check_decoding(model, found[:1], choose.last)
     return found.cpu()
 

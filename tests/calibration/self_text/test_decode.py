@@ -85,10 +85,23 @@ def test_a_model_that_writes_by_other_predictions_is_refused() -> None:
         write_rows(model, [Recorder([5])], frozenset(), LENGTH, greedy(), iter(()))
 
 
-def test_a_model_without_numbers_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("parameter", "value", "message"),
+    [
+        ("lm_head.weight", math.nan, r"^lm_head\.weight holds values that are not finite"),
+        ("model.layers.1.mlp.up_proj.weight", math.inf, r"^model\.layers\.1\.mlp\.up_proj\.weight holds values"),
+        (
+            "model.layers.0.post_attention_layernorm.weight",
+            3e38,
+            r"output of model\.layers\.0 is not finite in float32",
+        ),
+        ("lm_head.weight", 3e38, "LlamaForCausalLM gives logits that are not finite"),
+    ],
+)
+def test_a_model_without_numbers_is_refused_by_where_they_are_lost(parameter: str, value: float, message: str) -> None:
     model = tiny_model("llama")
-    model.lm_head.weight.data.fill_(math.nan)
-    with torch.inference_mode(), pytest.raises(NumericalError, match="logits that are not finite"):
+    model.get_parameter(parameter).data.fill_(value)
+    with torch.inference_mode(), pytest.raises(NumericalError, match=message):
         write_rows(model, [Recorder([5])], frozenset(), LENGTH, greedy(), iter(()))
 
 
