@@ -150,16 +150,25 @@ class Means:
     def kinds(self, request: Request, name: str) -> tuple[Kind, ...]:
         """The kinds of windows that are asked for and can be written. name: of the model, for messages.
 
+        Conversations need a chat template that leaves the model at least half of a piece.
+
         Raises:
             CalibrationError: there are none.
         """
-        found = tuple(kind for kind in request.kinds if kind == "documents" or self.form is not None)
-        if not found:
+        length, cure = request.piece_length, "give --calibration self-plain, or a file"
+        talks = self.form is not None and 2 * len(self.form.opening) <= length
+        found = tuple(kind for kind in request.kinds if kind == "documents" or talks)
+        if found:
+            return found
+        if self.form is None:
             raise CalibrationError(
                 f"The tokenizer of {name} has no chat template that shows the model where a message ends, so it cannot "
-                "write conversations; give --calibration self-plain, or a file."
+                f"write conversations; {cure}."
             )
-        return found
+        raise CalibrationError(
+            f"The chat template of {name} begins a conversation with {len(self.form.opening)} tokens, which leaves too "
+            f"few of the {length} that are written at a stretch; give a larger --writing-length, or {cure}."
+        )
 
 
 def write_windows(source: Source, means: Means, request: Request, device: torch.device) -> Tensor:

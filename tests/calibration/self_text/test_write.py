@@ -125,6 +125,23 @@ def test_a_model_without_a_chat_template_writes_documents(tmp_path: Path) -> Non
         written(plain, replace(REQUEST, kinds=KINDS["self-chat"]))
 
 
+def test_conversations_need_room_behind_what_the_template_begins_with(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "Be helpful and never say anything that is not true. " + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "model")
+    wordy = open_source(str(tmp_path / "model"))
+    means = Means.of(wordy)
+    assert means.form is not None
+    opening = len(means.form.opening)
+    chat = replace(REQUEST, kinds=KINDS["self-chat"], seq_len=2 * opening, piece=2 * opening)
+    assert means.kinds(chat, "m") == ("conversations",)
+    short = replace(chat, seq_len=2 * opening - 1)
+    with pytest.raises(CalibrationError, match=rf"begins a conversation with {opening} tokens.* larger --writing-leng"):
+        means.kinds(short, "m")
+    assert means.kinds(replace(short, kinds=KINDS["self"]), "m") == ("documents",)
+
+
 def test_a_model_that_can_only_repeat_itself_is_refused(source: Source) -> None:
     with pytest.raises(CalibrationError, match=r"repeats itself in nearly all .* or builtin"):
         # A random model that always takes the likeliest token is soon in a circle.
