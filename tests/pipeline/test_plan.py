@@ -84,7 +84,9 @@ def test_skipping_everything_is_refused(tmp_path):
 @pytest.mark.parametrize(("asymmetric", "versions"), [(0.0, 1), (0.5, 2)])
 def test_hidden_states_take_disk_space_and_no_memory(tmp_path, asymmetric, versions):
     save_tiny("llama", tmp_path)
-    few, many = (plan_of(tmp_path, samples=samples, asymmetric=asymmetric) for samples in (8, 800))
+    few, many = (
+        plan_of(tmp_path, samples=samples, asymmetric=asymmetric, calibration="builtin") for samples in (8, 800)
+    )
     assert many.peak_memory_bytes - few.peak_memory_bytes < 1e6
     block = [each.spec for each in many.linears if each.spec.block == 0]
     waiting = sum(spec.out_features + (spec.in_features if asymmetric else 0) for spec in block)
@@ -126,7 +128,7 @@ def test_what_measures_gradients_holds_hidden_states_in_memory(tmp_path, fields,
 
 def test_the_least_memory_is_that_of_the_smallest_batch_that_is_needed(tmp_path):
     save_tiny("bloom", tmp_path)  # has no last position
-    plans = {size: plan_of(tmp_path, batch_size=size, seq_len=4096) for size in (1, 2, 4, 16)}
+    plans = {size: plan_of(tmp_path, batch_size=size, seq_len=4096, calibration="builtin") for size in (1, 2, 4, 16)}
     needs = {size: plan.peak_memory_bytes for size, plan in plans.items()}
     assert needs[1] < needs[2] < needs[4] < needs[16]
     size, least = least_memory(plans[16], needs[4] + 10**6)

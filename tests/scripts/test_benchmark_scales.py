@@ -63,6 +63,7 @@ def test_errors_are_those_of_a_run(model: Path, tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "scales.json").read_text())
     same = {
         "recipe": "equal-bits",
+        "calibration": "builtin",
         "samples": 4,
         "seq_len": 32,
         "group_size": 16,
