@@ -38,7 +38,8 @@ class Sampler:
         logits -= logits.amax(-1, keepdim=True)
         logits /= self._temperature
         logits.masked_fill_(logits < self._floor, -math.inf)
-        summed = logits.exp_().cumsum(-1)
+        # In place: memory for a vocabulary of each row takes longer to get than to fill.
+        summed = logits.exp_().cumsum_(-1)
         # Drawn on the CPU, so that a device changes no more than its rounding.
         drawn = torch.rand(len(logits), 1, generator=self._generator).to(summed)
         # Rounding may put a draw at the very end, behind the last token that has a probability.
@@ -132,7 +133,7 @@ class _Choose(LogitsProcessor):
             chosen.append(pending.popleft())
         next(self._ticks, None)
         only = torch.tensor(chosen, device=scores.device).unsqueeze(1)
-        return torch.full_like(scores, -math.inf).scatter_(1, only, 0.0)
+        return scores.fill_(-math.inf).scatter_(1, only, 0.0)
 
 
 def _name(dtype: torch.dtype) -> str:
