@@ -85,9 +85,9 @@ def quality_table() -> str:
     return table(header, lines, numbers=7)
 
 
-def calibration_table() -> str:
+def calibration_table(name: str) -> str:
     """What the recipe `default` loses at each size, by the text it was calibrated on, best first."""
-    found = load("smollm2-calibration")
+    found = load(name)
     tests = list(found["original"]["scores"])
     lines = []
     for row in sorted(found["rows"], key=lambda row: (-row["bits"], _divergence(row))):
