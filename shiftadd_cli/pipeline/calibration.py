@@ -17,6 +17,7 @@ from shiftadd_cli.calibration.self_text.write import Means, Request, write_windo
 from shiftadd_cli.calibration.text import check_tokens, load_text, sample_windows
 from shiftadd_cli.device import choose_device
 from shiftadd_cli.distributed.team import ALONE, Team
+from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.schema import CalibrationPart, CalibrationReport
 
@@ -112,6 +113,7 @@ class Calibration:
 
         Raises:
             CalibrationError, NumericalError: the model cannot write, see `write_windows`.
+            RecipeError: the first process was asked for other data.
         """
         if self._ready is None:
             self._ready = self._mixed(self._write_missing(team))
@@ -130,7 +132,9 @@ class Calibration:
         for part, wanted in self._parts:
             if isinstance(wanted, Request):
                 assert means is not None, "the model was asked to write"
-                windows = written[part.spec]
+                windows = written.get(part.spec)
+                if windows is None:
+                    raise RecipeError("The first process of the team has another calibration; give the same to all.")
                 name = _self_name(means.kinds(wanted, running.spec), wanted, part.spec)
                 found.append((part, _Drawn(name, samples_fingerprint(windows), windows)))
             else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from shiftadd_cli.api import evaluate, quantize
 from shiftadd_cli.calibration.text import load_text, sample_windows
 from shiftadd_cli.distributed.team import Team, Tensors
-from shiftadd_cli.errors import CalibrationError
+from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.pipeline.calibration import Calibration, CalibrationSet, draw_calibration
 from shiftadd_cli.pipeline.describe import describe_plan
 from shiftadd_cli.pipeline.plan import Plan, make_plan
@@ -139,6 +139,10 @@ def test_other_processes_of_a_team_are_told_what_the_first_wrote(
     expected = first.draw(First())
     monkeypatch.setattr(Source, "load_model", lambda *_: pytest.fail("a model was loaded"))
     assert torch.equal(other.draw(_Follower(told)).samples, expected.samples)
+    third = Calibration.of(planned(source, "self-chat"))
+    assert third is not None
+    with pytest.raises(RecipeError, match="The first process of the team has another calibration"):
+        third.draw(_Follower(told))
 
 
 def test_a_model_too_large_to_be_loaded_whole_is_calibrated_on_the_builtin_text_and_says_so(source: Source) -> None:
