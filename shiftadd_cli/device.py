@@ -48,6 +48,11 @@ def computes_in(device: torch.device, dtype: torch.dtype) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as a user writes it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def use_threads(count: int | None) -> int:
     """Let torch compute with `count` threads of the CPU, or for None with as many as it does now; says how many."""
     import torch

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.shards import nbytes
+from shiftadd_cli.device import dtype_name
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -86,7 +87,7 @@ class Contents:
             if suffix in suffixes.get(module, {}):
                 stored[module] += nbytes(shape)
             else:
-                kept.append(Kept(name, 1, shape[0], str(shape[1]).removeprefix("torch."), nbytes(shape)))
+                kept.append(Kept(name, 1, shape[0], dtype_name(shape[1]), nbytes(shape)))
         layers = tuple(
             Packed(
                 name,

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.benchmark.roof import Roof
 from shiftadd_cli.benchmark.timing import Clock, Span, Timed, interleave
+from shiftadd_cli.device import dtype_name
 from shiftadd_cli.progress import progress
 from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.table import Int8Linear
@@ -209,7 +210,7 @@ def _measure(
         dense, shift = weight.to(each), None if bias is None else bias.to(each)
         count = copies_for(dense.nbytes, cache_bytes, most_bytes)
         layers: list[Layer] = [partial(linear, weight=dense.clone(), bias=shift) for _ in range(count)]
-        rings[_name(each)] = ring(layers, dense.nbytes, each)
+        rings[dtype_name(each)] = ring(layers, dense.nbytes, each)
     samples: dict[tuple[str, int], Callable[[], Span]] = {}
     for rows in ROWS:
         for name, way in rings.items():
@@ -222,7 +223,7 @@ def _measure(
         )
         for name, way in rings.items()
     }
-    return LayerSpeed(kind, _name(dtype), speeds.pop(COMPRESSED), tuple(speeds.values()))
+    return LayerSpeed(kind, dtype_name(dtype), speeds.pop(COMPRESSED), tuple(speeds.values()))
 
 
 class Ring:
@@ -260,7 +261,3 @@ def _compressed_copies(kind: LayerKind, count: int) -> list[Layer]:
     """The model's own layers first, each of which has a weight of its own anyway."""
     own: list[Layer] = list(kind.modules[:count])
     return own + [copy.deepcopy(kind.modules[0]) for _ in range(count - len(own))]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -20,7 +20,7 @@ from shiftadd_cli.benchmark.work import Work
 from shiftadd_cli.calibration.forward import run_model
 from shiftadd_cli.calibration.images import ImageReader
 from shiftadd_cli.calibration.text import check_tokens, load_text, tokenise
-from shiftadd_cli.device import use_threads
+from shiftadd_cli.device import dtype_name, use_threads
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.evaluation.models import Loaded, Opened, computing_dtype, open_any
 from shiftadd_cli.source.memory import trim
@@ -147,7 +147,7 @@ def _candidates(opened: Opened, dtype: str, original: Opened | None) -> list[Can
     if original is not None:
         own = computing_dtype("auto", original.stored_dtype, _CPU)
         wanted += [(original, each) for each in dict.fromkeys((own, torch.float32))]
-    names = [(each, str(kind).removeprefix("torch.")) for each, kind in wanted]
+    names = [(each, dtype_name(kind)) for each, kind in wanted]
     return list({(each.spec, kind): Candidate(f"{each.spec} in {kind}", each, kind) for each, kind in names}.values())
 
 

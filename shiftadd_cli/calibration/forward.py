@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.device import dtype_name
 from shiftadd_cli.errors import NumericalError, SourceError
 from shiftadd_cli.source import Structure
 from shiftadd_cli.source.vision import IMAGE_INPUT
@@ -87,7 +88,7 @@ def first_input(structure: Structure, model: nn.Module, batch: Tensor, device: t
 def check_finite(hidden: Tensor, block: str) -> None:
     """Raise NumericalError naming the block whose output holds NaN or infinite values."""
     if not torch.isfinite(hidden).all():
-        dtype = str(hidden.dtype).removeprefix("torch.")
+        dtype = dtype_name(hidden.dtype)
         raise NumericalError(
             f"The output of {block} is not finite in {dtype}; use --dtype float32, or mend the source."
         )

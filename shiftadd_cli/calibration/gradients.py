@@ -24,6 +24,7 @@ from shiftadd_cli.calibration.end_loss import EndLoss, Loss
 from shiftadd_cli.calibration.forward import check_finite
 from shiftadd_cli.calibration.streams import is_whole
 from shiftadd_cli.calibration.trace import Trace
+from shiftadd_cli.device import dtype_name
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress, silent
@@ -229,7 +230,7 @@ def _groups(trace: Trace, numbers: Iterable[int], memory_bytes: int) -> Iterator
 
 def _refuse_not_finite(gradient: Tensor, where: str) -> None:
     if not torch.isfinite(gradient).all():
-        dtype = str(gradient.dtype).removeprefix("torch.")
+        dtype = dtype_name(gradient.dtype)
         raise NumericalError(f"The gradient at the input of {where} is not finite in {dtype}; use --dtype float32.")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shiftadd_cli.calibration.distribution import Direction, Reference
 from shiftadd_cli.calibration.forward import Prediction, predict
+from shiftadd_cli.device import dtype_name
 from shiftadd_cli.errors import NumericalError, RecipeError
 from shiftadd_cli.evaluation.neighbours import nearest_classes
 
@@ -97,7 +98,7 @@ def score_image_models(
                 found = Prediction(found.values.float(), found.is_logits)
                 if not torch.isfinite(found.values).all():
                     raise NumericalError(
-                        f"{name} gives predictions that are not finite in {str(model.dtype).removeprefix('torch.')}; "
+                        f"{name} gives predictions that are not finite in {dtype_name(model.dtype)}; "
                         "try --dtype float32, and if that does not help the checkpoint is damaged."
                     )
                 if reference is not None:

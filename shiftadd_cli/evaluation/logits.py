@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.device import dtype_name
 from shiftadd_cli.errors import NumericalError
 
 # Where a whole window of logits has to be held, batches are cut to this size (one window at least).
@@ -82,6 +83,6 @@ class RowLogits:
         """Raise NumericalError unless all `values` are finite."""
         if not torch.isfinite(values).all():
             raise NumericalError(
-                f"{self.name} gives a {what} that is not finite in {str(self._model.dtype).removeprefix('torch.')}; "
+                f"{self.name} gives a {what} that is not finite in {dtype_name(self._model.dtype)}; "
                 "try --dtype float32, and if that does not help the checkpoint is damaged."
             )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shiftadd_cli.device import computes_in
+from shiftadd_cli.device import computes_in, dtype_name
 from shiftadd_cli.errors import ArtifactError, SourceError, first_line
 from shiftadd_cli.runtime.remote_code import brings_code
 from shiftadd_cli.runtime.skeleton import read_artifact_config
@@ -168,8 +168,8 @@ class Opened:
             parameters=parameters,
             file_bits_per_weight=8 * file_bytes / parameters,
             quantized_bits_per_weight=quantized,
-            stored_dtype=_name(stored),
-            dtype=_name(computed),
+            stored_dtype=dtype_name(stored),
+            dtype=dtype_name(computed),
             calibration=calibration.get("name"),
             calibration_fingerprint=calibration.get("fingerprint"),
             calibration_parts=tuple(part["fingerprint"] for part in calibration.get("parts", ())),
@@ -263,7 +263,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(f"{file} is no valid JSON ({error}); restore it, or write the checkpoint again.") from error
     return content if isinstance(content, dict) else {}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

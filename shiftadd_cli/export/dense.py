@@ -9,6 +9,7 @@ import torch
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.shards import nbytes
 from shiftadd_cli.artifact.writer import ArtifactWriter
+from shiftadd_cli.device import dtype_name
 from shiftadd_cli.export.decode import DecodedModel
 from shiftadd_cli.export.original_names import OriginalNames
 from shiftadd_cli.export.place import check_place
@@ -37,7 +38,7 @@ def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None, *, t
     if (folder / CODE_FILE).is_file():
         config.pop("auto_map", None)
     if dtype is not None:
-        set_dtype(config, str(dtype).removeprefix("torch."))
+        set_dtype(config, dtype_name(dtype))
     with ArtifactWriter(out) as writer:
         writer.plan(decoded.tensors)
         for name, tensor in progress(decoded, len(decoded.tensors), "Decoding"):

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from shiftadd_cli.allocation.front import lower_bound, uniform_points
+from shiftadd_cli.device import dtype_name
 from shiftadd_cli.pipeline.memory import resident_bytes
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.schema import (
@@ -124,7 +125,7 @@ def make_report(
             name=source.name,
             architecture=type(source.skeleton()).__name__,
             fingerprint=source.fingerprint,
-            dtype=str(source.dtype).removeprefix("torch."),
+            dtype=dtype_name(source.dtype),
             parameters=plan.parameters,
             file_bytes=source.file_bytes,
             model_bytes=source.model_bytes,
@@ -156,7 +157,7 @@ def make_report(
         seconds=clock.report(),
         machine=MachineReport(
             device=str(device),
-            dtype=str(plan.running.dtype).removeprefix("torch."),
+            dtype=dtype_name(plan.running.dtype),
             processes=processes,
             threads=torch.get_num_threads(),
             peak_memory_bytes=clock.spent().peak_memory_bytes,

@@ -9,6 +9,7 @@ from shiftadd_cli.bcq.choices import choices_in_words
 from shiftadd_cli.calibration import text_builtin
 from shiftadd_cli.calibration.images import images_remark
 from shiftadd_cli.calibration.mixture import parse_mixture
+from shiftadd_cli.device import dtype_name
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.summary import size, table
 from shiftadd_cli.source.positions import position_limit
@@ -34,7 +35,7 @@ def describe_plan(plan: Plan) -> str:
     source = plan.source
     before = source.model_bytes
     after = f"{'at most ' if plan.open_bits else ''}{size(plan.most_bytes)}"
-    dtype = str(source.dtype).removeprefix("torch.")
+    dtype = dtype_name(source.dtype)
     return "\n".join(
         (
             f"{source.spec}: {type(source.skeleton()).__name__}, {plan.parameters / 1e6:,.1f} M parameters, "
@@ -109,7 +110,7 @@ def _partial(plan: Plan) -> list[str]:
 def _computed(plan: Plan) -> list[str]:
     if plan.running is plan.source:
         return []
-    stored, computed = (str(each.dtype).removeprefix("torch.") for each in (plan.source, plan.running))
+    stored, computed = (dtype_name(each.dtype) for each in (plan.source, plan.running))
     return [f"Computed      in {computed}, since this processor has no instructions for {stored}"]
 
 

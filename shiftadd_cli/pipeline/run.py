@@ -15,6 +15,7 @@ from torch import Tensor
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution
+from shiftadd_cli.device import dtype_name
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.pipeline.account import Measured, make_report
@@ -235,7 +236,7 @@ def _check_kept(name: str, tensor: Tensor) -> None:
     """Raise NumericalError unless all numbers are finite."""
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise NumericalError(
-            f"{name} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}; "
+            f"{name} holds values that are not finite in {dtype_name(tensor.dtype)}; "
             + ("give --dtype bfloat16 or float32, or " if tensor.dtype == torch.float16 else "")
             + "mend the source."
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shiftadd_cli.device import computes_in
+from shiftadd_cli.device import computes_in, dtype_name
 from shiftadd_cli.source.checkpoint import Checkpoint
 from shiftadd_cli.source.companions import copy_companions, write_generation_settings, write_tokenizer
 from shiftadd_cli.source.config_file import merged_config, set_dtype
@@ -168,7 +168,7 @@ class Source:
         """What config.json says of the model, in the source's own fields beside those of the transformers in use."""
         fields = merged_config(self._fields, self.config)
         fields["architectures"] = [type(self._skeleton).__name__]
-        set_dtype(fields, str(self.dtype).removeprefix("torch."))
+        set_dtype(fields, dtype_name(self.dtype))
         return fields
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from shiftadd_cli.device import dtype_name
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import Checkpoint
 from shiftadd_cli.source.unread import refuse_adapter, wrapper
@@ -63,7 +64,7 @@ class LoadPlan:
             return
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise SourceError(
-                f"Tensor {key} of {name} is stored as {str(dtype).removeprefix('torch.')}, so the model is already "
+                f"Tensor {key} of {name} is stored as {dtype_name(dtype)}, so the model is already "
                 "quantized; give the original, unquantized model."
             )
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from shiftadd_cli.calibration.distribution import relative_difference, rounding_of
 from shiftadd_cli.calibration.forward import name_what_is_not_finite, predict
 from shiftadd_cli.calibration.self_text.authors import Author
+from shiftadd_cli.device import dtype_name
 from shiftadd_cli.errors import CalibrationError, NumericalError
 from shiftadd_cli.generation.run import RefuseNoNumbers
 from shiftadd_cli.runtime.growing_cache import growing_cache
@@ -71,13 +72,14 @@ def write_rows(
     model.generation_config = GenerationConfig(
         max_new_tokens=length - 1, min_new_tokens=length - 1, do_sample=False, eos_token_id=None, pad_token_id=0
     )
+    check = RefuseNoNumbers(type(model).__name__, dtype_name(model.dtype))
     choose = _Choose(authors, pending, stops, sampler, ticks)
     cache = growing_cache(model)
     try:
         found: Tensor = model.generate(
             start,
             attention_mask=torch.ones_like(start),
-            logits_processor=LogitsProcessorList([RefuseNoNumbers(type(model).__name__, _name(model.dtype)), choose]),
+            logits_processor=LogitsProcessorList([check, choose]),
             **({} if cache is None else {"past_key_values": cache}),
         )
     except NumericalError:
@@ -134,7 +136,3 @@ class _Choose(LogitsProcessor):
         next(self._ticks, None)
         only = torch.tensor(chosen, device=scores.device).unsqueeze(1)
         return scores.fill_(-math.inf).scatter_(1, only, 0.0)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
