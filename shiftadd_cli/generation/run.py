@@ -24,6 +24,7 @@ from shiftadd_cli.evaluation.models import Loaded
 from shiftadd_cli.generation.pieces import TextPieces
 from shiftadd_cli.generation.prompt import Prompt
 from shiftadd_cli.generation.sampling import Sampling
+from shiftadd_cli.source.tokenizer import end_tokens
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def generate_text(
     check_generates(loaded.model)
     wanted = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room)
     model, tokenizer = loaded.model, loaded.tokenizer
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model.generation_config, tokenizer)
     # Replaced, and not merely overruled: transformers fills what is not given from what the checkpoint brings along.
     model.generation_config = GenerationConfig(
         max_new_tokens=wanted,
@@ -187,10 +188,3 @@ def _choice(sampling: Sampling) -> dict[str, Any]:
         return {"do_sample": False}
     # top_k would be 50 by transformers' default.
     return {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a text: those of the checkpoint, which may know more than one, and the tokenizer's."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ends = list(named) if isinstance(named, (list, tuple)) else [named]
-    return list(dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id) if end is not None))

@@ -56,6 +56,14 @@ def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
     )
 
 
+def end_tokens(settings: Any, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end a text: those that a model's configuration, or its settings of generation, names, which
+    may be more than one, and the tokenizer's."""
+    named = getattr(settings, "eos_token_id", None)
+    ends = list(named) if isinstance(named, (list, tuple)) else [named]
+    return list(dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id) if end is not None))
+
+
 def tokens_as_text(tokenizer: Any, ids: Sequence[int]) -> str:
     """The names of some tokens in one string; empty for none."""
     return "".join(tokenizer.convert_ids_to_tokens(list(ids)))

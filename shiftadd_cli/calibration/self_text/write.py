@@ -26,6 +26,7 @@ from shiftadd_cli.progress import no_library_bar, progress
 from shiftadd_cli.recipe import NO_CALIBRATION, Recipe
 from shiftadd_cli.source import Source
 from shiftadd_cli.source.memory import trim
+from shiftadd_cli.source.tokenizer import end_tokens
 
 # So many more pieces are written than are wanted: they cost little beside the others, and a second round takes as many
 # steps as the first.
@@ -144,7 +145,7 @@ class Means:
     def of(cls, source: Source) -> Means:
         """Raises CalibrationError where no text can begin."""
         tokenizer, config = source.load_tokenizer(), source.config
-        vocabulary = Vocabulary.of(tokenizer, config.get_text_config().vocab_size, _ends(config))
+        vocabulary = Vocabulary.of(tokenizer, config.get_text_config().vocab_size, end_tokens(config, tokenizer))
         return cls(vocabulary, ChatForm.of(tokenizer, vocabulary))
 
     def kinds(self, request: Request, name: str) -> tuple[Kind, ...]:
@@ -280,11 +281,6 @@ def _rows_at_once(bytes_each: int) -> int:
 def _generator(*numbers: int) -> torch.Generator:
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _ends(config: Any) -> list[int]:
-    named = getattr(config, "eos_token_id", None)
-    return [end for end in (named if isinstance(named, (list, tuple)) else [named]) if end is not None]
 
 
 def _file(source: Source, request: Request, device: torch.device, means: Means) -> CacheFile:
