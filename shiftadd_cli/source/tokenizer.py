@@ -57,8 +57,8 @@ def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 
 def end_tokens(settings: Any, tokenizer: Any) -> list[int]:
-    """Ids of the tokens that end a text: those that a model's configuration, or its settings of generation, names, which
-    may be more than one, and the tokenizer's."""
+    """Ids of the tokens that end a text: those of a model's configuration or generation settings, which may name
+    several, and the tokenizer's."""
     named = getattr(settings, "eos_token_id", None)
     ends = list(named) if isinstance(named, (list, tuple)) else [named]
     return list(dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id) if end is not None))
