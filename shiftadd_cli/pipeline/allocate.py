@@ -81,8 +81,7 @@ class FrontPoint(NamedTuple):
 class AllocationJob:
     """An allocation whose request has been checked; nothing has been measured yet.
 
-    `linears` are planned at the recipe's own bits. `data` is drawn when it is needed. `not_written` is that of
-    the plan.
+    `linears` are planned at the recipe's own bits. `data` is drawn when it is needed.
     """
 
     source: Source
@@ -93,7 +92,6 @@ class AllocationJob:
     tied: list[tuple[str, ...]]
     data: Calibration
     device: torch.device
-    not_written: str | None = None
 
     @classmethod
     def prepare(cls, source: Source, recipe: Recipe, request: Request, *, memory: int | None = None) -> AllocationJob:
@@ -122,7 +120,7 @@ class AllocationJob:
             )
         data = Calibration.of(plan)
         assert data is not None, "the plan is calibrated"
-        job = cls(source, plan.recipe, request, plan.linears, allowed, tied, data, device, plan.not_written)
+        job = cls(source, plan.recipe, request, plan.linears, allowed, tied, data, device)
         job.check_budget()
         return job
 
@@ -175,7 +173,7 @@ class AllocationJob:
         available = budget.layer_bytes(smallest.quantized_weights, other)
         chosen = allocate(layers, tied, available)
         while budget.file_bytes is not None:
-            above = file_bytes(make_plan(self.source, self.recipe, chosen)) - budget.file_bytes
+            above = file_bytes(self.data.plan.at(chosen)) - budget.file_bytes
             if above <= 0:
                 break
             # The files' headers take a few bytes that depend on the choice.
@@ -257,7 +255,7 @@ class AllocationJob:
         for name, choices in self.allowed.items():
             stored = {options.at(choice).layout(*self.shapes[name]).nbytes: choice for choice in reversed(choices)}
             chosen[name] = stored[choose(stored)]
-        return replace(make_plan(self.source, self.recipe, chosen), not_written=self.not_written)
+        return self.data.plan.at(chosen)
 
     @property
     def calibration(self) -> CalibrationSet:

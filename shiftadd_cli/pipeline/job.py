@@ -150,9 +150,7 @@ class Job:
         if self.allocation is not None:
             chosen = team.share("")
             bit_plan = BitPlan.model_validate_json(chosen) if chosen else self.allocation.run(silent, team)
-            plan = replace(
-                make_plan(plan.source, plan.recipe, bit_plan.bits), bit_plan=bit_plan, not_written=plan.not_written
-            )
+            plan = replace(plan.at(bit_plan.bits), bit_plan=bit_plan)
         follow(plan, samples, self.device, team)
 
     def _calibration(self, team: Team) -> CalibrationSet | None:
@@ -172,12 +170,7 @@ class Job:
                 bit_plan = self.allocation.run(block_bar, team)
             history.keep_bits(bit_plan, clock)
         # The memory is that of the whole run, whose peak the measuring may have been, and not what is expected on top.
-        plan = replace(
-            make_plan(self.plan.source, self.plan.recipe, bit_plan.bits),
-            bit_plan=bit_plan,
-            not_written=self.plan.not_written,
-            peak_memory_bytes=self.plan.peak_memory_bytes,
-        )
+        plan = replace(self.plan.at(bit_plan.bits), bit_plan=bit_plan, peak_memory_bytes=self.plan.peak_memory_bytes)
         if announce is not None:
             announce(plan)
         return plan

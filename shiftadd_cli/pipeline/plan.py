@@ -71,6 +71,11 @@ class Plan:
         tokenizer = self.source.load_tokenizer()
         return tokens_as_text(tokenizer, leading_tokens(tokenizer))
 
+    def at(self, bits: Mapping[str, Choice]) -> Plan:
+        """The same run with these bits, see `make_plan`."""
+        # Its recipe names the text that took the place of the model's own, and the reason is known here alone.
+        return replace(make_plan(self.source, self.recipe, bits), not_written=self.not_written)
+
     @property
     def parameters(self) -> int:
         """Parameters of the original model, tied ones once."""
@@ -195,7 +200,8 @@ def make_plan(
     recipe = _within_positions(source, recipe)
     # Without data nothing is run but the sample that the result is checked on.
     running = source if recipe.calibration == NO_CALIBRATION else source.computed_on(choose_device(recipe.device))
-    recipe, not_written = _with_writable_text(running, recipe, min(machine_memory(), memory or machine_memory()))
+    limit = machine_memory() if memory is None else min(memory, machine_memory())
+    recipe, not_written = _with_writable_text(running, recipe, limit)
     model = source.skeleton()
     structure = find_structure(model, recipe.skip, allow_partial=recipe.allow_partial)
     if recipe.distill_epochs and any(structure.shared_in(depth) for depth in range(len(structure.blocks))):
@@ -240,7 +246,7 @@ def _with_writable_text(running: Source, recipe: Recipe, memory: int) -> tuple[R
     """The recipe with the builtin text in place of one that this model cannot write, and the reason if there is one."""
     requests = [] if running.reads_images else written_by_model(recipe)
     reasons = (why_not(running, request, memory) for request in requests)
-    reason = next((each for each in reasons if each is not None), None)
+    reason = next(filter(None, reasons), None)
     if reason is None:
         return recipe, None
     return recipe.model_copy(update={"calibration": without_self(recipe.calibration)}), reason
