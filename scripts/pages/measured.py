@@ -93,11 +93,11 @@ def calibration_table(name: str) -> str:
     for row in sorted(found["rows"], key=lambda row: (-row["bits"], _divergence(row))):
         calibration = row["method"].rpartition("calibration=")[2].strip('"')
         cells = [f"{row['stored_bits']:.3f}", f"`{calibration}`"]
-        for name in tests:
-            score = row["scores"][name]
-            cells.append(f"{with_error(score['kl'], score['kl_error'], 3)} ({_ratio(row['ratio'][name])})")
+        for test in tests:
+            score = row["scores"][test]
+            cells.append(f"{with_error(score['kl'], score['kl_error'], 3)} ({_ratio(row['ratio'][test])})")
         lines.append(cells)
-    header = ("bits/weight", "calibration", *(f"{name}: KL (ratio)" for name in tests))
+    header = ("bits/weight", "calibration", *(f"{test}: KL (ratio)" for test in tests))
     return table(header, lines, numbers=len(tests)) + "\n" + _conditions(found)
 
 

@@ -15,7 +15,7 @@ from shiftadd_cli.recipe import Recipe
 PEER_PREFIX = "peer:"
 
 _CONTINUES = re.compile(r"\s*[A-Za-z_]+=")
-# What stands between commas; those within quotes part nothing.
+# Text between commas; a comma within quotes separates nothing.
 _BETWEEN_COMMAS = re.compile(r'(?:[^,"]|"[^"]*")+')
 
 
@@ -76,7 +76,7 @@ def parse_methods(lists: Iterable[str]) -> list[Method]:
 
 def _parse(label: str) -> Method:
     name, _, changes = label.removeprefix(PEER_PREFIX).partition(":")
-    overrides = dict(_change(label, each) for each in _BETWEEN_COMMAS.findall(changes)) if changes else {}
+    overrides = dict(_change(label, change) for change in _BETWEEN_COMMAS.findall(changes)) if changes else {}
     if "bits" in overrides:
         raise RecipeError(f"Method {label}: give bit widths to --bits, where all methods share them.")
     if not label.startswith(PEER_PREFIX):

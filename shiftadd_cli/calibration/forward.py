@@ -101,11 +101,10 @@ def check_weights(module: nn.Module, name: str = "") -> None:
             raise NumericalError(f"{parameter} holds values that are not finite; the source checkpoint is damaged.")
 
 
-def name_what_is_not_finite(model: nn.Module, samples: Tensor) -> None:
-    """Raise NumericalError naming a parameter, or else the first block whose output for `samples`, int64 `[batch,
-    tokens]`, is not finite; return where there is none.
+def check_model_finite(model: nn.Module, samples: Tensor) -> None:
+    """Raise NumericalError naming a parameter that is not finite, or else the first block whose output is not.
 
-    model: whole, in memory. Blocks are the members of its lists of modules.
+    model: whole, in memory; its blocks are the members of its lists of modules. samples: int64 `[batch, tokens]`.
     """
     check_weights(model)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shiftadd_cli.calibration import images_builtin, images_folder, images_noise, images_table, text_files, text_hub
 from shiftadd_cli.calibration.images_data import ImageData
+from shiftadd_cli.calibration.self_text import SELF
 from shiftadd_cli.calibration.text import Split
 from shiftadd_cli.errors import CalibrationError, first_line
 from shiftadd_cli.progress import progress
@@ -27,8 +28,6 @@ MAX_UNREADABLE = 10
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.+-]+)?")
-# A language model then reads what it writes itself. A vision model draws nothing, so pictures are made for it.
-SELF = "self"
 _DIGITS = frozenset("0123456789")
 # What transformers calls classes that nobody named.
 _UNNAMED = "LABEL_"
@@ -233,7 +232,8 @@ def image_reader(source: Source) -> ImageReader:
 def _channels(config: Any) -> int:
     # A classifier made of a dual model keeps what its vision tower is apart.
     places = (config, getattr(config, "vision_config", None))
-    return int(next((found for each in places if (found := getattr(each, "num_channels", None))), 3))
+    named = (getattr(place, "num_channels", None) for place in places)
+    return int(next(filter(None, named), 3))
 
 
 def _decode(data: ImageData, index: int) -> Any:

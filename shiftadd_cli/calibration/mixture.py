@@ -64,6 +64,15 @@ def text_of_shares(shares: Mapping[str, float]) -> str:
     return ",".join(f"{name}:{share:.6f}" for name, share in shares.items())
 
 
+def parts_with_windows(spec: str, samples: int) -> list[tuple[Part, int]]:
+    """The parts of a calibration text, and how many of `samples` windows each gives.
+
+    Raises CalibrationError as `parse_mixture` and `window_counts` do.
+    """
+    parts = parse_mixture(spec)
+    return list(zip(parts, window_counts(parts, samples), strict=True))
+
+
 def window_counts(parts: tuple[Part, ...], samples: int) -> list[int]:
     """Windows of each part, `samples` in all: by share, rounded by largest remainder.
 

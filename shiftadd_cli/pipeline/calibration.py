@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.calibration.images import draw_images, image_reader, load_images
-from shiftadd_cli.calibration.mixture import Part, parse_mixture, window_counts
+from shiftadd_cli.calibration.mixture import Part, parts_with_windows
 from shiftadd_cli.calibration.self_text import KINDS
-from shiftadd_cli.calibration.self_text.write import Means, Request, write_windows, writing_request
+from shiftadd_cli.calibration.self_text.write import Request, WritingTokens, write_windows, writing_request
 from shiftadd_cli.calibration.text import check_tokens, load_text, sample_windows
 from shiftadd_cli.device import choose_device
 from shiftadd_cli.distributed.team import ALONE, Team
@@ -77,7 +77,7 @@ class Calibration:
     plan: Plan
     _ready: CalibrationSet | None = None
     _parts: list[tuple[Part, _Drawn | Request]] = field(default_factory=list)
-    _means: Means | None = None
+    _writing: WritingTokens | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> Calibration | None:
@@ -93,18 +93,17 @@ class Calibration:
             images = load_images(recipe.calibration, split="calibration", config=plan.source.config)
             drawn = draw_images(images, image_reader(plan.source), samples=recipe.samples, seed=recipe.seed)
             return cls(plan, CalibrationSet(images.name, images.fingerprint, drawn.inputs, None))
-        parts = parse_mixture(recipe.calibration)
-        counts = window_counts(parts, recipe.samples)
-        means = Means.of(plan.source) if any(part.spec in KINDS for part in parts) else None
+        parts = parts_with_windows(recipe.calibration, recipe.samples)
+        writing = WritingTokens.of(plan.source) if any(part.spec in KINDS for part, _ in parts) else None
         found: list[tuple[Part, _Drawn | Request]] = []
-        for part, count in zip(parts, counts, strict=True):
-            if means is not None and part.spec in KINDS:
+        for part, count in parts:
+            if writing is not None and part.spec in KINDS:
                 request = writing_request(recipe, part.spec, count)
-                means.kinds(request, plan.source.spec)
+                writing.kinds(request, plan.source.spec)
                 found.append((part, request))
             else:
                 found.append((part, _read(plan, part.spec, count)))
-        return cls(plan, None, found, means)
+        return cls(plan, None, found, writing)
 
     def draw(self, team: Team = ALONE) -> CalibrationSet:
         """The samples; the model writes its own where they are asked for, once.
@@ -120,22 +119,22 @@ class Calibration:
         return self._ready
 
     def _write_missing(self, team: Team) -> list[tuple[Part, _Drawn]]:
-        running, means, mine = self.plan.running, self._means, {}
-        if team.first and means is not None:
+        running, writing, mine = self.plan.running, self._writing, {}
+        if team.first and writing is not None:
             device = choose_device(self.plan.recipe.device)
             for part, wanted in self._parts:
                 if isinstance(wanted, Request):
-                    mine[part.spec] = write_windows(running, means, wanted, device)
+                    mine[part.spec] = write_windows(running, writing, wanted, device)
         # Also where nothing is written: processes with other recipes find out only after this.
         written = team.share_tensors(mine)
         found = []
         for part, wanted in self._parts:
             if isinstance(wanted, Request):
-                assert means is not None, "the model was asked to write"
+                assert writing is not None, "the model was asked to write"
                 windows = written.get(part.spec)
                 if windows is None:
                     raise RecipeError("The first process of the team has another calibration; give the same to all.")
-                name = _self_name(means.kinds(wanted, running.spec), wanted, part.spec)
+                name = _self_name(writing.kinds(wanted, running.spec), wanted, part.spec)
                 found.append((part, _Drawn(name, samples_fingerprint(windows), windows)))
             else:
                 found.append((part, wanted))

@@ -66,7 +66,7 @@ def test_steps_between_pixels_are_rare_and_large_as_at_the_edges_of_things(scene
 
 def test_colours_go_together_and_brightness_and_contrast_differ(scenes):
     pixels = scenes.reshape(len(scenes), -1, 3)
-    within = [numpy.corrcoef(each.T)[numpy.triu_indices(3, 1)].mean() for each in pixels]
+    within = [numpy.corrcoef(picture.T)[numpy.triu_indices(3, 1)].mean() for picture in pixels]
     assert 0.7 < numpy.mean(within) < 0.99
     assert 0.3 < pixels.mean() < 0.6
     assert pixels.mean((1, 2)).std() > 0.05

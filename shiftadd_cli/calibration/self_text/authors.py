@@ -45,7 +45,7 @@ class Vocabulary:
 
     Attributes:
         leading: ids that the tokenizer puts before every text.
-        stops: ids of special tokens, which end a text or a message.
+        stops: ids of special tokens, which end a text or a message; below `size`.
         first: ids that a text can begin with: neither special, nor blank, nor part of a character.
         size: rows of the embedding.
     """
@@ -64,7 +64,7 @@ class Vocabulary:
         """
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {number for number, token in added.items() if token.special}
-        stops = frozenset(special | set(tokenizer.all_special_ids) | set(ends))
+        stops = frozenset(stop for stop in special | set(tokenizer.all_special_ids) | set(ends) if stop < size)
         plain = [number for number in range(min(size, len(tokenizer))) if number not in stops]
         texts = [tokenizer.decode([number]) for number in plain]
         first = tuple(number for number, text in zip(plain, texts, strict=True) if text.strip() and _BROKEN not in text)
@@ -143,7 +143,7 @@ class ChatForm:
         # Every window begins as the tokenizer begins a text, also where the template leaves that to the tokenizer.
         if opening[: len(vocabulary.leading)] != vocabulary.leading:
             opening = (*vocabulary.leading, *opening)
-        marked = all(vocabulary.stops.intersection(each) for each in (to_assistant, to_user))
+        marked = all(vocabulary.stops.intersection(between) for between in (to_assistant, to_user))
         if not opening or not marked or to_assistant != again:
             return None
         return cls(opening, to_assistant, to_user, closing)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from shiftadd_cli.calibration.distribution import relative_difference, rounding_of
-from shiftadd_cli.calibration.forward import name_what_is_not_finite, predict
+from shiftadd_cli.calibration.forward import check_model_finite, predict
 from shiftadd_cli.calibration.self_text.authors import Author
 from shiftadd_cli.device import dtype_name
 from shiftadd_cli.errors import CalibrationError, NumericalError
@@ -73,7 +73,9 @@ def write_rows(
         max_new_tokens=length - 1, min_new_tokens=length - 1, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     check = RefuseNoNumbers(type(model).__name__, dtype_name(model.dtype))
-    choose = _Choose(authors, pending, stops, sampler, ticks)
+    choose = _Choose(
+        authors, pending, torch.tensor(sorted(stops), dtype=torch.int64, device=model.device), sampler, ticks
+    )
     cache = growing_cache(model)
     try:
         found: Tensor = model.generate(
@@ -84,7 +86,7 @@ def write_rows(
         )
     except NumericalError:
         # The logits show the fault, and not where it lies.
-        name_what_is_not_finite(model, start)
+        check_model_finite(model, start)
         raise
     _check_decoding(model, found[:1], choose.last)
     return found.cpu()
@@ -113,20 +115,17 @@ class _Choose(LogitsProcessor):
         self,
         authors: Sequence[Author],
         pending: Sequence[deque[int]],
-        stops: frozenset[int],
+        stops: Tensor,
         sampler: Sampler,
         ticks: Iterator[object],
     ) -> None:
-        self._authors, self._pending, self._sampler, self._ticks = authors, pending, sampler, ticks
-        self._stops = torch.tensor(sorted(stops), dtype=torch.int64)
+        self._authors, self._pending, self._stops, self._sampler, self._ticks = authors, pending, stops, sampler, ticks
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.last = scores[:1].clone()
-        unfinished = torch.tensor([not author.may_stop for author in self._authors], device=scores.device)
-        stops = self._stops[self._stops < scores.shape[1]].to(scores.device)
-        if bool(unfinished.any()):
-            rows = unfinished.nonzero()
-            scores[rows, stops] = -math.inf
+        rows = [row for row, author in enumerate(self._authors) if not author.may_stop]
+        if rows:
+            scores[torch.tensor(rows, device=scores.device).unsqueeze(1), self._stops] = -math.inf
         sampled = self._sampler.draw(scores).tolist()
         chosen = []
         for author, pending, token in zip(self._authors, self._pending, sampled, strict=True):

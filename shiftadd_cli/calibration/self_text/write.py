@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shiftadd_cli.cache import CacheFile, cache_folder
 from shiftadd_cli.calibration import text_builtin
-from shiftadd_cli.calibration.mixture import parse_mixture, text_of_shares, window_counts
+from shiftadd_cli.calibration.mixture import parse_mixture, parts_with_windows, text_of_shares
 from shiftadd_cli.calibration.self_text import KINDS, Kind
 from shiftadd_cli.calibration.self_text.authors import Author, ChatAuthor, ChatForm, DocumentAuthor, Vocabulary
 from shiftadd_cli.calibration.self_text.decode import Sampler, write_rows
@@ -89,13 +89,8 @@ def written_by_model(recipe: Recipe) -> list[Request]:
     """What the model is to write for the calibration text of a recipe; nothing for texts of other kinds."""
     if recipe.calibration == NO_CALIBRATION:
         return []
-    parts = parse_mixture(recipe.calibration)
-    counts = window_counts(parts, recipe.samples)
-    return [
-        writing_request(recipe, part.spec, count)
-        for part, count in zip(parts, counts, strict=True)
-        if part.spec in KINDS
-    ]
+    parts = parts_with_windows(recipe.calibration, recipe.samples)
+    return [writing_request(recipe, part.spec, count) for part, count in parts if part.spec in KINDS]
 
 
 def without_self(calibration: str) -> str:
@@ -119,9 +114,8 @@ def row_bytes(source: Source, length: int) -> int:
 
 def writing_bytes(source: Source, request: Request) -> int:
     """Expected memory of writing, in bytes: the whole model, and the pieces that are written at once."""
-    each = row_bytes(source, request.piece_length)
-    count = request.samples * request.pieces
-    return source.model_bytes + each * min(_rows_at_once(each), count + math.ceil(SPARE * count))
+    rows = min(_rows_at_once(source, request), _with_spare(request.samples * request.pieces))
+    return source.model_bytes + rows * row_bytes(source, request.piece_length)
 
 
 def why_not(source: Source, request: Request, limit: int) -> str | None:
@@ -135,14 +129,14 @@ def why_not(source: Source, request: Request, limit: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class Means:
-    """What a model writes with: its vocabulary, and the form of its conversations (None without)."""
+class WritingTokens:
+    """The tokens that a model writes with: its vocabulary, and the form of its conversations (None without)."""
 
     vocabulary: Vocabulary
     form: ChatForm | None
 
     @classmethod
-    def of(cls, source: Source) -> Means:
+    def of(cls, source: Source) -> WritingTokens:
         """Raises CalibrationError where no text can begin."""
         tokenizer, config = source.load_tokenizer(), source.config
         vocabulary = Vocabulary.of(tokenizer, config.get_text_config().vocab_size, end_tokens(config, tokenizer))
@@ -172,20 +166,20 @@ class Means:
         )
 
 
-def write_windows(source: Source, means: Means, request: Request, device: torch.device) -> Tensor:
+def write_windows(source: Source, writing: WritingTokens, request: Request, device: torch.device) -> Tensor:
     """The windows, int64 `[samples, seq_len]`: those kept from an earlier run, or written now and kept.
 
-    source: of the model, at the dtype that is computed in; means: its own. The same request gives the same windows on
-    the same machine with the same threads.
+    source: of the model, at the dtype that is computed in; writing: its tokens. The same request gives the same windows
+    on the same machine with the same threads.
 
     Raises:
         CalibrationError: conversations alone are wanted and there is no form for them, the model cannot be run, or it
             writes little but loops.
         NumericalError: the model gives logits that are not numbers.
     """
-    kinds = means.kinds(request, source.spec)
-    file = _file(source, request, device, means)
-    kept = _kept(file, request, means.vocabulary)
+    kinds = writing.kinds(request, source.spec)
+    file = _file(source, request, device, writing)
+    kept = _kept(file, request, writing.vocabulary)
     if kept is not None:
         return kept
     with no_library_bar():
@@ -193,8 +187,7 @@ def write_windows(source: Source, means: Means, request: Request, device: torch.
     model.to(device).eval()
     try:
         with torch.inference_mode():
-            at_once = _rows_at_once(row_bytes(source, request.piece_length))
-            written = _Writer(model, means, kinds, request, at_once).windows(source.spec)
+            written = _Writer(model, writing, kinds, request, _rows_at_once(source, request)).windows(source.spec)
     finally:
         del model
         trim()
@@ -207,7 +200,7 @@ def write_windows(source: Source, means: Means, request: Request, device: torch.
 @dataclass
 class _Writer:
     model: Any
-    means: Means
+    writing: WritingTokens
     kinds: Sequence[Kind]
     request: Request
     at_once: int
@@ -222,7 +215,7 @@ class _Writer:
             missing = [total - len(have) for total, have in zip(wanted, pieces, strict=True)]
             if not any(missing):
                 break
-            places = [place for place, total in enumerate(missing) for _ in range(total + math.ceil(SPARE * total))]
+            places = [place for place, total in enumerate(missing) for _ in range(_with_spare(total))]
             try:
                 written = self._write(places, number)
             except (CalibrationError, NumericalError):
@@ -264,18 +257,22 @@ class _Writer:
                 for row, place in enumerate(places[batch * size : (batch + 1) * size])
             ]
             sampler = Sampler(self.request.temperature, self.request.min_p, generator)
-            pieces += write_rows(self.model, authors, self.means.vocabulary.stops, length, sampler, ticks)
+            pieces += write_rows(self.model, authors, self.writing.vocabulary.stops, length, sampler, ticks)
         return pieces
 
     def _author(self, kind: Kind, generator: torch.Generator, row: int) -> Author:
         if kind == "documents":
-            return DocumentAuthor(self.means.vocabulary, generator, row)
-        assert self.means.form is not None, "conversations are written in a form"
-        return ChatAuthor(self.means.form, self.means.vocabulary.stops)
+            return DocumentAuthor(self.writing.vocabulary, generator, row)
+        assert self.writing.form is not None, "conversations are written in a form"
+        return ChatAuthor(self.writing.form, self.writing.vocabulary.stops)
 
 
-def _rows_at_once(bytes_each: int) -> int:
-    return max(1, ROOM_BYTES // bytes_each)
+def _rows_at_once(source: Source, request: Request) -> int:
+    return max(1, ROOM_BYTES // row_bytes(source, request.piece_length))
+
+
+def _with_spare(count: int) -> int:
+    return count + math.ceil(SPARE * count)
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -283,10 +280,10 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _file(source: Source, request: Request, device: torch.device, means: Means) -> CacheFile:
+def _file(source: Source, request: Request, device: torch.device, writing: WritingTokens) -> CacheFile:
     from transformers import __version__ as transformers_version
 
-    vocabulary = means.vocabulary
+    vocabulary = writing.vocabulary
     made = {
         "version": _VERSION,
         "libraries": [torch.__version__, transformers_version],
@@ -294,7 +291,7 @@ def _file(source: Source, request: Request, device: torch.device, means: Means) 
         "computed": [str(source.dtype), device.type],
         "request": asdict(request),
         "vocabulary": [vocabulary.leading, sorted(vocabulary.stops), vocabulary.first, vocabulary.size],
-        "form": None if means.form is None else asdict(means.form),
+        "form": None if writing.form is None else asdict(writing.form),
     }
     key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     return CacheFile(

@@ -14,8 +14,8 @@ from shiftadd_cli.calibration.self_text import KINDS
 from shiftadd_cli.calibration.self_text.authors import ChatForm, Vocabulary
 from shiftadd_cli.calibration.self_text.repetition import is_degenerate
 from shiftadd_cli.calibration.self_text.write import (
-    Means,
     Request,
+    WritingTokens,
     row_bytes,
     why_not,
     without_self,
@@ -42,7 +42,7 @@ def source(tmp_path: Path) -> Source:
 
 
 def written(source: Source, request: Request) -> Tensor:
-    return write_windows(source, Means.of(source), request, torch.device("cpu"))
+    return write_windows(source, WritingTokens.of(source), request, torch.device("cpu"))
 
 
 def forgotten(cache: Path) -> None:
@@ -131,15 +131,15 @@ def test_conversations_need_room_behind_what_the_template_begins_with(tmp_path: 
     tokenizer.chat_template = "Be helpful and never say anything that is not true. " + tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path / "model")
     wordy = open_source(str(tmp_path / "model"))
-    means = Means.of(wordy)
-    assert means.form is not None
-    opening = len(means.form.opening)
+    writing = WritingTokens.of(wordy)
+    assert writing.form is not None
+    opening = len(writing.form.opening)
     chat = replace(REQUEST, kinds=KINDS["self-chat"], seq_len=2 * opening, piece=2 * opening)
-    assert means.kinds(chat, "m") == ("conversations",)
+    assert writing.kinds(chat, "m") == ("conversations",)
     short = replace(chat, seq_len=2 * opening - 1)
     with pytest.raises(CalibrationError, match=rf"begins a conversation with {opening} tokens.* larger --writing-leng"):
-        means.kinds(short, "m")
-    assert means.kinds(replace(short, kinds=KINDS["self"]), "m") == ("documents",)
+        writing.kinds(short, "m")
+    assert writing.kinds(replace(short, kinds=KINDS["self"]), "m") == ("documents",)
 
 
 def test_a_model_that_can_only_repeat_itself_is_refused(source: Source) -> None:
