@@ -30,15 +30,15 @@ from shiftadd_cli.source.tokenizer import end_tokens
 
 # So many more pieces are written than are wanted: they cost little beside the others, and a second round takes as many
 # steps as the first.
-SPARE = 1 / 8
+SPARE = 1 / 32
 ROUNDS = 6
 # Keys, values and logits of pieces that are written at once take so many bytes: more would be faster, and make writing
 # the step of a small model that takes most memory.
-ROOM_BYTES = 1 << 29
+ROOM_BYTES = 1 << 30
 # Copies of the logits of a step: as they are computed, in float32, summed up, and with one token left.
 _LOGIT_COPIES = 4
 # Raised whenever the same request is answered by another text.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
