@@ -22,11 +22,10 @@ from functools import partial
 
 import click
 import torch
-from matrices import random_matrix
+from matrices import plane_format, random_matrix
 from torch import Tensor
 from torch.nn.functional import linear
 
-from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.report.summary import table
 
@@ -205,8 +204,7 @@ def main(
     for rows, columns in sizes:
         for name in dtypes:
             for count in bits:
-                grid = ScaleGrid.resolve(rows, columns, 1, group_size)
-                layout = PackedLayout(grid, count, scale_format, row_scale=True, offset=False)
+                layout = PackedLayout(plane_format(count, group_size, scale_format), rows, columns)
                 found += measure(layout, DTYPES[name], batches, rounds, eager, device)
     if as_json:
         about = {"device": torch.cuda.get_device_name(device), "roof": roof, "eager": eager, "torch": torch.__version__}

@@ -24,11 +24,10 @@ from pathlib import Path
 import click
 import torch
 from ggml_layers import FORMATS, GgmlLayers, GgmlLibrary
-from matrices import random_matrix
+from matrices import plane_format, random_matrix
 from torch import Tensor
 from torch.nn.functional import linear
 
-from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 from shiftadd_cli.benchmark.layer_speed import SAMPLE_SECONDS, Ring, copies_for
 from shiftadd_cli.benchmark.machine import ASSUMED_CACHE_BYTES, Machine, free_memory
@@ -275,7 +274,7 @@ def main(
     problems = [(shape, each) for shape in shapes for each in bits]
     for shape, each in progress(problems, total=len(problems), desc="Layers"):
         height, width = (int(part) for part in shape.split("x"))
-        layout = PackedLayout(ScaleGrid.resolve(height, width, 1, group_size), each, scale_format, True, False)
+        layout = PackedLayout(plane_format(each, group_size, scale_format), height, width)
         rings = rings_of(layout, cache, kernels)
         rows += [
             measure(rings, layout, size, count, rounds, roofs[count], library, cache)

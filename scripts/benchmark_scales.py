@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.allocation.sensitivity import walk_blocks
-from shiftadd_cli.bcq.choices import Primitive, parse_choice, parts_of_choice
+from shiftadd_cli.bcq.choices import PLANES, Primitive, parse_choice, parts_of_choice
 from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.errors import ShiftaddError
@@ -73,7 +73,7 @@ class Measure:
         if specs[0].block in self._blocks and hessian is not None:
             self.weights += sum(weight.numel() for weight in weights)
             for form in self._forms:
-                options = replace(self._options, **asdict(form))
+                options = self._options.replaced(format=self._options.format.replaced(**asdict(form)))
                 for solution in quantize_matrices(weights, [spec.name for spec in specs], hessian, options):
                     self.errors[form].append(solution.output_error or 0.0)
                     self.stored[form] += solution.weight.layout.nbytes
@@ -107,7 +107,7 @@ def measure_forms(
         linears=tuple(spec for spec in plan.structure.linears if spec.block <= last),
     )
     device = torch.device("cpu")
-    source, measure = plan.source, Measure(forms, blocks, SolverOptions.from_recipe(recipe))
+    source, measure = plan.source, Measure(forms, blocks, recipe.solver_options)
     source.materialise(plan.structure.outside)
     trace = trace_model(source, plan.structure, calibration.samples, recipe.batch_size, device)
     walk_blocks(source, structure, trace, measure, device=device, progress=show)
@@ -125,7 +125,7 @@ def as_table(rows: Sequence[Row]) -> str:
             lines.append(
                 (
                     str(form.bits),
-                    form.scale_format if form.primitive == "bcq" else form.primitive,
+                    form.scale_format if form.primitive == PLANES else form.primitive,
                     str(form.group_size),
                     "yes" if form.offset else "no",
                     form.rotation,

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+
+
+def plane_format(bits: int, group_size: int, scale_format: Any) -> MatrixFormat:
+    """Planes in groups along the rows, without rotation."""
+    return MatrixFormat(
+        primitive="bcq",
+        bits=bits,
+        group_size=group_size,
+        group_rows=1,
+        scale_format=scale_format,
+        row_scale=True,
+        offset=False,
+        rotation="none",
+        outlier_columns=0.0,
+    )
 
 
 def random_matrix(layout: PackedLayout, generator: torch.Generator) -> QuantizedWeight:

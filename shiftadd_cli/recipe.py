@@ -6,32 +6,36 @@ Every field is an option of `quantize` and every option of `quantize` that shape
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from shiftadd_cli.bcq.choices import CODE_BITS, Choice, Primitive, ordered_choices, parse_choice
+from shiftadd_cli.bcq.choices import CODE_BITS, PLANES, Choice, Primitive, choice_of, ordered_choices, parse_choice
+from shiftadd_cli.bcq.matrix_format import MatrixStorage, OptionFields
+from shiftadd_cli.bcq.options import FitOptions, SolverOptions
+from shiftadd_cli.errors import RecipeError
+from shiftadd_cli.recipe_file import configs_folder, packaged_names, read_mapping, short
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 NO_CALIBRATION = "none"
+# The fields that say how many bits layers get.
+BITS = ("bits", "avg_bits", "bit_plan")
+_STAND_IN_BITS = 3
 
-_FRACTION = re.compile(r"1/([1-9][0-9]{0,8})")
 _SIZE = re.compile(r"([1-9][0-9]{0,8})(KB|MB|GB)")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-class Recipe(BaseModel):
-    """Options of a run; immutable. Field descriptions are the help texts of the command line.
-
-    Constructing one directly raises pydantic's ValidationError; `Recipe.load` raises RecipeError with one sentence.
-    The defaults of the fields are those of the recipe `equal-bits`, and what a file leaves out. `model_fields_set` is
-    what the user gave: the fields of a file of theirs, options and arguments, but not those of a packaged recipe.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+class BitOptions(OptionFields):
+    """What layers are made of: one of `bits`, `avg_bits` and `bit_plan` says it, and the others are None."""
 
     primitive: Annotated[
         Primitive,
@@ -39,22 +43,22 @@ class Recipe(BaseModel):
             description="What weights are made of: 'bcq', binary planes times scales; 'shift1', a signed power of two, "
             "or 'shift2', a signed sum of two, times the scale of the row."
         ),
-    ] = "bcq"
+    ]
     bits: Annotated[
-        int,
+        int | None,
         Field(
             ge=1,
             le=8,
             description="Binary planes per weight, 1 to 8; with --primitive shift1 (2 to 4) or shift2 (2 to 5) the "
             "bits of a weight's code.",
         ),
-    ] = 3
+    ] = None
     avg_bits: Annotated[
         float | None,
         Field(
             gt=0,
-            description="Stored bits per weight of the quantized layers, planes, scales and everything counted, not to "
-            "be passed: measures how much every layer matters and gives each bits of its own, in place of --bits.",
+            description="Upper limit of the stored bits per weight of the quantized layers (planes, scales, everything "
+            "counted). Measures how much every layer matters and gives each its own bits, in place of --bits.",
         ),
     ] = None
     candidates: Annotated[
@@ -64,14 +68,14 @@ class Recipe(BaseModel):
             description="What a layer may get where layers get bits of their own: numbers of planes, and shift1 and "
             "shift2 (shift1-2 to shift1-4 and shift2-2 to shift2-5 say the bits of the code, else 3 and 4).",
         ),
-    ] = (2, 3, 4)
+    ]
     tie_fused: Annotated[
         bool,
         Field(
             description="Equal bits and primitives for layers that inference engines fuse (query, key and value; gate "
             "and up), where layers get bits of their own."
         ),
-    ] = True
+    ]
     bit_plan: Annotated[
         str | None,
         Field(
@@ -80,93 +84,62 @@ class Recipe(BaseModel):
             "of --bits.",
         ),
     ] = None
-    group_size: Annotated[int | str, Field(description="Input columns that share a scale set: a number or 'all'.")] = (
-        128
-    )
-    group_rows: Annotated[
-        int | str,
-        Field(description="Output rows that share a scale set: a number, 'all', or '1/N' for an N-th of the rows."),
-    ] = 1
-    scale_format: Annotated[
-        Literal["pot", "apot2", "apot3", "float"],
-        Field(description="Scales as one power of two, a signed sum of two or three, or floating point."),
-    ] = "apot2"
-    row_scale: Annotated[bool, Field(description="One floating-point factor per output row on top of the scales.")] = (
-        True
-    )
-    offset: Annotated[bool, Field(description="One offset per group, so that levels need not be symmetric.")] = False
-    rotation: Annotated[
-        Literal["none", "hadamard"],
-        Field(
-            description="Rotate the inputs of each linear, at run time too, by a Hadamard transform with random signs, "
-            "which spreads outliers and costs additions only."
-        ),
-    ] = "hadamard"
-    outlier_columns: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=0.25,
-            description="Share of each linear's input columns, those that carry most, kept at 16 bits beside the "
-            "planes; counted in all sizes.",
-        ),
-    ] = 0.0
-    fit: Annotated[
-        Literal["search", "greedy", "uniform"],
-        Field(
-            description="How a group is fitted: 'search' alternates least squares from several starts; 'greedy' does "
-            "so from the greedy start alone, as LUT-GEMM and ShiftAddLLM; 'uniform' takes the min-max grid and rounds."
-        ),
-    ] = "search"
-    fit_rounds: Annotated[int, Field(ge=0, description="Rounds of alternating least squares per start.")] = 4
-    weight_error: Annotated[
-        float,
-        Field(
-            ge=0,
-            description="Weight of the weight error beside the output error, relative to the mean diagonal of the "
-            "Hessian.",
-        ),
-    ] = 0.01
-    sweep: Annotated[
-        Literal["none", "static", "dynamic"],
-        Field(
-            description="Column sweep that lets later columns make up for earlier errors: scales fixed before it "
-            "('static'), or fitted when it reaches the group ('dynamic', as ShiftAddLLM)."
-        ),
-    ] = "static"
-    sweep_order: Annotated[
-        Literal["hessian", "natural"],
-        Field(description="Order of the sweep: most active input columns first, or as they stand."),
-    ] = "hessian"
-    refine_rounds: Annotated[
-        int, Field(ge=0, description="Rounds of joint scale refit and coordinate descent after the sweep.")
-    ] = 2
-    descent_passes: Annotated[
-        int, Field(ge=1, description="Passes of coordinate descent over the columns in each of these rounds.")
-    ] = 2
+
+    @field_validator("candidates", mode="before")
+    @classmethod
+    def _choices(cls, value: object) -> object:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError("must be a list of numbers of planes and shifts, such as [2, 3, 4] or [2, 3, shift2]")
+        return ordered_choices(parse_choice(choice) for choice in value)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> BitOptions:
+        ways = [name for name in BITS if getattr(self, name) is not None]
+        if not ways:
+            raise ValueError("nothing says how many bits layers get; give bits, avg_bits or bit_plan")
+        if len(ways) > 1:
+            raise ValueError(f"{' and '.join(ways)} both say how many bits each layer gets; give one of them")
+        if self.primitive != PLANES and self.bits is None:
+            raise ValueError(
+                f"primitive {self.primitive} is for all layers, and {ways[0]} gives each its own; give bits in place "
+                f"of {ways[0]}, or set primitive to {PLANES} and name shifts among the candidates"
+            )
+        widths = CODE_BITS[self.primitive]
+        if self.bits is not None and self.bits not in widths:
+            raise ValueError(
+                f"a code of {self.primitive} has {widths[0]} to {widths[-1]} bits and not {self.bits}; set bits to one "
+                "of these"
+            )
+        return self
+
+    @property
+    def choice(self) -> Choice:
+        """What every layer is stored as; it stands in for choices that are not made yet."""
+        return choice_of(self.primitive, _STAND_IN_BITS if self.bits is None else self.bits)
+
+
+class Recipe(FitOptions, MatrixStorage, BitOptions):
+    """Options of a run. Field descriptions are the help texts of the command line.
+
+    There are no defaults here: `Recipe.load` takes missing fields from the recipe `default`. It raises RecipeError with
+    one sentence, where the constructor raises pydantic's ValidationError. `model_fields_set` has the fields that the
+    user gave, in a file of their own, as options or as arguments, but not those of a packaged recipe.
+    """
+
     bias_correction: Annotated[
         bool,
         Field(
             description="Let the bias of a linear that has one take over the mean of its error, so that its planes "
             "need only fit inputs about their mean."
         ),
-    ] = True
+    ]
     true_sequential: Annotated[
         bool,
         Field(
             description="Calibrate the linears of a block in the order they run, each on what the quantized ones "
             "before it give."
         ),
-    ] = True
-    asymmetric: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=1,
-            description="How far each linear aims at what it gave in the original model, where inputs are unspoilt, "
-            "instead of at its own weights: 0 not at all, 1 wholly (as GPTAQ).",
-        ),
-    ] = 0.5
+    ]
     loss_aware: Annotated[
         float,
         Field(
@@ -175,7 +148,7 @@ class Recipe(BaseModel):
             description="Power of the squared gradient of the model's loss by which a token counts at each linear: 0 "
             "all alike, 1 as GuidedQuant. Costs one pass forwards and backwards through the model.",
         ),
-    ] = 0.0
+    ]
     reconstruct_epochs: Annotated[
         int,
         Field(
@@ -183,7 +156,7 @@ class Recipe(BaseModel):
             description="Passes over the calibration text in which each block is tuned by gradient towards its "
             "original output: codes, scales, offsets, norms and biases. 0: not at all.",
         ),
-    ] = 0
+    ]
     distill_epochs: Annotated[
         int,
         Field(
@@ -191,7 +164,7 @@ class Recipe(BaseModel):
             description="Passes over the calibration text in which, at the end, row scales, norms and biases of the "
             "whole model are tuned by gradient towards what the original predicts. 0: not at all.",
         ),
-    ] = 0
+    ]
     calibration: Annotated[
         str,
         Field(
@@ -203,7 +176,7 @@ class Recipe(BaseModel):
             "next two that suit the model), 'noise' (scenes of random shapes), 'builtin' (digits of scikit-learn), a "
             "folder, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT.",
         ),
-    ] = "self"
+    ]
     writing_length: Annotated[
         int,
         Field(
@@ -211,11 +184,11 @@ class Recipe(BaseModel):
             description="Tokens that a model writes at a stretch of its own calibration text; longer windows are put "
             "together of several pieces.",
         ),
-    ] = 256
+    ]
     writing_temperature: Annotated[
         float,
         Field(gt=0, description="Temperature at which a model writes its own calibration text."),
-    ] = 1.6
+    ]
     writing_min_p: Annotated[
         float,
         Field(
@@ -224,8 +197,8 @@ class Recipe(BaseModel):
             description="Where a model writes its own calibration text: the least probability of a token that may be "
             "drawn, as a share of that of the likeliest.",
         ),
-    ] = 0.02
-    samples: Annotated[int, Field(ge=1, description="Calibration windows, or images.")] = 128
+    ]
+    samples: Annotated[int, Field(ge=1, description="Calibration windows, or images.")]
     seq_len: Annotated[
         int,
         Field(
@@ -233,56 +206,33 @@ class Recipe(BaseModel):
             description="Tokens per calibration window of a text; where this is not given, no more than the model has "
             "positions for.",
         ),
-    ] = 512
+    ]
     batch_size: Annotated[
         int, Field(ge=1, description="Calibration windows, or images, run at once; more needs more memory.")
-    ] = 8
+    ]
     embedding_bits: Annotated[
         Literal[8, 16],
         Field(
             description="Input embedding and output head, or patch embedding: 8 stores them as 8-bit rows with one "
             "scale each, 16 leaves them as they are."
         ),
-    ] = 8
+    ]
     skip: Annotated[
         tuple[str, ...],
         Field(strict=False, description="Pattern of linear layers to leave as they are; may be given several times."),
-    ] = ()
+    ]
     allow_partial: Annotated[
         bool, Field(description="Compress a model even if less than half of its weights are in layers that can be.")
-    ] = False
-    seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of everything random.")] = 0
-    device: Annotated[
-        str, Field(min_length=1, description="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ...")
-    ] = "auto"
+    ]
+    device: Annotated[str, Field(min_length=1, description="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ...")]
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(
             description="Type of what stays unquantized, and that is computed in where the processor has instructions "
             "for it (else in float32); 'auto' keeps the model's own."
         ),
-    ] = "auto"
-    shard_size: Annotated[str, Field(description="Largest weight file to write, in KB, MB or GB.")] = "2GB"
-
-    @field_validator("group_size", "group_rows", mode="before")
-    @classmethod
-    def _positive_or_all(cls, value: object, info: ValidationInfo) -> object:
-        fractions = info.field_name == "group_rows"
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-        if isinstance(value, str) and (value == "all" or (fractions and _FRACTION.fullmatch(value))):
-            return value
-        choices = (
-            "a whole number above 0, 'all' or a fraction '1/N'" if fractions else "a whole number above 0 or 'all'"
-        )
-        raise ValueError(f"must be {choices}")
-
-    @field_validator("candidates", mode="before")
-    @classmethod
-    def _choices(cls, value: object) -> object:
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError("must be a list of numbers of planes and shifts, such as [2, 3, 4] or [2, 3, shift2]")
-        return ordered_choices(parse_choice(each) for each in value)
+    ]
+    shard_size: Annotated[str, Field(description="Largest weight file to write, in KB, MB or GB.")]
 
     @field_validator("skip")
     @classmethod
@@ -300,20 +250,6 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if self.avg_bits is not None and self.bit_plan is not None:
-            raise ValueError("avg_bits and bit_plan both say how many bits each layer gets; give one of them")
-        if self.primitive != "bcq":
-            if self.bits not in (widths := CODE_BITS[self.primitive]):
-                raise ValueError(
-                    f"a code of {self.primitive} has {widths[0]} to {widths[-1]} bits and not {self.bits}; set bits to "
-                    "one of these"
-                )
-            if self.avg_bits is not None or self.bit_plan is not None:
-                name = "avg_bits" if self.avg_bits is not None else "bit_plan"
-                raise ValueError(
-                    f"primitive {self.primitive} is for all layers, and {name} gives each its own; give bits in place "
-                    f"of {name}, or set primitive to bcq and name shifts among the candidates"
-                )
         if self.group_rows != 1:
             wrong = [
                 text
@@ -356,6 +292,12 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def solver_options(self) -> SolverOptions:
+        """The part of the recipe that the solver needs, for matrices of the choice that all layers have."""
+        fields = {name: getattr(self, name) for name in FitOptions.model_fields}
+        return SolverOptions(format=self.at(self.choice), **fields)
+
+    @property
     def follows_original(self) -> bool:
         """Whether a run needs the hidden states of the original model beside those of the compressed one."""
         return bool(self.asymmetric or self.reconstruct_epochs or self.distill_epochs)
@@ -380,15 +322,94 @@ class Recipe(BaseModel):
     def load(cls, name_or_path: str = "default", overrides: dict[str, Any] | None = None) -> Recipe:
         """The packaged recipe of that name, or else the YAML file of that path, with `overrides` (field: value) on top.
 
-        A packaged name wins over a file of the same name; write `./default` to mean the file.
+        Fields that a file leaves out are those of `default`. A packaged name wins over a file of the same name; write
+        `./default` to mean the file.
+
         Raises RecipeError, naming the file or option, the field and the fault.
         """
-        from shiftadd_cli.recipe_file import load_recipe
-
-        return load_recipe(cls, name_or_path, overrides or {})
+        packaged = name_or_path in packaged_names()
+        path = configs_folder() / f"{name_or_path}.yaml" if packaged else Path(name_or_path)
+        if not packaged and not path.exists():
+            raise RecipeError(_no_such_recipe(name_or_path))
+        fields = read_mapping(path)
+        usual = read_mapping(configs_folder() / "default.yaml")
+        return _build(_on_top(usual, fields), overrides or {}, f"Recipe {path}", given=() if packaged else fields)
 
     def changed(self, fields: dict[str, Any]) -> Recipe:
         """This recipe with other values of some fields, as `load` puts `overrides` on top of a file's."""
-        from shiftadd_cli.recipe_file import change_recipe
+        return _build(self.model_dump(), fields, "The recipe", given=self.model_fields_set)
 
-        return change_recipe(self, fields)
+
+def nearest_recipe(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The packaged recipe that differs least from a recipe as JSON, `default` before others that are as near, and the
+    fields to put on top."""
+    differences = {}
+    for name in ("default", *packaged_names()):
+        usual = Recipe.load(name).model_dump(mode="json")
+        on_top = {key: value for key, value in fields.items() if value != usual.get(key)}
+        # A field that is set takes the place of the others.
+        differences[name] = {key: value for key, value in on_top.items() if key not in BITS or value is not None}
+    return min(differences.items(), key=lambda item: len(item[1]))
+
+
+def _on_top(fields: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` with the `upper` ones in their place. However the upper ones say how many bits layers get, it takes the
+    place of how the lower ones do."""
+    ways = {name for name in BITS if upper.get(name) is not None}
+    lower = {name: value for name, value in fields.items() if not (ways and name in BITS)}
+    if not ways and upper.get("primitive", PLANES) != PLANES and lower.get("bits") is None:
+        # Shifts are for all layers alike.
+        lower = {name: value for name, value in lower.items() if name not in BITS} | {"bits": _STAND_IN_BITS}
+    return lower | dict(upper)
+
+
+def _build(fields: dict[str, Any], overrides: dict[str, Any], origin: str, given: Iterable[str]) -> Recipe:
+    """The recipe of `fields` with `overrides` on top.
+
+    given: names of `fields` that the user gave, which become its `model_fields_set` with the overrides.
+    """
+    ways = [name for name in BITS if name in overrides]
+    if len(ways) > 1:
+        raise RecipeError(
+            f"{' and '.join(_option(name) for name in ways)} say how many bits layers get; give one of them."
+        )
+    try:
+        built = Recipe(**_on_top(fields, overrides))
+    except ValidationError as failure:
+        faults = [_sentence(error, origin, overrides) for error in failure.errors()]
+        raise RecipeError("; ".join(dict.fromkeys(faults)) + ".") from None
+    return Recipe.model_construct({*given, *overrides}, **dict(built))
+
+
+def _no_such_recipe(name: str) -> str:
+    names = packaged_names()
+    return (
+        f"There is no recipe or file {name!r}{_nearest(name, names)}; "
+        f"packaged recipes are {', '.join(names)}, anything else must be the path of a YAML file."
+    )
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1)
+    close = close or difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _sentence(error: ErrorDetails, recipe: str, overrides: dict[str, Any]) -> str:
+    location = error["loc"]
+    if not location:
+        changed = "".join(f" {_option(name)}" for name in overrides)
+        origin = recipe + (f" with{changed}" if changed else "")
+        return f"{origin}: {error['msg'].removeprefix('Value error, ')}"
+    field = str(location[0])
+    origin = f"Option {_option(field)}" if field in overrides else f"{recipe}, field {field!r}"
+    if error["type"] == "extra_forbidden":
+        return f"{origin} is unknown{_nearest(field, Recipe.model_fields)}"
+    value = error["input"]
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{origin}: {short(value)} is not valid: {message}"
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from formats import matrix_format
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shiftadd_cli.artifact.format import ArtifactFormat, MatrixFormat
+from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.int8 import decode_table, encode_table
+from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 from shiftadd_cli.source.experts import split_experts
 
 FORMATS = ("pot", "apot2", "apot3", "float")
-COMMON = MatrixFormat(bits=3, group_size=16, group_rows=1, scale_format="apot2", row_scale=True, offset=False)
+COMMON = matrix_format(bits=3, group_size=16, group_rows=1, scale_format="apot2", row_scale=True, offset=False)
 
 
 def random_weight(layout: PackedLayout, seed: int = 0) -> QuantizedWeight:
@@ -42,9 +43,9 @@ def random_weight(layout: PackedLayout, seed: int = 0) -> QuantizedWeight:
 
 def random_matrix(rows: int, seed: int, columns: int = 36, **changes: Any) -> QuantizedWeight:
     """A random matrix whose rotation and outlier columns are the same for every seed, as those of one input are."""
-    weight = random_weight(replace(COMMON, **changes).layout(rows, columns), seed)
+    weight = random_weight(PackedLayout(COMMON.replaced(**changes), rows, columns), seed)
     # Those of a matrix of one row: how many numbers are drawn before them depends on the rows.
-    same = random_weight(replace(COMMON, **changes).layout(1, columns), 99).tensors
+    same = random_weight(PackedLayout(COMMON.replaced(**changes), 1, columns), 99).tensors
     shared = {name: same[name] for name in ("weight_signs", "weight_column_ids") if name in same}
     return QuantizedWeight(weight.layout, weight.tensors | shared)
 
@@ -73,7 +74,7 @@ def write_checkpoint(
     model = copy.deepcopy(model)
     split = split and bool(split_experts(model))
     dense = copy.deepcopy(model)
-    modules: dict[str, tuple[MatrixFormat, int, int]] = {}
+    modules: dict[str, PackedLayout] = {}
     tensors = {name: each for name, each in model.state_dict().items() if name not in model.all_tied_weights_keys}
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)) or name == "lm_head":
@@ -81,10 +82,10 @@ def write_checkpoint(
         transposed = isinstance(module, Conv1D)
         rows, columns = module.weight.T.shape if transposed else module.weight.shape
         form = next((f for end, f in (own or {}).items() if name.endswith(end)), common)
-        weight = random_weight(form.layout(rows, columns), seed=len(modules))
+        weight = random_weight(PackedLayout(form, rows, columns), seed=len(modules))
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in weight.tensors.items()}
-        modules[name] = (form, rows, columns)
+        modules[name] = weight.layout
         decoded = weight.decode()
         dense.get_submodule(name).weight.data = decoded.T.contiguous() if transposed else decoded
     held = _replace_tables(dense, tensors) if tables else {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from shiftadd_cli.allocation.plan_file import BitPlan, Origin, PlanCalibration, PlannedLayer, PlannedModel, Storage
+from shiftadd_cli.allocation.plan_file import BitPlan, Origin, PlanCalibration, PlannedLayer, PlannedModel
+from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source
@@ -34,7 +35,7 @@ def plan_for(model: Path, recipe: Recipe, bits: Callable[[int], int] = lambda in
         tie_fused=True,
     )
     named = PlannedModel(name=source.name, fingerprint=source.fingerprint)
-    return BitPlan(model=named, storage=Storage.of(recipe), made_by=origin, layers=layers)
+    return BitPlan(model=named, storage=recipe.part(MatrixStorage), made_by=origin, layers=layers)
 
 
 class EveryLayer(dict[str, int]):

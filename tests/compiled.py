@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from artifacts import FORMATS
+from formats import layout_on
 from hypothesis import strategies as st
 
 from shiftadd_cli.bcq.grid import ScaleGrid
@@ -20,7 +21,7 @@ def supported_layouts(draw: st.DrawFn) -> PackedLayout:
     columns = draw(st.integers(1, 40) | st.integers(100, 330))
     group = draw(st.sampled_from([16, 20, 32, 64, 100, 128, "all"]))
     grid = ScaleGrid.resolve(draw(st.integers(1, 40) | st.integers(120, 300)), columns, draw(st.integers(1, 9)), group)
-    layout = PackedLayout(
+    layout = layout_on(
         grid,
         draw(st.integers(1, 8)),
         draw(st.sampled_from(FORMATS)),

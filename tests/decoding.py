@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 Between = Callable[[PreTrainedModel, DynamicCache], None]
 
-_ROTATED = replace(COMMON, rotation="hadamard", offset=True)
+_ROTATED = COMMON.replaced(rotation="hadamard", offset=True)
 
 
 def write_decoders(families: Iterable[str], folder: Path) -> dict[str, Checkpoint]:

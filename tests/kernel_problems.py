@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from artifacts import random_weight
+from formats import layout_on
 from torch import Tensor
 
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.packing import unpack_planes
-from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.bcq.weight import QuantizedWeight
 
 
 def row_wise(
@@ -24,7 +25,7 @@ def row_wise(
 ) -> QuantizedWeight:
     """A random matrix `[rows, columns]` with groups along its rows."""
     grid = ScaleGrid.resolve(rows, columns, 1, group_size)
-    return random_weight(PackedLayout(grid, bits, scale_format, row_scale, offset), seed)
+    return random_weight(layout_on(grid, bits, scale_format, row_scale, offset), seed)
 
 
 def decode_exactly(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ from functools import lru_cache
 from typing import Any
 
 from artifacts import COMMON
+from formats import recipe_of
 from tiny_models import tiny_model
 
-from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.report.cost import Cost, model_cost
 from shiftadd_cli.report.evaluation_file import EvaluationReport, ScoreReport
 from shiftadd_cli.report.page import Run
@@ -63,7 +64,7 @@ def sample_report(word: str = "sample", *, calibrated: bool = True, mixed: bool 
             file_bytes=20_000,
             model_bytes=20_000,
         ),
-        "recipe": Recipe(bits=2).model_dump(mode="json") | {"calibration": word},
+        "recipe": recipe_of(bits=2).model_dump(mode="json") | {"calibration": word},
         "recipe_fingerprint": "a" * 64,
         "calibration": CalibrationReport(name=word, fingerprint="b" * 64, samples=8, seq_len=32, tokens=256)
         if calibrated
@@ -107,7 +108,9 @@ def sample_report(word: str = "sample", *, calibrated: bool = True, mixed: bool 
 def sample_cost() -> Cost:
     """Costs of a tiny Llama."""
     model = tiny_model("llama")
-    layouts = {each.name: COMMON.layout(each.out_features, each.in_features) for each in find_structure(model).linears}
+    layouts = {
+        each.name: PackedLayout(COMMON, each.out_features, each.in_features) for each in find_structure(model).linears
+    }
     tensors = {
         f"{name}.{suffix}": shape for name, layout in layouts.items() for suffix, shape in layout.tensors().items()
     }

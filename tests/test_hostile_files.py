@@ -21,6 +21,7 @@ import torch
 import yaml
 from artifacts import COMMON, write_checkpoint
 from bit_plans import plan_for
+from formats import recipe_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import save_tiny, tiny_model
@@ -92,7 +93,7 @@ def unfinished_run(folder: Path) -> Path:
     model = save_tiny("llama", folder / "model")
     with Workspace(folder / "out") as workspace, ArtifactWriter(folder / "out", workspace=workspace) as writer:
         history = History(workspace, BLOCKS)
-        recipe = Recipe(samples=3)
+        recipe = recipe_of(samples=3)
         asked = Asked(
             recipe=recipe.model_dump(mode="json"),
             source="0",
@@ -103,7 +104,7 @@ def unfinished_run(folder: Path) -> Path:
             code="2",
         )
         history.begin(asked)
-        history.keep_bits(plan_for(model, Recipe(group_size=16)), Measured())
+        history.keep_bits(plan_for(model, recipe_of(group_size=16)), Measured())
         writer.plan({"a": ((3,), torch.float32)})
         writer.add("a", torch.ones(3))
         states = StoredStates(workspace.states, 3, 2)
@@ -142,13 +143,13 @@ def look_at_run(folder: Path) -> None:
 
 def bit_plan(folder: Path) -> Path:
     model = save_tiny("llama", folder / "model")
-    (folder / "plan.json").write_text(plan_for(model, Recipe(group_size=16)).to_json())
+    (folder / "plan.json").write_text(plan_for(model, recipe_of(group_size=16)).to_json())
     return folder
 
 
 def recipe_file(folder: Path) -> Path:
     folder.mkdir()
-    fields = Recipe().model_dump(mode="json", exclude={"avg_bits", "bit_plan"})
+    fields = Recipe.load("equal-bits").model_dump(mode="json", exclude={"avg_bits", "bit_plan"})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(fields))
     return folder
 

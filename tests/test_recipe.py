@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from formats import recipe_of
 from pydantic import ValidationError
 from recipe_faults import refusal
 
 from shiftadd_cli.bcq.choices import CODE_BITS, parts_of_choice
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.errors import RecipeError
-from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.recipe import BITS, Recipe
 from shiftadd_cli.recipe_file import configs_folder, packaged_names
 
 
@@ -29,8 +31,31 @@ def test_packaged_recipe_loads_and_says_what_it_is(name: str) -> None:
         assert heading in header
 
 
-def test_what_a_file_leaves_out_is_as_in_equal_bits() -> None:
-    assert Recipe.load("equal-bits") == Recipe()
+def test_default_states_every_field_but_the_other_ways_to_give_bits() -> None:
+    stated = yaml.safe_load((configs_folder() / "default.yaml").read_text())
+    assert [*stated] == [name for name in Recipe.model_fields if name not in ("bits", "bit_plan")]
+
+
+@pytest.mark.parametrize(
+    ("text", "ways"),
+    [
+        ("seed: 1\n", {"avg_bits": 3.25}),
+        ("bits: 2\n", {"bits": 2}),
+        ("avg_bits: 2.5\n", {"avg_bits": 2.5}),
+        ("bit_plan: plan.json\n", {"bit_plan": "plan.json"}),
+        ("primitive: shift1\n", {"bits": 3}),
+        ("primitive: shift2\nbits: 5\n", {"bits": 5}),
+    ],
+)
+def test_a_file_gives_bits_in_its_own_way_or_as_default(tmp_path: Path, text: str, ways: dict[str, Any]) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    recipe = Recipe.load(str(tmp_path / "mine.yaml"))
+    assert {name: getattr(recipe, name) for name in BITS if getattr(recipe, name) is not None} == ways
+
+
+def test_shifts_keep_the_bits_that_were_given() -> None:
+    assert recipe_of(bits=2).changed({"primitive": "shift1"}).bits == 2
+    assert recipe_of(avg_bits=2.5).changed({"primitive": "shift1"}).bits == 3
 
 
 def test_a_recipe_that_is_not_named_is_the_default() -> None:
@@ -57,9 +82,9 @@ def test_recipes_of_the_paper_have_its_block_shapes(name: str, shape: tuple[int,
 
 
 def test_the_mixture_of_primitives_is_equal_bits_but_for_what_layers_may_be() -> None:
-    recipe, same = Recipe.load("shiftaddvit"), Recipe()
+    recipe, same = Recipe.load("shiftaddvit"), Recipe.load("equal-bits")
     changed = {name for name in Recipe.model_fields if getattr(recipe, name) != getattr(same, name)}
-    assert changed == {"avg_bits", "candidates"}
+    assert changed == {"bits", "avg_bits", "candidates"}
     assert {parts_of_choice(choice)[0] for choice in recipe.candidates} == set(CODE_BITS)
 
 
@@ -185,7 +210,7 @@ def test_candidates_are_sorted_and_told_once(tmp_path: Path) -> None:
 
 
 def test_recipe_is_immutable() -> None:
-    recipe = Recipe()
+    recipe = Recipe.load("equal-bits")
     with pytest.raises(ValidationError):
         recipe.bits = 2
 
@@ -201,8 +226,8 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
         "group_size": 32,
         "group_rows": 1,
         "scale_format": "pot",
-        "row_scale": not Recipe().row_scale,
-        "offset": not Recipe().offset,
+        "row_scale": not Recipe.load("equal-bits").row_scale,
+        "offset": not Recipe.load("equal-bits").offset,
         "rotation": "none",
         "outlier_columns": 0.01,
         "fit": "greedy",
@@ -234,10 +259,10 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
         "shard_size": "1GB",
     }
     assert others.keys() == Recipe.model_fields.keys()
-    base = Recipe()
-    prints = {Recipe(**{name: value}).fingerprint() for name, value in others.items() if name != "group_rows"}
-    prints.add(Recipe(row_scale=False, refine_rounds=0, group_rows=2).fingerprint())
-    prints.add(Recipe(row_scale=False, refine_rounds=0, group_rows="all").fingerprint())
+    base = Recipe.load("equal-bits")
+    prints = {recipe_of(**{name: value}).fingerprint() for name, value in others.items() if name != "group_rows"}
+    prints.add(recipe_of(row_scale=False, refine_rounds=0, group_rows=2).fingerprint())
+    prints.add(recipe_of(row_scale=False, refine_rounds=0, group_rows="all").fingerprint())
     assert len(prints) == len(others) + 1
     assert base.fingerprint() not in prints
     assert len(base.fingerprint()) == 64
@@ -245,14 +270,14 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
 
 
 def test_fingerprint_without_a_field_does_not_hang_on_it() -> None:
-    ours, other, more = Recipe(), Recipe(bits=2), Recipe(bits=2, seed=1)
+    ours, other, more = recipe_of(), recipe_of(bits=2), recipe_of(bits=2, seed=1)
     assert ours.fingerprint(["bits"]) == other.fingerprint(["bits"]) != more.fingerprint(["bits"])
     assert ours.fingerprint(["bits"]) != ours.fingerprint()
 
 
 @pytest.mark.parametrize(("text", "expected"), [("1KB", 1000), ("500MB", 500_000_000), ("2GB", 2_000_000_000)])
 def test_shard_size_is_read_in_decimal_units(text: str, expected: int) -> None:
-    assert Recipe(shard_size=text).shard_bytes == expected
+    assert recipe_of(shard_size=text).shard_bytes == expected
 
 
 def test_every_field_is_described() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from formats import recipe_of
 from recipe_faults import refusal
 
 from shiftadd_cli.errors import RecipeError
@@ -38,7 +39,7 @@ def test_packaged_name_wins_over_a_file_of_that_name(tmp_path: Path, monkeypatch
 def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("# nothing yet\n")
-    assert Recipe.load(str(path)) == Recipe()
+    assert Recipe.load(str(path)) == Recipe.load("default")
 
 
 def test_exponents_are_numbers_and_lists_are_tuples(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_folder_and_unreadable_file_are_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_recipe_survives_yaml(tmp_path: Path) -> None:
-    recipe = Recipe(bits=2, skip=("a", "b"), weight_error=1e-7)
+    recipe = recipe_of(bits=2, skip=("a", "b"), weight_error=1e-7)
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     assert Recipe.load(str(path)) == recipe

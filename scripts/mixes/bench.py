@@ -22,8 +22,9 @@ from mixes.solver import solver_seconds, synthetic_layers
 from mixes.stored import AloneRow, SensitivityRow, SizeRow, SolverRow, find_or_make
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.cache import CACHE_VERSIONS
-from shiftadd_cli.allocation.plan_file import BitPlan, Storage
+from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.allocation.sensitivity import SensitivityKind
+from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import AllocationError, RecipeError
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request, file_bytes
@@ -228,7 +229,7 @@ class Allocations:
         budget = Budget.parse(None, f"{round(low + part * (high - low)) / 1000:.3f}KB")
         target = budget.file_bytes
         assert target is not None
-        kept = (*Storage.model_fields, "embedding_bits", "skip", "dtype", "shard_size", "seed", "device")
+        kept = (*MatrixStorage.model_fields, "embedding_bits", "skip", "dtype", "shard_size", "seed", "device")
         fast = {name: getattr(recipe, name) for name in kept} | {"fit": "greedy", "fit_rounds": 1}
         plan = job.with_budget(budget).choose(self.sensitivities[SENSITIVITIES[0], conditions.seed].found)
         label = f"size {target}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -18,8 +17,8 @@ class CandidateSolver:
     take most of its time) and without asymmetric calibration (nothing before a linear is quantized here)."""
 
     def __init__(self, options: SolverOptions, candidates: Sequence[Choice], team: Team = ALONE) -> None:
-        """options: of the run, whose bits and primitive do not matter. team: whose processes share the rows out."""
-        self._options = replace(options, refine_rounds=0, asymmetric=0.0)
+        """options: of the run, whose choice does not matter. team: whose processes share the rows out."""
+        self._options = options.replaced(refine_rounds=0, asymmetric=0.0)
         self._candidates, self._team = candidates, team
 
     def __call__(

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shiftadd_cli.bcq.choices import Choice, bits_of_choice, ordered_choices, parse_choice
-from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.faults import first_fault
 from shiftadd_cli.source import LinearSpec
@@ -50,23 +50,6 @@ class PlannedModel(_Part):
 
     name: str
     fingerprint: str
-
-
-class Storage(_Part):
-    """The fields of the recipe, beside the bits, that decide how many bytes a layer takes."""
-
-    group_size: int | str
-    group_rows: int | str
-    scale_format: str
-    row_scale: bool
-    offset: bool
-    rotation: str
-    outlier_columns: float
-
-    @classmethod
-    def of(cls, settings: object) -> Storage:
-        """The fields of that name of a recipe or of solver options."""
-        return cls(**{name: getattr(settings, name) for name in cls.model_fields})
 
 
 class PlanCalibration(_Part):
@@ -129,7 +112,7 @@ class BitPlan(_Part):
     format: Literal["shiftadd bit plan"] = PLAN_FORMAT
     version: Literal[1, 2] = 1
     model: PlannedModel
-    storage: Storage
+    storage: MatrixStorage
     made_by: Origin
     layers: Annotated[dict[str, PlannedLayer], Field(min_length=1)]
 
@@ -182,10 +165,10 @@ class BitPlan(_Part):
         ]
         return head + ',\n  "layers": {\n' + ",\n".join(lines) + "\n  }\n}\n"
 
-    def check(self, origin: str, fingerprint: str, options: SolverOptions, linears: Sequence[LinearSpec]) -> None:
+    def check(self, origin: str, fingerprint: str, storage: MatrixStorage, linears: Sequence[LinearSpec]) -> None:
         """Refuse to be used for another model or another way to store it than it was made for.
 
-        origin: what errors call the plan; fingerprint: of the source; linears: those that are to be quantized.
+        origin: name of the plan in errors; fingerprint: of the source; storage: of the run; linears: those to quantize.
         Raises AllocationError with the first thing that does not fit.
         """
         if fingerprint != self.model.fingerprint:
@@ -193,12 +176,11 @@ class BitPlan(_Part):
                 f"Bit plan {origin} was made for another model ({self.model.name}); make one for this model with "
                 "shiftadd allocate-bits."
             )
-        asked = Storage.of(options)
-        for name in Storage.model_fields:
-            if getattr(asked, name) != getattr(self.storage, name):
+        for name in MatrixStorage.model_fields:
+            if getattr(storage, name) != getattr(self.storage, name):
                 raise AllocationError(
                     f"Bit plan {origin} was made for {name} = {_word(getattr(self.storage, name))}, and the recipe "
-                    f"says {_word(getattr(asked, name))}, so its sizes would not be true; change the recipe's "
+                    f"says {_word(getattr(storage, name))}, so its sizes would not be true; change the recipe's "
                     f"{name}, or make another plan."
                 )
         for spec in linears:

@@ -156,7 +156,7 @@ class OutputError:
         """squares: mean squared gradient of the end loss at each linear's output, over tokens and features."""
         self._squares = squares
         self._solve = CandidateSolver(options, candidates, team)
-        self._whole = options.group_rows != 1
+        self._whole = options.format.group_rows != 1
         self._signals: dict[str, float] = {}
 
     def __call__(

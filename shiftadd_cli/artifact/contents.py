@@ -92,12 +92,12 @@ class Contents:
             Packed(
                 name,
                 1,
-                layout.grid.rows,
-                layout.grid.columns,
+                layout.rows,
+                layout.columns,
                 layout.bits,
-                layout.scale_format,
+                layout.scales.scale_format,
                 stored[name],
-                layout.primitive,
+                layout.format.primitive,
             )
             for name, layout in artifact.layouts.items()
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,10 +39,10 @@ class Artifact:
             )
         return cls(folder, config, ArtifactFormat.from_dict(quantization))
 
-    @cached_property
-    def layouts(self) -> dict[str, PackedLayout]:
+    @property
+    def layouts(self) -> Mapping[str, PackedLayout]:
         """Layout of every compressed matrix, by module name."""
-        return self.format.layouts()
+        return self.format.modules
 
     @cached_property
     def tables(self) -> dict[str, dict[str, TensorShape]]:

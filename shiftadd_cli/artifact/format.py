@@ -20,8 +20,8 @@ absent.
 With `"split_experts": true` the experts of a mixture, which transformers keeps in stacks of matrices, are stored one by
 one, compressed or not, as linear layers of the names `<module>.<expert>.gate_proj`, `up_proj` and `down_proj`.
 
-A module with `primitive` "shift1" or "shift2" is a shift layer, see `bcq.shifts`: `bits` are those of its codes, and
-`group_size`, `group_rows`, `scale_format`, `row_scale` and `offset` say nothing of it. Without the key it is "bcq".
+A module with `primitive` "shift1" or "shift2" is a shift layer, see `bcq.primitives.shifts`: `bits` are those of its
+codes, and `group_size`, `group_rows`, `scale_format`, `row_scale` and `offset` do not apply. The default is "bcq".
 `format_version` is 3 where a table belongs to a convolution, else 2 where there are shift layers, else 1.
 
 Keys that are not known are kept and ignored: whatever changes the meaning of the tensors raises `format_version`.
@@ -30,19 +30,23 @@ Keys that are not known are kept and ignored: whatever changes the meaning of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from shiftadd_cli.bcq import int8
-from shiftadd_cli.bcq.choices import CODE_BITS, Primitive
+from shiftadd_cli.bcq.choices import PLANES
+from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.faults import first_fault
 
 QUANT_METHOD = "shiftadd"
 # What is read; what is written is the least that a checkpoint needs: 2 knows shift layers, 3 tables of convolutions.
 FORMAT_VERSION = 3
 
-# Of a size. Larger ones overflow what counts bytes.
+# Most digits of a size; larger numbers overflow byte counters.
 _MAX_DIGITS = 9
 
 # Every tensor that a compressed matrix may have, see `bcq.weight`, and those of a table, see `bcq.int8`.
@@ -53,43 +57,18 @@ SUFFIXES = (
 )
 
 
-@dataclass(frozen=True)
-class MatrixFormat:
-    """How one matrix is compressed, in the words of a recipe."""
-
-    bits: int
-    group_size: int | str
-    group_rows: int | str
-    scale_format: str
-    row_scale: bool
-    offset: bool
-    rotation: str = "none"
-    outlier_columns: float = 0.0
-    primitive: Primitive = "bcq"
-
-    def __post_init__(self) -> None:
-        _check("primitive", self.primitive, self.primitive in tuple(CODE_BITS))
-        _check("bits", self.bits, type(self.bits) is int and self.bits in CODE_BITS[self.primitive])
-        _check("group_size", self.group_size, self.group_size == "all" or _is_size(self.group_size))
-        _check("group_rows", self.group_rows, self.group_rows == "all" or _is_size(self.group_rows, fraction=True))
-        _check("scale_format", self.scale_format, self.scale_format in ("pot", "apot2", "apot3", "float"))
-        _check("row_scale", self.row_scale, type(self.row_scale) is bool)
-        _check("offset", self.offset, type(self.offset) is bool)
-        _check("rotation", self.rotation, self.rotation in ("none", "hadamard"))
-        share = self.outlier_columns
-        _check("outlier_columns", share, type(share) in (int, float) and 0 <= share <= 1)
-
-    def layout(self, out_features: int, in_features: int) -> PackedLayout:
-        return PackedLayout.resolve(out_features, in_features, **asdict(self))
+# What a checkpoint means that does not have the field.
+_ABSENT: Mapping[str, Any] = {"primitive": PLANES, "rotation": "none", "outlier_columns": 0.0}
 
 
 @dataclass(frozen=True)
 class ArtifactFormat:
-    """The compressed modules of a checkpoint: name → (format, out_features, in_features), its tables: name → shape of
-    the weight, and whether experts that transformers keeps in stacks are stored one by one."""
+    """The compressed modules of a checkpoint by name, its tables (name → shape of the weight), and whether experts that
+    transformers keeps in stacks are stored one by one. `common` is the format that modules share where they have no
+    entry of their own."""
 
     common: MatrixFormat
-    modules: Mapping[str, tuple[MatrixFormat, int, int]]
+    modules: Mapping[str, PackedLayout]
     tables: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     split_experts: bool = False
 
@@ -106,18 +85,18 @@ class ArtifactFormat:
                 f"The checkpoint has format_version {version}, and this shiftadd reads up to {FORMAT_VERSION}; "
                 "upgrade it: pip install -U shiftadd-cli."
             )
-        fields = MatrixFormat.__dataclass_fields__
-        required = [key for key, each in fields.items() if each.default is MISSING]
-        absent = [key for key in (*required, "modules") if key not in config]
+        fields = MatrixFormat.model_fields
+        absent = [key for key in (*fields, "modules") if key not in config and key not in _ABSENT]
         if absent:
             raise ArtifactError(f"quantization_config lacks {absent[0]!r}; quantize the model again.")
-        common = MatrixFormat(**{key: config[key] for key in fields if key in config})
+        shared = {key: config.get(key, _ABSENT.get(key)) for key in fields}
+        common = _format(shared)
         _check("modules", config["modules"], isinstance(config["modules"], Mapping))
         modules = {}
         for name, entry in config["modules"].items():
             rows, columns = _shape(name, entry, (2,))
-            own = replace(common, **{key: entry[key] for key in fields if key in entry})
-            modules[name] = (own, rows, columns)
+            own = {key: entry[key] for key in fields if key in entry}
+            modules[name] = PackedLayout(_format(shared | own) if own else common, rows, columns)
         tables = config.get("tables", {})
         _check("tables", tables, isinstance(tables, Mapping))
         split = config.get("split_experts", False)
@@ -127,15 +106,17 @@ class ArtifactFormat:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `from_dict`; a module shows only what differs from the common values."""
-        common = asdict(self.common)
-        shifts = any(own.primitive != "bcq" for own, _, _ in self.modules.values())
+        common = _fields(self.common)
         modules = {
-            name: {"shape": [rows, columns]} | {k: v for k, v in asdict(own).items() if v != common[k]}
-            for name, (own, rows, columns) in self.modules.items()
+            name: {"shape": [layout.rows, layout.columns]}
+            | {key: value for key, value in _fields(layout.format).items() if value != common[key]}
+            for name, layout in self.modules.items()
         }
-        if not shifts:
+        version = max((layout.primitive.format_version for layout in self.modules.values()), default=1)
+        if version == 1:
             del common["primitive"]
-        version = 3 if any(len(shape) > 2 for shape in self.tables.values()) else 1 + shifts
+        if any(len(shape) > 2 for shape in self.tables.values()):
+            version = max(version, 3)
         config = {"quant_method": QUANT_METHOD, "format_version": version, **common, "modules": modules}
         if self.tables:
             config["tables"] = {name: {"shape": list(shape)} for name, shape in self.tables.items()}
@@ -143,9 +124,20 @@ class ArtifactFormat:
             config["split_experts"] = True
         return config
 
-    def layouts(self) -> dict[str, PackedLayout]:
-        """Layout of every compressed module, by name."""
-        return {name: own.layout(rows, columns) for name, (own, rows, columns) in self.modules.items()}
+
+def _fields(form: MatrixFormat) -> dict[str, Any]:
+    """In the order of the file."""
+    fields = form.model_dump()
+    return {"bits": fields.pop("bits"), **fields}
+
+
+def _format(fields: Mapping[str, Any]) -> MatrixFormat:
+    try:
+        return MatrixFormat(**fields)
+    except ValidationError as failure:
+        place, _ = first_fault(failure)
+        key = place[0] if place else "bits"
+        raise _invalid(key, fields[key]) from None
 
 
 def _shape(name: str, entry: object, sides: tuple[int, ...]) -> tuple[int, ...]:
@@ -155,13 +147,14 @@ def _shape(name: str, entry: object, sides: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _is_size(value: object, *, fraction: bool = False) -> bool:
-    if fraction and isinstance(value, str) and value.startswith("1/"):
-        digits = value.removeprefix("1/")
-        return digits.isdecimal() and len(digits) <= _MAX_DIGITS and int(digits) > 0
+def _is_size(value: object) -> bool:
     return type(value) is int and 0 < value < 10**_MAX_DIGITS
 
 
 def _check(key: str, value: object, good: bool) -> None:
     if not good:
-        raise ArtifactError(f"quantization_config has {key} = {value!r}, which is not valid; quantize the model again.")
+        raise _invalid(key, value)
+
+
+def _invalid(key: str, value: object) -> ArtifactError:
+    return ArtifactError(f"quantization_config has {key} = {value!r}, which is not valid; quantize the model again.")

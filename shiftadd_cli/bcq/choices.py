@@ -18,19 +18,23 @@ CODE_BITS: dict[Primitive, tuple[int, ...]] = {
     "shift1": (2, 3, 4),
     "shift2": (2, 3, 4, 5),
 }
-_SHIFTS = tuple(f"{each}-{bits}" for each in ("shift1", "shift2") for bits in CODE_BITS[each])
+# The primitive that a recipe and a checkpoint have where they name none.
+PLANES: Primitive = "bcq"
+_WORDS = tuple(
+    f"{primitive}-{bits}" for primitive, widths in CODE_BITS.items() if primitive != PLANES for bits in widths
+)
 _SHORT = {"shift1": "shift1-3", "shift2": "shift2-4"}
 
 
 def choice_of(primitive: Primitive, bits: int) -> Choice:
     """The choice of these parts."""
-    return bits if primitive == "bcq" else f"{primitive}-{bits}"
+    return bits if primitive == PLANES else f"{primitive}-{bits}"
 
 
 def parts_of_choice(choice: Choice) -> tuple[Primitive, int]:
     """Primitive and bits of a choice."""
     if isinstance(choice, int):
-        return "bcq", choice
+        return PLANES, choice
     primitive, _, bits = choice.partition("-")
     return cast(Primitive, primitive), int(bits)
 
@@ -45,12 +49,15 @@ def parse_choice(value: object) -> Choice:
     if isinstance(value, str):
         word = value.strip()
         word = _SHORT.get(word, word)
-        if word in _SHIFTS:
+        if word in _WORDS:
             return word
         value = int(word) if word.isdecimal() else value
-    if type(value) is int and value in CODE_BITS["bcq"]:
+    if type(value) is int and value in CODE_BITS[PLANES]:
         return value
-    raise ValueError(f"{value!r} is no number of planes from 1 to 8 and none of {', '.join((*_SHORT, *_SHIFTS))}")
+    raise ValueError(f"{value!r} is no number of planes from 1 to 8 and none of {', '.join((*_SHORT, *_WORDS))}")
+
+
+ALL_CHOICES = tuple(choice_of(primitive, bits) for primitive, widths in CODE_BITS.items() for bits in widths)
 
 
 def ordered_choices(choices: Iterable[Choice]) -> tuple[Choice, ...]:

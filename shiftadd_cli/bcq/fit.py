@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shiftadd_cli.bcq.intervals import SortedGroups
 from shiftadd_cli.bcq.linalg import solve_small
+from shiftadd_cli.bcq.options import FitMethod
 from shiftadd_cli.bcq.scale_formats import ScaleFormat
 from shiftadd_cli.bcq.sorted_fit import fit_sorted
 from shiftadd_cli.bcq.starts import Scales, clipped_starts, greedy_start, uniform_grid
-
-FitMethod = Literal["search", "greedy", "uniform"]
 
 _SCREENING_ROUNDS = 2
 # Groups are handled in pieces whose temporaries stay in the second-level cache.

@@ -1,79 +1,86 @@
-"""What the solver is asked to do."""
+"""How the solver works: the format of a matrix, and how codes and scales for it are found."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from shiftadd_cli.bcq.choices import Choice, Primitive, parts_of_choice
-from shiftadd_cli.bcq.fit import FitMethod
-from shiftadd_cli.bcq.weight import PackedLayout
+from pydantic import Field, model_validator
+
+from shiftadd_cli.bcq.choices import Choice
+from shiftadd_cli.bcq.matrix_format import MatrixFormat, OptionFields
+
+FitMethod = Literal["search", "greedy", "uniform"]
 
 
-@dataclass(frozen=True)
-class SolverOptions:
-    """The fields are those of the recipe, with the same names.
+class FitOptions(OptionFields):
+    """How codes and scales are found.
 
-    Shift layers have their row scale alone: fields on groups, scales, offsets and their fit are of binary planes, and a
-    sweep is always static.
-
-    Raises ValueError where rows that share scales are to be refined or scaled one by one.
+    Shift layers have row scales alone: the fields about the fit of groups do not apply, and their sweep is static.
     """
 
-    bits: int = 3
-    group_size: int | str = 128
-    group_rows: int | str = 1
-    scale_format: str = "apot2"
-    row_scale: bool = True
-    offset: bool = False
-    rotation: Literal["none", "hadamard"] = "hadamard"
-    fit: FitMethod = "search"
-    fit_rounds: int = 4
-    weight_error: float = 0.01
-    sweep: Literal["none", "static", "dynamic"] = "static"
-    sweep_order: Literal["hessian", "natural"] = "hessian"
-    refine_rounds: int = 2
-    descent_passes: int = 2
-    asymmetric: float = 0.5
-    outlier_columns: float = 0.0
-    seed: int = 0
-    primitive: Primitive = "bcq"
+    fit: Annotated[
+        FitMethod,
+        Field(
+            description="How a group is fitted: 'search' alternates least squares from several starts; 'greedy' does "
+            "so from the greedy start alone, as LUT-GEMM and ShiftAddLLM; 'uniform' takes the min-max grid and rounds."
+        ),
+    ]
+    fit_rounds: Annotated[int, Field(ge=0, description="Rounds of alternating least squares per start.")]
+    weight_error: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Weight of the weight error beside the output error, relative to the mean diagonal of the "
+            "Hessian.",
+        ),
+    ]
+    sweep: Annotated[
+        Literal["none", "static", "dynamic"],
+        Field(
+            description="Column sweep that lets later columns make up for earlier errors: scales fixed before it "
+            "('static'), or fitted when it reaches the group ('dynamic', as ShiftAddLLM)."
+        ),
+    ]
+    sweep_order: Annotated[
+        Literal["hessian", "natural"],
+        Field(description="Order of the sweep: most active input columns first, or as they stand."),
+    ]
+    refine_rounds: Annotated[
+        int, Field(ge=0, description="Rounds of joint scale refit and coordinate descent after the sweep.")
+    ]
+    descent_passes: Annotated[
+        int, Field(ge=1, description="Passes of coordinate descent over the columns in each of these rounds.")
+    ]
+    asymmetric: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="How far each linear aims at its output in the original model, where inputs are exact, instead "
+            "of at its own weights: 0 not at all, 1 fully (as GPTAQ).",
+        ),
+    ]
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of everything random.")]
 
-    def __post_init__(self) -> None:
-        if self.group_rows != 1 and (self.refine_rounds or self.row_scale):
+
+class SolverOptions(FitOptions):
+    """What the solver does with matrices of one format.
+
+    Raises pydantic's ValidationError, a ValueError, if rows that share scales shall be refined or scaled one by one.
+    """
+
+    format: MatrixFormat
+
+    @model_validator(mode="after")
+    def _shared_scales_stay_shared(self) -> SolverOptions:
+        if self.format.group_rows != 1 and (self.refine_rounds or self.format.row_scale):
             raise ValueError("rows that share scales cannot be refined or scaled one by one")
-
-    @classmethod
-    def from_recipe(cls, recipe: object) -> SolverOptions:
-        """The part of a recipe the solver needs: its fields of the same names."""
-        return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
+        return self
 
     def at(self, choice: Choice) -> SolverOptions:
         """The same for matrices that are stored as `choice` says."""
-        primitive, bits = parts_of_choice(choice)
-        return replace(self, primitive=primitive, bits=bits)
-
-    @property
-    def independent_rows(self) -> bool:
-        """Whether no row shares a scale with another."""
-        return self.primitive != "bcq" or (self.group_rows == 1 and self.row_scale)
+        return self.replaced(format=self.format.at(choice))
 
     def without_data(self) -> SolverOptions:
         """The same format and fit, for a layer that no calibration input reached."""
-        return replace(self, sweep="none", refine_rounds=0)
-
-    def layout(self, rows: int, columns: int) -> PackedLayout:
-        """The stored form of one `[rows, columns]` matrix under these options."""
-        return PackedLayout.resolve(
-            rows,
-            columns,
-            bits=self.bits,
-            group_size=self.group_size,
-            group_rows=self.group_rows,
-            scale_format=self.scale_format,
-            row_scale=self.row_scale,
-            offset=self.offset,
-            rotation=self.rotation,
-            outlier_columns=self.outlier_columns,
-            primitive=self.primitive,
-        )
+        return self.replaced(sweep="none", refine_rounds=0)

@@ -16,11 +16,10 @@ from shiftadd_cli.bcq.hessian import Objective, build_objective, corrected_targe
 from shiftadd_cli.bcq.levels import planes_of
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.outliers import choose_outliers, corrections, outlier_count, without_columns, without_inputs
-from shiftadd_cli.bcq.problem import Problem
+from shiftadd_cli.bcq.primitives import PRIMITIVES
 from shiftadd_cli.bcq.rotation import random_signs, rotate_moment, rotate_weight
-from shiftadd_cli.bcq.shift_problem import ShiftProblem
 from shiftadd_cli.bcq.snap import SnappedScales
-from shiftadd_cli.bcq.weight import QuantizedWeight
+from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
 
@@ -65,18 +64,19 @@ def quantize_matrices(
         if matrix.abs().amax() > _LARGEST_WEIGHT:
             raise NumericalError(f"The weight of {name} holds values above 1e12; the source checkpoint is damaged.")
     columns = matrices[0].shape[1]
+    primitive = PRIMITIVES[options.format.primitive]
     if hessian is not None and cross is not None and options.asymmetric:
         heights = [len(matrix) for matrix in matrices]
         tall = corrected_target(
             torch.cat(matrices), hessian.float(), cross.float(), options.weight_error, options.asymmetric, names[0]
         )
         matrices = list(tall.split(heights))
-    whole = _Whole(matrices, hessian, outlier_count(columns, options.outlier_columns))
+    whole = _Whole(matrices, hessian, outlier_count(columns, options.format.outlier_columns))
     if whole.ids is not None:
         matrices = [without_columns(matrix, whole.ids) for matrix in matrices]
         hessian = None if hessian is None else without_inputs(hessian, whole.ids)
     signs = None
-    if options.rotation == "hadamard":
+    if options.format.rotation == "hadamard":
         # Everything from here on happens in the rotated basis, in which no error changes.
         signs = random_signs(columns, options.seed).to(matrices[0].device)
         matrices = [rotate_weight(matrix, signs) for matrix in matrices]
@@ -84,20 +84,20 @@ def quantize_matrices(
     if hessian is None:
         objective = _weight_objective(columns, matrices[0].device)
     else:
-        width = options.layout(matrices[0].shape[0], columns).grid.group_columns
+        width = primitive.scales(options.format, *matrices[0].shape).grid.group_columns
         objective = build_objective(
             hessian.float(),
             options.weight_error,
             names[0],
             order=options.sweep_order,
             group_columns=width,
-            whole_groups=options.sweep == "dynamic" and options.primitive == "bcq",
+            whole_groups=primitive.fits_on_arrival(options),
         )
-    pieces = _even_pieces(torch.cat(matrices)) if options.independent_rows else matrices
-    problem = Problem if options.primitive == "bcq" else ShiftProblem
-    named = team.map(lambda piece: _as_tensors(*problem(piece, objective, options).solve()), pieces)
+    independent = primitive.independent_rows(options.format)
+    pieces = _even_pieces(torch.cat(matrices)) if independent else matrices
+    named = team.map(lambda piece: _as_tensors(*primitive.solve(piece, objective, options)), pieces)
     solved = [_from_tensors(each, matrices[0].device) for each in named]
-    if options.independent_rows:
+    if independent:
         solved = _regroup(solved, [len(matrix) for matrix in matrices])
     packed = [_pack(codes, snapped, options, columns, signs) for codes, snapped in solved]
     if whole.ids is not None:
@@ -143,8 +143,8 @@ def _weight_objective(columns: int, device: torch.device) -> Objective:
 def _pack(
     codes: Tensor, snapped: SnappedScales, options: SolverOptions, columns: int, signs: Tensor | None
 ) -> QuantizedWeight:
-    layout = options.layout(len(codes), columns)
-    planes = planes_of(codes, options.bits)
+    layout = PackedLayout(options.format, len(codes), columns)
+    planes = planes_of(codes, layout.bits)
     return QuantizedWeight.pack(layout, planes, snapped.ratios, snapped.row_scale, snapped.offsets, signs)
 
 

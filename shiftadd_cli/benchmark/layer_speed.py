@@ -60,12 +60,8 @@ class LayerKind:
         """How the weight is stored, in words."""
         if self.layout is None:
             return "8-bit rows"
-        grid = self.layout.grid
-        if self.layout.primitive == "bcq":
-            parts = [f"{self.layout.bits} bits", self.layout.scale_format, f"{grid.group_rows} x {grid.group_columns}"]
-        else:
-            parts = [f"{self.layout.bits} bits", self.layout.primitive, "row scales"]
-        parts += ["rotated"] * self.layout.rotation + ["offsets"] * self.layout.offset
+        parts = [f"{self.layout.bits} bits", *self.layout.primitive.words(self.layout.scales)]
+        parts += ["rotated"] * self.layout.rotation + ["offsets"] * self.layout.scales.offset
         parts += [f"{self.layout.outliers} outliers"] * (self.layout.outliers > 0)
         return ", ".join(parts)
 

@@ -37,6 +37,7 @@ def inspect(folder: Path, check: bool, layers: bool, as_json: bool) -> None:
 
 
 def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
+    from shiftadd_cli.bcq.primitives.base import NO_SCALES
     from shiftadd_cli.report.summary import size, table
 
     rows = [
@@ -45,7 +46,7 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
             str(row.count),
             f"{row.out_features} x {row.in_features}",
             str(row.bits),
-            row.scale_format if row.primitive == "bcq" else row.primitive,
+            row.primitive if row.scale_format == NO_SCALES else row.scale_format,
             f"{8 * row.stored_bytes / row.weights:.3f}",
             size(row.stored_bytes),
         )

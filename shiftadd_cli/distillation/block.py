@@ -44,7 +44,9 @@ class TunedBlock:
         self._linears = {spec.kind: (spec, layout) for spec, layout in linears}
         self._dtypes = {path: each.dtype for path, each in module.named_parameters()}
         self._row_scales = {
-            spec.kind: read(f"{spec.name}.{_ROW_SCALE}").to(device) for spec, layout in linears if layout.row_scale
+            spec.kind: read(f"{spec.name}.{_ROW_SCALE}").to(device)
+            for spec, layout in linears
+            if layout.scales.row_scale
         }
         self.factors = {
             kind: nn.Parameter(torch.ones_like(each, dtype=torch.float32)) for kind, each in self._row_scales.items()

@@ -19,7 +19,6 @@ from shiftadd_cli.allocation.plan_file import (
     PlanCalibration,
     PlannedLayer,
     PlannedModel,
-    Storage,
     plan_version,
     round_cost,
 )
@@ -27,7 +26,8 @@ from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, 
 from shiftadd_cli.allocation.solve import Choices, allocate, allocate_smallest, tied_groups
 from shiftadd_cli.artifact.shards import plan_shards
 from shiftadd_cli.bcq.choices import Choice, ordered_choices
-from shiftadd_cli.bcq.solver import SolverOptions
+from shiftadd_cli.bcq.matrix_format import MatrixStorage
+from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.cache import cache_folder
 from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.device import choose_device, move_parts
@@ -234,11 +234,11 @@ class AllocationJob:
 
     def _choices(self, sensitivities: Sensitivities, allowed: Mapping[str, tuple[Choice, ...]]) -> list[Choices]:
         """Stored bytes and predicted loss, as the plan will say it, of every layer at the bits allowed for it."""
-        options = SolverOptions.from_recipe(self.recipe)
         found = []
         for spec in (each.spec for each in self.linears):
             layouts = {
-                bits: options.at(bits).layout(spec.out_features, spec.in_features) for bits in allowed[spec.name]
+                choice: PackedLayout(self.recipe.at(choice), spec.out_features, spec.in_features)
+                for choice in allowed[spec.name]
             }
             found.append(
                 Choices(
@@ -251,9 +251,10 @@ class AllocationJob:
 
     def plan_at(self, choose: Callable[[Iterable[int]], int]) -> Plan:
         """The run with what stores the bytes that `choose` takes of those allowed for each layer."""
-        options, chosen = SolverOptions.from_recipe(self.recipe), {}
+        chosen = {}
         for name, choices in self.allowed.items():
-            stored = {options.at(choice).layout(*self.shapes[name]).nbytes: choice for choice in reversed(choices)}
+            layouts = {choice: PackedLayout(self.recipe.at(choice), *self.shapes[name]) for choice in reversed(choices)}
+            stored = {layout.nbytes: choice for choice, layout in layouts.items()}
             chosen[name] = stored[choose(stored)]
         return self.data.plan.at(chosen)
 
@@ -285,7 +286,7 @@ class AllocationJob:
                 structure,
                 samples,
                 trace_model(source, structure, samples, recipe.batch_size, self.device, progress=show),
-                SolverOptions.from_recipe(recipe),
+                recipe.solver_options,
                 candidates,
                 device=self.device,
                 seed=recipe.seed,
@@ -307,7 +308,7 @@ class AllocationJob:
         return BitPlan(
             version=plan_version(planned.values()),
             model=PlannedModel(name=self.source.name, fingerprint=self.source.fingerprint),
-            storage=Storage.of(self.recipe),
+            storage=self.recipe.part(MatrixStorage),
             made_by=Origin(
                 sensitivity=request.sensitivity,
                 recipe_fingerprint=self.recipe_fingerprint,

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from shiftadd_cli.bcq.choices import Choice, choice_of
-from shiftadd_cli.bcq.solver import Solution, SolverOptions, quantize_matrices
+from shiftadd_cli.bcq.choices import Choice
+from shiftadd_cli.bcq.solver import Solution, quantize_matrices
 from shiftadd_cli.calibration.hessian import Inputs, Moments, gather_moments
 from shiftadd_cli.calibration.mixtures import Group, enough_tokens, in_room, in_turns
 from shiftadd_cli.calibration.recall import Recall
@@ -42,9 +42,8 @@ class BlockQuantizer:
         self.block, self.recipe, self.clock, self.team, self.shared = block, recipe, clock, team, shared
         self.specs: Mapping[str, LinearSpec] = {spec.kind: spec for spec in specs}
         self.token_weights = token_weights
-        self.options = SolverOptions.from_recipe(recipe)
-        usual = choice_of(recipe.primitive, recipe.bits)
-        self.bits = {spec.kind: usual if bits is None else bits[spec.name] for spec in specs}
+        self.options = recipe.solver_options
+        self.bits = {spec.kind: recipe.choice if bits is None else bits[spec.name] for spec in specs}
         self.solutions: dict[str, Solution] = {}
         # Calibration tokens that each linear read.
         self.tokens = dict.fromkeys(self.specs, 0)

@@ -26,7 +26,7 @@ def describe_plan(plan: Plan) -> str:
         weights = sum(plan.linears[i].spec.out_features * plan.linears[i].spec.in_features for i in members)
         stored = sum(plan.linears[i].layout.nbytes for i in members)
         shape = " x ".join(_span([getattr(each, side) for each in specs]) for side in ("out_features", "in_features"))
-        bits = choices_in_words(plan.linears[i].layout.choice for i in members)
+        bits = choices_in_words(plan.linears[i].layout.format.choice for i in members)
         rows.append((kind, str(len(members)), shape, bits, f"{8 * stored / weights:.3f}", size(stored)))
     reasons: dict[str, int] = {}
     for _, reason in plan.kept_modules:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from shiftadd_cli.allocation.plan_file import BitPlan, load_plan
-from shiftadd_cli.artifact.format import ArtifactFormat, MatrixFormat
+from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.artifact.shards import TensorShape
-from shiftadd_cli.bcq.choices import Choice, parts_of_choice
-from shiftadd_cli.bcq.solver import SolverOptions
+from shiftadd_cli.bcq.choices import Choice
+from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.calibration.flow import Flow, measure_flow
 from shiftadd_cli.calibration.self_text.write import why_not, without_self, written_by_model
@@ -171,17 +171,13 @@ class Plan:
 
     def artifact_format(self) -> ArtifactFormat:
         """The quantization_config of the artifact."""
-        fields = {name: getattr(self.recipe, name) for name in MatrixFormat.__dataclass_fields__}
-        # Most layers then need no word of their own.
-        usual = Counter(each.layout.choice for each in self.linears).most_common(1)[0][0]
-        fields["primitive"], fields["bits"] = parts_of_choice(usual)
-        common = MatrixFormat(**fields)
-        modules = {}
-        for each in self.linears:
-            own = replace(common, primitive=each.layout.primitive, bits=each.layout.bits)
-            modules[each.spec.name] = (own, each.spec.out_features, each.spec.in_features)
+        # Most layers then need no entry of their own.
+        common = Counter(linear.layout.format.choice for linear in self.linears).most_common(1)[0][0]
+        modules = {linear.spec.name: linear.layout for linear in self.linears}
         tables = {each.name: each.shape for each in self.tables}
-        return ArtifactFormat(common, modules, tables, split_experts=has_split_experts(self.source.skeleton()))
+        return ArtifactFormat(
+            self.recipe.at(common), modules, tables, split_experts=has_split_experts(self.source.skeleton())
+        )
 
 
 def make_plan(
@@ -209,16 +205,17 @@ def make_plan(
             f"{type(model).__name__} has blocks that share weights, which distillation cannot tune; give "
             "--distill-epochs 0."
         )
-    options = SolverOptions.from_recipe(recipe)
     bit_plan = None
     if bits is None and recipe.bit_plan is not None:
         bit_plan = load_plan(Path(recipe.bit_plan))
-        bit_plan.check(recipe.bit_plan, source.fingerprint, options, structure.linears)
+        bit_plan.check(recipe.bit_plan, source.fingerprint, recipe.part(MatrixStorage), structure.linears)
         bits = bit_plan.bits
     linears = tuple(
         PlannedLinear(
             spec,
-            (options if bits is None else options.at(bits[spec.name])).layout(spec.out_features, spec.in_features),
+            PackedLayout(
+                recipe.at(recipe.choice if bits is None else bits[spec.name]), spec.out_features, spec.in_features
+            ),
         )
         for spec in structure.linears
     )

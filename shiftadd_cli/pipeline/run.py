@@ -250,7 +250,7 @@ def _layer_report(spec: LinearSpec, solution: Solution, tokens: int | None) -> L
         block=spec.block,
         out_features=spec.out_features,
         in_features=spec.in_features,
-        primitive=layout.primitive,
+        primitive=layout.format.primitive,
         bits=layout.bits,
         bits_per_weight=layout.bits_per_weight,
         weight_error=solution.weight_error,

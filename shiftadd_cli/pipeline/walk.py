@@ -133,7 +133,7 @@ class Walk:
             block = source.skeleton().get_submodule(name)
             block.to(self.device)
         specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
-        bits = {each.spec.name: each.layout.choice for each in self.plan.linears}
+        bits = {each.spec.name: each.layout.format.choice for each in self.plan.linears}
         shared = {path.removeprefix(f"{name}.") for path in self.plan.structure.shared_in(depth)}
         quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights, bits, self.team, shared)
         if self.trace is None:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from shiftadd_cli.bcq.levels import code_signs, planes_of, ranks_within, sorted_levels
+from shiftadd_cli.bcq.levels import planes_of, ranks_within
 from shiftadd_cli.bcq.rotation import restore_weight, rotate_weight
 from shiftadd_cli.bcq.scale_formats import scale_format
-from shiftadd_cli.bcq.shifts import shift_levels
 from shiftadd_cli.bcq.weight import QuantizedWeight
 
 # A latent weight starts on the way from its level to the weight itself, as far as its cell allows, times this: weights
@@ -28,8 +27,8 @@ class TunableWeight(nn.Module):
 
     - `latent` float32 `[out, in]`, in the rotated basis,
     - `row_scale` float32 `[out]`, absent where one power of two serves the matrix,
-    - `ratios` float32 `[out, C, bits]`, None for a shift layer, and `offsets` float32 `[out, C]` or None, relative to
-      the row scale,
+    - `ratios` float32 `[out, C, bits]` and `offsets` float32 `[out, C]`, relative to the row scale; None where groups
+      have none,
     - `columns` float32 `[out, K]` or None, the outlier columns.
 
     weight: float32 `[out, in]`, what the compressed matrix stands for, in the basis of the layer's own input.
@@ -45,12 +44,12 @@ class TunableWeight(nn.Module):
         super().__init__()
         self.layout = quantized.layout
         self.register_buffer("signs", quantized.signs())
-        ratios = quantized.ratios() if self.layout.primitive == "bcq" else None
+        ratios = self.layout.primitive.ratios(self.layout.scales, self.layout.bits, quantized.tensors)
         offsets = None if ratios is None else quantized.offsets(ratios)
         row_scale = quantized.tensors["weight_row_scale"].float()
         self.ratios = None if ratios is None else nn.Parameter(ratios)
         self.offsets = None if offsets is None else nn.Parameter(offsets)
-        self.row_scale = nn.Parameter(row_scale, requires_grad=self.layout.row_scale)
+        self.row_scale = nn.Parameter(row_scale, requires_grad=self.layout.scales.row_scale)
         outliers = quantized.outliers()
         self.columns = None if outliers is None else nn.Parameter(outliers[0].float())
         self.register_buffer("ids", None if outliers is None else outliers[1])
@@ -94,11 +93,9 @@ class TunableWeight(nn.Module):
 
     def _start(self, values: Tensor, target: Tensor) -> Tensor:
         """Latent weights `[out, in]`: between the present values and the target, inside the cells of the values."""
-        if self.ratios is None:
-            levels = shift_levels(self.layout.primitive, self.layout.bits).to(values.device).sort().values
-            levels = levels.expand(len(values), 1, -1)
-        else:
-            levels, _ = sorted_levels(self.ratios.detach(), None if self.offsets is None else self.offsets.detach())
+        ratios, offsets = (None if free is None else free.detach() for free in (self.ratios, self.offsets))
+        levels = self.layout.primitive.levels(self.layout.bits, ratios, offsets).to(values.device)
+        levels = levels.sort(dim=-1, stable=True).values.expand(len(values), -1, -1)
         midpoints = (levels[..., 1:] + levels[..., :-1]) / 2 * self.row_scale.detach().view(-1, 1, 1)
         ends = midpoints.new_full((*midpoints.shape[:-1], 1), torch.inf)
         rank = ranks_within(self._group(values), midpoints)
@@ -113,7 +110,7 @@ class TunableWeight(nn.Module):
 
     def _snapped(self, free: Tensor) -> tuple[Tensor, Tensor | None]:
         """Ratios `free` and offsets as they would be stored, with straight-through gradients."""
-        form = scale_format(self.layout.scale_format)
+        form = scale_format(self.layout.scales.scale_format)
         ratios = _straight(free, form.round(free.detach()))
         if self.offsets is None:
             return ratios, None
@@ -122,13 +119,8 @@ class TunableWeight(nn.Module):
     def _levels(self) -> Tensor:
         """Level of every code: `[out, C, 2 ** bits]`."""
         row_scale = self._row_scale().view(-1, 1, 1)
-        if self.ratios is None:
-            return shift_levels(self.layout.primitive, self.layout.bits).to(row_scale) * row_scale
-        ratios, offsets = self._snapped(self.ratios)
-        levels = ratios @ code_signs(self.layout.bits).to(ratios).T
-        if offsets is not None:
-            levels = levels + offsets.unsqueeze(-1)
-        return levels * row_scale
+        ratios, offsets = (None, None) if self.ratios is None else self._snapped(self.ratios)
+        return self.layout.primitive.levels(self.layout.bits, ratios, offsets).to(row_scale) * row_scale
 
     @torch.no_grad()
     def _codes(self, levels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Energy is modelled, from a table of unit costs; time never is: `shiftadd benchma
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,7 @@ from torch import nn
 
 from shiftadd_cli.allocation.cost_table import TABLE_FORMAT, CostTable, MeasuredCost
 from shiftadd_cli.artifact.shards import TensorShape, nbytes
-from shiftadd_cli.bcq.choices import CODE_BITS, Choice, choice_of
-from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.choices import ALL_CHOICES
 from shiftadd_cli.bcq.int8 import SUFFIXES as TABLE_SUFFIXES
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.report import operations
@@ -126,16 +125,14 @@ def model_cost(
 
 def layer_counts(layout: PackedLayout, way: Way) -> Counts:
     """Operations of one token in one compressed layer, or in the same layer held in another way."""
-    rows, columns = layout.grid.rows, layout.grid.columns
+    rows, columns = layout.rows, layout.columns
     if way == "fp16":
         return operations.dense(rows, columns)
     if way == "int8":
         return operations.int8(rows, columns)
     if way == "int4":
         return operations.int4(rows, columns)
-    if layout.primitive != "bcq":
-        return operations.shifts(layout)
-    return operations.planes(layout, tables=way == "look-ups")
+    return operations.compressed(layout, tables=way == "look-ups")
 
 
 def stored_parts(layouts: Mapping[str, PackedLayout], tensors: Mapping[str, TensorShape]) -> dict[str, int]:
@@ -154,37 +151,18 @@ def stored_parts(layouts: Mapping[str, PackedLayout], tensors: Mapping[str, Tens
 def energy_table(layouts: Mapping[str, PackedLayout], units: UnitCosts, *, batch: int = 1) -> CostTable:
     """Modelled energy in nanojoules a token of every shape in every form it may get, for `allocate-bits --cost energy`.
 
-    Each layer of planes is computed in the cheaper of the two ways there are. Layouts of one shape are taken to be
-    alike but for their bits; planes are left out of shapes that only shift layers have.
+    Each layer of planes is computed in the cheaper of the two ways there are.
     """
     rows = []
-    for shape, alike in _by_shape(layouts.values()).items():
-        for choice, layout in _forms(alike):
+    # Layouts of one shape differ in primitive and bits alone.
+    by_shape = {(layout.rows, layout.columns): layout for layout in layouts.values()}
+    for shape, alike in by_shape.items():
+        for choice in ALL_CHOICES:
+            layout = replace(alike, format=alike.format.at(choice))
             counts = [layer_counts(layout, way) for way in ("additions", "look-ups")]
             cheapest = min(_priced("additions", each, units, batch).total for each in counts)
             rows.append(MeasuredCost(shape=shape, bits=choice, cost=float(f"{cheapest / 1000:.6g}")))
     return CostTable(format=TABLE_FORMAT, version=1, cost="energy", unit="nJ", measured=tuple(rows))
-
-
-def _by_shape(layouts: Iterable[PackedLayout]) -> dict[tuple[int, int], list[PackedLayout]]:
-    found: dict[tuple[int, int], list[PackedLayout]] = {}
-    for each in layouts:
-        found.setdefault((each.grid.rows, each.grid.columns), []).append(each)
-    return found
-
-
-def _forms(alike: Sequence[PackedLayout]) -> Iterator[tuple[Choice, PackedLayout]]:
-    """Every choice that layers of one shape have, with the layout it gives them."""
-    planes = next((each for each in alike if each.primitive == "bcq"), None)
-    rows, columns = alike[0].grid.rows, alike[0].grid.columns
-    shifted = replace(
-        alike[0], grid=ScaleGrid(rows, columns, 1, columns), scale_format="none", row_scale=True, offset=False
-    )
-    for primitive, widths in CODE_BITS.items():
-        base = planes if primitive == "bcq" else replace(shifted, primitive=primitive)
-        if base is not None:
-            for bits in widths:
-                yield choice_of(primitive, bits), replace(base, bits=bits)
 
 
 def _other_counts(

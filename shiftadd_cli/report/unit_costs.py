@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from shiftadd_cli.bcq.primitives.base import Operation
 from shiftadd_cli.errors import CostError
 from shiftadd_cli.faults import first_fault
 
@@ -16,9 +17,6 @@ UNIT_COSTS_FORMAT: Final = "shiftadd unit costs"
 PACKAGED = Path(__file__).with_name("unit_costs_45nm.yaml")
 _MAX_BYTES = 100_000
 
-Operation = Literal[
-    "fp16_multiply", "fp32_add", "int8_multiply", "int32_add", "shift", "sram_16_bits", "dram_byte"
-]  # fmt: skip
 OPERATIONS: Final[tuple[Operation, ...]] = get_args(Operation)
 
 

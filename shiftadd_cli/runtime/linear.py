@@ -227,6 +227,6 @@ class PackedLinear(StoredWeight):
         layout = self.layout
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"primitive={layout.primitive}, bits={layout.bits}, scale_format={layout.scale_format}, "
+            f"primitive={layout.format.primitive}, bits={layout.bits}, scale_format={layout.scales.scale_format}, "
             f"rotation={layout.rotation}"
         )

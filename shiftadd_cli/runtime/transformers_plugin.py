@@ -42,9 +42,9 @@ class ShiftAddConfig(QuantizationConfigMixin):
         ArtifactFormat.from_dict(config)
         self.__dict__.update(config)
 
-    def layouts(self) -> dict[str, PackedLayout]:
+    def layouts(self) -> Mapping[str, PackedLayout]:
         """Layout of every compressed module, by its name in the model."""
-        return ArtifactFormat.from_dict(self.__dict__).layouts()
+        return ArtifactFormat.from_dict(self.__dict__).modules
 
     def splits_experts(self) -> bool:
         """Whether experts that transformers keeps in stacks are stored one by one."""

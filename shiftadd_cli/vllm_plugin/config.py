@@ -30,7 +30,7 @@ class ShiftaddConfig(QuantizationConfig):
                 "vLLM computes the experts of a mixture by kernels that shiftadd has none for; export the checkpoint "
                 "for it: shiftadd export OUT -o DIR --format dense."
             )
-        self.layouts: Mapping[str, PackedLayout] = form.layouts()
+        self.layouts: Mapping[str, PackedLayout] = form.modules
         self.tables: Mapping[str, tuple[int, ...]] = form.tables
         self.ties_head = False
 

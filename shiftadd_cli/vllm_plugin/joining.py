@@ -29,9 +29,9 @@ def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """
     if len(weights) == 1:
         return weights[0]
-    rows = sum(each.layout.grid.rows for each in weights)
+    rows = sum(each.layout.rows for each in weights)
     first = weights[0]
-    layout = replace(first.layout, grid=replace(first.layout.grid, rows=rows), row_scale=True)
+    layout = replace(_form(first.layout), rows=rows)
     tensors = {
         name: tensor if name in _OF_COLUMNS else torch.cat([_of_rows(each, name) for each in weights])
         for name, tensor in first.tensors.items()
@@ -52,11 +52,11 @@ def runs(weights: Sequence[QuantizedWeight]) -> list[list[QuantizedWeight]]:
 
 def _form(layout: PackedLayout) -> PackedLayout:
     """The layout without what may differ between matrices that are joined."""
-    return replace(layout, grid=replace(layout.grid, rows=1), row_scale=True)
+    return replace(layout, rows=1, format=layout.format.replaced(row_scale=True))
 
 
 def _of_rows(weight: QuantizedWeight, name: str) -> Tensor:
     tensor = weight.tensors[name]
     if name == "weight_row_scale":
-        return tensor.expand(weight.layout.grid.rows)
+        return tensor.expand(weight.layout.rows)
     return tensor

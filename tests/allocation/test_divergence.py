@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from formats import solver_options
 from tiny_models import save_tiny
 
 from shiftadd_cli.allocation import candidates
 from shiftadd_cli.allocation.divergence import PROBE_WINDOWS, Divergence, probe_samples
 from shiftadd_cli.allocation.sensitivity import measure_sensitivities, walk_blocks
-from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.calibration.replay import Replay
 from shiftadd_cli.calibration.trace import trace_model
@@ -21,7 +21,7 @@ from shiftadd_cli.source.experts import split_experts
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(1))
-OPTIONS = SolverOptions(group_size=16, fit_rounds=2, refine_rounds=3, asymmetric=0.5)
+OPTIONS = solver_options(group_size=16, fit_rounds=2, refine_rounds=3, asymmetric=0.5)
 
 
 def opened(path, skip=()):
@@ -62,7 +62,7 @@ def solved(monkeypatch):
         assert options.refine_rounds == 0
         assert options.asymmetric == 0
         solutions = quantize_matrices(weights, names, hessian, options, **others)
-        found.update({(name, options.bits): each for name, each in zip(names, solutions, strict=True)})
+        found.update({(name, options.format.bits): each for name, each in zip(names, solutions, strict=True)})
         return solutions
 
     monkeypatch.setattr(candidates, "quantize_matrices", spy)

@@ -12,7 +12,7 @@ from shiftadd_cli.recipe import Recipe
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    whole = plan_for(save_tiny("llama", tmp_path_factory.mktemp("front") / "model"), Recipe())
+    whole = plan_for(save_tiny("llama", tmp_path_factory.mktemp("front") / "model"), Recipe.load("equal-bits"))
     layers = {
         name: layer.model_copy(update={"cost": {2: 0.1 + 0.03 * index, 3: 0.02 + 0.03 * (index % 3), 4: 0.01}})
         for index, (name, layer) in enumerate(list(whole.layers.items())[:6])

@@ -7,16 +7,16 @@ import shutil
 
 import pytest
 from bit_plans import plan_for
+from formats import recipe_of
 from tiny_models import save_tiny
 
 from shiftadd_cli.allocation.plan_file import BitPlan, load_plan, plan_version
-from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline.plan import make_plan
-from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import find_structure, open_source
 
-RECIPE = Recipe(group_size=16)
+RECIPE = recipe_of(group_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def test_totals_are_those_of_a_run_with_the_plan(plan, model, tmp_path):
 def refusal_of(plan, model, skip=(), **fields):
     source = open_source(str(model))
     linears = find_structure(source.skeleton(), skip).linears
-    options = SolverOptions.from_recipe(RECIPE.model_copy(update=fields))
+    storage = RECIPE.model_copy(update=fields).part(MatrixStorage)
     with pytest.raises(AllocationError) as caught:
-        plan.check("plan.json", source.fingerprint, options, linears)
+        plan.check("plan.json", source.fingerprint, storage, linears)
     return str(caught.value)
 
 
@@ -82,7 +82,7 @@ def test_a_plan_of_another_model_is_refused(plan, tmp_path):
 def test_a_copy_of_the_model_is_the_same_model(plan, model, tmp_path):
     source = open_source(str(shutil.copytree(model, tmp_path / "copy")))
     linears = find_structure(source.skeleton()).linears
-    plan.check("plan.json", source.fingerprint, SolverOptions.from_recipe(RECIPE), linears)
+    plan.check("plan.json", source.fingerprint, RECIPE.part(MatrixStorage), linears)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from bcq_problems import random_hessian, random_weights
+from formats import solver_options
 
 from shiftadd_cli.allocation.row_sample import RowSample
-from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
+from shiftadd_cli.bcq.solver import quantize_matrices
 
-OPTIONS = SolverOptions(bits=2, group_size=16, refine_rounds=0)
+OPTIONS = solver_options(bits=2, group_size=16, refine_rounds=0)
 
 
 @pytest.mark.parametrize("with_data", [True, False])

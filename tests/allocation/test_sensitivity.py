@@ -7,12 +7,12 @@ import re
 
 import pytest
 import torch
+from formats import solver_options
 from tiny_models import save_tiny
 
 from shiftadd_cli.allocation import candidates, row_sample, sensitivity
 from shiftadd_cli.allocation.anchors import choose_anchors
 from shiftadd_cli.allocation.sensitivity import OutputError, measure_sensitivities, paper_score, walk_blocks
-from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.trace import trace_model
@@ -21,7 +21,7 @@ from shiftadd_cli.source.experts import split_experts
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(1))
-OPTIONS = SolverOptions(group_size=16, fit_rounds=2)
+OPTIONS = solver_options(group_size=16, fit_rounds=2)
 
 
 def measure(path, kind, candidates=(2, 4), options=OPTIONS):
@@ -73,7 +73,7 @@ def test_output_costs_are_half_the_squared_gradient_times_the_squared_error(tmp_
     def spy(weights, names, hessian, options, **others):
         assert options.refine_rounds == 0
         solutions = quantize_matrices(weights, names, hessian, options, **others)
-        solved.update({(name, options.bits): each for name, each in zip(names, solutions, strict=True)})
+        solved.update({(name, options.format.bits): each for name, each in zip(names, solutions, strict=True)})
         return solutions
 
     monkeypatch.setattr(candidates, "quantize_matrices", spy)
@@ -121,7 +121,7 @@ def test_the_predicted_loss_is_of_the_size_of_the_real_divergence(tmp_path):
     predicted, real = [], []
     for name, (weight, hessian) in matrices(tmp_path).items():
         for bits, cost in costs[name].items():
-            options = SolverOptions(bits=bits, group_size=16, fit_rounds=2, refine_rounds=0)
+            options = solver_options(bits=bits, group_size=16, fit_rounds=2, refine_rounds=0)
             (solution,) = quantize_matrices([weight], [name], hessian.float(), options)
             model = copy.deepcopy(original)
             model.get_submodule(name).weight.data = solution.weight.decode()
@@ -163,7 +163,7 @@ def test_samples_of_rows_and_of_windows_predict_what_all_of_them_do(tmp_path, mo
 
 def test_rows_that_share_scales_are_not_sampled(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path)
-    options = SolverOptions(group_size=1, group_rows=8, refine_rounds=0, row_scale=False)
+    options = solver_options(group_size=1, group_rows=8, refine_rounds=0, row_scale=False)
     whole = measure(tmp_path, "output", options=options).costs
     monkeypatch.setattr(row_sample, "_OTHER_ROWS", 8)
     monkeypatch.setattr(row_sample, "_LARGEST_ROWS", 4)

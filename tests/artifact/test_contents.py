@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from artifacts import COMMON, write_checkpoint
+from formats import matrix_format
 from tiny_models import FAMILIES, tiny_model
 
 from shiftadd_cli.artifact.contents import Contents
 from shiftadd_cli.artifact.folder import Artifact
-from shiftadd_cli.artifact.format import MatrixFormat
+from shiftadd_cli.bcq.weight import PackedLayout
 
 
 @pytest.mark.parametrize("tables", [False, True])
@@ -33,14 +34,14 @@ def test_everything_stored_is_counted_once(family: str, tables: bool, tmp_path: 
 
 
 def test_kinds_sum_up_layers_that_are_alike(tmp_path: Path) -> None:
-    own = {"1.mlp.up_proj": MatrixFormat(5, 8, 1, "pot", True, True)}
+    own = {"1.mlp.up_proj": matrix_format(5, 8, 1, "pot", True, True)}
     contents = Contents.of(Artifact.open(write_checkpoint(tiny_model("qwen3"), tmp_path / "out", own=own).folder))
     kinds = [kind for kind in contents.kinds if kind.name == "model.layers.*.mlp.up_proj"]
     assert [(kind.count, kind.bits, kind.scale_format) for kind in kinds] == [(2, 3, "apot2"), (1, 5, "pot")]
     assert sum(kind.stored_bytes for kind in contents.kinds) == contents.packed_bytes
     assert sum(kind.stored_bytes for kind in contents.kept_kinds) == contents.kept_bytes
     assert sum(kind.count for kind in contents.kinds) == len(contents.layers) == 3 * 7
-    layout = COMMON.layout(72, 32)
+    layout = PackedLayout(COMMON, 72, 32)
     assert kinds[0].stored_bytes == 2 * layout.nbytes
 
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from formats import matrix_format
 
-from shiftadd_cli.artifact.format import FORMAT_VERSION, ArtifactFormat, MatrixFormat
+from shiftadd_cli.artifact.format import FORMAT_VERSION, ArtifactFormat
+from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 
-COMMON = MatrixFormat(3, 64, 1, "apot2", True, False)
+COMMON = matrix_format(3, 64, 1, "apot2", True, False)
 MODULES = {
-    "a": (COMMON, 576, 576),
-    "b": (MatrixFormat(2, 64, 1, "apot2", True, True), 1536, 576),
-    "c": (MatrixFormat(3, 8, "1/8", "float", False, False), 7, 5),
-    "d": (MatrixFormat(3, "all", "all", "pot", True, False), 7, 5),
-    "e": (replace(COMMON, outlier_columns=0.01), 7, 500),
+    "a": PackedLayout(COMMON, 576, 576),
+    "b": PackedLayout(matrix_format(2, 64, 1, "apot2", True, True), 1536, 576),
+    "c": PackedLayout(matrix_format(3, 8, "1/8", "float", False, False), 7, 5),
+    "d": PackedLayout(matrix_format(3, "all", "all", "pot", True, False), 7, 5),
+    "e": PackedLayout(COMMON.replaced(outlier_columns=0.01), 7, 500),
 }
 VALID = ArtifactFormat(COMMON, MODULES).to_dict()
 TABLES = {"embed": (49152, 576), "head": (49152, 576)}
@@ -33,9 +34,9 @@ def test_modules_show_only_what_differs() -> None:
 
 
 def test_layouts_resolve_the_words_of_the_recipe() -> None:
-    layouts = ArtifactFormat(COMMON, MODULES).layouts()
+    layouts = ArtifactFormat(COMMON, MODULES).modules
     assert list(layouts) == list(MODULES)
-    assert (layouts["b"].bits, layouts["b"].offset, layouts["b"].grid.column_groups) == (2, True, 9)
+    assert (layouts["b"].bits, layouts["b"].scales.offset, layouts["b"].grid.column_groups) == (2, True, 9)
     assert (layouts["c"].grid.group_rows, layouts["c"].grid.group_columns) == (1, 5)
     assert (layouts["d"].grid.row_groups, layouts["d"].grid.column_groups) == (1, 1)
 
@@ -110,17 +111,17 @@ def test_unknown_keys_are_ignored() -> None:
     assert ArtifactFormat.from_dict(VALID | {"tool": "x"}) == ArtifactFormat.from_dict(VALID)
 
 
-SHIFT = replace(COMMON, primitive="shift2", bits=4)
+SHIFT = COMMON.replaced(primitive="shift2", bits=4)
 
 
 def test_shift_layers_say_so_and_need_the_second_version() -> None:
-    mixed = ArtifactFormat(COMMON, {**MODULES, "s": (SHIFT, 576, 576)})
+    mixed = ArtifactFormat(COMMON, {**MODULES, "s": PackedLayout(SHIFT, 576, 576)})
     written = json.loads(json.dumps(mixed.to_dict()))
     assert written["format_version"] == 2
     assert written["modules"]["s"] == {"shape": [576, 576], "bits": 4, "primitive": "shift2"}
     assert ArtifactFormat.from_dict(written) == mixed
-    layout = mixed.layouts()["s"]
-    assert (layout.primitive, layout.bits, layout.grid.column_groups, layout.scale_format) == ("shift2", 4, 1, "none")
+    layout = mixed.modules["s"]
+    assert (layout.format.choice, layout.grid.column_groups, layout.scales.scale_format) == ("shift2-4", 1, "none")
 
 
 def test_tables_of_convolutions_need_the_third_version() -> None:
@@ -129,14 +130,14 @@ def test_tables_of_convolutions_need_the_third_version() -> None:
     written = json.loads(json.dumps(with_images.to_dict()))
     assert (written["format_version"], written["tables"]) == (3, {"patches": {"shape": [384, 3, 14, 14]}})
     assert ArtifactFormat.from_dict(written) == with_images
-    assert ArtifactFormat(COMMON, {"s": (SHIFT, 8, 8)}, tables).to_dict()["format_version"] == 3
+    assert ArtifactFormat(COMMON, {"s": PackedLayout(SHIFT, 8, 8)}, tables).to_dict()["format_version"] == 3
     for sides in ([384], [384, 3, 14], [384, 3, 14, 0]):
         with pytest.raises(ArtifactError, match="no shape for patches"):
             ArtifactFormat.from_dict(written | {"tables": {"patches": {"shape": sides}}})
 
 
 def test_planes_among_shift_layers_say_so() -> None:
-    mixed = ArtifactFormat(SHIFT, {"a": (SHIFT, 8, 8), "b": (COMMON, 8, 8)})
+    mixed = ArtifactFormat(SHIFT, {"a": PackedLayout(SHIFT, 8, 8), "b": PackedLayout(COMMON, 8, 8)})
     written = json.loads(json.dumps(mixed.to_dict()))
     assert (written["primitive"], written["modules"]["b"]["primitive"]) == ("shift2", "bcq")
     assert ArtifactFormat.from_dict(written) == mixed

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from artifacts import COMMON, FORMATS, edit_config, edit_tensors, write_checkpoint
+from formats import matrix_format
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from shiftadd_cli.artifact.folder import Artifact
-from shiftadd_cli.artifact.format import MatrixFormat
 from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.transformers_plugin import register
@@ -48,13 +47,13 @@ def test_sound_checkpoints_pass(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_sound_checkpoints_of_every_format_pass(form: str, tmp_path: Path) -> None:
-    common = MatrixFormat(2, 7, "1/8", form, False, True)
+    common = matrix_format(2, 7, "1/8", form, False, True)
     verify(Artifact.open(write_checkpoint(tiny_model("llama"), tmp_path / "out", common=common).folder))
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 48], [-1, 0, 3], [5, 5, 6], [7, 2, 9]])
 def test_outlier_columns_must_be_there_and_in_order(tmp_path: Path, ids: list[int]) -> None:
-    common = replace(COMMON, outlier_columns=0.06)
+    common = COMMON.replaced(outlier_columns=0.06)
     folder = write_checkpoint(tiny_model("llama"), tmp_path / "out", common=common, shard_bytes=10**9).folder
     verify(Artifact.open(folder))
     (folder / "report.json").unlink()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from bcq_problems import generator, quadratic_error, random_hessian, random_weights
+from formats import changed, solver_options
 
 from shiftadd_cli.bcq.outliers import choose_outliers, corrections, outlier_count, without_columns, without_inputs
-from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
+from shiftadd_cli.bcq.solver import quantize_matrices
 
 
 @pytest.mark.parametrize(("columns", "share", "count"), [(576, 0, 0), (576, 0.005, 3), (576, 1e-9, 1), (3, 1.0, 3)])
@@ -57,10 +56,10 @@ def test_copies_of_one_input_and_dead_inputs_leave_corrections_finite() -> None:
 def test_the_solver_stores_them_beside_its_planes(rotation: str, with_data: bool) -> None:
     weights, hessian = [random_weights(12, 64), random_weights(8, 64, seed=1)], random_hessian(64)
     given = hessian if with_data else None
-    plain = SolverOptions(bits=2, group_size=16, rotation=rotation, refine_rounds=1)
+    plain = solver_options(bits=2, group_size=16, rotation=rotation, refine_rounds=1)
     if not with_data:
         plain = plain.without_data()
-    options = replace(plain, outlier_columns=0.05)
+    options = changed(plain, outlier_columns=0.05)
     names = ["one", "other"]
     before = quantize_matrices(weights, names, given, plain)
     after = quantize_matrices(weights, names, given, options)

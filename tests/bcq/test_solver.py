@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from bcq_problems import generator, quadratic_error, random_hessian, random_weights
+from formats import changed, solver_options
 from torch import Tensor
 
 from shiftadd_cli.bcq import solver
@@ -26,7 +26,7 @@ ACC: dict[str, Any] = {
     "rotation": "none",
 }
 LAT: dict[str, Any] = {**ACC, "group_size": 8, "group_rows": "1/8"}
-QUICK = SolverOptions(group_size=16, refine_rounds=1, offset=False)
+QUICK = solver_options(group_size=16, refine_rounds=1, offset=False)
 
 
 def solve(weights: Tensor, hessian: Tensor | None, options: SolverOptions) -> Solution:
@@ -63,9 +63,9 @@ def same_bytes(one: Solution, other: Solution) -> bool:
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_every_combination_improves_on_its_fit_alone(scale_format: str, sweep: Any, offset: bool) -> None:
     weights, hessian = random_weights(12, 72), random_hessian(72)
-    options = replace(QUICK, scale_format=scale_format, sweep=sweep, offset=offset)
+    options = changed(QUICK, scale_format=scale_format, sweep=sweep, offset=offset)
     full = solve(weights, hessian, options)
-    swept = solve(weights, hessian, replace(options, refine_rounds=0))
+    swept = solve(weights, hessian, changed(options, refine_rounds=0))
     fitted = solve(weights, hessian, options.without_data())
     errors = [objective_value(weights, solution, hessian, options) for solution in (full, swept, fitted)]
     assert errors[0] < 0.95 * errors[1]
@@ -78,7 +78,7 @@ def test_every_combination_improves_on_its_fit_alone(scale_format: str, sweep: A
 @pytest.mark.parametrize("hessian", [None, random_hessian(40)], ids=["no data", "data"])
 def test_reported_errors_are_those_of_the_stored_tensors(scale_format: str, hessian: Tensor | None) -> None:
     weights = random_weights(9, 40)
-    options = replace(QUICK, scale_format=scale_format)
+    options = changed(QUICK, scale_format=scale_format)
     solution = solve(weights, hessian, options if hessian is not None else options.without_data())
     weight_error, output_error = relative_errors(weights, solution, random_hessian(40))
     assert solution.weight_error == pytest.approx(weight_error, rel=1e-3)
@@ -92,7 +92,7 @@ def test_reported_errors_are_those_of_the_stored_tensors(scale_format: str, hess
 @pytest.mark.parametrize("hessian", [None, random_hessian(48)], ids=["no data", "data"])
 def test_rotated_or_not_the_stored_tensors_stand_for_the_weights(rotation: Any, hessian: Tensor | None) -> None:
     weights = random_weights(9, 48)
-    options = replace(QUICK, bits=6, rotation=rotation)
+    options = changed(QUICK, bits=6, rotation=rotation)
     solution = solve(weights, hessian, options if hessian is not None else options.without_data())
     assert ("weight_signs" in solution.weight.tensors) == (rotation == "hadamard")
     torch.testing.assert_close(solution.weight.decode(), weights, rtol=0, atol=0.15 * float(weights.abs().max()))
@@ -103,19 +103,19 @@ def test_rotation_spreads_outliers() -> None:
     weights, hessian = random_weights(16, 64), random_hessian(64)
     # Heavy tails: a few weights in every group are many times the others.
     weights *= torch.exp(1.5 * torch.randn(weights.shape, generator=generator(1)))
-    options = replace(QUICK, group_size="all")
-    plain, rotated = (solve(weights, hessian, replace(options, rotation=each)) for each in ("none", "hadamard"))
+    options = changed(QUICK, group_size="all")
+    plain, rotated = (solve(weights, hessian, changed(options, rotation=each)) for each in ("none", "hadamard"))
     assert objective_value(weights, rotated, hessian, options) < 0.7 * objective_value(weights, plain, hessian, options)
 
 
 def test_the_seed_chooses_the_signs() -> None:
     weights, hessian = random_weights(4, 32), random_hessian(32)
-    signs = [solve(weights, hessian, replace(QUICK, seed=seed)).weight.tensors["weight_signs"] for seed in (0, 0, 1)]
+    signs = [solve(weights, hessian, changed(QUICK, seed=seed)).weight.tensors["weight_signs"] for seed in (0, 0, 1)]
     assert torch.equal(signs[0], signs[1])
     assert not torch.equal(signs[0], signs[2])
 
 
-@pytest.mark.parametrize("options", [QUICK, replace(QUICK, row_scale=False), SolverOptions(**ACC)], ids=str)
+@pytest.mark.parametrize("options", [QUICK, changed(QUICK, row_scale=False), solver_options(**ACC)], ids=str)
 def test_matrices_solved_together_are_those_solved_alone(options: SolverOptions) -> None:
     matrices = [random_weights(rows, 48, seed=rows) for rows in (7, 1, 12)]
     hessian = random_hessian(48)
@@ -132,14 +132,14 @@ def test_matrices_solved_together_are_those_solved_alone(options: SolverOptions)
 def test_pieces_of_rows_are_put_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solver, "_PIECE_ROWS", 4)
     matrices = [random_weights(rows, 32, seed=rows) for rows in (7, 3, 9)]
-    for solution in quantize_matrices(matrices, ["q", "k", "v"], random_hessian(32), replace(QUICK, offset=True)):
+    for solution in quantize_matrices(matrices, ["q", "k", "v"], random_hessian(32), changed(QUICK, offset=True)):
         check_layout(solution)
         assert solution.output_error is not None
         assert solution.output_error < 0.05
 
 
 @pytest.mark.parametrize(
-    "options", [QUICK, replace(QUICK, offset=True, sweep="dynamic"), SolverOptions(**LAT)], ids=str
+    "options", [QUICK, changed(QUICK, offset=True, sweep="dynamic"), solver_options(**LAT)], ids=str
 )
 def test_two_runs_give_the_same_bytes_whatever_the_memory_order(options: SolverOptions) -> None:
     weights, hessian = random_weights(11, 50), random_hessian(50)
@@ -151,7 +151,7 @@ def test_two_runs_give_the_same_bytes_whatever_the_memory_order(options: SolverO
 def test_inputs_are_left_as_they_were() -> None:
     weights, hessian = random_weights(6, 30), random_hessian(30)
     before = weights.clone(), hessian.clone()
-    for options in (QUICK, SolverOptions(**LAT)):
+    for options in (QUICK, solver_options(**LAT)):
         solve(weights, hessian, options)
     assert torch.equal(weights, before[0])
     assert torch.equal(hessian, before[1])
@@ -169,15 +169,15 @@ def test_weights_of_any_type(dtype: torch.dtype) -> None:
 def test_refinement_never_raises_the_objective(refine_rounds: int, fit_rounds: int) -> None:
     for seed in range(4):
         weights, hessian = random_weights(8, 60, seed), random_hessian(60, seed)
-        options = replace(QUICK, refine_rounds=refine_rounds, fit_rounds=fit_rounds, bits=2, scale_format="pot")
+        options = changed(QUICK, refine_rounds=refine_rounds, fit_rounds=fit_rounds, bits=2, scale_format="pot")
         refined = objective_value(weights, solve(weights, hessian, options), hessian, options)
-        plain = objective_value(weights, solve(weights, hessian, replace(options, refine_rounds=0)), hessian, options)
+        plain = objective_value(weights, solve(weights, hessian, changed(options, refine_rounds=0)), hessian, options)
         assert refined <= plain * (1 + 1e-4)
 
 
 def test_more_bits_have_less_error() -> None:
     weights, hessian = random_weights(6, 40), random_hessian(40)
-    errors = [solve(weights, hessian, replace(QUICK, bits=bits, offset=True)).output_error for bits in range(1, 9)]
+    errors = [solve(weights, hessian, changed(QUICK, bits=bits, offset=True)).output_error for bits in range(1, 9)]
     for fewer, more in itertools.pairwise(errors):
         assert fewer is not None
         assert more is not None
@@ -190,7 +190,7 @@ def test_more_bits_have_less_error() -> None:
 @pytest.mark.parametrize(("out", "columns"), [(10, 13), (1, 1), (3, 130), (17, 64)])
 def test_shared_scales_of_the_paper(recipe: dict[str, Any], out: int, columns: int) -> None:
     weights, hessian = random_weights(out, columns), random_hessian(columns)
-    options = SolverOptions(**recipe)
+    options = solver_options(**recipe)
     swept = solve(weights, hessian, options)
     assert swept.output_error is not None
     weight_error, output_error = relative_errors(weights, swept, hessian)
@@ -202,12 +202,12 @@ def test_shared_scales_of_the_paper(recipe: dict[str, Any], out: int, columns: i
 
 
 EDGE_OPTIONS = [
-    *(replace(QUICK, scale_format=name, offset=offset) for name in FORMATS for offset in (False, True)),
-    replace(QUICK, bits=1, offset=True),
-    replace(QUICK, bits=8),
-    replace(QUICK, row_scale=False, sweep="dynamic"),
-    SolverOptions(**ACC),
-    SolverOptions(**LAT),
+    *(changed(QUICK, scale_format=name, offset=offset) for name in FORMATS for offset in (False, True)),
+    changed(QUICK, bits=1, offset=True),
+    changed(QUICK, bits=8),
+    changed(QUICK, row_scale=False, sweep="dynamic"),
+    solver_options(**ACC),
+    solver_options(**LAT),
 ]
 
 
@@ -219,7 +219,7 @@ def test_zeros_stay_zero(options: SolverOptions) -> None:
     assert (nothing.weight_error, nothing.output_error) == (0.0, 0.0)
     weights = random_weights(6, 20)
     weights[2] = 0.0
-    if options.group_rows == 1:
+    if options.format.group_rows == 1:
         decoded = solve(weights, hessian, options).weight.decode()
         assert not decoded[2].any()
 
@@ -228,7 +228,7 @@ def test_zeros_stay_zero(options: SolverOptions) -> None:
 def test_a_single_weight_is_kept(options: SolverOptions) -> None:
     solution = solve(torch.tensor([[-0.3]]), torch.tensor([[2.0]]), options)
     # Without a row scale one power of two takes its place, and the scales must make up the rest.
-    tolerance = 0.3 if options.scale_format == "pot" and not options.row_scale else 0.06
+    tolerance = 0.3 if options.format.scale_format == "pot" and not options.format.row_scale else 0.06
     assert float(solution.weight.decode()) == pytest.approx(-0.3, rel=tolerance)
 
 
@@ -238,11 +238,11 @@ def test_constant_rows_and_large_means_survive_an_offset(options: SolverOptions)
     weights[1] = -0.1
     weights[2:] += 0.2 * torch.randn(2, 32, generator=generator(0))
     # The rotation turns a constant into spikes; what is tried here is the offset.
-    solution = solve(weights, torch.eye(32), replace(options, rotation="none"))
+    solution = solve(weights, torch.eye(32), changed(options, rotation="none"))
     decoded = solution.weight.decode()
-    if options.bits > 1 and options.group_rows == 1:
+    if options.format.bits > 1 and options.format.group_rows == 1:
         torch.testing.assert_close(decoded[:2], weights[:2], rtol=0.06, atol=0)
-    assert solution.weight_error < (0.05 if options.bits > 1 else 0.3)
+    assert solution.weight_error < (0.05 if options.format.bits > 1 else 0.3)
 
 
 @pytest.mark.parametrize("options", EDGE_OPTIONS, ids=str)
@@ -253,7 +253,7 @@ def test_dead_inputs_do_no_harm(options: SolverOptions) -> None:
     hessian[:, dead] = 0.0
     solution = solve(weights, hessian, options)
     assert solution.output_error is not None
-    assert solution.output_error < (0.15 if options.bits > 1 else 0.5)
+    assert solution.output_error < (0.15 if options.format.bits > 1 else 0.5)
     # Only the weight error speaks for their weights, and it keeps them near.
     assert solution.weight.decode().abs().max() < 3 * weights.abs().max()
 
@@ -274,7 +274,7 @@ def test_a_hessian_that_is_not_positive_definite_is_handled(smallest: float) -> 
     values[0] = smallest * float(values.mean())
     bad = ((vectors * values) @ vectors.T).float()
     for sweep in ("none", "static", "dynamic"):
-        options = replace(QUICK, weight_error=0.0, sweep=sweep)
+        options = changed(QUICK, weight_error=0.0, sweep=sweep)
         solution = solve(weights, bad, options)
         assert relative_errors(weights, solution, hessian)[1] < 0.05
         assert solution.weight_error < 1.0
@@ -284,10 +284,10 @@ def test_a_hessian_that_is_not_positive_definite_is_handled(smallest: float) -> 
 def test_units_of_weights_and_inputs_do_not_matter(exponent: int) -> None:
     weights, hessian = random_weights(6, 40), random_hessian(40)
     # A power of two changes no digit.
-    reference = solve(weights, hessian, replace(QUICK, offset=True)).weight.decode()
-    scaled = solve(weights * 2.0**exponent, hessian, replace(QUICK, offset=True)).weight.decode()
+    reference = solve(weights, hessian, changed(QUICK, offset=True)).weight.decode()
+    scaled = solve(weights * 2.0**exponent, hessian, changed(QUICK, offset=True)).weight.decode()
     torch.testing.assert_close(scaled * 2.0**-exponent, reference, rtol=1e-3, atol=1e-5)
-    stronger = solve(weights, hessian * 2.0**exponent, replace(QUICK, offset=True)).weight.decode()
+    stronger = solve(weights, hessian * 2.0**exponent, changed(QUICK, offset=True)).weight.decode()
     torch.testing.assert_close(stronger, reference, rtol=1e-3, atol=1e-5)
 
 

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 from bcq_problems import generator, quick
+from formats import layout_on, matrix_format
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.primitives.shift_levels import MAGNITUDES
 from shiftadd_cli.bcq.scale_formats import scale_format
-from shiftadd_cli.bcq.shifts import MAGNITUDES
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 
 FORMATS = ("pot", "apot2", "apot3", "float")
@@ -21,19 +22,19 @@ NIBBLES = {"pot": 1, "apot2": 2, "apot3": 3}
 def random_parts(layout: PackedLayout, seed: int) -> dict[str, Any]:
     """Arguments of `QuantizedWeight.pack` on the scale format; a tenth of the scales zero, one group all zero."""
     g = generator(seed)
-    grid, form = layout.grid, scale_format(layout.scale_format)
+    grid, form = layout.grid, scale_format(layout.scales.scale_format)
     ratios = form.round(torch.exp2(-12 * torch.rand(grid.row_groups, grid.column_groups, layout.bits, generator=g)))
     ratios = torch.where(torch.rand(ratios.shape, generator=g) < 0.1, 0.0, ratios)
     ratios[0, 0] = 0.0
-    if layout.row_scale:
+    if layout.scales.row_scale:
         row_scale = (0.01 + torch.rand(grid.rows, generator=g)).bfloat16().float()
     else:
         row_scale = torch.tensor([2.0**-3])
     offsets = None
-    if layout.offset and form.nibbles:
+    if layout.scales.offset and form.nibbles:
         multiples = torch.randint(-8, 8, (grid.row_groups, grid.column_groups), generator=g)
         offsets = multiples * ratios.amax(-1) / 8
-    elif layout.offset:
+    elif layout.scales.offset:
         offsets = torch.randn(grid.row_groups, grid.column_groups, generator=g).half().float()
     planes = torch.rand(grid.rows, layout.bits, grid.columns, generator=g) > 0.5
     return {"planes": planes, "ratios": ratios, "row_scale": row_scale, "offsets": offsets}
@@ -66,23 +67,23 @@ def slow_decode(layout: PackedLayout, tensors: dict[str, Tensor]) -> Tensor:
             c = i // grid.group_columns
             scales = []
             for b in range(bits):
-                if layout.scale_format == "float":
+                if layout.scales.scale_format == "float":
                     scales.append(float(tensors["weight_scales"][r, c, b]))
                     continue
-                n = NIBBLES[layout.scale_format]
+                n = NIBBLES[layout.scales.scale_format]
                 first = (c * bits + b) * n
                 scales.append(scalar_ratio([nibble_at(tensors["weight_exponents"][r], first + k) for k in range(n)]))
             value = 0.0
             for b in range(bits):
                 bit = int(tensors["weight_codes"][o, b, i // 8]) >> (i % 8) & 1
                 value += scales[b] if bit else -scales[b]
-            if layout.offset and layout.scale_format == "float":
+            if layout.scales.offset and layout.scales.scale_format == "float":
                 value += float(tensors["weight_offset"][r, c])
-            elif layout.offset:
+            elif layout.scales.offset:
                 nibble = nibble_at(tensors["weight_offset"][r], c)
                 value += (nibble - 16 if nibble > 7 else nibble) / 8 * max(scales)
             row_scale = tensors["weight_row_scale"]
-            out[o, i] = value * float(row_scale[o if layout.row_scale else 0])
+            out[o, i] = value * float(row_scale[o if layout.scales.row_scale else 0])
     return out
 
 
@@ -126,13 +127,13 @@ def test_decode_equals_the_formula_for_every_group_shape(
 ) -> None:
     grid = ScaleGrid.resolve(11, 67, group_rows, group_size)
     for row_scale in (False, True):
-        check_decode(PackedLayout(grid, 3, scale_format, row_scale, offset), seed=1)
+        check_decode(layout_on(grid, 3, scale_format, row_scale, offset), seed=1)
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_decode_equals_the_formula_for_every_number_of_planes(scale_format: str, bits: int) -> None:
-    check_decode(PackedLayout(ScaleGrid.resolve(5, 21, 1, 8), bits, scale_format, True, True), seed=bits)
+    check_decode(layout_on(ScaleGrid.resolve(5, 21, 1, 8), bits, scale_format, True, True), seed=bits)
 
 
 @quick
@@ -159,13 +160,13 @@ def test_decode_equals_the_formula_for_any_size(
     seed: int,
 ) -> None:
     grid = ScaleGrid.resolve(rows, columns, group_rows, group_size)
-    check_decode(PackedLayout(grid, bits, scale_format, row_scale, offset), seed)
+    check_decode(layout_on(grid, bits, scale_format, row_scale, offset), seed)
 
 
 @pytest.mark.parametrize(("group_rows", "row_scale"), [(1, True), ("1/2", False)])
 @pytest.mark.parametrize("height", [1, 3, 4, 11, 100])
 def test_tiles_are_the_rows_of_the_whole_bit_for_bit(group_rows: int | str, row_scale: bool, height: int) -> None:
-    layout = PackedLayout(ScaleGrid.resolve(11, 37, group_rows, 8), 3, "apot2", row_scale, True)
+    layout = layout_on(ScaleGrid.resolve(11, 37, group_rows, 8), 3, "apot2", row_scale, True)
     weight = QuantizedWeight.pack(layout, **random_parts(layout, 2))
     whole, next_row = weight.decode(), 0
     for rows, tile in weight.tiles(height):
@@ -177,7 +178,7 @@ def test_tiles_are_the_rows_of_the_whole_bit_for_bit(group_rows: int | str, row_
 
 def test_layout_counts_every_stored_bit() -> None:
     # 3 planes, 9 groups of 3 scales of 8 bits and an offset of 4 bits to 576 weights, 16 bits of row scale.
-    layout = PackedLayout(ScaleGrid.resolve(960, 576, 1, 64), 3, "apot2", True, True)
+    layout = layout_on(ScaleGrid.resolve(960, 576, 1, 64), 3, "apot2", True, True)
     assert layout.bits_per_weight == 3 + (9 * 3 * 8 + 40 + 16) / 576
     assert layout.nbytes == 960 * (576 * 3 // 8 + 27 + 5 + 2)
 
@@ -194,10 +195,8 @@ def test_shift_layers_decode_to_the_levels_that_were_packed(
     kind: tuple[Any, int], rows: int, columns: int, seed: int, rotation: str
 ) -> None:
     primitive, bits = kind
-    layout = PackedLayout.resolve(
-        rows, columns, primitive=primitive, bits=bits, group_size=16, group_rows="all", scale_format="apot2",
-        row_scale=False, offset=True, rotation=rotation,
-    )  # fmt: skip
+    form = matrix_format(bits, 16, "all", row_scale=False, offset=True, rotation=rotation, primitive=primitive)
+    layout = PackedLayout(form, rows, columns)
     g = generator(seed)
     codes = torch.randint(0, 2**bits, (rows, columns), generator=g)
     row_scale = (0.01 + torch.rand(rows, generator=g)).bfloat16().float()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from artifacts import COMMON, random_weight, write_checkpoint
 from benchmark_clocks import ticking
+from formats import matrix_format
 from loading import load
 from tiny_models import tiny_model
 
-from shiftadd_cli.artifact.format import MatrixFormat
+from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.benchmark import layer_speed as module
 from shiftadd_cli.benchmark.layer_speed import WaySpeed, copies_for, layer_kinds, measure_layers
 from shiftadd_cli.benchmark.roof import Roof
@@ -20,7 +20,7 @@ from shiftadd_cli.benchmark.timing import Span, Timed
 from shiftadd_cli.runtime.kernels.choice import Kernel
 from shiftadd_cli.runtime.linear import PackedLinear
 
-TWO_BITS = MatrixFormat(**{**COMMON.__dict__, "bits": 2})
+TWO_BITS = COMMON.replaced(bits=2)
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,11 @@ def test_an_original_has_no_compressed_layers():
 
 
 def test_the_form_names_what_is_there():
-    form = MatrixFormat(4, "all", 1, "float", True, offset=True, rotation="hadamard", outlier_columns=0.25)
-    layer = PackedLinear.from_weight(random_weight(form.layout(8, 16)))
+    form = matrix_format(4, "all", 1, "float", True, offset=True, rotation="hadamard", outlier_columns=0.25)
+    layer = PackedLinear.from_weight(random_weight(PackedLayout(form, 8, 16)))
     assert layer_kinds(layer)[0].form == "4 bits, float, 1 x 16, rotated, offsets, 4 outliers"
-    shift = replace(form, primitive="shift2", outlier_columns=0.0)
-    layer = PackedLinear.from_weight(random_weight(shift.layout(8, 16)))
+    shift = form.replaced(primitive="shift2", outlier_columns=0.0)
+    layer = PackedLinear.from_weight(random_weight(PackedLayout(shift, 8, 16)))
     assert layer_kinds(layer)[0].form == "4 bits, shift2, row scales, rotated"
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from artifacts import COMMON, random_weight
 
+from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.benchmark.layer_speed import LayerSpeed, WaySpeed, layer_kinds
 from shiftadd_cli.benchmark.machine import Machine
 from shiftadd_cli.benchmark.model_speed import ModelSpeed
@@ -40,7 +41,7 @@ def model(spec: str, dtype: str, factor: float) -> ModelSpeed:
 
 
 def layer(cold: bool) -> LayerSpeed:
-    packed = PackedLinear.from_weight(random_weight(COMMON.layout(64, 128)))
+    packed = PackedLinear.from_weight(random_weight(PackedLayout(COMMON, 64, 128)))
 
     def way(name: str, factor: float) -> WaySpeed:
         return WaySpeed(name, int(1e4 * factor), 5, cold, {1: timed(1e-5 * factor), 64: timed(4e-5 * factor)})

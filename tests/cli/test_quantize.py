@@ -12,11 +12,11 @@ import pytest
 import torch
 from bit_plans import plan_for
 from click.testing import CliRunner, Result
+from formats import recipe_of
 from safetensors.torch import load_file
 from tiny_models import save_tiny
 
 from shiftadd_cli.cli import main
-from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import Source
 from shiftadd_cli.source import model as source_model
 
@@ -174,9 +174,9 @@ def test_a_disk_that_fills_up(
 
 def test_a_bit_plan_of_another_model_or_format_is_refused(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(plan_for(save_tiny("llama", tmp_path / "other", seed=1), Recipe(group_size=16)).to_json())
+    path.write_text(plan_for(save_tiny("llama", tmp_path / "other", seed=1), recipe_of(group_size=16)).to_json())
     assert_refused(quantize(model, "-o", tmp_path / "out", "--bit-plan", path), "another model")
-    path.write_text(plan_for(model, Recipe(group_size=16)).to_json())
+    path.write_text(plan_for(model, recipe_of(group_size=16)).to_json())
     assert_refused(
         quantize(model, "-o", tmp_path / "out", "--recipe", "equal-bits", "--bit-plan", path), "group_size", "16", "128"
     )
@@ -186,7 +186,7 @@ def test_a_bit_plan_of_another_model_or_format_is_refused(model: Path, tmp_path:
 
 def test_the_bits_of_a_plan_are_shown_before_the_run(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(plan_for(model, Recipe(group_size=16)).to_json())
+    path.write_text(plan_for(model, recipe_of(group_size=16)).to_json())
     result = quantize(
         model, "-o", tmp_path / "out", "--recipe", "equal-bits", "--bit-plan", path, "--group-size", "16", "--dry-run"
     )

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from bit_plans import plan_for
 from click.testing import CliRunner, Result
+from formats import recipe_of
 from tiny_models import save_tiny
 
 from shiftadd_cli.cli import main
-from shiftadd_cli.recipe import Recipe
 
 
 def run(*arguments: object) -> Result:
@@ -26,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     source = save_tiny("llama", folder / "source")
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    recipe = Recipe(group_size=16, samples=4, seq_len=32)
+    recipe = recipe_of(group_size=16, samples=4, seq_len=32)
     (folder / "plan.json").write_text(plan_for(source, recipe).to_json())
     options = [
         "--recipe",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from bcq_problems import generator, quadratic_error, random_hessian, random_weights
+from formats import changed
 from torch import Tensor
 
 from shiftadd_cli.bcq.options import SolverOptions
@@ -70,7 +69,7 @@ def on_half_precision_grids(rows: int, columns: int, group_size: int, bits: int)
 
 
 def options(bits: int, group_size: int) -> SolverOptions:
-    return SolverOptions.from_recipe(Recipe.load("gptq", {"bits": bits, "group_size": group_size}))
+    return Recipe.load("gptq", {"bits": bits, "group_size": group_size}.solver_options)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -89,7 +88,7 @@ def test_decodes_to_what_gptq_decodes_to(columns: int, group_size: int, bits: in
 def test_the_reference_tells_other_settings_apart(change: dict[str, object]) -> None:
     weights, hessian = on_half_precision_grids(40, 96, 32, 3), random_hessian(96, seed=3)
     expected, _ = reference(weights, hessian, 3, 32)
-    (solution,) = quantize_matrices([weights], ["x"], hessian, replace(options(3, 32), **change))
+    (solution,) = quantize_matrices([weights], ["x"], hessian, changed(options(3, 32), **change))
     same = (solution.weight.decode().double() == expected).all(1)
     assert same.float().mean() < 0.5
 

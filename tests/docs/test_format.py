@@ -18,6 +18,7 @@ import pytest
 import torch
 from artifacts import COMMON, write_checkpoint
 from format_reader import Reader
+from formats import matrix_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -26,9 +27,10 @@ from tiny_vision import save_tiny_vision
 
 import shiftadd_cli
 from shiftadd_cli.artifact.folder import Artifact
-from shiftadd_cli.artifact.format import FORMAT_VERSION, SUFFIXES, MatrixFormat
+from shiftadd_cli.artifact.format import FORMAT_VERSION, SUFFIXES
 from shiftadd_cli.bcq.int8 import decode_table
-from shiftadd_cli.bcq.shifts import MAGNITUDES
+from shiftadd_cli.bcq.matrix_format import MatrixFormat
+from shiftadd_cli.bcq.primitives.shift_levels import MAGNITUDES
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.runtime.linear import PackedLinear
 
@@ -104,7 +106,7 @@ def test_every_byte_means_what_the_page_says(
 
 @pytest.mark.parametrize(("primitive", "bits"), MAGNITUDES)
 def test_every_code_of_shift_layers_means_what_the_page_says(primitive: Any, bits: int, tmp_path: Path) -> None:
-    form = MatrixFormat(bits, 16, 1, "apot2", True, False, "hadamard", 0.0, primitive)
+    form = matrix_format(bits, 16, 1, "apot2", True, False, "hadamard", 0.0, primitive)
     check(write_checkpoint(tiny_model("llama"), tmp_path / "out", common=COMMON, own={"_proj": form}).folder)
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from shiftadd_cli.errors import ArtifactError, ExportError, OutputError
 from shiftadd_cli.export.dense import export_dense
 
 TOKENS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
-ROTATED = replace(COMMON, rotation="hadamard", outlier_columns=0.05)
+ROTATED = COMMON.replaced(rotation="hadamard", outlier_columns=0.05)
 
 
 def logits(model):

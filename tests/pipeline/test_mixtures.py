@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import shiftadd_cli
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
-from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.calibration import mixtures
 from shiftadd_cli.cli import main
@@ -148,7 +147,7 @@ def test_experts_that_read_too_few_tokens_are_fitted_by_weights_alone_and_named(
     packed = load(tmp_path / "out")
     source = open_source(str(mixtral))
     source.materialise([""])
-    options = SolverOptions.from_recipe(Recipe.load("equal-bits", fields)).without_data()
+    options = Recipe.load("equal-bits", fields.solver_options).without_data()
     for layer in report.layers:
         if layer.name in starved:
             assert layer.output_error is None

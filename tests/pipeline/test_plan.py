@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from formats import recipe_of
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
@@ -58,7 +59,7 @@ def test_bits_of_single_layers_reach_layouts_and_format(tmp_path):
     plan = make_plan(open_source(str(tmp_path)), Recipe.load("equal-bits", {}), bits)
     assert {each.spec.name: each.layout.bits for each in plan.linears} == bits
     read = ArtifactFormat.from_dict(plan.artifact_format().to_dict())
-    assert read.layouts() == {each.spec.name: each.layout for each in plan.linears}
+    assert read.modules == {each.spec.name: each.layout for each in plan.linears}
     weights = {each.spec.name: each.spec.out_features * each.spec.in_features for each in plan.linears}
     assert plan.planes_per_weight == sum(bits[name] * weights[name] for name in names) / sum(weights.values())
     assert plan.after_bytes == sum(torch.Size(s).numel() * d.itemsize for s, d in plan.tensors.values())
@@ -161,7 +162,7 @@ def test_windows_that_nobody_asked_for_are_no_longer_than_the_positions(tmp_path
         Recipe.load(str(tmp_path / "own.yaml")),
         Recipe.load("equal-bits").changed({"seq_len": 101}),
         Recipe.load("equal-bits", {"seq_len": 101}).changed({"bits": 2}),
-        Recipe(seq_len=101),
+        recipe_of(seq_len=101),
     ):
         with pytest.raises(RecipeError, match=r"longer than the 100 positions of .*model; give --seq-len 100 or less"):
             make_plan(open_source(model), asked)

@@ -6,12 +6,12 @@ import os
 
 import pytest
 from bit_plans import plan_for
+from formats import recipe_of
 from tiny_models import save_tiny
 
 from shiftadd_cli.allocation.plan_file import load_plan
 from shiftadd_cli.errors import OutputError
 from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan
-from shiftadd_cli.recipe import Recipe
 
 
 def test_folders_existing_files_and_missing_places_are_refused(tmp_path, monkeypatch):
@@ -31,7 +31,7 @@ def test_folders_existing_files_and_missing_places_are_refused(tmp_path, monkeyp
 
 
 def test_a_plan_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    plan = plan_for(save_tiny("llama", tmp_path / "model"), Recipe(group_size=16))
+    plan = plan_for(save_tiny("llama", tmp_path / "model"), recipe_of(group_size=16))
     out = tmp_path / "plans" / "plan.json"
     out.parent.mkdir()
     write_plan(plan, out)

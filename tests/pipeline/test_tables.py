@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from formats import recipe_of
 from tiny_models import FAMILIES, save_tiny, tiny_model
 from tiny_vision import save_tiny_vision
 from torch import nn
@@ -42,7 +43,7 @@ EMBEDDINGS = {
 
 
 def planned(model, **fields):
-    return plan_tables(model, find_structure(model), Recipe(**fields))
+    return plan_tables(model, find_structure(model), recipe_of(**fields))
 
 
 def quantize(model, out, recipe="fast", **fields):

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from bcq_problems import random_hessian, random_weights
+from formats import solver_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shiftadd_cli.bcq.primitives.shift_levels import MAGNITUDES
 from shiftadd_cli.bcq.rotation import rotate_weight
-from shiftadd_cli.bcq.shifts import MAGNITUDES
-from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
+from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.reconstruction.weight import TunableWeight
 
@@ -22,7 +23,7 @@ FORMATS = ("pot", "apot2", "apot3", "float")
 def solved(rows: int = 6, columns: int = 40, **options: Any) -> tuple[torch.Tensor, QuantizedWeight]:
     weights = random_weights(rows, columns)
     options = {"bits": 2, "group_size": 16} | options
-    (solution,) = quantize_matrices([weights], ["layer"], random_hessian(columns), SolverOptions(**options))
+    (solution,) = quantize_matrices([weights], ["layer"], random_hessian(columns), solver_options(**options))
     return weights, solution.weight
 
 

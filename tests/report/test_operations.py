@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from artifacts import random_weight
+from formats import matrix_format
 
 from shiftadd_cli.bcq.packing import unpack_signs
 from shiftadd_cli.bcq.weight import PackedLayout
@@ -14,8 +15,8 @@ from shiftadd_cli.report import operations
 
 
 def layout_of(rows: int, columns: int, **fields: object) -> PackedLayout:
-    common = {"bits": 2, "group_size": 8, "group_rows": 1, "scale_format": "apot2", "row_scale": False, "offset": False}
-    return PackedLayout.resolve(rows, columns, **(common | {"rotation": "none"} | fields))
+    common = {"bits": 2, "group_size": 8, "row_scale": False}
+    return PackedLayout(matrix_format(**(common | fields)), rows, columns)
 
 
 class Machine:
@@ -83,8 +84,8 @@ def by_machine(layout: PackedLayout, *, tables: bool) -> tuple[Machine, torch.Te
                 scale = float(ratios[row, group, plane])
                 for term in (scale / 2, scale / 2):
                     total = machine.add(total, machine.shift(part, term))
-        factor = float(weight.tensors["weight_row_scale"].flatten()[row if layout.row_scale else 0])
-        outputs.append(machine.multiply(total, factor) if layout.row_scale else machine.shift(total, factor))
+        factor = float(weight.tensors["weight_row_scale"].flatten()[row if layout.scales.row_scale else 0])
+        outputs.append(machine.multiply(total, factor) if layout.scales.row_scale else machine.shift(total, factor))
     expected = weight.decode().double() @ torch.tensor(x, dtype=torch.float64)
     return machine, torch.tensor(outputs, dtype=torch.float64), expected
 
@@ -96,7 +97,7 @@ def test_planes_take_what_a_machine_takes_that_computes_the_product(tables, row_
     machine, found, expected = by_machine(layout, tables=tables)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert dict(machine.counts) == {
-        name: count for name, count in operations.planes(layout, tables=tables).items() if count
+        name: count for name, count in operations.compressed(layout, tables=tables).items() if count
     }
 
 
@@ -112,22 +113,22 @@ def test_dense_and_integer_ways_take_one_multiplication_and_one_addition_a_weigh
 
 
 def test_scales_that_rows_share_are_put_on_the_inputs():
-    shared = operations.planes(layout_of(64, 32, group_size=1, group_rows="all"), tables=False)
+    shared = operations.compressed(layout_of(64, 32, group_size=1, group_rows="all"), tables=False)
     assert shared["shift"] == 2 * 2 * 32 + 64  # terms, planes, inputs; and the one factor of the matrix
-    alone = operations.planes(layout_of(64, 32, group_size=32), tables=False)
+    alone = operations.compressed(layout_of(64, 32, group_size=32), tables=False)
     assert alone["shift"] == 2 * 2 * 64 + 64
 
 
 def test_every_part_of_a_form_is_charged():
-    plain = operations.planes(layout_of(8, 64), tables=False)
-    rotated = operations.planes(layout_of(8, 64, rotation="hadamard"), tables=False)
+    plain = operations.compressed(layout_of(8, 64), tables=False)
+    rotated = operations.compressed(layout_of(8, 64, rotation="hadamard"), tables=False)
     assert rotated["fp32_add"] - plain["fp32_add"] == 64 * 6
-    offset = operations.planes(layout_of(8, 64, offset=True), tables=False)
+    offset = operations.compressed(layout_of(8, 64, offset=True), tables=False)
     assert offset["fp16_multiply"] - plain["fp16_multiply"] == 8 * 8
     assert offset["fp32_add"] - plain["fp32_add"] == 64 + 2 * 8 * 8
-    outliers = operations.planes(layout_of(8, 64, outlier_columns=2 / 64), tables=False)
+    outliers = operations.compressed(layout_of(8, 64, outlier_columns=2 / 64), tables=False)
     assert outliers["fp16_multiply"] - plain["fp16_multiply"] == 8 * 2
-    floats = operations.planes(layout_of(8, 64, scale_format="float"), tables=False)
+    floats = operations.compressed(layout_of(8, 64, scale_format="float"), tables=False)
     assert floats["fp16_multiply"] == 8 * 8 * 2
     for counts in (rotated, offset, outliers, floats):
         assert counts["dram_byte"] > plain["dram_byte"]

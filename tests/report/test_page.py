@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from formats import recipe_of
 from reports import sample_report, sample_run
 
 import shiftadd_cli
@@ -162,7 +163,7 @@ def test_numbered_parts_of_a_block_share_a_chart() -> None:
 def test_a_run_from_python_is_told_as_a_call_that_gives_the_same_recipe() -> None:
     run = Run(
         "out",
-        sample_report(command=[], recipe=Recipe(bits=2, skip=("*.q",)).model_dump(mode="json")),
+        sample_report(command=[], recipe=recipe_of(bits=2, skip=("*.q",)).model_dump(mode="json")),
         sample_run().cost,
     )
     assert run.command == "shiftadd_cli.quantize('sample', 'out', 'equal-bits', bits=2, skip=['*.q'])"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,7 @@ def test_a_table_whose_scales_are_not_finite_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ids", [[40, 41], [-1, 3], [3, 3], [5, 4], [0, 2**31 - 1]])
 def test_outlier_columns_that_are_not_there_are_never_read(tmp_path: Path, ids: list[int]) -> None:
-    common = replace(COMMON, outlier_columns=0.05)
+    common = COMMON.replaced(outlier_columns=0.05)
     folder = write_checkpoint(tiny_model("opt"), tmp_path / "out", shard_bytes=10**9, common=common).folder
     name = "model.decoder.layers.0.fc1.weight_column_ids"
     assert load_file(folder / "model.safetensors")[name].shape == (len(ids),)

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from artifacts import FORMATS, random_weight
+from formats import layout_on, matrix_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def layout(
     outliers: int = 0,
 ) -> PackedLayout:
     grid = ScaleGrid.resolve(rows, columns, group_rows, group_size)
-    return PackedLayout(grid, bits, form, row_scale, offset, rotation, outliers)
+    return layout_on(grid, bits, form, row_scale, offset, rotation, outliers)
 
 
 def slow_decode(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
@@ -250,10 +251,8 @@ def test_decoding_ignores_the_default_dtype() -> None:
 def test_shift_layers_are_decoded_in_every_dtype_and_pass_gradients_on(
     primitive: Primitive, bits: int, rotation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lay = PackedLayout.resolve(
-        24, 40, primitive=primitive, bits=bits, group_size=16, group_rows=1, scale_format="pot", row_scale=True,
-        offset=False, rotation=rotation, outlier_columns=0.1,
-    )  # fmt: skip
+    form = matrix_format(bits, scale_format="pot", rotation=rotation, outlier_columns=0.1, primitive=primitive)
+    lay = PackedLayout(form, 24, 40)
     weight = random_weight(lay)
     layer = PackedLinear.from_weight(weight, torch.randn(24, generator=torch.Generator().manual_seed(1)))
     monkeypatch.setattr(linear, "TILE_BYTES", 4 * 40 * 7)

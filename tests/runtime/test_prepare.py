@@ -9,11 +9,11 @@ import pytest
 import torch
 from artifacts import Checkpoint, random_weight, write_checkpoint
 from compiled import needs_kernels
+from formats import layout_on
 from loading import assert_close, assert_same_state, load, logits
 from tiny_models import tiny_model
 
 from shiftadd_cli.bcq.grid import ScaleGrid
-from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.runtime import prepare
 from shiftadd_cli.runtime.kernels import choice
 from shiftadd_cli.runtime.kernels.choice import Kernel, Precision
@@ -22,7 +22,7 @@ from shiftadd_cli.runtime.prepare import prepare_layers
 
 
 def layer(group_size: int = 16) -> PackedLinear:
-    layout = PackedLayout(ScaleGrid.resolve(40, 64, 1, group_size), 3, "apot2", True, False, rotation=True)
+    layout = layout_on(ScaleGrid.resolve(40, 64, 1, group_size), 3, "apot2", True, False, rotation=True)
     return PackedLinear.from_weight(random_weight(layout), torch.ones(40))
 
 

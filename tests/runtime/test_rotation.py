@@ -7,11 +7,12 @@ import weakref
 import pytest
 import torch
 from artifacts import random_weight
+from formats import layout_on
 from torch import Tensor, nn
 
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.rotation import random_signs, rotate_input
-from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.runtime import rotation
 from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.rotation import SharedRotation, share_rotations
@@ -35,7 +36,7 @@ def rotations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def layer(rows: int, seed: int, rotated: bool = True) -> PackedLinear:
-    weight = random_weight(PackedLayout(ScaleGrid.resolve(rows, 32, 1, 16), 2, "pot", True, False, rotated), seed)
+    weight = random_weight(layout_on(ScaleGrid.resolve(rows, 32, 1, 16), 2, "pot", True, False, rotated), seed)
     tensors = dict(weight.tensors)
     if rotated:
         tensors["weight_signs"] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from artifacts import COMMON, FORMATS, Checkpoint, edit_config, write_checkpoint
+from formats import matrix_format
 from loading import IDS, assert_close, assert_same_state, load, logits
 from tiny_models import FAMILIES, MIXTURES, tiny_model
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from shiftadd_cli.artifact.format import SUFFIXES, MatrixFormat
+from shiftadd_cli.artifact.format import SUFFIXES
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.transformers_plugin import register
 
 ROTATED = {"rotation": "hadamard"}
-ACC = MatrixFormat(bits=2, group_size=1, group_rows="all", scale_format="apot3", row_scale=True, offset=False)
-LAT = MatrixFormat(bits=3, group_size=8, group_rows="1/8", scale_format="pot", row_scale=False, offset=False)
-FLOAT = MatrixFormat(
+ACC = matrix_format(bits=2, group_size=1, group_rows="all", scale_format="apot3", row_scale=True, offset=False)
+LAT = matrix_format(bits=3, group_size=8, group_rows="1/8", scale_format="pot", row_scale=False, offset=False)
+FLOAT = matrix_format(
     bits=1, group_size=7, group_rows=3, scale_format="float", row_scale=True, offset=True, rotation="hadamard"
 )
-OFFSET = MatrixFormat(
+OFFSET = matrix_format(
     bits=4, group_size=24, group_rows=1, scale_format="pot", row_scale=True, offset=True, rotation="hadamard"
 )
 
 
-SHIFT1 = replace(COMMON, primitive="shift1", bits=3)
-SHIFT2 = replace(COMMON, primitive="shift2", bits=5, rotation="hadamard")
+SHIFT1 = COMMON.replaced(primitive="shift1", bits=3)
+SHIFT2 = COMMON.replaced(primitive="shift2", bits=5, rotation="hadamard")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_shift_layers_beside_planes_compute_with_the_decoded_weights(
     own = {"q_proj": SHIFT1, "down_proj": SHIFT2, "c_attn": SHIFT2, "c_fc": SHIFT1}
     folder, dense = write_checkpoint(tiny_model(family), tmp_path / "out", own=own)
     model = load(folder)
-    found = {module.layout.primitive for module in model.modules() if isinstance(module, PackedLinear)}
+    found = {module.layout.format.primitive for module in model.modules() if isinstance(module, PackedLinear)}
     assert found == {"bcq", "shift1", "shift2"}
     assert_close(logits(model), logits(dense))
     model.save_pretrained(tmp_path / "again")
@@ -106,7 +106,7 @@ def test_experts_that_were_left_in_stacks_load_as_such(family: str, tmp_path: Pa
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_load_dtype_leaves_what_is_stored(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    common = MatrixFormat(3, 16, 1, form, True, True)
+    common = matrix_format(3, 16, 1, form, True, True)
     folder, dense = write_checkpoint(tiny_model("opt"), tmp_path / "out", common=common)
     reference, model = load(folder, dtype=torch.float32), load(folder, dtype=dtype)
     assert model.dtype == dtype

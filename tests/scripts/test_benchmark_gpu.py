@@ -7,11 +7,11 @@ import pytest
 import torch
 from benchmark_gpu import Row, allowed_error, copies_beyond, measure, random_matrix, relative_error
 from click.testing import CliRunner
+from formats import layout_on
 
 from shiftadd_cli.bcq.grid import ScaleGrid
-from shiftadd_cli.bcq.weight import PackedLayout
 
-LAYOUT = PackedLayout(ScaleGrid.resolve(12, 64, 1, 32), 2, "pot", row_scale=True, offset=False)
+LAYOUT = layout_on(ScaleGrid.resolve(12, 64, 1, 32), 2, "pot", row_scale=True, offset=False)
 
 
 def test_without_a_gpu_it_says_so_and_ends_with_2(monkeypatch: pytest.MonkeyPatch) -> None:

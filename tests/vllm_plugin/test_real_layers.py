@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +38,7 @@ def world() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A Llama whose value projections have other bits than query and key."""
-    own = {"v_proj": replace(COMMON, bits=2)}
+    own = {"v_proj": COMMON.replaced(bits=2)}
     folder = tmp_path_factory.mktemp("llama") / "out"
     return write_checkpoint(tiny_model("llama"), folder, own=own, tables=True, shard_bytes=10**9)
 

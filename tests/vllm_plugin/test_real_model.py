@@ -6,7 +6,6 @@ Its attention needs vLLM's compiled operators and is not called.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -34,7 +33,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("llama") / "out"
-    own = {"v_proj": replace(COMMON, bits=2)}
+    own = {"v_proj": COMMON.replaced(bits=2)}
     checkpoint = write_checkpoint(tiny_model("llama"), folder, own=own, tables=True, shard_bytes=10**9)
     register()
     with vllm_world():

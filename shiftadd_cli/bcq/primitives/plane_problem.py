@@ -1,4 +1,4 @@
-"""One tall matrix under one quadratic form, from its weights to codes and scales.
+"""Binary planes of one tall matrix under one quadratic form, from its weights to codes and scales.
 
 fit each group  →  put scales on the format  →  compensated sweep  →  repeat: refit all scales jointly, put them on
 the format, coordinate descent on the codes  →  keep, per row, what had the smallest error
@@ -22,14 +22,15 @@ from shiftadd_cli.bcq.snap import SnappedScales, matrix_scale, snap_scales
 from shiftadd_cli.bcq.sweep import compensated_sweep
 
 
-class Problem:
+class PlaneProblem:
     """`weights` float32 `[out, in]`, to be coded under `options` with the least error in `objective`."""
 
     def __init__(self, weights: Tensor, objective: Objective, options: SolverOptions) -> None:
         self.weights, self.objective, self.options = weights, objective, options
-        self.grid = options.layout(*weights.shape).grid
-        self.form = scale_format(options.scale_format)
-        self.row_scale = None if options.row_scale else matrix_scale(weights)
+        stored = options.format
+        self.bits, self.offset, self.form = stored.bits, stored.offset, scale_format(stored.scale_format)
+        self.grid = ScaleGrid.resolve(len(weights), weights.shape[1], stored.group_rows, stored.group_size)
+        self.row_scale = None if stored.row_scale else matrix_scale(weights)
         self.transposed = weights.T.contiguous()
         self.row_groups = self.grid.expand_rows(torch.arange(self.grid.row_groups, device=weights.device))
 
@@ -115,10 +116,10 @@ class Problem:
         fit = fit_groups(
             blocks if factor is None else blocks / factor,
             grid.blocks(importance.expand_as(weights)).reshape(blocks.shape),
-            self.options.bits,
+            self.bits,
             method=self.options.fit,
             rounds=self.options.fit_rounds,
-            offset=self.options.offset,
+            offset=self.offset,
             offset_limit=self.form.offset_limit,
             rounding=None if factor is None else self.form,
         )

@@ -3,9 +3,9 @@
 fit the scale of each row  →  compensated sweep  →  repeat: refit the scales, coordinate descent on the codes  →  keep,
 per row, what had the smallest error
 
-This is `problem` with levels that are fixed up to their row scale, one group that is the whole row, and so one unknown
-where planes have several. What is kept is never worse than rounding: neither at the scale that was fitted, nor at the
-one that puts the row's largest weight on the largest level.
+This is `plane_problem` with levels that are fixed up to their row scale, and one group that is the whole row, so that
+there is one unknown where planes have several. The result is never worse than rounding: neither at the fitted scale,
+nor at the one that puts the row's largest weight on the largest level.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from shiftadd_cli.bcq.descent import descend_codes
 from shiftadd_cli.bcq.hessian import Objective
 from shiftadd_cli.bcq.levels import LevelTable
 from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.primitives.shift_levels import ascending_levels
 from shiftadd_cli.bcq.ranks import nearest_ranks
-from shiftadd_cli.bcq.shifts import ascending_levels
 from shiftadd_cli.bcq.snap import SnappedScales
 from shiftadd_cli.bcq.sweep import compensated_sweep
 
@@ -41,7 +41,7 @@ class ShiftProblem:
         self.unit = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
         self.transposed = (weights / self.unit.unsqueeze(1)).T.contiguous()
         self.objective, self.options = objective, options
-        levels, self.codes = ascending_levels(options.primitive, options.bits)
+        levels, self.codes = ascending_levels(options.format.primitive, options.format.bits)
         self.levels, self.codes = levels.to(weights.device), self.codes.to(weights.device)
         self.width = len(self.transposed)
         self._best_error = weights.new_full((len(weights),), torch.inf)

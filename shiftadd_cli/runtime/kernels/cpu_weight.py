@@ -77,7 +77,7 @@ class CpuWeight:
 def supports(layout: PackedLayout) -> bool:
     """Whether the CPU kernels can multiply by a matrix of this layout."""
     grid = layout.grid
-    return layout.primitive == "bcq" and grid.group_columns >= min(_NARROWEST_GROUP, grid.columns)
+    return layout.primitive.lookup_kernels and grid.group_columns >= min(_NARROWEST_GROUP, grid.columns)
 
 
 @cache
@@ -107,7 +107,7 @@ def _huge_pages(entries: int) -> Tensor:
 
 def _scale_codes(weight: QuantizedWeight) -> Tensor | None:
     """Codes of scales of at most two terms, uint8 `[R, C, bits]`; None for other forms."""
-    layout, nibbles = weight.layout, scale_format(weight.layout.scale_format).nibbles
+    layout, nibbles = weight.layout, scale_format(weight.layout.scales.scale_format).nibbles
     if nibbles not in (1, 2):
         return None
     count = layout.grid.column_groups * layout.bits * nibbles

@@ -51,13 +51,13 @@ def supports(layout: PackedLayout) -> bool:
     that end at the end of a byte of the planes or of the row."""
     grid = layout.grid
     ends = grid.group_columns % 8 == 0 or grid.column_groups == 1
-    return layout.primitive == "bcq" and grid.group_rows == 1 and ends
+    return layout.primitive.lookup_kernels and grid.group_rows == 1 and ends
 
 
 def prepare(weight: QuantizedWeight) -> TritonWeight:
     """The tensors for the kernels, on the device of `weight`, whose layout is one that `supports` accepts."""
     layout, stored = weight.layout, weight.tensors
-    grid, nibbles = layout.grid, scale_format(layout.scale_format).nibbles
+    grid, nibbles = layout.grid, scale_format(layout.scales.scale_format).nibbles
     codes = stored["weight_codes"].view(grid.rows * layout.bits, -1)
     whole = grid.column_groups == 1
     if codes.shape[1] % 4 == 0 and (whole or grid.group_columns % 32 == 0) and _begins_at_a_word(codes):
@@ -83,7 +83,7 @@ def _begins_at_a_word(codes: Tensor) -> bool:
 
 def _offsets(weight: QuantizedWeight) -> Tensor | None:
     """`weight.offsets`, as float16 where that is exact (all but sums of three powers of two)."""
-    if not weight.layout.offset:
+    if not weight.layout.scales.offset:
         return None
     wide = weight.offsets(weight.ratios())
     assert wide is not None

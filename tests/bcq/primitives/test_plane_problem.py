@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import torch
 from bcq_problems import quadratic_error, random_hessian, random_weights
+from formats import solver_options
 from torch import Tensor
 
+from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective, build_objective
 from shiftadd_cli.bcq.levels import code_signs
 from shiftadd_cli.bcq.options import SolverOptions
-from shiftadd_cli.bcq.problem import Problem
+from shiftadd_cli.bcq.primitives.plane_problem import PlaneProblem
 from shiftadd_cli.bcq.snap import SnappedScales
 
 SHARED: dict[str, Any] = {"row_scale": False, "refine_rounds": 0}
@@ -26,17 +28,17 @@ def objective_for(options: SolverOptions, columns: int, seed: int = 0) -> Object
         options.weight_error,
         "x",
         order=options.sweep_order,
-        group_columns=options.layout(1, columns).grid.group_columns,
+        group_columns=ScaleGrid.resolve(1, columns, options.format.group_rows, options.format.group_size).group_columns,
         whole_groups=options.sweep == "dynamic",
     )
 
 
-def dense(problem: Problem, codes: Tensor, snapped: SnappedScales) -> Tensor:
+def dense(problem: PlaneProblem, codes: Tensor, snapped: SnappedScales) -> Tensor:
     """Weights `[out, in]` from codes `[out, in]` and scales."""
     grid = problem.grid
     rows = torch.arange(grid.rows) // grid.group_rows
     columns = torch.arange(grid.columns) // grid.group_columns
-    signs = code_signs(problem.options.bits)[codes.int()]
+    signs = code_signs(problem.options.format.bits)[codes.int()]
     values = (signs * snapped.scales()[rows][:, columns]).sum(-1)
     offsets = snapped.offset_values()
     return values if offsets is None else values + offsets[rows][:, columns]
@@ -57,9 +59,9 @@ SHAPES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("sweep", ["none", "static", "dynamic"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_codes_and_scales_stand_for_the_values_that_were_swept(shape: dict[str, Any], sweep: Any, offset: bool) -> None:
-    options = SolverOptions(bits=2, sweep=sweep, offset=offset, **shape)
+    options = solver_options(bits=2, sweep=sweep, offset=offset, **shape)
     weights = random_weights(10, 148)
-    problem = Problem(weights, objective_for(options, 148), options)
+    problem = PlaneProblem(weights, objective_for(options, 148), options)
     codes, snapped, values = problem._start()
     torch.testing.assert_close(dense(problem, codes.T, snapped), values.T, rtol=1e-4, atol=1e-5)
     started = quadratic_error(weights - values.T, problem.objective.damped)
@@ -76,8 +78,8 @@ def test_dynamic_sweep_beats_rounding_and_keeps_its_row_scales(row_scale: bool) 
     weights = random_weights(16, 96)
     errors = {}
     for sweep in ("none", "dynamic"):
-        options = SolverOptions(group_size=16, sweep=sweep, row_scale=row_scale, refine_rounds=0)
-        problem = Problem(weights, objective_for(options, 96), options)
+        options = solver_options(group_size=16, sweep=sweep, row_scale=row_scale, refine_rounds=0)
+        problem = PlaneProblem(weights, objective_for(options, 96), options)
         codes, snapped = problem.solve()
         assert snapped.row_scale.shape == (16 if row_scale else 1,)
         errors[sweep] = quadratic_error(weights - dense(problem, codes, snapped), problem.objective.damped).sum()

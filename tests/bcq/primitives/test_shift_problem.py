@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from bcq_problems import generator, quadratic_error, quick, random_hessian, random_weights
+from formats import solver_options
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd_cli.bcq.hessian import damp
 from shiftadd_cli.bcq.options import SolverOptions
-from shiftadd_cli.bcq.shifts import MAGNITUDES, shift_levels
+from shiftadd_cli.bcq.primitives.shift_levels import MAGNITUDES, shift_levels
 from shiftadd_cli.bcq.solver import Solution, quantize_matrices
 
 KINDS = sorted(MAGNITUDES)
@@ -21,7 +22,7 @@ PLAIN = {"rotation": "none"}
 
 
 def options(kind: tuple[str, int], **fields: Any) -> SolverOptions:
-    return SolverOptions(**({"primitive": kind[0], "bits": kind[1]} | fields))  # type: ignore[arg-type]
+    return solver_options(**({"primitive": kind[0], "bits": kind[1]} | fields))  # type: ignore[arg-type]
 
 
 def solve(weights: Tensor, hessian: Tensor | None, settings: SolverOptions) -> Solution:

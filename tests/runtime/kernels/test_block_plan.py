@@ -9,6 +9,7 @@ import pytest
 import torch
 from artifacts import random_weight
 from compiled import needs_kernels
+from formats import matrix_format
 from torch import nn
 
 from shiftadd_cli.bcq.weight import PackedLayout
@@ -36,18 +37,8 @@ class Norm(nn.Module):
 
 
 def packed(rows: int, columns: int, *, outliers: bool = False) -> PackedLinear:
-    layout = PackedLayout.resolve(
-        rows,
-        columns,
-        bits=2,
-        group_size=16,
-        group_rows=1,
-        scale_format="apot2",
-        row_scale=True,
-        offset=False,
-        rotation="hadamard",
-        outlier_columns=0.1 if outliers else 0.0,
-    )
+    form = matrix_format(bits=2, rotation="hadamard", outlier_columns=0.1 if outliers else 0.0)
+    layout = PackedLayout(form, rows, columns)
     linear = PackedLinear.from_weight(random_weight(layout), torch.zeros(rows))
     linear.prepare()
     return linear

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from formats import layout_on, matrix_format
 
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout
@@ -39,9 +40,9 @@ def test_kernels_that_are_not_there_cannot_be_asked_for(monkeypatch: pytest.Monk
         chosen_kernel()
 
 
-LAYOUT = PackedLayout(ScaleGrid.resolve(64, 128, 1, 64), 3, "apot2", True, False)
-NARROW = PackedLayout(ScaleGrid.resolve(64, 128, "all", 1), 3, "apot2", False, False)
-SHIFTS = PackedLayout(ScaleGrid.resolve(64, 128, 1, 128), 4, "none", True, False, primitive="shift2")
+LAYOUT = layout_on(ScaleGrid.resolve(64, 128, 1, 64), 3, "apot2", True, False)
+NARROW = layout_on(ScaleGrid.resolve(64, 128, "all", 1), 3, "apot2", False, False)
+SHIFTS = PackedLayout(matrix_format(4, primitive="shift2"), 64, 128)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from artifacts import random_weight
 from compiled import needs_kernels, supported_layouts
+from formats import layout_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ def test_planes_come_back(layout: PackedLayout, seed: int) -> None:
 @needs_kernels
 def test_words_hold_two_rows_of_sixteen_columns() -> None:
     """One word against the description in native/layout.h, bit by bit."""
-    layout = PackedLayout(ScaleGrid.resolve(70, 300, 1, 100), 3, "pot", True, False)
+    layout = layout_on(ScaleGrid.resolve(70, 300, 1, 100), 3, "pot", True, False)
     weight = random_weight(layout)
     planes = unpack_planes(weight.tensors["weight_codes"], 300)
     words = CpuWeight.pack(weight).words
@@ -45,7 +46,7 @@ def test_words_hold_two_rows_of_sixteen_columns() -> None:
 @needs_kernels
 @pytest.mark.parametrize(("form", "coded"), [("pot", True), ("apot2", True), ("apot3", False), ("float", False)])
 def test_scales_of_at_most_two_terms_stay_codes(form: str, coded: bool) -> None:
-    layout = PackedLayout(ScaleGrid.resolve(40, 64, 1, 32), 2, form, True, True)
+    layout = layout_on(ScaleGrid.resolve(40, 64, 1, 32), 2, form, True, True)
     packed = CpuWeight.pack(random_weight(layout))
     scales = packed.scale_codes if coded else packed.scales
     assert (packed.scale_codes is None) != coded
@@ -55,7 +56,7 @@ def test_scales_of_at_most_two_terms_stay_codes(form: str, coded: bool) -> None:
 
 @needs_kernels
 def test_large_matrices_begin_a_huge_page() -> None:
-    layout = PackedLayout(ScaleGrid.resolve(2048, 4096, 1, "all"), 3, "pot", True, False)
+    layout = layout_on(ScaleGrid.resolve(2048, 4096, 1, "all"), 3, "pot", True, False)
     assert CpuWeight.pack(random_weight(layout)).words.data_ptr() % (2 << 20) == 0
 
 
@@ -68,4 +69,4 @@ def test_groups_narrower_than_a_word_are_not_supported(
     group_rows: int | str, group_size: int | str, columns: int, expected: bool
 ) -> None:
     grid = ScaleGrid.resolve(64, columns, group_rows, group_size)
-    assert supports(PackedLayout(grid, 3, "pot", False, False)) is expected
+    assert supports(layout_on(grid, 3, "pot", False, False)) is expected

@@ -8,6 +8,7 @@ import pytest
 import torch
 from artifacts import random_weight
 from compiled import needs_kernels, supported_layouts
+from formats import layout_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from shiftadd_cli.runtime.kernels.extension import instruction_sets
 
 pytestmark = needs_kernels
 
-LAYOUT = PackedLayout(ScaleGrid.resolve(150, 320, 1, 128), 3, "apot2", True, False)
+LAYOUT = layout_on(ScaleGrid.resolve(150, 320, 1, 128), 3, "apot2", True, False)
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -81,7 +82,7 @@ def test_float32_is_exact_to_rounding(kernels: str, layout: PackedLayout, batch:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("outlier", [1, 30, 1000])
 def test_sixteen_bit_tables_lose_less_than_bfloat16(kernels: str, bits: int, outlier: float) -> None:
-    weight = random_weight(PackedLayout(ScaleGrid.resolve(96, 512, 1, 128), bits, "apot2", True, False))
+    weight = random_weight(layout_on(ScaleGrid.resolve(96, 512, 1, 128), bits, "apot2", True, False))
     x = torch.randn(5, 512, generator=torch.Generator().manual_seed(bits))
     x[:, ::97] *= outlier
     expected, _ = exact_product(x, weight)
@@ -131,7 +132,7 @@ def test_shapes_are_those_of_a_linear(kernels: str) -> None:
 @pytest.mark.parametrize("method", ["look-up", "multiply"])
 @pytest.mark.parametrize("fast", [False, True])
 def test_threads_change_no_bit(method: str, fast: bool) -> None:
-    weight = random_weight(PackedLayout(ScaleGrid.resolve(700, 1024, 1, 128), 3, "apot2", True, True, True))
+    weight = random_weight(layout_on(ScaleGrid.resolve(700, 1024, 1, 128), 3, "apot2", True, True, True))
     x = torch.randn(20, 1024).bfloat16()
     before = torch.get_num_threads()
     try:
@@ -145,7 +146,7 @@ def test_threads_change_no_bit(method: str, fast: bool) -> None:
 
 
 def test_calls_from_several_threads_at_once() -> None:
-    weight = random_weight(PackedLayout(ScaleGrid.resolve(700, 1024, 1, 128), 3, "apot2", True, False))
+    weight = random_weight(layout_on(ScaleGrid.resolve(700, 1024, 1, 128), 3, "apot2", True, False))
     inputs = [torch.randn(1 + 9 * index, 1024) for index in range(4)]
     alone = [run(x, weight) for x in inputs]
     wrong: list[int] = []
@@ -173,7 +174,7 @@ def test_rotate_is_the_reference(columns: int, batch: int) -> None:
 
 
 def arguments(x: Tensor) -> dict[str, object]:
-    weight = random_weight(PackedLayout(ScaleGrid.resolve(40, 64, 1, 32), 2, "apot2", True, True, True))
+    weight = random_weight(layout_on(ScaleGrid.resolve(40, 64, 1, 32), 2, "apot2", True, True, True))
     return {
         "x": x,
         **CpuWeight.pack(weight).tensors(),

@@ -11,11 +11,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from formats import layout_on
 from kernel_problems import assert_product, decode_exactly, row_wise
 from torch import Tensor
 
 from shiftadd_cli.bcq.grid import ScaleGrid
-from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.bcq.weight import QuantizedWeight
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -51,7 +52,7 @@ WEIGHTS = [
 def name(weight: QuantizedWeight) -> str:
     layout = weight.layout
     grid = layout.grid
-    return f"{grid.rows}x{grid.columns}-{grid.group_columns}-{layout.bits}{layout.scale_format}"
+    return f"{grid.rows}x{grid.columns}-{grid.group_columns}-{layout.bits}{layout.scales.scale_format}"
 
 
 def on_device(weight: QuantizedWeight) -> QuantizedWeight:
@@ -214,9 +215,9 @@ def test_prepare_copies_neither_codes_nor_scales(weight: QuantizedWeight) -> Non
     assert ready.codes.data_ptr() == stored["weight_codes"].data_ptr()
     scales = stored["weight_exponents"] if ready.nibbles else stored["weight_scales"]
     assert ready.scales.data_ptr() == scales.data_ptr()
-    if weight.layout.offset:
+    if weight.layout.scales.offset:
         assert torch.equal(ready.offsets.float(), weight.offsets(weight.ratios()))
-        assert ready.offsets.dtype == (torch.float32 if weight.layout.scale_format == "apot3" else torch.float16)
+        assert ready.offsets.dtype == (torch.float32 if weight.layout.scales.scale_format == "apot3" else torch.float16)
 
 
 def test_codes_that_begin_inside_a_word_are_read_as_bytes() -> None:
@@ -236,7 +237,7 @@ def test_codes_that_begin_inside_a_word_are_read_as_bytes() -> None:
 )  # fmt: skip
 def test_supported_layouts(group_rows: int | str, group_size: int | str, expected: bool) -> None:
     grid = ScaleGrid.resolve(16, 100, group_rows, group_size)
-    assert supports(PackedLayout(grid, 3, "pot", True, False)) is expected
+    assert supports(layout_on(grid, 3, "pot", True, False)) is expected
 
 
 def test_splits_cover_all_tiles_and_none_is_empty() -> None:

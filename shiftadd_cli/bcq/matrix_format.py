@@ -1,0 +1,104 @@
+"""How a weight matrix is stored: the one object that recipe, bit plan, solver, checkpoint and kernels share.
+
+`MatrixStorage` is what all layers of a model have in common, `MatrixFormat` adds the primitive and the bits of one
+matrix. Shapes come from `weight.PackedLayout`, which puts a format on a matrix of so many rows and columns.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from shiftadd_cli.bcq.choices import CODE_BITS, Choice, Primitive, choice_of, parts_of_choice
+
+_FRACTION = re.compile(r"1/([1-9][0-9]{0,8})")
+# Larger numbers overflow byte counters.
+_LARGEST_SIZE = 10**9 - 1
+
+_Fields = TypeVar("_Fields", bound="OptionFields")
+
+
+class OptionFields(BaseModel):
+    """Immutable options. The description of a field is its help text on the command line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def part(self, kind: type[_Fields]) -> _Fields:
+        """The fields that these options have from `kind`, one of their base classes."""
+        assert issubclass(type(self), kind), f"{kind.__name__} is no base class of {type(self).__name__}"
+        return kind(**{name: getattr(self, name) for name in kind.model_fields})
+
+    def replaced(self: _Fields, **fields: Any) -> _Fields:
+        """The same options with other values of some fields. Raises pydantic's ValidationError."""
+        return type(self)(**({name: getattr(self, name) for name in type(self).model_fields} | fields))
+
+
+class MatrixStorage(OptionFields):
+    """How matrices are stored, whatever the bits of each. Fields that a primitive has no use for say nothing of it."""
+
+    group_size: Annotated[int | str, Field(description="Input columns that share a scale set: a number or 'all'.")]
+    group_rows: Annotated[
+        int | str,
+        Field(description="Output rows that share a scale set: a number, 'all', or '1/N' for an N-th of the rows."),
+    ]
+    scale_format: Annotated[
+        Literal["pot", "apot2", "apot3", "float"],
+        Field(description="Scales as one power of two, a signed sum of two or three, or floating point."),
+    ]
+    row_scale: Annotated[bool, Field(description="One floating-point factor per output row on top of the scales.")]
+    offset: Annotated[bool, Field(description="One offset per group, so that levels need not be symmetric.")]
+    rotation: Annotated[
+        Literal["none", "hadamard"],
+        Field(
+            description="Rotate the inputs of each linear, at run time too, by a Hadamard transform with random signs, "
+            "which spreads outliers and costs additions only."
+        ),
+    ]
+    outlier_columns: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=0.25,
+            description="Share of each linear's input columns, those that carry most, kept at 16 bits beside the "
+            "planes; counted in all sizes.",
+        ),
+    ]
+
+    @field_validator("group_size", "group_rows", mode="before")
+    @classmethod
+    def _positive_or_all(cls, value: object, info: ValidationInfo) -> object:
+        fractions = info.field_name == "group_rows"
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_SIZE:
+            return value
+        if isinstance(value, str) and (value == "all" or (fractions and _FRACTION.fullmatch(value))):
+            return value
+        choices = (
+            "a whole number above 0, 'all' or a fraction '1/N'" if fractions else "a whole number above 0 or 'all'"
+        )
+        raise ValueError(f"must be {choices}")
+
+    def at(self, choice: Choice) -> MatrixFormat:
+        """The format of a matrix that is stored as `choice` says."""
+        primitive, bits = parts_of_choice(choice)
+        fields = {name: getattr(self, name) for name in MatrixStorage.model_fields}
+        return MatrixFormat(primitive=primitive, bits=bits, **fields)
+
+
+class MatrixFormat(MatrixStorage):
+    """How one matrix is stored."""
+
+    primitive: Primitive
+    bits: int
+
+    @model_validator(mode="after")
+    def _primitive_has_the_bits(self) -> MatrixFormat:
+        if self.bits not in (widths := CODE_BITS[self.primitive]):
+            raise ValueError(f"a code of {self.primitive} has {widths[0]} to {widths[-1]} bits and not {self.bits}")
+        return self
+
+    @property
+    def choice(self) -> Choice:
+        """Primitive and bits in one."""
+        return choice_of(self.primitive, self.bits)

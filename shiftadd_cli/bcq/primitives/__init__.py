@@ -1,0 +1,12 @@
+"""The primitives by name. A new one is a module here, an entry below, and its name and bits in `bcq.choices`."""
+
+from __future__ import annotations
+
+from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
+from shiftadd_cli.bcq.primitives.base import Primitive
+from shiftadd_cli.bcq.primitives.planes import BinaryPlanes
+from shiftadd_cli.bcq.primitives.shifts import ShiftLayers
+
+PRIMITIVES: dict[PrimitiveName, Primitive] = {
+    primitive.name: primitive for primitive in (BinaryPlanes(), ShiftLayers("shift1", 1), ShiftLayers("shift2", 2))
+}

@@ -1,0 +1,175 @@
+"""Binary planes: every weight is a sum of its group's scales, each with a sign of its own.
+
+    W[o, i] ≈ row_scale[o] · (Σ_b scale[o, g(i), b] · B_b[o, i]  +  offset[o, g(i)])
+
+Binary-coding quantization, as in LUT-GEMM (arXiv:2206.09557, section 3) and ShiftAddLLM (arXiv:2406.05981, section 4).
+Stored beside the codes, with R and C groups along rows and columns, and n nibbles in a scale of the format:
+
+    weight_exponents  uint8    [R, ceil(C · bits · n / 2)]        scale codes of n nibbles, order (C, bits, n)
+    weight_scales     float16  [R, C, bits]                       instead, for the scale format `float`
+    weight_row_scale  bfloat16 [out] or [1]                       [1]: one power of two for the whole matrix
+    weight_offset     uint8    [R, ceil(C / 2)]                   optional; nibbles, eighths of the largest scale
+                      float16  [R, C]                             instead, for the scale format `float`
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.hessian import Objective
+from shiftadd_cli.bcq.levels import code_signs
+from shiftadd_cli.bcq.matrix_format import MatrixFormat
+from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.packing import pack_nibbles, unpack_nibbles, unpack_signs
+from shiftadd_cli.bcq.primitives.base import Counts, Primitive, RowDecoder, Scales, Tensors, TensorShapes
+from shiftadd_cli.bcq.primitives.plane_problem import PlaneProblem
+from shiftadd_cli.bcq.scale_formats import decode_offsets, encode_offsets, offset_multiples, scale_format
+from shiftadd_cli.bcq.snap import SnappedScales
+
+TABLE_INPUTS = 4
+# 8 of the 16 signed sums of 4 inputs are the negatives of the others. Once a ± b and c ± d are known, each takes one
+# addition.
+_TABLE_ENTRIES = 8
+_TABLE_ADDITIONS = 4 + _TABLE_ENTRIES
+
+
+class BinaryPlanes(Primitive):
+    """Planes of signs times scales of their group."""
+
+    name = "bcq"
+    format_version = 1
+    lookup_kernels = True
+
+    def scales(self, form: MatrixFormat, rows: int, columns: int) -> Scales:
+        grid = ScaleGrid.resolve(rows, columns, form.group_rows, form.group_size)
+        return Scales(grid, form.scale_format, form.row_scale, form.offset)
+
+    def tensors(self, scales: Scales, bits: int) -> TensorShapes:
+        grid, nibbles = scales.grid, scale_format(scales.scale_format).nibbles
+        rows, groups = grid.row_groups, grid.column_groups
+        shapes: TensorShapes = {}
+        if nibbles:
+            shapes["weight_exponents"] = ((rows, -(-groups * bits * nibbles // 2)), torch.uint8)
+        else:
+            shapes["weight_scales"] = ((rows, groups, bits), torch.float16)
+        shapes["weight_row_scale"] = ((grid.rows if scales.row_scale else 1,), torch.bfloat16)
+        if scales.offset and nibbles:
+            shapes["weight_offset"] = ((rows, -(-groups // 2)), torch.uint8)
+        elif scales.offset:
+            shapes["weight_offset"] = ((rows, groups), torch.float16)
+        return shapes
+
+    def independent_rows(self, form: MatrixFormat) -> bool:
+        return form.group_rows == 1 and form.row_scale
+
+    def fits_on_arrival(self, options: SolverOptions) -> bool:
+        return options.sweep == "dynamic"
+
+    def solve(self, weights: Tensor, objective: Objective, options: SolverOptions) -> tuple[Tensor, SnappedScales]:
+        return PlaneProblem(weights, objective, options).solve()
+
+    def pack_scales(self, scales: Scales, ratios: Tensor, offsets: Tensor | None) -> dict[str, Tensor]:
+        form, tensors = scale_format(scales.scale_format), {}
+        if form.nibbles:
+            codes = form.encode(ratios).unsqueeze(-1)
+            tensors["weight_exponents"] = pack_nibbles(((codes >> _nibble_shifts(form.nibbles, codes)) & 15).flatten(1))
+        else:
+            tensors["weight_scales"] = ratios.half()
+        if offsets is not None and form.nibbles:
+            tensors["weight_offset"] = pack_nibbles(encode_offsets(offset_multiples(offsets, ratios)))
+        elif offsets is not None:
+            tensors["weight_offset"] = offsets.half()
+        return tensors
+
+    def ratios(self, scales: Scales, bits: int, tensors: Tensors) -> Tensor:
+        form, groups = scale_format(scales.scale_format), scales.grid.column_groups
+        if not form.nibbles:
+            return tensors["weight_scales"].float()
+        fields = unpack_nibbles(tensors["weight_exponents"], groups * bits * form.nibbles).int()
+        fields = fields.view(-1, groups, bits, form.nibbles)
+        return form.decode((fields << _nibble_shifts(form.nibbles, fields)).sum(-1))
+
+    def offsets(self, scales: Scales, tensors: Tensors, ratios: Tensor) -> Tensor | None:
+        stored = tensors.get("weight_offset")
+        if stored is None:
+            return None
+        if stored.dtype == torch.float16:
+            return stored.float()
+        return decode_offsets(unpack_nibbles(stored, scales.grid.column_groups)) * ratios.amax(-1)
+
+    def levels(self, bits: int, ratios: Tensor | None, offsets: Tensor | None) -> Tensor:
+        assert ratios is not None, "planes have scales"
+        levels = ratios @ code_signs(bits).to(ratios).T
+        return levels if offsets is None else levels + offsets.unsqueeze(-1)
+
+    def decoder(self, scales: Scales, bits: int, tensors: Tensors) -> RowDecoder:
+        grid, ratios = scales.grid, self.ratios(scales, bits, tensors)
+        offsets = self.offsets(scales, tensors, ratios)
+        by_plane = ratios.permute(2, 0, 1).contiguous()
+
+        def decode(rows: slice, out: Tensor) -> None:
+            codes = tensors["weight_codes"][rows]
+            for plane, plane_scales in enumerate(by_plane):
+                signs = unpack_signs(codes[:, plane], grid.columns)
+                _add_products(out, signs, grid.select_rows(plane_scales, rows), grid.group_columns)
+            if offsets is not None:
+                out += grid.expand_columns(grid.select_rows(offsets, rows))
+
+        return decode
+
+    def operations(self, scales: Scales, bits: int, *, tables: bool) -> Counts:
+        grid = scales.grid
+        rows, columns = grid.rows, grid.columns
+        counts: Counts = Counter()
+        # Scales go to the sums of groups or, where many rows share them, to the inputs.
+        inputs_are_scaled = grid.row_groups * columns < rows * grid.column_groups
+        scaled = bits * (grid.row_groups * columns if inputs_are_scaled else rows * grid.column_groups)
+        counts.update(_scaling(scales.scale_format, scaled))
+        if tables:
+            width = columns if inputs_are_scaled else grid.group_columns
+            quads = -(-width // TABLE_INPUTS) * (1 if inputs_are_scaled else grid.column_groups)
+            built = quads * (bits * grid.row_groups if inputs_are_scaled else 1)
+            looked_up = rows * bits * quads
+            counts.update(
+                fp32_add=built * _TABLE_ADDITIONS + looked_up, sram_16_bits=built * _TABLE_ENTRIES + looked_up
+            )
+        else:
+            counts.update(fp32_add=rows * columns * bits)
+        if scales.offset:
+            # A small integer times the sum of a group's inputs, which rows share, and then a scale.
+            offsets = rows * grid.column_groups
+            counts.update(fp32_add=columns, fp16_multiply=offsets)
+            counts.update(_scaling(scales.scale_format, offsets))
+        return counts
+
+    def words(self, scales: Scales) -> tuple[str, ...]:
+        return scales.scale_format, f"{scales.grid.group_rows} x {scales.grid.group_columns}"
+
+
+def _nibble_shifts(nibbles: int, codes: Tensor) -> Tensor:
+    return 4 * torch.arange(nibbles, dtype=torch.int32, device=codes.device)
+
+
+def _add_products(out: Tensor, signs: Tensor, scales: Tensor, width: int) -> None:
+    """`out += signs · scales`, where `scales` `[rows, C]` holds one number for every `width` columns."""
+    full = out.shape[1] // width * width
+    # Broadcasting over views of full groups spares writing the scales out once per column.
+    groups = out[:, :full].unflatten(1, (-1, width))
+    groups.addcmul_(signs[:, :full].unflatten(1, (-1, width)), scales[:, : full // width, None])
+    if full < out.shape[1]:
+        out[:, full:].addcmul_(signs[:, full:], scales[:, -1:])
+
+
+def _scaling(name: str, times: int) -> Counts:
+    """A scale is a sum of shifts, or a float, and the result is added up."""
+    terms = scale_format(name).nibbles
+    counts: Counts = Counter()
+    if terms:
+        counts.update(shift=terms * times, fp32_add=terms * times)
+    else:
+        counts.update(fp16_multiply=times, fp32_add=times)
+    return counts
