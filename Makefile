@@ -6,7 +6,7 @@ DEMO_TOKENS ?= 20000
 JOBS ?= 2
 
 BIN := $(VENV)/bin
-NATIVE := shiftadd_cli/runtime/kernels/native
+NATIVE := shiftadd_cli/native
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

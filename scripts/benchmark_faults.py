@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from shiftadd_cli.report.summary import table
+from shiftadd_cli.cli.summary import table
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["shiftadd_cli.cli.quantize", "shiftadd_cli.pipeline.job"])

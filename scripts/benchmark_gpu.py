@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from shiftadd_cli.bcq.weight import PackedLayout
-from shiftadd_cli.report.summary import table
+from shiftadd_cli.cli.summary import table
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The largest batch for which the GEMV is timed: its work grows with the batch.
@@ -123,9 +123,9 @@ def measure(
     layout: PackedLayout, dtype: torch.dtype, batches: tuple[int, ...], rounds: int, eager: bool, device: torch.device
 ) -> list[Row]:
     """Check and time the kernels for one form of matrix. Exits with 1 where a product is wrong."""
-    from shiftadd_cli.runtime.kernels.triton_gemm import gemm
-    from shiftadd_cli.runtime.kernels.triton_gemv import gemv
-    from shiftadd_cli.runtime.kernels.triton_linear import prepare
+    from shiftadd_cli.kernels.triton_gemm import gemm
+    from shiftadd_cli.kernels.triton_gemv import gemv
+    from shiftadd_cli.kernels.triton_linear import prepare
 
     rows, columns = layout.grid.rows, layout.grid.columns
     cache = torch.cuda.get_device_properties(device).L2_cache_size

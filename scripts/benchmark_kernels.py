@@ -33,11 +33,11 @@ from shiftadd_cli.benchmark.layer_speed import SAMPLE_SECONDS, Ring, copies_for
 from shiftadd_cli.benchmark.machine import ASSUMED_CACHE_BYTES, Machine, free_memory
 from shiftadd_cli.benchmark.roof import Roof, read_roof, roof_bytes
 from shiftadd_cli.benchmark.timing import Clock, Span, Timed, interleave
+from shiftadd_cli.cli.summary import table
+from shiftadd_cli.kernels import ops
+from shiftadd_cli.kernels.cpu_weight import CpuWeight
+from shiftadd_cli.native.extension import instruction_sets
 from shiftadd_cli.progress import progress
-from shiftadd_cli.report.summary import table
-from shiftadd_cli.runtime.kernels import ops
-from shiftadd_cli.runtime.kernels.cpu_weight import CpuWeight
-from shiftadd_cli.runtime.kernels.extension import instruction_sets
 
 # SmolLM2-135M's layers last.
 SHAPES = ("4096x4096", "11008x4096", "768x768", "576x576", "1536x576", "576x1536")

@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from shiftadd_cli.benchmark.text_work import time_generation
 from shiftadd_cli.benchmark.timing import Clock, Spread, interleave
+from shiftadd_cli.benchmark.work import time_generation
+from shiftadd_cli.cli.summary import table
 from shiftadd_cli.device import choose_device, use_threads
 from shiftadd_cli.errors import ShiftaddError
-from shiftadd_cli.evaluation.models import open_any
-from shiftadd_cli.report.summary import size, table
+from shiftadd_cli.runtime.opened import open_any
+from shiftadd_cli.sizes import size
 
 
 class Speeds(NamedTuple):

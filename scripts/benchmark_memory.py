@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from shiftadd_cli.report.summary import size, table
+from shiftadd_cli.cli.summary import table
+from shiftadd_cli.sizes import size
 
 VOCABULARY = 4096
 

@@ -27,13 +27,13 @@ from torch import Tensor
 from shiftadd_cli.allocation.sensitivity import walk_blocks
 from shiftadd_cli.bcq.choices import PLANES, Primitive, parse_choice, parts_of_choice
 from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
-from shiftadd_cli.calibration.trace import trace_model
+from shiftadd_cli.blockwise.trace import trace_model
+from shiftadd_cli.cli.summary import table
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.pipeline.calibration import draw_calibration
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
-from shiftadd_cli.report.summary import table
 from shiftadd_cli.source import LinearSpec, open_source
 
 

@@ -16,12 +16,12 @@ import click
 import torch
 from benchmark_kernels import Numbers
 
+from shiftadd_cli.bcq.column_updates import settle
 from shiftadd_cli.bcq.levels import LevelTable
-from shiftadd_cli.bcq.settle import settle
 from shiftadd_cli.benchmark.timing import Clock, Timed, interleave
 from shiftadd_cli.calibration.products import add_products
-from shiftadd_cli.report.summary import table
-from shiftadd_cli.runtime.kernels.extension import instruction_sets
+from shiftadd_cli.cli.summary import table
+from shiftadd_cli.native.extension import instruction_sets
 
 # As many as a sweep hands on at once, and as many rows as a piece of the solver's has.
 BLOCK, ROWS = 128, 512

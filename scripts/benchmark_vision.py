@@ -22,7 +22,7 @@ from quality.options import Widths, show_table
 from vision.conditions import ImageConditions
 from vision.table import as_json, as_markdown
 
-from shiftadd_cli.cli.computing import dtype_option
+from shiftadd_cli.cli.options import dtype_option
 from shiftadd_cli.errors import ShiftaddError
 
 

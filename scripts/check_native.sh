@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the CPU kernels without Python: builds shiftadd_cli/runtime/kernels/native/check and runs it
+# Checks the CPU kernels without Python: builds shiftadd_cli/native/check and runs it
 #
 #     plain     as the kernels are built for the package, with every instruction set of this processor
 #     address   under GCC's or Clang's sanitizers of addresses and of undefined behaviour
@@ -16,7 +16,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-native=$root/shiftadd_cli/runtime/kernels/native
+native=$root/shiftadd_cli/native
 build=$root/build/check
 arguments=()
 optimisation=()

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 from transformers.models.vit import ViTImageProcessorPil
 
-from shiftadd_cli.calibration.images import ImageReader, load_images, read_images
-from shiftadd_cli.calibration.images_data import ImageData
+from shiftadd_cli.data.images import ImageReader, load_images, read_images
+from shiftadd_cli.data.images_data import ImageData
 from shiftadd_cli.progress import progress
 
 SIZE, CLASSES = 8, 10

@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from shiftadd_cli.artifact.durable import replace_file
 from shiftadd_cli.paths import expanded
+from shiftadd_cli.storage.durable import replace_file
 
 
 def cache_folder() -> Path:

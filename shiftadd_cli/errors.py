@@ -6,6 +6,10 @@ with `exit_code`. Anything else that escapes is a defect of ours and keeps its t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for a sentence of ours: its first line, or else its class."""
@@ -86,3 +90,17 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Fault(NamedTuple):
+    """place: keys and indices that lead to the value, from the outside in; message: what is wrong with it."""
+
+    place: tuple[str, ...]
+    message: str
+
+
+def first_fault(failure: ValidationError) -> Fault:
+    """The first of what was found."""
+    error = failure.errors()[0]
+    # pydantic puts this before what validators of ours say.
+    return Fault(tuple(map(str, error["loc"])), error["msg"].removeprefix("Value error, "))

@@ -1,4 +1,4 @@
-"""Settings of the whole test session, and the marker for tests that need the real models and texts of ../shared."""
+"""Settings of the whole test session."""
 
 from __future__ import annotations
 
@@ -24,25 +24,9 @@ atexit.register(shutil.rmtree, os.environ["SHIFTADD_CACHE"], ignore_errors=True)
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Commands that tests start run this checkout, whatever the environment has installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-SHARED = REPOSITORY.parent / "shared"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if SHARED.is_dir():
-        return
-    absent = pytest.mark.skip(reason=f"needs {SHARED}, which is absent")
-    for item in items:
-        if item.get_closest_marker("shared"):
-            item.add_marker(absent)
 
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the checkout under test."""
     return REPOSITORY
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of real models and texts; for tests marked `shared`."""
-    return SHARED

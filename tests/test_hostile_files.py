@@ -32,11 +32,11 @@ from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter
+from shiftadd_cli.blockwise.stored_states import StoredStates
 from shiftadd_cli.errors import ShiftaddError
-from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.history import Asked, History
 from shiftadd_cli.pipeline.memory import resident_bytes
-from shiftadd_cli.pipeline.states import StoredStates
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import DistillationReport
 from shiftadd_cli.source.safetensors_folder import SafetensorsFolder, read_index
@@ -104,18 +104,18 @@ def unfinished_run(folder: Path) -> Path:
             code="2",
         )
         history.begin(asked)
-        history.keep_bits(plan_for(model, recipe_of(group_size=16)), Measured())
+        history.keep_bits(plan_for(model, recipe_of(group_size=16)), PhaseClock())
         writer.plan({"a": ((3,), torch.float32)})
         writer.add("a", torch.ones(3))
         states = StoredStates(workspace.states, 3, 2)
         for batch in torch.ones(3, 4, 5).split(2):
             states.append(batch)
         weights = {"model.layers.0.q": torch.ones(3, 4)}
-        history.keep_start(writer, {"quantized": states}, weights, Measured())
+        history.keep_start(writer, {"quantized": states}, weights, PhaseClock())
         for index, batch in enumerate(torch.zeros(3, 4, 5).split(2)):
             states.replace(index, batch)
         states.turn()
-        history.keep_block(BLOCKS[0], [], [], writer, {"quantized": states}, Measured())
+        history.keep_block(BLOCKS[0], [], [], writer, {"quantized": states}, PhaseClock())
     return folder
 
 
@@ -124,7 +124,7 @@ def distilled_run(folder: Path) -> Path:
     unfinished_run(folder)
     with Workspace(folder / "out") as workspace:
         report = DistillationReport(divergence_before=0.2, divergence_after=0.1, kept=True)
-        History(workspace, BLOCKS).keep_distilled(report, {"a": torch.zeros(3)}, Measured())
+        History(workspace, BLOCKS).keep_distilled(report, {"a": torch.zeros(3)}, PhaseClock())
     return folder
 
 
@@ -261,7 +261,7 @@ def with_another_value(whole: Any, data: st.DataObject) -> Any:
 
 def signed(record: dict[str, Any]) -> dict[str, Any]:
     """With a checksum that fits, so that what reads the record must look."""
-    from shiftadd_cli.artifact.journal import _sum
+    from shiftadd_cli.storage.record_file import _sum
 
     inner = record.get("record")
     return record | {"sha256": _sum(inner)} if isinstance(inner, dict) else record

@@ -26,8 +26,8 @@ _IMPORTS = (
     "shiftadd_cli.cli.quantize",
     "shiftadd_cli.cli.export",
     "shiftadd_cli.pipeline.job",
-    "shiftadd_cli.pipeline.describe",
-    "shiftadd_cli.report.summary",
+    "shiftadd_cli.cli.describe",
+    "shiftadd_cli.cli.summary",
     "shiftadd_cli.export.dense",
     "shiftadd_cli.runtime.transformers_plugin",
 )

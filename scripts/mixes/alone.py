@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from shiftadd_cli.calibration.text import load_text, text_windows, tokenise
-from shiftadd_cli.evaluation.models import load_any
+from shiftadd_cli.data.text import load_text, text_windows, tokenise
 from shiftadd_cli.evaluation.perplexity import score_models
+from shiftadd_cli.runtime.opened import load_any
 from shiftadd_cli.source import LinearSpec
 
 

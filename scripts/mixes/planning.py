@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shiftadd_cli.allocation.plan_file import BitPlan
-from shiftadd_cli.allocation.solve import Choices
+from shiftadd_cli.allocation.solve import LayerOptions
 
 RANDOM, UNIFORM = "random", "uniform"
 
@@ -28,7 +28,9 @@ class Mix:
     place: int
 
 
-def random_bits(layers: Sequence[Choices], tied: Sequence[Sequence[str]], budget: int, seed: int) -> dict[str, int]:
+def random_bits(
+    layers: Sequence[LayerOptions], tied: Sequence[Sequence[str]], budget: int, seed: int
+) -> dict[str, int]:
     """Bits of every layer by name, drawn at random until nothing more fits into `budget` bytes.
 
     All begin with the fewest bits; a group of tied layers, drawn with equal chances out of those that a further number
@@ -61,7 +63,7 @@ def random_bits(layers: Sequence[Choices], tied: Sequence[Sequence[str]], budget
     return {layer.name: options[index][places[index]] for index, group in enumerate(groups) for layer in group}
 
 
-def uniform_bits(layers: Sequence[Choices], budget: int) -> dict[str, int] | None:
+def uniform_bits(layers: Sequence[LayerOptions], budget: int) -> dict[str, int] | None:
     """Equal bits for all layers, the fewest that take `budget` bytes or more; None where no candidate does."""
     for bits in sorted(set.intersection(*(set(layer.bytes) for layer in layers))):
         if sum(layer.bytes[bits] for layer in layers) >= budget:

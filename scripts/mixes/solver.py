@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 
-from shiftadd_cli.allocation.solve import Choices, allocate
+from shiftadd_cli.allocation.solve import LayerOptions, allocate
 
 # Of a model of some 70 billion weights.
 _HIDDEN, _KEYS, _WIDE, _GROUP = 8192, 1024, 28672, 128
@@ -17,7 +17,7 @@ _SHAPES = {
 }  # fmt: skip
 
 
-def synthetic_layers(blocks: int, candidates: Sequence[int], seed: int = 0) -> list[Choices]:
+def synthetic_layers(blocks: int, candidates: Sequence[int], seed: int = 0) -> list[LayerOptions]:
     """Seven linears a block with sensitivities spread over two orders of magnitude and errors of about 4^-bits."""
     draw = random.Random(seed)
     layers = []
@@ -25,7 +25,7 @@ def synthetic_layers(blocks: int, candidates: Sequence[int], seed: int = 0) -> l
         for kind, (rows, columns) in _SHAPES.items():
             weight = math.exp(draw.gauss(0, 1.2))
             layers.append(
-                Choices(
+                LayerOptions(
                     f"{block}.{kind}",
                     {bits: rows * columns * bits // 8 + rows * columns // _GROUP * bits for bits in candidates},
                     {bits: weight * 4.0**-bits * math.exp(draw.gauss(0, 0.1)) for bits in candidates},
@@ -34,7 +34,7 @@ def synthetic_layers(blocks: int, candidates: Sequence[int], seed: int = 0) -> l
     return layers
 
 
-def solver_seconds(layers: Sequence[Choices], parts: Sequence[float]) -> tuple[float, ...]:
+def solver_seconds(layers: Sequence[LayerOptions], parts: Sequence[float]) -> tuple[float, ...]:
     """Wall-clock seconds of the choice at budgets that lie in these parts of the range, nothing tied."""
     low, high = (sum(choose(layer.bytes.values()) for layer in layers) for choose in (min, max))
     found = []

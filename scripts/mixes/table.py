@@ -10,8 +10,8 @@ from typing import Any
 
 from mixes.bench import SENSITIVITIES, Allocations
 from mixes.planning import Mix
-from shiftadd_cli.pipeline.describe_bits import UNITS
-from shiftadd_cli.report.summary import size
+from shiftadd_cli.cli.describe_bits import UNITS
+from shiftadd_cli.sizes import size
 
 
 def as_json(bench: Allocations) -> str:

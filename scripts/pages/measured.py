@@ -11,7 +11,7 @@ from quality.later import LATER
 from pages.text import table
 from shiftadd_cli.cli.options import option_name
 from shiftadd_cli.recipe import Recipe
-from shiftadd_cli.report.summary import with_error
+from shiftadd_cli.report.uncertainty import with_error
 
 MEASURED = Path(__file__).resolve().parent.parent / "measured"
 

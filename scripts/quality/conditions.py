@@ -16,13 +16,12 @@ from pydantic import BaseModel
 from quality.later import LATER
 from quality.methods import Method
 from quality.rows import Original, Row, TestScore, file_name
-from shiftadd_cli.calibration.mixture import parse_mixture
-from shiftadd_cli.calibration.self_text import KINDS
-from shiftadd_cli.calibration.self_text.write import written_by_model
-from shiftadd_cli.calibration.text import TextData, load_text
+from shiftadd_cli.data.mixture import KINDS, parse_mixture
+from shiftadd_cli.data.text import TextData, load_text
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.evaluation.compare import DEFAULT_CONTEXT
 from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.self_text.write import written_by_model
 from shiftadd_cli.source import open_source
 from shiftadd_cli.source.positions import position_limit, window_length
 from shiftadd_cli.version import __version__

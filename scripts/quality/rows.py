@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from shiftadd_cli.artifact.durable import replace_file
 from shiftadd_cli.errors import ShiftaddError
+from shiftadd_cli.storage.durable import replace_file
 
 R = TypeVar("R", bound="Stored")
 

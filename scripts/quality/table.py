@@ -9,7 +9,8 @@ from typing import Any
 
 from quality.bench import Bench
 from quality.rows import Row, TestScore
-from shiftadd_cli.report.summary import size, with_error
+from shiftadd_cli.report.uncertainty import with_error
+from shiftadd_cli.sizes import size
 
 
 def as_json(bench: Bench) -> str:

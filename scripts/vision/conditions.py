@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from quality.conditions import Cell, recipe_settings, versions
 from quality.methods import Method
 
-from shiftadd_cli.calibration.images import load_images
+from shiftadd_cli.data.images import load_images
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.source import open_source
 from vision.rows import ImageOriginal, ImageRow, ImageTestScore

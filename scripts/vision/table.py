@@ -8,7 +8,8 @@ from typing import Any
 from quality.bench import Bench
 from quality.table import failures, json_text, line, listed, origins
 
-from shiftadd_cli.report.summary import size, with_error
+from shiftadd_cli.report.uncertainty import with_error
+from shiftadd_cli.sizes import size
 from vision.rows import ImageRow, ImageTestScore
 
 _SCORES = (

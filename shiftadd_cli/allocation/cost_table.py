@@ -25,10 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.plan_file import Kind
-from shiftadd_cli.allocation.solve import Choices
+from shiftadd_cli.allocation.solve import LayerOptions
 from shiftadd_cli.bcq.choices import Choice, choice_words
-from shiftadd_cli.errors import AllocationError
-from shiftadd_cli.faults import first_fault
+from shiftadd_cli.errors import AllocationError, first_fault
 
 CostKind = Literal["bits", "latency", "energy"]
 Shapes = Mapping[str, tuple[int, int]]
@@ -129,10 +128,10 @@ class CostLimit:
                 f"{self.table.unit}; raise --max-cost, or allow other bits with --candidates."
             )
 
-    def priced(self, layer: Choices, shape: tuple[int, int]) -> Choices:
+    def priced(self, layer: LayerOptions, shape: tuple[int, int]) -> LayerOptions:
         """The same choices with steps of this budget in place of bytes; more than all of it is all the same."""
         costs = {bits: self.table.of(layer.name, shape, bits) for bits in layer.bytes}
-        return Choices(
+        return LayerOptions(
             layer.name,
             {bits: round(min(cost / self.limit, 2.0) / (1 + 2 * _TOLERANCE) * _STEPS) for bits, cost in costs.items()},
             layer.costs,

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from shiftadd_cli.allocation.candidates import CandidateSolver, relative_error
 from shiftadd_cli.bcq.choices import Choice, choice_words
 from shiftadd_cli.bcq.options import SolverOptions
-from shiftadd_cli.calibration.forward import hooked
-from shiftadd_cli.calibration.replay import Replay
+from shiftadd_cli.blockwise.forward import hooked
+from shiftadd_cli.blockwise.probe_model import ProbeModel
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress
@@ -73,7 +73,7 @@ class Divergence:
 
     def __init__(
         self,
-        replay: Replay,
+        replay: ProbeModel,
         structure: Structure,
         options: SolverOptions,
         candidates: Sequence[Choice],

@@ -27,8 +27,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from shiftadd_cli.bcq.choices import Choice, bits_of_choice, ordered_choices, parse_choice
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
-from shiftadd_cli.errors import AllocationError
-from shiftadd_cli.faults import first_fault
+from shiftadd_cli.errors import AllocationError, first_fault
 from shiftadd_cli.source import LinearSpec
 
 PLAN_FORMAT: Final = "shiftadd bit plan"

@@ -39,12 +39,12 @@ from shiftadd_cli.allocation.row_sample import RowSample
 from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.bcq.hessian import build_objective
 from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.probe_model import ProbeModel
+from shiftadd_cli.blockwise.trace import Trace, trace_model
 from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.hessian import Moments, gather_moments
 from shiftadd_cli.calibration.mixtures import Group, enough_tokens, in_room, in_turns
-from shiftadd_cli.calibration.replay import Replay
-from shiftadd_cli.calibration.stream import BlockStream
-from shiftadd_cli.calibration.trace import Trace, trace_model
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import LinearSpec, Source, Structure
@@ -110,7 +110,7 @@ def measure_sensitivities(
         paper = PaperCriterion(candidates)
         return walk_blocks(source, structure, trace, paper, device=device, progress=progress, team=team)
     if kind == "divergence":
-        replay = Replay(source, structure, probe_samples(samples), len(trace.hidden[0]), device)
+        replay = ProbeModel(source, structure, probe_samples(samples), len(trace.hidden[0]), device)
         divergence = Divergence(replay, structure, options, candidates, progress=progress, team=team)
         found = walk_blocks(source, structure, trace, divergence, device=device, progress=progress, team=team)
         return replace(found, costs=divergence.costs(found.costs))
@@ -120,7 +120,7 @@ def measure_sensitivities(
         source, structure, probe, traced, device=device, seed=seed, progress=progress, team=team
     )
     estimate = OutputError(gradients.means, options, candidates, team)
-    replay = Replay(source, structure, probe_samples(samples), len(trace.hidden[0]), device)
+    replay = ProbeModel(source, structure, probe_samples(samples), len(trace.hidden[0]), device)
     # One number of planes is enough: an estimate is wrong by the same factor at any.
     divergence = Divergence(replay, structure, options, [ANCHOR_PLANES], progress=progress, team=team)
     both = _Some(choose_anchors(structure.linears), divergence, estimate)

@@ -19,7 +19,7 @@ from shiftadd_cli.errors import AllocationError
 
 
 @dataclass(frozen=True)
-class Choices:
+class LayerOptions:
     """What a layer may be: stored bytes and cost (predicted loss, not negative) by choice (bits, or the word of a shift
     primitive). Both have the same keys."""
 
@@ -28,7 +28,7 @@ class Choices:
     costs: Mapping[Choice, float]
 
 
-def allocate(layers: Sequence[Choices], tied: Iterable[Iterable[str]], budget: int) -> dict[str, Choice]:
+def allocate(layers: Sequence[LayerOptions], tied: Iterable[Iterable[str]], budget: int) -> dict[str, Choice]:
     """Bits of every layer, by name: the least total cost at a total of at most `budget` bytes.
 
     tied: sets of names that must get equal bits; sets that overlap become one.
@@ -46,7 +46,7 @@ def allocate(layers: Sequence[Choices], tied: Iterable[Iterable[str]], budget: i
     return _by_name(groups, knapsack(costs, sizes, budget, lambda chosen: _bytes(groups, chosen) <= budget))
 
 
-def allocate_smallest(layers: Sequence[Choices], tied: Iterable[Iterable[str]], most: float) -> dict[str, Choice]:
+def allocate_smallest(layers: Sequence[LayerOptions], tied: Iterable[Iterable[str]], most: float) -> dict[str, Choice]:
     """Bits of every layer, by name: the fewest bytes at a total cost of at most `most`, and among choices of so many
     bytes the one of least cost. The total is that of `math.fsum` and is never above `most`.
 
@@ -92,17 +92,17 @@ def tied_groups(layers: Iterable[str], tied: Iterable[Iterable[str]]) -> list[tu
 
 @dataclass(frozen=True)
 class _Group:
-    members: tuple[Choices, ...]
+    members: tuple[LayerOptions, ...]
     bytes: Mapping[Choice, int]
     costs: Mapping[Choice, float]
 
 
-def _groups(layers: Sequence[Choices], tied: Iterable[Iterable[str]]) -> list[_Group]:
+def _groups(layers: Sequence[LayerOptions], tied: Iterable[Iterable[str]]) -> list[_Group]:
     by_name = {layer.name: layer for layer in layers}
     return [_merged([by_name[name] for name in names]) for names in tied_groups(by_name, tied)]
 
 
-def _merged(members: Sequence[Choices]) -> _Group:
+def _merged(members: Sequence[LayerOptions]) -> _Group:
     common = [bits for bits in members[0].bytes if all(bits in member.bytes for member in members)]
     if not common:
         told = ", ".join(f"{each.name} ({'/'.join(map(str, each.bytes))})" for each in members)

@@ -39,8 +39,7 @@ from shiftadd_cli.bcq import int8
 from shiftadd_cli.bcq.choices import PLANES
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.weight import PackedLayout
-from shiftadd_cli.errors import ArtifactError
-from shiftadd_cli.faults import first_fault
+from shiftadd_cli.errors import ArtifactError, first_fault
 
 QUANT_METHOD = "shiftadd"
 # What is read; what is written is the least that a checkpoint needs: 2 knows shift layers, 3 tables of convolutions.

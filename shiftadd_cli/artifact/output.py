@@ -1,21 +1,15 @@
-"""Checks of the place to write to, before any work, and the words for what the system refuses later."""
+"""Checks of the output folder before any work."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from shiftadd_cli.artifact.durable import as_bytes, replace_file
 from shiftadd_cli.artifact.format import QUANT_METHOD
 from shiftadd_cli.errors import OutputError
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def check_output(out: Path, source: Path | None, *, overwrite: bool, expected_bytes: int = 0) -> None:
@@ -94,27 +88,3 @@ def is_checkpoint(folder: Path) -> bool:
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def write_file(path: Path, content: bytes | str) -> None:
-    """Put a small file at `path`, text as UTF-8, whole or not at all, over what is there.
-
-    Raises OutputError if the system refuses.
-    """
-    with refusals(path):
-        replace_file(path, as_bytes(content))
-
-
-@contextmanager
-def refusals(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing at `path` into an OutputError with the cure."""
-    try:
-        yield
-    except OSError as failure:
-        if failure.errno in _FULL:
-            text = f"No space left to write {path}; free some space or choose another disk."
-        elif failure.errno in _FORBIDDEN:
-            text = f"No permission to write {path}; choose another folder."
-        else:
-            text = f"{path} cannot be written ({failure.strerror or failure}); choose another folder."
-        raise OutputError(text) from failure

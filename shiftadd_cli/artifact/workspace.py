@@ -3,7 +3,7 @@
 .OUT.partial/
   lock         held by the run at work
   artifact/    what becomes OUT
-  journal/     what is finished, see `artifact.journal`
+  journal/     what is finished, see `storage.record_file`
   states/      hidden states and token weights, for the run that goes on
   old/         for a moment, what OUT was before
   failure      what the run failed of, if a fault of the program or the machine ended it
@@ -17,10 +17,11 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from shiftadd_cli.artifact.durable import sync
-from shiftadd_cli.artifact.journal import Journal
-from shiftadd_cli.artifact.output import partial_folder, refusals
+from shiftadd_cli.artifact.output import partial_folder
 from shiftadd_cli.errors import OutputError, ResumeError, ShiftaddError, SourceError, TeamError, first_line
+from shiftadd_cli.storage.durable import sync
+from shiftadd_cli.storage.record_file import Journal
+from shiftadd_cli.storage.refusals import refusals
 
 # Records of a run that has finished nothing.
 _BEGUN = 1

@@ -71,7 +71,7 @@ def quantize_matrices(
             torch.cat(matrices), hessian.float(), cross.float(), options.weight_error, options.asymmetric, names[0]
         )
         matrices = list(tall.split(heights))
-    whole = _Whole(matrices, hessian, outlier_count(columns, options.format.outlier_columns))
+    whole = _OutlierSplit(matrices, hessian, outlier_count(columns, options.format.outlier_columns))
     if whole.ids is not None:
         matrices = [without_columns(matrix, whole.ids) for matrix in matrices]
         hessian = None if hessian is None else without_inputs(hessian, whole.ids)
@@ -148,7 +148,7 @@ def _pack(
     return QuantizedWeight.pack(layout, planes, snapped.ratios, snapped.row_scale, snapped.offsets, signs)
 
 
-class _Whole:
+class _OutlierSplit:
     """Matrices and the second moment of their input before outlier columns `ids` (None for `count` 0) are taken out."""
 
     def __init__(self, matrices: Sequence[Tensor], hessian: Tensor | None, count: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shiftadd_cli.benchmark.machine import resident_memory
 from shiftadd_cli.benchmark.timing import Clock, Span, Spread, Timed, interleave
 from shiftadd_cli.benchmark.work import Work
-from shiftadd_cli.evaluation.models import Loaded, ModelInfo, Opened
+from shiftadd_cli.runtime.opened import Loaded, ModelInfo, Opened
 from shiftadd_cli.source.memory import trim
 
 

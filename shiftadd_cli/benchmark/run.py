@@ -9,20 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shiftadd_cli.benchmark.image_work import image_work
 from shiftadd_cli.benchmark.layer_speed import LayerSpeed, layer_kinds, measure_layers
 from shiftadd_cli.benchmark.machine import ASSUMED_CACHE_BYTES, Machine, free_memory
 from shiftadd_cli.benchmark.model_speed import Candidate, measure_models
 from shiftadd_cli.benchmark.result import Benchmark
 from shiftadd_cli.benchmark.roof import Roof, better_roof, read_roof, roof_bytes
-from shiftadd_cli.benchmark.text_work import text_work
-from shiftadd_cli.benchmark.work import Work
-from shiftadd_cli.calibration.forward import run_model
-from shiftadd_cli.calibration.images import ImageReader
-from shiftadd_cli.calibration.text import check_tokens, load_text, tokenise
+from shiftadd_cli.benchmark.work import Work, image_work, text_work
+from shiftadd_cli.blockwise.forward import run_model
+from shiftadd_cli.data.images import ImageReader
+from shiftadd_cli.data.text import check_tokens, load_text, tokenise
 from shiftadd_cli.device import dtype_name, use_threads
 from shiftadd_cli.errors import RecipeError
-from shiftadd_cli.evaluation.models import Loaded, Opened, computing_dtype, open_any
+from shiftadd_cli.runtime.opened import Loaded, Opened, computing_dtype, open_any
 from shiftadd_cli.source.memory import trim
 
 DEFAULT_LENGTHS = (128, 512)

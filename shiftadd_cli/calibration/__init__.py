@@ -1,1 +1,1 @@
-"""Texts for calibration and measurement, cut into windows of tokens."""
+"""Statistics of calibration inputs: second moments, gradients, and the shares of experts."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.head import Form, Head
+from shiftadd_cli.blockwise.head import Form, Head
 from shiftadd_cli.source import Structure
 
 Loss = Literal["divergence", "cross_entropy"]
@@ -21,7 +21,7 @@ _BYTES_PER_LOGIT = 16
 class EndLoss:
     """The loss of `samples` (see `trace_model`) as a function of what the last block gives out.
 
-    Whatever comes after the blocks is the model's code and runs on slices; see `calibration.head`.
+    Whatever comes after the blocks is the model's code and runs on slices; see `blockwise.head`.
 
     The loss is a sum over predictions, not a mean. `cross_entropy` scores the text: the last token of a window has no
     label and adds nothing. `divergence` scores labels drawn from the model's own distribution, at every prediction; the

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.blockwise.forward import check_finite
+from shiftadd_cli.blockwise.hidden_states import is_whole
+from shiftadd_cli.blockwise.trace import Trace
 from shiftadd_cli.calibration.end_loss import EndLoss, Loss
-from shiftadd_cli.calibration.forward import check_finite
-from shiftadd_cli.calibration.streams import is_whole
-from shiftadd_cli.calibration.trace import Trace
 from shiftadd_cli.device import dtype_name
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.hidden_states import is_whole
 from shiftadd_cli.calibration.products import add_products
-from shiftadd_cli.calibration.stream import BlockStream
-from shiftadd_cli.calibration.streams import is_whole
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.source.experts import place_in_mixture, tokens_of
 from shiftadd_cli.source.linear import linear_sizes

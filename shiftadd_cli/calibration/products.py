@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shiftadd_cli.runtime.kernels.extension import TYPES, address, cpu_extension, instruction_sets
+from shiftadd_cli.native.extension import TYPES, address, cpu_extension, instruction_sets
 
 # The sets of kernels that are faster than torch; on other processors its libraries are.
 _FASTER = ("avx512_bf16", "avx512", "avx2")

@@ -7,9 +7,14 @@ from typing import Any
 
 import click
 
-from shiftadd_cli.cli.completion import a_model
-from shiftadd_cli.cli.computing import remote_code_option, team_timeout_option
-from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_options_without
+from shiftadd_cli.cli.options import (
+    a_model,
+    overrides_from,
+    recipe_choice,
+    recipe_options_without,
+    remote_code_option,
+    team_timeout_option,
+)
 
 
 @click.command("allocate-bits")
@@ -121,16 +126,16 @@ def allocate_bits(
     settings = Recipe.load(recipe, overrides_from(fields))
     from shiftadd_cli.allocation.budget import parse_curve
     from shiftadd_cli.allocation.cost_table import CostLimit, parse_budget
-    from shiftadd_cli.artifact.output import write_file
+    from shiftadd_cli.cli.describe_bits import describe_bit_plan, describe_front
+    from shiftadd_cli.cli.plan_output import check_plan_output, write_plan
+    from shiftadd_cli.cli.plot_bits import check_plot_output, draw_bit_plan
     from shiftadd_cli.distributed.launch import join_team
     from shiftadd_cli.pipeline.allocate import AllocationJob, Request
-    from shiftadd_cli.pipeline.describe_bits import describe_bit_plan, describe_front
     from shiftadd_cli.pipeline.memory import resident_bytes
-    from shiftadd_cli.pipeline.plan_output import check_plan_output, write_plan
-    from shiftadd_cli.pipeline.plot_bits import check_plot_output, draw_bit_plan
     from shiftadd_cli.progress import block_bar, silent
-    from shiftadd_cli.report.summary import size
+    from shiftadd_cli.sizes import size
     from shiftadd_cli.source import open_source
+    from shiftadd_cli.storage.refusals import write_file
 
     start = time.monotonic()
     budget = parse_budget(avg_bits, target_size, max_divergence, cost, cost_table, max_cost)

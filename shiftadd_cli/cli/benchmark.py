@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from shiftadd_cli.cli.completion import a_model
-from shiftadd_cli.cli.computing import dtype_option, remote_code_option, threads_option
+from shiftadd_cli.cli.options import a_model, dtype_option, remote_code_option, threads_option
 
 
 class _Lengths(click.ParamType):
@@ -89,7 +88,7 @@ def benchmark(
     from transformers.utils import logging
 
     from shiftadd_cli.benchmark import run
-    from shiftadd_cli.benchmark.table import describe_benchmark
+    from shiftadd_cli.cli.describe_benchmark import describe_benchmark
 
     logging.disable_progress_bar()
     result = run.benchmark(

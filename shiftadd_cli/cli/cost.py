@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shiftadd_cli.cli.computing import remote_code_option
+from shiftadd_cli.cli.options import remote_code_option
 
 if TYPE_CHECKING:
     from shiftadd_cli.report.cost import Cost, WayCost
@@ -52,10 +52,10 @@ def cost(
     measures it. Reads headers only.
     """
     from shiftadd_cli.artifact.folder import Artifact
-    from shiftadd_cli.artifact.output import write_file
     from shiftadd_cli.report.cost import energy_table, model_cost
     from shiftadd_cli.report.unit_costs import PACKAGED, load_unit_costs
     from shiftadd_cli.runtime.skeleton import artifact_skeleton
+    from shiftadd_cli.storage.refusals import write_file
 
     units = load_unit_costs(unit_costs or PACKAGED)
     artifact = Artifact.open(folder)
@@ -69,7 +69,8 @@ def cost(
 
 
 def _describe(result: Cost) -> str:
-    from shiftadd_cli.report.summary import size, table
+    from shiftadd_cli.cli.summary import table
+    from shiftadd_cli.sizes import size
 
     stored = sum(result.parts.values())
     parts = [(part, size(count), f"{count / stored:.1%}") for part, count in result.parts.items()]

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shiftadd_cli.cli.completion import a_model
-from shiftadd_cli.cli.computing import remote_code_option, team_timeout_option
 from shiftadd_cli.cli.evaluate_images import calibrations, computed, describe_images
-from shiftadd_cli.cli.scoring import scoring_options
+from shiftadd_cli.cli.options import a_model, remote_code_option, scoring_options, team_timeout_option
 from shiftadd_cli.cli.tasks import check_options, show_tasks, task_options
 
 if TYPE_CHECKING:
     from shiftadd_cli.evaluation.compare import Evaluation
-    from shiftadd_cli.evaluation.measured import Measured
     from shiftadd_cli.evaluation.perplexity import Score
+    from shiftadd_cli.evaluation.result import ModelResult
 
 
 @click.command()
@@ -153,7 +151,7 @@ def evaluate(
 
 
 def _describe(result: Evaluation) -> str:
-    from shiftadd_cli.report.summary import table
+    from shiftadd_cli.cli.summary import table
 
     everyone = ([] if result.original is None else [result.original]) + list(result.models)
     header = ["model", "perplexity", "size", "file bits/weight", "layer bits/weight", "seconds"]
@@ -176,8 +174,9 @@ def _describe(result: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _row(each: Measured[Score], *, compared: bool) -> list[str]:
-    from shiftadd_cli.report.summary import size, with_error
+def _row(each: ModelResult[Score], *, compared: bool) -> list[str]:
+    from shiftadd_cli.report.uncertainty import with_error
+    from shiftadd_cli.sizes import size
 
     info, score = each.info, each.score
     layers = "-" if info.quantized_bits_per_weight is None else f"{info.quantized_bits_per_weight:.3f}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shiftadd_cli.evaluation.compare_images import ImageEvaluation
-    from shiftadd_cli.evaluation.measured import Measured
+    from shiftadd_cli.evaluation.result import ModelResult
 
 # Columns of scores: field, title, whether it is a share. Those that no model has are left out.
 _SCORES = (
@@ -22,7 +22,8 @@ _SCORES = (
 
 def describe_images(result: ImageEvaluation) -> str:
     """The result as text."""
-    from shiftadd_cli.report.summary import size, table
+    from shiftadd_cli.cli.summary import table
+    from shiftadd_cli.sizes import size
 
     everyone = ([] if result.original is None else [result.original]) + list(result.models)
     shown = [each for each in _SCORES if any(getattr(model.score, each[0]) is not None for model in everyone)]
@@ -50,7 +51,7 @@ def describe_images(result: ImageEvaluation) -> str:
     return "\n".join(lines)
 
 
-def computed(everyone: Sequence[Measured[Any]]) -> str:
+def computed(everyone: Sequence[ModelResult[Any]]) -> str:
     """The dtype of the computation, with the stored one where they differ; one entry if all agree."""
     ways = {
         each.info.spec: each.info.dtype
@@ -62,7 +63,7 @@ def computed(everyone: Sequence[Measured[Any]]) -> str:
     return ", ".join(f"{name} in {way}" for name, way in ways.items())
 
 
-def calibrations(everyone: Sequence[Measured[Any]]) -> list[str]:
+def calibrations(everyone: Sequence[ModelResult[Any]]) -> list[str]:
     """What each compressed model was calibrated on, in lines."""
     return [
         f"Calibration   {each.info.spec}: {each.info.calibration or 'no data named in its report'}"
@@ -72,7 +73,7 @@ def calibrations(everyone: Sequence[Measured[Any]]) -> list[str]:
 
 
 def _score(score: Any, name: str, *, share: bool) -> str:
-    from shiftadd_cli.report.summary import share_with_error, with_error
+    from shiftadd_cli.report.uncertainty import share_with_error, with_error
 
     value, error = getattr(score, name), getattr(score, f"{name}_error")
     return share_with_error(value, error, 2) if share else with_error(value, error, 4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from shiftadd_cli.cli.computing import remote_code_option
+from shiftadd_cli.cli.options import remote_code_option
 
 
 @click.command()
@@ -40,7 +40,7 @@ def export(folder: Path, out: Path, form: str, dtype: str, trust_remote_code: bo
     from shiftadd_cli.errors import ExportError
     from shiftadd_cli.export.dense import export_dense
     from shiftadd_cli.export.gguf import export_gguf
-    from shiftadd_cli.report.summary import size
+    from shiftadd_cli.sizes import size
 
     if form == "gguf":
         path, written = export_gguf(folder, out, "float16" if dtype == "auto" else dtype)

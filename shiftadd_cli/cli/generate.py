@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shiftadd_cli.cli.completion import a_model
-from shiftadd_cli.cli.computing import dtype_option, remote_code_option, threads_option
+from shiftadd_cli.cli.options import a_model, dtype_option, remote_code_option, threads_option
 
 if TYPE_CHECKING:
     from shiftadd_cli.generation.run import Generated
@@ -78,10 +77,10 @@ def generate(
     from transformers.utils import logging
 
     from shiftadd_cli.device import choose_device, use_threads
-    from shiftadd_cli.evaluation.models import open_any
     from shiftadd_cli.generation.prompt import check_prompt, encode_prompt, room_for
     from shiftadd_cli.generation.run import generate_text
     from shiftadd_cli.pipeline.memory import resident_bytes
+    from shiftadd_cli.runtime.opened import open_any
     from shiftadd_cli.verbosity import tell
 
     logging.disable_progress_bar()
@@ -130,7 +129,7 @@ def _show(piece: str) -> None:
 
 
 def _describe(found: Generated, load_seconds: float, peak: int) -> str:
-    from shiftadd_cli.report.summary import size
+    from shiftadd_cli.sizes import size
 
     rate = "" if found.decode_rate is None else f" at {found.decode_rate:.1f} tokens/s"
     stopped = ", where the context ended" if found.stopped == "context" else ""

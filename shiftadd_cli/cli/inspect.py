@@ -38,7 +38,8 @@ def inspect(folder: Path, check: bool, layers: bool, as_json: bool) -> None:
 
 def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
     from shiftadd_cli.bcq.primitives.base import NO_SCALES
-    from shiftadd_cli.report.summary import size, table
+    from shiftadd_cli.cli.summary import table
+    from shiftadd_cli.sizes import size
 
     rows = [
         (
@@ -80,7 +81,8 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
 
 
 def _tables(contents: Contents) -> list[str]:
-    from shiftadd_cli.report.summary import size, table
+    from shiftadd_cli.cli.summary import table
+    from shiftadd_cli.sizes import size
 
     rows = [
         (

@@ -1,4 +1,4 @@
-"""Command-line options generated from the fields of `Recipe`, so that the two can never differ."""
+"""Options that verbs share. Those of a recipe are generated from its fields, so that the two can never differ."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 from pydantic.fields import FieldInfo
 
 from shiftadd_cli.bcq.choices import Choice
-from shiftadd_cli.cli.completion import names_or_files
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.recipe_file import packaged_names
 
@@ -126,3 +126,68 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     else:
         raise TypeError(f"no option is known for recipe field {name!r} of type {annotation!r}")
     return click.option(flag, name, **settings)
+
+
+Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def names_or_files(*names: str) -> Completer:
+    """Completes these names, and besides whatever the shell finds on the disk."""
+
+    def complete(_: click.Context, __: click.Parameter, typed: str) -> list[CompletionItem]:
+        found = [CompletionItem(name) for name in names if name.startswith(typed)]
+        return [*found, CompletionItem(typed, type="file")]
+
+    return complete
+
+
+a_model = names_or_files("demo")
+
+
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(("auto", "float32", "bfloat16", "float16")),
+    default="auto",
+    show_default=True,
+    help="Type to compute in; 'auto' takes the stored one, or float32 on a CPU that has no such arithmetic.",
+)
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: as torch chooses]"
+)
+
+remote_code_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run the Python code that comes with a model of a kind unknown to transformers. Read it before: it may do "
+    "anything that you may.",
+)
+
+team_timeout_option = click.option(
+    "--team-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=1),
+    default=7200,
+    show_default=True,
+    help="Where torchrun started several processes: how long they wait for one of them.",
+)
+
+
+def scoring_options(function: F) -> F:
+    """Add `--context`, `--max-tokens` and `--dtype`, which arrive as `context`, `max_tokens` and `dtype`."""
+    for option in (
+        dtype_option,
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(min=2),
+            help="Use only the first tokens of each text.  [default: all]",
+        ),
+        click.option(
+            "--context",
+            type=click.IntRange(min=2),
+            help="Tokens per window; windows do not overlap.  "
+            "[default: 512, or as many as the models have positions for]",
+        ),
+    ):
+        function = option(function)
+    return function

@@ -20,8 +20,9 @@ def push(folder: Path, repo: str, revision: str | None, public: bool, message: s
     OUT is checked as by `shiftadd inspect --verify`, and uploaded in one commit; what was not sent when an upload was
     broken off, the same command sends. The repository is made if there is none, private unless you say --public.
     """
+    from shiftadd_cli.cli.summary import table
     from shiftadd_cli.hub.push import Push, require_token
-    from shiftadd_cli.report.summary import size, table
+    from shiftadd_cli.sizes import size
 
     if not dry_run:
         # Before all of OUT is read.

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shiftadd_cli.cli.completion import a_model
-from shiftadd_cli.cli.computing import remote_code_option, team_timeout_option
-from shiftadd_cli.cli.options import overrides_from, recipe_choice, recipe_options
+from shiftadd_cli.cli.options import (
+    a_model,
+    overrides_from,
+    recipe_choice,
+    recipe_options,
+    remote_code_option,
+    team_timeout_option,
+)
 
 if TYPE_CHECKING:
     from shiftadd_cli.pipeline.plan import Plan
@@ -59,10 +64,10 @@ def quantize(
     from shiftadd_cli.recipe import Recipe
 
     settings = Recipe.load(recipe, overrides_from(fields))
+    from shiftadd_cli.cli.describe import describe_plan
+    from shiftadd_cli.cli.summary import summarize
     from shiftadd_cli.distributed.launch import join_team
-    from shiftadd_cli.pipeline.describe import describe_plan
     from shiftadd_cli.pipeline.job import Job
-    from shiftadd_cli.report.summary import summarize
     from shiftadd_cli.signals import terminable
     from shiftadd_cli.verbosity import tell
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from shiftadd_cli.cli.computing import remote_code_option
+from shiftadd_cli.cli.options import remote_code_option
 
 
 @click.command()
@@ -25,9 +25,9 @@ def report(folders: tuple[Path, ...], page: Path | None, trust_remote_code: bool
 
     The page is one HTML file that needs nothing else.
     """
-    from shiftadd_cli.artifact.output import write_file
     from shiftadd_cli.errors import OutputError
     from shiftadd_cli.report.page import PAGE_FILE, open_run, render_page
+    from shiftadd_cli.storage.refusals import write_file
 
     if page is None and len(folders) > 1:
         raise OutputError("A page about several checkpoints belongs to none of them; give its file with -o.")

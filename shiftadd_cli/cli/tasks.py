@@ -92,7 +92,8 @@ def check_options(context: click.Context) -> None:
 
 
 def _describe(result: TaskEvaluation) -> str:
-    from shiftadd_cli.report.summary import table, with_error
+    from shiftadd_cli.cli.summary import table
+    from shiftadd_cli.report.uncertainty import with_error
 
     header = ["task", "metric", "documents", *(each.info.spec for each in result.models)]
     rows = []

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
-from shiftadd_cli.calibration.calls import BlockCall
-from shiftadd_cli.calibration.forward import hooked
+from shiftadd_cli.blockwise.calls import BlockCall
+from shiftadd_cli.blockwise.forward import hooked
 from shiftadd_cli.distillation.vectors import Reader, TunedVectors
 from shiftadd_cli.source import LinearSpec
 

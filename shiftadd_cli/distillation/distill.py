@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from shiftadd_cli.calibration.streams import HiddenStates, batch_span
+from shiftadd_cli.blockwise.hidden_states import HiddenStates, batch_span
 from shiftadd_cli.distillation.end import EndGap
 from shiftadd_cli.distillation.stack import Stack
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress, silent
-from shiftadd_cli.reconstruction.schedule import hold_back, rising_and_falling
+from shiftadd_cli.reconstruction.optimizer import hold_back, rising_and_falling
 
 # Share of its size by which a typical number moves per step at the start.
 _RATE = 0.005

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shiftadd_cli.calibration.distribution import comparable, reference_of
-from shiftadd_cli.calibration.head import Form, Head
+from shiftadd_cli.blockwise.distribution import comparable, reference_of
+from shiftadd_cli.blockwise.head import Form, Head
 from shiftadd_cli.distillation.vectors import Reader, TunedVectors
 from shiftadd_cli.source import Structure
 from shiftadd_cli.source.skeleton import set_tensor

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.calls import BlockCall
-from shiftadd_cli.calibration.forward import check_finite
+from shiftadd_cli.blockwise.calls import BlockCall
+from shiftadd_cli.blockwise.forward import check_finite
 from shiftadd_cli.distillation.block import TunedBlock
 
 # Decoded matrices that stay in memory from step to step; blocks beyond it are decoded anew at every step.

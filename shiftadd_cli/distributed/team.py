@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from shiftadd_cli.bcq.parallel import map_pieces
+from shiftadd_cli.distributed.parallel import map_pieces
 from shiftadd_cli.distributed.shards import Shards
 
 T = TypeVar("T")

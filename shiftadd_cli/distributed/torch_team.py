@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shiftadd_cli.bcq.parallel import map_pieces
+from shiftadd_cli.distributed.parallel import map_pieces
 from shiftadd_cli.distributed.team import T, Team, Tensors
 from shiftadd_cli.distributed.watch import Watch
 from shiftadd_cli.errors import TeamError, first_line

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from shiftadd_cli.calibration.text import TextData, check_tokens, load_text, text_windows, tokenise
+from shiftadd_cli.data.text import TextData, check_tokens, load_text, text_windows, tokenise
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.evaluation.compare_images import ImageEvaluation, evaluate_images
-from shiftadd_cli.evaluation.measured import Measured
-from shiftadd_cli.evaluation.models import Loaded, Opened, open_any
 from shiftadd_cli.evaluation.perplexity import Score, score_models
+from shiftadd_cli.evaluation.result import ModelResult
+from shiftadd_cli.runtime.opened import Loaded, Opened, open_any
 from shiftadd_cli.source.positions import window_length
 from shiftadd_cli.source.tokenizer import leading_tokens, tokens_as_text
 
@@ -47,8 +47,8 @@ class Evaluation:
     window_start: str
     windows: int
     device: str
-    original: Measured[Score] | None
-    models: tuple[Measured[Score], ...]
+    original: ModelResult[Score] | None
+    models: tuple[ModelResult[Score], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON types; each model is one flat table of its `info` and `score`."""
@@ -155,8 +155,8 @@ def _refuse_mixture(opened: Sequence[Opened]) -> None:
             )
 
 
-def _measured(loaded: Loaded, score: Score, text: TextData) -> Measured[Score]:
-    return Measured(loaded.info, score, loaded.info.was_calibrated_on(text.fingerprint))
+def _measured(loaded: Loaded, score: Score, text: TextData) -> ModelResult[Score]:
+    return ModelResult(loaded.info, score, loaded.info.was_calibrated_on(text.fingerprint))
 
 
 def _common_tokenizer(tokenizers: list[tuple[str, Any]], text: TextData) -> Any:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.images import ImageReader, load_images, read_images
-from shiftadd_cli.calibration.images_data import ImageData, spread
+from shiftadd_cli.data.images import ImageReader, load_images, read_images
+from shiftadd_cli.data.images_data import ImageData, spread
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.evaluation.images import ImageScore, score_image_models
 from shiftadd_cli.evaluation.labels import class_numbers
-from shiftadd_cli.evaluation.measured import Measured
-from shiftadd_cli.evaluation.models import Loaded, Opened
+from shiftadd_cli.evaluation.result import ModelResult
 from shiftadd_cli.progress import progress
+from shiftadd_cli.runtime.opened import Loaded, Opened
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class ImageEvaluation:
     labelled: bool
     image_shape: tuple[int, ...]
     device: str
-    original: Measured[ImageScore] | None
-    models: tuple[Measured[ImageScore], ...]
+    original: ModelResult[ImageScore] | None
+    models: tuple[ModelResult[ImageScore], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON types; each model is one flat table of its `info` and `score`."""
@@ -86,8 +86,8 @@ def evaluate_images(
         original=pairs[0] if compared else None,
     )
 
-    def measured(each: Loaded, score: ImageScore) -> Measured[ImageScore]:
-        return Measured(each.info, score, each.info.was_calibrated_on(data.fingerprint))
+    def measured(each: Loaded, score: ImageScore) -> ModelResult[ImageScore]:
+        return ModelResult(each.info, score, each.info.was_calibrated_on(data.fingerprint))
 
     return ImageEvaluation(
         data=data.name,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.distribution import Direction, Reference
-from shiftadd_cli.calibration.forward import Prediction, predict
+from shiftadd_cli.blockwise.distribution import Direction, Reference
+from shiftadd_cli.blockwise.forward import Prediction, predict
 from shiftadd_cli.device import dtype_name
 from shiftadd_cli.errors import NumericalError, RecipeError
 from shiftadd_cli.evaluation.neighbours import nearest_classes

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.distribution import Reference
-from shiftadd_cli.calibration.windows import Windows
+from shiftadd_cli.blockwise.distribution import Reference
+from shiftadd_cli.data.windows import Windows
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.evaluation.logits import RowLogits

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from shiftadd_cli.calibration.text import check_tokens
+from shiftadd_cli.data.text import check_tokens
 from shiftadd_cli.errors import CalibrationError, RecipeError, first_line
-from shiftadd_cli.evaluation.models import Loaded, ModelInfo, open_any
+from shiftadd_cli.runtime.opened import Loaded, ModelInfo, open_any
 from shiftadd_cli.source.positions import position_limit
 
 # ShiftAddLLM (arXiv:2406.05981), section 5.1: ARC (challenge, easy), BoolQ, COPA, PIQA, RTE, StoryCloze and MMLU.

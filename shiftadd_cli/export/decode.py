@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from shiftadd_cli.artifact.folder import Artifact
+from shiftadd_cli.artifact.output import check_output
 from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.bcq import int8
 from shiftadd_cli.bcq.weight import QuantizedWeight
-from shiftadd_cli.errors import ArtifactError, ExportError
+from shiftadd_cli.errors import ArtifactError, ExportError, OutputError
 from shiftadd_cli.source.linear import linear_sizes
 from shiftadd_cli.source.skeleton import tied_groups
 
@@ -109,3 +111,10 @@ def _decode_table(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         rows = slice(start, start + _TABLE_ROWS)
         decoded[rows] = int8.decode_table(codes[rows], scales[rows], dtype)
     return decoded
+
+
+def check_place(out: Path, source: Path, expected_bytes: int) -> None:
+    """Refuse, before any work, a folder that cannot be written, or is not empty: no export is ever overwritten."""
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} exists and is not empty; give a folder that does not exist yet to -o.")
+    check_output(out, source, overwrite=False, expected_bytes=expected_bytes)

@@ -10,9 +10,8 @@ from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.shards import nbytes
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.device import dtype_name
-from shiftadd_cli.export.decode import DecodedModel
+from shiftadd_cli.export.decode import DecodedModel, check_place
 from shiftadd_cli.export.original_names import OriginalNames
-from shiftadd_cli.export.place import check_place
 from shiftadd_cli.export.stacks import StackedModel
 from shiftadd_cli.progress import progress
 from shiftadd_cli.runtime.remote_code import CODE_FILE, brings_code

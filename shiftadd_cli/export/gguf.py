@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.artifact.folder import Artifact
-from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.errors import ExportError
-from shiftadd_cli.export.decode import DecodedModel
+from shiftadd_cli.export.decode import DecodedModel, check_place
 from shiftadd_cli.export.gguf_tokenizer import GgufTokenizer
-from shiftadd_cli.export.place import check_place
 from shiftadd_cli.progress import progress
 from shiftadd_cli.runtime.skeleton import artifact_skeleton, read_artifact_config
 from shiftadd_cli.source.tokenizer import load_tokenizer
+from shiftadd_cli.storage.refusals import refusals
 
 # GGUF has a layout of its own for every family, so these go by name: the name it has there, and whether rows of the
 # query and key projections are ordered in pairs there (and in halves in transformers).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from shiftadd_cli.calibration.conversations import for_template
+from shiftadd_cli.data.conversations import for_template
 from shiftadd_cli.errors import PromptError
 from shiftadd_cli.source.tokenizer import unknown_token
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,18 +11,18 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
 
-from shiftadd_cli.errors import NumericalError, PromptError
-from shiftadd_cli.evaluation.models import Loaded
+from shiftadd_cli.blockwise.forward import RefuseNoNumbers
+from shiftadd_cli.errors import PromptError
 from shiftadd_cli.generation.pieces import TextPieces
 from shiftadd_cli.generation.prompt import Prompt
 from shiftadd_cli.generation.sampling import Sampling
+from shiftadd_cli.runtime.opened import Loaded
 from shiftadd_cli.source.tokenizer import end_tokens
 
 
@@ -164,23 +163,6 @@ class _Ends(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         return torch.tensor([int(input_ids[0, -1]) in self._ends], device=input_ids.device)
-
-
-class RefuseNoNumbers(LogitsProcessor):
-    """Leaves logits alone; without it NaN would give some text where the likeliest token is taken, or a traceback."""
-
-    def __init__(self, name: str, dtype: str) -> None:
-        self._name, self._dtype = name, dtype
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # Of numbers among which one is none, the largest is none either.
-        largest = float(scores.max())
-        if math.isnan(largest) or largest == math.inf:
-            raise NumericalError(
-                f"{self._name} gives logits that are not finite in {self._dtype}; try --dtype float32, and if that "
-                "does not help the checkpoint is damaged."
-            )
-        return scores
 
 
 def _choice(sampling: Sampling) -> dict[str, Any]:

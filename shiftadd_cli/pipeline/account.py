@@ -54,7 +54,7 @@ class Spent(BaseModel):
     peak_memory_bytes: Annotated[int, Field(ge=0)]
 
 
-class Measured:
+class PhaseClock:
     """Wall-clock seconds by phase. A run that goes on adds its own to those of the steps that were finished before."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ def make_report(
     tables: list[TableReport],
     *,
     files_bytes: int,
-    clock: Measured,
+    clock: PhaseClock,
     device: torch.device,
     processes: int,
     command: list[str],

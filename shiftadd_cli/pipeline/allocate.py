@@ -23,13 +23,13 @@ from shiftadd_cli.allocation.plan_file import (
     round_cost,
 )
 from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, measure_sensitivities
-from shiftadd_cli.allocation.solve import Choices, allocate, allocate_smallest, tied_groups
+from shiftadd_cli.allocation.solve import LayerOptions, allocate, allocate_smallest, tied_groups
 from shiftadd_cli.artifact.shards import plan_shards
 from shiftadd_cli.bcq.choices import Choice, ordered_choices
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.cache import cache_folder
-from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.device import choose_device, move_parts
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import AllocationError
@@ -226,13 +226,13 @@ class AllocationJob:
         found = self.measure(missing, show, team) if missing else Sensitivities({}, ())
         return cache.keep(found) if team.first else found
 
-    def problem(self, sensitivities: Sensitivities) -> tuple[list[Choices], list[tuple[str, ...]]]:
+    def problem(self, sensitivities: Sensitivities) -> tuple[list[LayerOptions], list[tuple[str, ...]]]:
         """What every layer may be, and the layers that get equal bits."""
         together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
         tied = tied_groups(self.allowed, [*self.tied, *together])
         return self._choices(sensitivities, follow_pins(self.allowed, tied)), tied
 
-    def _choices(self, sensitivities: Sensitivities, allowed: Mapping[str, tuple[Choice, ...]]) -> list[Choices]:
+    def _choices(self, sensitivities: Sensitivities, allowed: Mapping[str, tuple[Choice, ...]]) -> list[LayerOptions]:
         """Stored bytes and predicted loss, as the plan will say it, of every layer at the bits allowed for it."""
         found = []
         for spec in (each.spec for each in self.linears):
@@ -241,7 +241,7 @@ class AllocationJob:
                 for choice in allowed[spec.name]
             }
             found.append(
-                Choices(
+                LayerOptions(
                     spec.name,
                     {bits: layout.nbytes for bits, layout in layouts.items()},
                     {bits: round_cost(sensitivities.costs[spec.name][bits]) for bits in layouts},
@@ -296,7 +296,7 @@ class AllocationJob:
         finally:
             source.release(structure.outside)
 
-    def bit_plan(self, layers: Sequence[Choices], chosen: Mapping[str, Choice]) -> BitPlan:
+    def bit_plan(self, layers: Sequence[LayerOptions], chosen: Mapping[str, Choice]) -> BitPlan:
         """Bits chosen, by name, out of what the layers may be, with what they were decided on."""
         request, samples = self.request, self.calibration.samples
         planned = {

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.bcq.solver import Solution, quantize_matrices
+from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.input_cache import InputCache
 from shiftadd_cli.calibration.hessian import Inputs, Moments, gather_moments
 from shiftadd_cli.calibration.mixtures import Group, enough_tokens, in_room, in_turns
-from shiftadd_cli.calibration.recall import Recall
-from shiftadd_cli.calibration.stream import BlockStream
 from shiftadd_cli.distributed.team import ALONE, Team
-from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.reconstruction.block import Reconstruction, reconstruct_block
 from shiftadd_cli.report.schema import BlockReport
@@ -30,7 +30,7 @@ class BlockQuantizer:
         block: nn.Module,
         specs: Sequence[LinearSpec],
         recipe: Recipe,
-        clock: Measured,
+        clock: PhaseClock,
         token_weights: Mapping[str, Tensor] | None = None,
         bits: Mapping[str, Choice] | None = None,
         team: Team = ALONE,
@@ -59,7 +59,7 @@ class BlockQuantizer:
         `calibration.mixtures`), by their weights alone."""
         self._in_order(stream, self._turns(stream), None)
 
-    def towards(self, original: BlockStream, stream: BlockStream, name: str, recall: Recall) -> None:
+    def towards(self, original: BlockStream, stream: BlockStream, name: str, recall: InputCache) -> None:
         """The same, with asymmetric calibration: `original` is the block `name` as it was, and the hidden states of the
         original model, which advance to its outputs; `recall` keeps what its linears read."""
         turns = self._turns(stream)

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.images import draw_images, image_reader, load_images
-from shiftadd_cli.calibration.mixture import Part, parts_with_windows
-from shiftadd_cli.calibration.self_text import KINDS
-from shiftadd_cli.calibration.self_text.write import Request, WritingTokens, write_windows, writing_request
-from shiftadd_cli.calibration.text import check_tokens, load_text, sample_windows
+from shiftadd_cli.data.images import draw_images, image_reader, load_images
+from shiftadd_cli.data.mixture import KINDS, Part, parts_with_windows
+from shiftadd_cli.data.text import check_tokens, load_text, sample_windows
 from shiftadd_cli.device import choose_device
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.report.schema import CalibrationPart, CalibrationReport
+from shiftadd_cli.self_text.write import Request, WritingTokens, write_windows, writing_request
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shiftadd_cli.calibration.distribution import relative_difference, rounding_of
-from shiftadd_cli.calibration.forward import predict
+from shiftadd_cli.blockwise.distribution import relative_difference, rounding_of
+from shiftadd_cli.blockwise.forward import predict
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import no_library_bar
 from shiftadd_cli.runtime.load import load

@@ -19,20 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shiftadd_cli.allocation.plan_file import BitPlan
-from shiftadd_cli.artifact.durable import sync
-from shiftadd_cli.artifact.journal import damaged
-from shiftadd_cli.artifact.output import refusals
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter, sha256
+from shiftadd_cli.blockwise.stored_states import StoredStates
 from shiftadd_cli.code_fingerprint import code_fingerprint
-from shiftadd_cli.errors import ResumeError
-from shiftadd_cli.faults import first_fault
-from shiftadd_cli.pipeline.account import Measured, Spent, versions
+from shiftadd_cli.errors import ResumeError, first_fault
+from shiftadd_cli.pipeline.account import PhaseClock, Spent, versions
 from shiftadd_cli.pipeline.calibration import samples_fingerprint
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.pipeline.states import StoredStates
 from shiftadd_cli.report.schema import BlockReport, DistillationReport, LayerReport
 from shiftadd_cli.signals import uninterrupted
+from shiftadd_cli.storage.durable import sync
+from shiftadd_cli.storage.record_file import damaged
+from shiftadd_cli.storage.refusals import refusals
 from shiftadd_cli.verbosity import tell
 
 # Fields of a recipe that may change when a run goes on.
@@ -226,7 +225,7 @@ class History:
         except ValidationError as failure:
             raise damaged(self.workspace.journal.folder / "bits.json", "it holds no bit plan") from failure
 
-    def keep_bits(self, plan: BitPlan, clock: Measured) -> None:
+    def keep_bits(self, plan: BitPlan, clock: PhaseClock) -> None:
         """Keep a bit plan that was chosen."""
         with uninterrupted():
             record = Bits(plan=plan.to_json(), spent=clock.spent())
@@ -238,7 +237,7 @@ class History:
         writer: ArtifactWriter,
         states: Mapping[str, StoredStates],
         token_weights: Mapping[str, Tensor] | None,
-        clock: Measured,
+        clock: PhaseClock,
     ) -> None:
         """Keep all that precedes the blocks."""
         with uninterrupted():
@@ -258,7 +257,7 @@ class History:
         blocks: list[BlockReport],
         writer: ArtifactWriter,
         states: Mapping[str, StoredStates],
-        clock: Measured,
+        clock: PhaseClock,
     ) -> None:
         """Keep a block that is finished, with the inputs of the next, and drop the inputs it had."""
         with uninterrupted():
@@ -274,7 +273,7 @@ class History:
             self.blocks.append(record)
             self.drop_old_states()
 
-    def keep_distilled(self, report: DistillationReport, tensors: Mapping[str, Tensor], clock: Measured) -> None:
+    def keep_distilled(self, report: DistillationReport, tensors: Mapping[str, Tensor], clock: PhaseClock) -> None:
         """Keep what came of tuning the whole model, before any of it is written over what the blocks gave."""
         with uninterrupted():
             record = Distilled(tensors=self._save(_DISTILLED, tensors), report=report, spent=clock.spent())

@@ -15,7 +15,7 @@ from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.device import choose_device
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import Interrupted, MemoryLimitError, OutputError, RecipeError, TeamError
-from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.calibration import Calibration, CalibrationSet
 from shiftadd_cli.pipeline.history import Asked, History
@@ -99,7 +99,7 @@ class Job:
         Raises ResumeError where the unfinished run was begun with something else, before any work; Interrupted, saying
         how to go on, when it is stopped; TeamError where another process of the team fails.
         """
-        clock = Measured()
+        clock = PhaseClock()
         check_space(self.out, self.plan.most_bytes + self.plan.state_bytes)
         with clock.phase("calibration"):
             calibration = self._calibration(team)
@@ -158,7 +158,7 @@ class Job:
         return None if data is None else data.draw(team)
 
     def _with_bits(
-        self, history: History, clock: Measured, announce: Callable[[Plan], None] | None, team: Team
+        self, history: History, clock: PhaseClock, announce: Callable[[Plan], None] | None, team: Team
     ) -> Plan:
         """The plan with the bits that the allocation chooses, or has chosen before it was stopped."""
         if self.allocation is None:

@@ -13,15 +13,15 @@ from pathlib import Path
 from torch import nn
 
 from shiftadd_cli.allocation.sensitivity import gradient_stride
-from shiftadd_cli.calibration.flow import Flow, measure_flow
+from shiftadd_cli.blockwise.flow import Flow, measure_flow
+from shiftadd_cli.blockwise.passage import BYTES_PER_LOGIT, LOGIT_BYTES
 from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
 from shiftadd_cli.calibration.mixtures import COPIES, ROOM_BYTES, expert_bytes
-from shiftadd_cli.calibration.passage import BYTES_PER_LOGIT, LOGIT_BYTES
-from shiftadd_cli.calibration.self_text.write import writing_bytes, written_by_model
 from shiftadd_cli.distillation.end import SLICE_BYTES as DISTILLED_SLICE_BYTES
 from shiftadd_cli.distillation.stack import MEMORY_BYTES as DECODED_BYTES
 from shiftadd_cli.pipeline.tables import PlannedTable
 from shiftadd_cli.recipe import NO_CALIBRATION, Recipe
+from shiftadd_cli.self_text.write import writing_bytes, written_by_model
 from shiftadd_cli.source import LinearSpec, Source, Structure
 from shiftadd_cli.source.experts import has_split_experts
 

@@ -16,14 +16,14 @@ from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.bcq.weight import PackedLayout
-from shiftadd_cli.calibration.flow import Flow, measure_flow
-from shiftadd_cli.calibration.self_text.write import why_not, without_self, written_by_model
+from shiftadd_cli.blockwise.flow import Flow, measure_flow
 from shiftadd_cli.device import choose_device
 from shiftadd_cli.distributed.team import Team
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.pipeline.memory import machine_memory, peak_memory, token_weight_bytes, versions_kept
 from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables
 from shiftadd_cli.recipe import NO_CALIBRATION, Recipe
+from shiftadd_cli.self_text.write import why_not, without_self, written_by_model
 from shiftadd_cli.source import LinearSpec, Source, Structure, find_structure
 from shiftadd_cli.source.experts import has_split_experts, routed_shares
 from shiftadd_cli.source.positions import position_limit, window_length
@@ -139,8 +139,7 @@ class Plan:
         return versions_kept(self.recipe) * samples * flow.values * self.running.dtype.itemsize
 
     def _waiting_bytes(self, flow: Flow) -> int:
-        """Of what `Recall` and `Playback` keep of a block, as if no two linears read the same; of the block where that
-        is most."""
+        """Bytes that `InputCache` and `OutputCache` keep of the largest block, as if no two linears read the same."""
         recipe = self.recipe
         values = dict.fromkeys(range(len(self.structure.blocks)), 0.0)
         shares = routed_shares(self.source.skeleton())

@@ -15,19 +15,21 @@ from torch import Tensor
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.solver import Solution
+from shiftadd_cli.blockwise.stored_states import StoredStates
 from shiftadd_cli.device import dtype_name
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
-from shiftadd_cli.pipeline.account import Measured, make_report
+from shiftadd_cli.pipeline.account import PhaseClock, make_report
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.pipeline.calibration import CalibrationSet
 from shiftadd_cli.pipeline.final_check import check_checkpoint
 from shiftadd_cli.pipeline.history import Asked, History
-from shiftadd_cli.pipeline.pages import checkpoint_pages
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.pipeline.states import StoredStates
 from shiftadd_cli.pipeline.walk import Walk
 from shiftadd_cli.progress import BlockProgress
+from shiftadd_cli.report.card import CARD_FILE, render_card
+from shiftadd_cli.report.cost import model_cost
+from shiftadd_cli.report.page import PAGE_FILE, Run, render_page
 from shiftadd_cli.report.schema import (
     BlockReport,
     DistillationReport,
@@ -35,7 +37,8 @@ from shiftadd_cli.report.schema import (
     Report,
     TableReport,
 )
-from shiftadd_cli.runtime.remote_code import code_entry
+from shiftadd_cli.report.unit_costs import load_unit_costs
+from shiftadd_cli.runtime.remote_code import code_entry, code_files
 from shiftadd_cli.source import LinearSpec
 
 
@@ -48,7 +51,7 @@ def run_plan(
     overwrite: bool,
     command: Sequence[str],
     progress: BlockProgress,
-    clock: Measured | None = None,
+    clock: PhaseClock | None = None,
     history: History | None = None,
     team: Team = ALONE,
 ) -> Report:
@@ -70,7 +73,7 @@ def run_plan(
             ArtifactWriter(out, overwrite=overwrite, shard_bytes=plan.recipe.shard_bytes, workspace=history.workspace)
         )
         writer.plan(plan.tensors, history.written)
-        walk = Walk(plan, samples, device, clock or Measured(), team, history.workspace.folder, read=writer.read)
+        walk = Walk(plan, samples, device, clock or PhaseClock(), team, history.workspace.folder, read=writer.read)
         return _Run(walk, calibration, writer, list(command), history).execute(progress)
 
 
@@ -91,7 +94,7 @@ class _Run:
         return self.walk.plan
 
     @property
-    def clock(self) -> Measured:
+    def clock(self) -> PhaseClock:
         return self.walk.clock
 
     def execute(self, progress: BlockProgress) -> Report:
@@ -258,3 +261,11 @@ def _layer_report(spec: LinearSpec, solution: Solution, tokens: int | None) -> L
         calibrated=solution.output_error is not None,
         tokens=tokens,
     )
+
+
+def checkpoint_pages(plan: Plan, report: Report, name: str) -> dict[str, str]:
+    """Text by file name for a checkpoint whose folder is called `name`."""
+    layouts = {each.spec.name: each.layout for each in plan.linears}
+    cost = model_cost(plan.source.skeleton(), layouts, plan.tensors, load_unit_costs())
+    run = Run(name, report, cost)
+    return {PAGE_FILE: render_page([run]), CARD_FILE: render_card(run), **code_files(plan.source.config)}

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.bcq.weight import QuantizedWeight
-from shiftadd_cli.calibration.forward import first_input
+from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.forward import first_input
+from shiftadd_cli.blockwise.head import Head
+from shiftadd_cli.blockwise.hidden_states import HiddenStates, States
+from shiftadd_cli.blockwise.input_cache import InputCache
+from shiftadd_cli.blockwise.output_cache import OutputCache
+from shiftadd_cli.blockwise.passage import Passage
+from shiftadd_cli.blockwise.tensor_file import TensorFile
+from shiftadd_cli.blockwise.trace import Trace, trace_model
 from shiftadd_cli.calibration.gradients import squared_gradients
-from shiftadd_cli.calibration.head import Head
-from shiftadd_cli.calibration.images import image_reader
-from shiftadd_cli.calibration.passage import Passage
-from shiftadd_cli.calibration.playback import Playback
-from shiftadd_cli.calibration.recall import Recall
-from shiftadd_cli.calibration.stream import BlockStream
-from shiftadd_cli.calibration.streams import HiddenStates, States
-from shiftadd_cli.calibration.tensor_file import TensorFile
-from shiftadd_cli.calibration.trace import Trace, trace_model
+from shiftadd_cli.data.images import image_reader
 from shiftadd_cli.device import move_parts
 from shiftadd_cli.distillation.block import TunedBlock
 from shiftadd_cli.distillation.distill import Distillation, Distiller
@@ -30,7 +30,7 @@ from shiftadd_cli.distillation.end import EndGap
 from shiftadd_cli.distillation.stack import Stack
 from shiftadd_cli.distillation.vectors import Reader
 from shiftadd_cli.distributed.team import ALONE, Team
-from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.tables import store_table
@@ -52,7 +52,7 @@ class Walk:
     plan: Plan
     samples: Tensor | None
     device: torch.device
-    clock: Measured = field(default_factory=Measured)
+    clock: PhaseClock = field(default_factory=PhaseClock)
     team: Team = ALONE
     spill: Path | None = None
     token_weights: dict[str, Tensor] | None = None
@@ -147,14 +147,16 @@ class Walk:
         assert trace is not None, "it was traced"
         calls = {index: per_block[depth] for index, per_block in trace.calls.items()}
         # A part that is played back writes nothing for later blocks.
-        playback = None if any(call.hands_on for call in calls.values()) else Playback(block, quantizer.specs, waiting)
+        playback = (
+            None if any(call.hands_on for call in calls.values()) else OutputCache(block, quantizer.specs, waiting)
+        )
         stream = BlockStream(block, trace.hidden, calls, self.device, playback)
         original, report = None, None
         if trace.original is not None:
             original = BlockStream(copy.deepcopy(block), trace.original, calls, self.device)
         self._take_shared(depth)
         if original is not None and recipe.asymmetric:
-            quantizer.towards(original, stream, name, Recall(waiting))
+            quantizer.towards(original, stream, name, InputCache(waiting))
         else:
             quantizer.on(stream)
             if original is not None:

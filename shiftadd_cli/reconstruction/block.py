@@ -17,10 +17,9 @@ from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
 from shiftadd_cli.bcq.weight import QuantizedWeight
-from shiftadd_cli.calibration.stream import BlockStream
-from shiftadd_cli.calibration.streams import HiddenStates
-from shiftadd_cli.reconstruction.optimizer import FactoredDescent
-from shiftadd_cli.reconstruction.schedule import hold_back, rising_and_falling
+from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.hidden_states import HiddenStates
+from shiftadd_cli.reconstruction.optimizer import FactoredDescent, hold_back, rising_and_falling
 from shiftadd_cli.reconstruction.weight import TunableWeight
 
 # Distances per step at the start; they fall to nothing linearly. In level spacings, and relative to the mean size.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from shiftadd_cli.report import summary
+from shiftadd_cli.report.uncertainty import share_with_error, with_error
+from shiftadd_cli.sizes import size
 
 
 def make_environment(*, html: bool) -> Environment:
@@ -20,7 +21,7 @@ def make_environment(*, html: bool) -> Environment:
         keep_trailing_newline=not html,
     )
     environment.filters |= {
-        "size": summary.size,
+        "size": size,
         "number": lambda value, digits: "-" if value is None else f"{value:.{digits}f}",
     }
     return environment

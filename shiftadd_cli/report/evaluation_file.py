@@ -16,14 +16,14 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shiftadd_cli.artifact.folder import read_json
-from shiftadd_cli.artifact.output import is_checkpoint, write_file
-from shiftadd_cli.errors import ArtifactError, OutputError
+from shiftadd_cli.artifact.output import is_checkpoint
+from shiftadd_cli.errors import ArtifactError, OutputError, first_fault
 from shiftadd_cli.evaluation.compare import Evaluation
 from shiftadd_cli.evaluation.compare_images import ImageEvaluation
-from shiftadd_cli.evaluation.measured import Measured
-from shiftadd_cli.faults import first_fault
+from shiftadd_cli.evaluation.result import ModelResult
 from shiftadd_cli.paths import expanded
-from shiftadd_cli.report.summary import share_with_error, with_error
+from shiftadd_cli.report.uncertainty import share_with_error, with_error
+from shiftadd_cli.storage.refusals import write_file
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -192,7 +192,7 @@ def save_evaluations(result: Evaluation | ImageEvaluation) -> list[Path]:
     Raises ArtifactError if a file there is damaged, OutputError if one cannot be written.
     """
     written = []
-    models: Sequence[Measured[Any]] = result.models
+    models: Sequence[ModelResult[Any]] = result.models
     for measured in models:
         if (folder := _folder(measured.info.spec)) is None:
             continue
@@ -214,14 +214,14 @@ def _folder(spec: str) -> Path | None:
     return path if is_checkpoint(path) else None
 
 
-def _entry(kind: type[_Kind], scores: type[_Part], result: Any, measured: Measured[Any]) -> _Kind:
+def _entry(kind: type[_Kind], scores: type[_Part], result: Any, measured: ModelResult[Any]) -> _Kind:
     """What `result` says of the data, and of one model and the original: fields have the names they have there."""
     data = {name: getattr(result, name) for name in kind.model_fields if name not in ("original", "model")}
     original = None if result.original is None else _score(scores, result.original)
     return kind.model_validate({**data, "original": original, "model": _score(scores, measured)})
 
 
-def _score(kind: type[_Kind], measured: Measured[Any]) -> _Kind:
+def _score(kind: type[_Kind], measured: ModelResult[Any]) -> _Kind:
     flat = measured.to_dict()
     return kind(**{name: flat[name] for name in kind.model_fields})
 

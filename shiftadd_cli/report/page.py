@@ -16,8 +16,7 @@ from pydantic import ValidationError
 from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.bcq.choices import Choice, bits_of_choice, choice_words, choices_in_words
-from shiftadd_cli.errors import ArtifactError
-from shiftadd_cli.faults import first_fault
+from shiftadd_cli.errors import ArtifactError, first_fault
 from shiftadd_cli.recipe import Recipe, nearest_recipe
 from shiftadd_cli.report.charts import Chart, Line, histogram, line_chart
 from shiftadd_cli.report.cost import Cost, model_cost

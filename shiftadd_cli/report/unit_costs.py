@@ -10,8 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shiftadd_cli.bcq.primitives.base import Operation
-from shiftadd_cli.errors import CostError
-from shiftadd_cli.faults import first_fault
+from shiftadd_cli.errors import CostError, first_fault
 
 UNIT_COSTS_FORMAT: Final = "shiftadd unit costs"
 PACKAGED = Path(__file__).with_name("unit_costs_45nm.yaml")

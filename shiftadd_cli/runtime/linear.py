@@ -12,11 +12,11 @@ from torch.nn.functional import linear
 
 from shiftadd_cli.bcq.rotation import rotate_input
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
-from shiftadd_cli.runtime.kernels import triton_weight
-from shiftadd_cli.runtime.kernels.choice import Kernel, Precision, chosen_precision, suited_kernel
-from shiftadd_cli.runtime.kernels.cpu_weight import CpuWeight
-from shiftadd_cli.runtime.kernels.ops import gpu_linear, lookup_linear
-from shiftadd_cli.runtime.kernels.triton_weight import TritonWeight
+from shiftadd_cli.kernels import triton_weight
+from shiftadd_cli.kernels.cpu_weight import CpuWeight
+from shiftadd_cli.kernels.ops import gpu_linear, lookup_linear
+from shiftadd_cli.kernels.select import Kernel, Precision, chosen_precision, suited_kernel
+from shiftadd_cli.kernels.triton_weight import TritonWeight
 from shiftadd_cli.runtime.stored import StoredWeight
 
 # Decoded rows held at a time, float32; a matrix of a small model is one tile.

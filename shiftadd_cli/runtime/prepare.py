@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from shiftadd_cli.runtime.kernels.choice import Kernel, chosen_kernel
-from shiftadd_cli.runtime.kernels.extension import cpu_extension
+from shiftadd_cli.kernels.select import Kernel, chosen_kernel
+from shiftadd_cli.native.extension import cpu_extension
 from shiftadd_cli.runtime.linear import PackedLinear
 
 _log = logging.getLogger(__name__)

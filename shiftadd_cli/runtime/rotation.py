@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.bcq.rotation import rotate_input
-from shiftadd_cli.runtime.kernels import ops
-from shiftadd_cli.runtime.kernels.extension import has_kernels
+from shiftadd_cli.kernels import ops
+from shiftadd_cli.native.extension import has_kernels
 from shiftadd_cli.runtime.linear import PackedLinear
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from shiftadd_cli.bcq.int8 import CODES, SCALE, SUFFIXES, decode_table, table_tensors
-from shiftadd_cli.runtime.kernels.extension import has_kernels
-from shiftadd_cli.runtime.kernels.ops import codes_linear
+from shiftadd_cli.kernels.ops import codes_linear
+from shiftadd_cli.native.extension import has_kernels
+from shiftadd_cli.runtime.fused_decode.made_class import Reduced, reduce_made
 from shiftadd_cli.runtime.linear import TILE_BYTES
-from shiftadd_cli.runtime.made_class import Reduced, reduce_made
 from shiftadd_cli.runtime.stored import StoredWeight
 
 _MARK = "weight_dtype"

@@ -19,15 +19,21 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from shiftadd_cli.artifact.format import QUANT_METHOD, SUFFIXES, ArtifactFormat
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
-from shiftadd_cli.runtime.checks import check_files, check_loaded, check_values
-from shiftadd_cli.runtime.decoder_block import fuse_blocks, part_blocks
+from shiftadd_cli.runtime.fused_decode.block import fuse_blocks, part_blocks
 from shiftadd_cli.runtime.linear import PackedLinear
-from shiftadd_cli.runtime.load_tables import connect_tables, place_tables, restore_dense
-from shiftadd_cli.runtime.places import find_module
+from shiftadd_cli.runtime.loading import (
+    Ties,
+    check_files,
+    check_loaded,
+    check_values,
+    connect_tables,
+    find_module,
+    place_tables,
+    restore_dense,
+)
 from shiftadd_cli.runtime.prepare import prepare_layers
 from shiftadd_cli.runtime.remote_code import forget_unused_entry
 from shiftadd_cli.runtime.rotation import share_rotations
-from shiftadd_cli.runtime.ties import Ties
 from shiftadd_cli.source.experts import SplitExperts, join_experts, split_experts
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shiftadd_cli.artifact.output import refusals
+from shiftadd_cli.storage.refusals import refusals
 
 GENERATION_FILE = "generation_config.json"
 # The second is where newer versions of transformers keep an image processor, beside the settings of other inputs.

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from shiftadd_cli.artifact.output import refusals
+from shiftadd_cli.storage.refusals import refusals
 
 
 @contextmanager

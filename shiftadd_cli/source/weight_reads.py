@@ -66,7 +66,7 @@ def weights_read_by_others(model: Any, names: tuple[str, ...]) -> frozenset[str]
     """Those of the linears `names` of a decoder on the meta device whose weight other code computes with.
 
     The model runs on a few tokens without values. A model that cannot run without values gives an empty set; the run
-    itself watches again (see `calibration.trace`), and refuses such layers by name.
+    itself watches again (see `blockwise.trace`), and refuses such layers by name.
     """
     if getattr(model, "main_input_name", None) != "input_ids":
         return frozenset()

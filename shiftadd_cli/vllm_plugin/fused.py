@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.bcq.weight import PackedLayout
-from shiftadd_cli.runtime.checks import check_values
 from shiftadd_cli.runtime.linear import PackedLinear
+from shiftadd_cli.runtime.loading import check_values
 from shiftadd_cli.runtime.prepare import prepare_layers
 from shiftadd_cli.vllm_plugin.joining import join, runs
 from shiftadd_cli.vllm_plugin.loading import check_complete, copy_checked

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.bcq.int8 import CODES, SCALE, table_tensors
-from shiftadd_cli.runtime.checks import check_values
+from shiftadd_cli.runtime.loading import check_values
 from shiftadd_cli.runtime.table import Int8Embedding, Int8Linear, hold_table
 from shiftadd_cli.vllm_plugin.loading import check_complete, copy_checked
 

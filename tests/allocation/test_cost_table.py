@@ -9,7 +9,7 @@ import random
 import pytest
 
 from shiftadd_cli.allocation.cost_table import CostLimit, CostTable, load_cost_table, parse_budget
-from shiftadd_cli.allocation.solve import Choices, allocate
+from shiftadd_cli.allocation.solve import LayerOptions, allocate
 from shiftadd_cli.errors import AllocationError
 
 HEAD = {"format": "shiftadd cost table", "version": 1, "cost": "latency", "unit": "ms"}
@@ -54,7 +54,7 @@ def test_the_choice_is_the_best_within_the_limit(seed):
         for bits in (2, 3, 4)
     ]
     costs = table(measured=measured)
-    layers = [Choices(name, {2: 2, 3: 3, 4: 4}, {bits: random_.random() for bits in (2, 3, 4)}) for name in shapes]
+    layers = [LayerOptions(name, {2: 2, 3: 3, 4: 4}, {bits: random_.random() for bits in (2, 3, 4)}) for name in shapes]
     options = [dict(zip(shapes, bits, strict=True)) for bits in itertools.product((2, 3, 4), repeat=6)]
     spent = [CostLimit(costs, 1.0).spent(bits, shapes) for bits in options]
     for part in (0.0, 0.2, 0.6):

@@ -13,8 +13,8 @@ from shiftadd_cli.allocation import candidates
 from shiftadd_cli.allocation.divergence import PROBE_WINDOWS, Divergence, probe_samples
 from shiftadd_cli.allocation.sensitivity import measure_sensitivities, walk_blocks
 from shiftadd_cli.bcq.solver import quantize_matrices
-from shiftadd_cli.calibration.replay import Replay
-from shiftadd_cli.calibration.trace import trace_model
+from shiftadd_cli.blockwise.probe_model import ProbeModel
+from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.source import Source, find_structure, open_source
 from shiftadd_cli.source.experts import split_experts
@@ -41,7 +41,7 @@ def measure(path, bits=(2, 4), kind="divergence"):
 def in_passes(path, memory_bytes, skip=(), bits=(2, 3)):
     """Divergences with so much memory for variants, and the measure that held them."""
     source, structure, trace = opened(path, skip)
-    replay = Replay(source, structure, probe_samples(WINDOWS), 4, CPU)
+    replay = ProbeModel(source, structure, probe_samples(WINDOWS), 4, CPU)
     held = []
 
     def progress(names, text):
@@ -164,7 +164,7 @@ def test_the_original_is_left_as_it_was(tmp_path):
 def test_what_no_token_reached_counts_as_the_median_of_the_others(tmp_path):
     save_tiny("llama", tmp_path)
     source, structure, trace = opened(tmp_path)
-    replay = Replay(source, structure, probe_samples(WINDOWS), 4, CPU)
+    replay = ProbeModel(source, structure, probe_samples(WINDOWS), 4, CPU)
     measure = Divergence(replay, structure, OPTIONS, (2, 3), progress=lambda names, _: names)
     found = walk_blocks(source, structure, trace, measure, device=CPU, progress=lambda names, _: names)
     costs = measure.costs({**found.costs, "expert": {2: 0.5, 3: 0.125}})
@@ -175,7 +175,7 @@ def test_what_no_token_reached_counts_as_the_median_of_the_others(tmp_path):
 
 def test_a_linear_that_breaks_the_model_is_named(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path)
-    monkeypatch.setattr(Replay, "divergences", lambda _, __, others, ___: [float("nan")] * len(others))
+    monkeypatch.setattr(ProbeModel, "divergences", lambda _, __, others, ___: [float("nan")] * len(others))
     with pytest.raises(NumericalError, match=r"model.layers.0.self_attn.q_proj has 2 bits.*--skip"):
         measure(tmp_path, (2,))
 

@@ -14,8 +14,8 @@ from shiftadd_cli.allocation import candidates, row_sample, sensitivity
 from shiftadd_cli.allocation.anchors import choose_anchors
 from shiftadd_cli.allocation.sensitivity import OutputError, measure_sensitivities, paper_score, walk_blocks
 from shiftadd_cli.bcq.solver import quantize_matrices
+from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration.gradients import squared_gradients
-from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.source import find_structure, open_source
 from shiftadd_cli.source.experts import split_experts
 

@@ -12,7 +12,7 @@ from bcq_problems import quick
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shiftadd_cli.allocation.solve import Choices, allocate, allocate_smallest, tied_groups
+from shiftadd_cli.allocation.solve import LayerOptions, allocate, allocate_smallest, tied_groups
 from shiftadd_cli.errors import AllocationError
 
 
@@ -25,7 +25,7 @@ def problems(draw):
     for index in range(draw(st.integers(1, 5))):
         bits = candidates if draw(st.booleans()) else candidates[: draw(st.integers(1, len(candidates)))]
         layers.append(
-            Choices(
+            LayerOptions(
                 f"layer.{index}",
                 {each: draw(st.integers(1, 400)) for each in bits},
                 {each: draw(st.floats(0, 10, allow_subnormal=False)) for each in bits},
@@ -67,7 +67,7 @@ def limits(draw):
     layers, tied, _ = draw(problems())
     digits = draw(st.sampled_from([1, 3, 17]))
     layers = [
-        Choices(each.name, each.bytes, {bits: float(f"{cost:.{digits}g}") for bits, cost in each.costs.items()})
+        LayerOptions(each.name, each.bytes, {bits: float(f"{cost:.{digits}g}") for bits, cost in each.costs.items()})
         for each in layers
     ]
     all_of_them = [cost for cost, _, _ in everything(layers, tied)]
@@ -105,7 +105,7 @@ def test_layers_of_very_different_sizes_are_chosen_to_the_byte():
     chance = random.Random(3)
     for _ in range(20):
         layers = [
-            Choices(
+            LayerOptions(
                 str(index),
                 {bits: int(10 ** (index % 8) * chance.uniform(1, 2)) * bits for bits in (2, 3, 4)},
                 {bits: 10 ** -(index % 6) * chance.uniform(1, 2) * 4.0**-bits for bits in (2, 3, 4)},
@@ -126,7 +126,7 @@ def test_layers_of_very_different_sizes_are_chosen_to_the_byte():
 
 
 def test_a_loss_that_no_choice_has_names_the_range():
-    layers = [Choices(name, {2: 100, 3: 150}, {2: 1.0, 3: 0.1}) for name in "abc"]
+    layers = [LayerOptions(name, {2: 100, 3: 150}, {2: 1.0, 3: 0.1}) for name in "abc"]
     with pytest.raises(AllocationError, match=r"from 0\.3001 to 3; raise --max-divergence"):
         allocate_smallest(layers, [], 0.2999)
     # What is said to be possible is, though three times 0.1 is a little more than 0.3.
@@ -136,13 +136,13 @@ def test_a_loss_that_no_choice_has_names_the_range():
 
 
 def test_of_equal_sizes_the_one_that_loses_least_is_taken():
-    layers = [Choices(str(index), {2: 100, 3: 150}, {2: 1.0 + index / 10, 3: 0.5}) for index in range(6)]
+    layers = [LayerOptions(str(index), {2: 100, 3: 150}, {2: 1.0 + index / 10, 3: 0.5}) for index in range(6)]
     chosen = allocate_smallest(layers, [], 5.7)
     assert [name for name, bits in chosen.items() if bits == 3] == ["4", "5"]
 
 
 def test_a_budget_that_is_too_small_names_the_range():
-    layers = [Choices(name, {2: 100, 3: 150}, {2: 1.0, 3: 0.5}) for name in "ab"]
+    layers = [LayerOptions(name, {2: 100, 3: 150}, {2: 1.0, 3: 0.5}) for name in "ab"]
     with pytest.raises(AllocationError, match="from 200 to 300"):
         allocate(layers, [], 199)
     assert set(allocate(layers, [], 200).values()) == {2}
@@ -150,7 +150,7 @@ def test_a_budget_that_is_too_small_names_the_range():
 
 
 def test_more_bits_that_do_not_help_are_not_bought():
-    layers = [Choices("a", {2: 100, 3: 150, 4: 200}, {2: 1.0, 3: 0.5, 4: 0.5})]
+    layers = [LayerOptions("a", {2: 100, 3: 150, 4: 200}, {2: 1.0, 3: 0.5, 4: 0.5})]
     assert allocate(layers, [], 10_000) == {"a": 3}
 
 
@@ -161,7 +161,7 @@ def test_ties_that_overlap_become_one():
 
 
 def test_tied_layers_that_are_pinned_apart_are_refused_by_name():
-    layers = [Choices("q", {2: 1}, {2: 1.0}), Choices("k", {3: 1}, {3: 1.0})]
+    layers = [LayerOptions("q", {2: 1}, {2: 1.0}), LayerOptions("k", {3: 1}, {3: 1.0})]
     with pytest.raises(AllocationError, match=r"q \(2\), k \(3\)"):
         allocate(layers, [("q", "k")], 100)
 
@@ -176,7 +176,7 @@ def test_a_model_of_eighty_blocks_takes_seconds_and_is_solved_to_the_byte(capfd)
             weight = 10 ** chance.uniform(-3, 0)
             stored = {bits: rows * (columns * bits // 8 + 8 * bits + 2) for bits in (2, 3, 4, 5)}
             costs = {bits: weight * 4.0**-bits * chance.uniform(0.8, 1.2) for bits in stored}
-            layers.append(Choices(f"{block}.{kind}", stored, costs))
+            layers.append(LayerOptions(f"{block}.{kind}", stored, costs))
     weights = sum(rows * columns for rows, columns in shapes) * 80
     budget = int(2.75 * weights / 8)
     start = time.process_time()

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from shiftadd_cli.artifact import output
-from shiftadd_cli.artifact.output import check_output, check_space, partial_folder, refusals
+from shiftadd_cli.artifact.output import check_output, check_space, partial_folder
 from shiftadd_cli.errors import OutputError
+from shiftadd_cli.storage.refusals import refusals
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd_cli.bcq.fit import FitMethod, GroupFit, _Best, _Piece, fit_groups
+from shiftadd_cli.bcq.initial_scales import Scales, clipped_starts, greedy_start
 from shiftadd_cli.bcq.scale_formats import scale_format
-from shiftadd_cli.bcq.starts import Scales, clipped_starts, greedy_start
 
 METHODS: tuple[FitMethod, ...] = ("search", "greedy", "uniform")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from shiftadd_cli.bcq import fit as fit_module
 from shiftadd_cli.bcq.fit import GroupFit, fit_groups
-from shiftadd_cli.bcq.intervals import SortedGroups
+from shiftadd_cli.bcq.initial_scales import Scales
 from shiftadd_cli.bcq.scale_formats import scale_format
-from shiftadd_cli.bcq.sorted_fit import SortedGroup, fit_sorted
+from shiftadd_cli.bcq.sorted_fit import SortedGroup, SortedGroups, fit_sorted
 
 FORMATS = (None, "pot", "apot2", "apot3", "float")
 
@@ -108,3 +108,47 @@ def test_nothing_gives_zero(bits: int) -> None:
     scales, curvature = fit_sorted(nothing, importance, bits, 20, scale_format("apot3"))
     assert not scales.any()
     assert torch.isfinite(curvature).all()
+
+
+@quick
+@given(
+    bits=st.integers(1, 5),
+    offset=st.booleans(),
+    count=st.integers(1, 4),
+    size=st.integers(1, 100),
+    seed=st.integers(0, 999),
+)
+def test_sums_over_intervals_of_all_groups_are_sums_over_weights(
+    bits: int, offset: bool, count: int, size: int, seed: int
+) -> None:
+    g = generator(seed)
+    weights, scales = torch.randn(count, size, generator=g), torch.rand(count, bits, generator=g)
+    importance = torch.rand(count, size, generator=g) - 0.1
+    importance = importance.clamp_min(0)
+    offsets = torch.randn(count, generator=g) if offset else None
+    found = SortedGroups(weights, importance).normal_equations(Scales(scales, offsets))
+    for i in range(count):
+        planes, values = nearest_planes(weights[i], scales[i].tolist(), 0.0 if offsets is None else float(offsets[i]))
+        terms = torch.cat((planes, torch.ones(int(offset), size, dtype=torch.float64)))
+        h, w = importance[i].double(), weights[i].double()
+        torch.testing.assert_close(found.matrix[i].double(), (terms * h) @ terms.T, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.rhs[i].double(), (terms * h) @ w, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.error[i], ((w - values).square() * h).sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_of_a_group_on_a_midpoint_goes_to_the_lower_level() -> None:
+    weights, importance = torch.tensor([[0.5, 0.0, -0.5]]), torch.tensor([[4.0, 2.0, 1.0]])
+    # Levels ±0.25 and ±0.75, with midpoints on all three weights.
+    found = SortedGroups(weights, importance).normal_equations(Scales(torch.tensor([[0.5, 0.25]]), None))
+    planes = torch.tensor([[1.0, -1.0, -1.0], [-1.0, 1.0, -1.0]])
+    assert torch.equal(found.matrix[0], (planes * importance) @ planes.T)
+    assert torch.equal(found.rhs[0], (planes * importance) @ weights[0])
+    assert found.error.tolist() == [7 * 0.0625]
+
+
+def test_small_errors_do_not_drown_in_large_weights() -> None:
+    weights = 1000 + torch.tensor([[0.0, 2**-10, 0.5]])
+    found = SortedGroups(weights, torch.ones(1, 3)).normal_equations(
+        Scales(torch.tensor([[0.25]]), torch.tensor([1000.25]))
+    )
+    torch.testing.assert_close(found.error, torch.tensor([2.0**-20], dtype=torch.float64))

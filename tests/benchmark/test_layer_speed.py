@@ -17,7 +17,7 @@ from shiftadd_cli.benchmark import layer_speed as module
 from shiftadd_cli.benchmark.layer_speed import WaySpeed, copies_for, layer_kinds, measure_layers
 from shiftadd_cli.benchmark.roof import Roof
 from shiftadd_cli.benchmark.timing import Span, Timed
-from shiftadd_cli.runtime.kernels.choice import Kernel
+from shiftadd_cli.kernels.select import Kernel
 from shiftadd_cli.runtime.linear import PackedLinear
 
 TWO_BITS = COMMON.replaced(bits=2)

@@ -13,7 +13,7 @@ from torch import nn
 from shiftadd_cli.benchmark.model_speed import Candidate, ModelSpeed, measure_models, weight_bytes
 from shiftadd_cli.benchmark.timing import Clock, Span, Spread, Timed
 from shiftadd_cli.benchmark.work import Work
-from shiftadd_cli.evaluation.models import ModelInfo, Opened, open_any
+from shiftadd_cli.runtime.opened import ModelInfo, Opened, open_any
 
 
 def speed(name: str, seconds: float, *, memory: int = 100, disk: int = 50) -> ModelSpeed:

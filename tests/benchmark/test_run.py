@@ -10,10 +10,10 @@ from tiny_models import VOCAB_SIZE, save_tiny, tiny_tokenizer
 
 from shiftadd_cli.benchmark import run as module
 from shiftadd_cli.benchmark.model_speed import Candidate
-from shiftadd_cli.calibration.text import load_text
+from shiftadd_cli.data.text import load_text
 from shiftadd_cli.errors import RecipeError, SourceError
-from shiftadd_cli.evaluation import models
-from shiftadd_cli.evaluation.models import Opened, open_any
+from shiftadd_cli.runtime import opened as models
+from shiftadd_cli.runtime.opened import Opened, open_any
 
 
 @pytest.fixture(scope="module")

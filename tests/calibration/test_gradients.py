@@ -9,9 +9,9 @@ import torch
 from tiny_models import FAMILIES, save_tiny, tiny_config
 from transformers import AutoModelForCausalLM
 
+from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration import end_loss
 from shiftadd_cli.calibration.gradients import squared_gradients
-from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.source import find_structure, open_source
 from shiftadd_cli.source.experts import split_experts

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
+from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration.hessian import Moments, gather_moments
-from shiftadd_cli.calibration.stream import BlockStream
-from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.source import find_structure, open_source
 
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_models import MIXTURES, save_tiny
 
+from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration import mixtures
 from shiftadd_cli.calibration.hessian import gather_moments
 from shiftadd_cli.calibration.mixtures import enough_tokens, expert_bytes, in_room, in_turns
-from shiftadd_cli.calibration.stream import BlockStream
-from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.source import LinearSpec, find_structure, open_source
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd_cli.calibration.products import add_products
-from shiftadd_cli.runtime.kernels.extension import instruction_sets
+from shiftadd_cli.native.extension import instruction_sets
 
 WAYS = ["torch", *instruction_sets()]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

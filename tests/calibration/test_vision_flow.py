@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny_vision import VISION_FAMILIES, save_tiny_vision, write_processor
 
-from shiftadd_cli.calibration.calls import hidden_of
+from shiftadd_cli.blockwise.calls import hidden_of
+from shiftadd_cli.blockwise.flow import measure_flow
+from shiftadd_cli.blockwise.forward import predict
+from shiftadd_cli.blockwise.probe_model import ProbeModel
+from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration.end_loss import EndLoss
-from shiftadd_cli.calibration.flow import measure_flow
-from shiftadd_cli.calibration.forward import predict
 from shiftadd_cli.calibration.gradients import squared_gradients
-from shiftadd_cli.calibration.replay import Replay
-from shiftadd_cli.calibration.trace import trace_model
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source import find_structure, open_source
 
@@ -58,7 +58,7 @@ def test_blocks_one_by_one_give_the_hidden_states_of_the_model(family, tmp_path)
 @pytest.mark.parametrize("family", ["vit", "swin", "clip-projection"])
 def test_divergences_are_those_of_the_whole_model(family, tmp_path):
     source, structure, _, _ = traced(family, tmp_path)
-    replay = Replay(source, structure, PIXELS, 2, CPU)
+    replay = ProbeModel(source, structure, PIXELS, 2, CPU)
     noise = 0.1 * torch.randn(replay.hidden.shape, generator=torch.Generator().manual_seed(2))
 
     def to_the_end(hidden):

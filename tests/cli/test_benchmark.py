@@ -12,7 +12,7 @@ from tiny_vision import IMAGE_SIZE, save_tiny_vision, tiny_vision_model, write_p
 
 from shiftadd_cli.benchmark import layer_speed, run
 from shiftadd_cli.cli import main
-from shiftadd_cli.evaluation.models import Opened
+from shiftadd_cli.runtime.opened import Opened
 
 SHORT = ("--rounds", "2", "--prompt-tokens", "6,3", "--new-tokens", "4")
 

@@ -87,7 +87,7 @@ def test_a_model_calibrated_on_the_test_text_draws_a_warning(one, monkeypatch):
     monkeypatch.setattr(
         compare,
         "_measured",
-        lambda *arguments: compare.Measured(measured(*arguments).info, measured(*arguments).score, True),
+        lambda *arguments: compare.ModelResult(measured(*arguments).info, measured(*arguments).score, True),
     )
     result = evaluate(one, *SHORT)
     assert result.exit_code == 0, result.output

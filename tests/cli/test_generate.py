@@ -13,7 +13,7 @@ from tiny_vision import save_tiny_vision
 
 from shiftadd_cli.cli import generate as verb
 from shiftadd_cli.cli import main
-from shiftadd_cli.evaluation.models import Opened
+from shiftadd_cli.runtime.opened import Opened
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, kept: bool
 ) -> None:
     """Writing fails, with the system's error for a full disk, at the start and in the middle of the work."""
-    from shiftadd_cli.artifact import durable
+    from shiftadd_cli.storage import durable
 
     written = []
     plain = durable.write_all

@@ -15,8 +15,6 @@ from tiny_models import save_tiny
 import shiftadd_cli
 from shiftadd_cli.errors import OutputError
 
-pytestmark = pytest.mark.slow
-
 QUICK = ["--samples", "4", "--seq-len", "16", "--batch-size", "2", "--group-size", "16"]
 SCORE = ["--dataset", "text.txt", "--context", "16", "--max-tokens", "64"]
 

@@ -8,9 +8,9 @@ from tiny_models import save_tiny
 from torch.func import functional_call
 
 from shiftadd_cli.bcq.weight import QuantizedWeight
-from shiftadd_cli.calibration.trace import trace_model
+from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.distillation.block import TunedBlock
-from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import find_structure, open_source
@@ -34,7 +34,7 @@ class Case:
         source.materialise([self.name])
         recipe = Recipe.load("fast", {"group_size": 16, "bits": 3} | fields)
         specs = [spec for spec in structure.linears if spec.block == 0]
-        quantizer = BlockQuantizer(self.module, specs, recipe, Measured())
+        quantizer = BlockQuantizer(self.module, specs, recipe, PhaseClock())
         quantizer.without_data()
         self.specs = quantizer.specs
         self.layouts = {kind: each.weight.layout for kind, each in quantizer.solutions.items()}

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import shiftadd_cli
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
-from shiftadd_cli.calibration.text import load_text, sample_windows
+from shiftadd_cli.cli.summary import summarize
+from shiftadd_cli.data.text import load_text, sample_windows
 from shiftadd_cli.distillation import distill as module
-from shiftadd_cli.report.summary import summarize
 from shiftadd_cli.source import open_source
 
 FIELDS = {"bits": 1, "samples": 64, "seq_len": 32, "batch_size": 4, "group_size": 16, "fit_rounds": 1}

@@ -9,8 +9,8 @@ import torch
 from tiny_models import FAMILIES, save_tiny
 from tiny_vision import save_tiny_vision
 
-from shiftadd_cli.calibration.forward import predict
-from shiftadd_cli.calibration.trace import trace_model
+from shiftadd_cli.blockwise.forward import predict
+from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.distillation import end as module
 from shiftadd_cli.distillation.end import EndGap
 from shiftadd_cli.source import find_structure, open_source

@@ -50,7 +50,6 @@ def run(page: Path, demo: str, model: str) -> int:
     return count
 
 
-@pytest.mark.slow
 def test_the_tutorial(repository: Path, place: Path) -> None:
     model = save_tiny("llama", place / "model")
     assert run(repository / "docs" / "tutorial.md", "MODEL=demo\n", f"MODEL={model}\n") > 10
@@ -59,7 +58,6 @@ def test_the_tutorial(repository: Path, place: Path) -> None:
     assert "KL" in (place / "out" / "first" / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_the_python_page(repository: Path, place: Path) -> None:
     model = save_tiny("llama", place / "model")
     assert run(repository / "docs" / "python.md", '"demo"', f'"{model}"') == 2

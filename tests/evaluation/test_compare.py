@@ -10,12 +10,13 @@ import pytest
 import torch
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
-from shiftadd_cli.calibration.text import load_text
+from shiftadd_cli.data.text import load_text
 from shiftadd_cli.errors import CalibrationError, RecipeError, SourceError
 from shiftadd_cli.evaluation import compare
-from shiftadd_cli.evaluation.compare import Measured, evaluate
-from shiftadd_cli.evaluation.models import ModelInfo
+from shiftadd_cli.evaluation.compare import evaluate
 from shiftadd_cli.evaluation.perplexity import Score
+from shiftadd_cli.evaluation.result import ModelResult
+from shiftadd_cli.runtime.opened import ModelInfo
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_tokens_beyond_the_embedding_are_refused_before_a_model_is_loaded(folder
     tokenizer.add_tokens(["<x>"])
     tokenizer.save_pretrained(model)
     (tmp_path / "x.txt").write_text("a line with <x> in it\n" * 20)
-    monkeypatch.setattr("shiftadd_cli.evaluation.models.Opened.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("shiftadd_cli.runtime.opened.Opened.load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(CalibrationError, match=r"x\.txt has the token '<x>' \(id 320\), and the embedding of .* 320 "):
         run(str(model), dataset=str(tmp_path / "x.txt"))
 
@@ -101,7 +102,7 @@ def test_the_result_is_json(one, two):
 def test_an_infinite_perplexity_is_null_in_json():
     info = ModelInfo("m", False, 1, 1, 8.0, None, "float32", "float32", None, None)
     score = Score(800.0, None, math.inf, None, None, None, None, 1.0)
-    table = Measured(info, score, False).to_dict()
+    table = ModelResult(info, score, False).to_dict()
     assert table["perplexity"] is None
     assert table["nll"] == 800.0
 
@@ -117,14 +118,14 @@ def test_calibration_on_the_test_text_is_noticed(one, monkeypatch):
         loaded = load(self, *arguments)
         return loaded._replace(info=replace(loaded.info, calibration_fingerprint=fingerprint))
 
-    monkeypatch.setattr("shiftadd_cli.evaluation.models.Opened.load", with_calibration)
+    monkeypatch.setattr("shiftadd_cli.runtime.opened.Opened.load", with_calibration)
     assert run(one).models[0].calibrated_on_test
     fingerprint = load_text("builtin", split="calibration").fingerprint
     assert not run(one).models[0].calibrated_on_test
 
 
 def test_bad_input_is_refused_before_a_model_is_loaded(one, tmp_path, monkeypatch):
-    monkeypatch.setattr("shiftadd_cli.evaluation.models.Opened.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("shiftadd_cli.runtime.opened.Opened.load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(CalibrationError, match="no text called"):
         run(one, dataset="nothing")
     with pytest.raises(SourceError, match="no model"):

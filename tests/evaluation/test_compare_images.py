@@ -9,7 +9,7 @@ import torch
 from tiny_models import save_tiny
 from tiny_vision import CLASSES, save_pictures, save_tiny_vision, write_processor
 
-from shiftadd_cli.calibration.images import image_reader, load_images, read_images
+from shiftadd_cli.data.images import image_reader, load_images, read_images
 from shiftadd_cli.errors import CalibrationError, RecipeError, SourceError
 from shiftadd_cli.evaluation.compare import evaluate
 from shiftadd_cli.source import open_source
@@ -118,7 +118,7 @@ def _of_few_classes(tmp_path):
 
 
 def test_a_vision_model_has_no_tokenizer(models):
-    from shiftadd_cli.evaluation.models import open_any
+    from shiftadd_cli.runtime.opened import open_any
 
     with pytest.raises(SourceError, match="is a vision model, which reads no text"):
         open_any(models["one"]).load_tokenizer()

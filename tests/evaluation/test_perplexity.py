@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB_SIZE, tiny_model
 
-from shiftadd_cli.calibration.windows import cut_windows
+from shiftadd_cli.data.windows import cut_windows
 from shiftadd_cli.errors import CalibrationError, NumericalError, RecipeError
 from shiftadd_cli.evaluation import logits as logits_module
 from shiftadd_cli.evaluation import perplexity as module

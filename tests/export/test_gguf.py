@@ -12,8 +12,8 @@ from tiny_models import tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shiftadd_cli.errors import ExportError, OutputError
-from shiftadd_cli.evaluation.models import load_any
 from shiftadd_cli.export.gguf import export_gguf
+from shiftadd_cli.runtime.opened import load_any
 
 TOKENS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
 # Largest part of the logits that rounding may take: half a unit in the last place of a weight, some of them added up.

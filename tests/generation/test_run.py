@@ -11,10 +11,10 @@ from tiny_models import save_tiny
 from transformers import GenerationConfig
 
 from shiftadd_cli.errors import NumericalError
-from shiftadd_cli.evaluation.models import Loaded, load_any
 from shiftadd_cli.generation.prompt import Prompt, encode_prompt
 from shiftadd_cli.generation.run import Generated, generate_text
 from shiftadd_cli.generation.sampling import Sampling
+from shiftadd_cli.runtime.opened import Loaded, load_any
 
 
 @pytest.fixture(scope="module")

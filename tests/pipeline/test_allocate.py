@@ -10,10 +10,10 @@ from tiny_models import save_tiny
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.bcq.choices import parts_of_choice
+from shiftadd_cli.cli.describe_bits import describe_bit_plan
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline import allocate as allocate_module
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request, file_bytes
-from shiftadd_cli.pipeline.describe_bits import describe_bit_plan
 from shiftadd_cli.pipeline.job import Job
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.recipe import Recipe

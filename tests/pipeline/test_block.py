@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from shiftadd_cli.calibration.recall import Recall
-from shiftadd_cli.calibration.stream import BlockStream
-from shiftadd_cli.calibration.tensor_file import TensorFile
-from shiftadd_cli.calibration.trace import trace_model
+from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.input_cache import InputCache
+from shiftadd_cli.blockwise.tensor_file import TensorFile
+from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.distributed.team import ALONE
 from shiftadd_cli.pipeline import block as block_module
-from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import find_structure, open_source
@@ -72,7 +72,7 @@ def second_moment(rows):
 def test_true_sequential_linears_see_the_quantized_ones_before_them(tmp_path, solved, true_sequential):
     stream, specs = first_block(tmp_path)
     untouched = copy.deepcopy(stream.block)
-    BlockQuantizer(stream.block, specs, recipe(true_sequential=true_sequential), Measured()).on(stream)
+    BlockQuantizer(stream.block, specs, recipe(true_sequential=true_sequential), PhaseClock()).on(stream)
     for kind in ("self_attn.o_proj", "mlp.down_proj"):
         hessian, cross = solved[next(spec.name for spec in specs if spec.kind == kind)]
         assert cross is None
@@ -85,8 +85,8 @@ def test_true_sequential_linears_see_the_quantized_ones_before_them(tmp_path, so
 def test_asymmetric_linears_aim_at_the_original(tmp_path, solved):
     stream, specs = first_block(tmp_path)
     original = BlockStream(copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls, CPU)
-    quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), Measured())
-    quantizer.towards(original, stream, "block", Recall(TensorFile(tmp_path)))
+    quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), PhaseClock())
+    quantizer.towards(original, stream, "block", InputCache(TensorFile(tmp_path)))
     for spec in specs:
         now, before = read_by(stream.block, stream, spec.kind), read_by(original.block, stream, spec.kind)
         _, cross = solved[spec.name]
@@ -102,8 +102,8 @@ def test_asymmetric_calibration_brings_the_block_nearer_to_the_original(tmp_path
         noise = torch.randn(stream.hidden[0].shape, generator=torch.Generator().manual_seed(0))
         stream.hidden.replace(0, stream.hidden[0] + 0.3 * noise * stream.hidden[0].std())
         fields = {"bits": 4, "asymmetric": strength, "weight_error": 0.001}
-        quantizer = BlockQuantizer(stream.block, specs, recipe(**fields), Measured())
-        quantizer.towards(original, stream, "block", Recall(TensorFile()))
+        quantizer = BlockQuantizer(stream.block, specs, recipe(**fields), PhaseClock())
+        quantizer.towards(original, stream, "block", InputCache(TensorFile()))
         stream.advance("block")
         errors[strength] = (stream.hidden[0] - original.hidden[0]).square().sum()
     assert errors[1.0] < errors[0.0]
@@ -115,7 +115,7 @@ def test_linears_of_one_input_are_solved_with_bits_of_their_own(tmp_path):
     for bits in (2, 3, {"self_attn.q_proj": 2, "self_attn.k_proj": 3, "self_attn.v_proj": 2}):
         stream, specs = first_block(tmp_path)
         given = {spec.name: bits if isinstance(bits, int) else bits.get(spec.kind, 3) for spec in specs}
-        quantizer = BlockQuantizer(stream.block, specs, recipe(), Measured(), bits=given)
+        quantizer = BlockQuantizer(stream.block, specs, recipe(), PhaseClock(), bits=given)
         quantizer.on(stream)
         solutions[str(bits)] = quantizer.solutions
     *uniform, mixed = solutions.values()
@@ -129,7 +129,7 @@ def test_linears_of_one_input_are_solved_with_bits_of_their_own(tmp_path):
 def test_the_block_computes_with_the_decoded_weights(tmp_path):
     for family in ("llama", "gpt2"):
         stream, specs = first_block(tmp_path / family, family)
-        quantizer = BlockQuantizer(stream.block, specs, recipe(), Measured())
+        quantizer = BlockQuantizer(stream.block, specs, recipe(), PhaseClock())
         quantizer.without_data()
         for spec in specs:
             weight = stream.block.get_submodule(spec.kind).weight
@@ -143,7 +143,7 @@ def squared_output_errors(tmp_path, **fields):
     stream, specs = first_block(tmp_path, "opt")
     untouched = copy.deepcopy(stream.block)
     inputs = {spec.kind: read_by(untouched, stream, spec.kind) for spec in specs}
-    quantizer = BlockQuantizer(stream.block, specs, recipe(true_sequential=False, **fields), Measured())
+    quantizer = BlockQuantizer(stream.block, specs, recipe(true_sequential=False, **fields), PhaseClock())
     quantizer.on(stream)
     found = {}
     for kind, rows in inputs.items():
@@ -167,8 +167,8 @@ def test_biases_take_over_the_mean_of_what_asymmetric_calibration_aims_at(tmp_pa
     original = BlockStream(copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls, CPU)
     stream.hidden.replace(0, 1.1 * stream.hidden[0] + 0.2)
     before = {spec.kind: read_by(original.block, original, spec.kind) for spec in specs}
-    quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), Measured())
-    quantizer.towards(original, stream, "block", Recall(TensorFile(tmp_path)))
+    quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), PhaseClock())
+    quantizer.towards(original, stream, "block", InputCache(TensorFile(tmp_path)))
     now = {spec.kind: read_by(stream.block, stream, spec.kind) for spec in specs}
     for spec in specs:
         first, last = original.block.get_submodule(spec.kind).double(), stream.block.get_submodule(spec.kind).double()
@@ -181,6 +181,6 @@ def test_without_biases_their_correction_changes_nothing(tmp_path):
     states = []
     for name, correct in (("a", True), ("b", False)):
         stream, specs = first_block(tmp_path / name)
-        BlockQuantizer(stream.block, specs, recipe(bias_correction=correct), Measured()).on(stream)
+        BlockQuantizer(stream.block, specs, recipe(bias_correction=correct), PhaseClock()).on(stream)
         states.append(stream.block.state_dict())
     assert all(torch.equal(each, states[1][name]) for name, each in states[0].items())

@@ -12,11 +12,11 @@ from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from shiftadd_cli.api import evaluate, quantize
-from shiftadd_cli.calibration.text import load_text, sample_windows
+from shiftadd_cli.cli.describe import describe_plan
+from shiftadd_cli.data.text import load_text, sample_windows
 from shiftadd_cli.distributed.team import Team, Tensors
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.pipeline.calibration import Calibration, CalibrationSet, draw_calibration
-from shiftadd_cli.pipeline.describe import describe_plan
 from shiftadd_cli.pipeline.plan import Plan, make_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import Source, open_source

@@ -22,13 +22,13 @@ from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.calibration import mixtures
 from shiftadd_cli.cli import main
+from shiftadd_cli.cli.describe import describe_plan
+from shiftadd_cli.cli.describe_bits import describe_bit_plan
+from shiftadd_cli.cli.summary import summarize
 from shiftadd_cli.export.dense import export_dense
-from shiftadd_cli.pipeline.describe import describe_plan
-from shiftadd_cli.pipeline.describe_bits import describe_bit_plan
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
-from shiftadd_cli.report.summary import summarize
 from shiftadd_cli.source import open_source
 from shiftadd_cli.source.experts import split_experts
 

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
 from shiftadd_cli.artifact.format import ArtifactFormat
+from shiftadd_cli.cli.describe import describe_plan
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import RecipeError, SourceError
-from shiftadd_cli.pipeline.describe import describe_plan
 from shiftadd_cli.pipeline.plan import least_memory, make_plan
 from shiftadd_cli.recipe import Recipe
-from shiftadd_cli.report.summary import size
+from shiftadd_cli.sizes import size
 from shiftadd_cli.source import open_source
 
 

@@ -17,12 +17,12 @@ import shiftadd_cli  # noqa: F401 - registers the format with transformers
 from shiftadd_cli.artifact.contents import Contents
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
+from shiftadd_cli.cli.summary import summarize
 from shiftadd_cli.errors import CalibrationError, NumericalError
 from shiftadd_cli.pipeline.calibration import draw_calibration
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.pipeline.run import run_plan
 from shiftadd_cli.recipe import Recipe
-from shiftadd_cli.report.summary import summarize
 from shiftadd_cli.source import model as source_model
 from shiftadd_cli.source import open_source
 

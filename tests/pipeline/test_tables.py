@@ -18,13 +18,13 @@ from shiftadd_cli.artifact.contents import Contents
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.errors import NumericalError
-from shiftadd_cli.evaluation.models import load_any
 from shiftadd_cli.pipeline import walk as walk_module
 from shiftadd_cli.pipeline.calibration import draw_calibration
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.pipeline.run import run_plan
 from shiftadd_cli.pipeline.tables import plan_tables, store_table
 from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.runtime.opened import load_any
 from shiftadd_cli.source import find_structure, open_source
 
 QUICK = {"samples": 8, "seq_len": 32, "batch_size": 3, "group_size": 16, "bits": 4}

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import shiftadd_cli
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
+from shiftadd_cli.cli.describe import describe_plan
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.export.dense import export_dense
-from shiftadd_cli.pipeline.describe import describe_plan
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source

@@ -10,7 +10,7 @@ import torch
 from tiny_vision import VISION_FAMILIES, save_pictures, save_tiny_vision
 
 import shiftadd_cli
-from shiftadd_cli.calibration.forward import predict
+from shiftadd_cli.blockwise.forward import predict
 from shiftadd_cli.source import open_source
 
 QUICK = {"samples": 6, "batch_size": 4, "group_size": 16, "fit_rounds": 1, "refine_rounds": 1, "device": "cpu"}

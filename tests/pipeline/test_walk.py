@@ -10,7 +10,7 @@ from tiny_models import save_tiny
 from tiny_vision import save_pictures, save_tiny_vision
 
 import shiftadd_cli
-from shiftadd_cli.calibration.playback import Playback
+from shiftadd_cli.blockwise.output_cache import OutputCache
 from shiftadd_cli.pipeline import walk as walk_module
 
 QUICK: dict[str, Any] = {
@@ -23,7 +23,7 @@ QUICK: dict[str, Any] = {
 }
 
 
-class Silent(Playback):
+class Silent(OutputCache):
     """Notes nothing, so everything is computed."""
 
     def _note(self, *_: Any) -> None:
@@ -55,16 +55,16 @@ def test_bytes_are_those_of_a_walk_that_computes_everything(
     else:
         source = save_tiny(family, tmp_path / "source")
     played: list[str] = []
-    noted = Playback._noted
+    noted = OutputCache._noted
 
-    def count(self: Playback, index: int, name: str) -> Any:
+    def count(self: OutputCache, index: int, name: str) -> Any:
         played.append(name)
         return noted(self, index, name)
 
-    monkeypatch.setattr(Playback, "_noted", count)
+    monkeypatch.setattr(OutputCache, "_noted", count)
     shiftadd_cli.quantize(str(source), tmp_path / "played", **QUICK | fields)
     assert played
-    monkeypatch.setattr(walk_module, "Playback", Silent)
+    monkeypatch.setattr(walk_module, "OutputCache", Silent)
     played.clear()
     shiftadd_cli.quantize(str(source), tmp_path / "computed", **QUICK | fields)
     assert played == []

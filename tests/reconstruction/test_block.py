@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from shiftadd_cli.calibration.stream import BlockStream
-from shiftadd_cli.calibration.streams import HiddenStates
-from shiftadd_cli.calibration.trace import trace_model
-from shiftadd_cli.pipeline.account import Measured
+from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.hidden_states import HiddenStates
+from shiftadd_cli.blockwise.trace import trace_model
+from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.reconstruction import block as module
@@ -62,7 +62,7 @@ def quantized_block(path, family="llama", bits=2):
     original = BlockStream(copy.deepcopy(block), trace.hidden.copy(), calls, CPU)
     stream = BlockStream(block, trace.hidden, calls, CPU)
     recipe = Recipe.load("best", {"bits": bits, "group_size": 16, "samples": 96, "seq_len": 64})
-    quantizer = BlockQuantizer(block, [spec for spec in structure.linears if spec.block == 0], recipe, Measured())
+    quantizer = BlockQuantizer(block, [spec for spec in structure.linears if spec.block == 0], recipe, PhaseClock())
     quantizer.on(stream)
     original.advance("block")
     return Case(stream, original, quantizer)

@@ -18,8 +18,8 @@ from shiftadd_cli.bcq import weight as weight_module
 from shiftadd_cli.bcq.choices import Primitive
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.kernels.select import Kernel
 from shiftadd_cli.runtime import linear
-from shiftadd_cli.runtime.kernels.choice import Kernel
 from shiftadd_cli.runtime.linear import PackedLinear
 
 

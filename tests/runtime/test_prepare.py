@@ -14,9 +14,9 @@ from loading import assert_close, assert_same_state, load, logits
 from tiny_models import tiny_model
 
 from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.kernels import select as choice
+from shiftadd_cli.kernels.select import Kernel, Precision
 from shiftadd_cli.runtime import prepare
-from shiftadd_cli.runtime.kernels import choice
-from shiftadd_cli.runtime.kernels.choice import Kernel, Precision
 from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.prepare import prepare_layers
 

@@ -20,8 +20,8 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 import shiftadd_cli
-from shiftadd_cli.calibration.text import load_text, tokenise
-from shiftadd_cli.evaluation.models import load_any
+from shiftadd_cli.data.text import load_text, tokenise
+from shiftadd_cli.runtime.opened import load_any
 
 CONTEXT, MAX_TOKENS = 32, 200
 BUDGETS = "4.5,5.5"

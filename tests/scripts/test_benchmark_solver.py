@@ -9,7 +9,7 @@ import torch
 from benchmark_solver import main
 from click.testing import CliRunner
 
-from shiftadd_cli.runtime.kernels.extension import instruction_sets
+from shiftadd_cli.native.extension import instruction_sets
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,6 @@ def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not has_compiler, reason="needs CMake and a C++ compiler")
 def test_the_kernels_pass_without_python(repository: Path, tmp_path: Path) -> None:
     done = run(repository, "--quick", "--build", str(tmp_path), "plain")

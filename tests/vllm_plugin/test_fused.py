@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.errors import ArtifactError
-from shiftadd_cli.runtime.kernels.choice import Kernel
+from shiftadd_cli.kernels.select import Kernel
 from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.vllm_plugin.fused import FusedLinear
 from shiftadd_cli.vllm_plugin.loading import close_gates, open_gates

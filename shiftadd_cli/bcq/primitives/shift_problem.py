@@ -13,14 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shiftadd_cli.bcq.descent import descend_codes
+from shiftadd_cli.bcq.column_updates import compensated_sweep, descend_codes
 from shiftadd_cli.bcq.hessian import Objective
-from shiftadd_cli.bcq.levels import LevelTable
+from shiftadd_cli.bcq.levels import LevelTable, nearest_ranks
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.primitives.shift_levels import ascending_levels
-from shiftadd_cli.bcq.ranks import nearest_ranks
 from shiftadd_cli.bcq.snap import SnappedScales
-from shiftadd_cli.bcq.sweep import compensated_sweep
 
 # Scales tried for each row, from one that puts the largest level at the row's root mean square to one that puts it at
 # its largest weight; and rounds of least squares and nearest level for each.

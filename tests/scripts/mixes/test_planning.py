@@ -8,7 +8,7 @@ import pytest
 from mixes.planning import random_bits, uniform_bits
 from mixes.solver import solver_seconds, synthetic_layers
 
-from shiftadd_cli.allocation.solve import Choices
+from shiftadd_cli.allocation.solve import LayerOptions
 
 TIED = [("0", "1"), ("2",), ("3",), ("4", "5"), ("6",), ("7",)]
 
@@ -17,7 +17,7 @@ def layers_of(seed):
     draw = random.Random(seed)
     sizes = {str(index): draw.randint(5, 40) for index in range(8)}
     return [
-        Choices(name, {bits: bits * size + 3 for bits in (2, 3, 4)}, dict.fromkeys((2, 3, 4), 1.0))
+        LayerOptions(name, {bits: bits * size + 3 for bits in (2, 3, 4)}, dict.fromkeys((2, 3, 4), 1.0))
         for name, size in sizes.items()
     ]
 

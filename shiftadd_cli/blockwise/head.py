@@ -1,0 +1,152 @@
+"""What comes after the blocks (norms, pooling, projections, head, factors, soft caps), as the model's own code runs it.
+
+The model's own forward runs with its blocks replaced by stubs that return given hidden states. In a decoder all that
+comes after them acts on each token by itself, so it may run on slices of tokens: logits of a large vocabulary never
+exist for a whole batch. A vision model has one prediction for all tokens of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.blockwise.calls import PLAIN_LAYOUT, Layout
+from shiftadd_cli.blockwise.forward import Prediction, predict
+from shiftadd_cli.source import Structure
+from shiftadd_cli.source.vision import IMAGE_INPUT
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a block gives out for each sample, packed as in `blockwise.calls`.
+
+    Attributes:
+        entered, shape: of the hidden states before and behind it, `(tokens, width)`.
+        others: how many other things it returns behind them in a tuple; None where it returns them bare.
+    """
+
+    entered: tuple[int, ...]
+    shape: tuple[int, ...]
+    others: int | None
+    dtype: torch.dtype = torch.float32
+    layout: Layout = PLAIN_LAYOUT
+
+    def dress(self, hidden: Tensor) -> Any:
+        """Packed hidden states `[batch, tokens, width]` as a block of this form returns them."""
+        states = self.layout.unpack(hidden)
+        return states if self.others is None else (states, *(None,) * self.others)
+
+    def stand_in(self, hidden: Tensor) -> Any:
+        """Something of this form, for the hidden states `hidden` that enter the block."""
+        if self.entered == self.shape:
+            return self.dress(self.layout.pack(hidden))
+        batch, tokens = self.layout.pack(hidden).shape[:2]
+        shape = (tokens if self.entered[0] == self.shape[0] else self.shape[0], self.shape[1])
+        return self.dress(torch.zeros((), dtype=self.dtype, device=hidden.device).expand(batch, *shape))
+
+
+@contextmanager
+def standing_in(blocks: Sequence[nn.Module], forms: Sequence[Form]) -> Iterator[None]:
+    """While this lasts, blocks compute nothing and return something of their forms."""
+
+    def forward(form: Form) -> Callable[..., Any]:
+        return lambda *args, **kwargs: form.stand_in(args[0] if args else kwargs["hidden_states"])
+
+    with _computing(blocks, [forward(form) for form in forms]):
+        yield
+
+
+@contextmanager
+def returning(blocks: Sequence[nn.Module], forms: Sequence[Form], hidden: Tensor) -> Iterator[None]:
+    """While this lasts, the last of `blocks` does nothing and returns packed `hidden` states, the others something of
+    their form."""
+    outputs = []
+    for form in forms:
+        # States of the same shape will do for all blocks, also where they are a slice of the tokens.
+        alike = form.shape == forms[-1].shape
+        outputs.append(form.dress(hidden if alike else hidden.detach().new_zeros(()).expand(len(hidden), *form.shape)))
+    with _computing(blocks, [_returning(output) for output in outputs]):
+        yield
+
+
+@contextmanager
+def _computing(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """While this lasts, the blocks have these forwards."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = own
+
+
+def _returning(output: Any) -> Callable[..., Any]:
+    return lambda *_, **__: output
+
+
+def slices(windows: int, tokens: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Rectangles of windows and tokens that cover `windows` x `tokens`, each of at most `most` (at least 1) tokens."""
+    step = min(tokens, most)
+    group = max(1, most // tokens)
+    for top in range(0, windows, group):
+        for left in range(0, tokens, step):
+            yield slice(top, min(top + group, windows)), slice(left, min(left + step, tokens))
+
+
+class Head:
+    """From the hidden states behind the last block of `samples` to predictions.
+
+    Everything outside the blocks must be materialised on `device`. `forms`: of all blocks, see `Trace`.
+
+    Attributes:
+        per_token: whether every token has a prediction of its own; else every sample.
+        classes: of a prediction, for what memory it takes.
+    """
+
+    def __init__(
+        self, model: Any, structure: Structure, forms: Sequence[Form], samples: Tensor, device: torch.device
+    ) -> None:
+        self._model, self._samples, self._forms, self._device = model, samples, forms, device
+        self._blocks = [model.get_submodule(name) for name in structure.blocks]
+        self.per_token = model.main_input_name != IMAGE_INPUT
+        self.classes: int = model.config.get_text_config().vocab_size if self.per_token else _width(model)
+
+    @property
+    def predictions(self) -> tuple[int, ...]:
+        """How many predictions there are for all samples, along each axis."""
+        return tuple(self._samples.shape) if self.per_token else (len(self._samples),)
+
+    def parts(self, samples: int, tokens: int, most: int) -> Iterator[tuple[slice, slice]]:
+        """Slices of samples and tokens that can be predicted by themselves and cover so many, each with at most `most`
+        predictions and tokens (one whole sample at least, where a prediction is made of all its tokens)."""
+        if self.per_token:
+            yield from slices(samples, tokens, most)
+            return
+        for rows, _ in slices(samples, tokens, max(most, tokens)):
+            yield rows, slice(None)
+
+    def place(self, rows: slice, tokens: slice) -> tuple[slice, ...]:
+        """Where the predictions of a part lie among all."""
+        return (rows, tokens) if self.per_token else (rows,)
+
+    def predict(self, hidden: Tensor, rows: slice, tokens: slice) -> Prediction:
+        """Predictions for `hidden` `[batch, tokens, width]`, on the device, which belong to the samples `rows`."""
+        with returning(self._blocks, self._forms, hidden):
+            # The samples only give the stubs' callers their shapes.
+            return predict(self._model, self._samples[self.place(rows, tokens)].to(self._device))
+
+
+def _width(model: Any) -> int:
+    """Class scores of a vision model, or a bound on its features."""
+    sizes = [getattr(model.config, name, None) or 0 for name in ("num_labels", "hidden_size", "projection_dim")]
+    return max(1, *sizes)

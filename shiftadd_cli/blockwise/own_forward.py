@@ -1,0 +1,144 @@
+"""A model's own forward with its blocks in memory one at a time, and what it gives each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.blockwise.calls import Path, hidden_of, leaves, rebuilt
+from shiftadd_cli.blockwise.forward import StopForward, check_finite, check_weights, hooked, predict, split_call
+from shiftadd_cli.errors import ShiftaddError, SourceError, first_line
+from shiftadd_cli.progress import BlockProgress
+from shiftadd_cli.source import LinearSpec, Source, Structure
+from shiftadd_cli.source.weight_reads import watching_weights
+
+
+@dataclass
+class OwnCall:
+    """One block's call in the model's own forward.
+
+    Attributes:
+        tree: its arguments before the call, in containers of their own; before, after: their leaves around the call.
+        others: what it gives out beside hidden states, by path; None where it returns these bare.
+    """
+
+    tree: dict[str, Any]
+    before: dict[Path, Any]
+    after: dict[Path, Any] = field(default_factory=dict)
+    others: dict[Path, Any] | None = None
+
+
+def run_own_forward(
+    source: Source,
+    structure: Structure,
+    device: torch.device,
+    sample: Tensor,
+    left: Callable[[nn.Module, OwnCall, Tensor, Tensor], None],
+    progress: BlockProgress,
+    text: str,
+    *,
+    with_head: bool,
+) -> Tensor | None:
+    """The model's own forward; returns its predictions if it runs `with_head`.
+
+    left: called behind each block, which is still in memory, with its call and the hidden states around it.
+    """
+    model: Any = source.skeleton()
+    names, shown = structure.blocks, iter(progress(structure.blocks, text))
+    calls: list[OwnCall] = []
+    previous: list[Tensor] = []
+    watched: list[set[str]] = []
+    watch = ExitStack()
+    linears_of: dict[int, list[LinearSpec]] = {}
+    for spec in structure.linears:
+        linears_of.setdefault(spec.block, []).append(spec)
+
+    def before(name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_order(model, structure, name, len(calls))
+        next(shown, None)
+        hidden, rest, named = split_call(args, kwargs)
+        if previous and not torch.equal(previous.pop(), hidden):
+            raise SourceError(
+                f"{type(model).__name__} changes the hidden states before {name}; its architecture is not supported."
+            )
+        arguments = {"args": rest, "kwargs": named}
+        calls.append(OwnCall(rebuilt(arguments, lambda _, leaf: leaf), dict(leaves(arguments))))
+        source.materialise([name])
+        check_weights(block, name)
+        block.to(device)
+        linears = {spec.name: model.get_submodule(spec.name) for spec in linears_of.get(len(calls) - 1, ())}
+        watched.append(watch.enter_context(watching_weights(block, linears)))
+
+    def after(name: str, block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        watch.close()
+        for spec in linears_of.get(len(calls) - 1, ()):
+            if spec.name in watched[-1]:
+                raise SourceError(
+                    f"{type(model).__name__} computes with the weight of {spec.name} itself, so it cannot be "
+                    f"compressed; leave it as it is with --skip '*.{spec.kind}'."
+                )
+        call, result = calls[-1], hidden_of(output)
+        check_finite(result, name)
+        entered, rest, named = split_call(args, kwargs)
+        call.after = dict(leaves({"args": rest, "kwargs": named}))
+        if isinstance(output, (tuple, list)):
+            call.others = {("output", number): leaf for number, leaf in enumerate(output) if number}
+        # A model may change in place what a block gave it.
+        previous[:] = [result.clone()]
+        left(block, call, entered, result)
+        source.release([name])
+        if name == names[-1]:
+            next(shown, None)
+            if not with_head:
+                raise StopForward
+
+    handles = []
+    for name in names:
+        block = model.get_submodule(name)
+        handles.append(
+            block.register_forward_pre_hook(lambda m, a, k, name=name: before(name, m, a, k), with_kwargs=True)
+        )
+        handles.append(
+            block.register_forward_hook(lambda m, a, k, o, name=name: after(name, m, a, k, o), with_kwargs=True)
+        )
+    values = None
+    with refusing_failures(model), watch, hooked(handles), suppress(StopForward), torch.no_grad():
+        values = predict(model, sample.to(device)).values
+    check_count(model, structure, len(calls))
+    return values
+
+
+@contextmanager
+def refusing_failures(model: Any) -> Iterator[None]:
+    """Turn what the model's code raises on samples alone, or without its blocks, into a refusal."""
+    try:
+        yield
+    except (ShiftaddError, StopForward, MemoryError):
+        raise
+    except Exception as error:  # code of any model may fail in any way
+        raise SourceError(
+            f"{type(model).__name__} cannot be run block by block ({first_line(error)}); its architecture is "
+            "not supported."
+        ) from error
+
+
+def check_order(model: Any, structure: Structure, name: str, done: int) -> None:
+    """Refuse a block that is not the next after so many."""
+    names = structure.blocks
+    if done >= len(names) or name != names[done]:
+        again = "more than once" if name in names[:done] else "out of order"
+        raise SourceError(f"{type(model).__name__} calls its block {name} {again}; its architecture is not supported.")
+
+
+def check_count(model: Any, structure: Structure, done: int) -> None:
+    """Refuse a forward that called so many blocks, if that is not all."""
+    if done != len(structure.blocks):
+        raise SourceError(
+            f"{type(model).__name__} calls {done} of its {len(structure.blocks)} blocks "
+            f"({structure.blocks[done]} is not called); its architecture is not supported."
+        )

@@ -1,0 +1,92 @@
+"""Samples that run through parts of a model again and again, block by block, up to its predictions.
+
+All in float32, whatever the model's dtype: what replacing one linear does to the predictions is less than what rounding
+to 16 bits does to them. Measured on SmolLM2-135M, 512 tokens: noise of 0.3% on one matrix moves the predictions by
+5e-7 nats a token in float32 and by 1.4e-3 in bfloat16, where noise of 10% should move them by 6e-4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.blockwise.distribution import comparable, reference_of
+from shiftadd_cli.blockwise.forward import Prediction
+from shiftadd_cli.blockwise.head import Head
+from shiftadd_cli.blockwise.trace import trace_model
+from shiftadd_cli.device import move_parts
+from shiftadd_cli.progress import BlockProgress, silent
+from shiftadd_cli.source import Source, Structure
+
+# Logits, their logarithms, the original's and two differences, float32, are held for so many tokens at once.
+_SLICE_BYTES = 128 << 20
+_BYTES_PER_LOGIT = 20
+
+
+class ProbeModel:
+    """A float32 copy of a model, loaded block by block, and the samples that run through it.
+
+    hidden: their states at the input of the first block, float32 `[samples, tokens, width]` on the CPU. All hidden
+    states here are of that form.
+    """
+
+    def __init__(
+        self, source: Source, structure: Structure, samples: Tensor, batch_size: int, device: torch.device
+    ) -> None:
+        """samples: see `trace_model`; batch_size: how many of them run at once.
+
+        What lies outside the blocks is loaded now and stays as long as this does, beside what `source` has in memory.
+        """
+        self._source = source.at(torch.float32)
+        self._structure, self._device = structure, device
+        self._batch_size = batch_size
+        self._model: Any = self._source.skeleton()
+        self._blocks = [self._model.get_submodule(name) for name in structure.blocks]
+        self._source.materialise(structure.outside)
+        move_parts(self._model, structure.outside, device)
+        trace = trace_model(self._source, structure, samples, batch_size, device)
+        self._calls = trace.calls
+        self._head = Head(self._model, structure, trace.forms, samples, device)
+        self.hidden = torch.cat(list(trace.hidden))
+
+    def load(self, depth: int) -> nn.Module:
+        """Block number `depth`, in memory on the device until it is released; its weights may be changed until then."""
+        self._source.materialise([self._structure.blocks[depth]])
+        return self._blocks[depth].to(self._device)
+
+    def release(self, depth: int) -> None:
+        self._source.release([self._structure.blocks[depth]])
+
+    @torch.no_grad()
+    def run(self, depth: int, hidden: Tensor) -> Tensor:
+        """What block number `depth`, which must be loaded, makes of hidden states."""
+        block, found = self._blocks[depth], []
+        for index, batch in enumerate(hidden.split(self._batch_size)):
+            found.append(self._calls[index][depth].run(block, batch.to(self._device)).cpu())
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def divergences(self, original: Tensor, others: Sequence[Tensor], progress: BlockProgress = silent) -> list[float]:
+        """Mean over predictions of KL(original || other), in nats, made from outputs of the last block; of 1 - cosine
+        of the features, where the model has no head.
+
+        Logits exist for some tokens of one model at a time, beside the original's for the same tokens. No mean is
+        negative: what rounding leaves below zero is zero. A mean may be infinite or not a number.
+        """
+        totals = [0.0] * len(others)
+        most = max(1, _SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))
+        parts = list(self._head.parts(original.shape[0], original.shape[1], most))
+        names = [f"part {number}" for number in range(len(parts))]
+        for _, (rows, tokens) in zip(progress(names, "Comparing"), parts, strict=True):
+            reference = reference_of(self._predict(original, rows, tokens))
+            for index, other in enumerate(others):
+                gaps = reference.divergence(comparable(self._predict(other, rows, tokens)))
+                totals[index] += float(gaps.sum(dtype=torch.float64))
+        count = torch.Size(self._head.predictions).numel()
+        return [total / count if not total < 0 else 0.0 for total in totals]
+
+    def _predict(self, hidden: Tensor, rows: slice, tokens: slice) -> Prediction:
+        return self._head.predict(hidden[rows, tokens].to(self._device), rows, tokens)

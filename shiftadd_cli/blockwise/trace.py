@@ -1,0 +1,125 @@
+"""How a model calls its blocks for every batch of samples.
+
+What passes between the blocks, and that running them one by one is what the model does, is found first, see
+`blockwise.passage`. Then every batch runs up to its blocks, which are stood in for, and its arguments are recorded:
+masks, positions, and what depends on the tokens, such as Gemma 3n's inputs of each layer. Tensors that are the same for
+all batches (masks and positions usually are) are kept once; the others wait in a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.blockwise.calls import BlockCall, Path, Spilled, substituted
+from shiftadd_cli.blockwise.head import Form
+from shiftadd_cli.blockwise.hidden_states import HiddenStates, batch_span
+from shiftadd_cli.blockwise.passage import Passage, same_values
+from shiftadd_cli.blockwise.tensor_file import TensorFile
+from shiftadd_cli.progress import BlockProgress, silent
+from shiftadd_cli.source import Source, Structure
+
+
+@dataclass
+class Trace:
+    """How a model calls its blocks for some samples.
+
+    Attributes:
+        hidden: the states that enter the first block.
+        calls: `calls[batch][block]`, of the batches that this process runs.
+        passage: what passes between the blocks.
+        original: states of the original model at the same depth, for asymmetric calibration and block reconstruction.
+    """
+
+    hidden: HiddenStates
+    passage: Passage
+    calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+    original: HiddenStates | None = None
+
+    @property
+    def forms(self) -> list[Form]:
+        """What each block gives out."""
+        return self.passage.forms
+
+
+def trace_model(
+    source: Source,
+    structure: Structure,
+    samples: Tensor,
+    batch_size: int,
+    device: torch.device,
+    hidden: HiddenStates | None = None,
+    *,
+    batches: Iterable[int] | None = None,
+    spill: FilePath | None = None,
+    progress: BlockProgress = silent,
+) -> Trace:
+    """Record how the model calls its blocks for `samples`, and run these up to the first block.
+
+    samples: int64 `[samples, seq_len]` tokens, or `[samples, channels, height, width]` pixels for a vision model.
+    hidden: where states are kept, by default in memory; batches that it holds already are not appended.
+    batches: numbers of the batches whose calls are recorded, by default of all.
+    spill: folder for arguments that differ from batch to batch, by default the system's own.
+
+    Modules outside the blocks must be materialised on `device`; blocks are materialised and released here. Raises
+    SourceError where running block by block is not what the model does, naming the block and the argument;
+    NumericalError where weights or outputs of a block are not finite.
+    """
+    passage = Passage.of(source, structure, samples, device, progress)
+    passage.check(samples[-1:], progress)
+    states = HiddenStates(len(samples), batch_size) if hidden is None else hidden
+    trace = Trace(states, passage)
+    known = len(trace.hidden)
+    recorder = _Recorder(passage, spill)
+    count = -(-len(samples) // batch_size)
+    recorded = set(range(count) if batches is None else batches)
+    for index in range(count):
+        if index < known and index not in recorded:
+            continue
+        entering, arguments = passage.arguments(samples[batch_span(index, batch_size, len(samples))])
+        if index in recorded:
+            trace.calls[index] = recorder.calls(index, arguments)
+        if index >= known:
+            trace.hidden.append(passage.states[0].pack(entering))
+    return trace
+
+
+class _Recorder:
+    """Makes calls of recorded arguments, and keeps tensors that all batches share once."""
+
+    def __init__(self, passage: Passage, spill: FilePath | None) -> None:
+        self._passage, self._spill = passage, spill
+        self._first: list[dict[Path, Any]] | None = None
+        self._file: TensorFile | None = None
+
+    def calls(self, index: int, arguments: list[dict[Path, Any]]) -> list[BlockCall]:
+        """The calls of batch number `index`."""
+        if self._first is None:
+            self._first = arguments
+        # The same tensor at several blocks (a mask, the embeddings) is kept once.
+        kept: dict[int, Any] = {}
+        calls = []
+        for depth, own in enumerate(arguments):
+            for path, leaf in own.items():
+                if isinstance(leaf, Tensor) and id(leaf) not in kept:
+                    kept[id(leaf)] = self._kept(index, depth, path, leaf)
+            stored = {path: kept.get(id(leaf), leaf) for path, leaf in own.items()}
+            calls.append(self._passage.call(depth, partial(substituted, stored)))
+        return calls
+
+    def _kept(self, index: int, depth: int, path: Path, leaf: Tensor) -> Any:
+        assert self._first is not None, "the first batch was recorded"
+        first = self._first[depth].get(path)
+        if isinstance(first, Tensor) and (leaf is first or (leaf.shape == first.shape and same_values(leaf, first))):
+            return first
+        if self._file is None:
+            self._file = TensorFile(self._spill)
+        key = (index, depth, path)
+        self._file[key] = leaf
+        return Spilled(self._file, key, self._passage.device)

@@ -1,0 +1,130 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+import textwrap
+
+from shiftadd_cli.artifact.contents import alike
+from shiftadd_cli.bcq.choices import choices_in_words
+from shiftadd_cli.cli.summary import table
+from shiftadd_cli.data import text_builtin
+from shiftadd_cli.data.images import images_remark
+from shiftadd_cli.data.mixture import parse_mixture
+from shiftadd_cli.device import dtype_name
+from shiftadd_cli.pipeline.plan import Plan
+from shiftadd_cli.sizes import size
+from shiftadd_cli.source.positions import position_limit
+
+
+def describe_plan(plan: Plan) -> str:
+    """Layers, bits, sizes and memory of a plan, for reading before the work."""
+    kinds: dict[str, list[int]] = {}
+    for index, each in enumerate(plan.linears):
+        kinds.setdefault(alike(each.spec.kind), []).append(index)
+    rows = []
+    for kind, members in kinds.items():
+        specs = [plan.linears[i].spec for i in members]
+        weights = sum(plan.linears[i].spec.out_features * plan.linears[i].spec.in_features for i in members)
+        stored = sum(plan.linears[i].layout.nbytes for i in members)
+        shape = " x ".join(_span([getattr(each, side) for each in specs]) for side in ("out_features", "in_features"))
+        bits = choices_in_words(plan.linears[i].layout.format.choice for i in members)
+        rows.append((kind, str(len(members)), shape, bits, f"{8 * stored / weights:.3f}", size(stored)))
+    reasons: dict[str, int] = {}
+    for _, reason in plan.kept_modules:
+        reasons[reason] = reasons.get(reason, 0) + 1
+    kept = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
+    source = plan.source
+    before = source.model_bytes
+    after = f"{'at most ' if plan.open_bits else ''}{size(plan.most_bytes)}"
+    dtype = dtype_name(source.dtype)
+    return "\n".join(
+        (
+            f"{source.spec}: {type(source.skeleton()).__name__}, {plan.parameters / 1e6:,.1f} M parameters, "
+            f"{len(plan.structure.blocks)} blocks, {len(plan.linears)} linear layers to quantize",
+            "",
+            table(("layers", "count", "shape", "bits", "bits/weight", "stored"), rows),
+            "",
+            *_bit_plan(plan),
+            *(
+                f"8-bit rows    {size(each.nbytes)}: {' and '.join(each.modules)}, {' x '.join(map(str, each.shape))}"
+                for each in plan.tables
+            ),
+            *_partial(plan),
+            f"Kept          {size(plan.kept_bytes)} in {dtype}: {kept}",
+            *(f"Not read      {left}" for left in source.left_behind),
+            f"Size          {size(before)} in {dtype} (files: {size(source.file_bytes)}) -> {after}, "
+            f"{plan.whole_bits_per_weight:.3f} bits/weight over the whole file",
+            f"Memory        about {size(plan.peak_memory_bytes)} at the peak",
+            *_computed(plan),
+            *_calibration(plan),
+        )
+    )
+
+
+def _span(sizes: list[int]) -> str:
+    """`384`, or `96-768` where stages differ."""
+    found = sorted(set(sizes))
+    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+
+
+def _calibration(plan: Plan) -> list[str]:
+    recipe = plan.recipe
+    if not plan.calibrated:
+        return ["Calibration   none"]
+    lines = [f"Calibration   {recipe.calibration}, {_samples(plan)}"]
+    if plan.source.reads_images:
+        remark = images_remark(recipe.calibration, plan.source.config)
+        return [*lines, *([] if remark is None else _wrapped("Note", remark))]
+    if plan.not_written is not None:
+        lines += _wrapped("Warning", f"the model does not write its own calibration text: {plan.not_written}")
+    if any(part.spec == text_builtin.NAME for part in parse_mixture(recipe.calibration)):
+        lines += _wrapped(
+            "Warning",
+            "the builtin text is the documentation of Python; a model for anything else is better calibrated on self, "
+            "or on a file of its own kind of text",
+        )
+    return lines
+
+
+def _wrapped(title: str, text: str) -> list[str]:
+    """A title and a text of several lines beside it."""
+    return textwrap.wrap(text, 120, initial_indent=f"{title:<14}", subsequent_indent=" " * 14)
+
+
+def _samples(plan: Plan) -> str:
+    recipe = plan.recipe
+    if plan.source.reads_images:
+        return f"{recipe.samples} images"
+    positions = position_limit(plan.source.config)
+    longest = ", as many as the model has positions for" if recipe.seq_len == positions else ""
+    return (
+        f"{recipe.samples} x {recipe.seq_len} tokens{longest}; windows begin with "
+        f"{plan.window_start or 'no special token'}"
+    )
+
+
+def _partial(plan: Plan) -> list[str]:
+    share = plan.structure.share
+    return [f"Partial       only {share:.0%} of the weights in linear layers are compressed"] if share < 0.5 else []
+
+
+def _computed(plan: Plan) -> list[str]:
+    if plan.running is plan.source:
+        return []
+    stored, computed = (dtype_name(each.dtype) for each in (plan.source, plan.running))
+    return [f"Computed      in {computed}, since this processor has no instructions for {stored}"]
+
+
+def _bit_plan(plan: Plan) -> list[str]:
+    if plan.open_bits:
+        return [
+            f"Bit plan      at most {plan.recipe.avg_bits:g} stored bits per weight on average, given to layers by how "
+            "much each turns out to matter; above is the least"
+        ]
+    if plan.bit_plan is None:
+        return []
+    made = plan.bit_plan.made_by
+    return [
+        f"Bit plan      {plan.recipe.bit_plan or made.budget}: {plan.planes_per_weight:.3f} planes, "
+        f"{plan.bits_per_weight:.3f} stored bits per weight on average"
+    ]

@@ -1,0 +1,1 @@
+"""Calibration and test data: texts cut into windows of tokens, conversations, images, and mixtures of them."""

@@ -1,0 +1,308 @@
+"""The kernels as torch operators, so that torch.compile and its checks see through them.
+
+    shiftadd::lookup_linear     a compressed linear layer on a CPU
+    shiftadd::rotate            the rotation of its input, on a CPU
+    shiftadd::triton_linear     a compressed linear layer on a GPU
+    shiftadd::codes_linear      a product with rows of 8-bit codes, on a CPU
+
+They are for inference: a backward pass through them raises RuntimeError.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.kernels.cpu_weight import native_layout
+from shiftadd_cli.kernels.triton_weight import TritonWeight
+from shiftadd_cli.native.extension import TYPES, address, cpu_extension
+
+METHODS = {"auto": 0, "look-up": 1, "multiply": 2}
+
+_library = torch.library.Library("shiftadd", "DEF")
+_library.define(
+    "lookup_linear(Tensor x, Tensor words, Tensor? scale_codes, Tensor? scales, Tensor? offsets, Tensor row_scale, "
+    "Tensor? bias, Tensor? signs, int group_columns, int bits, bool fast, str method, str kernels) -> Tensor"
+)
+_library.define("rotate(Tensor x, Tensor signs) -> Tensor")
+_library.define("codes_linear(Tensor x, Tensor codes, Tensor scale) -> Tensor")
+_library.define(
+    "triton_linear(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor row_scale, Tensor? bias, "
+    "int columns, int bits, int nibbles, int groups, int group_words) -> Tensor"
+)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether nothing looks at what is computed with `x` but its result: a tensor on a CPU, outside of gradients,
+    compilers, tracing and modes. The way to an operator through torch, which all these need, takes ten microseconds."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def lookup_linear(
+    x: Tensor,
+    words: Tensor,
+    scale_codes: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    group_columns: int,
+    bits: int,
+    fast: bool,
+    method: str = "auto",
+    kernels: str = "",
+) -> Tensor:
+    """`x` `[..., in]` → `[..., out]` in the dtype of `x`, which is float32, bfloat16 or float16.
+
+    words to row_scale: fields of a `CpuWeight`; bias: `[out]` or None; signs: those of the weight if `x` is still to be
+    rotated. fast: look up in 16-bit tables. method: one of `METHODS`; kernels: an instruction set, "" for the best.
+    """
+    given = x, words, scale_codes, scales, offsets, row_scale, bias, signs, group_columns, bits, fast, method, kernels
+    if is_plain(x) and words.is_cpu:
+        return _lookup_linear(*given)
+    result: Tensor = torch.ops.shiftadd.lookup_linear.default(*given)
+    return result
+
+
+def rotate(x: Tensor, signs: Tensor) -> Tensor:
+    """R x for `x` `[..., in]`, see `bcq.rotation`, in the dtype of `x`; signs: float32 `[in]` of ±1."""
+    if is_plain(x) and signs.is_cpu:
+        return _rotate(x, signs)
+    result: Tensor = torch.ops.shiftadd.rotate.default(x, signs)
+    return result
+
+
+def codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """(x @ codes.T) * scale: `x` `[rows, in]`, codes int8 `[out, in]`, scale `[out]` → `[rows, out]`.
+
+    x is of the dtype of the result, float32, bfloat16 or float16; scale is float32 or bfloat16.
+    """
+    result: Tensor = torch.ops.shiftadd.codes_linear.default(x, codes, scale)
+    return result
+
+
+def gpu_linear(x: Tensor, weight: TritonWeight, bias: Tensor | None) -> Tensor:
+    """`x` `[..., in]`, rotated if the weight is, → `[..., out]`; see `triton_linear.multiply`."""
+    result: Tensor = torch.ops.shiftadd.triton_linear.default(
+        x,
+        weight.codes,
+        weight.scales,
+        weight.offsets,
+        weight.row_scale,
+        bias,
+        weight.columns,
+        weight.bits,
+        weight.nibbles,
+        weight.groups,
+        weight.group_words,
+    )
+    return result
+
+
+def _lookup_linear(
+    x: Tensor,
+    words: Tensor,
+    scale_codes: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    group_columns: int,
+    bits: int,
+    fast: bool,
+    method: str,
+    kernels: str,
+) -> Tensor:
+    rows, columns = row_scale.shape[0], x.shape[-1]
+    layout = native_layout(rows, columns, group_columns, bits)
+    bias = None if bias is None else bias.float().contiguous()
+    _check(x, words, scale_codes, scales, offsets, row_scale, bias, signs, layout)
+    given = _ready(x)
+    output = torch.empty(*x.shape[:-1], rows, dtype=given.dtype)
+    _extension().linear(
+        layout,
+        words.data_ptr(),
+        address(scale_codes),
+        address(scales),
+        address(offsets),
+        row_scale.data_ptr(),
+        address(bias),
+        given.data_ptr(),
+        TYPES[given.dtype],
+        given.numel() // columns,
+        address(signs),
+        columns & -columns,
+        output.data_ptr(),
+        fast,
+        METHODS[method],
+        kernels,
+        torch.get_num_threads(),
+    )
+    return output if output.dtype == x.dtype else output.to(x.dtype)
+
+
+def _rotate(x: Tensor, signs: Tensor) -> Tensor:
+    columns = x.shape[-1]
+    if signs.shape != (columns,) or signs.dtype != torch.float32:
+        raise RuntimeError(f"signs must be float32 [{columns}], not {signs.dtype} {list(signs.shape)}.")
+    given = _ready(x)
+    output = torch.empty_like(given)
+    _extension().rotate(
+        given.data_ptr(),
+        TYPES[given.dtype],
+        given.numel() // columns,
+        columns,
+        signs.data_ptr(),
+        columns & -columns,
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return output if output.dtype == x.dtype else output.to(x.dtype)
+
+
+def _codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    rows, columns = codes.shape
+    right = (
+        codes.dtype == torch.int8
+        and scale.dtype in TYPES
+        and scale.shape == (rows,)
+        and x.shape[1:] == (columns,)
+        and codes.is_contiguous()
+    )
+    if not right:
+        raise RuntimeError(f"The codes {list(codes.shape)} do not fit an input {list(x.shape)}, or their scale.")
+    given, factors = _ready(x), scale.contiguous()
+    output = torch.empty(x.shape[0], rows, dtype=given.dtype)
+    _extension().codes_linear(
+        codes.data_ptr(),
+        factors.data_ptr(),
+        TYPES[factors.dtype],
+        rows,
+        columns,
+        given.data_ptr(),
+        TYPES[given.dtype],
+        x.shape[0],
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return output if output.dtype == x.dtype else output.to(x.dtype)
+
+
+def _triton_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    columns: int,
+    bits: int,
+    nibbles: int,
+    groups: int,
+    group_words: int,
+) -> Tensor:
+    # Triton is optional, and takes a second to import.
+    from shiftadd_cli.kernels.triton_linear import multiply
+
+    weight = TritonWeight(codes, scales, offsets, row_scale, columns, bits, nibbles, groups, group_words)
+    # The gradient is refused at the backward pass, as for all operators here.
+    return multiply(x.detach(), weight, bias)
+
+
+def _ready(x: Tensor) -> Tensor:
+    """`x` in the kernels' terms: contiguous, float32 or bfloat16."""
+    if x.dtype == torch.float16:
+        x = x.float()
+    if x.dtype not in TYPES:
+        raise RuntimeError(f"Compressed layers take float32, bfloat16 or float16 activations, not {x.dtype}.")
+    return x.contiguous()
+
+
+def _check(
+    x: Tensor,
+    words: Tensor,
+    scale_codes: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    layout: Any,
+) -> None:
+    """Addresses are passed on unseen, so a tensor of another size, dtype or order must not get there."""
+    groups, scale_set = layout.blocks * layout.groups * 32, scale_codes if scales is None else scales
+    numbers = [each for each in (scales, offsets, row_scale, bias, signs) if each is not None]
+    everything = [words, *numbers] if scale_codes is None else [words, scale_codes, *numbers]
+    right = (
+        all(each.dtype == torch.float32 for each in numbers)
+        and all(each.is_contiguous() for each in everything)
+        and words.dtype == torch.int32
+        and words.numel() == layout.entries
+        and scale_set is not None
+        and scale_set.dtype == (torch.uint8 if scales is None else torch.float32)
+        and scale_set.numel() == groups * layout.bits
+        and (offsets is None or offsets.numel() == groups)
+        and (bias is None or bias.shape == (layout.rows,))
+        and (signs is None or signs.shape == x.shape[-1:])
+    )
+    if not right:
+        raise RuntimeError(f"The packed tensors do not fit an input of {x.shape[-1]} columns.")
+
+
+def _extension() -> Any:
+    extension = cpu_extension()
+    if extension is None:
+        raise RuntimeError("This installation of shiftadd has no compiled kernels.")
+    return extension
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "The kernels of compressed layers have no gradient; load the model with "
+        "SHIFTADD_KERNEL=reference, or call its dequantize()."
+    )
+
+
+_library.impl("lookup_linear", _lookup_linear, "CPU")
+_library.impl("rotate", _rotate, "CPU")
+_library.impl("codes_linear", _codes_linear, "CPU")
+_library.impl("triton_linear", _triton_linear, "CUDA")
+# For its interpreter, which computes on the CPU.
+_library.impl("triton_linear", _triton_linear, "CPU")
+for _name in ("lookup_linear", "rotate", "codes_linear", "triton_linear"):
+    torch.library.register_autograd(f"shiftadd::{_name}", _refuse, lib=_library)
+
+
+@torch.library.register_fake("shiftadd::lookup_linear", lib=_library)
+def _fake_linear(x: Tensor, words: Tensor, *rest: Any) -> Tensor:
+    row_scale: Tensor = rest[3]
+    return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+
+
+@torch.library.register_fake("shiftadd::codes_linear", lib=_library)
+def _fake_codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@torch.library.register_fake("shiftadd::triton_linear", lib=_library)
+def _fake_triton(
+    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, row_scale: Tensor, *_: Any
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+
+
+@torch.library.register_fake("shiftadd::rotate", lib=_library)
+def _fake_rotate(x: Tensor, signs: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

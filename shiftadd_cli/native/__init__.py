@@ -1,0 +1,1 @@
+"""The compiled CPU kernels, in C++, and their loader. Imports torch alone."""

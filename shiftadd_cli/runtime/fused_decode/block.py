@@ -1,0 +1,159 @@
+"""Decoder blocks that make a new token by the CPU kernels, for models that generate token by token.
+
+A block of transformers runs some fifty operations for a token, each of which costs microseconds however little it
+computes: for a small model more than all products with its weights. Here norms, rotations, look-ups, rotary
+embeddings, attention and the MLP are one pass over float32 numbers, in two calls between which keys and values go
+through transformers' cache, or in one call for all blocks (`decoder_stack`). Everything else (prompts, padding,
+training, hooks, compilation, other attention) takes the block's own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+
+from shiftadd_cli.kernels.ops import is_plain
+from shiftadd_cli.native.extension import TYPES
+from shiftadd_cli.runtime.fused_decode.block_plan import LINEARS, MOST_ROWS, NORMS, BlockPlan, Form, suits
+from shiftadd_cli.runtime.fused_decode.families import BLOCKS, MODELS, name_of
+from shiftadd_cli.runtime.fused_decode.made_class import Reduced, reduce_made
+from shiftadd_cli.runtime.fused_decode.stack import PLAN, STACK, LookupModel, current_pass, model_class
+from shiftadd_cli.runtime.kv_cache import append
+
+# Classes of activations in transformers that are GELU in the form with tanh, or SiLU.
+_GELU, _SILU = ("GELUTanh",), ("SiLUActivation", "SiLU")
+
+
+class LookupBlock(nn.Module):
+    """Put before a class of `BLOCKS` in the order of resolution; what it cannot do it leaves to that class."""
+
+    dense_class: ClassVar[type[nn.Module]]
+    self_attn: Any
+    mlp: Any
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`[rows, tokens, hidden]` → the same, as the class it was made from."""
+        if not args and kwargs.get("attention_mask") is None and _is_new_token(hidden_states):
+            found = self._decode(hidden_states, kwargs.get("position_embeddings"), kwargs.get("past_key_values"))
+            if found is not None:
+                return found
+        output: Tensor = super().forward(hidden_states, *args, **kwargs)
+        return output
+
+    def _decode(self, hidden: Tensor, positions: tuple[Tensor, Tensor] | None, cache: Any) -> Tensor | None:
+        """The output for a new token, or None if the kernels do not compute it."""
+        watched = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
+        # The kernels compute what torch's own attention does.
+        if positions is None or watched or self.training or self.self_attn.config._attn_implementation != "sdpa":
+            return None
+        hidden = hidden.contiguous()
+        cosines, sines = (each.contiguous() for each in positions)
+        whole = current_pass()
+        if whole is not None and (found := whole.decode(self, hidden, cosines, sines, cache)) is not None:
+            return found
+        if (plan := self._find_plan()) is None or not plan.form.takes(hidden, cosines, sines):
+            return None
+        queries, keys, values = plan.heads(hidden, cosines, sines)
+        if cache is not None:
+            keys, values = append(cache, keys, values, self.self_attn.layer_idx)
+            keys, values = (_as_read(each, hidden.dtype) for each in (keys, values))
+        return plan.rest(hidden, queries, keys, values)
+
+    def _find_plan(self) -> BlockPlan | None:
+        """How the kernels compute this block, or None if they do not."""
+        plan: BlockPlan | None = self.__dict__.get(PLAN)
+        if plan is None or not plan.watch.holds():
+            plan = self.__dict__[PLAN] = self._make_plan()
+        # They call no module that somebody watches.
+        return None if plan is None or plan.watch.is_heard() else plan
+
+    def _make_plan(self) -> BlockPlan | None:
+        family = BLOCKS[name_of(self.dense_class)]
+        attention, mlp, outside = self.self_attn, self.mlp, self._modules
+        inside, gated = attention._modules, mlp._modules
+        places = [(inside, name) for name in LINEARS[:4]] + [(gated, name) for name in LINEARS[4:]]
+        linears = {name: holder.get(name) for holder, name in places}
+        norm_places = {
+            role: (inside if role in ("query", "key") else outside, name) for role, name in family.norms.items()
+        }
+        norms = dict.fromkeys(NORMS) | {role: holder.get(name) for role, (holder, name) in norm_places.items()}
+        if any(norms[role] is None for role in family.norms if role not in ("query", "key")):
+            return None
+        # What somebody put in the place of a part may have another forward.
+        parts = [attention, mlp, *(each for each in norms.values() if each is not None)]
+        if any(type(each).__module__ != self.dense_class.__module__ for each in parts):
+            return None
+        activation = type(gated.get("act_fn")).__name__
+        epsilons = {float(getattr(each, family.epsilon)) for each in norms.values() if each is not None}
+        softcap = getattr(attention, "attn_logit_softcapping", None)
+        if not all(linears.values()) or activation not in _GELU + _SILU or len(epsilons) != 1 or softcap is not None:
+            return None
+        size = int(attention.head_dim)
+        form = Form(
+            heads=getattr(linears["q_proj"], "out_features", 0) // size,
+            key_heads=getattr(linears["k_proj"], "out_features", 0) // size,
+            head_size=size,
+            scale=float(attention.scaling),
+            gelu=activation in _GELU,
+            unit=family.unit,
+            epsilon=epsilons.pop(),
+            joint=family.joint,
+            residual=float(getattr(self, "residual_multiplier", 1.0)),
+            turned=bool(getattr(attention, "use_rope", True)),
+        )
+        if not suits(linears, norms, form):
+            return None
+        places += [*norm_places.values(), (outside, "self_attn"), (outside, "mlp"), (gated, "act_fn")]
+        return BlockPlan(linears, norms, form, places)
+
+    def __reduce_ex__(self, _: Any) -> Reduced:
+        return reduce_made(_block_class, self, without=PLAN)
+
+
+def fuse_blocks(model: nn.Module) -> None:
+    """Let the blocks of a model that are of a known family make new tokens by the kernels, in place."""
+    for module in model.modules():
+        if (name := name_of(type(module))) in BLOCKS:
+            module.__class__ = _block_class(type(module))
+        elif name in MODELS and not isinstance(module, LookupModel):
+            module.__class__ = model_class(type(module))
+
+
+def part_blocks(model: nn.Module) -> None:
+    """Undo `fuse_blocks`."""
+    for module in model.modules():
+        if isinstance(module, LookupBlock | LookupModel):
+            module.__class__ = module.dense_class  # type: ignore[assignment]
+            for name in (PLAN, STACK):
+                module.__dict__.pop(name, None)
+
+
+_CLASSES: dict[type[nn.Module], type[LookupBlock]] = {}
+
+
+def _block_class(dense: type[nn.Module]) -> type[LookupBlock]:
+    if dense not in _CLASSES:
+        # The name stays: it is what tools that must not split a block know it by.
+        _CLASSES[dense] = type(dense.__name__, (LookupBlock, dense), {"dense_class": dense, "__module__": __name__})
+    return _CLASSES[dense]
+
+
+def _is_new_token(hidden: Tensor) -> bool:
+    """Whether plain inference of one token for few sequences is asked for."""
+    return (
+        is_plain(hidden)
+        and hidden.ndim == 3
+        and hidden.shape[1] == 1
+        and 0 < hidden.shape[0] <= MOST_ROWS
+        and hidden.dtype in TYPES
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _as_read(cached: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values as the kernels read them; some caches keep them in another way."""
+    cached = cached.to(dtype)
+    return cached if cached.stride(-1) == 1 else cached.contiguous()

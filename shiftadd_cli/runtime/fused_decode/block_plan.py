@@ -1,0 +1,214 @@
+"""A decoder block as the CPU kernels take it: the addresses of its tensors, kept alive; see native/block.h."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from shiftadd_cli.kernels.cpu_weight import CpuWeight, native_layout
+from shiftadd_cli.kernels.select import Kernel
+from shiftadd_cli.native.extension import TYPES, address, cpu_extension
+from shiftadd_cli.runtime.fused_decode.module_watch import Place, Watch
+from shiftadd_cli.runtime.linear import PackedLinear
+
+# As `kTileRows` in native/lookups.h.
+MOST_ROWS = 8
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# As `Norms` in native/block.h.
+NORMS = ("before_attention", "before_mlp", "after_attention", "after_mlp", "query", "key")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a block is beside its layers.
+
+    heads, key_heads: of queries, and of keys and values; head_size: numbers of a head; scale: of their products.
+    gelu: the gate goes through GELU, in the form with tanh, instead of SiLU. unit: what is added to weights of norms.
+    joint: norms of queries and keys are of all heads as one row. residual: of what attention and the MLP add to the
+    hidden state. turned: queries and keys, by their positions.
+    """
+
+    heads: int
+    key_heads: int
+    head_size: int
+    scale: float
+    gelu: bool = False
+    unit: float = 0.0
+    epsilon: float = 1e-6
+    joint: bool = False
+    residual: float = 1.0
+    turned: bool = True
+
+    def takes(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> bool:
+        """Whether rotary embeddings are as the kernels take them with hidden states `[rows, 1, in]`."""
+        shape = cosines.shape
+        fits = shape == sines.shape and shape[1:] == (1, self.head_size) and shape[0] in (1, hidden.shape[0])
+        return fits and cosines.dtype == sines.dtype and cosines.dtype in TYPES
+
+
+class BlockPlan:
+    """What the kernels need of one block, as long as `watch` holds.
+
+    form: what it was made with; precision: that of its layers; native: the block as the extension knows it.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, PackedLinear],
+        norms: Mapping[str, Any],
+        form: Form,
+        places: Iterable[Place],
+    ) -> None:
+        """linears, norms: by the names in `LINEARS` and `NORMS`; see `suits` for what they must be. places: where all
+        modules stand that are computed without being called."""
+        self.form = form
+        self.precision = linears["q_proj"].precision
+        places = list(places)
+        numbers = _numbers(linears.values(), norms.values())
+        self.watch = Watch(
+            places=[
+                *places,
+                *((each._buffers, "words") for each in linears.values()),
+                *((holder, name) for holder, name, _ in numbers),
+            ],
+            tensors=[tensor for _, _, tensor in numbers],
+            modules=[module for holder, name in places if (module := holder.get(name)) is not None],
+        )
+        # Nothing that an address is taken of may go.
+        self._kept: list[Any] = []
+        self._signs: list[Tensor] = []
+        weights = [0 if norms[name] is None else self._number(norms[name].weight, form.unit) for name in NORMS]
+        projections = [self._projection(linears[name]) for name in LINEARS]
+        extension = cpu_extension()
+        self.native = extension.DecoderBlock(
+            *projections,
+            weights,
+            form.joint,
+            form.epsilon,
+            form.gelu,
+            form.head_size,
+            form.scale,
+            form.residual,
+            form.turned,
+        )
+
+    def heads(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of one new token of each sequence.
+
+        hidden: `[rows, 1, in]`, float32 or bfloat16, of at most `MOST_ROWS` rows; cosines, sines: `[rows or 1, 1,
+        head_size]`, both float32 or bfloat16. Returns queries float32 `[rows, heads, head_size]`, keys and values
+        `[rows, key_heads, 1, head_size]` in the dtype of `hidden`.
+        """
+        rows, form = hidden.shape[0], self.form
+        queries = torch.empty(rows, form.heads, form.head_size, dtype=torch.float32)
+        keys = torch.empty(rows, form.key_heads, 1, form.head_size, dtype=hidden.dtype)
+        values = torch.empty_like(keys)
+        self.native.heads(
+            hidden.data_ptr(),
+            TYPES[hidden.dtype],
+            rows,
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            TYPES[cosines.dtype],
+            form.head_size if cosines.shape[0] > 1 else 0,
+            queries.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            self.precision.is_fast(hidden.dtype),
+            torch.get_num_threads(),
+        )
+        return queries, keys, values
+
+    def rest(self, hidden: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The block's output `[rows, 1, in]`, from its input, the queries, and all keys and values `[rows, key_heads,
+        tokens, head_size]` in its dtype, whose last dimension is contiguous.
+
+        Raises RuntimeError for keys and values that are not so: a cache may be anybody's.
+        """
+        form = self.form
+        wanted = (hidden.shape[0], form.key_heads, keys.shape[2], form.head_size)
+        if any(each.shape != wanted or each.dtype != hidden.dtype or each.stride(3) != 1 for each in (keys, values)):
+            raise RuntimeError(f"The cache gives {list(keys.shape)} and {list(values.shape)}, not {list(wanted)}.")
+        output = torch.empty_like(hidden)
+        self.native.rest(
+            hidden.data_ptr(),
+            TYPES[hidden.dtype],
+            hidden.shape[0],
+            queries.data_ptr(),
+            keys.data_ptr(),
+            *keys.stride()[:3],
+            values.data_ptr(),
+            *values.stride()[:3],
+            keys.shape[2],
+            output.data_ptr(),
+            self.precision.is_fast(hidden.dtype),
+            torch.get_num_threads(),
+        )
+        return output
+
+    def _number(self, tensor: Tensor, unit: float = 0.0) -> int:
+        """Address of the numbers in float32, with `unit` added, kept."""
+        numbers = tensor.detach().float().contiguous() + unit
+        self._kept.append(numbers)
+        return numbers.data_ptr()
+
+    def _projection(self, linear: PackedLinear) -> Any:
+        weight, layout = linear.on_cpu(), linear.layout
+        self._kept.append(weight)
+        native = native_layout(linear.out_features, linear.in_features, layout.grid.group_columns, layout.bits)
+        extension = cpu_extension()
+        return extension.Projection(
+            native,
+            weight.words.data_ptr(),
+            *map(address, (weight.scale_codes, weight.scales, weight.offsets)),
+            weight.row_scale.data_ptr(),
+            0 if linear.bias is None else self._number(linear.bias),
+            self._sign_address(weight),
+        )
+
+    def _sign_address(self, weight: CpuWeight) -> int:
+        """Equal signs are the same to the kernels, which rotate an input once for all that have them."""
+        if weight.signs is None:
+            return 0
+        for signs in self._signs:
+            if torch.equal(signs, weight.signs):
+                return signs.data_ptr()
+        self._signs.append(weight.signs)
+        return weight.signs.data_ptr()
+
+
+def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], form: Form) -> TypeGuard[Mapping[str, PackedLinear]]:
+    """Whether the kernels can compute the block: all linears on look-up tables alike, and sizes that fit together."""
+    packed = [each for each in linears.values() if isinstance(each, PackedLinear)]
+    if len(packed) < len(LINEARS):
+        return False
+    alike = {(each.kernel, each.layout.outliers, each.precision) for each in packed}
+    if alike != {(Kernel.CPU, 0, packed[0].precision)}:
+        return False
+    # What inference mode made does not count its changes.
+    made = [tensor for _, _, tensor in _numbers(packed, norms.values())]
+    if any(each.is_inference() or each.device.type != "cpu" for each in made):
+        return False
+    width, key_width = form.heads * form.head_size, form.key_heads * form.head_size
+    hidden, inner = linears["q_proj"].in_features, linears["gate_proj"].out_features
+    wanted = {
+        "q_proj": (width, hidden),
+        "k_proj": (key_width, hidden),
+        "v_proj": (key_width, hidden),
+        "o_proj": (hidden, width),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+    fit = all((linears[name].out_features, linears[name].in_features) == sides for name, sides in wanted.items())
+    return fit and form.key_heads > 0 and form.heads % form.key_heads == 0 and form.head_size % 2 == 0
+
+
+def _numbers(linears: Iterable[PackedLinear], norms: Iterable[Any]) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """The parameters that the kernels get in float32, and not as they are: where they stand, and which."""
+    biases = [(each._parameters, "bias", each.bias) for each in linears if each.bias is not None]
+    return [*biases, *((each._parameters, "weight", each.weight) for each in norms if each is not None)]

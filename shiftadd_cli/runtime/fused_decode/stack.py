@@ -1,0 +1,172 @@
+"""Decoders that make a new token in one call of the CPU kernels, blocks and cache together.
+
+What a block costs beside its computation (calls of modules, checks, two calls of the kernels, a cache of transformers)
+is some fifty microseconds, as much as a block of a small model computes. While the forward of a model runs, which goes
+through its blocks one after the other, the first block computes all of them where it can, and the others are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.runtime.fused_decode.block_plan import BlockPlan
+from shiftadd_cli.runtime.fused_decode.made_class import Reduced, reduce_made
+from shiftadd_cli.runtime.fused_decode.module_watch import Watch
+from shiftadd_cli.runtime.fused_decode.stack_plan import StackPlan, alike
+from shiftadd_cli.runtime.kv_cache import open_rooms
+
+# Where a block keeps its `BlockPlan`, and a model its `StackPlan`.
+PLAN, STACK = "_plan", "_stack_plan"
+_TRAINING = attrgetter("training")
+
+
+class LookupModel(nn.Module):
+    """Put before a class of `MODELS` in the order of resolution; see `model_class`."""
+
+    dense_class: ClassVar[type[nn.Module]]
+    config: Any
+
+    @property
+    def layers(self) -> Any:
+        """The blocks; while a forward of this model runs in this thread, those that it is to call."""
+        layers: Any = self._modules["layers"]
+        if torch.compiler.is_compiling() or (whole := current_pass()) is None or not whole.is_of(self):
+            return layers
+        return whole.blocks(layers)
+
+    def find_stack(self) -> StackPlan | None:
+        """How the kernels compute all blocks, or None if they do not, or cannot tell yet: each block must have been
+        computed by them before."""
+        stack: StackPlan | None = self.__dict__.get(STACK)
+        if stack is None or not stack.watch.holds():
+            stack = self.__dict__[STACK] = self._make_stack()
+        blocks: Any = self._modules["layers"]
+        if stack is None or stack.watch.is_heard() or any(map(_TRAINING, blocks)):
+            return None
+        return stack if self.config.num_hidden_layers == len(blocks) else None
+
+    def _make_stack(self) -> StackPlan | None:
+        # Blocks of several kinds may get other masks than the first.
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        if kinds - {"full_attention"} or getattr(self.config, "sliding_window", None) is not None:
+            return None
+        layers: Any = self._modules["layers"]
+        blocks = tuple(layers)
+        plans = [plan for block in blocks if isinstance(plan := block.__dict__.get(PLAN), BlockPlan)]
+        if not blocks or len(plans) < len(blocks) or not alike(plans) or not all(each.watch.holds() for each in plans):
+            return None
+        if [block.self_attn.layer_idx for block in blocks] != list(range(len(blocks))):
+            return None
+        places = [(self._modules, "layers"), *((layers._modules, name) for name in layers._modules)]
+        return StackPlan(blocks[0], plans, Watch(places, (), blocks))
+
+    def __reduce_ex__(self, _: Any) -> Reduced:
+        return reduce_made(model_class, self, without=STACK)
+
+
+class _Pass:
+    """One forward of a model."""
+
+    def __init__(self, model: LookupModel) -> None:
+        self._model = model
+        self._stack: StackPlan | None = None
+        self._done = False
+
+    def is_of(self, model: LookupModel) -> bool:
+        return model is self._model
+
+    def blocks(self, layers: nn.ModuleList) -> Any:
+        """Of the model's blocks, those that its forward is to call: `layers`, or what stands for it."""
+        if self._stack is None:
+            self._stack = self._model.find_stack()
+        return layers if self._stack is None else _Blocks(layers, self)
+
+    def calls(self, blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        """The blocks, as long as there is something to compute."""
+        for block in blocks:
+            yield block
+            if self._done:
+                return
+
+    def decode(self, block: nn.Module, hidden: Tensor, cosines: Tensor, sines: Tensor, cache: Any) -> Tensor | None:
+        """The output of all blocks for a new token that needs no mask, or None where each is to compute its own.
+
+        hidden: `[rows, 1, in]`, contiguous as the others; cache: of keys and values, or None.
+        """
+        stack = self._stack
+        if stack is None or cache is None or block is not stack.first or not stack.form.takes(hidden, cosines, sines):
+            return None
+        shape = (hidden.shape[0], stack.form.key_heads, stack.form.head_size)
+        rooms = open_rooms(cache, len(stack.plans), shape, hidden.dtype)
+        if rooms is None:
+            return None
+        self._done = True
+        return stack.decode(hidden, cosines, sines, rooms)
+
+
+class _Blocks:
+    """A list of blocks, of which a slice ends where nothing is left to compute."""
+
+    def __init__(self, layers: nn.ModuleList, whole: _Pass) -> None:
+        self._layers, self._whole = layers, whole
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return self._whole.calls(tuple(self._layers)[key])
+        return self._layers[key]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layers, name)
+
+
+_here = threading.local()
+
+
+def current_pass() -> _Pass | None:
+    """The forward that this thread is in, of a model made by `model_class`."""
+    found: _Pass | None = getattr(_here, "found", None)
+    return found
+
+
+@contextmanager
+def _one_pass(model: LookupModel) -> Iterator[None]:
+    outer = current_pass()
+    _here.found = _Pass(model)
+    try:
+        yield
+    finally:
+        _here.found = outer
+
+
+_CLASSES: dict[type[nn.Module], type[LookupModel]] = {}
+
+
+def model_class(dense: type[nn.Module]) -> type[LookupModel]:
+    """The class of models that do what those of `dense`, one of `MODELS`, do, and let the first block compute all."""
+    if dense not in _CLASSES:
+
+        @functools.wraps(dense.forward)
+        def forward(self: LookupModel, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return dense.forward(self, *args, **kwargs)
+            with _one_pass(self):
+                return dense.forward(self, *args, **kwargs)
+
+        # transformers knows what a class can record by the name and the module of the class.
+        names = {"dense_class": dense, "forward": forward, "__module__": dense.__module__}
+        _CLASSES[dense] = type(dense.__name__, (LookupModel, dense), names)
+    return _CLASSES[dense]

@@ -1,1 +1,0 @@
-"""Kernels that multiply by compressed weights without making dense ones of them."""

@@ -1,0 +1,245 @@
+"""Putting the stored tensors of a checkpoint into the model built for it, so that none is left at a random value.
+
+The model may be a part of the one that the checkpoint was made from. transformers keeps a record of tied parameters by
+name, which is kept true while modules change the names of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from shiftadd_cli.artifact.format import SUFFIXES
+from shiftadd_cli.artifact.shards import read_header
+from shiftadd_cli.bcq.int8 import CODES, SCALE
+from shiftadd_cli.bcq.outliers import are_columns
+from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.runtime.table import Int8Embedding, Table, can_hold_table, drop_table, hold_table
+
+
+def find_module(model: nn.Module, name: str) -> tuple[str, Any]:
+    """A listed module and its name in `model`, which may be the body alone or have a body the list knows nothing of.
+
+    Raises ArtifactError if there is none.
+    """
+    if (found := try_find_module(model, name)) is None:
+        raise ArtifactError(
+            f"{name} is listed as compressed, but {type(model).__name__} has no such module; load the checkpoint with "
+            "the model class it was made from."
+        )
+    return found
+
+
+def try_find_module(model: nn.Module, name: str) -> tuple[str, Any] | None:
+    """The same, None if there is none."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for place in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            return place, model.get_submodule(place)
+        except AttributeError:
+            continue
+    return None
+
+
+class Ties:
+    """The ties of a model and of all transformers models inside it, as they are before modules are replaced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers import PreTrainedModel
+
+        self._model = model
+        # Asked now, since transformers expands patterns by looking at the parameters there are.
+        self._expanded: list[tuple[str, Any, dict[str, str]]] = [
+            (f"{name}." if name else "", each, each.get_expanded_tied_weights_keys(all_submodels=False))
+            for name, each in model.named_modules()
+            if isinstance(each, PreTrainedModel)
+        ]
+
+    def group(self, module: str) -> list[str]:
+        """Names of the modules whose weight is that of `module`: the one it is stored for first, `module` included."""
+        ties: dict[str, str] = getattr(self._model, "all_tied_weights_keys", {})
+        weight = f"{module}.weight"
+        source = ties.get(weight, weight)
+        members = [source, *(target for target, each in ties.items() if each == source)]
+        return [name.removesuffix(".weight") for name in members]
+
+    def rename(self, modules: Collection[str], old: str, *new: str) -> None:
+        """Record that the parameter `old` of each of `modules` is now the parameters `new`; without any it is gone."""
+
+        def renamed(ties: dict[str, str], prefix: str) -> dict[str, str]:
+            pairs = [
+                pair
+                for target, source in ties.items()
+                for pair in zip(names(target, prefix), names(source, prefix), strict=True)
+            ]
+            return dict(pairs)
+
+        def names(name: str, prefix: str) -> list[str]:
+            parent, _, leaf = (prefix + name).rpartition(".")
+            if leaf != old or parent not in modules:
+                return [name]
+            return [f"{parent}.{suffix}".removeprefix(prefix) for suffix in new]
+
+        for number, (prefix, part, expanded) in enumerate(self._expanded):
+            if expanded:
+                part._tied_weights_keys = renamed(expanded, prefix)
+                self._expanded[number] = (prefix, part, part._tied_weights_keys)
+            part.all_tied_weights_keys = renamed(part.all_tied_weights_keys, prefix)
+
+
+_AGAIN = "quantize the model again"
+
+
+def check_files(model: nn.Module, files: Sequence[str]) -> None:
+    """Compare shapes and stored dtypes in safetensors headers with the model's; raises ArtifactError.
+
+    Names that the model lacks are left to `check_loaded`: transformers may rename them on loading.
+    """
+    expected = model.state_dict()
+    # The index names files, and comes from outside.
+    if len({Path(file).parent for file in files}) > 1 or any(".." in Path(file).parts for file in files):
+        raise ArtifactError(f"The index of {files[0]} names files outside its folder; do not use this checkpoint.")
+    for file in files:
+        if not file.endswith(".safetensors"):
+            raise ArtifactError(f"{file} is no safetensors file, which shiftadd checkpoints consist of; {_AGAIN}.")
+        for name, (found, kind) in read_header(Path(file)).items():
+            if name not in expected:
+                continue
+            shape, dtype = tuple(expected[name].shape), expected[name].dtype
+            if found != shape:
+                raise ArtifactError(
+                    f"{name} in {file} has shape {list(found)}, and config.json asks for {list(shape)}; {_AGAIN}."
+                )
+            if name.endswith(SUFFIXES) and kind != dtype:
+                raise ArtifactError(f"{name} in {file} is {kind}, and the format says {dtype}; {_AGAIN}.")
+
+
+def check_loaded(model: nn.Module, architectures: Sequence[str]) -> None:
+    """Raise ArtifactError for the first parameter, or buffer of a table, that was not in the checkpoint.
+
+    Of another class than the checkpoint's `architectures` (a new head on the same body) only compressed matrices are
+    checked. transformers marks what it loaded or tied; parameters offloaded to disk are on the meta device.
+    """
+    everything = type(model).__name__ in architectures
+    scales = [(name, each) for name, each in _persistent_buffers(model) if name.endswith(SUFFIXES)]
+    for name, parameter in [*model.named_parameters(), *scales]:
+        loaded = parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
+        if not loaded and (everything or name.endswith(SUFFIXES)):
+            raise ArtifactError(f"The checkpoint lacks the tensor {name}; copy it again, or {_AGAIN}.")
+
+
+def check_values(name: str, stored: Mapping[str, Tensor], columns: int) -> None:
+    """Raise ArtifactError for stored values of the module `name`, of so many input columns, that no writer stores.
+
+    stored: tensors by suffix. Codes of planes and exponents may be anything; what is on the meta device is not looked
+    at. Outlier columns that are not there would be read from memory that is not theirs.
+    """
+    for suffix, tensor in stored.items():
+        if tensor.is_meta:
+            continue
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"{name}.{suffix} holds values that are not finite; copy it again, or {_AGAIN}.")
+        if suffix == "weight_column_ids" and not are_columns(tensor, columns):
+            raise ArtifactError(
+                f"{name}.{suffix} names columns that are not there, or not in order; copy it again, or {_AGAIN}."
+            )
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    stored = model.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
+
+
+def place_tables(model: Any, tables: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None) -> None:
+    """Turn the listed modules of a model on meta, and those tied to them, into empty tables.
+
+    A model of another class than the checkpoint's may lack a listed one: a body has no head. Raises ArtifactError for
+    one that does not fit.
+    """
+    ties, held = Ties(model), set()
+    find = find_module if type(model).__name__ in (model.config.architectures or ()) else try_find_module
+    for name, shape in tables.items():
+        if (found := find(model, name)) is None:
+            continue
+        place = found[0]
+        for member in ties.group(place):
+            _check(model.get_submodule(member), name, shape, type(model).__name__)
+        stored = hold_table(model.get_submodule(place), dtype)
+        for member in ties.group(place):
+            if member != place:
+                hold_table(model.get_submodule(member), dtype).share(stored)
+            held.add(member)
+    ties.rename(held, "weight", CODES)
+
+
+def connect_tables(model: Any) -> None:
+    """Let tied modules read one table, once it is loaded: transformers ties parameters, and a scale is none. Then mark
+    embeddings with their dtype, for `model.dtype`.
+
+    Raises ArtifactError if the checkpoint holds codes for a module that the model ties to another, or scales that are
+    not finite.
+    """
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tables = _tables(model)
+    if tables:
+        # transformers would copy the stand-in weights, which are NaN, into new embeddings.
+        model.resize_token_embeddings = _refuse_resizing
+    for name, module in tables.items():
+        if isinstance(module, Int8Embedding):
+            module.show_dtype()
+        if SCALE not in module._non_persistent_buffers_set:
+            check_values(name, {SCALE: module.weight_int8_scale}, module.weight.shape[1])
+            continue
+        if (source := ties.get(f"{name}.{CODES}")) is None:
+            raise ArtifactError(
+                f"The checkpoint holds {name}.{CODES}, which by its config.json is tied to another table; quantize the "
+                "model again."
+            )
+        module.share(model.get_submodule(source.rpartition(".")[0]))
+
+
+def restore_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turn every table back into the module it was made from, at `dtype`, tied ones tied again.
+
+    Raises ArtifactError if one is offloaded to disk.
+    """
+    ties, tables = Ties(model), _tables(model)
+    dense: dict[int, nn.Parameter] = {}
+    for name, module in tables.items():
+        if module.weight_int8.is_meta:
+            raise ArtifactError(f"{name} is offloaded to disk; load the model without offloading to dequantize it.")
+        key = id(module.weight_int8)
+        if key not in dense:
+            dense[key] = nn.Parameter(module.decode().to(dtype))
+    for module in tables.values():
+        drop_table(module, dense[id(module.weight_int8)])
+        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+            bias.data = bias.data.to(dtype)
+    ties.rename(tables.keys(), CODES, "weight")
+    model.__dict__.pop("resize_token_embeddings", None)
+
+
+def _refuse_resizing(*_: Any, **__: Any) -> NoReturn:
+    raise ArtifactError("Embeddings of 8-bit rows cannot be resized; call the model's dequantize() first.")
+
+
+def _tables(model: nn.Module) -> dict[str, Table]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Table)}
+
+
+def _check(module: Any, name: str, shape: tuple[int, ...], model: str) -> None:
+    if not can_hold_table(module):
+        raise ArtifactError(
+            f"{name} is listed as a table, but is a {type(module).__name__} in {model}; load the checkpoint with the "
+            "model class it was made from."
+        )
+    if tuple(module.weight.shape) != shape:
+        sizes, listed = (" x ".join(map(str, each)) for each in (module.weight.shape, shape))
+        raise ArtifactError(
+            f"{name} is {sizes} by the model's sizes in config.json, but {listed} by its quantization_config; quantize "
+            "the model again."
+        )

@@ -1,0 +1,38 @@
+"""Errors of writing, in words that name the cure."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shiftadd_cli.errors import OutputError
+from shiftadd_cli.storage.durable import as_bytes, replace_file
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Put a small file at `path`, text as UTF-8, whole or not at all, over what is there.
+
+    Raises OutputError if the system refuses.
+    """
+    with refusals(path):
+        replace_file(path, as_bytes(content))
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """Turn an OSError of writing at `path` into an OutputError with the cure."""
+    try:
+        yield
+    except OSError as failure:
+        if failure.errno in _FULL:
+            text = f"No space left to write {path}; free some space or choose another disk."
+        elif failure.errno in _FORBIDDEN:
+            text = f"No permission to write {path}; choose another folder."
+        else:
+            text = f"{path} cannot be written ({failure.strerror or failure}); choose another folder."
+        raise OutputError(text) from failure

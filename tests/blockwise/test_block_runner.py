@@ -1,0 +1,81 @@
+"""A block as a stream sees it, against the same block run by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.calls import BlockCall
+from shiftadd_cli.blockwise.hidden_states import HiddenStates
+from shiftadd_cli.errors import NumericalError
+
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    """Two linears that read one tensor, one that reads their product, one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle, self.down, self.up, self.gate = (nn.Linear(4, 4, bias=False) for _ in range(4))
+        self.runs = 0
+
+    def forward(self, hidden, scale, *, shift):
+        inner = hidden * scale
+        result = hidden + self.down(self.gate(inner) * self.up(inner)) + shift
+        self.runs += 1
+        return result
+
+
+@pytest.fixture
+def stream() -> BlockStream:
+    torch.manual_seed(0)
+    hidden = HiddenStates(5, 2)
+    for size in (2, 2, 1):
+        hidden.append(torch.randn(size, 3, 4))
+    calls = {index: BlockCall((2.0,), {"shift": float(size)}) for index, size in enumerate((2, 2, 1))}
+    return BlockStream(Block(), hidden, calls, CPU)
+
+
+def test_inputs_are_what_each_linear_reads(stream):
+    block, batch = stream.block, stream.hidden[1]
+    seen = stream.inputs(1, ["down", "gate", "idle"])
+    assert list(seen) == ["gate", "down"], "in the order they run, without what does not run"
+    assert torch.equal(seen["gate"], batch * 2)
+    assert torch.equal(seen["down"], block.gate(batch * 2) * block.up(batch * 2))
+
+
+def test_the_forward_is_left_as_soon_as_all_have_been_seen(stream):
+    stream.inputs(0, ["gate", "up"])
+    assert stream.block.runs == 0
+    stream.inputs(0, ["gate", "idle"])
+    assert stream.block.runs == 1
+    assert not any(module._forward_pre_hooks for module in stream.block.modules())
+
+
+def test_linears_are_grouped_by_the_tensor_they_read(stream):
+    assert stream.shared_inputs(["idle", "down", "up", "gate"]) == [("up", "gate"), ("down",)]
+
+
+def test_advance_replaces_the_inputs_by_the_outputs(stream):
+    before = [batch.clone() for batch in stream.hidden]
+    stream.advance("block")
+    for index, batch in enumerate(before):
+        expected = stream.block(batch, 2.0, shift=float(len(batch)))
+        assert torch.equal(stream.hidden[index], expected)
+
+
+def test_outputs_that_are_not_finite_are_refused_by_name(stream):
+    stream.block.down.weight.data.fill_(torch.inf)
+    with pytest.raises(NumericalError, match=r"model\.layers\.3"):
+        stream.advance("model.layers.3")
+
+
+def test_a_copy_of_hidden_states_goes_its_own_way(stream):
+    twin = stream.hidden.copy()
+    first = twin[0]
+    stream.advance("block")
+    assert twin[0] is first
+    assert not torch.equal(stream.hidden[0], first)

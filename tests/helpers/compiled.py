@@ -1,0 +1,33 @@
+"""The mark of tests that need the compiled CPU kernels, and matrices that these can multiply by."""
+
+from __future__ import annotations
+
+import pytest
+from artifacts import FORMATS
+from formats import layout_on
+from hypothesis import strategies as st
+
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.kernels.cpu_weight import supports
+from shiftadd_cli.native.extension import cpu_extension
+
+needs_kernels = pytest.mark.skipif(cpu_extension() is None, reason="installed without compiled kernels")
+
+
+@st.composite
+def supported_layouts(draw: st.DrawFn) -> PackedLayout:
+    """Layouts of all bits, formats and ragged sizes, several stripes of rows and several chunks of columns."""
+    columns = draw(st.integers(1, 40) | st.integers(100, 330))
+    group = draw(st.sampled_from([16, 20, 32, 64, 100, 128, "all"]))
+    grid = ScaleGrid.resolve(draw(st.integers(1, 40) | st.integers(120, 300)), columns, draw(st.integers(1, 9)), group)
+    layout = layout_on(
+        grid,
+        draw(st.integers(1, 8)),
+        draw(st.sampled_from(FORMATS)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
+    assert supports(layout)
+    return layout

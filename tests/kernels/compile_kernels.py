@@ -1,0 +1,100 @@
+"""Compiles the kernels for NVIDIA GPUs, which takes no GPU, and prints what became of them as JSON.
+
+Run by test_triton_compile.py, in a process of its own because the tests beside it interpret the kernels. A variant is
+named by its kernel, compute capability, bits, nibbles of a scale, lanes of a word and dtype of the activations.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from shiftadd_cli.kernels import triton_gemm, triton_gemv, triton_passes
+
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+# Whatever is not a pointer is an integer.
+POINTERS = {"row_scale": "*fp32", "bias": "*fp32", "partial": "*fp32"}
+
+
+def build(
+    kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any], warps: int = 4
+) -> dict[str, int]:
+    """Compile one kernel; pointers and sizes are taken to be multiples of 16, as those of large matrices are."""
+    names = kernel.arg_names
+    types = dict.fromkeys(names, "i32") | POINTERS | pointers | dict.fromkeys(constants, "constexpr")
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if types[name] != "constexpr"}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, {name: types[name] for name in names}, values, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return {
+        "barriers": built.asm["ptx"].count("bar.sync"),
+        "stack": stack_bytes(built.asm["cubin"]),
+        "shared": built.metadata.shared,
+        "tensor_cores": len(re.findall(r"\b(?:wgmma\.)?mma[._](?:sync|async)", built.asm["ptx"])),
+    }
+
+
+def stack_bytes(binary: bytes) -> int:
+    """Bytes of local memory of each thread: what did not fit into registers."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return max(int(size) for size in re.findall(r"STACK:(\d+)", usage))
+
+
+def matrix(bits: int, nibbles: int, lanes: int, offset: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """Pointers and constants of a matrix with groups of 128 columns."""
+    pointers = {
+        "codes": "*i32" if lanes == 32 else "*u8",
+        "scales": "*u8" if nibbles else "*fp16",
+        "offsets": "*fp16",
+    }
+    constants: dict[str, Any] = {"BITS": bits, "NIBBLES": nibbles, "GROUP": 128 // lanes, "LANES": lanes}
+    if not offset:
+        constants["offsets"] = None
+    return pointers, constants | {"OFFSET": offset}
+
+
+def main() -> None:
+    found = {}
+    for capability in (80, 90):
+        for bits, nibbles, lanes, offset in ((3, 1, 32, False), (8, 3, 32, True), (4, 0, 8, False)):
+            if capability == 90 and bits != 3:
+                continue
+            pointers, constants = matrix(bits, nibbles, lanes, offset)
+            kind = f"{capability}-{bits}-{nibbles}-{lanes}"
+            words = triton_gemv._BLOCKS_OF_WORDS[0 if bits == 3 else 1]
+            tile = {"BLOCK_PLANES": triton_gemv._BLOCK // words, "BLOCK_WORDS": words}
+            types = pointers | {"x": "*fp32"}
+            # Triton compiles a kernel anew where an integer is 1, as these are when one token is decoded.
+            one = {"rows": 1, "tiles_per_split": 1} if bits == 3 else {}
+            found[f"gemv-{kind}"] = build(triton_gemv._gemv_kernel, capability, types, constants | tile | one)
+            for dtype in (torch.float32, torch.float16) if bits == 3 else (torch.bfloat16,):
+                rows = triton_gemm._MOST_ROWS[dtype]
+                tile = {"BLOCK_OUT": triton_gemm._BLOCK_OUT, "BLOCK_WORDS": triton_gemm._BLOCK_WORDS}
+                types, warps = pointers | {"x": TYPES[dtype]}, triton_gemm.warps(rows)
+                name = f"gemm-{kind}-{str(dtype)[6:]}"
+                constants |= tile | {"BLOCK_ROWS": rows}
+                found[name] = build(triton_gemm._gemm_kernel, capability, types, constants, warps)
+        blocks = {"LANES": 32, "JOINED": 4, "BLOCK": 64}
+        types = {"x": "*bf16", "spread": "*bf16"}
+        found[f"spread-{capability}"] = build(triton_passes._spread_kernel, capability, types, blocks)
+        sums: dict[str, Any] = {"PLANES": 3, "SCALED": True, "BIASED": True, "BLOCK": 256, "splits": 1}
+        found[f"sum-{capability}"] = build(triton_passes._sum_kernel, capability, {"y": "*fp16"}, sums)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

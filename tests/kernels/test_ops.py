@@ -1,0 +1,263 @@
+"""The CPU kernels, every instruction set of this machine, against products with the decoded matrix in float64."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from artifacts import random_weight
+from compiled import needs_kernels, supported_layouts
+from formats import layout_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.rotation import random_signs, rotate_input
+from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.kernels import ops
+from shiftadd_cli.kernels.cpu_weight import CpuWeight
+from shiftadd_cli.native.extension import instruction_sets
+
+pytestmark = needs_kernels
+
+LAYOUT = layout_on(ScaleGrid.resolve(150, 320, 1, 128), 3, "apot2", True, False)
+EPS = torch.finfo(torch.float32).eps
+
+
+def run(
+    x: Tensor,
+    weight: QuantizedWeight,
+    *,
+    bias: Tensor | None = None,
+    fast: bool = False,
+    method: str = "auto",
+    kernels: str = "",
+) -> Tensor:
+    packed = CpuWeight.pack(weight)
+    return ops.lookup_linear(
+        x,
+        **packed.tensors(),
+        bias=bias,
+        group_columns=weight.layout.grid.group_columns,
+        bits=weight.layout.bits,
+        fast=fast,
+        method=method,
+        kernels=kernels,
+    )
+
+
+def exact_product(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """x (W R)ᵀ in float64, and the sum of the absolute values of its terms in the basis of the planes."""
+    signs = weight.signs()
+    rotated = x.double() if signs is None else rotate_input(x.double(), signs.double())
+    decoded = weight.decode_stored().double()
+    # Terms are those of single planes, which may cancel in a weight.
+    layout = weight.layout
+    ratios = layout.grid.expand_columns(layout.grid.expand_rows(weight.ratios()).sum(-1))
+    offsets = weight.offsets(weight.ratios())
+    if offsets is not None:
+        ratios = ratios + layout.grid.expand_columns(layout.grid.expand_rows(offsets)).abs()
+    sizes = ratios.double() * weight.tensors["weight_row_scale"].double().view(-1, 1)
+    order = layout.grid.columns & -layout.grid.columns
+    spread = rotated.abs() if signs is None else (x.double().abs().amax(-1, keepdim=True) * order).expand_as(x)
+    return rotated @ decoded.T, spread @ sizes.abs().T
+
+
+@pytest.mark.parametrize("kernels", instruction_sets())
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(supported_layouts(), st.integers(1, 40), st.sampled_from(["look-up", "multiply"]), st.integers(0, 2**31))
+def test_float32_is_exact_to_rounding(kernels: str, layout: PackedLayout, batch: int, method: str, seed: int) -> None:
+    weight = random_weight(layout, seed)
+    x = torch.randn(batch, layout.grid.columns, generator=torch.Generator().manual_seed(seed))
+    expected, sizes = exact_product(x, weight)
+    result = run(x, weight, method=method, kernels=kernels)
+    assert result.dtype == torch.float32
+    assert ((result.double() - expected).abs() <= 16 * EPS * sizes).all()
+
+
+@pytest.mark.parametrize("kernels", instruction_sets())
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("outlier", [1, 30, 1000])
+def test_sixteen_bit_tables_lose_less_than_bfloat16(kernels: str, bits: int, outlier: float) -> None:
+    weight = random_weight(layout_on(ScaleGrid.resolve(96, 512, 1, 128), bits, "apot2", True, False))
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(bits))
+    x[:, ::97] *= outlier
+    expected, _ = exact_product(x, weight)
+    error = (run(x, weight, fast=True, method="look-up", kernels=kernels).double() - expected).norm()
+    rounded = (x.bfloat16().double() - x.double()) @ weight.decode_stored().double().T
+    assert error < rounded.norm()
+
+
+@pytest.mark.parametrize("kernels", instruction_sets())
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_half_precision_rounds_once(kernels: str, fast: bool, dtype: torch.dtype, batch: int) -> None:
+    weight = random_weight(LAYOUT)
+    x = torch.randn(batch, 320, generator=torch.Generator().manual_seed(3)).to(dtype)
+    result = run(x, weight, fast=fast, kernels=kernels)
+    expected, _ = exact_product(x, weight)
+    assert result.dtype == dtype
+    error = (result.double() - expected).norm() / expected.norm()
+    # Products of bfloat16 numbers round the decoded weights as well.
+    assert error < torch.finfo(dtype).eps * (0.5 if not fast else 1.0) + (1e-3 if fast else 0)
+
+
+@pytest.mark.parametrize("kernels", instruction_sets())
+@pytest.mark.parametrize("fast", [False, True])
+def test_zeros_denormals_and_bias(kernels: str, fast: bool) -> None:
+    weight = random_weight(LAYOUT)
+    bias = torch.arange(150.0)
+    x = torch.zeros(2, 320)
+    x[1] = 1e-40
+    result = run(x, weight, bias=bias, fast=fast, kernels=kernels)
+    assert torch.equal(result[0], bias)
+    torch.testing.assert_close(result[1], bias)
+
+
+@pytest.mark.parametrize("kernels", instruction_sets())
+def test_shapes_are_those_of_a_linear(kernels: str) -> None:
+    weight = random_weight(LAYOUT)
+    x = torch.randn(2, 3, 320)
+    assert run(x[0, 0], weight, kernels=kernels).shape == (150,)
+    assert run(x[:, :0], weight, kernels=kernels).shape == (2, 0, 150)
+    assert torch.equal(run(x, weight, kernels=kernels)[1, 2], run(x[1, 2], weight, kernels=kernels))
+    turned = x.transpose(0, 1)
+    assert torch.equal(run(turned, weight, kernels=kernels), run(turned.contiguous(), weight, kernels=kernels))
+
+
+@pytest.mark.parametrize("method", ["look-up", "multiply"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_threads_change_no_bit(method: str, fast: bool) -> None:
+    weight = random_weight(layout_on(ScaleGrid.resolve(700, 1024, 1, 128), 3, "apot2", True, True, True))
+    x = torch.randn(20, 1024).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in range(1, 5):
+            torch.set_num_threads(threads)
+            found.append(run(x, weight, fast=fast, method=method))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def test_calls_from_several_threads_at_once() -> None:
+    weight = random_weight(layout_on(ScaleGrid.resolve(700, 1024, 1, 128), 3, "apot2", True, False))
+    inputs = [torch.randn(1 + 9 * index, 1024) for index in range(4)]
+    alone = [run(x, weight) for x in inputs]
+    wrong: list[int] = []
+
+    def repeat(index: int) -> None:
+        for _ in range(30):
+            if not torch.equal(run(inputs[index], weight), alone[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=repeat, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 40) | st.sampled_from([64, 96, 576, 1024, 1536]), st.integers(1, 5))
+def test_rotate_is_the_reference(columns: int, batch: int) -> None:
+    x, signs = torch.randn(batch, columns), random_signs(columns, seed=columns)
+    expected = rotate_input(x.double(), signs.double())
+    torch.testing.assert_close(ops.rotate(x, signs).double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ops.rotate(x.bfloat16(), signs), ops.rotate(x.bfloat16().float(), signs).bfloat16())
+
+
+def arguments(x: Tensor) -> dict[str, object]:
+    weight = random_weight(layout_on(ScaleGrid.resolve(40, 64, 1, 32), 2, "apot2", True, True, True))
+    return {
+        "x": x,
+        **CpuWeight.pack(weight).tensors(),
+        "bias": torch.ones(40),
+        "group_columns": 32,
+        "bits": 2,
+        "fast": False,
+        "method": "auto",
+        "kernels": "",
+    }
+
+
+def test_torchs_own_checks_pass() -> None:
+    given_x = arguments(torch.randn(3, 64))
+    torch.library.opcheck(torch.ops.shiftadd.lookup_linear.default, (), given_x)
+    torch.library.opcheck(torch.ops.shiftadd.rotate.default, (torch.randn(3, 64), given_x["signs"]))
+    codes = torch.randint(-127, 128, (30, 64), dtype=torch.int8)
+    torch.library.opcheck(torch.ops.shiftadd.codes_linear.default, (torch.randn(3, 64), codes, torch.rand(30)))
+
+
+def test_compiles_into_one_graph() -> None:
+    given_x = arguments(torch.randn(3, 64))
+
+    def step(x: Tensor) -> Tensor:
+        return ops.lookup_linear(**{**given_x, "x": x * 2}) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(given_x["x"]), step(given_x["x"]))
+
+
+def test_meta_tensors_get_shapes() -> None:
+    on_meta = {name: each.to("meta") if isinstance(each, Tensor) else each for name, each in arguments(
+        torch.randn(2, 5, 64)).items()}  # fmt: skip
+    result = ops.lookup_linear(**on_meta)
+    assert (result.shape, result.device.type) == ((2, 5, 40), "meta")
+
+
+def test_a_backward_pass_is_refused() -> None:
+    result = ops.lookup_linear(**arguments(torch.randn(3, 64, requires_grad=True)))
+    with pytest.raises(RuntimeError, match="no gradient; load the model with SHIFTADD_KERNEL=reference"):
+        result.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"words": torch.zeros(5, dtype=torch.int32)}, {"x": torch.randn(3, 60)}, {"bits": 3}, {"scale_codes": None},
+     {"scale_codes": torch.zeros(3, dtype=torch.uint8)}, {"offsets": torch.zeros(1)}, {"signs": torch.ones(3)},
+     {"bias": torch.ones(3)}, {"signs": torch.ones(64).bfloat16()}, {"row_scale": torch.ones(40).bfloat16()},
+     {"row_scale": torch.ones(80)[::2]}, {"offsets": torch.ones(2, 2, 32).half()}],
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(RuntimeError, match="do not fit"):
+        ops.lookup_linear(**{**arguments(torch.randn(3, 64)), **change})
+
+
+def test_other_dtypes_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"not torch\.float64"):
+        ops.lookup_linear(**arguments(torch.randn(3, 64, dtype=torch.float64)))
+
+
+def test_unknown_kernels_are_refused() -> None:
+    with pytest.raises(ValueError, match="no such kernels"):
+        ops.lookup_linear(**{**arguments(torch.randn(3, 64)), "kernels": "mmx"})
+
+
+def test_what_torch_watches_goes_through_torch() -> None:
+    x = torch.randn(3, 8)
+    assert not ops.is_plain(x), "gradients may be wanted"
+    with torch.no_grad():
+        assert ops.is_plain(x)
+        assert not ops.is_plain(x.to("meta"))
+        assert not ops.is_plain(nn.Parameter(x))
+        with FlopCounterMode(display=False):
+            assert not ops.is_plain(x)
+        assert torch.func.vmap(lambda row: row + ops.is_plain(row))(x).equal(x)
+        assert torch.compile(lambda y: y + ops.is_plain(y), backend="eager", fullgraph=True)(x).equal(x)
+    with torch.inference_mode():
+        assert ops.is_plain(x)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_both_ways_give_the_same_bits(rotated: bool) -> None:
+    given_x = arguments(torch.randn(3, 64))
+    given_x["signs"] = given_x["signs"] if rotated else None
+    with torch.no_grad():
+        assert torch.equal(ops.lookup_linear(**given_x), torch.ops.shiftadd.lookup_linear.default(**given_x))

@@ -1,0 +1,231 @@
+"""A cache that grows in place against transformers' own, whatever else is done to it."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from caches import assert_same, crop, reorder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from shiftadd_cli.runtime.kv_cache import Rooms, append, growing_cache, open_rooms
+
+
+def numbers(rows: int, tokens: int, seed: int, size: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 2, tokens, size, generator=generator), torch.randn(rows, 2, tokens, 6, generator=generator)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.sampled_from(["append", "append", "append", "crop", "reorder", "copy", "inference"]), max_size=60)
+)
+def test_it_holds_what_the_plain_cache_holds(steps: list[str]) -> None:
+    mine, plain = DynamicCache(), DynamicCache()
+    seen: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for number, step in enumerate(["append", *steps]):
+            if step in ("append", "inference"):
+                with torch.inference_mode(step == "inference"):
+                    for layer in range(2):
+                        new = numbers(3, 1 + number % 4, 10 * number + layer)
+                        found = append(mine, *new, layer)
+                        expected = plain.update(*new, layer)
+                        assert all(map(torch.equal, found, expected))
+                        seen += zip(found, expected, strict=True)
+            elif step == "crop":
+                crop((mine, plain))
+            elif step == "reorder":
+                reorder((mine, plain))
+            else:
+                mine = copy.deepcopy(mine)
+    assert_same(mine, plain)
+    # What was given out before is still what it was.
+    assert all(torch.equal(*pair) for pair in seen)
+
+
+def test_most_tokens_move_nothing() -> None:
+    cache = DynamicCache()
+    places = []
+    with torch.no_grad():
+        for number in range(400):
+            keys, _ = append(cache, *numbers(1, 1, number), 0)
+            places.append(keys.data_ptr())
+    assert len(set(places)) <= 8
+
+
+def test_two_caches_of_the_same_tensors_do_not_write_into_each_other() -> None:
+    first, second = DynamicCache(), DynamicCache()
+    with torch.no_grad():
+        append(first, *numbers(1, 3, 0), 0)
+        append(first, *numbers(1, 1, 1), 0)
+        second.update(*numbers(1, 3, 0), 0)
+        second.layers[0].keys, second.layers[0].values = first.layers[0].keys, first.layers[0].values
+        one = append(first, *numbers(1, 1, 2), 0)[0]
+        other = append(second, *numbers(1, 1, 3), 0)[0]
+    assert torch.equal(one[:, :, -1:], numbers(1, 1, 2)[0])
+    assert torch.equal(other[:, :, -1:], numbers(1, 1, 3)[0])
+
+
+def test_what_does_not_go_together_is_left_to_the_cache() -> None:
+    cache = DynamicCache()
+    append(cache, *numbers(1, 3, 0), 0)
+    with pytest.raises(RuntimeError, match=r"[Ss]izes of tensors must match"):
+        append(cache, *numbers(2, 1, 1), 0)
+    # Numbers of another type are promoted, as by `torch.cat`.
+    keys, _ = append(cache, *(each.double() for each in numbers(1, 1, 1)), 0)
+    assert keys.dtype == torch.float64
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(min_value=1, max_value=40), min_size=1, max_size=30))
+def test_a_cache_that_grows_by_itself_gives_what_the_plain_one_gives(lengths: list[int]) -> None:
+    growing = growing_cache(tiny_model("llama"))
+    assert growing is not None
+    plain = DynamicCache()
+    with torch.no_grad():
+        for number, tokens in enumerate(lengths):
+            for layer in range(2):
+                new = numbers(3, tokens, 10 * number + layer)
+                found, expected = growing.update(*new, layer), plain.update(*new, layer)
+                assert all(map(torch.equal, found, expected))
+    assert_same(growing, plain)
+
+
+def test_layers_of_a_sliding_window_stay_what_they_are() -> None:
+    cache = growing_cache(tiny_model("gemma3"))
+    assert cache is not None
+    assert [layer.is_sliding for layer in cache.layers] == [True, False, True]
+
+
+def test_a_model_with_a_state_of_its_own_makes_its_own() -> None:
+    assert growing_cache(tiny_model("mamba")) is None
+
+
+LAYERS, SHAPE = 3, (3, 2, 4)
+
+
+def keys_and_values(tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    keys, values = torch.randn(2, 3, 2, tokens, 4, generator=torch.Generator().manual_seed(seed))
+    return keys, values
+
+
+def filled(tokens: int = 5) -> DynamicCache:
+    cache = DynamicCache()
+    for layer in range(LAYERS):
+        cache.update(*keys_and_values(tokens, layer), layer)
+    return cache
+
+
+def put(rooms: Rooms, seed: int) -> None:
+    """What the kernels do: one token behind those held."""
+    for place, (keys, values) in enumerate(rooms._buffers):
+        fresh = keys_and_values(1, 10 * seed + place)
+        keys[:, :, rooms.tokens], values[:, :, rooms.tokens] = (each[:, :, 0] for each in fresh)
+    rooms.tokens += 1
+
+
+STEPS = ["put", "put", "put", "append", "update", "crop", "reorder", "copy", "pickle", "inference", "look"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(steps=st.lists(st.sampled_from(STEPS), max_size=40))
+def test_all_layers_hold_what_the_plain_cache_holds(steps: list[str]) -> None:
+    mine, plain = filled(), filled()
+    seen: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for number, step in enumerate(steps, 1):
+            if step in ("put", "inference"):
+                with torch.inference_mode(step == "inference"):
+                    rooms = open_rooms(mine, LAYERS, SHAPE, torch.float32)
+                    assert rooms is not None
+                    put(rooms, number)
+                    for layer in range(LAYERS):
+                        plain.update(*keys_and_values(1, 10 * number + layer), layer)
+            elif step in ("append", "update"):
+                for layer in range(LAYERS):
+                    fresh = keys_and_values(1 + number % 3, 10 * number + layer)
+                    plain.update(*fresh, layer)
+                    if step == "append":
+                        append(mine, *fresh, layer)
+                    else:
+                        mine.update(*fresh, layer)
+            elif step == "crop":
+                crop((mine, plain))
+            elif step == "reorder":
+                reorder((mine, plain))
+            elif step == "copy":
+                mine = copy.deepcopy(mine)
+            elif step == "pickle":
+                file = io.BytesIO()
+                torch.save(mine, file)
+                file.seek(0)
+                mine = torch.load(file, weights_only=False)
+                assert all(type(layer) is DynamicLayer for layer in mine.layers)
+            else:
+                # What was given out stays what it was.
+                seen += [(layer.keys, layer.keys.clone()) for layer in mine.layers]
+    assert_same(mine, plain)
+    assert all(torch.equal(*pair) for pair in seen)
+
+
+def test_most_tokens_move_nothing_in_any_layer() -> None:
+    cache = filled()
+    places = set()
+    for number in range(400):
+        rooms = open_rooms(cache, LAYERS, SHAPE, torch.float32)
+        assert rooms is not None
+        assert rooms.keys == [layer.keys.data_ptr() for layer in cache.layers]
+        put(rooms, number)
+        places.add(tuple(rooms.values))
+    assert len(places) <= 8
+    assert cache.get_seq_length() == 405
+
+
+def test_one_token_behind_another_does_not_touch_what_a_copy_holds() -> None:
+    cache = filled()
+    rooms = open_rooms(cache, LAYERS, SHAPE, torch.float32)
+    assert rooms is not None
+    twin = copy.deepcopy(cache)
+    put(rooms, 1)
+    other = open_rooms(twin, LAYERS, SHAPE, torch.float32)
+    assert other is not None
+    put(other, 2)
+    assert not torch.equal(cache.layers[0].keys, twin.layers[0].keys)
+    assert torch.equal(cache.layers[0].keys[:, :, :5], twin.layers[0].keys[:, :, :5])
+
+
+@pytest.mark.parametrize("case", ["few layers", "rows", "type", "unequal", "empty", "other cache"])
+def test_what_does_not_go_together_gets_no_room(case: str) -> None:
+    cache, shape, dtype, count = filled(), SHAPE, torch.float32, LAYERS
+    if case == "few layers":
+        count = LAYERS + 1
+    elif case == "rows":
+        shape = (2, 2, 4)
+    elif case == "type":
+        dtype = torch.bfloat16
+    elif case == "unequal":
+        cache.update(*keys_and_values(1, 7), 1)
+    elif case == "empty":
+        cache = DynamicCache()
+    else:
+
+        class Other(DynamicCache):
+            pass
+
+        cache = Other()
+        for layer in range(LAYERS):
+            cache.update(*keys_and_values(5, layer), layer)
+    assert open_rooms(cache, count, shape, dtype) is None
+    # It is then as it was, also where it had room.
+    if case in ("rows", "type"):
+        assert open_rooms(cache, LAYERS, SHAPE, torch.float32) is not None
+        assert open_rooms(cache, count, shape, dtype) is None
+        assert_same(cache, filled())

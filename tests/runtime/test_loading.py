@@ -1,0 +1,337 @@
+"""Damaged checkpoints are refused by name on loading, and never filled with random values."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from artifacts import COMMON, Checkpoint, edit_config, edit_tensors, write_checkpoint
+from loading import IDS, assert_close, assert_same_state, load, logits
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from shiftadd_cli.artifact.folder import Artifact
+from shiftadd_cli.artifact.verify import verify
+from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.runtime.table import Int8Embedding, Int8Linear
+from shiftadd_cli.runtime.transformers_plugin import register
+
+register()
+CODES = "model.decoder.layers.0.fc1.weight_codes"
+SCALE = "model.decoder.layers.1.self_attn.q_proj.weight_row_scale"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tiny_model("opt"), tmp_path / "out", shard_bytes=10**9).folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (CODES, None, f"lacks the tensor {CODES}"),
+        (SCALE, None, f"lacks the tensor {SCALE}"),
+        ("model.decoder.layers.0.fc1.bias", None, r"lacks the tensor model\.decoder\.layers\.0\.fc1\.bias"),
+        ("model.decoder.final_layer_norm.weight", None, r"lacks the tensor model\.decoder\.final_layer_norm\.weight"),
+        (CODES, torch.zeros(92, 3, 6, dtype=torch.uint8), rf"{CODES} .* \[92, 3, 6\], and .* \[92, 3, 5\]"),
+        (CODES, torch.zeros(92, 3, 5), f"{CODES} .* is torch.float32, and the format says torch.uint8"),
+        (SCALE, torch.ones(40), f"{SCALE} .* is torch.float32, and the format says torch.bfloat16"),
+        ("model.decoder.final_layer_norm.weight", torch.ones(41), r"final_layer_norm\.weight .* \[41\]"),
+    ],
+)
+def test_lacking_and_ill_shaped_tensors_are_named(
+    folder: Path, name: str, value: torch.Tensor | None, said: str
+) -> None:
+    edit_tensors(folder, {name: value})
+    with pytest.raises(ArtifactError, match=said):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+SCALES = "model.decoder.layers.0.fc1.weight_row_scale"
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_scales_that_are_not_finite_are_named(folder: Path, value: float) -> None:
+    scales = load_file(folder / "model.safetensors")[SCALES].clone()
+    scales[-1] = value
+    edit_tensors(folder, {SCALES: scales})
+    with pytest.raises(ArtifactError, match=f"{SCALES} holds values that are not finite"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_table_whose_scales_are_not_finite_is_named(tmp_path: Path) -> None:
+    folder = write_checkpoint(tiny_model("llama"), tmp_path / "out", shard_bytes=10**9, tables=True).folder
+    name = "model.embed_tokens.weight_int8_scale"
+    edit_tensors(folder, {name: torch.full_like(load_file(folder / "model.safetensors")[name], torch.nan)})
+    with pytest.raises(ArtifactError, match=f"{name} holds values that are not finite"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("ids", [[40, 41], [-1, 3], [3, 3], [5, 4], [0, 2**31 - 1]])
+def test_outlier_columns_that_are_not_there_are_never_read(tmp_path: Path, ids: list[int]) -> None:
+    common = COMMON.replaced(outlier_columns=0.05)
+    folder = write_checkpoint(tiny_model("opt"), tmp_path / "out", shard_bytes=10**9, common=common).folder
+    name = "model.decoder.layers.0.fc1.weight_column_ids"
+    assert load_file(folder / "model.safetensors")[name].shape == (len(ids),)
+    edit_tensors(folder, {name: torch.tensor(ids, dtype=torch.int32)})
+    with pytest.raises(ArtifactError, match=f"{name} names columns that are not there"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tiny_model("opt"), tmp_path / "out").folder
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = min(index["weight_map"].values())
+    (folder / file).rename(tmp_path / file)
+    index["weight_map"] = {
+        name: f"../{file}" if where == file else where for name, where in index["weight_map"].items()
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_truncated_file(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match=r"model\.safetensors is truncated or damaged"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(ArtifactError, match="no safetensors file"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_names_without_the_prefix_of_the_body_still_load(folder: Path) -> None:
+    """transformers adds or removes `model.` on loading; the checks must not mistake that for a lack."""
+    path = folder / "model.safetensors"
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    tensors = {name.removeprefix("model."): each.clone() for name, each in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+TIED = ("qwen2", "qwen3", "gemma3", "opt", "gpt2", "bloom")
+UNTIED = ("llama", "mistral", "phi")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {name: write_checkpoint(tiny_model(name), folder / name, tables=True) for name in FAMILIES}
+
+
+def ends(model: PreTrainedModel) -> tuple[Int8Embedding, Int8Linear]:
+    found = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(found[0], Int8Embedding)
+    assert isinstance(found[1], Int8Linear)
+    return found
+
+
+def is_one_table(model: PreTrainedModel) -> bool:
+    body, head = ends(model)
+    shared = body.weight_int8 is head.weight_int8
+    assert shared == (body.weight_int8_scale is head.weight_int8_scale)
+    return shared
+
+
+def test_the_families_are_of_both_kinds() -> None:
+    assert {*TIED, *UNTIED} == {*FAMILIES}
+    for family in FAMILIES:
+        assert bool(tiny_model(family).all_tied_weights_keys) == (family in TIED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_model_computes_with_the_decoded_rows(checkpoints: dict[str, Checkpoint], family: str) -> None:
+    folder, dense = checkpoints[family]
+    model = load(folder)
+    assert is_one_table(model) == (family in TIED)
+    assert isinstance(model.get_input_embeddings(), type(dense.get_input_embeddings()))
+    assert_close(logits(model), logits(dense))
+    assert model.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in ends(model)[0].parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_again_it_reloads_equal(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
+    model = load(checkpoints[family].folder)
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    verify(Artifact.open(tmp_path / "again"))
+    again = load(tmp_path / "again")
+    assert is_one_table(again) == (family in TIED)
+    assert_same_state(model, again)
+    assert torch.equal(logits(model), logits(again))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "phi"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_load_dtype_leaves_what_is_stored(
+    checkpoints: dict[str, Checkpoint], family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder, dense = checkpoints[family]
+    model, moved = load(folder, dtype=dtype), load(folder, dtype=torch.float32).to(dtype)
+    assert model.dtype == moved.dtype == dtype
+    assert_same_state(model, moved)
+    assert is_one_table(model) == is_one_table(moved) == (family in TIED)
+    exact, rounded = logits(dense), logits(copy.deepcopy(dense).to(dtype)).float()
+    # Kernels sum in another order and may round in other places, but no more than the dense model does.
+    assert (logits(model).float() - exact).abs().max() <= 2 * (rounded - exact).abs().max()
+    model.save_pretrained(tmp_path / "half")
+    assert_same_state(load(tmp_path / "half", dtype=dtype), model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_maps(checkpoints: dict[str, Checkpoint], family: str, device_map: str | dict[str, str]) -> None:
+    folder, dense = checkpoints[family]
+    assert_close(logits(load(folder, device_map=device_map)), logits(dense))
+
+
+# transformers itself cannot load a dense model of which one of two tied modules alone is on disk.
+@pytest.mark.parametrize(
+    ("family", "away"), [("llama", "model.embed_tokens"), ("llama", "lm_head"), ("llama", "both"), ("qwen2", "both")]
+)
+def test_partly_on_disk(checkpoints: dict[str, Checkpoint], family: str, away: str, tmp_path: Path) -> None:
+    folder, dense = checkpoints[family]
+    device_map = dict.fromkeys(
+        ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    for name in ("model.embed_tokens", "lm_head") if away == "both" else (away,):
+        device_map[name] = "disk"
+    model = load(folder, device_map=device_map, offload_folder=tmp_path)
+    assert_close(logits(model), logits(dense))
+    with pytest.raises(ArtifactError, match="is offloaded"):
+        model.dequantize()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dequantized_it_is_the_dense_model(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
+    folder, dense = checkpoints[family]
+    model = load(folder).dequantize()
+    assert_same_state(model, dense)
+    assert [type(module) for module in model.modules()] == [type(module) for module in dense.modules()]
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == (family in TIED)
+    assert model.all_tied_weights_keys == dense.all_tied_weights_keys
+    model.tie_weights()
+    assert_close(logits(model), logits(dense))
+    model.save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(load(tmp_path / "dense")), logits(model))
+
+
+def test_dequantized_under_a_device_map(checkpoints: dict[str, Checkpoint]) -> None:
+    folder, dense = checkpoints["gemma3"]
+    model = load(folder, device_map={"": "cpu"}).dequantize(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} <= {torch.bfloat16, torch.float32}
+    assert model.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert_close(logits(model.float()), logits(dense), eps=0.03)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_generates(checkpoints: dict[str, Checkpoint], family: str) -> None:
+    folder, dense = checkpoints[family]
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(load(folder).generate(IDS, **options), dense.generate(IDS, **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
+def test_body_alone_and_body_with_another_head(checkpoints: dict[str, Checkpoint], family: str) -> None:
+    folder, dense = checkpoints[family]
+    with torch.no_grad():
+        expected = dense.base_model(IDS).last_hidden_state
+        assert_close(AutoModel.from_pretrained(folder)(IDS).last_hidden_state, expected)
+        classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+        assert_close(classifier.base_model(IDS).last_hidden_state, expected)
+    assert isinstance(classifier.get_input_embeddings(), Int8Embedding)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_resizing_is_refused_until_it_is_dense(checkpoints: dict[str, Checkpoint], family: str) -> None:
+    folder, dense = checkpoints[family]
+    model = load(folder)
+    with pytest.raises(ArtifactError, match="dequantize"):
+        model.resize_token_embeddings(VOCAB_SIZE + 8)
+    model.dequantize().resize_token_embeddings(VOCAB_SIZE + 8, mean_resizing=False)
+    assert_close(logits(model)[..., :VOCAB_SIZE], logits(dense))
+
+
+def test_tied_again_by_hand_it_stays_tied(checkpoints: dict[str, Checkpoint]) -> None:
+    model = load(checkpoints["qwen2"].folder)
+    expected = logits(model)
+    model.tie_weights()
+    assert is_one_table(model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_checkpoint_without_tables_loads_as_before(tmp_path: Path) -> None:
+    folder, dense = write_checkpoint(tiny_model("qwen2"), tmp_path / "out")
+    model = load(folder)
+    assert type(model.get_input_embeddings()) is nn.Embedding
+    assert type(model.get_output_embeddings()) is nn.Linear
+    assert_close(logits(model), logits(dense))
+
+
+def test_nothing_is_said_on_a_good_load(checkpoints: dict[str, Checkpoint], capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for family in ("gpt2", "gemma3", "phi"):
+            load(checkpoints[family].folder)
+    said = capfd.readouterr().err
+    assert "MISSING" not in said
+    assert "UNEXPECTED" not in said
+
+
+EMBED, HEAD = "model.embed_tokens", "lm_head"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (f"{EMBED}.weight_int8", None, r"lacks the tensor model\.embed_tokens\.weight_int8"),
+        (f"{EMBED}.weight_int8_scale", None, r"lacks the tensor model\.embed_tokens\.weight_int8_scale"),
+        (f"{EMBED}.weight_int8", torch.zeros(320, 8, dtype=torch.int8), r"weight_int8 .* has shape \[320, 8\]"),
+        (f"{EMBED}.weight_int8_scale", torch.ones(320), "weight_int8_scale .* is torch.float32, and the format says"),
+    ],
+)
+def test_damaged_tables_are_refused(
+    tmp_path: Path, family: str, name: str, value: torch.Tensor | None, said: str
+) -> None:
+    folder, _ = write_checkpoint(tiny_model(family), tmp_path / "out", tables=True, shard_bytes=10**9)
+    edit_tensors(folder, {name: value})
+    with pytest.raises(ArtifactError, match=said):
+        load(folder)
+
+
+def test_a_table_of_its_own_beside_the_tied_one_is_refused(tmp_path: Path) -> None:
+    folder, _ = write_checkpoint(tiny_model("qwen2"), tmp_path / "out", tables=True, shard_bytes=10**9)
+    edit_tensors(folder, {"lm_head.weight_int8": torch.ones(320, 32, dtype=torch.int8)})
+    with pytest.raises(ArtifactError, match=r"lm_head\.weight_int8, which by its config\.json is tied"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"model.embed": {"shape": [320, 48]}}, r"model\.embed .* no such module"),
+        ({EMBED: {"shape": [48, 320]}}, "is 320 x 48 by .* but 48 x 320"),
+        ({"model.norm": {"shape": [48, 48]}}, r"model\.norm is listed as a table, but is a LlamaRMSNorm"),
+        ({EMBED: {"shape": [320]}}, "gives no shape for model.embed_tokens"),
+    ],
+)
+def test_lists_that_do_not_fit_are_named(tmp_path: Path, tables: dict[str, object], said: str) -> None:
+    folder, _ = write_checkpoint(tiny_model("llama"), tmp_path / "out", tables=True)
+    edit_config(folder, tables=tables)
+    with pytest.raises(ArtifactError, match=said):
+        load(folder)
