@@ -30,7 +30,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RecipeError(f"--device {name} is not available on this machine; use --device cpu.") from error
+        raise RecipeError(f"`device` {name} is not available on this machine; use `device=cpu`.") from error
     return device
 
 

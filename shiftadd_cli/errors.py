@@ -2,6 +2,9 @@
 
 Every error a user can cause derives from `ShiftaddError`; the command line prints its text on one line and leaves
 with `exit_code`. Anything else that escapes is a defect of ours and keeps its traceback.
+
+Messages name options as fields in backticks, `seq_len` or `dtype=float32`, as Python takes them. The command line puts
+its flags there.
 """
 
 from __future__ import annotations

@@ -412,4 +412,5 @@ def _sentence(error: ErrorDetails, recipe: str, overrides: dict[str, Any]) -> st
 
 
 def _option(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
+    """As errors name fields; the command line puts its flag there."""
+    return f"`{field}`"

@@ -96,7 +96,7 @@ def test_bits_on_top_of_a_recipe_object_replace_its_average_as_on_top_of_a_file(
     recipe = shiftadd_cli.Recipe.load("best", {"reconstruct_epochs": 0, "distill_epochs": 0})
     report = shiftadd_cli.quantize(str(source), tmp_path / "out", recipe, bits=2, samples=8, seq_len=32)
     assert (report.recipe["avg_bits"], {layer.bits for layer in report.layers}) == (None, {2})
-    with pytest.raises(shiftadd_cli.ShiftaddError, match="--bits: 9"):
+    with pytest.raises(shiftadd_cli.ShiftaddError, match="`bits`: 9"):
         shiftadd_cli.quantize(str(source), tmp_path / "more", recipe, bits=9)
 
 

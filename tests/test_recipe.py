@@ -97,8 +97,8 @@ def test_recipes_without_data_need_none(name: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"bits": 2, "avg_bits": 2.5}, ["--bits", "--avg-bits"]),
-        ({"avg_bits": 2.5, "bit_plan": "plan.json"}, ["--avg-bits", "--bit-plan"]),
+        ({"bits": 2, "avg_bits": 2.5}, ["`bits`", "`avg_bits`"]),
+        ({"avg_bits": 2.5, "bit_plan": "plan.json"}, ["`avg_bits`", "`bit_plan`"]),
         ({"avg_bits": 2.5, "calibration": "none", "sweep": "none", "refine_rounds": 0}, ["avg_bits", "calibration"]),
     ],
 )
@@ -188,7 +188,7 @@ def test_fields_that_do_not_fit_together_are_refused_with_the_cure(fields: dict[
         Recipe.load("default", fields)
     message = str(caught.value)
     assert all(cure in message for cure in cures)
-    assert all(f"--{name.replace('_', '-')}" in message for name in fields)
+    assert all(f"`{name}`" in message for name in fields)
 
 
 def test_following_the_cure_cures() -> None:

@@ -74,7 +74,7 @@ def test_bits_said_in_one_way_on_the_command_line_replace_what_the_file_says_in_
 
 def test_fault_of_an_override_names_the_option(tmp_path: Path) -> None:
     message = refusal(tmp_path, "bits: 3\n", group_size=0)
-    assert message.startswith("Option --group-size: 0 is not valid")
+    assert message.startswith("Option `group_size`: 0 is not valid")
 
 
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:

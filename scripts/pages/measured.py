@@ -22,17 +22,12 @@ _IMAGES = (("top1", "top-1, %", 100, 1), ("agreement", "same top class, %", 100,
 _QUALITY = (
     ("best:avg_bits=3.25", 3, ""),
     ("default:avg_bits=3.25", 3, ""),
-    ("equal-bits", 3, ""),
     ("peer:autoround-light", 3, ""),
     ("peer:gptqmodel:group_size=64", 3, ""),
-    ("gptq", 3, ""),
-    ("shiftaddllm-acc", 3, "the paper's accuracy form"),
-    ("rtn", 3, "round to nearest, no text"),
+    ("rtn", 3, "round to nearest"),
     ("best:avg_bits=2.25", 2, ""),
     ("default:avg_bits=2.25", 2, ""),
-    ("equal-bits", 2, ""),
     ("peer:autoround-light", 2, ""),
-    ("shiftaddllm-lat", 2, "the paper's form for kernels"),
     ("gptq", 2, ""),
 )
 

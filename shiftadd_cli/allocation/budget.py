@@ -30,23 +30,23 @@ class Budget:
         """From the options of the command line, of which exactly one must be given. Raises AllocationError."""
         if sum(each is not None for each in (average_bits, target_size, max_divergence)) != 1:
             raise AllocationError(
-                "Say how much may be stored, or lost: give one of --avg-bits, --target-size and --max-divergence."
+                "Say how much may be stored, or lost: give one of `avg_bits`, `target_size` and `max_divergence`."
             )
         if max_divergence is not None:
             if not (math.isfinite(max_divergence) and max_divergence > 0):
                 raise AllocationError(
-                    f"--max-divergence {max_divergence} is not valid; give a number of nats a token above 0, such as "
+                    f"`max_divergence` {max_divergence} is not valid; give a number of nats a token above 0, such as "
                     "0.05."
                 )
             return cls(f"{max_divergence:g} nats/token of predicted loss", divergence=max_divergence)
         if average_bits is not None:
             if not (math.isfinite(average_bits) and average_bits > 0):
-                raise AllocationError(f"--avg-bits {average_bits} is not valid; give a number above 0, such as 2.5.")
+                raise AllocationError(f"`avg_bits` {average_bits} is not valid; give a number above 0, such as 2.5.")
             return cls(f"{average_bits:g} bits per weight", average_bits=average_bits)
         assert target_size is not None
         size = parse_size(target_size)
         if size is None:
-            raise AllocationError(f"--target-size {target_size!r} is not valid; give a size such as 70MB or 1.5GB.")
+            raise AllocationError(f"`target_size` {target_size!r} is not valid; give a size such as 70MB or 1.5GB.")
         return cls(target_size, file_bytes=size)
 
     def layer_bytes(self, weights: int, other_bytes: int) -> int:
@@ -73,7 +73,7 @@ def parse_curve(text: str) -> list[Budget]:
     first, last, step = (round(1e6 * float(part)) for part in match.groups()) if match else (0, 0, 0)
     if not 0 < first <= last or step <= 0 or (last - first) // step >= _LONGEST_CURVE:
         raise AllocationError(
-            f"--curve {text!r} is not valid; give FIRST:LAST:STEP in bits per weight, such as 2:4:0.25, for at most "
+            f"`curve` {text!r} is not valid; give FIRST:LAST:STEP in bits per weight, such as 2:4:0.25, for at most "
             f"{_LONGEST_CURVE} points."
         )
     return [Budget.parse(point / 1e6, None) for point in range(first, last + 1, step)]

@@ -91,7 +91,7 @@ class CostTable(_Part):
             missing = f"the shape {shape[0]} x {shape[1]} at {missing}"
         raise AllocationError(
             f"The cost table has no {self.cost} of {missing}, which {name} may get; add it, or leave these bits out "
-            "with --candidates."
+            "with `candidates`."
         )
 
 
@@ -125,7 +125,7 @@ class CostLimit:
         if low > self.limit * (1 + _TOLERANCE):
             raise AllocationError(
                 f"A budget of {self.text} cannot be met: the bits allowed take from {low:.7g} to {high:.7g} "
-                f"{self.table.unit}; raise --max-cost, or allow other bits with --candidates."
+                f"{self.table.unit}; raise `max_cost`, or allow other bits with `candidates`."
             )
 
     def priced(self, layer: LayerOptions, shape: tuple[int, int]) -> LayerOptions:
@@ -149,21 +149,21 @@ def parse_budget(
     """From the options of the command line. Raises AllocationError where they do not go together."""
     if cost == "bits":
         if cost_table is not None or max_cost is not None:
-            raise AllocationError("--cost-table and --max-cost are for --cost latency or energy; say which.")
+            raise AllocationError("`cost_table` and `max_cost` are for `cost` latency or energy; say which.")
         return Budget.parse(average_bits, target_size, max_divergence)
     if any(each is not None for each in (average_bits, target_size, max_divergence)):
         raise AllocationError(
-            f"--avg-bits, --target-size and --max-divergence are for --cost bits; give --max-cost for --cost {cost}."
+            f"`avg_bits`, `target_size` and `max_divergence` are for `cost=bits`; give `max_cost` for `cost` {cost}."
         )
     if cost_table is None or max_cost is None:
         raise AllocationError(
-            f"--cost {cost} needs --cost-table, a file of what layers cost, and --max-cost in its unit; give both."
+            f"`cost` {cost} needs `cost_table`, a file of what layers cost, and `max_cost` in its unit; give both."
         )
     if not 0 < max_cost < float("inf"):
-        raise AllocationError(f"--max-cost {max_cost} is not valid; give a number above 0.")
+        raise AllocationError(f"`max_cost` {max_cost} is not valid; give a number above 0.")
     table = load_cost_table(cost_table)
     if table.cost != cost:
-        raise AllocationError(f"Cost table {cost_table} is of {table.cost}; give it to --cost {table.cost}.")
+        raise AllocationError(f"Cost table {cost_table} is of {table.cost}; give it to `cost` {table.cost}.")
     return CostLimit(table, max_cost)
 
 

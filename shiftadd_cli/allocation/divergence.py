@@ -185,7 +185,7 @@ class Divergence:
             if not math.isfinite(divergence):
                 raise NumericalError(
                     f"The predictions are not finite when {variant.spec.name} has {choice_words(variant.bits)}; leave "
-                    "it as it is with --skip, or mend the source."
+                    "it as it is with `skip`, or mend the source."
                 )
             self._found.setdefault(variant.spec.name, {})[variant.bits] = divergence
 

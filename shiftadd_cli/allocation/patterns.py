@@ -24,12 +24,12 @@ def pinned_bits(linears: Sequence[LinearSpec], keep: Sequence[str]) -> dict[str,
             choice = 0
         if not pattern or not choice:
             raise AllocationError(
-                f"--keep {entry!r} is not valid; write PATTERN=BITS, such as '*.down_proj=4' or '*.down_proj=shift2'."
+                f"`keep` {entry!r} is not valid; write PATTERN=BITS, such as '*.down_proj=4' or '*.down_proj=shift2'."
             )
-        for spec in _matched(linears, [pattern], "--keep"):
+        for spec in _matched(linears, [pattern], "`keep`"):
             kept, other = found.setdefault(spec.name, (choice, entry))
             if kept != choice:
-                raise AllocationError(f"--keep {other!r} and {entry!r} both name {spec.name}; give one of them.")
+                raise AllocationError(f"`keep` {other!r} and {entry!r} both name {spec.name}; give one of them.")
     return {name: choice for name, (choice, _) in found.items()}
 
 
@@ -42,10 +42,10 @@ def tied_by_pattern(linears: Sequence[LinearSpec], tie: Sequence[str]) -> list[t
     for entry in tie:
         patterns = [pattern.strip() for pattern in entry.split(",")]
         if not all(patterns):
-            raise AllocationError(f"--tie {entry!r} is not valid; write PATTERN,PATTERN, such as '*.q_proj,*.k_proj'.")
+            raise AllocationError(f"`tie` {entry!r} is not valid; write PATTERN,PATTERN, such as '*.q_proj,*.k_proj'.")
         for pattern in patterns:
-            _matched(linears, [pattern], "--tie")
-        members = _matched(linears, patterns, "--tie")
+            _matched(linears, [pattern], "`tie`")
+        members = _matched(linears, patterns, "`tie`")
         for block in sorted({spec.block for spec in members}):
             groups.append(tuple(spec.name for spec in members if spec.block == block))
     return groups
@@ -64,8 +64,8 @@ def follow_pins(
         if len(pinned) > 1:
             told = " and ".join(f"{name} {bits}" for bits, name in pinned.items())
             raise AllocationError(
-                f"Layers that must have equal bits are kept at different ones ({told}); change --keep, or untie them "
-                "(--tie, --no-tie-fused)."
+                f"Layers that must have equal bits are kept at different ones ({told}); change `keep`, or untie them "
+                "(`tie`, `tie_fused=False`)."
             )
         if pinned:
             found |= dict.fromkeys(names, (next(iter(pinned)),))

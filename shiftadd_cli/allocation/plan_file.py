@@ -186,7 +186,7 @@ class BitPlan(_Part):
             layer = self.layers.get(spec.name)
             if layer is None:
                 raise AllocationError(
-                    f"Bit plan {origin} says nothing of {spec.name}; make a plan with the --skip of this run."
+                    f"Bit plan {origin} says nothing of {spec.name}; make a plan with the `skip` of this run."
                 )
             if layer.shape != (spec.out_features, spec.in_features):
                 raise AllocationError(
@@ -196,7 +196,7 @@ class BitPlan(_Part):
         if left := self.layers.keys() - {spec.name for spec in linears}:
             raise AllocationError(
                 f"Bit plan {origin} has bits for {min(left)}, which this run leaves as it is; make a plan with the "
-                "--skip of this run."
+                "`skip` of this run."
             )
 
 

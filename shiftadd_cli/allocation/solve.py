@@ -61,7 +61,7 @@ def allocate_smallest(layers: Sequence[LayerOptions], tied: Iterable[Iterable[st
         largest = _cost(groups, [max(each, key=each.__getitem__) for each in costs])
         raise AllocationError(
             f"A predicted loss of at most {most:g} cannot be met: with the bits allowed it is from {_above(least)} to "
-            f"{_above(largest)}; raise --max-divergence, or allow more bits with --candidates."
+            f"{_above(largest)}; raise `max_divergence`, or allow more bits with `candidates`."
         )
     chosen = knapsack(sizes, costs, most, lambda chosen: _cost(groups, chosen) <= most)
     # Blocks are alike, so very many choices have the same size.

@@ -31,10 +31,10 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool, expected_by
         raise OutputError(f"{out} is a file; give a folder that does not exist yet to -o.")
     if place.is_dir() and any(place.iterdir()):
         if not overwrite:
-            raise OutputError(f"{out} exists and is not empty; add --overwrite to replace it.")
+            raise OutputError(f"{out} exists and is not empty; add `overwrite=True` to replace it.")
         if not is_checkpoint(place):
             raise OutputError(
-                f"{out} was not written by shiftadd, so --overwrite does not delete it; remove it yourself or choose "
+                f"{out} was not written by shiftadd, so `overwrite` does not delete it; remove it yourself or choose "
                 "another folder."
             )
     parent = next(folder for folder in place.parents if folder.exists())

@@ -36,7 +36,7 @@ def damp(hessian: Tensor, weight_error: float, layer: str) -> Tensor:
     """
     if not torch.isfinite(hessian).all():
         raise NumericalError(
-            f"The calibration inputs of {layer} are not finite; use --dtype float32 or other calibration text."
+            f"The calibration inputs of {layer} are not finite; use `dtype=float32` or other calibration text."
         )
     mean = hessian.diagonal().mean()
     scale = mean if mean > 0 else torch.ones_like(mean)
@@ -98,7 +98,7 @@ def factorise(damped: Tensor, order: Tensor, layer: str) -> tuple[Tensor, Tensor
             if torch.isfinite(upper).all():
                 return form, upper
         extra = 10 * extra if extra else _LEAST_DAMPING * 10
-    raise NumericalError(f"The Hessian of {layer} cannot be factorised; use more --samples or a larger --weight-error.")
+    raise NumericalError(f"The Hessian of {layer} cannot be factorised; use more `samples` or a larger `weight_error`.")
 
 
 def build_objective(

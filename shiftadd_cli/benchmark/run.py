@@ -161,12 +161,12 @@ def _lengths(candidates: Sequence[Candidate], asked: Sequence[int] | None, new_t
         usable = limit - new_tokens
         asked = [n for n in DEFAULT_LENGTHS if n <= limit] if usable >= min(DEFAULT_LENGTHS) else [max(1, usable)]
     lengths = tuple(sorted(set(asked)))
-    context = f"beyond the context of {limit:,} tokens of {name}; give smaller --prompt-tokens"
+    context = f"beyond the context of {limit:,} tokens of {name}; give smaller `prompt_tokens`"
     if lengths[-1] > limit:
         raise RecipeError(f"A prompt of {lengths[-1]:,} tokens is {context}.")
     if lengths[0] + new_tokens > limit:
         raise RecipeError(
-            f"A prompt of {lengths[0]:,} tokens and {new_tokens:,} new ones are {context} or --new-tokens."
+            f"A prompt of {lengths[0]:,} tokens and {new_tokens:,} new ones are {context} or `new_tokens`."
         )
     return lengths
 

@@ -92,7 +92,7 @@ def check_finite(hidden: Tensor, block: str) -> None:
     if not torch.isfinite(hidden).all():
         dtype = dtype_name(hidden.dtype)
         raise NumericalError(
-            f"The output of {block} is not finite in {dtype}; use --dtype float32, or mend the source."
+            f"The output of {block} is not finite in {dtype}; use `dtype=float32`, or mend the source."
         )
 
 
@@ -135,7 +135,7 @@ class RefuseNoNumbers(LogitsProcessor):
         largest = float(scores.max())
         if math.isnan(largest) or largest == math.inf:
             raise NumericalError(
-                f"{self._name} gives logits that are not finite in {self._dtype}; try --dtype float32, and if that "
+                f"{self._name} gives logits that are not finite in {self._dtype}; try `dtype=float32`, and if that "
                 "does not help the checkpoint is damaged."
             )
         return scores

@@ -80,7 +80,7 @@ def run_own_forward(
             if spec.name in watched[-1]:
                 raise SourceError(
                     f"{type(model).__name__} computes with the weight of {spec.name} itself, so it cannot be "
-                    f"compressed; leave it as it is with --skip '*.{spec.kind}'."
+                    f"compressed; leave it as it is with `skip='*.{spec.kind}'`."
                 )
         call, result = calls[-1], hidden_of(output)
         check_finite(result, name)

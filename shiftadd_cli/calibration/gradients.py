@@ -231,7 +231,7 @@ def _groups(trace: Trace, numbers: Iterable[int], memory_bytes: int) -> Iterator
 def _refuse_not_finite(gradient: Tensor, where: str) -> None:
     if not torch.isfinite(gradient).all():
         dtype = dtype_name(gradient.dtype)
-        raise NumericalError(f"The gradient at the input of {where} is not finite in {dtype}; use --dtype float32.")
+        raise NumericalError(f"The gradient at the input of {where} is not finite in {dtype}; use `dtype=float32`.")
 
 
 def _of_mean_one(squares: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 import traceback
+from collections.abc import Collection
 from importlib import import_module
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -36,6 +38,9 @@ VERBS = (
     "export",
     "push",
 )
+
+# A field, or a field and its value, as errors name them.
+_FIELD = re.compile(r"`(?P<field>[a-z_]+)(?:=(?P<value>[^`]*))?`")
 
 _CURES = {
     errno.ENOSPC: "the disk is full; free some space, or write to another disk",
@@ -89,7 +94,7 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except ShiftaddError as failure:
             _trace()
-            raise _Curable(str(failure), failure.exit_code) from failure
+            raise _Curable(_with_flags(str(failure), ctx), failure.exit_code) from failure
         except OSError as failure:
             if failure.errno not in _CURES:
                 raise
@@ -104,6 +109,33 @@ class _Group(click.Group):
             if speaks():
                 click.echo("Interrupted.", err=True)
             ctx.exit(130)
+
+
+def _with_flags(message: str, ctx: click.Context) -> str:
+    """The text of an error with the flags of the command in place of fields: `seq_len` becomes --seq-len, `seq_len=64`
+    becomes --seq-len 64, and `resume=False` --no-resume."""
+    assert isinstance(ctx.command, click.Group), "the group of verbs"
+    command = ctx.command.get_command(ctx, ctx.invoked_subcommand or "")
+    options = [option for option in command.params if isinstance(option, click.Option)] if command is not None else []
+    # Options of another verb or recipe may be the cure.
+    names = {name.removeprefix("--").replace("-", "_") for option in options for name in option.opts}
+
+    def flag(match: re.Match[str]) -> str:
+        field, value = match["field"], match["value"]
+        if field not in names and field not in _fields():
+            return match[0]
+        text = field.replace("_", "-")
+        if value == "False":
+            return f"--no-{text}"
+        return f"--{text}" if value in (None, "True") else f"--{text} {value}"
+
+    return _FIELD.sub(flag, message)
+
+
+def _fields() -> Collection[str]:
+    from shiftadd_cli.recipe import Recipe
+
+    return Recipe.model_fields
 
 
 def _prepare_streams() -> None:

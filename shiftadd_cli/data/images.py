@@ -91,12 +91,12 @@ def images_remark(spec: str, config: Any) -> str | None:
         kind, cure = ("digits", images_builtin.NAME) if digits else ("photographs", "FOLDER")
         return (
             f"The images are random shapes, not {kind}; a model of {kind} is calibrated better on {kind}: give "
-            f"--calibration {cure}."
+            f"`calibration` {cure}."
         )
     if spec == images_builtin.NAME and not digits:
         return (
             "The built-in images are handwritten digits; a model of photographs is calibrated better on photographs, "
-            f"and without any on random shapes: give --calibration FOLDER or --calibration {images_noise.NAME}."
+            f"and without any on random shapes: give `calibration=FOLDER` or `calibration` {images_noise.NAME}."
         )
     return None
 
@@ -119,7 +119,7 @@ def draw_images(data: ImageData, reader: ImageReader, *, samples: int, seed: int
     if len(data) < samples:
         raise CalibrationError(
             f"{samples} images are asked for, and {data.name} has {len(data)}; give more images, or "
-            f"--samples {len(data)}."
+            f"`samples` {len(data)}."
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     found, indices = [], []
@@ -130,7 +130,7 @@ def draw_images(data: ImageData, reader: ImageReader, *, samples: int, seed: int
     if len(found) < samples:
         raise CalibrationError(
             f"{samples} images are asked for, and {len(found)} of {data.name} can be read; give more images, or "
-            f"--samples {len(found)}."
+            f"`samples` {len(found)}."
         )
     return Drawn(torch.stack(found), tuple(indices))
 

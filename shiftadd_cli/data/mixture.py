@@ -100,6 +100,6 @@ def window_counts(parts: tuple[Part, ...], samples: int) -> list[int]:
         if not count:
             raise CalibrationError(
                 f"{part.spec} gets none of {samples} calibration windows by its share of {part.share:.3g}; give it a "
-                "larger share, or more --samples."
+                "larger share, or more `samples`."
             )
     return counts

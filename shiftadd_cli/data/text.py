@@ -97,7 +97,7 @@ def sample_windows(data: TextData, tokenizer: Any, *, samples: int, seq_len: int
         CalibrationError: the text has too few tokens.
     """
     tokens = tokenise(data.text, tokenizer, CALIBRATION_PIECE_CHARACTERS)
-    windows = text_windows(tokens, tokenizer, seq_len, "--seq-len")
+    windows = text_windows(tokens, tokenizer, seq_len, "`seq_len`")
     available = len(windows.whole)
     if available < samples:
         own = seq_len - len(windows.prefix)

@@ -107,13 +107,13 @@ def evaluate(
             show_progress=show_progress,
         )
     limits = {each.spec: each.positions for each in opened}
-    length = window_length(context, DEFAULT_CONTEXT, limits, "--context")
+    length = window_length(context, DEFAULT_CONTEXT, limits, "`context`")
     tokenizers = [(each.spec, each.load_tokenizer()) for each in opened]
     text = load_text(dataset, split="test", tokenizer=tokenizers[0][1])
     tokenizer = _common_tokenizer(tokenizers, text)
     tokens = tokenise(text.text, tokenizer)
     used = tokens[:max_tokens]
-    windows = text_windows(used, tokenizer, length, "--context")
+    windows = text_windows(used, tokenizer, length, "`context`")
     if not windows.scored_tokens:
         raise CalibrationError(f"{text.name} has {len(tokens)} tokens, and 2 are needed; give a longer text.")
     for each in opened:

@@ -99,7 +99,7 @@ def score_image_models(
                 if not torch.isfinite(found.values).all():
                     raise NumericalError(
                         f"{name} gives predictions that are not finite in {dtype_name(model.dtype)}; "
-                        "try --dtype float32, and if that does not help the checkpoint is damaged."
+                        "try `dtype=float32`, and if that does not help the checkpoint is damaged."
                     )
                 if reference is not None:
                     _compare(reference, found, name, everyone[0][0], total)

@@ -84,5 +84,5 @@ class RowLogits:
         if not torch.isfinite(values).all():
             raise NumericalError(
                 f"{self.name} gives a {what} that is not finite in {dtype_name(self._model.dtype)}; "
-                "try --dtype float32, and if that does not help the checkpoint is damaged."
+                "try `dtype=float32`, and if that does not help the checkpoint is damaged."
             )

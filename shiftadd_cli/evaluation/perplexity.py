@@ -86,7 +86,7 @@ def score_models(
     first = [] if original is None else [original]
     readers = [RowLogits(model, name) for name, model in (*first, *models)]
     for (name, model), reader in zip((*first, *models), readers, strict=True):
-        window_length(longest, longest, {name: position_limit(model.config)}, "--context")
+        window_length(longest, longest, {name: position_limit(model.config)}, "`context`")
         _check_vocabulary(name, reader.vocab_size, readers[0] if first else None)
         reader.check(next(windows.batches(1)))
     limits = [limit for reader in readers if (limit := reader.max_windows(longest)) is not None]

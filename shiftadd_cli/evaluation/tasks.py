@@ -81,7 +81,7 @@ def task_names(text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     found = dict.fromkeys(each for name in names for each in PRESETS.get(name, (name,)))
     if not found:
-        raise CalibrationError("--tasks names no task; give names such as arc_easy,piqa, or the preset 'paper'.")
+        raise CalibrationError("`tasks` names no task; give names such as arc_easy,piqa, or the preset 'paper'.")
     return tuple(found)
 
 
@@ -135,7 +135,7 @@ def check_harness() -> None:
         version("lm_eval")
     except PackageNotFoundError:
         raise CalibrationError(
-            "--tasks needs lm-evaluation-harness; install it with: pip install 'shiftadd-cli[eval]'"
+            "`tasks` needs lm-evaluation-harness; install it with: pip install 'shiftadd-cli[eval]'"
         ) from None
 
 
@@ -171,7 +171,7 @@ def _build(names: tuple[str, ...], task_path: Path | None) -> tuple[Any, list[An
         except Exception as failure:
             reason = first_line(failure)
             raise CalibrationError(
-                f"The data of task {name} cannot be had ({reason}); check the network, or give --task-path with a task "
+                f"The data of task {name} cannot be had ({reason}); check the network, or give `task_path` with a task "
                 "on local files."
             ) from failure
         whole = loaded["groups"].get(name)

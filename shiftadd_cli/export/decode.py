@@ -82,7 +82,7 @@ class DecodedModel:
                 dtype = self.tensors[name][1]
                 tensor = self._decode(name, tensors, dtype)
                 if dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
-                    raise ExportError(f"{name} holds numbers too large for float16; export with --dtype bfloat16.")
+                    raise ExportError(f"{name} holds numbers too large for float16; export with `dtype=bfloat16`.")
                 yield name, tensor
 
     def _shape(self, name: str) -> tuple[int, ...]:

@@ -72,7 +72,7 @@ def check_config(config: Any) -> None:
     for reason, found in reasons.items():
         if found:
             raise ExportError(
-                f"The model has {reason}, which is not written as GGUF here; export with --format dense, and convert "
+                f"The model has {reason}, which is not written as GGUF here; export with `format=dense`, and convert "
                 "that with llama.cpp's convert_hf_to_gguf.py."
             )
 
@@ -81,7 +81,7 @@ def _check_family(model_type: Any) -> None:
     if model_type not in _FAMILIES:
         raise ExportError(
             f"Models of type {model_type} cannot be written as GGUF here, only {', '.join(_FAMILIES)}; export with "
-            "--format dense, and convert that with llama.cpp's convert_hf_to_gguf.py."
+            "`format=dense`, and convert that with llama.cpp's convert_hf_to_gguf.py."
         )
 
 
@@ -110,7 +110,7 @@ def _write(
     for tensor, (shape, _) in decoded.tensors.items():
         stored = names.get_name(tensor, (".weight", ".bias"))
         if stored is None:
-            raise ExportError(f"GGUF has no name for {tensor}; export with --format dense.")
+            raise ExportError(f"GGUF has no name for {tensor}; export with `format=dense`.")
         kind = kinds[tensor]
         number, rows = np.dtype(_NUMBERS.get(kind.name, np.uint8)), shape
         if number == np.uint8:
@@ -178,5 +178,5 @@ def _nbytes(shape: tuple[int, ...], kind: Any) -> int:
 def _checked(name: str, value: Tensor, kind: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     numbers: np.ndarray[Any, np.dtype[np.float32]] = value.contiguous().numpy()
     if kind.name == "F16" and bool((value.abs() > torch.finfo(torch.float16).max).any()):
-        raise ExportError(f"{name} holds numbers too large for float16; export with --dtype bfloat16.")
+        raise ExportError(f"{name} holds numbers too large for float16; export with `dtype=bfloat16`.")
     return numbers

@@ -113,6 +113,6 @@ def _split_name(parts: dict[str, Any]) -> str:
 
 def _refusal(reason: str) -> ExportError:
     return ExportError(
-        f"The tokenizer {reason}, so it is not written as GGUF here; export with --format dense, and convert that with "
+        f"The tokenizer {reason}, so it is not written as GGUF here; export with `format=dense`, and convert that with "
         "llama.cpp's convert_hf_to_gguf.py."
     )

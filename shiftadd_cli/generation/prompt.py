@@ -30,12 +30,12 @@ def encode_prompt(text: str, tokenizer: Any, *, name: str, chat: bool | None = N
     from jinja2 import TemplateError
 
     if not text.strip():
-        raise PromptError("The prompt is empty; give --prompt some text.")
+        raise PromptError("The prompt is empty; give `prompt` some text.")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise PromptError("The prompt is no valid UTF-8 text; convert it first.")
     template = getattr(tokenizer, "chat_template", None)
     if chat and not template:
-        raise PromptError(f"The tokenizer of {name} has no chat template; leave out --chat.")
+        raise PromptError(f"The tokenizer of {name} has no chat template; leave out `chat`.")
     use_chat = bool(template) if chat is None else chat
     # Of a length beyond what it was made for the tokenizer would warn; `room_for` decides.
     quiet = {"verbose": False}
@@ -47,7 +47,7 @@ def encode_prompt(text: str, tokenizer: Any, *, name: str, chat: bool | None = N
             )
         except TemplateError as error:
             raise PromptError(
-                f"The chat template of {name} does not take a message of the user alone ({error}); use --no-chat."
+                f"The chat template of {name} does not take a message of the user alone ({error}); use `chat=False`."
             ) from error
     else:
         ids = tokenizer(text, **quiet)["input_ids"]

@@ -26,14 +26,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise RecipeError(f"--max-new-tokens {self.max_new_tokens} makes no text; give 1 or more.")
+            raise RecipeError(f"`max_new_tokens` {self.max_new_tokens} makes no text; give 1 or more.")
         if not 0 <= self.temperature < math.inf:
             raise RecipeError(
-                f"--temperature {self.temperature:g} is not valid; give 0 (always the likeliest) or more."
+                f"`temperature` {self.temperature:g} is not valid; give 0 (always the likeliest) or more."
             )
         if not 0 < self.top_p <= 1:
-            raise RecipeError(f"--top-p {self.top_p:g} is not valid; give a probability above 0 and up to 1.")
+            raise RecipeError(f"`top_p` {self.top_p:g} is not valid; give a probability above 0 and up to 1.")
         if self.top_p < 1 and self.temperature == 0:
-            raise RecipeError("--top-p changes nothing at temperature 0; give a --temperature as well, such as 0.7.")
+            raise RecipeError("`top_p` changes nothing at temperature 0; give a `temperature` as well, such as 0.7.")
         if not 0 <= self.seed < 1 << 63:
-            raise RecipeError(f"--seed {self.seed} is not valid; give a number from 0 to 2**63 - 1.")
+            raise RecipeError(f"`seed` {self.seed} is not valid; give a number from 0 to 2**63 - 1.")

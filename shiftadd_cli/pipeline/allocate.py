@@ -65,8 +65,8 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.budget, Budget) and self.budget.divergence is not None and self.sensitivity == "paper":
             raise AllocationError(
-                "--max-divergence is in nats a token, and what --sensitivity paper predicts has no unit; use "
-                "--sensitivity output or divergence."
+                "`max_divergence` is in nats a token, and what `sensitivity=paper` predicts has no unit; use "
+                "`sensitivity` output or divergence."
             )
 
 
@@ -110,12 +110,12 @@ class AllocationJob:
         words = [choice for each in allowed.values() for choice in each if isinstance(choice, str)]
         if words and request.sensitivity == "paper":
             raise AllocationError(
-                f"--sensitivity paper knows of bits alone, and not of {words[0]}; use --sensitivity output or "
+                f"`sensitivity=paper` knows of bits alone, and not of {words[0]}; use `sensitivity` output or "
                 "divergence."
             )
         if not plan.calibrated:
             raise AllocationError(
-                "What bits matter to a layer is measured on calibration data; choose a --calibration, and a recipe "
+                "What bits matter to a layer is measured on calibration data; choose a `calibration`, and a recipe "
                 "that uses one."
             )
         data = Calibration.of(plan)
@@ -139,7 +139,7 @@ class AllocationJob:
             low, high = (budget.in_words(each.quantized_bytes, weights, other) for each in (smallest, largest))
             raise AllocationError(
                 f"A budget of {budget.text} cannot be met: the bits allowed take from {low} to {high}; raise it, or "
-                "allow fewer bits with --candidates."
+                "allow fewer bits with `candidates`."
             )
 
     def run(self, show: BlockProgress, team: Team = ALONE) -> BitPlan:

@@ -184,10 +184,10 @@ class History:
             was, new = (_word(asked.recipe.get(field)) for asked in (before, now))
             return (
                 f"{begun} {field} = {was}, and this one has {new}; give {was} again to go on, or start anew with "
-                "--no-resume."
+                "`resume=False`."
             )
         difference = before.difference(now)
-        return None if difference is None else f"{begun} {difference}; start anew with --no-resume."
+        return None if difference is None else f"{begun} {difference}; start anew with `resume=False`."
 
     @property
     def done(self) -> int:

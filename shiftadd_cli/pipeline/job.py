@@ -179,7 +179,7 @@ class Job:
 def _memory_limit(max_memory: str) -> int:
     limit = parse_size(max_memory)
     if limit is None:
-        raise MemoryLimitError(f"--max-memory {max_memory!r} is not valid; give a size such as 800MB or 4GB.")
+        raise MemoryLimitError(f"`max_memory` {max_memory!r} is not valid; give a size such as 800MB or 4GB.")
     return limit
 
 
@@ -190,10 +190,10 @@ def _check_memory(plan: Plan, max_memory: str, limit: int, held: int) -> None:
     batch_size, least = least_memory(plan, limit - held)
     least += held
     expected = _upwards(plan.peak_memory_bytes + held)
-    needs = f"This run is expected to need {expected}, and --max-memory allows {max_memory}"
+    needs = f"This run is expected to need {expected}, and `max_memory` allows {max_memory}"
     if least > limit:
-        raise MemoryLimitError(f"{needs}; the least it can do with is {_upwards(least)}, with --batch-size 1.")
-    raise MemoryLimitError(f"{needs}; give --batch-size {batch_size}, with which it is {_upwards(least)}.")
+        raise MemoryLimitError(f"{needs}; the least it can do with is {_upwards(least)}, with `batch_size=1`.")
+    raise MemoryLimitError(f"{needs}; give `batch_size` {batch_size}, with which it is {_upwards(least)}.")
 
 
 def _upwards(count: int) -> str:

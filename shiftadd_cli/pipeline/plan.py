@@ -202,7 +202,7 @@ def make_plan(
     if recipe.distill_epochs and any(structure.shared_in(depth) for depth in range(len(structure.blocks))):
         raise SourceError(
             f"{type(model).__name__} has blocks that share weights, which distillation cannot tune; give "
-            "--distill-epochs 0."
+            "`distill_epochs=0`."
         )
     bit_plan = None
     if bits is None and recipe.bit_plan is not None:
@@ -234,7 +234,7 @@ def _within_positions(source: Source, recipe: Recipe) -> Recipe:
     if source.reads_images or recipe.calibration == NO_CALIBRATION:
         return recipe
     asked = recipe.seq_len if "seq_len" in recipe.model_fields_set else None
-    length = window_length(asked, recipe.seq_len, {source.spec: position_limit(source.config)}, "--seq-len")
+    length = window_length(asked, recipe.seq_len, {source.spec: position_limit(source.config)}, "`seq_len`")
     return recipe if length == recipe.seq_len else recipe.model_copy(update={"seq_len": length})
 
 

@@ -240,7 +240,7 @@ def _check_kept(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise NumericalError(
             f"{name} holds values that are not finite in {dtype_name(tensor.dtype)}; "
-            + ("give --dtype bfloat16 or float32, or " if tensor.dtype == torch.float16 else "")
+            + ("give `dtype` bfloat16 or float32, or " if tensor.dtype == torch.float16 else "")
             + "mend the source."
         )
 

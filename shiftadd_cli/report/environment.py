@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from shiftadd_cli.report.uncertainty import share_with_error, with_error
 from shiftadd_cli.sizes import size
 
 

@@ -179,11 +179,11 @@ def check_saving(models: Sequence[str]) -> None:
     """
     folders = [folder for spec in models if (folder := _folder(spec)) is not None]
     if not folders:
-        raise OutputError("--save keeps what is measured in a compressed folder, and none is given; leave it out.")
+        raise OutputError("`save` keeps what is measured in a compressed folder, and none is given; leave it out.")
     for folder in folders:
         load_evaluations(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise OutputError(f"No permission to write in {folder}; leave --save out.")
+            raise OutputError(f"No permission to write in {folder}; leave `save` out.")
 
 
 def save_evaluations(result: Evaluation | ImageEvaluation) -> list[Path]:

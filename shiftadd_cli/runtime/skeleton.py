@@ -54,7 +54,7 @@ def read_artifact_config(folder: Path, *, remote_code: bool = False) -> Any:
     if not remote_code and brings_code(raw) and raw.get("model_type") not in CONFIG_MAPPING:
         raise ArtifactError(
             f"The checkpoint {folder} holds a model that brings code of its own, which runs only with "
-            "--trust-remote-code (in Python: trust_remote_code=True)."
+            "`trust_remote_code=True`."
         )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)

@@ -71,7 +71,7 @@ class Vocabulary:
         if not first:
             raise CalibrationError(
                 f"The tokenizer {type(tokenizer).__name__} has no token that a text can begin with, so the model "
-                "cannot write its own calibration text; give --calibration a file, or builtin."
+                "cannot write its own calibration text; give `calibration` a file, or builtin."
             )
         return cls(leading_tokens(tokenizer), stops, first, size)
 

@@ -101,7 +101,7 @@ def _check_decoding(model: Any, window: Tensor, logits: Tensor) -> None:
     if not share <= rounding_of(model.dtype):
         raise CalibrationError(
             f"{type(model).__name__} predicts something else while it writes than when it reads (a difference of "
-            f"{share:.0%}), so it cannot write its own calibration text; give --calibration a file, or builtin."
+            f"{share:.0%}), so it cannot write its own calibration text; give `calibration` a file, or builtin."
         )
 
 

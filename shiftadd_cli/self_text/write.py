@@ -149,7 +149,7 @@ class WritingTokens:
         Raises:
             CalibrationError: there are none.
         """
-        length, cure = request.piece_length, "give --calibration self-plain, or a file"
+        length, cure = request.piece_length, "give `calibration=self-plain`, or a file"
         talks = self.form is not None and 2 * len(self.form.opening) <= length
         found = tuple(kind for kind in request.kinds if kind == "documents" or talks)
         if found:
@@ -161,7 +161,7 @@ class WritingTokens:
             )
         raise CalibrationError(
             f"The chat template of {name} begins a conversation with {len(self.form.opening)} tokens, which leaves too "
-            f"few of the {length} that are written at a stretch; give a larger --writing-length, or {cure}."
+            f"few of the {length} that are written at a stretch; give a larger `writing_length`, or {cure}."
         )
 
 
@@ -221,7 +221,7 @@ class _Writer:
                 raise
             except Exception as error:  # a model's code raises whatever it is led to
                 raise CalibrationError(
-                    f"{name} cannot write its own calibration text ({first_line(error)}); give --calibration a file, "
+                    f"{name} cannot write its own calibration text ({first_line(error)}); give `calibration` a file, "
                     "or builtin."
                 ) from error
             for place, piece in zip(places, written, strict=True):
@@ -230,7 +230,7 @@ class _Writer:
         if any(len(have) < total for have, total in zip(pieces, wanted, strict=True)):
             raise CalibrationError(
                 f"{name} repeats itself in nearly all that it writes, which is no text to calibrate on; give "
-                "--calibration a file, or builtin, or a higher --writing-temperature."
+                "`calibration` a file, or builtin, or a higher `writing_temperature`."
             )
         windows = []
         for sample in range(request.samples):

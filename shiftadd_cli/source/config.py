@@ -39,7 +39,7 @@ def read_config(path: Path, *, remote_code: bool) -> Any:
     if model_type not in CONFIG_MAPPING and not (own_code and remote_code):
         names = ", ".join(raw.get("architectures") or ()) or "no architecture named"
         cure = (
-            "it brings code of its own, which runs only with --trust-remote-code (in Python: trust_remote_code=True)"
+            "it brings code of its own, which runs only with `trust_remote_code=True`"
             if own_code
             else "install a version of transformers that knows it"
         )

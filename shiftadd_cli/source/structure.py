@@ -306,7 +306,7 @@ def _refuse_partial(model: nn.Module, share: float, left: Mapping[str, int], rea
     raise SourceError(
         f"Only {math.floor(100 * share)}% of the weights of {type(model).__name__} would be compressed (the largest "
         f"part left as it is: {largest}, a {type(model.get_submodule(largest)).__name__}, {reasons[largest]}); give "
-        "--allow-partial to compress no more than that."
+        "`allow_partial=True` to compress no more than that."
     )
 
 

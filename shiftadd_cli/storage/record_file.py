@@ -70,7 +70,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def damaged(path: Path, reason: str) -> ResumeError:
     """The error for a part of an unfinished run that cannot be used."""
-    return ResumeError(f"The unfinished run cannot go on: {path} is damaged ({reason}); start anew with --no-resume.")
+    return ResumeError(
+        f"The unfinished run cannot go on: {path} is damaged ({reason}); start anew with `resume=False`."
+    )
 
 
 def _sum(record: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ def test_sizes_are_decimal_and_leave_room_for_everything_else(text, count):
     [(None, None), (2.5, "70MB"), (0.0, None), (-1.0, None), (float("nan"), None), (None, "70"), (None, "-1MB")],
 )
 def test_anything_else_is_refused_with_the_cure(bits, size):
-    with pytest.raises(AllocationError, match=r"give .*(2\.5|70MB|--target-size)"):
+    with pytest.raises(AllocationError, match=r"give .*(2\.5|70MB|`target_size`)"):
         Budget.parse(bits, size)
 
 
@@ -42,13 +42,13 @@ def test_a_divergence_is_a_budget_too():
 
 @pytest.mark.parametrize("nats", [0.0, -0.1, float("nan"), float("inf")])
 def test_a_divergence_that_is_none_is_refused_with_the_cure(nats):
-    with pytest.raises(AllocationError, match=r"--max-divergence .*above 0, such as 0\.05"):
+    with pytest.raises(AllocationError, match=r"`max_divergence` .*above 0, such as 0\.05"):
         Budget.parse(None, None, nats)
 
 
 @pytest.mark.parametrize(("bits", "size", "nats"), [(None, "70MB", 0.1), (2.5, None, 0.1), (2.5, "70MB", 0.1)])
 def test_two_budgets_are_refused(bits, size, nats):
-    with pytest.raises(AllocationError, match="give one of --avg-bits, --target-size and --max-divergence"):
+    with pytest.raises(AllocationError, match="give one of `avg_bits`, `target_size` and `max_divergence`"):
         Budget.parse(bits, size, nats)
 
 
@@ -69,5 +69,5 @@ def test_a_curve_goes_from_first_to_last(text, points):
     "text", ["", "2:4", "4:2:0.25", "2:4:0", "0:4:1", "2:4:x", "-1:4:1", "2:4:0.0000001", "1:8:0.01"]
 )
 def test_a_curve_that_is_none_or_endless_is_refused(text):
-    with pytest.raises(AllocationError, match="--curve"):
+    with pytest.raises(AllocationError, match="`curve`"):
         parse_curve(text)

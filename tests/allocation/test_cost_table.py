@@ -108,5 +108,5 @@ def test_a_table_of_another_cost_is_refused(tmp_path):
     with pytest.raises(AllocationError, match="is of latency"):
         parse_budget(None, None, None, "energy", path, 3.0)
     assert parse_budget(None, None, None, "latency", path, 3.0).text == "3 ms of latency"
-    with pytest.raises(AllocationError, match="--max-cost"):
+    with pytest.raises(AllocationError, match="`max_cost`"):
         parse_budget(None, None, None, "latency", path, 0.0)

@@ -176,7 +176,7 @@ def test_what_no_token_reached_counts_as_the_median_of_the_others(tmp_path):
 def test_a_linear_that_breaks_the_model_is_named(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path)
     monkeypatch.setattr(ProbeModel, "divergences", lambda _, __, others, ___: [float("nan")] * len(others))
-    with pytest.raises(NumericalError, match=r"model.layers.0.self_attn.q_proj has 2 bits.*--skip"):
+    with pytest.raises(NumericalError, match=r"model.layers.0.self_attn.q_proj has 2 bits.*`skip`"):
         measure(tmp_path, (2,))
 
 

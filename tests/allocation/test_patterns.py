@@ -55,7 +55,7 @@ def test_ties_stay_inside_a_block():
 
 @pytest.mark.parametrize("entry", ["*.q,", "", "*.q,*.nothing"])
 def test_ties_that_tie_nothing_are_refused(entry):
-    with pytest.raises(AllocationError, match="--tie"):
+    with pytest.raises(AllocationError, match="`tie`"):
         tied_by_pattern(LINEARS, [entry])
 
 

@@ -127,7 +127,7 @@ def test_layers_of_very_different_sizes_are_chosen_to_the_byte():
 
 def test_a_loss_that_no_choice_has_names_the_range():
     layers = [LayerOptions(name, {2: 100, 3: 150}, {2: 1.0, 3: 0.1}) for name in "abc"]
-    with pytest.raises(AllocationError, match=r"from 0\.3001 to 3; raise --max-divergence"):
+    with pytest.raises(AllocationError, match=r"from 0\.3001 to 3; raise `max_divergence`"):
         allocate_smallest(layers, [], 0.2999)
     # What is said to be possible is, though three times 0.1 is a little more than 0.3.
     assert set(allocate_smallest(layers, [], 0.3001).values()) == {3}

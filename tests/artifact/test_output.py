@@ -36,7 +36,7 @@ def test_existing_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "shiftadd"}}))
-    with pytest.raises(OutputError, match="add --overwrite"):
+    with pytest.raises(OutputError, match="add `overwrite=True`"):
         check_output(out, None, overwrite=False)
     check_output(out, None, overwrite=True)
 

@@ -113,7 +113,7 @@ def test_publishing_replaces_only_what_it_may(tmp_path: Path) -> None:
 def test_a_damaged_record_is_refused_and_stays(tmp_path: Path, content: bytes) -> None:
     folder = begin(tmp_path / "out", "run", "start")
     (folder / "journal" / "start.json").write_bytes(content)
-    with pytest.raises(ResumeError, match=r"start\.json is damaged .*--no-resume"), Workspace(tmp_path / "out"):
+    with pytest.raises(ResumeError, match=r"start\.json is damaged .*`resume=False`"), Workspace(tmp_path / "out"):
         pass
     assert (folder / "journal" / "start.json").read_bytes() == content
 

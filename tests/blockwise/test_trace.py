@@ -158,6 +158,6 @@ def test_a_model_that_computes_with_the_weight_of_a_linear_itself_is_refused_by_
 
     block.forward = forward
     with pytest.raises(
-        SourceError, match=r"weight of model\.layers\.0\.mlp\.up_proj itself.*--skip '\*\.mlp\.up_proj'"
+        SourceError, match=r"weight of model\.layers\.0\.mlp\.up_proj itself.*`skip='\*\.mlp\.up_proj'`"
     ):
         trace_model(source, structure, WINDOWS, 2, CPU)

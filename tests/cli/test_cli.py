@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from shiftadd_cli import __version__, cli
-from shiftadd_cli.errors import ArtifactError, ShiftaddError
+from shiftadd_cli.errors import ArtifactError, RecipeError, ShiftaddError
 
 
 def run_verb(monkeypatch: pytest.MonkeyPatch, body: Any) -> Result:
@@ -116,3 +116,14 @@ def test_every_verb_is_in_the_help_with_a_summary() -> None:
     assert result.exit_code == 0
     listed = result.stdout.partition("Commands:")[2].strip().splitlines()
     assert {line.split()[0] for line in listed if len(line.split()) > 1} >= set(cli.VERBS)
+
+
+def test_errors_that_name_fields_show_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RecipeError("Give `seq_len=64`, `resume=False`, `allow_partial=True` or `out`; see `pip install x`, `y`.")
+
+    monkeypatch.setattr("shiftadd_cli.pipeline.job.Job.prepare", refuse)
+    result = CliRunner().invoke(cli.main, ["quantize", "demo", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    told = "Error: Give --seq-len 64, --no-resume, --allow-partial or `out`; see `pip install x`, `y`.\n"
+    assert result.stderr == told

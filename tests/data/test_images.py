@@ -153,7 +153,7 @@ def test_the_same_seed_draws_the_same_pictures_and_fewer_are_the_first_of_more(t
     some = draw_images(data, reader, samples=4, seed=1)
     assert torch.equal(some.inputs, whole.inputs[:4])
     assert draw_images(data, reader, samples=9, seed=2).indices != whole.indices
-    with pytest.raises(CalibrationError, match=r"10 images are asked for, and set .* has 9; .*--samples 9"):
+    with pytest.raises(CalibrationError, match=r"10 images are asked for, and set .* has 9; .*`samples` 9"):
         draw_images(data, reader, samples=10, seed=1)
 
 

@@ -247,7 +247,7 @@ def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(count, seq_len
 
 
 def test_windows_that_hold_nothing_but_special_tokens_are_refused():
-    with pytest.raises(CalibrationError, match=r"2 tokens hold nothing but <\^.*larger --seq-len"):
+    with pytest.raises(CalibrationError, match=r"2 tokens hold nothing but <\^.*larger `seq_len`"):
         sample_windows(data("text" * 99), CharacterTokenizer(("<", "^")), samples=1, seq_len=2, seed=0)
 
 

@@ -190,7 +190,7 @@ def test_too_little_to_predict_is_refused(count):
 
 
 def test_windows_beyond_the_positions_are_refused():
-    with pytest.raises(RecipeError, match=r"513 tokens is longer than the 512 positions of model; give --context 512"):
+    with pytest.raises(RecipeError, match=r"513 tokens is longer than the 512 positions of model; give `context` 512"):
         score(ONE, some_tokens(600), 513)
     assert score(ONE, some_tokens(40), 513).nll > 0
 

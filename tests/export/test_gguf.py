@@ -92,7 +92,7 @@ def test_what_would_compute_something_else_is_refused(tmp_path, family, changes,
     folder = checkpoint_of(family, tmp_path / "packed").folder
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(ExportError, match=f"{part}.*--format dense"):
+    with pytest.raises(ExportError, match=f"{part}.*`format=dense`"):
         export_gguf(folder, tmp_path / "out", "float16")
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 

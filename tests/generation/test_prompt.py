@@ -68,7 +68,7 @@ def test_a_chat_without_template_is_refused(tokenizer):
 def test_a_template_that_takes_no_single_message_is_refused_with_its_own_words():
     other = tiny_tokenizer()
     other.chat_template = "{{ raise_exception('a system message must come first') }}"
-    with pytest.raises(PromptError, match=r"a system message must come first.*--no-chat"):
+    with pytest.raises(PromptError, match=r"a system message must come first.*`chat=False`"):
         encode_prompt("hello", other, name="m")
 
 

@@ -10,16 +10,16 @@ from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.generation.sampling import Sampling
 
 BAD = {
-    "no tokens": ({"max_new_tokens": 0}, "--max-new-tokens 0"),
-    "negative temperature": ({"temperature": -0.5}, r"--temperature -0\.5"),
-    "temperature that is no number": ({"temperature": math.nan}, "--temperature nan"),
-    "endless temperature": ({"temperature": math.inf}, "--temperature inf"),
-    "no probability": ({"temperature": 1.0, "top_p": 0.0}, "--top-p 0 "),
-    "more than all": ({"temperature": 1.0, "top_p": 1.5}, r"--top-p 1\.5"),
-    "probability that is no number": ({"temperature": 1.0, "top_p": math.nan}, "--top-p nan"),
+    "no tokens": ({"max_new_tokens": 0}, "`max_new_tokens` 0"),
+    "negative temperature": ({"temperature": -0.5}, r"`temperature` -0\.5"),
+    "temperature that is no number": ({"temperature": math.nan}, "`temperature` nan"),
+    "endless temperature": ({"temperature": math.inf}, "`temperature` inf"),
+    "no probability": ({"temperature": 1.0, "top_p": 0.0}, "`top_p` 0 "),
+    "more than all": ({"temperature": 1.0, "top_p": 1.5}, r"`top_p` 1\.5"),
+    "probability that is no number": ({"temperature": 1.0, "top_p": math.nan}, "`top_p` nan"),
     "top-p without draws": ({"top_p": 0.9}, "changes nothing at temperature 0"),
-    "negative seed": ({"seed": -1}, "--seed -1"),
-    "seed beyond torch's": ({"seed": 1 << 64}, "--seed"),
+    "negative seed": ({"seed": -1}, "`seed` -1"),
+    "seed beyond torch's": ({"seed": 1 << 64}, "`seed`"),
 }
 
 

@@ -105,7 +105,7 @@ def test_kept_and_tied_layers_are_what_was_asked(model):
 
 def test_layers_that_are_fused_and_kept_apart_are_refused(model):
     job = job_for(model, bits=6, keep=("*.q_proj=2", "*.k_proj=3"))
-    with pytest.raises(AllocationError, match="--no-tie-fused"):
+    with pytest.raises(AllocationError, match="`tie_fused=False`"):
         job.run(quiet)
     plan = job_for(model, bits=6, keep=("*.q_proj=2", "*.k_proj=3"), tie_fused=False).run(quiet)
     assert plan.layers["model.layers.0.self_attn.k_proj"].bits == 3
@@ -202,7 +202,7 @@ def test_the_smallest_plan_for_a_loss_is_found_and_loses_no_more(model, sensitiv
 
 def test_a_loss_that_no_bits_reach_names_the_range(model):
     low, high = (job_for(model, bits=9.0, keep=(f"*={bits}",)).run(quiet).predicted_loss for bits in (4, 2))
-    with pytest.raises(AllocationError, match=r"from .* to .*; raise --max-divergence, or .*--candidates") as caught:
+    with pytest.raises(AllocationError, match=r"from .* to .*; raise `max_divergence`, or .*`candidates`") as caught:
         job_for(model, nats=low * 0.99).run(quiet)
     words = str(caught.value).split("from ")[1].split(";")[0].split(" to ")
     assert [float(word) for word in words] == pytest.approx([low, high], rel=1e-3)
@@ -210,12 +210,12 @@ def test_a_loss_that_no_bits_reach_names_the_range(model):
 
 
 def test_a_loss_without_a_unit_is_no_budget(model):
-    with pytest.raises(AllocationError, match=r"nats a token.*--sensitivity output or divergence"):
+    with pytest.raises(AllocationError, match=r"nats a token.*`sensitivity` output or divergence"):
         Request(Budget.parse(None, None, 0.1), sensitivity="paper")
 
 
 def test_a_run_without_text_cannot_measure(model):
-    with pytest.raises(AllocationError, match="--calibration"):
+    with pytest.raises(AllocationError, match="`calibration`"):
         job_for(model, bits=4.0, settings=Recipe.load("fast", {"group_size": 16}))
 
 
@@ -310,7 +310,7 @@ def test_the_smallest_and_the_largest_choice_go_by_what_they_store(model):
 
 
 def test_the_criterion_of_the_paper_has_no_word_for_shifts(model):
-    with pytest.raises(AllocationError, match=r"knows of bits alone, and not of shift2-4; use --sensitivity output"):
+    with pytest.raises(AllocationError, match=r"knows of bits alone, and not of shift2-4; use `sensitivity` output"):
         job_for(model, bits=4.5, candidates=(2, "shift2-4"), sensitivity="paper")
     with pytest.raises(AllocationError, match="not of shift1-3"):
         job_for(model, bits=4.5, candidates=(2, 3), keep=("*.o_proj=shift1",), sensitivity="paper")

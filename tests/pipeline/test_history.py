@@ -208,7 +208,7 @@ def test_other_options_are_refused_by_name(
     before = {path: path.stat().st_size for path in partial(out).rglob("*")}
     with pytest.raises(ResumeError, match=said) as refusal:
         shiftadd_cli.quantize(str(model), out, **QUICK | fields)
-    assert "--no-resume" in str(refusal.value)
+    assert "`resume=False`" in str(refusal.value)
     assert {path: path.stat().st_size for path in partial(out).rglob("*")} == before
 
 
@@ -314,7 +314,7 @@ def test_a_flipped_bit_is_found_and_named(
     with pytest.raises(ResumeError, match="is damaged") as failure:
         shiftadd_cli.quantize(str(model), out, **fields)
     assert Path(file).name in str(failure.value)
-    assert "--no-resume" in str(failure.value)
+    assert "`resume=False`" in str(failure.value)
 
 
 def test_a_flipped_bit_in_a_finished_block_is_found(
@@ -339,7 +339,7 @@ def test_a_step_that_is_lacking_is_noticed(
     out = tmp_path / "out"
     stopped(monkeypatch, 2, str(model), out, **QUICK)
     (partial(out) / "journal" / lacking).unlink()
-    with pytest.raises(ResumeError, match="--no-resume"):
+    with pytest.raises(ResumeError, match="`resume=False`"):
         shiftadd_cli.quantize(str(model), out, **QUICK)
 
 

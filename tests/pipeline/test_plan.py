@@ -164,7 +164,7 @@ def test_windows_that_nobody_asked_for_are_no_longer_than_the_positions(tmp_path
         Recipe.load("equal-bits", {"seq_len": 101}).changed({"bits": 2}),
         recipe_of(seq_len=101),
     ):
-        with pytest.raises(RecipeError, match=r"longer than the 100 positions of .*model; give --seq-len 100 or less"):
+        with pytest.raises(RecipeError, match=r"longer than the 100 positions of .*model; give `seq_len` 100 or less"):
             make_plan(open_source(model), asked)
     assert make_plan(open_source(model), Recipe.load("equal-bits", {"seq_len": 100})).recipe.seq_len == 100
 

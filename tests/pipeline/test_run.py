@@ -293,7 +293,7 @@ def test_what_is_kept_has_to_be_finite_in_the_dtype_it_is_written_in(tmp_path):
     stored["model.norm.weight"][3] = 7e4
     save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
     plan = make_plan(open_source(str(source), dtype="float16"), Recipe.load("rtn", {"dtype": "float16"}))
-    with pytest.raises(NumericalError, match=r"model\.norm\.weight .*not finite in float16; give --dtype bfloat16"):
+    with pytest.raises(NumericalError, match=r"model\.norm\.weight .*not finite in float16; give `dtype` bfloat16"):
         run(plan, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     quantize(source, tmp_path / "out", "rtn")

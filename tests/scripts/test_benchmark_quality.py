@@ -226,7 +226,7 @@ def test_a_method_that_fails_does_not_take_the_others_along(
     ("options", "expected"),
     [
         (["--methods", "default:grop_size=3"], "did you mean 'group_size'"),
-        (["--methods", "default:group_size=-1"], "Method default:group_size=-1: Option --group-size"),
+        (["--methods", "default:group_size=-1"], "Method default:group_size=-1: Option `group_size`"),
         (["--methods", "default:group_size"], "not of the form field=value"),
         (["--methods", "default:bits=3"], "give bit widths to --bits"),
         (["--methods", "defalt"], "did you mean 'default'"),

@@ -55,7 +55,7 @@ def test_tokens_beyond_the_embedding_begin_nothing() -> None:
 
 
 def test_a_tokenizer_without_a_word_is_refused() -> None:
-    with pytest.raises(CalibrationError, match=r"no token that a text can begin with.*give --calibration a file"):
+    with pytest.raises(CalibrationError, match=r"no token that a text can begin with.*give `calibration` a file"):
         Vocabulary.of(tiny_tokenizer(), 2)
 
 

@@ -121,7 +121,7 @@ def test_a_model_without_a_chat_template_writes_documents(tmp_path: Path) -> Non
     plain = open_source(str(tmp_path / "model"))
     windows = written(plain, REQUEST)
     assert (windows[:, :: REQUEST.piece_length] == 0).all()
-    with pytest.raises(CalibrationError, match=r"no chat template that shows .* give --calibration self-plain, or a"):
+    with pytest.raises(CalibrationError, match=r"no chat template that shows .* give `calibration=self-plain`, or a"):
         written(plain, replace(REQUEST, kinds=KINDS["self-chat"]))
 
 
@@ -137,7 +137,7 @@ def test_conversations_need_room_behind_what_the_template_begins_with(tmp_path: 
     chat = replace(REQUEST, kinds=KINDS["self-chat"], seq_len=2 * opening, piece=2 * opening)
     assert writing.kinds(chat, "m") == ("conversations",)
     short = replace(chat, seq_len=2 * opening - 1)
-    with pytest.raises(CalibrationError, match=rf"begins a conversation with {opening} tokens.* larger --writing-leng"):
+    with pytest.raises(CalibrationError, match=rf"conversation with {opening} tokens.* larger `writing_length`"):
         writing.kinds(short, "m")
     assert writing.kinds(replace(short, kinds=KINDS["self"]), "m") == ("documents",)
 

@@ -192,7 +192,7 @@ def test_experts_that_are_no_stacks_of_three_axes_are_refused() -> None:
     """DBRX keeps those of a layer below each other in one matrix: attention alone would be compressed."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("dbrx"))
-    with pytest.raises(SourceError, match=r"experts\.mlp, a DbrxExpertGLU, not a linear layer.*--allow-partial"):
+    with pytest.raises(SourceError, match=r"experts\.mlp, a DbrxExpertGLU, not a linear layer.*`allow_partial=True`"):
         find_structure(model)
 
 

@@ -94,10 +94,10 @@ def test_a_sliding_window_is_no_limit():
 
 def test_the_default_is_shortened_and_a_wish_refused():
     limits = {"long": 64, "short": 16, "endless": None}
-    assert window_length(None, 32, limits, "--seq-len") == 16
-    assert window_length(None, 8, limits, "--seq-len") == 8
-    assert window_length(16, 32, limits, "--seq-len") == 16
-    assert window_length(None, 32, {"endless": None}, "--seq-len") == 32
-    assert window_length(99, 32, {"endless": None}, "--seq-len") == 99
-    with pytest.raises(RecipeError, match=r"17 tokens is longer than the 16 positions of short; give --seq-len 16"):
-        window_length(17, 32, limits, "--seq-len")
+    assert window_length(None, 32, limits, "`seq_len`") == 16
+    assert window_length(None, 8, limits, "`seq_len`") == 8
+    assert window_length(16, 32, limits, "`seq_len`") == 16
+    assert window_length(None, 32, {"endless": None}, "`seq_len`") == 32
+    assert window_length(99, 32, {"endless": None}, "`seq_len`") == 99
+    with pytest.raises(RecipeError, match=r"17 tokens is longer than the 16 positions of short; give `seq_len` 16"):
+        window_length(17, 32, limits, "`seq_len`")

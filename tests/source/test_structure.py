@@ -124,7 +124,7 @@ def _mixture() -> PreTrainedModel:
 
 
 def test_fused_experts_are_refused_by_name_unless_skipped() -> None:
-    with pytest.raises(SourceError, match=r"Only \d+% .*model\.layers\.0\.mlp\.experts.*--allow-partial"):
+    with pytest.raises(SourceError, match=r"Only \d+% .*model\.layers\.0\.mlp\.experts.*`allow_partial=True`"):
         find_structure(_mixture())
     found = find_structure(_mixture(), skip=["*.experts"])
     assert _kinds(found, 0) >= {"self_attn.q_proj"}
@@ -201,7 +201,7 @@ def test_elements_of_different_kinds_are_blocks() -> None:
 def test_the_smaller_part_of_a_model_is_compressed_where_that_is_allowed() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), _Scaled(4, 8)) for _ in range(2)])
-    with pytest.raises(SourceError, match=r"Only 33% .*layers\.0\.1, a _Scaled, not a linear layer.*--allow-partial"):
+    with pytest.raises(SourceError, match=r"Only 33% .*layers\.0\.1, a _Scaled, not a linear.*`allow_partial=True`"):
         find_structure(model)
     assert find_structure(model, allow_partial=True).share == 1 / 3
     # Whoever names what stays has said it.
