@@ -58,6 +58,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def word(value: object) -> str:
+    """A value as YAML spells it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def short(value: object) -> str:
     """A value in a sentence."""
     text = repr(value)

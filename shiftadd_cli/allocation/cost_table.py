@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.plan_file import Kind
 from shiftadd_cli.allocation.solve import LayerOptions
 from shiftadd_cli.bcq.choices import Choice, choice_words
 from shiftadd_cli.errors import AllocationError, first_fault
+from shiftadd_cli.storage.file_part import FilePart
 
 CostKind = Literal["bits", "latency", "energy"]
 Shapes = Mapping[str, tuple[int, int]]
@@ -44,11 +45,7 @@ Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Width = Annotated[int, Field(ge=1)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class MeasuredCost(_Part):
+class MeasuredCost(FilePart):
     """What a layer of this shape costs at these bits."""
 
     shape: tuple[Width, Width]
@@ -56,7 +53,7 @@ class MeasuredCost(_Part):
     cost: Cost
 
 
-class CostTable(_Part):
+class CostTable(FilePart):
     """See the module; one of `per_weight` and `measured` is there."""
 
     format: Literal["shiftadd cost table"]

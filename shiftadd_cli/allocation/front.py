@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 from typing import NamedTuple
 
+from shiftadd_cli.allocation.knapsack import lower_hull
 from shiftadd_cli.allocation.plan_file import BitPlan, PlannedLayer
 
 # Points told of a bound; a large model's has a thousand.
@@ -50,16 +51,5 @@ def lower_bound(plan: BitPlan) -> list[SizePoint]:
 
 def _hull(layer: PlannedLayer) -> list[SizePoint]:
     """Choices of one layer that are best at some price of a byte, by size; each smaller in loss than the one before."""
-    points = sorted(SizePoint(layer.bytes[bits], layer.cost[bits]) for bits in layer.bytes)
-    hull: list[SizePoint] = []
-    for point in points:
-        if hull and point.predicted_loss >= hull[-1].predicted_loss:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(point)
-    return hull
-
-
-def _slope(start: SizePoint, stop: SizePoint) -> float:
-    return (stop.predicted_loss - start.predicted_loss) / (stop.nbytes - start.nbytes)
+    corners = lower_hull((layer.bytes[choice], layer.cost[choice]) for choice in layer.bytes)
+    return [SizePoint(int(nbytes), loss) for nbytes, loss in corners]

@@ -15,7 +15,7 @@ had to be asked again with a smaller limit; on layers of very different sizes th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
@@ -62,7 +62,10 @@ class _Search(Generic[Key]):
         ]
         self._limit = limit
         self._noise = _ROUNDING * sum(float(each.max()) for each in self._aims)
-        hulls = [_hull(load, aim) for load, aim in zip(self._loads, self._aims, strict=True)]
+        hulls = [
+            lower_hull(zip(load.tolist(), aim.tolist(), strict=True))
+            for load, aim in zip(self._loads, self._aims, strict=True)
+        ]
         # Where the hulls of the groups from each on start, together; and their steps, the best first.
         self._starts = np.array([hull[0] for hull in hulls] + [(0.0, 0.0)])[::-1].cumsum(0)[::-1]
         steps = [
@@ -116,10 +119,10 @@ class _Search(Generic[Key]):
         return found[::-1]
 
 
-def _hull(loads: Any, aims: Any) -> list[tuple[float, float]]:
+def lower_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """Corners (load, aim) of the lower left convex hull, loads rising and aims falling."""
     corners: list[tuple[float, float]] = []
-    for load, aim in sorted(zip(loads.tolist(), aims.tolist(), strict=True)):
+    for load, aim in sorted(points):
         if corners and aim >= corners[-1][1]:
             continue
         while len(corners) > 1:

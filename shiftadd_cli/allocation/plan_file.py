@@ -23,12 +23,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shiftadd_cli.bcq.choices import Choice, bits_of_choice, ordered_choices, parse_choice
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.errors import AllocationError, first_fault
+from shiftadd_cli.recipe_file import word
 from shiftadd_cli.source import LinearSpec
+from shiftadd_cli.storage.file_part import FilePart
 
 PLAN_FORMAT: Final = "shiftadd bit plan"
 # What is read; what is written is the least that a plan needs.
@@ -40,8 +42,8 @@ MAX_BYTES = 50_000_000
 Kind = Annotated[Choice, BeforeValidator(parse_choice)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class _Part(FilePart):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class PlannedModel(_Part):
@@ -178,8 +180,8 @@ class BitPlan(_Part):
         for name in MatrixStorage.model_fields:
             if getattr(storage, name) != getattr(self.storage, name):
                 raise AllocationError(
-                    f"Bit plan {origin} was made for {name} = {_word(getattr(self.storage, name))}, and the recipe "
-                    f"says {_word(getattr(storage, name))}, so its sizes would not be true; change the recipe's "
+                    f"Bit plan {origin} was made for {name} = {word(getattr(self.storage, name))}, and the recipe "
+                    f"says {word(getattr(storage, name))}, so its sizes would not be true; change the recipe's "
                     f"{name}, or make another plan."
                 )
         for spec in linears:
@@ -264,7 +266,3 @@ def _by_bits(values: Mapping[str, _Value]) -> dict[str, _Value]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -9,11 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from shiftadd_cli.artifact.format import QUANT_METHOD, ArtifactFormat
-from shiftadd_cli.artifact.shards import INDEX_FILE, SINGLE_FILE, TensorShape, read_header
+from shiftadd_cli.artifact.format import ArtifactFormat
+from shiftadd_cli.artifact.shards import TensorShape, read_header
 from shiftadd_cli.bcq.int8 import table_tensors
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.storage.safetensors_names import INDEX_FILE, SINGLE_FILE
+from shiftadd_cli.version import QUANT_METHOD
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ from shiftadd_cli.bcq.choices import PLANES
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError, first_fault
+from shiftadd_cli.version import QUANT_METHOD
 
-QUANT_METHOD = "shiftadd"
 # What is read; what is written is the least that a checkpoint needs: 2 knows shift layers, 3 tables of convolutions.
 FORMAT_VERSION = 3
 

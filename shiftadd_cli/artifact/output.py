@@ -8,8 +8,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from shiftadd_cli.artifact.format import QUANT_METHOD
 from shiftadd_cli.errors import OutputError
+from shiftadd_cli.version import QUANT_METHOD
 
 
 def check_output(out: Path, source: Path | None, *, overwrite: bool, expected_bytes: int = 0) -> None:

@@ -17,31 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.storage.safetensors_names import DTYPES, SINGLE_FILE
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH_BYTES = 8
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 TensorShape = tuple[tuple[int, ...], torch.dtype]
 
@@ -130,6 +110,6 @@ def nbytes(shape: TensorShape) -> int:
 
 def _shape(path: Path, name: str, tensor: Any) -> TensorShape:
     kind = tensor.get_dtype()
-    if kind not in _DTYPES:
+    if kind not in DTYPES:
         raise ArtifactError(f"{name} in {path} is stored as {kind}, which this shiftadd does not know; upgrade it.")
-    return tuple(tensor.get_shape()), _DTYPES[kind]
+    return tuple(tensor.get_shape()), DTYPES[kind]

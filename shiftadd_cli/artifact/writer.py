@@ -12,11 +12,12 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from shiftadd_cli.artifact.shards import INDEX_FILE, Shard, TensorShape, plan_shards
+from shiftadd_cli.artifact.shards import Shard, TensorShape, plan_shards
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.storage.durable import as_bytes, checksum, read_tensor, reserve, sync, write_all, write_tensor
 from shiftadd_cli.storage.record_file import damaged
 from shiftadd_cli.storage.refusals import refusals
+from shiftadd_cli.storage.safetensors_names import INDEX_FILE
 
 DEFAULT_SHARD_BYTES = 2_000_000_000
 _HASH_CHUNK = 1 << 20

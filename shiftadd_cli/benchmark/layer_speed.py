@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.benchmark.roof import Roof
 from shiftadd_cli.benchmark.timing import Clock, Span, Timed, interleave
@@ -32,8 +32,6 @@ _MOST_CALLS = 10_000
 # Beyond so many copies of a tiny layer, Python's objects would be what is measured.
 _MOST_COPIES = 1024
 _MOST_BYTES = 1 << 30
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -151,7 +149,7 @@ def layer_kinds(model: nn.Module) -> list[LayerKind]:
         )
         kinds.append(
             LayerKind(
-                names=tuple(dict.fromkeys(_NUMBER.sub("*", name) for name, _ in members)),
+                names=tuple(dict.fromkeys(alike(name) for name, _ in members)),
                 out_features=first.out_features,
                 in_features=first.in_features,
                 layout=layout,

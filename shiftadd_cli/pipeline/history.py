@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,9 +27,11 @@ from shiftadd_cli.errors import ResumeError, first_fault
 from shiftadd_cli.pipeline.account import PhaseClock, Spent, versions
 from shiftadd_cli.pipeline.calibration import samples_fingerprint
 from shiftadd_cli.pipeline.plan import Plan
+from shiftadd_cli.recipe_file import word
 from shiftadd_cli.report.schema import BlockReport, DistillationReport, LayerReport
 from shiftadd_cli.signals import uninterrupted
 from shiftadd_cli.storage.durable import sync
+from shiftadd_cli.storage.file_part import FilePart
 from shiftadd_cli.storage.record_file import damaged
 from shiftadd_cli.storage.refusals import refusals
 from shiftadd_cli.verbosity import tell
@@ -43,8 +45,8 @@ _DISTILLED = "distilled.safetensors"
 Checksum = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class _Part(FilePart):
+    model_config = ConfigDict(strict=True)
 
 
 class Asked(_Part):
@@ -181,7 +183,7 @@ class History:
         """Why the run cannot go on with what is asked now."""
         begun = f"The unfinished run of {self.workspace.out} was begun with"
         if (field := before.other_field(now)) is not None:
-            was, new = (_word(asked.recipe.get(field)) for asked in (before, now))
+            was, new = (word(asked.recipe.get(field)) for asked in (before, now))
             return (
                 f"{begun} {field} = {was}, and this one has {new}; give {was} again to go on, or start anew with "
                 "`resume=False`."
@@ -359,7 +361,3 @@ def _synced(states: Mapping[str, StoredStates]) -> dict[str, StatesRecord]:
 
 def _block_name(depth: int) -> str:
     return f"block-{depth:05}"
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

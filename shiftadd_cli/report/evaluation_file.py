@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from shiftadd_cli.artifact.folder import read_json
 from shiftadd_cli.artifact.output import is_checkpoint
@@ -23,16 +23,13 @@ from shiftadd_cli.evaluation.compare_images import ImageEvaluation
 from shiftadd_cli.evaluation.result import ModelResult
 from shiftadd_cli.paths import expanded
 from shiftadd_cli.report.uncertainty import share_with_error, with_error
+from shiftadd_cli.storage.file_part import FilePart
 from shiftadd_cli.storage.refusals import write_file
 
 EVALUATION_FILE = "evaluation.json"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-_Kind = TypeVar("_Kind", bound=_Part)
+_Kind = TypeVar("_Kind", bound=FilePart)
 
 
 class Quality(NamedTuple):
@@ -48,7 +45,7 @@ class Quality(NamedTuple):
     on: str
 
 
-class ScoreReport(_Part):
+class ScoreReport(FilePart):
     """What one model scored; a perplexity is null where it is infinite."""
 
     spec: Annotated[str, Field(description="The model as it was named on the command line.")]
@@ -61,7 +58,7 @@ class ScoreReport(_Part):
     calibrated_on_test: bool
 
 
-class EvaluationReport(_Part):
+class EvaluationReport(FilePart):
     """The model of the folder, and perhaps its original, measured on one text."""
 
     text: str
@@ -96,7 +93,7 @@ class EvaluationReport(_Part):
         )
 
 
-class ImageScoreReport(_Part):
+class ImageScoreReport(FilePart):
     """What one vision model scored, see `evaluation.images.ImageScore`; shares are from 0 to 1, and what cannot be
     measured of it is null."""
 
@@ -117,7 +114,7 @@ class ImageScoreReport(_Part):
     calibrated_on_test: bool
 
 
-class ImageEvaluationReport(_Part):
+class ImageEvaluationReport(FilePart):
     """The vision model of the folder, and perhaps its original, measured on one set of images."""
 
     data: str
@@ -150,7 +147,7 @@ class ImageEvaluationReport(_Part):
         )
 
 
-class EvaluationFile(_Part):
+class EvaluationFile(FilePart):
     """evaluation.json."""
 
     schema_version: Literal[1] = 1
@@ -214,7 +211,7 @@ def _folder(spec: str) -> Path | None:
     return path if is_checkpoint(path) else None
 
 
-def _entry(kind: type[_Kind], scores: type[_Part], result: Any, measured: ModelResult[Any]) -> _Kind:
+def _entry(kind: type[_Kind], scores: type[FilePart], result: Any, measured: ModelResult[Any]) -> _Kind:
     """What `result` says of the data, and of one model and the original: fields have the names they have there."""
     data = {name: getattr(result, name) for name in kind.model_fields if name not in ("original", "model")}
     original = None if result.original is None else _score(scores, result.original)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.bcq.choices import Choice, Primitive, choice_of
+from shiftadd_cli.storage.file_part import FilePart
 
 SCHEMA_VERSION = 1
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LeftBehindReport(_Part):
+class LeftBehindReport(FilePart):
     """Tensors of the original's files that its model does not read, so that they are not in the checkpoint."""
 
     part: Annotated[str, Field(description="The name they would have in the model, or what their names begin with.")]
@@ -25,7 +22,7 @@ class LeftBehindReport(_Part):
     reason: str
 
 
-class SourceReport(_Part):
+class SourceReport(FilePart):
     """The model that was compressed."""
 
     spec: Annotated[str, Field(description="The model as it was named on the command line.")]
@@ -39,10 +36,12 @@ class SourceReport(_Part):
     hub_id: Annotated[str | None, Field(description="null where it was not named by its id on the hub.")] = None
     license: Annotated[str | None, Field(description="As the original's model card or file says.")] = None
     reads_images: Annotated[bool, Field(description="A vision model, and no language model.")] = False
-    left_behind: Annotated[list[LeftBehindReport], Field(description="Tensors that the model does not read.")] = []
+    left_behind: Annotated[
+        list[LeftBehindReport], Field(default_factory=list, description="Tensors that the model does not read.")
+    ]
 
 
-class CalibrationPart(_Part):
+class CalibrationPart(FilePart):
     """One text of a mixture."""
 
     name: str
@@ -51,7 +50,7 @@ class CalibrationPart(_Part):
     samples: Annotated[int, Field(description="Windows.")]
 
 
-class CalibrationReport(_Part):
+class CalibrationReport(FilePart):
     """The data the model was run on."""
 
     name: str
@@ -72,7 +71,9 @@ class CalibrationReport(_Part):
     image_shape: Annotated[
         tuple[int, ...] | None, Field(description="Channels, height and width of an image as the model reads it.")
     ] = None
-    parts: Annotated[list[CalibrationPart], Field(description="Of a mixture of texts; empty for a single one.")] = []
+    parts: Annotated[
+        list[CalibrationPart], Field(default_factory=list, description="Of a mixture of texts; empty for a single one.")
+    ]
 
     @property
     def amount(self) -> str:
@@ -83,7 +84,7 @@ class CalibrationReport(_Part):
         return f"{self.samples} x {self.seq_len} tokens{start}"
 
 
-class SizeReport(_Part):
+class SizeReport(FilePart):
     """What was written."""
 
     files_bytes: Annotated[int, Field(description="All weight files, headers included.")]
@@ -96,7 +97,7 @@ class SizeReport(_Part):
     whole_file_bits_per_weight: Annotated[float, Field(description="All weight files over all parameters.")]
 
 
-class TradeOffPoint(_Part):
+class TradeOffPoint(FilePart):
     """Stored bits per weight of the quantized layers, and the loss predicted for them."""
 
     bits_per_weight: float
@@ -109,22 +110,26 @@ class UniformPoint(TradeOffPoint):
     bits: int
 
 
-class BitPlanReport(_Part):
+class BitPlanReport(FilePart):
     """The plan that gave the layers their bits."""
 
     fingerprint: Annotated[str, Field(description="SHA-256 of the plan.")]
     sensitivity: Annotated[str, Field(description="How it was measured what bits matter to a layer.")]
     predicted_loss: Annotated[float, Field(description="Sum over layers, in the unit of the sensitivity.")]
     uniform: Annotated[
-        list[UniformPoint], Field(description="For every number of bits that all layers could have.")
-    ] = []
+        list[UniformPoint],
+        Field(default_factory=list, description="For every number of bits that all layers could have."),
+    ]
     bound: Annotated[
         list[TradeOffPoint],
-        Field(description="No plan lies below these points, joined: the lower convex hull without ties of layers."),
-    ] = []
+        Field(
+            default_factory=list,
+            description="No plan lies below these points, joined: the lower convex hull without ties of layers.",
+        ),
+    ]
 
 
-class LayerReport(_Part):
+class LayerReport(FilePart):
     """One quantized linear."""
 
     name: str
@@ -157,7 +162,7 @@ class LayerReport(_Part):
         return choice_of(self.primitive, self.bits)
 
 
-class BlockReport(_Part):
+class BlockReport(FilePart):
     """A block that was reconstructed."""
 
     name: str
@@ -169,7 +174,7 @@ class BlockReport(_Part):
     kept: Annotated[bool, Field(description="False if tuning made it worse and was undone.")]
 
 
-class DistillationReport(_Part):
+class DistillationReport(FilePart):
     """Tuning of the whole model at the end."""
 
     divergence_before: Annotated[
@@ -185,7 +190,7 @@ class DistillationReport(_Part):
     kept: Annotated[bool, Field(description="False if tuning made it worse and was undone.")]
 
 
-class KindReport(_Part):
+class KindReport(FilePart):
     """Averages over the layers of one kind; numbers in a kind, as of experts, are `*`."""
 
     kind: str
@@ -195,14 +200,14 @@ class KindReport(_Part):
     output_error: Annotated[float | None, Field(description="Arithmetic mean over calibrated layers.")]
 
 
-class KeptReport(_Part):
+class KeptReport(FilePart):
     """A module left as it was."""
 
     name: str
     reason: str
 
 
-class TableReport(_Part):
+class TableReport(FilePart):
     """An embedding, output head or patch embedding stored as 8-bit rows."""
 
     modules: Annotated[list[str], Field(description="Modules that share it; it is stored under the first.")]
@@ -212,7 +217,7 @@ class TableReport(_Part):
     weight_error: Annotated[float, Field(description="‖W - Ŵ‖² / ‖W‖².")]
 
 
-class TimeReport(_Part):
+class TimeReport(FilePart):
     """Where the time went."""
 
     total: float
@@ -227,7 +232,7 @@ class TimeReport(_Part):
     read_and_write: float
 
 
-class MachineReport(_Part):
+class MachineReport(FilePart):
     """What it ran on."""
 
     device: str
@@ -239,7 +244,7 @@ class MachineReport(_Part):
     versions: Annotated[dict[str, str], Field(description="shiftadd-cli, python, torch, transformers, safetensors.")]
 
 
-class Report(_Part):
+class Report(FilePart):
     """report.json; the writer adds `files`: {file name: {bytes, sha256}}."""
 
     schema_version: int = SCHEMA_VERSION
@@ -258,11 +263,12 @@ class Report(_Part):
             "calibration, W is the weight corrected for the errors of the layers before."
         ),
     ]
-    blocks: Annotated[list[BlockReport], Field(description="Empty without block reconstruction.")] = []
+    blocks: Annotated[list[BlockReport], Field(default_factory=list, description="Empty without block reconstruction.")]
     distillation: Annotated[DistillationReport | None, Field(description="null without.")] = None
     tables: Annotated[
-        list[TableReport], Field(description="Embeddings, output heads and patch embeddings stored as 8-bit rows.")
-    ] = []
+        list[TableReport],
+        Field(default_factory=list, description="Embeddings, output heads and patch embeddings stored as 8-bit rows."),
+    ]
     kept: list[KeptReport]
     seconds: TimeReport
     machine: MachineReport

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from shiftadd_cli.bcq.primitives.base import Operation
 from shiftadd_cli.errors import CostError, first_fault
+from shiftadd_cli.storage.file_part import FilePart
 
 UNIT_COSTS_FORMAT: Final = "shiftadd unit costs"
 PACKAGED = Path(__file__).with_name("unit_costs_45nm.yaml")
@@ -19,18 +20,14 @@ _MAX_BYTES = 100_000
 OPERATIONS: Final[tuple[Operation, ...]] = get_args(Operation)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class UnitCost(_Part):
+class UnitCost(FilePart):
     """Energy of one operation, and where the number is from."""
 
     picojoules: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     source: Annotated[str, Field(min_length=1)]
 
 
-class UnitCosts(_Part):
+class UnitCosts(FilePart):
     """The file: one entry for each of `OPERATIONS`."""
 
     format: Literal["shiftadd unit costs"]

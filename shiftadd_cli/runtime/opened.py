@@ -15,12 +15,12 @@ from shiftadd_cli.errors import ArtifactError, SourceError, first_line
 from shiftadd_cli.runtime.remote_code import brings_code
 from shiftadd_cli.runtime.skeleton import read_artifact_config
 from shiftadd_cli.source import Source, open_source
-from shiftadd_cli.source.config import OWN_METHOD
 from shiftadd_cli.source.image_processor import load_image_processor
 from shiftadd_cli.source.locate import locate
 from shiftadd_cli.source.positions import position_limit
 from shiftadd_cli.source.tokenizer import load_tokenizer
 from shiftadd_cli.source.vision import is_classifier, vision_class
+from shiftadd_cli.version import QUANT_METHOD
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def open_any(spec: str, *, trust_remote_code: bool = False) -> Opened:
     """
     path = locate(spec, remote_code=trust_remote_code)
     config = _read_json(path / "config.json") if path.is_dir() else {}
-    if (config.get("quantization_config") or {}).get("quant_method") == OWN_METHOD:
+    if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
         return Opened(spec, path, None, config, trust_remote_code=trust_remote_code)
     return Opened(spec, path, open_source(spec, trust_remote_code=trust_remote_code), config)
 

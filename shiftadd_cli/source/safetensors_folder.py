@@ -14,9 +14,7 @@ import torch
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import TensorHeader, fingerprint_file, same_bytes
 from shiftadd_cli.source.safetensors_header import read_header
-
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+from shiftadd_cli.storage.safetensors_names import INDEX_FILE, SINGLE_FILE
 
 
 class SafetensorsFolder:
@@ -35,7 +33,7 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: Path, *, fetched: bool = False) -> None:
-        index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+        index, single = folder / INDEX_FILE, folder / SINGLE_FILE
         self._located: dict[str, Path] = {}
         self._raw: dict[Path, bytes] = {}
         self.tensors: dict[str, TensorHeader] = {}
@@ -43,7 +41,7 @@ class SafetensorsFolder:
         shards = sorted(set(placed.values()))
         if single.is_file() and not any((folder / shard).is_file() for shard in shards):
             # An index without any of its shards was left behind by an earlier save.
-            placed, shards = {}, [SINGLE_NAME]
+            placed, shards = {}, [SINGLE_FILE]
         elif not shards:
             raise _no_safetensors(folder)
         for shard in shards:
@@ -60,7 +58,7 @@ class SafetensorsFolder:
         absent = sorted(expected - headers.keys())
         if absent:
             raise SourceError(
-                f"{path} lacks {len(absent)} tensors that {INDEX_NAME} places in it (first: {absent[0]}); "
+                f"{path} lacks {len(absent)} tensors that {INDEX_FILE} places in it (first: {absent[0]}); "
                 "index and shards are of different versions, download the model again."
             )
         # transformers reads all tensors of a shard, those too that the index does not list.
@@ -84,7 +82,7 @@ class SafetensorsFolder:
                 same = all(same_bytes(own[name][...], other.get_tensor(name)) for name in headers)
         if not same:
             raise SourceError(
-                f"{single.parent} holds {SINGLE_NAME} and, with other content, the shards of {INDEX_NAME}; remove the "
+                f"{single.parent} holds {SINGLE_FILE} and, with other content, the shards of {INDEX_FILE}; remove the "
                 "one that is left of another version."
             )
 
@@ -158,4 +156,4 @@ def _no_safetensors(folder: Path) -> SourceError:
         return SourceError(
             f"{folder} holds no safetensors weights; to read {ggufs[0].name}, give the path of that file."
         )
-    return SourceError(f"{folder} holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there.")
+    return SourceError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there.")

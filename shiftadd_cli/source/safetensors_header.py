@@ -8,34 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import TensorHeader
+from shiftadd_cli.storage.safetensors_names import DTYPES
 
 # The format's own limit, see https://github.com/huggingface/safetensors (format).
 _MAX_HEADER = 100_000_000
 _GIT_LFS = b"version https://git-lfs"
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorHeader], bytes]:
@@ -78,14 +57,14 @@ def _check(path: Path, entries: dict[str, Any], data_bytes: int) -> dict[str, Te
             raise _damaged(path, f"the entry of tensor {name} is not complete") from error
         if not whole:
             raise _damaged(path, f"tensor {name} has a shape or offsets that are no counts")
-        if kind not in _DTYPES:
+        if kind not in DTYPES:
             raise SourceError(
                 f"Tensor {name} in {path} is stored as {kind}, which is not supported; "
                 "convert the checkpoint to float32, float16 or bfloat16."
             )
-        if end - begin != prod(shape) * _DTYPES[kind].itemsize:
+        if end - begin != prod(shape) * DTYPES[kind].itemsize:
             raise _damaged(path, f"tensor {name} of shape {list(shape)} ({kind}) is given {end - begin} bytes")
-        headers[name] = TensorHeader(shape, _DTYPES[kind], end - begin)
+        headers[name] = TensorHeader(shape, DTYPES[kind], end - begin)
         spans.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(spans):

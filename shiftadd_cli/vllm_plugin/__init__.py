@@ -12,7 +12,7 @@ def register() -> None:
     again changes nothing. Imports vLLM."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from shiftadd_cli.artifact.format import QUANT_METHOD
+    from shiftadd_cli.version import QUANT_METHOD
     from shiftadd_cli.vllm_plugin.config import ShiftaddConfig
 
     register_quantization_config(QUANT_METHOD)(ShiftaddConfig)

@@ -11,9 +11,10 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from shiftadd_cli.artifact.format import QUANT_METHOD, ArtifactFormat
+from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.version import QUANT_METHOD
 from shiftadd_cli.vllm_plugin.linear_method import ShiftaddLinearMethod
 from shiftadd_cli.vllm_plugin.parts import part_names
 from shiftadd_cli.vllm_plugin.table_method import ShiftaddTableMethod, ShiftaddTiedHeadMethod

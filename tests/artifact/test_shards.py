@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from shiftadd_cli.artifact.shards import INDEX_FILE, SINGLE_FILE, nbytes, plan_shards, read_header
+from shiftadd_cli.artifact.shards import nbytes, plan_shards, read_header
 from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.storage.safetensors_names import INDEX_FILE, SINGLE_FILE
 
 DTYPES = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool, torch.float64]
 SHAPES = st.dictionaries(

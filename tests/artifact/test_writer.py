@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from shiftadd_cli.artifact import writer as writer_module
-from shiftadd_cli.artifact.shards import INDEX_FILE
 from shiftadd_cli.artifact.workspace import Workspace
 from shiftadd_cli.artifact.writer import ArtifactWriter, sha256
 from shiftadd_cli.errors import OutputError
+from shiftadd_cli.storage.safetensors_names import INDEX_FILE
 
 TENSORS = {
     "embed": torch.randn(7, 5, dtype=torch.bfloat16),

@@ -13,7 +13,8 @@ from tiny_models import save_tiny
 
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source import open_source
-from shiftadd_cli.source.safetensors_folder import INDEX_NAME, SafetensorsFolder, read_index
+from shiftadd_cli.source.safetensors_folder import SafetensorsFolder, read_index
+from shiftadd_cli.storage.safetensors_names import INDEX_FILE
 
 
 @pytest.fixture
@@ -26,9 +27,9 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _change_index(folder: Path, name: str, shard: object) -> None:
-    index = json.loads((folder / INDEX_NAME).read_text())
+    index = json.loads((folder / INDEX_FILE).read_text())
     index["weight_map"][name] = shard
-    (folder / INDEX_NAME).write_text(json.dumps(index))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
 
 
 def _fingerprint(folder: Path) -> str:
@@ -82,9 +83,9 @@ def test_an_index_must_stay_in_its_folder(shard: str, sharded: Path) -> None:
     "content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": 5}']
 )
 def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
-    (tmp_path / INDEX_NAME).write_text(content)
-    with pytest.raises(SourceError, match=f"{INDEX_NAME}.*download it again"):
-        read_index(tmp_path / INDEX_NAME)
+    (tmp_path / INDEX_FILE).write_text(content)
+    with pytest.raises(SourceError, match=f"{INDEX_FILE}.*download it again"):
+        read_index(tmp_path / INDEX_FILE)
 
 
 @pytest.mark.parametrize(
