@@ -36,9 +36,9 @@ class SourceReport(FilePart):
     hub_id: Annotated[str | None, Field(description="null where it was not named by its id on the hub.")] = None
     license: Annotated[str | None, Field(description="As the original's model card or file says.")] = None
     reads_images: Annotated[bool, Field(description="A vision model, and no language model.")] = False
-    left_behind: Annotated[
-        list[LeftBehindReport], Field(default_factory=list, description="Tensors that the model does not read.")
-    ]
+    left_behind: Annotated[list[LeftBehindReport], Field(description="Tensors that the model does not read.")] = Field(
+        default_factory=list
+    )
 
 
 class CalibrationPart(FilePart):
@@ -71,9 +71,9 @@ class CalibrationReport(FilePart):
     image_shape: Annotated[
         tuple[int, ...] | None, Field(description="Channels, height and width of an image as the model reads it.")
     ] = None
-    parts: Annotated[
-        list[CalibrationPart], Field(default_factory=list, description="Of a mixture of texts; empty for a single one.")
-    ]
+    parts: Annotated[list[CalibrationPart], Field(description="Of a mixture of texts; empty for a single one.")] = (
+        Field(default_factory=list)
+    )
 
     @property
     def amount(self) -> str:
@@ -118,8 +118,8 @@ class BitPlanReport(FilePart):
     predicted_loss: Annotated[float, Field(description="Sum over layers, in the unit of the sensitivity.")]
     uniform: Annotated[
         list[UniformPoint],
-        Field(default_factory=list, description="For every number of bits that all layers could have."),
-    ]
+        Field(description="For every number of bits that all layers could have."),
+    ] = Field(default_factory=list)
     bound: Annotated[
         list[TradeOffPoint],
         Field(
@@ -263,12 +263,14 @@ class Report(FilePart):
             "calibration, W is the weight corrected for the errors of the layers before."
         ),
     ]
-    blocks: Annotated[list[BlockReport], Field(default_factory=list, description="Empty without block reconstruction.")]
+    blocks: Annotated[list[BlockReport], Field(description="Empty without block reconstruction.")] = Field(
+        default_factory=list
+    )
     distillation: Annotated[DistillationReport | None, Field(description="null without.")] = None
     tables: Annotated[
         list[TableReport],
-        Field(default_factory=list, description="Embeddings, output heads and patch embeddings stored as 8-bit rows."),
-    ]
+        Field(description="Embeddings, output heads and patch embeddings stored as 8-bit rows."),
+    ] = Field(default_factory=list)
     kept: list[KeptReport]
     seconds: TimeReport
     machine: MachineReport
