@@ -27,6 +27,7 @@ from torch import Tensor
 from shiftadd_cli.allocation.sensitivity import walk_blocks
 from shiftadd_cli.bcq.choices import PLANES, Primitive, parse_choice, parts_of_choice
 from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.cli.summary import table
 from shiftadd_cli.errors import ShiftaddError
@@ -109,8 +110,8 @@ def measure_forms(
     device = torch.device("cpu")
     source, measure = plan.source, Measure(forms, blocks, recipe.solver_options)
     source.materialise(plan.structure.outside)
-    trace = trace_model(source, plan.structure, calibration.samples, recipe.batch_size, device)
-    walk_blocks(source, structure, trace, measure, device=device, progress=show)
+    trace = trace_model(BlockwiseModel(source, plan.structure, device), calibration.samples, recipe.batch_size)
+    walk_blocks(BlockwiseModel(source, structure, device), trace, measure, progress=show)
     return measure.rows()
 
 

@@ -141,16 +141,16 @@ class Divergence:
         """Take the original and all variants through the blocks up to number `depth`, which stays loaded."""
         while self._depth < depth:
             if self._depth >= 0:
-                self._replay.release(self._depth)
+                self._replay.model.release(self._depth)
             self._depth += 1
-            block = self._replay.load(self._depth)
+            block = self._replay.model.load(self._depth)
             self._inputs = self._outputs
             with self._noting_what_is_reached(block):
                 self._outputs = self._replay.run(self._depth, self._inputs)
             self._advance(self._depth)
 
     def _advance(self, depth: int) -> None:
-        block = self._replay.load(depth)
+        block = self._replay.model.load(depth)
         for variant in self._held:
             copies = [block.get_submodule(kind) for number, kind in variant.spec.copies if number == depth]
             with ExitStack() as stack:
@@ -163,7 +163,7 @@ class Divergence:
         """Run the block with the linear's weight replaced, float32 `[out, in]`, and hold what comes out."""
         if len(self._held) == self._room:
             self._finish()
-        block = self._replay.load(spec.block)
+        block = self._replay.model.load(spec.block)
         with _replaced(block.get_submodule(spec.kind), spec.turned(weight)):
             hidden = self._replay.run(spec.block, self._inputs)
         self._held.append(_Variant(spec, bits, hidden, weight if spec.copies else None))
@@ -175,10 +175,10 @@ class Divergence:
         original = self._outputs
         ahead = {name: depth for depth, name in enumerate(self._structure.blocks) if depth > self._depth}
         for name in self._progress(list(ahead), "Replaying") if ahead else ():
-            self._replay.load(ahead[name])
+            self._replay.model.load(ahead[name])
             original = self._replay.run(ahead[name], original)
             self._advance(ahead[name])
-            self._replay.release(ahead[name])
+            self._replay.model.release(ahead[name])
         held, self._held = self._held, []
         divergences = self._replay.divergences(original, [variant.hidden for variant in held], self._progress)
         for variant, divergence in zip(held, divergences, strict=True):

@@ -40,6 +40,7 @@ from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.bcq.hessian import build_objective
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.probe_model import ProbeModel
 from shiftadd_cli.blockwise.trace import Trace, trace_model
 from shiftadd_cli.calibration.gradients import squared_gradients
@@ -47,7 +48,7 @@ from shiftadd_cli.calibration.hessian import Moments, gather_moments
 from shiftadd_cli.calibration.mixtures import Group, enough_tokens, in_room, in_turns
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.progress import BlockProgress
-from shiftadd_cli.source import LinearSpec, Source, Structure
+from shiftadd_cli.source import LinearSpec
 
 SensitivityKind = Literal["output", "divergence", "paper"]
 
@@ -86,47 +87,42 @@ class Measure(Protocol):
 
 def measure_sensitivities(
     kind: SensitivityKind,
-    source: Source,
-    structure: Structure,
+    model: BlockwiseModel,
     samples: Tensor,
     trace: Trace,
     options: SolverOptions,
     candidates: Sequence[Choice],
     *,
-    device: torch.device,
     seed: int,
     progress: BlockProgress,
     team: Team = ALONE,
 ) -> Sensitivities:
-    """Sensitivities of every linear of `structure` at each of `candidates`.
+    """Sensitivities of every linear of the model at each of `candidates`.
 
-    samples: see `trace_model`; trace: of these; its hidden states are used up. options: of the run,
-    whose bits do not matter. Modules outside the blocks must be materialised on `device` and stay so; blocks are
-    materialised and released here. The processes of a team share the work, and all get all.
+    samples: see `trace_model`; trace: of these; its hidden states are used up. options: of the run, whose choice does
+    not matter. Parts outside the blocks must be loaded. The processes of a team share the work, and all get all.
 
     Raises NumericalError naming a layer whose values or gradients are not finite.
     """
     if kind == "paper":
         paper = PaperCriterion(candidates)
-        return walk_blocks(source, structure, trace, paper, device=device, progress=progress, team=team)
+        return walk_blocks(model, trace, paper, progress=progress, team=team)
     if kind == "divergence":
-        replay = ProbeModel(source, structure, probe_samples(samples), len(trace.hidden[0]), device)
-        divergence = Divergence(replay, structure, options, candidates, progress=progress, team=team)
-        found = walk_blocks(source, structure, trace, divergence, device=device, progress=progress, team=team)
+        replay = ProbeModel(model, probe_samples(samples), len(trace.hidden[0]))
+        divergence = Divergence(replay, model.structure, options, candidates, progress=progress, team=team)
+        found = walk_blocks(model, trace, divergence, progress=progress, team=team)
         return replace(found, costs=divergence.costs(found.costs))
     probe = samples[:: gradient_stride(len(samples), trace.hidden[0].shape[1])]
-    traced = trace_model(source, structure, probe, trace.hidden.batch_size, device)
-    gradients = squared_gradients(
-        source, structure, probe, traced, device=device, seed=seed, progress=progress, team=team
-    )
+    traced = trace_model(model, probe, trace.hidden.batch_size)
+    gradients = squared_gradients(model, probe, traced, seed=seed, progress=progress, team=team)
     estimate = OutputError(gradients.means, options, candidates, team)
-    replay = ProbeModel(source, structure, probe_samples(samples), len(trace.hidden[0]), device)
+    replay = ProbeModel(model, probe_samples(samples), len(trace.hidden[0]))
     # One number of planes is enough: an estimate is wrong by the same factor at any.
-    divergence = Divergence(replay, structure, options, [ANCHOR_PLANES], progress=progress, team=team)
-    both = _Some(choose_anchors(structure.linears), divergence, estimate)
-    found = walk_blocks(source, structure, trace, both, device=device, progress=progress, team=team)
+    divergence = Divergence(replay, model.structure, options, [ANCHOR_PLANES], progress=progress, team=team)
+    both = _Some(choose_anchors(model.structure.linears), divergence, estimate)
+    found = walk_blocks(model, trace, both, progress=progress, team=team)
     costs, of_some = estimate.costs(found.costs), estimate.costs(both.errors)
-    return replace(found, costs=anchored(costs, of_some, divergence.measured(), structure.linears))
+    return replace(found, costs=anchored(costs, of_some, divergence.measured(), model.structure.linears))
 
 
 class _Some:
@@ -211,23 +207,20 @@ def paper_score(weight: Tensor, hessian: Tensor | None, name: str) -> float:
 
 
 def walk_blocks(
-    source: Source,
-    structure: Structure,
+    model: BlockwiseModel,
     trace: Trace,
     measure: Measure,
     *,
-    device: torch.device,
     progress: BlockProgress,
     team: Team = ALONE,
 ) -> Sensitivities:
     """Run the calibration inputs through the original blocks and measure the linears of each on what they read."""
     costs: dict[str, dict[Choice, float]] = {}
     shared: list[tuple[str, ...]] = []
-    for depth, name in enumerate(progress(structure.blocks, "Measuring")):
-        source.materialise([name])
-        block = source.skeleton().get_submodule(name).to(device)
+    structure = model.structure
+    for depth, name, block in model.blocks("Measuring", progress):
         calls = {index: per_block[depth] for index, per_block in trace.calls.items()}
-        stream = BlockStream(block, trace.hidden, calls, device)
+        stream = BlockStream(block, trace.hidden, calls, model.device)
         specs = {spec.kind: spec for spec in structure.linears if spec.block == depth}
         turns = in_turns(stream.shared_inputs(list(specs), team), list(specs.values()))
         groups = [group for turn in turns for group in turn]
@@ -244,7 +237,6 @@ def walk_blocks(
         shared += [tuple(specs[kind].name for kind in group) for group in groups]
         if depth + 1 < len(structure.blocks):
             stream.advance(name, team)
-        source.release([name])
     return Sensitivities({spec.name: costs[spec.name] for spec in structure.linears}, tuple(shared))
 
 

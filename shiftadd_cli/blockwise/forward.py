@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.device import dtype_name
 from shiftadd_cli.errors import NumericalError, SourceError
-from shiftadd_cli.source import Structure
 from shiftadd_cli.source.vision import IMAGE_INPUT
 
 # What a model without class scores gives for an image, best first; without any the mean of its last hidden states.
@@ -69,21 +69,19 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, t
     return rest.pop("hidden_states"), (), rest
 
 
-def first_input(structure: Structure, model: nn.Module, batch: Tensor, device: torch.device) -> Tensor:
-    """Hidden states that enter the first block, by a model whose parts outside the blocks are on `device`."""
+def first_input(model: BlockwiseModel, batch: Tensor) -> Tensor:
+    """Hidden states that enter the first block, by a model whose parts outside the blocks are loaded."""
     entered: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append(split_call(args, kwargs)[0].detach())
         raise StopForward
 
-    handle = model.get_submodule(structure.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)
+    handle = model.skeleton.get_submodule(model.names[0]).register_forward_pre_hook(stop, with_kwargs=True)
     with hooked([handle]), suppress(StopForward), torch.no_grad():
-        run_model(model, batch.to(device))
+        run_model(model.skeleton, batch.to(model.device))
     if not entered:
-        raise SourceError(
-            f"The model never calls its first block {structure.blocks[0]}; its architecture is not supported."
-        )
+        raise SourceError(f"The model never calls its first block {model.names[0]}; its architecture is not supported.")
     return entered[0]
 
 

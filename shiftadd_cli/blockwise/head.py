@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shiftadd_cli.blockwise.calls import PLAIN_LAYOUT, Layout
 from shiftadd_cli.blockwise.forward import Prediction, predict
-from shiftadd_cli.source import Structure
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.source.vision import IMAGE_INPUT
 
 
@@ -106,20 +106,18 @@ def slices(windows: int, tokens: int, most: int) -> Iterator[tuple[slice, slice]
 class Head:
     """From the hidden states behind the last block of `samples` to predictions.
 
-    Everything outside the blocks must be materialised on `device`. `forms`: of all blocks, see `Trace`.
+    Everything outside the blocks must be loaded. `forms`: of all blocks, see `Trace`.
 
     Attributes:
         per_token: whether every token has a prediction of its own; else every sample.
         classes: of a prediction, for what memory it takes.
     """
 
-    def __init__(
-        self, model: Any, structure: Structure, forms: Sequence[Form], samples: Tensor, device: torch.device
-    ) -> None:
-        self._model, self._samples, self._forms, self._device = model, samples, forms, device
-        self._blocks = [model.get_submodule(name) for name in structure.blocks]
-        self.per_token = model.main_input_name != IMAGE_INPUT
-        self.classes: int = model.config.get_text_config().vocab_size if self.per_token else _width(model)
+    def __init__(self, model: BlockwiseModel, forms: Sequence[Form], samples: Tensor) -> None:
+        self._model, self._samples, self._forms, self._device = model.skeleton, samples, forms, model.device
+        self._blocks = [self._model.get_submodule(name) for name in model.names]
+        self.per_token = self._model.main_input_name != IMAGE_INPUT
+        self.classes: int = self._model.config.get_text_config().vocab_size if self.per_token else _width(self._model)
 
     @property
     def predictions(self) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from shiftadd_cli.blockwise.calls import Path, hidden_of, leaves, rebuilt
 from shiftadd_cli.blockwise.forward import StopForward, check_finite, check_weights, hooked, predict, split_call
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.errors import ShiftaddError, SourceError, first_line
 from shiftadd_cli.progress import BlockProgress
-from shiftadd_cli.source import LinearSpec, Source, Structure
+from shiftadd_cli.source import LinearSpec, Structure
 from shiftadd_cli.source.weight_reads import watching_weights
 
 
@@ -34,9 +35,7 @@ class OwnCall:
 
 
 def run_own_forward(
-    source: Source,
-    structure: Structure,
-    device: torch.device,
+    blockwise: BlockwiseModel,
     sample: Tensor,
     left: Callable[[nn.Module, OwnCall, Tensor, Tensor], None],
     progress: BlockProgress,
@@ -48,8 +47,8 @@ def run_own_forward(
 
     left: called behind each block, which is still in memory, with its call and the hidden states around it.
     """
-    model: Any = source.skeleton()
-    names, shown = structure.blocks, iter(progress(structure.blocks, text))
+    model, structure, names = blockwise.skeleton, blockwise.structure, blockwise.names
+    shown = iter(progress(names, text))
     calls: list[OwnCall] = []
     previous: list[Tensor] = []
     watched: list[set[str]] = []
@@ -67,10 +66,8 @@ def run_own_forward(
                 f"{type(model).__name__} changes the hidden states before {name}; its architecture is not supported."
             )
         arguments = {"args": rest, "kwargs": named}
+        check_weights(blockwise.load(len(calls)), name)
         calls.append(OwnCall(rebuilt(arguments, lambda _, leaf: leaf), dict(leaves(arguments))))
-        source.materialise([name])
-        check_weights(block, name)
-        block.to(device)
         linears = {spec.name: model.get_submodule(spec.name) for spec in linears_of.get(len(calls) - 1, ())}
         watched.append(watch.enter_context(watching_weights(block, linears)))
 
@@ -91,7 +88,7 @@ def run_own_forward(
         # A model may change in place what a block gave it.
         previous[:] = [result.clone()]
         left(block, call, entered, result)
-        source.release([name])
+        blockwise.release(len(calls) - 1)
         if name == names[-1]:
             next(shown, None)
             if not with_head:
@@ -108,7 +105,7 @@ def run_own_forward(
         )
     values = None
     with refusing_failures(model), watch, hooked(handles), suppress(StopForward), torch.no_grad():
-        values = predict(model, sample.to(device)).values
+        values = predict(model, sample.to(blockwise.device)).values
     check_count(model, structure, len(calls))
     return values
 

@@ -33,10 +33,11 @@ from shiftadd_cli.blockwise.calls import (
 )
 from shiftadd_cli.blockwise.forward import StopForward, first_input, hooked, run_model, split_call
 from shiftadd_cli.blockwise.head import Form, Head, standing_in
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.own_forward import OwnCall, check_count, check_order, refusing_failures, run_own_forward
 from shiftadd_cli.errors import SourceError
 from shiftadd_cli.progress import BlockProgress, silent
-from shiftadd_cli.source import Source, Structure
+from shiftadd_cli.source import Structure
 
 # Relative difference that a block may show between two runs on the same inputs: some kernels add in any order.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -56,9 +57,7 @@ class Passage:
         forms: what each block gives out.
     """
 
-    source: Source
-    structure: Structure
-    device: torch.device
+    blockwise: BlockwiseModel
     trees: list[dict[str, Any]] = field(default_factory=list)
     states: list[StateForm] = field(default_factory=list)
     carried_from: list[tuple[int | Path, ...]] = field(default_factory=list)
@@ -67,14 +66,12 @@ class Passage:
     @classmethod
     def of(
         cls,
-        source: Source,
-        structure: Structure,
+        model: BlockwiseModel,
         samples: Tensor,
-        device: torch.device,
         progress: BlockProgress = silent,
     ) -> Passage:
         """Found by the first sample in the model's own forward."""
-        passage = cls(source, structure, device)
+        passage = cls(model)
         layout = passage._layout(samples)
         own: list[OwnCall] = []
 
@@ -84,7 +81,7 @@ class Passage:
             others = None if call.others is None else len(call.others)
             passage.forms.append(Form(before, behind, others, output.dtype, layout))
 
-        run_own_forward(source, structure, device, samples[:1], left, progress, "Tracing", with_head=False)
+        run_own_forward(model, samples[:1], left, progress, "Tracing", with_head=False)
         passage._follow(own, layout)
         _, recorded = passage.arguments(samples[:1])
         passage._compare_arguments(own, recorded)
@@ -92,7 +89,15 @@ class Passage:
 
     @property
     def model(self) -> Any:
-        return self.source.skeleton()
+        return self.blockwise.skeleton
+
+    @property
+    def structure(self) -> Structure:
+        return self.blockwise.structure
+
+    @property
+    def device(self) -> torch.device:
+        return self.blockwise.device
 
     def call(self, depth: int, leaf: Callable[[Path, Any], Any]) -> BlockCall:
         """The call of block number `depth`, with `leaf(path, value)` for arguments that no other block gives."""
@@ -142,7 +147,7 @@ class Passage:
 
     def cut(self, samples: Tensor) -> Tensor:
         """Texts as far as the predictions of one of them may be in memory at once."""
-        if self.source.reads_images:
+        if self.blockwise.source.reads_images:
             return samples
         vocabulary = self.model.config.get_text_config().vocab_size
         return samples[:, : max(1, LOGIT_BYTES // (BYTES_PER_LOGIT * vocabulary))]
@@ -172,11 +177,9 @@ class Passage:
             self._compare(self.states[depth + 1].unpack(state)[0], output, f"The output of {name}")
             own.append(call)
 
-        logits = run_own_forward(
-            self.source, self.structure, self.device, sample, left, progress, "Checking", with_head=True
-        )
+        logits = run_own_forward(self.blockwise, sample, left, progress, "Checking", with_head=True)
         self._compare_arguments(own, recorded)
-        head = Head(self.model, self.structure, self.forms, sample, self.device)
+        head = Head(self.blockwise, self.forms, sample)
         tokens = state.shape[1]
         # As the passes over predictions do: in slices, which a head that mixes tokens would show.
         parts = list(head.parts(1, tokens, max(1, -(-tokens // 2))))
@@ -190,15 +193,15 @@ class Passage:
 
         def entering(some: Tensor) -> Tensor:
             with refusing_failures(self.model):
-                return first_input(self.structure, self.model, some, self.device)
+                return first_input(self.blockwise, some)
 
         hidden = entering(samples[:1])
         usual = hidden.ndim == 3 and len(hidden) == 1
-        if usual and (self.source.reads_images or hidden.shape[1] == samples.shape[1]):
+        if usual and (self.blockwise.source.reads_images or hidden.shape[1] == samples.shape[1]):
             return PLAIN_LAYOUT
         batch = _grown_axis(hidden, entering(samples[:1].repeat(2, *[1] * (samples.ndim - 1))))
         tokens = None
-        if not self.source.reads_images and samples.shape[1] > 1:
+        if not self.blockwise.source.reads_images and samples.shape[1] > 1:
             tokens = _grown_axis(entering(samples[:1, :-1]), hidden)
         if batch is None or tokens is None:
             raise SourceError(

@@ -8,18 +8,17 @@ to 16 bits does to them. Measured on SmolLM2-135M, 512 tokens: noise of 0.3% on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shiftadd_cli.blockwise.distribution import comparable, reference_of
 from shiftadd_cli.blockwise.forward import Prediction
 from shiftadd_cli.blockwise.head import Head
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
-from shiftadd_cli.device import move_parts
 from shiftadd_cli.progress import BlockProgress, silent
-from shiftadd_cli.source import Source, Structure
 
 # Logits, their logarithms, the original's and two differences, float32, are held for so many tokens at once.
 _SLICE_BYTES = 128 << 20
@@ -29,41 +28,28 @@ _BYTES_PER_LOGIT = 20
 class ProbeModel:
     """A float32 copy of a model, loaded block by block, and the samples that run through it.
 
-    hidden: their states at the input of the first block, float32 `[samples, tokens, width]` on the CPU. All hidden
-    states here are of that form.
+    model: the copy. hidden: states at the input of the first block, float32 `[samples, tokens, width]` on the CPU, as
+    all hidden states here.
     """
 
-    def __init__(
-        self, source: Source, structure: Structure, samples: Tensor, batch_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, model: BlockwiseModel, samples: Tensor, batch_size: int) -> None:
         """samples: see `trace_model`; batch_size: how many of them run at once.
 
-        What lies outside the blocks is loaded now and stays as long as this does, beside what `source` has in memory.
+        What lies outside the blocks is loaded now and stays as long as this does, beside what `model` has in memory.
         """
-        self._source = source.at(torch.float32)
-        self._structure, self._device = structure, device
-        self._batch_size = batch_size
-        self._model: Any = self._source.skeleton()
-        self._blocks = [self._model.get_submodule(name) for name in structure.blocks]
-        self._source.materialise(structure.outside)
-        move_parts(self._model, structure.outside, device)
-        trace = trace_model(self._source, structure, samples, batch_size, device)
+        self.model = model.at(torch.float32)
+        self._device, self._batch_size = model.device, batch_size
+        self._outside = ExitStack()
+        self._outside.enter_context(self.model.outside())
+        trace = trace_model(self.model, samples, batch_size)
         self._calls = trace.calls
-        self._head = Head(self._model, structure, trace.forms, samples, device)
+        self._head = Head(self.model, trace.forms, samples)
         self.hidden = torch.cat(list(trace.hidden))
-
-    def load(self, depth: int) -> nn.Module:
-        """Block number `depth`, in memory on the device until it is released; its weights may be changed until then."""
-        self._source.materialise([self._structure.blocks[depth]])
-        return self._blocks[depth].to(self._device)
-
-    def release(self, depth: int) -> None:
-        self._source.release([self._structure.blocks[depth]])
 
     @torch.no_grad()
     def run(self, depth: int, hidden: Tensor) -> Tensor:
         """What block number `depth`, which must be loaded, makes of hidden states."""
-        block, found = self._blocks[depth], []
+        block, found = self.model.skeleton.get_submodule(self.model.names[depth]), []
         for index, batch in enumerate(hidden.split(self._batch_size)):
             found.append(self._calls[index][depth].run(block, batch.to(self._device)).cpu())
         return torch.cat(found)

@@ -14,16 +14,15 @@ from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shiftadd_cli.blockwise.calls import BlockCall, Path, Spilled, substituted
 from shiftadd_cli.blockwise.head import Form
 from shiftadd_cli.blockwise.hidden_states import HiddenStates, batch_span
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.passage import Passage, same_values
 from shiftadd_cli.blockwise.tensor_file import TensorFile
 from shiftadd_cli.progress import BlockProgress, silent
-from shiftadd_cli.source import Source, Structure
 
 
 @dataclass
@@ -49,11 +48,9 @@ class Trace:
 
 
 def trace_model(
-    source: Source,
-    structure: Structure,
+    model: BlockwiseModel,
     samples: Tensor,
     batch_size: int,
-    device: torch.device,
     hidden: HiddenStates | None = None,
     *,
     batches: Iterable[int] | None = None,
@@ -67,11 +64,11 @@ def trace_model(
     batches: numbers of the batches whose calls are recorded, by default of all.
     spill: folder for arguments that differ from batch to batch, by default the system's own.
 
-    Modules outside the blocks must be materialised on `device`; blocks are materialised and released here. Raises
+    Parts outside the blocks must be loaded; blocks are loaded and released here. Raises
     SourceError where running block by block is not what the model does, naming the block and the argument;
     NumericalError where weights or outputs of a block are not finite.
     """
-    passage = Passage.of(source, structure, samples, device, progress)
+    passage = Passage.of(model, samples, progress)
     passage.check(samples[-1:], progress)
     states = HiddenStates(len(samples), batch_size) if hidden is None else hidden
     trace = Trace(states, passage)

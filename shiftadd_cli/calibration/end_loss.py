@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shiftadd_cli.blockwise.head import Form, Head
-from shiftadd_cli.source import Structure
+from shiftadd_cli.blockwise.model import BlockwiseModel
 
 Loss = Literal["divergence", "cross_entropy"]
 
@@ -29,22 +29,20 @@ class EndLoss:
     its loss is 1 - cosine of its features with themselves, whose curvature is that of a distribution of directions
     about them, and the gradient is drawn so that its square is that curvature on average.
 
-    Everything outside the blocks must be materialised on `device`. `forms`: of all blocks, see `Trace`.
+    Everything outside the blocks must be loaded. `forms`: of all blocks, see `Trace`.
     """
 
     def __init__(
         self,
-        model: Any,
-        structure: Structure,
+        model: BlockwiseModel,
         forms: Sequence[Form],
         samples: Tensor,
         *,
         kind: Loss,
         seed: int,
-        device: torch.device,
     ) -> None:
-        self._samples, self._device, self._seed = samples, device, seed
-        self._head = Head(model, structure, forms, samples, device)
+        self._samples, self._device, self._seed = samples, model.device, seed
+        self._head = Head(model, forms, samples)
         if kind == "cross_entropy" and not self._head.per_token:
             raise ValueError("cross entropy needs labels, and images bring none: use divergence")
         self._most = max(1, _SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from shiftadd_cli.blockwise.forward import check_finite
 from shiftadd_cli.blockwise.hidden_states import is_whole
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import Trace
 from shiftadd_cli.calibration.end_loss import EndLoss, Loss
 from shiftadd_cli.device import dtype_name
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress, silent
-from shiftadd_cli.source import Source, Structure
 
 # Kept block inputs, unless the caller says otherwise.
 MEMORY_BYTES = 1 << 30
@@ -76,19 +76,17 @@ class _Batch:
 
 
 def squared_gradients(
-    source: Source,
-    structure: Structure,
+    model: BlockwiseModel,
     samples: Tensor,
     trace: Trace,
     *,
-    device: torch.device,
     loss: Loss = "divergence",
     seed: int = 0,
     memory_bytes: int = MEMORY_BYTES,
     progress: BlockProgress = silent,
     team: Team = ALONE,
 ) -> SquaredGradients:
-    """At every linear of `structure`, for each of its tokens and on average.
+    """At every linear of the model, for each of its tokens and on average.
 
     loss: `cross_entropy` takes the text's own next tokens for labels, as GuidedQuant does. `divergence` draws each
         label from the model's prediction. The squared gradient is then in expectation the diagonal of the true Fisher
@@ -101,21 +99,22 @@ def squared_gradients(
     progress: shows how far each such walk through the blocks is, and the batches between the two.
     team: whose processes share the batches, and all get all; each needs the hidden states of its own.
 
-    samples: see `trace_model`; trace: of these, as it gave it (not changed here). Modules outside the blocks must be
-    materialised on `device`; blocks are materialised and released here, one at a time.
+    samples: see `trace_model`; trace: of these, as it gave it (not changed here). Parts outside the blocks must be
+    loaded.
 
     Raises NumericalError naming the block where a gradient is not finite.
     """
     if trace.hidden.samples != len(samples):
         raise ValueError(f"the trace is of {trace.hidden.samples} samples, not of {len(samples)}")
     entering = team.share(trace.hidden[0].shape[1] if team.first else 0)
+    structure = model.structure
     tokens = [entering, *(form.shape[0] for form in trace.forms)]
     # Of thousands of experts they would take more room than the model.
     whole = [spec for spec in structure.linears if spec.experts is None]
     squares = {spec.name: torch.zeros(len(samples), tokens[spec.block]) for spec in whole}
     totals: dict[str, list[float]] = {spec.name: [] for spec in structure.linears}
-    walk = _Walk(source, structure, trace, device, squares, totals, progress)
-    end = EndLoss(source.skeleton(), structure, trace.forms, samples, kind=loss, seed=seed, device=device)
+    walk = _Walk(model, trace, squares, totals, progress)
+    end = EndLoss(model, trace.forms, samples, kind=loss, seed=seed)
     own = team.shards(len(trace.hidden)).own()
     for batches in _groups(trace, own, memory_bytes // len(structure.blocks)):
         walk.forward(batches)
@@ -138,10 +137,8 @@ def squared_gradients(
 
 @dataclass
 class _Walk:
-    source: Source
-    structure: Structure
+    model: BlockwiseModel
     trace: Trace
-    device: torch.device
     squares: dict[str, Tensor]
     # Sums over the tokens of a call.
     totals: dict[str, list[float]]
@@ -151,46 +148,37 @@ class _Walk:
 
     def forward(self, batches: Sequence[_Batch]) -> None:
         """Append every block's output to the batches' hidden states."""
-        for depth, name in enumerate(self.progress(self.structure.blocks, "Predictions")):
-            block = self._load(name)
+        for depth, name, block in self.model.blocks("Predictions", self.progress):
             with torch.no_grad():
                 for batch in batches:
-                    output = self.trace.calls[batch.number][depth].run(block, batch.hidden[-1].to(self.device))
+                    output = self.trace.calls[batch.number][depth].run(block, batch.hidden[-1].to(self.model.device))
                     check_finite(output, name)
                     batch.hidden.append(output.cpu())
-            self.source.release([name])
 
     def backward(self, batches: Sequence[_Batch]) -> None:
         """Use up the batches' hidden states, whose last are gradients, block by block; fills `squares`."""
-        last = len(self.structure.blocks) - 1
-        for done, name in enumerate(self.progress(self.structure.blocks[::-1], "Gradients")):
-            depth = last - done
-            block = self._load(name)
+        device = self.model.device
+        for depth, name, block in self.model.blocks("Gradients", self.progress, backward=True):
             for batch in batches:
-                gradient = batch.hidden.pop().to(self.device)
-                inputs = batch.hidden.pop().to(self.device).detach().requires_grad_()
+                gradient = batch.hidden.pop().to(device)
+                inputs = batch.hidden.pop().to(device).detach().requires_grad_()
                 with torch.enable_grad(), self._watched(depth, batch):
                     output = self.trace.calls[batch.number][depth].run(block, inputs)
                 gradient = torch.autograd.grad(output, inputs, gradient)[0]
                 _refuse_not_finite(gradient, name)
                 batch.hidden.append(gradient.cpu())
-            self.source.release([name])
-
-    def _load(self, name: str) -> nn.Module:
-        self.source.materialise([name])
-        return self.source.skeleton().get_submodule(name).to(self.device)
 
     def _watched(self, depth: int, batch: _Batch) -> ExitStack:
         """Add the squared gradient at each linear's output to `squares` as it is computed; none is kept."""
-        model, stack = self.source.skeleton(), ExitStack()
-        for spec in self.structure.linears:
+        model, structure, stack = self.model.skeleton, self.model.structure, ExitStack()
+        for spec in structure.linears:
             if spec.block == depth:
                 squares = self.squares.get(spec.name)
                 watch = self._watch(spec.name, None if squares is None else squares[batch.first :][: batch.size])
                 stack.enter_context(model.get_submodule(spec.name).register_forward_hook(watch))
             for block, kind in spec.copies:
                 if block == depth:
-                    copy = model.get_submodule(self.structure.blocks[block]).get_submodule(kind)
+                    copy = model.get_submodule(structure.blocks[block]).get_submodule(kind)
                     stack.enter_context(copy.register_forward_hook(self._watch(spec.name, None)))
         return stack
 

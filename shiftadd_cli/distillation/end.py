@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.blockwise.distribution import comparable, reference_of
 from shiftadd_cli.blockwise.head import Form, Head
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.distillation.vectors import Reader, TunedVectors
-from shiftadd_cli.source import Structure
 from shiftadd_cli.source.skeleton import set_tensor
 
 # The original's log-probabilities and probabilities, and on the way forth and back some five of the other's, float32.
@@ -35,7 +35,7 @@ class EndGap:
     tensors as the artifact stores them.
 
     Both pass through the norms and the head of the compressed model, but that the vectors there are tuned for the
-    compressed one. Everything outside the blocks must be materialised on `device`, as the artifact stores it.
+    compressed one. Everything outside the blocks must be loaded, as the artifact stores it.
 
     Attributes:
         vectors: one-dimensional parameters outside the blocks, by name; those that lie before the blocks never get a
@@ -44,20 +44,18 @@ class EndGap:
 
     def __init__(
         self,
-        model: Any,
-        structure: Structure,
+        model: BlockwiseModel,
         forms: Sequence[Form],
         samples: Tensor,
         read: Reader,
-        device: torch.device,
     ) -> None:
-        self._model, self._device = model, device
-        self._head = Head(model, structure, forms, samples, device)
+        self._model, self._device = model.skeleton, model.device
+        self._head = Head(model, forms, samples)
         self._most = max(1, SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))
-        blocks = tuple(f"{name}." for name in structure.blocks)
-        outside = [(name, each) for name, each in model.named_parameters() if not name.startswith(blocks)]
-        self.vectors = TunedVectors(outside, read, device)
-        self._originals = {name: model.get_parameter(name) for name in self.vectors.free}
+        blocks = tuple(f"{name}." for name in model.names)
+        outside = [(name, each) for name, each in self._model.named_parameters() if not name.startswith(blocks)]
+        self.vectors = TunedVectors(outside, read, self._device)
+        self._originals = {name: self._model.get_parameter(name) for name in self.vectors.free}
 
     def gap(self, first: int, hidden: Tensor, original: Tensor, *, learn: bool) -> Gap:
         """For the samples from number `first` on, hidden states `[batch, tokens, width]` of both models.

@@ -28,9 +28,10 @@ from shiftadd_cli.artifact.shards import plan_shards
 from shiftadd_cli.bcq.choices import Choice, ordered_choices
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.cache import cache_folder
-from shiftadd_cli.device import choose_device, move_parts
+from shiftadd_cli.device import choose_device
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline.calibration import Calibration, CalibrationSet, samples_fingerprint
@@ -277,24 +278,19 @@ class AllocationJob:
         """Sensitivities at these bits, whatever is remembered."""
         source, recipe, samples = self.running, self.recipe, self.calibration.samples
         structure = make_plan(source, recipe).structure
-        source.materialise(structure.outside)
-        move_parts(source.skeleton(), structure.outside, self.device)
-        try:
+        model = BlockwiseModel(source, structure, self.device)
+        with model.outside():
             return measure_sensitivities(
                 self.request.sensitivity,
-                source,
-                structure,
+                model,
                 samples,
-                trace_model(source, structure, samples, recipe.batch_size, self.device, progress=show),
+                trace_model(model, samples, recipe.batch_size, progress=show),
                 recipe.solver_options,
                 candidates,
-                device=self.device,
                 seed=recipe.seed,
                 progress=show,
                 team=team,
             )
-        finally:
-            source.release(structure.outside)
 
     def bit_plan(self, layers: Sequence[LayerOptions], chosen: Mapping[str, Choice]) -> BitPlan:
         """Bits chosen, by name, out of what the layers may be, with what they were decided on."""

@@ -184,7 +184,7 @@ class _Run:
         with self.clock.phase("read_and_write"):
             self._write_kept(kept for kept in self.plan.kept if kept.startswith(f"{name}."))
             layers = self._write_solutions(quantizer)
-        self.plan.running.release([name])
+        self.walk.model.release(depth)
         self.layers += layers
         self.blocks += blocks
         with self.clock.phase("read_and_write"):

@@ -17,6 +17,7 @@ from shiftadd_cli.blockwise.forward import first_input
 from shiftadd_cli.blockwise.head import Head
 from shiftadd_cli.blockwise.hidden_states import HiddenStates, States
 from shiftadd_cli.blockwise.input_cache import InputCache
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.output_cache import OutputCache
 from shiftadd_cli.blockwise.passage import Passage
 from shiftadd_cli.blockwise.tensor_file import TensorFile
@@ -59,6 +60,11 @@ class Walk:
     trace: Trace | None = None
     read: Reader | None = None
 
+    @property
+    def model(self) -> BlockwiseModel:
+        """The model, at the dtype that is computed in."""
+        return BlockwiseModel(self.plan.running, self.plan.structure, self.device)
+
     def store_tables(self, add: Callable[[str, Tensor], None]) -> list[TableReport]:
         """Give what is stored of embeddings to `add`, and let the model look it up.
 
@@ -75,20 +81,18 @@ class Walk:
         blocks must be materialised.
         """
         assert self.samples is not None, "there is something to trace"
-        source, structure, recipe = self.plan.running, self.plan.structure, self.plan.recipe
+        recipe = self.plan.recipe
         with self.clock.phase("trace"):
-            move_parts(source.skeleton(), structure.outside, self.device)
+            move_parts(self.model.skeleton, self.model.structure.outside, self.device)
             first = states.get("quantized")
             if first is None:
                 first = states["quantized"] = hidden()
             # Steps that each need the one before, as distillation, are all done by the first process.
             own = None if self.team.first else self.team.shards(len(first)).own()
             trace = trace_model(
-                source,
-                structure,
+                self.model,
                 self.samples,
                 recipe.batch_size,
-                self.device,
                 first,
                 batches=own,
                 spill=self.spill,
@@ -113,11 +117,9 @@ class Walk:
         assert self.samples is not None, "there is something to weigh"
         assert self.trace is not None, "it was traced"
         found = squared_gradients(
-            self.plan.running,
-            self.plan.structure,
+            self.model,
             self.samples,
             self.trace,
-            device=self.device,
             seed=self.plan.recipe.seed,
             progress=progress,
             team=self.team,
@@ -127,11 +129,9 @@ class Walk:
 
     def quantize(self, depth: int, name: str) -> tuple[BlockQuantizer, BlockReport | None]:
         """Load and quantize block number `depth`, and run the samples through it; the caller releases it."""
-        source, recipe = self.plan.running, self.plan.recipe
+        recipe = self.plan.recipe
         with self.clock.phase("read_and_write"):
-            source.materialise([name])
-            block = source.skeleton().get_submodule(name)
-            block.to(self.device)
+            block = self.model.load(depth)
         specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
         bits = {each.spec.name: each.layout.format.choice for each in self.plan.linears}
         shared = {path.removeprefix(f"{name}.") for path in self.plan.structure.shared_in(depth)}
@@ -213,69 +213,60 @@ class Walk:
 
         The first process of a team does it alone, since every step needs the one before; the others `stand_by`.
         """
-        trace, samples, device = self.trace, self.samples, self.device
+        trace, samples, recipe = self.trace, self.samples, self.plan.recipe
         assert trace is not None, "it was traced"
         assert trace.original is not None, "the recipe follows the original"
         assert samples is not None, "there are samples"
-        source, structure, recipe = self.plan.running, self.plan.structure, self.plan.recipe
-        model, blocks_within = source.skeleton(), tuple(f"{name}." for name in structure.blocks)
-        # Masks and the like, which no artifact holds; of parameters of blocks it has all.
-        buffers = [name for name, _ in model.named_buffers() if name.startswith(blocks_within)]
-        needed = [*structure.outside, *buffers]
-        with self.clock.phase("distill"):
-            source.materialise(needed)
+        with self.clock.phase("distill"), self.model.outside(self._buffers()):
             self.store_tables(lambda name, tensor: None)
-            move_parts(model, needed, device)
-            blocks = [self._stored_block(depth, read) for depth in range(len(structure.blocks))]
+            blocks = [self._stored_block(depth, read) for depth in range(len(self.model.names))]
             distiller = Distiller(
-                Stack(blocks, trace.calls, device),
-                EndGap(model, structure, trace.forms, samples, read, device),
-                lambda span: trace.passage.states[0].pack(first_input(structure, model, samples[span], device)),
+                Stack(blocks, trace.calls, self.device),
+                EndGap(self.model, trace.forms, samples, read),
+                lambda span: trace.passage.states[0].pack(first_input(self.model, samples[span])),
                 trace.original,
                 recipe.batch_size,
             )
-            result = distiller.run(
+            return distiller.run(
                 epochs=recipe.distill_epochs,
                 seed=recipe.seed,
                 progress=progress,
                 after_step=lambda: self.team.share(True),
             )
-            source.release(needed)
-        return result
 
     def predict_stored(self, read: Reader, progress: BlockProgress) -> tuple[Tensor, Tensor]:
         """A sample, and what the stored tensors predict for it, decoded and run block by block.
 
         `read` gives tensors as they were written. Without data the sample is made of random numbers.
         """
-        source, structure, device = self.plan.running, self.plan.structure, self.device
-        model, blocks_within = source.skeleton(), tuple(f"{name}." for name in structure.blocks)
-        buffers = [name for name, _ in model.named_buffers() if name.startswith(blocks_within)]
-        needed = [*structure.outside, *buffers]
+        model, within = self.model, tuple(f"{name}." for name in self.model.names)
         sample = self._any_sample() if self.samples is None else self.samples[:1]
-        source.materialise(structure.outside)
-        move_parts(model, structure.outside, device)
-        known = None if self.trace is None else self.trace.passage
-        passage = known or Passage.of(source, structure, sample, device, progress)
-        source.materialise(buffers)
-        move_parts(model, buffers, device)
-        self.store_tables(lambda name, tensor: None)
-        for name in self.plan.kept:
-            if not name.startswith(blocks_within):
-                tensor = operator.attrgetter(name)(model)
-                tensor.data = read(name).to(tensor)
-        sample = passage.cut(sample)
-        with torch.no_grad():
-            entering, arguments = passage.arguments(sample)
-            state = passage.states[0].pack(entering)
-            for depth, _ in enumerate(progress(structure.blocks, "Checking what was written")):
-                block = self._stored_block(depth, read)
-                state = block.run(passage.recorded_call(depth, arguments), state, block.decoded())
-            head = Head(model, structure, passage.forms, sample, device)
-            tokens = slice(0, state.shape[1]) if head.per_token else slice(None)
-            values = head.predict(state, slice(0, 1), tokens).values
-        source.release(needed)
-        return sample, values
+        if self.trace is not None:
+            passage = self.trace.passage
+        else:
+            with model.outside():
+                passage = Passage.of(model, sample, progress)
+        with model.outside(self._buffers()):
+            self.store_tables(lambda name, tensor: None)
+            for name in self.plan.kept:
+                if not name.startswith(within):
+                    tensor = operator.attrgetter(name)(model.skeleton)
+                    tensor.data = read(name).to(tensor)
+            sample = passage.cut(sample)
+            with torch.no_grad():
+                entering, arguments = passage.arguments(sample)
+                state = passage.states[0].pack(entering)
+                for depth, _ in enumerate(progress(model.names, "Checking what was written")):
+                    block = self._stored_block(depth, read)
+                    state = block.run(passage.recorded_call(depth, arguments), state, block.decoded())
+                head = Head(model, passage.forms, sample)
+                tokens = slice(0, state.shape[1]) if head.per_token else slice(None)
+                return sample, head.predict(state, slice(0, 1), tokens).values
+
+    def _buffers(self) -> list[str]:
+        """Masks and the like in blocks, which no artifact holds."""
+        within = tuple(f"{name}." for name in self.model.names)
+        return [name for name, _ in self.model.skeleton.named_buffers() if name.startswith(within)]
 
     def _stored_block(self, depth: int, read: Reader) -> TunedBlock:
         """A block as it is stored, copies of linears of other blocks included."""
@@ -317,6 +308,6 @@ def follow(plan: Plan, samples: Tensor | None, device: torch.device, team: Team)
     plan.running.release(plan.structure.outside)
     for depth, name in enumerate(names[done:], done):
         walk.quantize(depth, name)
-        plan.running.release([name])
+        walk.model.release(depth)
     if plan.recipe.distill_epochs:
         walk.stand_by()

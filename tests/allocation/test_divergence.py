@@ -13,6 +13,7 @@ from shiftadd_cli.allocation import candidates
 from shiftadd_cli.allocation.divergence import PROBE_WINDOWS, Divergence, probe_samples
 from shiftadd_cli.allocation.sensitivity import measure_sensitivities, walk_blocks
 from shiftadd_cli.bcq.solver import quantize_matrices
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.probe_model import ProbeModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.errors import NumericalError
@@ -28,20 +29,27 @@ def opened(path, skip=()):
     source = open_source(str(path))
     structure = find_structure(source.skeleton(), skip)
     source.materialise(structure.outside)
-    return source, structure, trace_model(source, structure, WINDOWS, 4, CPU)
+    return source, structure, trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 4)
 
 
 def measure(path, bits=(2, 4), kind="divergence"):
     source, structure, trace = opened(path)
     return measure_sensitivities(
-        kind, source, structure, WINDOWS, trace, OPTIONS, bits, device=CPU, seed=0, progress=lambda names, _: names
+        kind,
+        BlockwiseModel(source, structure, CPU),
+        WINDOWS,
+        trace,
+        OPTIONS,
+        bits,
+        seed=0,
+        progress=lambda names, _: names,
     )
 
 
 def in_passes(path, memory_bytes, skip=(), bits=(2, 3)):
     """Divergences with so much memory for variants, and the measure that held them."""
     source, structure, trace = opened(path, skip)
-    replay = ProbeModel(source, structure, probe_samples(WINDOWS), 4, CPU)
+    replay = ProbeModel(BlockwiseModel(source, structure, CPU), probe_samples(WINDOWS), 4)
     held = []
 
     def progress(names, text):
@@ -49,7 +57,7 @@ def in_passes(path, memory_bytes, skip=(), bits=(2, 3)):
         return names
 
     measure = Divergence(replay, structure, OPTIONS, bits, progress=progress, memory_bytes=memory_bytes)
-    found = walk_blocks(source, structure, trace, measure, device=CPU, progress=lambda names, _: names)
+    found = walk_blocks(BlockwiseModel(source, structure, CPU), trace, measure, progress=lambda names, _: names)
     return measure.costs(found.costs), held, replay.hidden.nbytes
 
 
@@ -164,9 +172,9 @@ def test_the_original_is_left_as_it_was(tmp_path):
 def test_what_no_token_reached_counts_as_the_median_of_the_others(tmp_path):
     save_tiny("llama", tmp_path)
     source, structure, trace = opened(tmp_path)
-    replay = ProbeModel(source, structure, probe_samples(WINDOWS), 4, CPU)
+    replay = ProbeModel(BlockwiseModel(source, structure, CPU), probe_samples(WINDOWS), 4)
     measure = Divergence(replay, structure, OPTIONS, (2, 3), progress=lambda names, _: names)
-    found = walk_blocks(source, structure, trace, measure, device=CPU, progress=lambda names, _: names)
+    found = walk_blocks(BlockwiseModel(source, structure, CPU), trace, measure, progress=lambda names, _: names)
     costs = measure.costs({**found.costs, "expert": {2: 0.5, 3: 0.125}})
     for bits, error in ((2, 0.5), (3, 0.125)):
         ratios = torch.tensor([costs[name][bits] / each[bits] for name, each in found.costs.items()])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from bcq_problems import random_hessian, random_weights
-from formats import solver_options
+from formats import changed, solver_options
 
 from shiftadd_cli.allocation.row_sample import RowSample
 from shiftadd_cli.bcq.solver import quantize_matrices
@@ -24,7 +22,7 @@ def test_the_sample_tells_the_error_of_the_whole(with_data: bool, massive: int) 
     if massive:
         # Rows of two values: two planes hold them exactly, but for the rotation, which is off.
         weights[100 : 100 + massive] = 20 * torch.sign(weights[100 : 100 + massive])
-    options = replace(OPTIONS, rotation="none")
+    options = changed(OPTIONS, rotation="none")
     options = options if with_data else options.without_data()
     sample = RowSample.of(weights, hessian)
     assert len(sample.rows) == 256

@@ -14,6 +14,7 @@ from shiftadd_cli.allocation import candidates, row_sample, sensitivity
 from shiftadd_cli.allocation.anchors import choose_anchors
 from shiftadd_cli.allocation.sensitivity import OutputError, measure_sensitivities, paper_score, walk_blocks
 from shiftadd_cli.bcq.solver import quantize_matrices
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.source import find_structure, open_source
@@ -28,16 +29,14 @@ def measure(path, kind, candidates=(2, 4), options=OPTIONS):
     source = open_source(str(path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(source, structure, WINDOWS, 4, CPU)
+    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 4)
     return measure_sensitivities(
         kind,
-        source,
-        structure,
+        BlockwiseModel(source, structure, CPU),
         WINDOWS,
         trace,
         options,
         candidates,
-        device=CPU,
         seed=0,
         progress=lambda names, _: names,
     )
@@ -81,8 +80,8 @@ def test_output_costs_are_half_the_squared_gradient_times_the_squared_error(tmp_
     source = open_source(str(tmp_path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(source, structure, WINDOWS, 4, CPU)
-    squares = squared_gradients(source, structure, WINDOWS, trace, device=CPU, seed=0).means
+    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 4)
+    squares = squared_gradients(BlockwiseModel(source, structure, CPU), WINDOWS, trace, seed=0).means
     kinds = {spec.name: re.sub(r"\d+", "*", spec.kind) for spec in structure.linears}
     factors: dict[str, list[float]] = {}
     for name, (weight, hessian) in matrices(tmp_path).items():
@@ -182,7 +181,7 @@ def test_blocks_are_released_and_shared_inputs_are_told(tmp_path):
     source = open_source(str(tmp_path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(source, structure, WINDOWS, 4, CPU)
+    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 4)
     held, walks = [], []
 
     def watch(names, text):
@@ -193,7 +192,7 @@ def test_blocks_are_released_and_shared_inputs_are_told(tmp_path):
             yield name
 
     found = measure_sensitivities(
-        "output", source, structure, WINDOWS, trace, OPTIONS, (2,), device=CPU, seed=0, progress=watch
+        "output", BlockwiseModel(source, structure, CPU), WINDOWS, trace, OPTIONS, (2,), seed=0, progress=watch
     )
     blocks, batches = structure.blocks, [f"batch {first}" for first in range(0, len(WINDOWS), 4)]
     assert held == [0] * (7 + len(batches))
@@ -266,8 +265,8 @@ def test_an_expert_that_read_too_few_tokens_is_measured_by_their_mean_power(tmp_
         forms.update({spec.name: hessian for spec in specs})
         return [{2: 1.0} for _ in specs]
 
-    trace = trace_model(source, structure, windows, 4, CPU)
-    walk_blocks(source, structure, trace, note, device=CPU, progress=lambda names, _: names)
+    trace = trace_model(BlockwiseModel(source, structure, CPU), windows, 4)
+    walk_blocks(BlockwiseModel(source, structure, CPU), trace, note, progress=lambda names, _: names)
     source = open_source(str(tmp_path))
     source.materialise([""])
     read = {}

@@ -9,6 +9,7 @@ import torch
 from tiny_models import save_tiny
 
 from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration.hessian import Moments, gather_moments
 from shiftadd_cli.source import find_structure, open_source
@@ -22,7 +23,7 @@ def first_block(path, batch_size):
     source = open_source(str(path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(source, structure, WINDOWS, batch_size, CPU)
+    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, batch_size)
     source.materialise([structure.blocks[0]])
     block = source.skeleton().get_submodule(structure.blocks[0])
     calls = {index: each[0] for index, each in trace.calls.items()}

@@ -9,6 +9,7 @@ import torch
 from tiny_models import MIXTURES, save_tiny
 
 from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration import mixtures
 from shiftadd_cli.calibration.hessian import gather_moments
@@ -24,7 +25,7 @@ def last_block(path, batch_size=2):
     source = open_source(str(path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(source, structure, WINDOWS, batch_size, CPU)
+    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, batch_size)
     depth = len(structure.blocks) - 1
     source.materialise([structure.blocks[depth]])
     block = source.skeleton().get_submodule(structure.blocks[depth])

@@ -10,6 +10,7 @@ from tiny_models import save_tiny
 
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.input_cache import InputCache
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.tensor_file import TensorFile
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.distributed.team import ALONE
@@ -29,7 +30,7 @@ def first_block(path, family="llama"):
     source = open_source(str(path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(source, structure, WINDOWS, 6, CPU)
+    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 6)
     source.materialise([structure.blocks[0]])
     block = source.skeleton().get_submodule(structure.blocks[0])
     calls = {index: each[0] for index, each in trace.calls.items()}

@@ -11,6 +11,7 @@ from tiny_models import save_tiny
 
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.hidden_states import HiddenStates
+from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.block import BlockQuantizer
@@ -55,7 +56,7 @@ def quantized_block(path, family="llama", bits=2):
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
     windows = torch.randint(0, 256, (96, 64), generator=torch.Generator().manual_seed(1))
-    trace = trace_model(source, structure, windows, 8, CPU)
+    trace = trace_model(BlockwiseModel(source, structure, CPU), windows, 8)
     source.materialise([structure.blocks[0]])
     block = source.skeleton().get_submodule(structure.blocks[0])
     calls = {index: each[0] for index, each in trace.calls.items()}

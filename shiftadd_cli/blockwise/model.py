@@ -1,0 +1,77 @@
+"""A model of which one block is in memory at a time. The only place where blocks are loaded and released."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from shiftadd_cli.device import move_parts
+from shiftadd_cli.progress import BlockProgress, silent
+from shiftadd_cli.source import Source, Structure
+
+
+@dataclass(frozen=True)
+class BlockwiseModel:
+    """The model of `source`, whose blocks are those of `structure`, computing on `device`.
+
+    Parts outside the blocks must be loaded while the model's own forward runs, see `outside`.
+    """
+
+    source: Source
+    structure: Structure
+    device: torch.device
+
+    @property
+    def skeleton(self) -> Any:
+        """The model itself, on the meta device but for what is loaded."""
+        return self.source.skeleton()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the blocks in the order they run."""
+        return self.structure.blocks
+
+    def at(self, dtype: torch.dtype) -> BlockwiseModel:
+        """The same model in another dtype, with parameters of its own."""
+        return replace(self, source=self.source.at(dtype))
+
+    def load(self, depth: int) -> nn.Module:
+        """Block number `depth`, on the device until it is released; a block that is loaded stays as it is."""
+        self.source.materialise([self.names[depth]])
+        block: nn.Module = self.skeleton.get_submodule(self.names[depth])
+        return block.to(self.device)
+
+    def release(self, depth: int) -> None:
+        """Let go of the weights of a block."""
+        self.source.release([self.names[depth]])
+
+    def blocks(
+        self, description: str, progress: BlockProgress = silent, *, backward: bool = False
+    ) -> Iterator[tuple[int, str, nn.Module]]:
+        """Number, name and module of each block, loaded for its turn, from the first to the last or `backward`.
+
+        progress: shows the blocks under `description`.
+        """
+        order = range(len(self.names))[::-1] if backward else range(len(self.names))
+        for depth, name in zip(order, progress(self.names[::-1] if backward else self.names, description), strict=True):
+            block = self.load(depth)
+            try:
+                yield depth, name, block
+            finally:
+                self.release(depth)
+
+    @contextmanager
+    def outside(self, more: Sequence[str] = ()) -> Iterator[None]:
+        """While this lasts, the parts outside the blocks are loaded on the device, and `more` by name."""
+        names = [*self.structure.outside, *more]
+        self.source.materialise(names)
+        move_parts(self.skeleton, names, self.device)
+        try:
+            yield
+        finally:
+            self.source.release(names)
