@@ -1,4 +1,4 @@
-"""Memory of a run: what it is expected to take, and what a process took."""
+"""Memory of a run: the expected peak of every stage, and the measured one of a process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 import resource
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -25,27 +27,26 @@ from shiftadd_cli.self_text.write import writing_bytes, written_by_model
 from shiftadd_cli.source import LinearSpec, Source, Structure
 from shiftadd_cli.source.experts import has_split_experts
 
-# Working copies, in float32, of the matrix being solved and of its Hessian; measured on the solver's default path.
+# Float32 working copies of the matrix being solved and of its Hessian, measured on the solver's default path.
 _MATRIX_COPIES = 14
 _HESSIAN_COPIES = 6
 # Tensors of a batch that live at once inside a block, in units of its widest activation.
 _ACTIVATION_COPIES = 8
 # Bytes per weight of a block while it is tuned: latent weights, their gradients and running means, decoded values and
-# codes; and activations kept for the way back, in units of `_ACTIVATION_COPIES`.
+# codes; and activations kept for the backward pass, in units of `_ACTIVATION_COPIES`.
 _TUNING_BYTES = 32
 _TUNING_ACTIVATIONS = 3
-# What a run still loads after planning: libraries and allocator slack, and a tokenizer, by entry of its vocabulary.
+# A run still loads libraries and allocator slack after planning, and a tokenizer, by entry of its vocabulary.
 _LATER_BYTES = 120_000_000
 _VOCABULARY_ENTRY_BYTES = 3000
-# What the allocator keeps of what was freed, over all: SmolLM2 took from 0.98 to 1.12 times the sum of its parts.
+# The allocator keeps some freed memory: SmolLM2 took from 0.98 to 1.12 times the sum of its parts.
 _SLACK = 1.15
-# Where Linux says how much memory a container may take, by the version of its control groups.
+# Files in which Linux gives the memory limit of a container, by version of its control groups.
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def machine_memory() -> int:
-    """Bytes of memory that processes here may have in all: those of the machine, or fewer where a container has a
-    limit."""
+    """Bytes of memory that all processes here may take: those of the machine, or fewer in a container with a limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CONTAINER_LIMITS:
         # Without a limit the file says "max", or a number beyond any machine.
@@ -55,13 +56,191 @@ def machine_memory() -> int:
 
 
 def versions_kept(recipe: Recipe) -> int:
-    """Models that hidden states are kept of: the one being quantized, and the original where it is aimed at."""
+    """Number of models whose hidden states are kept: the quantized one, and the original where the run follows it."""
     return 2 if recipe.follows_original else 1
 
 
 def token_weight_bytes(recipe: Recipe, flow: Flow, linears: Sequence[LinearSpec]) -> int:
-    """Of one float32 weight for each token and linear."""
-    return 4 * recipe.samples * sum(flow.tokens[each.block] for each in linears if each.experts is None)
+    """Bytes of one float32 weight per token and linear."""
+    return 4 * recipe.samples * sum(flow.tokens[spec.block] for spec in linears if spec.experts is None)
+
+
+@dataclass(frozen=True)
+class RunSizes:
+    """Bytes of the parts of a run that its stages have in memory together, known from headers alone.
+
+    Attributes:
+        source: the model, at the dtype that is computed in.
+        tables: embeddings and heads to be stored as 8-bit rows.
+        loaded: bytes of the result, which is loaded at the end.
+    """
+
+    source: Source
+    structure: Structure
+    tables: Sequence[PlannedTable]
+    recipe: Recipe
+    loaded: int
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """Parameters of every block."""
+        model = self.source.skeleton()
+        return [_module_bytes(model.get_submodule(name)) for name in self.structure.blocks]
+
+    @property
+    def block(self) -> int:
+        """The largest block."""
+        return max(self.blocks)
+
+    @property
+    def reading(self) -> int:
+        """A block while it is read. Stacked experts are assembled and cut up: 1.6 to 2.0 blocks, as measured."""
+        return 2 * self.block if has_split_experts(self.source.skeleton()) else self.block
+
+    @property
+    def outside(self) -> int:
+        """Everything outside the blocks: embeddings, norms, head."""
+        return self.source.model_bytes - sum(self.blocks)
+
+    @property
+    def codes(self) -> int:
+        """Codes of a table, made next to the matrix that they replace, before any block is loaded."""
+        return max((table.nbytes for table in self.tables), default=0)
+
+    @cached_property
+    def tall(self) -> dict[tuple[int, str, int], int]:
+        """Rows of the linears that read one input, by block, module and width."""
+        rows: Counter[tuple[int, str, int]] = Counter()
+        for spec in self.structure.linears:
+            rows[spec.block, spec.kind.rpartition(".")[0], spec.in_features] += spec.out_features
+        return rows
+
+    @property
+    def solver(self) -> int:
+        """Working copies of the largest matrix and its Hessian."""
+        sizes = (_MATRIX_COPIES * rows * key[2] + _HESSIAN_COPIES * key[2] ** 2 for key, rows in self.tall.items())
+        return 4 * max(sizes)
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of a language model's vocabulary; 0 for a vision model."""
+        size: int = 0 if self.source.reads_images else self.source.config.get_text_config().vocab_size
+        return size
+
+    @property
+    def logits(self) -> int:
+        """Predictions of one sample."""
+        return min(LOGIT_BYTES, self.recipe.seq_len * self.vocabulary * BYTES_PER_LOGIT)
+
+    @cached_property
+    def flow(self) -> Flow:
+        return measure_flow(self.source, self.structure.blocks, self.recipe.seq_len)
+
+    @property
+    def inputs(self) -> int:
+        """Values of the widest input of a linear for one sample. The widest linears of a model in stages may be where
+        tokens are fewest."""
+        return max(self.flow.tokens[spec.block] * spec.in_features for spec in self.structure.linears)
+
+    @property
+    def activations(self) -> int:
+        """Activations of a batch inside a block, and the float32 copy of a linear's input."""
+        linears, tokens = self.structure.linears, self.flow.tokens
+        widest = max(tokens[spec.block] * max(spec.in_features, spec.out_features) for spec in linears)
+        itemsize = self.source.dtype.itemsize
+        return self.recipe.batch_size * (_ACTIVATION_COPIES * widest * itemsize + 4 * self.inputs)
+
+    @property
+    def hidden(self) -> int:
+        """Hidden states of all samples between two blocks."""
+        return self.recipe.samples * self.flow.values * self.source.dtype.itemsize
+
+    @property
+    def token_weights(self) -> int:
+        """Weights of a loss-aware Hessian."""
+        return token_weight_bytes(self.recipe, self.flow, self.structure.linears) if self.recipe.loss_aware else 0
+
+
+def starting(sizes: RunSizes) -> int:
+    """Embeddings and one block while the inputs of the first block are made, and gradients where the loss counts."""
+    first = sizes.outside + max(sizes.codes, sizes.reading, sizes.block + sizes.activations)
+    if not sizes.recipe.loss_aware:
+        return first
+    # Squared gradients, and their powers, in addition to the inputs of the blocks.
+    return first + 2 * sizes.token_weights + min(GRADIENT_BYTES, len(sizes.blocks) * sizes.hidden)
+
+
+def quantizing(sizes: RunSizes) -> int:
+    """One block with the moments of its inputs, and a batch, the solver's copies or the tuning of the block."""
+    recipe, linears = sizes.recipe, sizes.structure.linears
+    # Width and rows of the linears that read one input, by block; a block may have none left.
+    inputs = [
+        [(key[2], rows) for key, rows in sizes.tall.items() if key[0] == depth] for depth in range(len(sizes.blocks))
+    ]
+    squares = [[width**2 for width, _ in block] for block in inputs]
+    gathered = max(max(block, default=0) if recipe.true_sequential else sum(block) for block in squares)
+    moments = 4 * (2 if recipe.asymmetric else 1) * gathered
+    if recipe.true_sequential:
+        # Those of experts side by side.
+        moments = max(moments, min(_expert_bytes(linears, cross=bool(recipe.asymmetric)), ROOM_BYTES) // COPIES)
+    # A batch's inputs in the original, as they are read and in float32.
+    itemsize = sizes.source.dtype.itemsize
+    recalled = recipe.batch_size * (itemsize + 4) * sizes.inputs if recipe.asymmetric else 0
+    # Sums of a shard, of all shards, and in the end the moments themselves.
+    gathering = max(2 * moments + sizes.activations + recalled, 3 * moments)
+    tuning = 0
+    if recipe.reconstruct_epochs:
+        weights = max(sum(width * rows for width, rows in block) for block in inputs)
+        tuning = _TUNING_BYTES * weights + _TUNING_ACTIVATIONS * sizes.activations
+    # Asymmetric calibration and reconstruction keep the block again as it is in the original.
+    blocks = versions_kept(recipe) * sizes.block
+    return max(sizes.reading, blocks + max(gathering, moments + sizes.solver, tuning)) + sizes.token_weights
+
+
+def choosing_bits(sizes: RunSizes) -> int:
+    """Sensitivities: what quantizing takes, hidden states in memory, and block inputs for gradients."""
+    if sizes.recipe.avg_bits is None:
+        return 0
+    probed = sizes.hidden / gradient_stride(sizes.recipe.samples, max(sizes.flow.tokens))
+    gradients = min(GRADIENT_BYTES, len(sizes.blocks) * probed)
+    return int(sizes.outside + quantizing(sizes) - sizes.token_weights + sizes.hidden + gradients)
+
+
+def distilling(sizes: RunSizes) -> int:
+    """Decoded blocks, and the inputs of all blocks for a batch."""
+    if not sizes.recipe.distill_epochs:
+        return 0
+    decoded = min(DECODED_BYTES, sum(sizes.blocks)) + sizes.block
+    inputs = sizes.recipe.batch_size * len(sizes.blocks) * sizes.flow.values * sizes.source.dtype.itemsize
+    slices = DISTILLED_SLICE_BYTES if sizes.vocabulary else 0
+    return sizes.outside + decoded + inputs + max(_TUNING_ACTIVATIONS * sizes.activations, slices)
+
+
+def writing_text(sizes: RunSizes) -> int:
+    """The whole model, and the pieces of calibration text that it writes at once."""
+    requests = [] if sizes.source.reads_images else written_by_model(sizes.recipe)
+    return max((writing_bytes(sizes.source, request) for request in requests), default=0)
+
+
+def checking(sizes: RunSizes) -> int:
+    """A sample's predictions, compared while blocks run one by one, and while the result is loaded."""
+    return sizes.logits + max(sizes.outside + sizes.reading, sizes.loaded)
+
+
+def without_data(sizes: RunSizes) -> int:
+    """A run that reads no calibration data: tables, a block, and the solver's copies."""
+    return max(sizes.outside + sizes.codes, sizes.reading, sizes.block + sizes.solver)
+
+
+CALIBRATED: tuple[Callable[[RunSizes], int], ...] = (
+    writing_text,
+    starting,
+    choosing_bits,
+    quantizing,
+    distilling,
+    checking,
+)
+UNCALIBRATED: tuple[Callable[[RunSizes], int], ...] = (without_data, checking)
 
 
 def peak_memory(
@@ -71,83 +250,19 @@ def peak_memory(
     recipe: Recipe,
     loaded_bytes: int,
 ) -> int:
-    """Expected peak resident memory of the process that runs `source`, in bytes. loaded_bytes: of the result, which is
-    loaded at the end.
+    """Expected peak resident memory, in bytes, of the process that runs `source`.
 
-    What is resident now and will be loaded for any model, and the larger of two moments, with some slack: embeddings
-    and one block while the first inputs are made; one block with its moments, and a batch or the solver's copies.
-    Hidden states are on disk, but while gradients, or what bits matter to each layer, are measured. Asymmetric
-    calibration and block reconstruction keep the block again as it is in the original. Distillation keeps decoded
-    blocks, and the inputs of all blocks for a batch.
+    That is what is resident now, what any model loads later, and the largest of the stages, with some slack. Hidden
+    states are on disk except while gradients and sensitivities are measured.
+
+    loaded_bytes: of the result, which is loaded at the end.
     """
-    model, linears = source.skeleton(), structure.linears
-    blocks = {name: model.get_submodule(name) for name in structure.blocks}
-    block = max(_module_bytes(module) for module in blocks.values())
-    # Stacks of experts are put together from what is stored, and cut up: 1.6 to 2.0 times the block, as measured.
-    reading = 2 * block if has_split_experts(model) else block
-    outside = source.model_bytes - sum(_module_bytes(module) for module in blocks.values())
-    # Codes are made beside the matrix they stand for, before any block is loaded.
-    codes = max((each.nbytes for each in tables), default=0)
-    tall: dict[tuple[int, str, int], int] = {}
-    for each in linears:
-        siblings = (each.block, each.kind.rpartition(".")[0], each.in_features)
-        tall[siblings] = tall.get(siblings, 0) + each.out_features
-    solver = 4 * max(_MATRIX_COPIES * rows * key[2] + _HESSIAN_COPIES * key[2] ** 2 for key, rows in tall.items())
-    vocabulary = 0 if source.reads_images else source.config.get_text_config().vocab_size
-    resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * vocabulary
-    # A sample's predictions are compared where blocks run one by one, and where the result is loaded.
-    logits = min(LOGIT_BYTES, recipe.seq_len * vocabulary * BYTES_PER_LOGIT)
-    checking = logits + max(outside + reading, loaded_bytes)
+    sizes = RunSizes(source, structure, tables, recipe, loaded_bytes)
+    resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * sizes.vocabulary
     if recipe.calibration == NO_CALIBRATION:
-        return int(_SLACK * (resident + max(outside + codes, reading, block + solver, checking)))
-    versions = versions_kept(recipe)
-    flow = measure_flow(source, structure.blocks, recipe.seq_len)
-    itemsize = source.dtype.itemsize
-    # By block, since the widest linears of a model in stages are where tokens are fewest.
-    wide = max(flow.tokens[each.block] * max(each.in_features, each.out_features) for each in linears)
-    read = max(flow.tokens[each.block] * each.in_features for each in linears)
-    activations = recipe.batch_size * (_ACTIVATION_COPIES * wide * itemsize + 4 * read)
-    hidden = recipe.samples * flow.values * itemsize
-    pixels = recipe.samples * flow.sample_bytes
-    # Width and rows of the linears that read one input, by block; a block may have none left.
-    inputs = [[(key[2], rows) for key, rows in tall.items() if key[0] == index] for index in range(len(blocks))]
-    squares = [[width**2 for width, _ in each] for each in inputs]
-    gathered = max(max(each, default=0) if recipe.true_sequential else sum(each) for each in squares)
-    moments = 4 * (2 if recipe.asymmetric else 1) * gathered
-    if recipe.true_sequential:
-        # Those of experts side by side.
-        moments = max(moments, min(_expert_bytes(linears, cross=bool(recipe.asymmetric)), ROOM_BYTES) // COPIES)
-    # A batch's inputs in the original, as they are read and in float32.
-    recalled = recipe.batch_size * (itemsize + 4) * read if recipe.asymmetric else 0
-    # Sums of a shard, of all shards, and in the end the moments themselves.
-    gathering = max(2 * moments + activations + recalled, 3 * moments)
-    solving = moments + solver
-    tuning = 0
-    if recipe.reconstruct_epochs:
-        weights = max(sum(width * rows for width, rows in each) for each in inputs)
-        tuning = _TUNING_BYTES * weights + _TUNING_ACTIVATIONS * activations
-    distilling = 0
-    if recipe.distill_epochs:
-        decoded = min(DECODED_BYTES, sum(_module_bytes(module) for module in blocks.values())) + block
-        inputs_of_blocks = recipe.batch_size * len(blocks) * flow.values * itemsize
-        through = _TUNING_ACTIVATIONS * activations
-        slices = DISTILLED_SLICE_BYTES if vocabulary else 0
-        distilling = outside + decoded + inputs_of_blocks + max(through, slices)
-    starting = outside + max(codes, reading, block + activations)
-    running = max(reading, versions * block + max(gathering, solving, tuning))
-    token_weights = 0
-    if recipe.loss_aware:
-        token_weights = token_weight_bytes(recipe, flow, linears)
-        # Squared gradients, and their powers, beside the inputs of the blocks.
-        starting += 2 * token_weights + min(GRADIENT_BYTES, len(blocks) * hidden)
-    measuring = 0.0
-    if recipe.avg_bits is not None:
-        probed = hidden / gradient_stride(recipe.samples, max(flow.tokens))
-        measuring = outside + running + hidden + min(GRADIENT_BYTES, len(blocks) * probed)
-    requests = [] if source.reads_images else written_by_model(recipe)
-    writing = max((writing_bytes(source, request) for request in requests), default=0)
-    moments_of_run = (starting, running + token_weights, distilling, measuring, checking, writing)
-    return int(_SLACK * (resident + pixels + max(moments_of_run)))
+        return int(_SLACK * (resident + max(stage(sizes) for stage in UNCALIBRATED)))
+    samples = recipe.samples * sizes.flow.sample_bytes
+    return int(_SLACK * (resident + samples + max(stage(sizes) for stage in CALIBRATED)))
 
 
 def _expert_bytes(linears: Sequence[LinearSpec], *, cross: bool) -> int:
