@@ -116,7 +116,7 @@ def test_another_budget_measures_nothing_again(model, monkeypatch):
     measured = []
 
     def spy(*arguments, **options):
-        measured.append(tuple(arguments[6]))
+        measured.append(tuple(arguments[5]))
         return real(*arguments, **options)
 
     real = allocate_module.measure_sensitivities
