@@ -1,6 +1,6 @@
 """Post-training compression of language models and vision transformers into binary matrices with power-of-two scales.
 
-Importing this package is cheap and teaches transformers to load our checkpoints:
+Importing this package is cheap, and enables transformers to load our checkpoints:
 
     import shiftadd_cli
     model = transformers.AutoModelForCausalLM.from_pretrained("OUT")
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shiftadd_cli.errors import ShiftaddError
     from shiftadd_cli.recipe import Recipe
 
-# Public names and the modules that hold them. They are imported on first use, since most of them need torch.
+# Public names and their modules. They are imported on first use, since most of them need torch.
 _API = {
     "BitPlan": "shiftadd_cli.allocation.plan_file",
     "Recipe": "shiftadd_cli.recipe",

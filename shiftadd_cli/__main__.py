@@ -1,4 +1,4 @@
-"""`python -m shiftadd_cli` is `shiftadd`."""
+"""`python -m shiftadd_cli` runs `shiftadd`."""
 
 from shiftadd_cli.cli import main
 

@@ -1,4 +1,4 @@
-"""The Python interface: what the command line does, as functions."""
+"""The Python interface: the commands of the command line, as functions."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def quantize(
     trust_remote_code: bool = False,
     **fields: Any,
 ) -> Report:
-    """Compress `model` into the folder `out`; returns what report.json says.
+    """Compress `model` into the folder `out`; returns the content of report.json.
 
     model: hub id, folder, .gguf file or `demo`; or a model in memory, which is not changed, with its tokenizer or image
-    processor as `processor`: both are written beside `out` for as long as this takes.
-    resume: go on where an earlier call with the same arguments was stopped. max_memory: what it may take of the
-    machine's memory, such as "4GB"; a run that is expected to need more is refused.
-    trust_remote_code: run model code that comes with `model`, of a kind that transformers does not know.
+    processor as `processor`. Both are written to a temporary folder next to `out`.
+    resume: continue an earlier call with the same arguments that was stopped. max_memory: upper limit on the memory of
+    the run, such as "4GB"; a run that is expected to need more is refused.
+    trust_remote_code: run model code that comes with `model`, for models that transformers does not know.
     recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields (`bits=2`, `group_size=32`, ...).
     Raises ShiftaddError with one sentence that says what to do.
     """
@@ -75,23 +75,23 @@ def allocate_bits(
     trust_remote_code: bool = False,
     **fields: Any,
 ) -> BitPlan:
-    """The best bits for every layer of `model` within a budget; what `shiftadd allocate-bits` writes to plan.json.
+    """The best bits for every layer of `model` within a budget; `shiftadd allocate-bits` writes this to plan.json.
 
-    Sensitivities are remembered in $SHIFTADD_CACHE (by default `~/.cache/shiftadd`), so that another budget takes
-    seconds. `write_text(plan.to_json())` makes the file for `quantize(..., bit_plan="plan.json")`.
+    Sensitivities are cached in $SHIFTADD_CACHE (by default `~/.cache/shiftadd`), so another budget takes seconds.
+    `write_text(plan.to_json())` writes the file for `quantize(..., bit_plan="plan.json")`.
 
     Args:
         model: hub id, folder, .gguf file or `demo`.
-        avg_bits: stored bits per weight of the quantized layers, not to be passed; target_size: size of all weight
-            files not to be passed, such as "70MB"; max_divergence: predicted loss not to be passed, in nats a token,
-            with as few bytes as possible. One of them, unless `cost` is another than "bits".
+        avg_bits: upper limit on the stored bits per weight of the quantized layers; target_size: upper limit on the
+            size of all weight files, such as "70MB"; max_divergence: upper limit on the predicted loss, in nats per
+            token, at the fewest bytes possible. Give one of them, unless `cost` is not "bits".
         recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields (`candidates=(2, 3)`,
             `tie_fused=False`, ...). The same as for `quantize`.
         sensitivity: see `allocation.sensitivity`.
         keep: `PATTERN=BITS` for layers that get these bits.
-        tie: `PATTERN,PATTERN` for layers that get equal bits inside each block.
-        cost, cost_table, max_cost: a budget in the unit of a table of the user's, see `allocation.cost_table`.
-        trust_remote_code: run model code that comes with `model`, of a kind that transformers does not know.
+        tie: `PATTERN,PATTERN` for layers that get equal bits within each block.
+        cost, cost_table, max_cost: a budget in the unit of a user's table, see `allocation.cost_table`.
+        trust_remote_code: run model code that comes with `model`, for models that transformers does not know.
 
     Raises ShiftaddError with one sentence that says what to do.
     """

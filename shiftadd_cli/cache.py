@@ -1,4 +1,4 @@
-"""Results kept between runs of the command, so that they need not be computed again."""
+"""Results cached between runs, so that they are not computed again."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def cache_folder() -> Path:
 
 
 class CacheFile:
-    """One file of the cache, whose folder is made here.
+    """One file of the cache. The constructor creates its folder.
 
-    It only saves time. Where the folder cannot be written, a warning says so once, and nothing is kept.
+    The cache only saves time. If the folder is not writable, a warning says so once, and nothing is cached.
 
     Args:
-        path: of the file.
-        content: a plural noun for the warning, such as "sensitivities".
-        loss: a clause for the warning, such as "so another budget will measure them again".
+        path: path of the file.
+        content: plural noun for the warning, such as "sensitivities".
+        loss: clause for the warning, such as "so another budget will measure them again".
     """
 
     def __init__(self, path: Path, *, content: str, loss: str) -> None:
         self.path, self._content, self._loss = path, content, loss
         self._usable = True
         try:
-            # A home folder that is unknown leaves its sign in the path.
+            # An unknown home folder leaves the `~` in the path.
             if path.parts[:1] and path.parts[0].startswith("~"):
                 raise FileNotFoundError(errno.ENOENT, "there is no such home folder")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,14 +41,14 @@ class CacheFile:
             self._give_up(failure)
 
     def read(self) -> bytes | None:
-        """The content; None if there is nothing, or nothing that can be read."""
+        """The content of the file; None if it is missing or unreadable."""
         try:
             return self.path.read_bytes()
         except OSError:
             return None
 
     def write(self, content: bytes) -> None:
-        """Replace the content; another process never reads a part of it."""
+        """Replace the content atomically; another process never reads a partial file."""
         if not self._usable:
             return
         try:
@@ -60,7 +60,7 @@ class CacheFile:
         self._usable = False
         print(
             f"Warning: {self._content} cannot be kept in {self.path.parent} ({failure.strerror or failure}), "
-            f"{self._loss}; set SHIFTADD_CACHE to a folder that you may write.",
+            f"{self._loss}; set SHIFTADD_CACHE to a folder that you can write to.",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""Which state of this package computed a result."""
+"""A fingerprint of the package's code, to identify the version that computed a result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def code_fingerprint() -> str:
-    """SHA-256, in hex, of the package's Python files and their names."""
+    """SHA-256, in hex, of the names and contents of the package's Python files."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
         digest.update(f"{file.relative_to(_PACKAGE).as_posix()}\n".encode() + file.read_bytes())

@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Choice of the device, and its capabilities."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device called `name`; `auto` is a CUDA device if there is one, else the CPU: the first, or of a process
-    that torchrun started the one of its number.
+    """The torch device called `name`. `auto` is a CUDA device if there is one, else the CPU. A process that torchrun
+    started takes the CUDA device of its local rank; any other process takes the first.
 
     Raises RecipeError for a name torch does not know or a device this machine does not have.
     """
@@ -35,8 +35,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def computes_in(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device has instructions for products of numbers of this floating type; a CPU without them converts
-    16-bit ones all the time, which takes longer than 32-bit ones take."""
+    """Whether the device has matrix product instructions for this floating dtype. A CPU without them converts 16-bit
+    numbers for every product, which is slower than computing in float32."""
     if device.type != "cpu" or dtype.itemsize != 2:
         return True
     import torch
@@ -49,12 +49,12 @@ def computes_in(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype as a user writes it: `bfloat16`."""
+    """The name of a dtype as users write it: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def use_threads(count: int | None) -> int:
-    """Let torch compute with `count` threads of the CPU, or for None with as many as it does now; says how many."""
+    """Set the number of CPU threads of torch to `count`, or leave it for None; returns the number in use."""
     import torch
 
     if count is not None:
@@ -63,7 +63,7 @@ def use_threads(count: int | None) -> int:
 
 
 def move_parts(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
-    """Move modules, or parameters and buffers that stand by themselves, to the device."""
+    """Move modules, or individual parameters and buffers, to the device by name."""
     modules = dict(model.named_modules())
     for name in names:
         if name in modules:

@@ -1,10 +1,10 @@
-"""What a user may be shown: one sentence that names the fault and the cure.
+"""Errors shown to users: one sentence that names the fault and the cure.
 
-Every error a user can cause derives from `ShiftaddError`; the command line prints its text on one line and leaves
-with `exit_code`. Anything else that escapes is a defect of ours and keeps its traceback.
+Every error a user can cause derives from `ShiftaddError`; the command line prints its text on one line and exits with
+`exit_code`. Any other exception that escapes is a bug of ours and keeps its traceback.
 
-Messages name options as fields in backticks, `seq_len` or `dtype=float32`, as Python takes them. The command line puts
-its flags there.
+Messages name options by their Python field in backticks, `seq_len` or `dtype=float32`. The command line substitutes its
+flags.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, short enough for a sentence of ours: its first line, or else its class."""
+    """The first line of an error from another library, for use in a sentence of ours; its class name if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
@@ -26,7 +26,7 @@ class ShiftaddError(Exception):
 
 
 class SourceError(ShiftaddError):
-    """The model to read is missing, broken, or of a kind this tool does not handle."""
+    """The source model is missing, broken, or of an unsupported kind."""
 
 
 class CalibrationError(ShiftaddError):
@@ -38,7 +38,7 @@ class RecipeError(ShiftaddError):
 
 
 class AllocationError(ShiftaddError):
-    """A bit plan cannot be used for this run, or no choice of bits meets what is asked."""
+    """A bit plan cannot be used for this run, or no choice of bits meets the request."""
 
 
 class PromptError(ShiftaddError):
@@ -46,11 +46,11 @@ class PromptError(ShiftaddError):
 
 
 class NumericalError(ShiftaddError):
-    """A layer holds or produces values that cannot be quantized; the message names the layer."""
+    """A layer contains or produces values that cannot be quantized; the message names the layer."""
 
 
 class ArtifactError(ShiftaddError):
-    """A compressed checkpoint is damaged, of another version, or not one of ours."""
+    """A compressed checkpoint is damaged, has another version, or is not one of ours."""
 
 
 class RuntimeChoiceError(ShiftaddError):
@@ -62,33 +62,33 @@ class CostError(ShiftaddError):
 
 
 class ExportError(ShiftaddError):
-    """The checkpoint cannot be written in the format asked for."""
+    """The checkpoint cannot be written in the requested format."""
 
 
 class HubError(ShiftaddError):
-    """The hub cannot be reached, or does not take what is uploaded."""
+    """The hub cannot be reached, or rejects the upload."""
 
 
 class OutputError(ShiftaddError):
-    """The result cannot be written where the user asked."""
+    """The result cannot be written to the requested location."""
 
 
 class MemoryLimitError(ShiftaddError):
-    """A run is expected to need more memory than it may take."""
+    """A run is expected to need more memory than its limit."""
 
 
 class ResumeError(ShiftaddError):
-    """An unfinished run is damaged, or was begun with other options, another model or another text."""
+    """An unfinished run is damaged, or was started with other options, another model or another text."""
 
 
 class TeamError(ShiftaddError):
-    """Another process of a run of several has stopped, or no longer answers."""
+    """Another process of a distributed run has stopped, or no longer responds."""
 
     exit_code = 3
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped by the user (exit code 130) or asked to end by the system (143); says how to go on."""
+    """A run was stopped by the user (exit code 130) or terminated by the system (143); says how to resume."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -96,14 +96,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Fault(NamedTuple):
-    """place: keys and indices that lead to the value, from the outside in; message: what is wrong with it."""
+    """place: keys and indices that lead to the value, outermost first; message: the fault."""
 
     place: tuple[str, ...]
     message: str
 
 
 def first_fault(failure: ValidationError) -> Fault:
-    """The first of what was found."""
+    """The first fault that pydantic reports."""
     error = failure.errors()[0]
-    # pydantic puts this before what validators of ours say.
+    # pydantic prepends this to the messages of our validators.
     return Fault(tuple(map(str, error["loc"])), error["msg"].removeprefix("Value error, "))

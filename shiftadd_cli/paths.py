@@ -1,4 +1,4 @@
-"""Paths as a user types them, on machines where there need not be a home folder."""
+"""Paths as users type them, on machines that may have no home folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def expanded(path: str | Path) -> Path:
-    """`path` with the home folder in place of `~`; where that is unknown, as it stands, which is what a shell does."""
+    """`path` with `~` expanded to the home folder; unchanged if that is unknown, as in a shell."""
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # no HOME and no entry among the users, or a `~name` of nobody
+    except RuntimeError:  # no HOME and no user entry, or a `~name` that does not exist
         return Path(path)

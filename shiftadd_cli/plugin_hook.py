@@ -1,8 +1,8 @@
-"""Registers our checkpoints with transformers as soon as transformers can load any, and not earlier.
+"""Registers our checkpoint format with transformers as soon as transformers can load checkpoints, and not earlier.
 
 Importing transformers takes seconds, so `import shiftadd_cli` (and with it `shiftadd --help`) must not do it. If the
-part of transformers that knows quantization methods is loaded already, the plugin registers at once; otherwise a
-finder on `sys.meta_path` waits for that part, or for the plugin itself, and registers right after it has run.
+part of transformers that handles quantization methods is already loaded, the plugin registers at once; otherwise a
+finder on `sys.meta_path` waits for that part, or for the plugin itself, and registers right after its import.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _RegisterAfterImport(MetaPathFinder):
 def _register() -> None:
     plugin = sys.modules.get(PLUGIN)
     if plugin is not None and not hasattr(plugin, "register"):
-        # The plugin was imported first and is half-way through importing TARGET; it is registered when it is done.
+        # The plugin was imported first and is still importing TARGET; it is registered when its own import ends.
         return
     from shiftadd_cli.runtime.transformers_plugin import register
 
@@ -47,7 +47,7 @@ def _register() -> None:
 
 
 def install() -> None:
-    """Make sure that checkpoints of ours load through transformers, whichever of the two is imported first."""
+    """Make our checkpoints load through transformers, whichever of the two packages is imported first."""
     if TARGET in sys.modules:
         _register()
     elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):

@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, now and then a line elsewhere; on standard error, unless quiet."""
+"""Progress of a long loop on standard error: a bar on a terminal, occasional lines elsewhere, nothing if quiet."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ T = TypeVar("T")
 
 
 class BlockProgress(Protocol):
-    """Passes names of blocks on, and shows under a description how many are done: `block_bar`, or a caller's own."""
+    """Yields the names of blocks and shows, under a description, how many are done: `block_bar` or a caller's own."""
 
     def __call__(self, names: Sequence[str], text: str, /) -> Iterable[str]: ...
 
 
 LINE_SECONDS = 30.0
 LINE_SHARE = 0.1
-# A loop that is over in a moment gets one line.
+# A loop that ends quickly gets a single line.
 LINE_PAUSE = 2.0
 
 
 def progress(iterable: Iterable[T], total: int, desc: str) -> Iterator[T]:
-    """Yield the items of `iterable`, of which there are `total`, and show how many are done and the time left.
+    """Yield the `total` items of `iterable`, and show how many are done and the time left.
 
-    On a terminal this is tqdm's bar. Elsewhere (a file, a CI log) a line is written for every tenth that is done, but
-    not within 2 seconds of another, when 30 seconds passed since the last line, and at the end.
+    On a terminal this is tqdm's bar. Elsewhere (a file, a CI log) it writes a line after every tenth of the items, but
+    at least 2 seconds after the last line; also 30 seconds after the last line, and at the end.
     """
     if verbosity() is Verbosity.QUIET:
         return iter(iterable)
@@ -46,13 +46,13 @@ def block_bar(names: Sequence[str], text: str) -> Iterator[str]:
 
 
 def silent(names: Sequence[str], text: str) -> Sequence[str]:
-    """The names, and nothing shown."""
+    """The names, with no progress shown."""
     return names
 
 
 @contextmanager
 def no_library_bar() -> Iterator[None]:
-    """While this lasts, transformers draws no progress bar of its own."""
+    """Turn off the progress bars of transformers inside the context."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -66,12 +66,12 @@ def no_library_bar() -> Iterator[None]:
 
 def duration(seconds: float) -> str:
     """`45 s`, `3 min 05 s` or `2 h 07 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02} s"
+    return f"{total // 3600} h {total % 3600 // 60:02} min"
 
 
 def _lines(iterable: Iterable[T], total: int, desc: str) -> Iterator[T]:
@@ -80,7 +80,7 @@ def _lines(iterable: Iterable[T], total: int, desc: str) -> Iterator[T]:
     for done, item in enumerate(iterable, start=1):
         yield item
         now, share = time.monotonic(), done / total
-        # The share is a sum of many small steps: without the tolerance 0.3 - 0.2 would be no tenth.
+        # The tolerance absorbs rounding: 0.3 - 0.2 is slightly less than a tenth.
         tenth = share >= shown_share + LINE_SHARE - 1e-9 and now >= shown_at + LINE_PAUSE
         if tenth or now >= shown_at + LINE_SECONDS or done == total:
             passed = now - start

@@ -1,7 +1,7 @@
-"""The one options object: everything that decides what a run of `shiftadd quantize` computes.
+"""All options that affect the result of `shiftadd quantize`, in one object.
 
-A recipe comes from a packaged name (`default`, `fast`, ...) or a YAML file, with options of the command line on top.
-Every field is an option of `quantize` and every option of `quantize` that shapes the result is a field here.
+A recipe comes from a packaged name (`default`, `fast`, ...) or a YAML file, with command-line options on top.
+Every field is an option of `quantize`, and every option of `quantize` that affects the result is a field here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 NO_CALIBRATION = "none"
-# The fields that say how many bits layers get.
+# The fields that set the bits of the layers.
 BITS = ("bits", "avg_bits", "bit_plan")
 _STAND_IN_BITS = 3
 
@@ -35,13 +35,13 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class BitOptions(OptionFields):
-    """What layers are made of: one of `bits`, `avg_bits` and `bit_plan` says it, and the others are None."""
+    """How layers are stored. Exactly one of `bits`, `avg_bits` and `bit_plan` is set, and the others are None."""
 
     primitive: Annotated[
         Primitive,
         Field(
-            description="What weights are made of: 'bcq', binary planes times scales; 'shift1', a signed power of two, "
-            "or 'shift2', a signed sum of two, times the scale of the row."
+            description="Form of the weights: 'bcq', binary planes times scales; 'shift1', a signed power of two times "
+            "the row scale; 'shift2', a signed sum of two powers of two times the row scale."
         ),
     ]
     bits: Annotated[
@@ -49,39 +49,41 @@ class BitOptions(OptionFields):
         Field(
             ge=1,
             le=8,
-            description="Binary planes per weight, 1 to 8; with --primitive shift1 (2 to 4) or shift2 (2 to 5) the "
-            "bits of a weight's code.",
+            description="Binary planes per weight, 1 to 8. With --primitive shift1 or shift2, the bits of a weight's "
+            "code: 2 to 4 for shift1, 2 to 5 for shift2.",
         ),
     ] = None
     avg_bits: Annotated[
         float | None,
         Field(
             gt=0,
-            description="Upper limit of the stored bits per weight of the quantized layers (planes, scales, everything "
-            "counted). Measures how much every layer matters and gives each its own bits, in place of --bits.",
+            description="Upper limit on the stored bits per weight of the quantized layers, including planes, scales "
+            "and all other overhead. Measures the sensitivity of every layer and allocates bits per layer, instead of "
+            "--bits for all.",
         ),
     ] = None
     candidates: Annotated[
         tuple[Choice, ...],
         Field(
             strict=False,
-            description="What a layer may get where layers get bits of their own: numbers of planes, and shift1 and "
-            "shift2 (shift1-2 to shift1-4 and shift2-2 to shift2-5 say the bits of the code, else 3 and 4).",
+            description="Choices for a layer when bits are allocated per layer: numbers of planes, and shift1 and "
+            "shift2. shift1-2 to shift1-4 and shift2-2 to shift2-5 set the bits of the code; without a number, shift1 "
+            "has 3 and shift2 has 4.",
         ),
     ]
     tie_fused: Annotated[
         bool,
         Field(
-            description="Equal bits and primitives for layers that inference engines fuse (query, key and value; gate "
-            "and up), where layers get bits of their own."
+            description="When bits are allocated per layer, use the same bits and primitive for layers that inference "
+            "engines fuse (query, key and value; gate and up)."
         ),
     ]
     bit_plan: Annotated[
         str | None,
         Field(
             min_length=1,
-            description="File written by `shiftadd allocate-bits`, which gives every layer bits of its own in place "
-            "of --bits.",
+            description="File written by `shiftadd allocate-bits` that sets the bits of every layer, instead of --bits "
+            "for all.",
         ),
     ] = None
 
@@ -96,48 +98,48 @@ class BitOptions(OptionFields):
     def _one_way(self) -> BitOptions:
         ways = [name for name in BITS if getattr(self, name) is not None]
         if not ways:
-            raise ValueError("nothing says how many bits layers get; give bits, avg_bits or bit_plan")
+            raise ValueError("no field sets the bits of the layers; give bits, avg_bits or bit_plan")
         if len(ways) > 1:
-            raise ValueError(f"{' and '.join(ways)} both say how many bits each layer gets; give one of them")
+            raise ValueError(f"{' and '.join(ways)} cannot both set the bits of the layers; give one of them")
         if self.primitive != PLANES and self.bits is None:
             raise ValueError(
-                f"primitive {self.primitive} is for all layers, and {ways[0]} gives each its own; give bits in place "
-                f"of {ways[0]}, or set primitive to {PLANES} and name shifts among the candidates"
+                f"primitive {self.primitive} applies to all layers, but {ways[0]} sets each layer separately; give "
+                f"bits in place of {ways[0]}, or set primitive to {PLANES} and list shifts among the candidates"
             )
         widths = CODE_BITS[self.primitive]
         if self.bits is not None and self.bits not in widths:
             raise ValueError(
-                f"a code of {self.primitive} has {widths[0]} to {widths[-1]} bits and not {self.bits}; set bits to one "
-                "of these"
+                f"a {self.primitive} code has {widths[0]} to {widths[-1]} bits, not {self.bits}; set bits within this "
+                "range"
             )
         return self
 
     @property
     def choice(self) -> Choice:
-        """What every layer is stored as; it stands in for choices that are not made yet."""
+        """The form that every layer is stored in; a placeholder while choices are still open."""
         return choice_of(self.primitive, _STAND_IN_BITS if self.bits is None else self.bits)
 
 
 class Recipe(FitOptions, MatrixStorage, BitOptions):
-    """Options of a run. Field descriptions are the help texts of the command line.
+    """Options of a run. The field descriptions are the help texts of the command line.
 
     There are no defaults here: `Recipe.load` takes missing fields from the recipe `default`. It raises RecipeError with
-    one sentence, where the constructor raises pydantic's ValidationError. `model_fields_set` has the fields that the
-    user gave, in a file of their own, as options or as arguments, but not those of a packaged recipe.
+    one sentence; the constructor raises pydantic's ValidationError. `model_fields_set` contains the fields that the
+    user gave in their own file, as options or as arguments, but not those of a packaged recipe.
     """
 
     bias_correction: Annotated[
         bool,
         Field(
-            description="Let the bias of a linear that has one take over the mean of its error, so that its planes "
-            "need only fit inputs about their mean."
+            description="Absorb the mean output error of a linear layer into its bias, if it has one, so that the "
+            "planes only need to fit inputs relative to their mean."
         ),
     ]
     true_sequential: Annotated[
         bool,
         Field(
-            description="Calibrate the linears of a block in the order they run, each on what the quantized ones "
-            "before it give."
+            description="Calibrate the linear layers of a block in execution order, each on the outputs of the "
+            "quantized layers before it."
         ),
     ]
     loss_aware: Annotated[
@@ -145,100 +147,101 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
         Field(
             ge=0,
             le=1,
-            description="Power of the squared gradient of the model's loss by which a token counts at each linear: 0 "
-            "all alike, 1 as GuidedQuant. Costs one pass forwards and backwards through the model.",
+            description="Weigh each token at each linear layer by the squared gradient of the model's loss, raised to "
+            "this power: 0 weighs all tokens equally, 1 is GuidedQuant. Costs one forward and backward pass through "
+            "the model.",
         ),
     ]
     reconstruct_epochs: Annotated[
         int,
         Field(
             ge=0,
-            description="Passes over the calibration text in which each block is tuned by gradient towards its "
-            "original output: codes, scales, offsets, norms and biases. 0: not at all.",
+            description="Passes over the calibration text to tune each block by gradient descent towards its original "
+            "output: codes, scales, offsets, norms and biases. 0 disables this.",
         ),
     ]
     distill_epochs: Annotated[
         int,
         Field(
             ge=0,
-            description="Passes over the calibration text in which, at the end, row scales, norms and biases of the "
-            "whole model are tuned by gradient towards what the original predicts. 0: not at all.",
+            description="Passes over the calibration text at the end of the run to tune the row scales, norms and "
+            "biases of the whole model by gradient descent towards the predictions of the original. 0 disables this.",
         ),
     ]
     calibration: Annotated[
         str,
         Field(
             min_length=1,
-            description="Calibration text: 'self' (documents and conversations that the model writes; 'self-plain' and "
-            "'self-chat' are one of them), 'builtin' (documentation of Python), wikitext2, c4, ptb, a .txt, .jsonl or "
-            ".parquet file (field or column 'text', or 'messages' of conversations), a mixture of these such as "
-            "self:0.8,notes.txt:0.2, or 'none' for a run without data. For vision models images: 'self' (those of the "
-            "next two that suit the model), 'noise' (scenes of random shapes), 'builtin' (digits of scikit-learn), a "
-            "folder, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT.",
+            description="Calibration text: 'self' (documents and conversations written by the model; 'self-plain' is "
+            "documents only, 'self-chat' conversations only), 'builtin' (the Python documentation), wikitext2, c4, "
+            "ptb, a .txt, .jsonl or .parquet file (field or column 'text', or 'messages' for conversations), a mixture "
+            "of these such as self:0.8,notes.txt:0.2, or 'none' to run without data. Calibration images for vision "
+            "models: 'self' (whichever of the next two suits the model), 'noise' (scenes of random shapes), 'builtin' "
+            "(the scikit-learn digits), a folder, a .parquet file, or a data set on the hub as NAME or NAME:SPLIT.",
         ),
     ]
     writing_length: Annotated[
         int,
         Field(
             ge=2,
-            description="Tokens that a model writes at a stretch of its own calibration text; longer windows are put "
-            "together of several pieces.",
+            description="Tokens per piece when the model writes its own calibration text; longer windows are joined "
+            "from several pieces.",
         ),
     ]
     writing_temperature: Annotated[
         float,
-        Field(gt=0, description="Temperature at which a model writes its own calibration text."),
+        Field(gt=0, description="Sampling temperature when the model writes its own calibration text."),
     ]
     writing_min_p: Annotated[
         float,
         Field(
             ge=0,
             lt=1,
-            description="Where a model writes its own calibration text: the least probability of a token that may be "
-            "drawn, as a share of that of the likeliest.",
+            description="Minimum probability of a sampled token when the model writes its own calibration text, "
+            "relative to the probability of the most likely token.",
         ),
     ]
-    samples: Annotated[int, Field(ge=1, description="Calibration windows, or images.")]
+    samples: Annotated[int, Field(ge=1, description="Number of calibration windows, or images.")]
     seq_len: Annotated[
         int,
         Field(
             ge=2,
-            description="Tokens per calibration window of a text; where this is not given, no more than the model has "
-            "positions for.",
+            description="Tokens per calibration window of text. The default is reduced for models with fewer "
+            "positions.",
         ),
     ]
     batch_size: Annotated[
-        int, Field(ge=1, description="Calibration windows, or images, run at once; more needs more memory.")
+        int, Field(ge=1, description="Calibration windows, or images, per batch; larger batches need more memory.")
     ]
     embedding_bits: Annotated[
         Literal[8, 16],
         Field(
-            description="Input embedding and output head, or patch embedding: 8 stores them as 8-bit rows with one "
-            "scale each, 16 leaves them as they are."
+            description="Bits of the input embedding and output head, or of the patch embedding: 8 stores 8-bit rows "
+            "with one scale each, 16 leaves them unchanged."
         ),
     ]
     skip: Annotated[
         tuple[str, ...],
-        Field(strict=False, description="Pattern of linear layers to leave as they are; may be given several times."),
+        Field(strict=False, description="Pattern of linear layers to leave unquantized; may be given several times."),
     ]
     allow_partial: Annotated[
-        bool, Field(description="Compress a model even if less than half of its weights are in layers that can be.")
+        bool, Field(description="Compress a model even if less than half of its weights are in quantizable layers.")
     ]
-    device: Annotated[str, Field(min_length=1, description="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ...")]
+    device: Annotated[str, Field(min_length=1, description="Device to run on: 'auto', 'cpu', 'cuda', 'cuda:1', ...")]
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(
-            description="Type of what stays unquantized, and that is computed in where the processor has instructions "
-            "for it (else in float32); 'auto' keeps the model's own."
+            description="Dtype of the unquantized tensors. Computation uses it too where the processor has "
+            "instructions for it, and float32 otherwise. 'auto' keeps the dtype of the model."
         ),
     ]
-    shard_size: Annotated[str, Field(description="Largest weight file to write, in KB, MB or GB.")]
+    shard_size: Annotated[str, Field(description="Maximum size of a weight file, in KB, MB or GB.")]
 
     @field_validator("skip")
     @classmethod
     def _no_empty_pattern(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any(not pattern.strip() for pattern in value):
-            raise ValueError("must not hold an empty pattern")
+            raise ValueError("must not contain an empty pattern")
         return value
 
     @field_validator("shard_size")
@@ -265,11 +268,13 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
                     f"set {' and '.join(wrong)}, or group_rows to 1"
                 )
         if self.reconstruct_epochs and self.group_rows != 1:
-            raise ValueError("reconstruct_epochs needs groups that lie in rows; set group_rows to 1, or it to 0")
+            raise ValueError(
+                "reconstruct_epochs needs groups within single rows; set group_rows to 1, or reconstruct_epochs to 0"
+            )
         if (self.reconstruct_epochs or self.distill_epochs) and self.samples <= self.batch_size:
             name = "reconstruct_epochs" if self.reconstruct_epochs else "distill_epochs"
             raise ValueError(
-                f"{name} holds back one batch of windows at least; set samples above batch_size ({self.batch_size})"
+                f"{name} holds out at least one batch of windows; set samples above batch_size ({self.batch_size})"
             )
         if self.calibration == NO_CALIBRATION:
             wrong = [
@@ -286,20 +291,20 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
             ]
             if wrong:
                 raise ValueError(
-                    f"without calibration text there is nothing to measure, compensate or refine against; "
+                    f"measurement, compensation and refinement need calibration text; "
                     f"set {' and '.join(wrong)} (as the recipe 'fast' does), or choose a calibration text"
                 )
         return self
 
     @property
     def solver_options(self) -> SolverOptions:
-        """The part of the recipe that the solver needs, for matrices of the choice that all layers have."""
+        """The options of the solver, for matrices stored as the common choice of all layers."""
         fields = {name: getattr(self, name) for name in FitOptions.model_fields}
         return SolverOptions(format=self.at(self.choice), **fields)
 
     @property
     def follows_original(self) -> bool:
-        """Whether a run needs the hidden states of the original model beside those of the compressed one."""
+        """Whether a run needs the hidden states of the original model in addition to those of the compressed one."""
         return bool(self.asymmetric or self.reconstruct_epochs or self.distill_epochs)
 
     @property
@@ -312,7 +317,7 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
     def fingerprint(self, without: Iterable[str] = ()) -> str:
         """SHA-256, in hex, of the recipe as JSON with sorted keys: equal exactly when all fields are.
 
-        without: fields that shall not matter.
+        without: fields to ignore.
         """
         fields = self.model_dump(mode="json", exclude=set(without))
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
@@ -320,10 +325,10 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
 
     @classmethod
     def load(cls, name_or_path: str = "default", overrides: dict[str, Any] | None = None) -> Recipe:
-        """The packaged recipe of that name, or else the YAML file of that path, with `overrides` (field: value) on top.
+        """The packaged recipe of that name, or else the YAML file at that path, with `overrides` (field: value) on top.
 
-        Fields that a file leaves out are those of `default`. A packaged name wins over a file of the same name; write
-        `./default` to mean the file.
+        Fields missing from a file come from `default`. A packaged name wins over a file of the same name; write
+        `./default` for the file.
 
         Raises RecipeError, naming the file or option, the field and the fault.
         """
@@ -336,29 +341,28 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
         return _build(_on_top(usual, fields), overrides or {}, f"Recipe {path}", given=() if packaged else fields)
 
     def changed(self, fields: dict[str, Any]) -> Recipe:
-        """This recipe with other values of some fields, as `load` puts `overrides` on top of a file's."""
+        """This recipe with some fields changed, by the same rules as the `overrides` of `load`."""
         return _build(self.model_dump(), fields, "The recipe", given=self.model_fields_set)
 
 
 def nearest_recipe(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The packaged recipe that differs least from a recipe as JSON, `default` before others that are as near, and the
-    fields to put on top."""
+    """The packaged recipe that differs least from a recipe given as JSON, and the fields to put on top. `default` wins
+    ties."""
     differences = {}
     for name in ("default", *packaged_names()):
         usual = Recipe.load(name).model_dump(mode="json")
         on_top = {key: value for key, value in fields.items() if value != usual.get(key)}
-        # A field that is set takes the place of the others.
+        # Whichever of these fields is set replaces the other two.
         differences[name] = {key: value for key, value in on_top.items() if key not in BITS or value is not None}
     return min(differences.items(), key=lambda item: len(item[1]))
 
 
 def _on_top(fields: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` with the `upper` ones in their place. However the upper ones say how many bits layers get, it takes the
-    place of how the lower ones do."""
+    """`fields` overridden by `upper`. Bits set in `upper`, by whichever field, replace those set in `fields`."""
     ways = {name for name in BITS if upper.get(name) is not None}
     lower = {name: value for name, value in fields.items() if not (ways and name in BITS)}
     if not ways and upper.get("primitive", PLANES) != PLANES and lower.get("bits") is None:
-        # Shifts are for all layers alike.
+        # A shift primitive applies to all layers, so it needs `bits`.
         lower = {name: value for name, value in lower.items() if name not in BITS} | {"bits": _STAND_IN_BITS}
     return lower | dict(upper)
 
@@ -366,12 +370,12 @@ def _on_top(fields: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, An
 def _build(fields: dict[str, Any], overrides: dict[str, Any], origin: str, given: Iterable[str]) -> Recipe:
     """The recipe of `fields` with `overrides` on top.
 
-    given: names of `fields` that the user gave, which become its `model_fields_set` with the overrides.
+    given: names of the `fields` that the user gave; together with the overrides they become its `model_fields_set`.
     """
     ways = [name for name in BITS if name in overrides]
     if len(ways) > 1:
         raise RecipeError(
-            f"{' and '.join(_option(name) for name in ways)} say how many bits layers get; give one of them."
+            f"{' and '.join(_option(name) for name in ways)} each set the bits of the layers; give one of them."
         )
     try:
         built = Recipe(**_on_top(fields, overrides))
@@ -385,13 +389,13 @@ def _no_such_recipe(name: str) -> str:
     names = packaged_names()
     return (
         f"There is no recipe or file {name!r}{_nearest(name, names)}; "
-        f"packaged recipes are {', '.join(names)}, anything else must be the path of a YAML file."
+        f"packaged recipes are {', '.join(names)}; anything else must be the path of a YAML file."
     )
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1)
-    close = close or difflib.get_close_matches(word, list(known), n=1)
+def _nearest(word: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word.replace("-", "_"), list(names), n=1)
+    close = close or difflib.get_close_matches(word, list(names), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -412,5 +416,5 @@ def _sentence(error: ErrorDetails, recipe: str, overrides: dict[str, Any]) -> st
 
 
 def _option(field: str) -> str:
-    """As errors name fields; the command line puts its flag there."""
+    """A field as error messages write it; the command line substitutes its flag."""
     return f"`{field}`"

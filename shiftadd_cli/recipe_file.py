@@ -1,4 +1,4 @@
-"""The packaged recipes, and reading one from YAML."""
+"""The packaged recipes, and the YAML reader for recipe files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def configs_folder() -> Path:
-    """Folder of the packaged recipes: inside the package when installed from a wheel, beside it in a checkout."""
+    """Folder of the packaged recipes: inside the package when installed from a wheel, next to it in a checkout."""
     installed = _PACKAGE / "configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
@@ -27,7 +27,7 @@ def packaged_names() -> tuple[str, ...]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The fields of a YAML file. Raises RecipeError in one sentence for a file that is no flat list of fields."""
+    """The fields of a YAML file. Raises RecipeError with one sentence if the file is not a flat list of fields."""
     try:
         if not path.is_file():
             raise RecipeError(f"Recipe {path} is not a file; give the path of a YAML file.")
@@ -64,16 +64,16 @@ def word(value: object) -> str:
 
 
 def short(value: object) -> str:
-    """A value in a sentence."""
+    """A value shortened for a sentence."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and aliases, and reads 1e-2 as the number everybody means by it."""
+    """SafeLoader that rejects duplicate keys and aliases, and reads 1e-2 as a number."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        # A few aliases of aliases unfold into gigabytes, and a flat recipe has no use for one.
+        # A few nested aliases can expand to gigabytes, and a flat recipe needs none.
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed in a recipe", mark)
@@ -91,7 +91,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads exponents only after a decimal point and with a sign (1.0e-2), everything else is a string to it.
+# YAML 1.1 reads exponents only after a decimal point and with a sign (1.0e-2); it takes anything else as a string.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

@@ -1,4 +1,4 @@
-"""Stopping a run: when an interrupt may come, and what a request to terminate becomes."""
+"""Signals that stop a run: SIGTERM as an exception, and writes that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NoReturn
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where Python runs as SIGINT raises KeyboardInterrupt."""
+    """SIGTERM as an exception, as KeyboardInterrupt is for SIGINT."""
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM raise Terminated inside, so that what is begun is left in order. For the main thread."""
+    """Make SIGTERM raise Terminated inside the context, so that cleanup code runs. Only for the main thread."""
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
         raise Terminated
@@ -30,22 +30,22 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM until the end, for a write that is worth finishing.
+    """Defer SIGINT and SIGTERM to the end of the context, so that a write can finish.
 
-    Python runs handlers of signals in its main thread alone, so elsewhere there is nothing to hold back.
+    Python runs signal handlers only in its main thread, so other threads have nothing to defer.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held: list[int] = []
+    pending: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
-        signal.signal(number, lambda got, _: held.append(got))
+        signal.signal(number, lambda received, _: pending.append(received))
     try:
         yield
     finally:
         for number, handler in before.items():
-            # A handler that was not set from Python cannot be put back as it was.
+            # A handler that was not set from Python cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if held:
-            signal.raise_signal(held[0])
+        if pending:
+            signal.raise_signal(pending[0])

@@ -1,4 +1,4 @@
-"""Sizes as a user says and reads them."""
+"""Sizes in bytes as users write and read them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of `70MB` or `1.5 GB`, in decimal units; None for what is no size."""
+    """Bytes of `70MB` or `1.5 GB`, in decimal units; None if `text` is not a size."""
     match = _SIZE.fullmatch(text)
     return None if match is None else int(float(match[1]) * _FACTORS[match[2].upper()])
 
 
 def size(count: float) -> str:
-    """Bytes with a decimal unit: `44.9 MB`."""
+    """A number of bytes with a decimal unit: `44.9 MB`."""
     unit = 0
     while count >= 1000 and unit < len(_UNITS) - 1:
         count, unit = count / 1000, unit + 1

@@ -1,4 +1,4 @@
-"""How much is said on standard error beside errors and warnings."""
+"""How much is printed on standard error in addition to errors and warnings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Verbosity(Enum):
-    """QUIET: neither plans nor progress. VERBOSE: also what libraries say, and where an error arose."""
+    """QUIET: neither plans nor progress. VERBOSE: also the messages of libraries, and the traceback of an error."""
 
     QUIET = "quiet"
     NORMAL = "normal"
@@ -18,17 +18,17 @@ _chosen = Verbosity.NORMAL
 
 
 def verbosity() -> Verbosity:
-    """What holds for this process."""
+    """The verbosity of this process."""
     return _chosen
 
 
 def set_verbosity(level: Verbosity) -> None:
-    """Let it hold from now on."""
+    """Set the verbosity of this process."""
     global _chosen
     _chosen = level
 
 
 def tell(text: str = "") -> None:
-    """Say what is neither a result nor a warning, unless quiet."""
+    """Print text that is neither a result nor a warning, unless quiet."""
     if _chosen is not Verbosity.QUIET:
         print(text, file=sys.stderr, flush=True)

@@ -1,3 +1,3 @@
 __version__ = "0.1.0"
-# The name that transformers and vLLM know our checkpoints by.
+# The name of our quantization method in transformers and vLLM.
 QUANT_METHOD = "shiftadd"

@@ -121,5 +121,5 @@ def test_a_missing_folder_is_refused_without_asking_the_hub(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("something was asked"))
-    with pytest.raises(ArtifactError, match=r"is no folder; give one that `shiftadd quantize` wrote, or a hub id"):
+    with pytest.raises(ArtifactError, match=r"is not a folder; give one that `shiftadd quantize` wrote, or a hub id"):
         shiftadd_cli.load(folder)

@@ -1,1 +1,1 @@
-"""Bits for every layer: how much they matter to each, the best choice under a budget, and the file it is kept in."""
+"""Bit allocation: the sensitivity of every layer, the best choice of bits within a budget, and the plan file."""

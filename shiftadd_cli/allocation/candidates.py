@@ -1,4 +1,4 @@
-"""What the solver makes of a linear as everything that it may be."""
+"""Solutions of a linear for every candidate form."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from shiftadd_cli.distributed.team import ALONE, Team
 
 
 class CandidateSolver:
-    """The solver that the run will use, without its refinement rounds (these lower all errors by similar factors and
-    take most of its time) and without asymmetric calibration (nothing before a linear is quantized here)."""
+    """The solver of the run, without its refinement rounds (these lower all errors by similar factors and take most of
+    its time) and without asymmetric calibration (no layer before the linear is quantized here)."""
 
     def __init__(self, options: SolverOptions, candidates: Sequence[Choice], team: Team = ALONE) -> None:
-        """options: of the run, whose choice does not matter. team: whose processes share the rows out."""
+        """options: those of the run; their choice is ignored. team: its processes share the rows."""
         self._options = options.replaced(refine_rounds=0, asymmetric=0.0)
         self._candidates, self._team = candidates, team
 
     def __call__(
         self, names: Sequence[str], weights: Sequence[Tensor], hessian: Tensor | None
     ) -> Iterator[tuple[Choice, list[Solution]]]:
-        """By candidate, the solutions of linears that read one input: weights `[out, in]`, second moment `[in, in]`,
-        None for those that no calibration input reached."""
+        """Solutions, by candidate, of linears that read one input: weights `[out, in]`, second moment `[in, in]`, None
+        if no calibration input reached them."""
         options = self._options if hessian is not None else self._options.without_data()
         for choice in self._candidates:
             yield choice, quantize_matrices(weights, names, hessian, options.at(choice), team=self._team)
 
 
 def relative_error(solution: Solution) -> float:
-    """‖(W − Ŵ) x‖² / ‖W x‖² over the calibration inputs, and where there were none ‖W − Ŵ‖² / ‖W‖²."""
+    """‖(W − Ŵ) x‖² / ‖W x‖² over the calibration inputs, or ‖W − Ŵ‖² / ‖W‖² if there were none."""
     return solution.weight_error if solution.output_error is None else solution.output_error

@@ -1,16 +1,16 @@
-"""What layers cost in another unit than bytes (milliseconds, millijoules), as the user measured it, and a budget of it.
+"""Costs of layers in a unit other than bytes (milliseconds, millijoules), measured by the user, and budgets of them.
 
-A cost table is a JSON file with the cost of one token's pass through a layer, either for every weight,
+A cost table is a JSON file with the cost of one token's pass through a layer, either per weight,
 
     {"format": "shiftadd cost table", "version": 1, "cost": "latency", "unit": "ms",
      "per_weight": {"2": 1.1e-7, "3": 1.5e-7, "4": 2.0e-7}}
 
-or for layers of given shapes, `[out, in]`, as they were measured:
+or measured for layers of given shapes, `[out, in]`:
 
     {"format": "shiftadd cost table", "version": 1, "cost": "energy", "unit": "mJ",
      "measured": [{"shape": [576, 576], "bits": 2, "cost": 0.031}, ...]}
 
-Shift layers go by their words, such as "shift2-4", in place of a number of bits. Costs of layers are added up.
+Shift layers have a word, such as "shift2-4", in place of a number of bits. The costs of all layers are summed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Shapes = Mapping[str, tuple[int, int]]
 
 TABLE_FORMAT: Final = "shiftadd cost table"
 _MAX_BYTES = 10_000_000
-# The integer program counts in whole steps, this many to the budget.
+# The integer program counts in whole steps; the budget has this many.
 _STEPS = 2**40
-# A budget counts as met within a millionth, less than any cost is known to: the program's rounding, and a number copied
-# from a message, must not matter.
+# A budget counts as met within a millionth, which is finer than any measured cost. The program's rounding, and a number
+# copied from a message, must not matter.
 _TOLERANCE = 1e-6
 
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -46,7 +46,7 @@ Width = Annotated[int, Field(ge=1)]
 
 
 class MeasuredCost(FilePart):
-    """What a layer of this shape costs at these bits."""
+    """The cost of a layer of this shape at these bits."""
 
     shape: tuple[Width, Width]
     bits: Kind
@@ -54,7 +54,7 @@ class MeasuredCost(FilePart):
 
 
 class CostTable(FilePart):
-    """See the module; one of `per_weight` and `measured` is there."""
+    """See the module; exactly one of `per_weight` and `measured` is given."""
 
     format: Literal["shiftadd cost table"]
     version: Literal[1]
@@ -68,21 +68,21 @@ class CostTable(FilePart):
         if (self.per_weight is None) == (self.measured is None):
             raise ValueError("give one of per_weight and measured")
         seen: set[tuple[tuple[int, int], Choice]] = set()
-        for each in self.measured or ():
-            if (each.shape, each.bits) in seen:
-                raise ValueError(f"shape {list(each.shape)} at {choice_words(each.bits)} is given twice")
-            seen.add((each.shape, each.bits))
+        for entry in self.measured or ():
+            if (entry.shape, entry.bits) in seen:
+                raise ValueError(f"shape {list(entry.shape)} at {choice_words(entry.bits)} is given twice")
+            seen.add((entry.shape, entry.bits))
         return self
 
     def of(self, name: str, shape: tuple[int, int], bits: Choice) -> float:
-        """Cost of the layer `name` of a shape `[out, in]`. Raises AllocationError where the table does not have it."""
+        """Cost of the layer `name` of shape `[out, in]`. Raises AllocationError if it is missing from the table."""
         if self.per_weight is not None:
             if bits in self.per_weight:
                 return self.per_weight[bits] * shape[0] * shape[1]
         else:
-            for each in self.measured or ():
-                if (each.shape, each.bits) == (shape, bits):
-                    return each.cost
+            for entry in self.measured or ():
+                if (entry.shape, entry.bits) == (shape, bits):
+                    return entry.cost
         missing = choice_words(bits)
         if self.per_weight is None:
             missing = f"the shape {shape[0]} x {shape[1]} at {missing}"
@@ -94,7 +94,7 @@ class CostTable(FilePart):
 
 @dataclass(frozen=True)
 class CostLimit:
-    """A budget: the costs of all quantized layers may come to `limit`, in the unit of `table`."""
+    """A budget: the total cost of all quantized layers is at most `limit`, in the unit of `table`."""
 
     table: CostTable
     limit: float
@@ -105,28 +105,28 @@ class CostLimit:
 
     @property
     def steps(self) -> int:
-        """The budget as the integer program counts; see `priced`."""
+        """The budget in steps of the integer program; see `priced`."""
         return _STEPS
 
     def spent(self, bits: Mapping[str, Choice], shapes: Shapes) -> float:
         """Cost of layers with these bits."""
-        return sum(self.table.of(name, shapes[name], each) for name, each in bits.items())
+        return sum(self.table.of(name, shapes[name], choice) for name, choice in bits.items())
 
     def check(self, allowed: Mapping[str, tuple[Choice, ...]], shapes: Shapes) -> None:
-        """Refuse a limit that no choice of the bits allowed meets, and a table that lacks one of them.
+        """Check that some choice of the allowed bits meets the limit, and that the table has all of them.
 
-        Raises AllocationError.
+        Raises AllocationError otherwise.
         """
-        costs = [[self.table.of(name, shapes[name], bits) for bits in each] for name, each in allowed.items()]
+        costs = [[self.table.of(name, shapes[name], bits) for bits in choices] for name, choices in allowed.items()]
         low, high = (sum(map(choose, costs)) for choose in (min, max))
         if low > self.limit * (1 + _TOLERANCE):
             raise AllocationError(
-                f"A budget of {self.text} cannot be met: the bits allowed take from {low:.7g} to {high:.7g} "
+                f"A budget of {self.text} cannot be met: the allowed bits cost from {low:.7g} to {high:.7g} "
                 f"{self.table.unit}; raise `max_cost`, or allow other bits with `candidates`."
             )
 
     def priced(self, layer: LayerOptions, shape: tuple[int, int]) -> LayerOptions:
-        """The same choices with steps of this budget in place of bytes; more than all of it is all the same."""
+        """The same choices with steps of this budget in place of bytes. Costs over twice the budget are clipped."""
         costs = {bits: self.table.of(layer.name, shape, bits) for bits in layer.bytes}
         return LayerOptions(
             layer.name,
@@ -143,47 +143,47 @@ def parse_budget(
     cost_table: Path | None = None,
     max_cost: float | None = None,
 ) -> Budget | CostLimit:
-    """From the options of the command line. Raises AllocationError where they do not go together."""
+    """The budget from the command-line options. Raises AllocationError if they do not fit together."""
     if cost == "bits":
         if cost_table is not None or max_cost is not None:
-            raise AllocationError("`cost_table` and `max_cost` are for `cost` latency or energy; say which.")
+            raise AllocationError("`cost_table` and `max_cost` are for `cost` latency or energy; give one of these.")
         return Budget.parse(average_bits, target_size, max_divergence)
-    if any(each is not None for each in (average_bits, target_size, max_divergence)):
+    if any(option is not None for option in (average_bits, target_size, max_divergence)):
         raise AllocationError(
             f"`avg_bits`, `target_size` and `max_divergence` are for `cost=bits`; give `max_cost` for `cost` {cost}."
         )
     if cost_table is None or max_cost is None:
         raise AllocationError(
-            f"`cost` {cost} needs `cost_table`, a file of what layers cost, and `max_cost` in its unit; give both."
+            f"`cost` {cost} needs `cost_table`, a file of layer costs, and `max_cost` in its unit; give both."
         )
     if not 0 < max_cost < float("inf"):
         raise AllocationError(f"`max_cost` {max_cost} is not valid; give a number above 0.")
     table = load_cost_table(cost_table)
     if table.cost != cost:
-        raise AllocationError(f"Cost table {cost_table} is of {table.cost}; give it to `cost` {table.cost}.")
+        raise AllocationError(f"Cost table {cost_table} is of {table.cost}; use it with `cost` {table.cost}.")
     return CostLimit(table, max_cost)
 
 
 def load_cost_table(path: Path) -> CostTable:
-    """Read a cost table. Raises AllocationError in one sentence where it cannot be read or is none."""
+    """Read a cost table. Raises AllocationError with one sentence if it is unreadable or not a cost table."""
     if not path.is_file():
         raise AllocationError(f"There is no cost table {path}; give the path of a JSON file.")
     if path.stat().st_size > _MAX_BYTES:
         raise AllocationError(
-            f"Cost table {path} has more than {_MAX_BYTES:,} bytes, which no table has; make it again."
+            f"Cost table {path} has more than {_MAX_BYTES:,} bytes, too many for a cost table; create it again."
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as failure:
         raise AllocationError(
-            f"Cost table {path} is not valid JSON ({' '.join(str(failure).split())}); mend it."
+            f"Cost table {path} is not valid JSON ({' '.join(str(failure).split())}); fix it."
         ) from None
     if not isinstance(values, dict) or values.get("format") != TABLE_FORMAT:
         raise AllocationError(
-            f'{path} is no cost table; it must begin with {{"format": "{TABLE_FORMAT}", "version": 1.'
+            f'{path} is not a cost table; it must begin with {{"format": "{TABLE_FORMAT}", "version": 1.'
         )
     try:
         return CostTable.model_validate(values)
     except ValidationError as failure:
-        place, message = first_fault(failure)
-        raise AllocationError(f"{', '.join((f'Cost table {path}', *place))}: {message}; mend it.") from None
+        location, message = first_fault(failure)
+        raise AllocationError(f"{', '.join((f'Cost table {path}', *location))}: {message}; fix it.") from None

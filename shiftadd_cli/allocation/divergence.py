@@ -1,24 +1,24 @@
-"""How far the model's predictions go from the original's when one linear is replaced by its quantized self.
+"""Divergence of the model's predictions from the original's when a single linear is quantized.
 
 For every linear and every number of bits, KL(original || model with only this linear replaced) is measured, not
-estimated, in nats a token, over all tokens of a few probe windows. A *variant* is the model with one linear replaced;
-up to the block of that linear it is the original, so only its states behind this block exist and only the blocks behind
-it are run again:
+estimated, in nats per token, over all tokens of a few probe windows. A *variant* is the model with one linear replaced.
+Before the block of that linear it equals the original, so only its states after this block are stored, and only the
+later blocks are run again:
 
     through    block 0      block 1         block 2              norm, head
                original  →  original     →  original          →  reference
                             variants     →  variants          →  divergences
                             of block 0      of blocks 0, 1
 
-The walk over the blocks that solves the linears takes the variants along: each block is read once, and all variants
-from before it go through it together with the original, one after another, since the probe windows of one variant
-already keep the processor busy. Their hidden states, float32, take `MEMORY_BYTES` at most (one variant at least): when
-the next would not fit, all that are held run to the end, which reads the blocks behind this one once more, and make
-room. So every block is read at most once more than there are such groups, whose number is
-linears x candidates x windows x seq_len x width x 4 / MEMORY_BYTES. Logits exist for some tokens of one variant at a
-time, and the original's for the same tokens.
+The walk over the blocks that solves the linears also advances the variants. Each block is read once, and all variants
+of earlier blocks pass through it along with the original, one after another, since the probe windows of one variant
+already keep the processor busy. Their float32 hidden states take at most `MEMORY_BYTES` (but at least one variant is
+stored). When the next variant does not fit, all live variants run to the end of the model, which reads the later blocks
+once more, and free their memory. So a block is read at most once more than the number of such groups, which is
+linears x candidates x windows x seq_len x width x 4 / MEMORY_BYTES. Logits are computed for some tokens of one variant
+at a time, and for the same tokens of the original.
 
-The time is that of linears x candidates x (half the model) forwards of the probe windows, and of as many heads.
+The run time is that of linears x candidates x (half the model) forward passes of the probe windows, and as many heads.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import LinearSpec, Structure
 
-# Calibration windows, or images, that divergences are measured on; the quantized weights are solved on all of them.
+# Calibration windows, or images, used to measure divergences; the quantized weights are solved on all of them.
 PROBE_WINDOWS = 4
-# An image is one prediction, where a window is hundreds.
+# An image gives one prediction, a window gives hundreds.
 PROBE_IMAGES = 64
-# Hidden states of variants, unless the caller says otherwise.
+# Default limit on the hidden states of variants.
 MEMORY_BYTES = 1 << 30
 
 
 def probe_samples(samples: Tensor) -> Tensor:
     """At most `PROBE_WINDOWS` of int64 `[samples, seq_len]`, or `PROBE_IMAGES` of `[samples, channels, height, width]`,
-    evenly from the first to the last."""
+    evenly spaced from the first to the last."""
     most = PROBE_IMAGES if samples.is_floating_point() else PROBE_WINDOWS
     return samples[torch.linspace(0, len(samples) - 1, min(most, len(samples))).round().long()]
 
 
 @dataclass
 class _Variant:
-    """`hidden` float32 `[windows, seq_len, width]`: states behind the deepest block that was entered. `weight`: what
-    stands for that of the linear `spec`, where blocks to come have copies of it."""
+    """`hidden` float32 `[windows, seq_len, width]`: states after the deepest block entered so far. `weight`: the
+    replacement weight of the linear `spec`, if later blocks have copies of it."""
 
     spec: LinearSpec
     bits: Choice
@@ -69,7 +69,7 @@ class _Variant:
 
 
 class Divergence:
-    """Measures the linears of one block after another, in order; `costs` then has the divergences."""
+    """Measures the linears block by block, in order; `costs` then returns the divergences."""
 
     def __init__(
         self,
@@ -82,8 +82,8 @@ class Divergence:
         memory_bytes: int = MEMORY_BYTES,
         team: Team = ALONE,
     ) -> None:
-        """replay: of the probe windows; memory_bytes: of variants held at once, one at least; team: whose processes
-        share the variants out."""
+        """replay: of the probe windows; memory_bytes: upper limit on the live variants, of which there is at least one;
+        team: its processes share the variants."""
         self._replay, self._structure, self._progress = replay, structure, progress
         self._solve = CandidateSolver(options, candidates, team)
         self._team, self._variants = team, 0
@@ -91,12 +91,12 @@ class Divergence:
         self._by_block: dict[int, list[LinearSpec]] = {}
         for spec in structure.linears:
             self._by_block.setdefault(spec.block, []).append(spec)
-        # The original's states in front of the block that was entered last, number `_depth`, and behind it.
+        # The original's states before and after the block entered last, number `_depth`.
         self._depth = -1
         self._inputs = self._outputs = replay.hidden
         self._held: list[_Variant] = []
         self._reached: set[str] = set()
-        self._found: dict[str, dict[Choice, float]] = {}
+        self._divergences: dict[str, dict[Choice, float]] = {}
 
     def __call__(
         self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
@@ -109,36 +109,35 @@ class Divergence:
                 error[bits] = relative_error(solution)
                 if spec.name in self._reached:
                     if self._variants % self._team.size == self._team.rank:
-                        self._hold(spec, bits, solution.weight.decode())
+                        self._add(spec, bits, solution.weight.decode())
                     self._variants += 1
         return errors
 
     def costs(self, errors: Mapping[str, dict[Choice, float]]) -> dict[str, dict[Choice, float]]:
-        """Divergences in nats a token, finite and not negative, of all linears, from the relative errors of all.
+        """Divergences in nats per token, finite and not negative, of all linears, given the relative errors of all.
 
-        What no probe token reached (an expert that none was sent to) counts as its relative error times the median of
-        the others' divergence / error at these bits: that nothing was measured there does not mean that nothing
-        depends on it.
+        A linear that no probe token reached (in an expert that got no token) gets its relative error times the median
+        divergence / error of the others at these bits: the model may depend on it even though nothing was measured.
         """
-        found = self.measured()
+        nats = self.measured()
         return {
-            name: found[name] if name in found else {bits: _usual(found, errors, bits) * error[bits] for bits in error}
+            name: nats[name] if name in nats else {bits: _usual(nats, errors, bits) * error[bits] for bits in error}
             for name, error in errors.items()
         }
 
     def measured(self) -> dict[str, dict[Choice, float]]:
-        """Divergences in nats a token of the linears that a probe token reached, by bits."""
+        """Divergences in nats per token, by bits, of the linears that a probe token reached."""
         self._finish()
-        # Of the variants of all processes. Numbers of planes are no keys of JSON.
-        own = {name: list(by_bits.items()) for name, by_bits in self._found.items()}
-        found: dict[str, dict[Choice, float]] = {}
-        for each in self._team.gather(own):
-            for name, pairs in each.items():
-                found.setdefault(name, {}).update(pairs)
-        return found
+        # Gathered from all processes as pairs, since JSON has no integer keys.
+        own = {name: list(by_bits.items()) for name, by_bits in self._divergences.items()}
+        result: dict[str, dict[Choice, float]] = {}
+        for part in self._team.gather(own):
+            for name, pairs in part.items():
+                result.setdefault(name, {}).update(pairs)
+        return result
 
     def _enter(self, depth: int) -> None:
-        """Take the original and all variants through the blocks up to number `depth`, which stays loaded."""
+        """Run the original and all variants through the blocks up to number `depth`, which stays loaded."""
         while self._depth < depth:
             if self._depth >= 0:
                 self._replay.model.release(self._depth)
@@ -159,8 +158,8 @@ class Divergence:
                     stack.enter_context(_replaced(copy, variant.spec.turned(variant.weight)))
                 variant.hidden = self._replay.run(depth, variant.hidden)
 
-    def _hold(self, spec: LinearSpec, bits: Choice, weight: Tensor) -> None:
-        """Run the block with the linear's weight replaced, float32 `[out, in]`, and hold what comes out."""
+    def _add(self, spec: LinearSpec, bits: Choice, weight: Tensor) -> None:
+        """Run the block with the linear's weight replaced, float32 `[out, in]`, and store the output as a variant."""
         if len(self._held) == self._room:
             self._finish()
         block = self._replay.model.load(spec.block)
@@ -169,7 +168,7 @@ class Divergence:
         self._held.append(_Variant(spec, bits, hidden, weight if spec.copies else None))
 
     def _finish(self) -> None:
-        """Run all variants to the end, note their divergences and forget them."""
+        """Run all variants to the end, record their divergences and drop them."""
         if not self._held:
             return
         original = self._outputs
@@ -179,19 +178,19 @@ class Divergence:
             original = self._replay.run(ahead[name], original)
             self._advance(ahead[name])
             self._replay.model.release(ahead[name])
-        held, self._held = self._held, []
-        divergences = self._replay.divergences(original, [variant.hidden for variant in held], self._progress)
-        for variant, divergence in zip(held, divergences, strict=True):
+        variants, self._held = self._held, []
+        divergences = self._replay.divergences(original, [variant.hidden for variant in variants], self._progress)
+        for variant, divergence in zip(variants, divergences, strict=True):
             if not math.isfinite(divergence):
                 raise NumericalError(
                     f"The predictions are not finite when {variant.spec.name} has {choice_words(variant.bits)}; leave "
-                    "it as it is with `skip`, or mend the source."
+                    "it unquantized with `skip`, or fix the source."
                 )
-            self._found.setdefault(variant.spec.name, {})[variant.bits] = divergence
+            self._divergences.setdefault(variant.spec.name, {})[variant.bits] = divergence
 
     @contextmanager
     def _noting_what_is_reached(self, block: nn.Module) -> Iterator[None]:
-        """Note the linears of the block that are run on a token at least."""
+        """Record the linears of the block that process at least one token."""
 
         def note(name: str, inputs: Tensor) -> None:
             if inputs.numel():
@@ -207,18 +206,22 @@ class Divergence:
             yield
 
 
-def _usual(found: Mapping[str, dict[Choice, float]], errors: Mapping[str, dict[Choice, float]], bits: Choice) -> float:
-    """Median of divergence / relative error at so many bits, over the linears where there is an error."""
-    ratios = [each[bits] / errors[name][bits] for name, each in found.items() if errors[name][bits] > 0]
+def _usual(
+    divergences: Mapping[str, dict[Choice, float]], errors: Mapping[str, dict[Choice, float]], bits: Choice
+) -> float:
+    """Median of divergence / relative error at these bits, over the linears with a nonzero error."""
+    ratios = [
+        divergence[bits] / errors[name][bits] for name, divergence in divergences.items() if errors[name][bits] > 0
+    ]
     return statistics.median(ratios) if ratios else 1.0
 
 
 @contextmanager
 def _replaced(linear: nn.Module, weight: Tensor) -> Iterator[None]:
     parameter = linear.get_parameter("weight")
-    kept = parameter.data
-    parameter.data = weight.to(kept)
+    original = parameter.data
+    parameter.data = weight.to(original)
     try:
         yield
     finally:
-        parameter.data = kept
+        parameter.data = original

@@ -1,4 +1,4 @@
-"""Predicted loss against size for a plan that is made: equal bits for all, and a bound that no plan can pass."""
+"""Predicted loss versus size for a given plan: uniform bits, and a lower bound on all plans."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import NamedTuple
 from shiftadd_cli.allocation.knapsack import lower_hull
 from shiftadd_cli.allocation.plan_file import BitPlan, PlannedLayer
 
-# Points told of a bound; a large model's has a thousand.
+# Maximum number of points of a bound; a large model's bound has a thousand corners.
 _MOST_POINTS = 60
 
 
 class SizePoint(NamedTuple):
-    """Bytes of the quantized layers and the loss predicted for them, in the unit of the sensitivity."""
+    """Bytes of the quantized layers and their predicted loss, in the unit of the sensitivity."""
 
     nbytes: int
     predicted_loss: float
 
 
 def uniform_points(plan: BitPlan) -> dict[int, SizePoint]:
-    """Size and loss with equal bits for all layers, for the bits that all may have."""
+    """Size and loss with equal bits for all layers, for the bits that every layer allows."""
     layers = list(plan.layers.values())
     return {
         bits: SizePoint(sum(layer.bytes[bits] for layer in layers), math.fsum(layer.cost[bits] for layer in layers))
@@ -31,10 +31,10 @@ def uniform_points(plan: BitPlan) -> dict[int, SizePoint]:
 
 
 def lower_bound(plan: BitPlan) -> list[SizePoint]:
-    """Corners of the lower convex hull of all choices of bits, from the smallest size on; ties of layers are ignored.
+    """Corners of the lower convex hull of all choices of bits, by increasing size; ties between layers are ignored.
 
     This is the Lagrangian relaxation of the plan's integer program: steps of single layers, each along the hull of its
-    own choices, in the order of what a byte gains. Every corner is an actual choice of bits.
+    own choices, ordered by the gain per byte. Every corner is an actual choice of bits.
     """
     hulls = [_hull(layer) for layer in plan.layers.values()]
     steps = [(start, stop) for hull in hulls for start, stop in pairwise(hull)]
@@ -45,11 +45,11 @@ def lower_bound(plan: BitPlan) -> list[SizePoint]:
         size, loss = size + stop.nbytes - start.nbytes, loss + stop.predicted_loss - start.predicted_loss
         corners.append(SizePoint(size, loss))
     stride = max(1, -(-(len(corners) - 1) // _MOST_POINTS))
-    kept = corners[::stride]
-    return kept if kept[-1] == corners[-1] else [*kept, corners[-1]]
+    thinned = corners[::stride]
+    return thinned if thinned[-1] == corners[-1] else [*thinned, corners[-1]]
 
 
 def _hull(layer: PlannedLayer) -> list[SizePoint]:
-    """Choices of one layer that are best at some price of a byte, by size; each smaller in loss than the one before."""
+    """Choices of one layer that are optimal at some price per byte, by increasing size and decreasing loss."""
     corners = lower_hull((layer.bytes[choice], layer.cost[choice]) for choice in layer.bytes)
     return [SizePoint(int(nbytes), loss) for nbytes, loss in corners]

@@ -1,14 +1,14 @@
-"""One choice for each group: the least total of one thing at a limited total of another, solved to the optimum.
+"""Exact solver for one choice per group: the least total aim at a limited total load (multiple-choice knapsack).
 
-Nemhauser and Ullmann's list of partial choices, kept short by bounds (Pisinger 1995, "A minimal algorithm for the
-multiple-choice knapsack problem", does the same in another order). Groups are added one after another. Of the partial
-choices so far, one that has both a larger load and a larger aim than another is dropped; so is one whose rest cannot be
-chosen well enough even in fractions (of the lower convex hulls of the groups that are left), compared to a good choice
-that a first, capped pass has found. What is left at the end has the optimum in it.
+The algorithm is Nemhauser and Ullmann's list of partial choices, pruned by bounds (Pisinger 1995, "A minimal algorithm
+for the multiple-choice knapsack problem", does the same in another order). Groups are added one after another. A
+partial choice is dropped if another has a smaller load and a smaller aim. It is also dropped if even a fractional
+completion (along the lower convex hulls of the remaining groups) is worse than a good choice found by a first, capped
+pass. The remaining list contains the optimum.
 
-Loads and aims are added in float64: whole numbers up to 2^53 exactly, so that bytes count to the byte, and others to
-within 1e-12. Integer programming by HiGHS, which came before, keeps limits within 1e-6 of their largest number, so it
-had to be asked again with a smaller limit; on layers of very different sizes that gave wrong answers, or none.
+Loads and aims are summed in float64: integers up to 2^53 exactly, so that bytes count to the byte, and others to within
+1e-12. The earlier solver, integer programming by HiGHS, keeps limits only within 1e-6 of their largest number. It had
+to be called again with a smaller limit, and gave wrong answers or none for layers of very different sizes.
 560 groups of four choices take .2 s, with hundreds of partial choices at a time.
 """
 
@@ -21,10 +21,10 @@ from typing import Any, Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
-# Partial choices in the pass that finds a good choice; and at all, so that memory is bounded. Where that many cannot be
-# told apart, which takes losses that are proportional to sizes, those with the best bounds are kept.
+# Maximum number of partial choices: in the first pass, which finds a good choice, and overall, to bound the memory. The
+# overall cap applies only if losses are nearly proportional to sizes; the choices with the best bounds then remain.
 _FEW, _MANY = 300, 1 << 17
-# What adding up in another order may change, relative to the sum.
+# Change of a sum by another order of addition, relative to the sum.
 _ROUNDING = 1e-12
 
 
@@ -36,17 +36,17 @@ def knapsack(
 ) -> list[Key]:
     """The key chosen for every group: the least total of `aims` (by group and key) at a total load of at most `limit`.
 
-    aims, loads: not negative; the same keys for each group. fits: tells exactly whether a choice is within the limit,
-    which the least of all loads must be; what is returned fits.
+    aims, loads: not negative; the same keys for each group. fits: decides exactly whether a choice is within the limit.
+    The choice of the smallest loads must fit; the result always fits.
     """
     best = [min(aim, key=lambda key: (aim[key], load[key])) for aim, load in zip(aims, loads, strict=True)]
     if fits(best):
         return best
     search = _Search(aims, loads, limit * (1 + _ROUNDING))
     rough = search.choices(_FEW, math.inf)
-    most = next((search.total(each) for each in rough if fits(each)), math.inf)
+    most = next((search.total(choice) for choice in rough if fits(choice)), math.inf)
     return next(
-        (each for each in search.choices(_MANY, most) if fits(each)),
+        (choice for choice in search.choices(_MANY, most) if fits(choice)),
         [min(load, key=lambda key: (load[key], aim[key])) for aim, load in zip(aims, loads, strict=True)],
     )
 
@@ -61,12 +61,12 @@ class _Search(Generic[Key]):
             np.array([load[key] for key in keys], float) for load, keys in zip(loads, self._keys, strict=True)
         ]
         self._limit = limit
-        self._noise = _ROUNDING * sum(float(each.max()) for each in self._aims)
+        self._noise = _ROUNDING * sum(float(aim.max()) for aim in self._aims)
         hulls = [
             lower_hull(zip(load.tolist(), aim.tolist(), strict=True))
             for load, aim in zip(self._loads, self._aims, strict=True)
         ]
-        # Where the hulls of the groups from each on start, together; and their steps, the best first.
+        # Sums of the first hull corners over each group and all later ones; and all steps of the hulls, best first.
         self._starts = np.array([hull[0] for hull in hulls] + [(0.0, 0.0)])[::-1].cumsum(0)[::-1]
         steps = [
             (second[0] - first[0], second[1] - first[1], owner)
@@ -79,7 +79,7 @@ class _Search(Generic[Key]):
         return sum(float(aim[keys.index(key)]) for aim, keys, key in zip(self._aims, self._keys, chosen, strict=True))
 
     def choices(self, cap: int, most: float) -> Iterator[list[Key]]:
-        """Choices within the limit whose aim is at most `most`, the least first, from at most `cap` partial ones."""
+        """Choices within the limit with an aim of at most `most`, smallest first, from at most `cap` partial ones."""
         import numpy as np
 
         load, aim = np.zeros(1), np.zeros(1)
@@ -87,20 +87,20 @@ class _Search(Generic[Key]):
         for group, (loads, aims) in enumerate(zip(self._loads, self._aims, strict=True)):
             load, aim = np.add.outer(load, loads).ravel(), np.add.outer(aim, aims).ravel()
             bound = self._bound(group + 1, load, aim)
-            kept = np.flatnonzero(bound <= most + self._noise)
-            kept = kept[np.lexsort((aim[kept], load[kept]))]
-            # Of equal loads the least aim comes first; what follows must have a smaller one.
-            before = np.minimum.accumulate(np.concatenate(([math.inf], aim[kept][:-1])))[: len(kept)]
-            kept = kept[aim[kept] < before]
-            if len(kept) > cap:
-                kept = kept[np.sort(np.argpartition(bound[kept], cap)[:cap])]
-            origins.append(kept)
-            load, aim = load[kept], aim[kept]
+            indices = np.flatnonzero(bound <= most + self._noise)
+            indices = indices[np.lexsort((aim[indices], load[indices]))]
+            # Equal loads are sorted by aim. An entry survives only if its aim is smaller than all before it.
+            before = np.minimum.accumulate(np.concatenate(([math.inf], aim[indices][:-1])))[: len(indices)]
+            indices = indices[aim[indices] < before]
+            if len(indices) > cap:
+                indices = indices[np.sort(np.argpartition(bound[indices], cap)[:cap])]
+            origins.append(indices)
+            load, aim = load[indices], aim[indices]
         for last in reversed(range(len(load))):
             yield self._trace(origins, last)
 
     def _bound(self, group: int, load: Any, aim: Any) -> Any:
-        """The least aim that partial choices of the groups before `group` can end with; infinite where none fits."""
+        """Lower bound on the final aim of partial choices of the groups before `group`; infinite if none fits."""
         import numpy as np
 
         steps = self._steps[self._steps[:, 2] >= group]
@@ -111,16 +111,16 @@ class _Search(Generic[Key]):
         return np.where(room >= 0, least, math.inf)
 
     def _trace(self, origins: Sequence[Any], last: int) -> list[Key]:
-        """The keys of a full choice, from the number it has at the end."""
-        found = []
-        for kept, keys in zip(reversed(origins), reversed(self._keys), strict=True):
-            last, place = divmod(int(kept[last]), len(keys))
-            found.append(keys[place])
-        return found[::-1]
+        """The keys of a full choice, given its index in the final list."""
+        chosen = []
+        for indices, keys in zip(reversed(origins), reversed(self._keys), strict=True):
+            last, position = divmod(int(indices[last]), len(keys))
+            chosen.append(keys[position])
+        return chosen[::-1]
 
 
 def lower_hull(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Corners (load, aim) of the lower left convex hull, loads rising and aims falling."""
+    """Corners (load, aim) of the lower left convex hull, with increasing loads and decreasing aims."""
     corners: list[tuple[float, float]] = []
     for load, aim in sorted(points):
         if corners and aim >= corners[-1][1]:

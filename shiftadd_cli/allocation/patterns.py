@@ -1,4 +1,4 @@
-"""Layers named by patterns: those that keep given bits, and those that must have equal ones."""
+"""Layers selected by patterns: layers with fixed bits, and layers tied to equal bits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from shiftadd_cli.source.structure import matching_pattern
 
 
 def pinned_bits(linears: Sequence[LinearSpec], keep: Sequence[str]) -> dict[str, Choice]:
-    """Bits of the linears that entries `PATTERN=BITS` name, by full name; a pattern may match a module they are in.
+    """Bits, by full name, of the linears matched by `PATTERN=BITS` entries; a pattern may match an enclosing module.
 
     Raises AllocationError for an entry that is malformed, matches nothing, or contradicts another.
     """
-    found: dict[str, tuple[Choice, str]] = {}
+    pinned: dict[str, tuple[Choice, str]] = {}
     for entry in keep:
         pattern, _, word = entry.rpartition("=")
         try:
@@ -27,14 +27,14 @@ def pinned_bits(linears: Sequence[LinearSpec], keep: Sequence[str]) -> dict[str,
                 f"`keep` {entry!r} is not valid; write PATTERN=BITS, such as '*.down_proj=4' or '*.down_proj=shift2'."
             )
         for spec in _matched(linears, [pattern], "`keep`"):
-            kept, other = found.setdefault(spec.name, (choice, entry))
-            if kept != choice:
+            earlier, other = pinned.setdefault(spec.name, (choice, entry))
+            if earlier != choice:
                 raise AllocationError(f"`keep` {other!r} and {entry!r} both name {spec.name}; give one of them.")
-    return {name: choice for name, (choice, _) in found.items()}
+    return {name: choice for name, (choice, _) in pinned.items()}
 
 
 def tied_by_pattern(linears: Sequence[LinearSpec], tie: Sequence[str]) -> list[tuple[str, ...]]:
-    """For each entry `PATTERN,PATTERN,...` the full names of the linears of one block that match any of its patterns.
+    """For each entry `PATTERN,PATTERN,...` and block, the full names of the linears that match any of its patterns.
 
     Raises AllocationError for a pattern that is empty or matches nothing.
     """
@@ -54,27 +54,27 @@ def tied_by_pattern(linears: Sequence[LinearSpec], tie: Sequence[str]) -> list[t
 def follow_pins(
     allowed: Mapping[str, tuple[Choice, ...]], tied: Iterable[Sequence[str]]
 ) -> dict[str, tuple[Choice, ...]]:
-    """The bits allowed for every layer, where those tied to a layer that keeps its bits get the same.
+    """The bits allowed for every layer, after layers tied to a pinned layer take its bits.
 
-    Raises AllocationError for tied layers that are to keep different bits.
+    Raises AllocationError for tied layers that are pinned to different bits.
     """
-    found = dict(allowed)
+    result = dict(allowed)
     for names in tied:
-        pinned = {found[name][0]: name for name in names if len(found[name]) == 1}
+        pinned = {result[name][0]: name for name in names if len(result[name]) == 1}
         if len(pinned) > 1:
-            told = " and ".join(f"{name} {bits}" for bits, name in pinned.items())
+            layers = " and ".join(f"{name} {bits}" for bits, name in pinned.items())
             raise AllocationError(
-                f"Layers that must have equal bits are kept at different ones ({told}); change `keep`, or untie them "
+                f"Layers that must have equal bits are kept at different ones ({layers}); change `keep`, or untie them "
                 "(`tie`, `tie_fused=False`)."
             )
         if pinned:
-            found |= dict.fromkeys(names, (next(iter(pinned)),))
-    return found
+            result |= dict.fromkeys(names, (next(iter(pinned)),))
+    return result
 
 
 def fused(shared_inputs: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """The linears that inference engines compute as one: those that read one input inside one module (query, key and
-    value; gate and up), not those of an attention and a feed-forward part that happen to read the same norm."""
+    """Groups of linears that inference engines fuse: those that read one input inside one module (query, key and value;
+    gate and up). Linears of attention and feed-forward parts that read the same norm are not fused."""
     groups: dict[tuple[int, str], list[str]] = {}
     for index, names in enumerate(shared_inputs):
         for name in names:
@@ -86,7 +86,7 @@ def _matched(linears: Sequence[LinearSpec], patterns: Sequence[str], option: str
     members = [spec for spec in linears if matching_pattern(spec.name, patterns)]
     if not members:
         raise AllocationError(
-            f"The {option} pattern {patterns[0]!r} matches no layer to quantize; their names look like "
+            f"The {option} pattern {patterns[0]!r} matches no layer to quantize; layer names look like "
             f"{linears[-1].name!r}."
         )
     return members

@@ -1,5 +1,5 @@
-"""plan.json: how many bits each layer gets, and what that was decided on. One layer a line, so that two plans can be
-compared line by line.
+"""plan.json: the bits of each layer, and the inputs of that decision. It has one layer per line, so that two plans can
+be compared line by line.
 
     {"format": "shiftadd bit plan", "version": 1,
      "model": {"name": "demo", "fingerprint": "..."},
@@ -8,9 +8,9 @@ compared line by line.
      "layers": {"model.layers.0.self_attn.q_proj": {"bits": 3, "shape": [576, 576], "bytes": {"2": 98496, ...},
                                                     "cost": {"2": 0.0123, ...}}, ...}}
 
-`bytes` are what is stored for the layer and `cost` the loss predicted, for every number of bits that was allowed. Bits
-may be changed by hand to any of these. Shift layers have a word, such as `shift2-4`, in place of a number; a plan of
-layers that may be such has version 2.
+`bytes` has the stored bytes of the layer and `cost` its predicted loss, for every allowed number of bits. `bits` may be
+edited by hand to any of these. Shift layers have a word, such as `shift2-4`, in place of a number; a plan that allows
+shift layers has version 2.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from shiftadd_cli.source import LinearSpec
 from shiftadd_cli.storage.file_part import FilePart
 
 PLAN_FORMAT: Final = "shiftadd bit plan"
-# What is read; what is written is the least that a plan needs.
+# The newest readable version; plans are written with the lowest version they need.
 PLAN_VERSION: Final = 2
-# A layer takes some 300 bytes: room for a hundred thousand of them.
+# A layer takes about 300 bytes, so this is room for a hundred thousand layers.
 MAX_BYTES = 50_000_000
 
-# Numbers of planes are keys of JSON objects too, and so text.
+# Numbers of planes are also keys of JSON objects, and therefore strings.
 Kind = Annotated[Choice, BeforeValidator(parse_choice)]
 
 
@@ -54,8 +54,8 @@ class PlannedModel(_Part):
 
 
 class PlanCalibration(_Part):
-    """The data that sensitivities were measured on: `samples` windows of `seq_len` tokens, or images (None), and the
-    special tokens that windows begin with ("" for none, None for images)."""
+    """The data used to measure sensitivities: `samples` windows of `seq_len` tokens (None for images), and the special
+    tokens at the start of each window ("" for none, None for images)."""
 
     name: str
     fingerprint: str
@@ -65,7 +65,7 @@ class PlanCalibration(_Part):
 
     @property
     def amount(self) -> str:
-        """How much of it, in words."""
+        """The amount of data, in words."""
         if self.seq_len is None:
             return f"{self.samples} images"
         start = f", windows begin with {self.window_start}" if self.window_start else ""
@@ -73,7 +73,7 @@ class PlanCalibration(_Part):
 
 
 class Origin(_Part):
-    """What the plan was decided on. `recipe_fingerprint` leaves out what cannot change a sensitivity, bits first."""
+    """The inputs of the plan. `recipe_fingerprint` omits fields that cannot change a sensitivity, such as bits."""
 
     sensitivity: str
     recipe_fingerprint: str
@@ -85,7 +85,7 @@ class Origin(_Part):
 
 
 class PlannedLayer(_Part):
-    """What one layer is, and its stored bytes and predicted loss as each of what was allowed."""
+    """The bits and shape of one layer, and its stored bytes and predicted loss for each allowed choice."""
 
     bits: Kind
     shape: tuple[int, int]
@@ -95,7 +95,7 @@ class PlannedLayer(_Part):
     @model_validator(mode="after")
     def _bits_are_known(self) -> PlannedLayer:
         if self.bytes.keys() != self.cost.keys():
-            raise ValueError("bytes and cost must be of the same numbers of bits")
+            raise ValueError("bytes and cost must have the same numbers of bits")
         if self.bits not in self.bytes:
             raise ValueError(
                 f"bits is {self.bits}, which is none of {', '.join(map(str, ordered_choices(self.bytes)))}"
@@ -120,12 +120,12 @@ class BitPlan(_Part):
     @model_validator(mode="after")
     def _version_knows_primitives(self) -> BitPlan:
         if self.version < plan_version(self.layers.values()):
-            raise ValueError(f"shift layers need version {PLAN_VERSION}, and this is version {self.version}")
+            raise ValueError(f"shift layers need version {PLAN_VERSION}, but this is version {self.version}")
         return self
 
     @property
     def bits(self) -> dict[str, Choice]:
-        """Bits, or the word of a shift primitive, by name of the layer."""
+        """Bits, or the word of a shift primitive, by layer name."""
         return {name: layer.bits for name, layer in self.layers.items()}
 
     @property
@@ -138,17 +138,17 @@ class BitPlan(_Part):
 
     @property
     def bits_per_weight(self) -> float:
-        """Everything stored for the layers, over their weights."""
+        """Stored bits per weight of the layers, including all overhead."""
         return 8 * self.stored_bytes / self.weights
 
     @property
     def planes_per_weight(self) -> float:
-        """Bits of codes, averaged over weights."""
+        """Bits of the codes, averaged over weights."""
         return sum(bits_of_choice(layer.bits) * layer.weights for layer in self.layers.values()) / self.weights
 
     @property
     def predicted_loss(self) -> float:
-        """Sum of the layers' costs, in the unit of the sensitivity; rounded once, as where it was chosen."""
+        """Sum of the layers' costs, in the unit of the sensitivity; rounded once, as in the solver."""
         return math.fsum(layer.cost[layer.bits] for layer in self.layers.values())
 
     def fingerprint(self) -> str:
@@ -156,10 +156,10 @@ class BitPlan(_Part):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The text of plan.json: layers in the order of their names, with numbers in names compared as numbers."""
-        whole = self.model_dump(mode="json")
-        layers = whole.pop("layers")
-        head = json.dumps(whole, indent=2, ensure_ascii=False).removesuffix("\n}")
+        """The text of plan.json: layers sorted by name, with numbers in names compared as numbers."""
+        values = self.model_dump(mode="json")
+        layers = values.pop("layers")
+        head = json.dumps(values, indent=2, ensure_ascii=False).removesuffix("\n}")
         lines = [
             f"    {json.dumps(name, ensure_ascii=False)}: {json.dumps(_readable(layers[name]))}"
             for name in sorted(layers, key=_natural)
@@ -167,10 +167,10 @@ class BitPlan(_Part):
         return head + ',\n  "layers": {\n' + ",\n".join(lines) + "\n  }\n}\n"
 
     def check(self, origin: str, fingerprint: str, storage: MatrixStorage, linears: Sequence[LinearSpec]) -> None:
-        """Refuse to be used for another model or another way to store it than it was made for.
+        """Check that the plan was made for this model and this storage format.
 
         origin: name of the plan in errors; fingerprint: of the source; storage: of the run; linears: those to quantize.
-        Raises AllocationError with the first thing that does not fit.
+        Raises AllocationError for the first mismatch.
         """
         if fingerprint != self.model.fingerprint:
             raise AllocationError(
@@ -181,78 +181,78 @@ class BitPlan(_Part):
             if getattr(storage, name) != getattr(self.storage, name):
                 raise AllocationError(
                     f"Bit plan {origin} was made for {name} = {word(getattr(self.storage, name))}, and the recipe "
-                    f"says {word(getattr(storage, name))}, so its sizes would not be true; change the recipe's "
+                    f"says {word(getattr(storage, name))}, so its sizes would be wrong; change the recipe's "
                     f"{name}, or make another plan."
                 )
         for spec in linears:
             layer = self.layers.get(spec.name)
             if layer is None:
                 raise AllocationError(
-                    f"Bit plan {origin} says nothing of {spec.name}; make a plan with the `skip` of this run."
+                    f"Bit plan {origin} has no entry for {spec.name}; make a plan with the `skip` of this run."
                 )
             if layer.shape != (spec.out_features, spec.in_features):
                 raise AllocationError(
-                    f"Bit plan {origin} gives {spec.name} the shape {layer.shape[0]} x {layer.shape[1]}, and the model "
+                    f"Bit plan {origin} gives {spec.name} the shape {layer.shape[0]} x {layer.shape[1]}, but the model "
                     f"has {spec.out_features} x {spec.in_features}; make another plan."
                 )
-        if left := self.layers.keys() - {spec.name for spec in linears}:
+        if extra := self.layers.keys() - {spec.name for spec in linears}:
             raise AllocationError(
-                f"Bit plan {origin} has bits for {min(left)}, which this run leaves as it is; make a plan with the "
+                f"Bit plan {origin} has bits for {min(extra)}, which this run leaves unquantized; make a plan with the "
                 "`skip` of this run."
             )
 
 
 def load_plan(path: Path) -> BitPlan:
-    """Read plan.json. Raises AllocationError in one sentence where it cannot be read or is no plan of this version."""
+    """Read plan.json. Raises AllocationError with one sentence if it is unreadable or not a plan of a known version."""
     again = "make it again with shiftadd allocate-bits"
     if not path.is_file():
         raise AllocationError(f"There is no bit plan {path}; {again.replace('it again', 'one')}.")
     if path.stat().st_size > MAX_BYTES:
-        raise AllocationError(f"Bit plan {path} has more than {MAX_BYTES:,} bytes, which no plan has; {again}.")
+        raise AllocationError(f"Bit plan {path} has more than {MAX_BYTES:,} bytes, too many for a plan; {again}.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except (UnicodeDecodeError, ValueError, RecursionError) as failure:
         reason = " ".join(str(failure).split())
-        raise AllocationError(f"Bit plan {path} is not valid JSON ({reason}); mend it, or {again}.") from None
+        raise AllocationError(f"Bit plan {path} is not valid JSON ({reason}); fix it, or {again}.") from None
     if not isinstance(values, dict) or values.get("format") != PLAN_FORMAT:
-        raise AllocationError(f"{path} is no bit plan; {again.replace('it again', 'one')}.")
+        raise AllocationError(f"{path} is not a bit plan; {again.replace('it again', 'one')}.")
     version = values.get("version")
     if type(version) is not int or not 1 <= version <= PLAN_VERSION:
         raise AllocationError(
-            f"Bit plan {path} has version {version!r}, and this shiftadd reads up to {PLAN_VERSION}; {again}."
+            f"Bit plan {path} has version {version!r}, but this shiftadd reads at most {PLAN_VERSION}; {again}."
         )
     try:
         return BitPlan.model_validate(values)
     except ValidationError as failure:
-        place, message = first_fault(failure)
-        raise AllocationError(f"Bit plan {path}, {' '.join(place)}: {message}; mend it, or {again}.") from None
+        location, message = first_fault(failure)
+        raise AllocationError(f"Bit plan {path}, {' '.join(location)}: {message}; fix it, or {again}.") from None
 
 
 def plan_version(layers: Iterable[PlannedLayer]) -> Literal[1, 2]:
-    """The least version of a plan of these layers."""
+    """The lowest version that a plan of these layers needs."""
     shifts = any(isinstance(choice, str) for layer in layers for choice in layer.bytes)
     return 2 if shifts else 1
 
 
 def round_cost(cost: float) -> float:
-    """To the six digits that the file has, which is more than any cost is known to."""
+    """Round to the six digits written to the file, which is more than the precision of any cost."""
     return float(f"{cost:.6g}")
 
 
 def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in result:
             raise ValueError(f"{key!r} is given twice")
-        found[key] = value
-    return found
+        result[key] = value
+    return result
 
 
 _Value = TypeVar("_Value")
 
 
 def _readable(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer with the candidates in order and costs as they are written."""
+    """A layer with its candidates in order and its costs rounded for writing."""
     return {
         **layer,
         "bytes": _by_bits(layer["bytes"]),

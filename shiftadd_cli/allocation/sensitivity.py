@@ -1,23 +1,23 @@
-"""How much the bits of each layer matter: the loss predicted for every linear at every number of bits.
+"""Sensitivity of each layer to its bits: the predicted loss of every linear at every number of bits.
 
-`output`: to second order, and dropping what couples different layers, output features and tokens, an error Δy of a
-linear's output costs ½ Σ_o E[g_o²] E[Δy_o²] nats a token, where g is the gradient of the divergence from the original
-at that output (see `calibration.gradients`). With g² averaged over features that is ½ E[g²] · tr[(W − Ŵ) H (W − Ŵ)ᵀ].
-The error is the real one, of the solver that the run will use, but for what takes most of its time (see `candidates`),
-on a sample of the rows (see `row_sample`). The gradient is one number a layer: some of the windows are enough for it.
-What was dropped is made up for by a factor for each kind of linear, from the divergences of a few (see `anchors`).
+`output`: to second order, and ignoring the coupling of different layers, output features and tokens, an error Δy of a
+linear's output costs ½ Σ_o E[g_o²] E[Δy_o²] nats per token, where g is the gradient of the divergence from the original
+at that output (see `calibration.gradients`). With g² averaged over features this is ½ E[g²] · tr[(W − Ŵ) H (W − Ŵ)ᵀ].
+The error is the actual error of the solver that the run will use, without its most expensive steps (see `candidates`),
+on a sample of the rows (see `row_sample`). The gradient is one number per layer, so some of the windows are enough for
+it. A factor for each kind of linear, from the divergences of a few, corrects for the ignored coupling (see `anchors`).
 
-`divergence`: of the model with one linear replaced by the same solver's result from the original, in nats a token,
-measured on a few windows; see `divergence`. It drops what couples different layers and nothing else.
+`divergence`: the divergence between the original and the model with one linear replaced by the same solver's result, in
+nats per token, measured on a few windows; see `divergence`. It ignores only the coupling of different layers.
 
 `paper`: the criterion of ShiftAddLLM, C = ‖S‖_F · std(S)² with S = W / d by columns, d the diagonal of the upper
 Cholesky factor of the inverse Hessian (its code, `*_analysis.py`; see also Optimal Brain Surgeon). The score does not
-know of bits: the code gives the layers with the largest scores the larger of two numbers. Here it becomes the cost
-C · 4^−bits, since every further plane divides the squared error of a scalar quantizer by about four; so layers are
-ranked as in the paper, any candidates can be compared, and only differences within one plan mean something.
+depend on bits: the paper's code gives the layers with the largest scores the larger of two numbers. Here it becomes the
+cost C · 4^−bits, since every further plane divides the squared error of a scalar quantizer by about four. Layers are
+ranked as in the paper, any candidates can be compared, and only differences within one plan are meaningful.
 
-With a vision model a loss is that of an image: the divergence of its class scores in nats, or, of a model without such,
-1 - cosine of its features.
+For a vision model the loss is per image: the divergence of its class scores in nats, or, for a model without class
+scores, 1 - cosine of its features.
 
 Everything is measured in the original model, whose blocks are read one after another.
 """
@@ -52,7 +52,7 @@ from shiftadd_cli.source import LinearSpec
 
 SensitivityKind = Literal["output", "divergence", "paper"]
 
-# Tokens that gradients are taken at.
+# Number of tokens for which gradients are computed.
 _GRADIENT_TOKENS = 16384
 
 # Damping of the Hessian in the paper's code, relative to its mean diagonal.
@@ -68,17 +68,17 @@ class Sensitivities:
 
     def covers(self, candidates: Iterable[Choice]) -> bool:
         """Whether every linear has a cost at each of these bits."""
-        wanted = set(candidates)
-        return all(wanted <= costs.keys() for costs in self.costs.values())
+        required = set(candidates)
+        return all(required <= costs.keys() for costs in self.costs.values())
 
 
 def gradient_stride(samples: int, tokens: int) -> int:
-    """Of so many samples of so many tokens, one in how many gradients are taken of."""
+    """Stride over `samples` samples of `tokens` tokens each: gradients are computed for every stride-th sample."""
     return max(1, samples * tokens // _GRADIENT_TOKENS)
 
 
 class Measure(Protocol):
-    """Something of the linears that read one input, in the order of `specs`, by bits."""
+    """Measures one value per bits for the linears that read one input, in the order of `specs`."""
 
     def __call__(
         self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
@@ -99,8 +99,9 @@ def measure_sensitivities(
 ) -> Sensitivities:
     """Sensitivities of every linear of the model at each of `candidates`.
 
-    samples: see `trace_model`; trace: of these; its hidden states are used up. options: of the run, whose choice does
-    not matter. Parts outside the blocks must be loaded. The processes of a team share the work, and all get all.
+    samples: see `trace_model`; trace: of these samples; its hidden states are consumed. options: those of the run;
+    their choice is ignored. Parts outside the blocks must be loaded. The processes of a team share the work, and all
+    get the full result.
 
     Raises NumericalError naming a layer whose values or gradients are not finite.
     """
@@ -110,23 +111,23 @@ def measure_sensitivities(
     if kind == "divergence":
         replay = ProbeModel(model, probe_samples(samples), len(trace.hidden[0]))
         divergence = Divergence(replay, model.structure, options, candidates, progress=progress, team=team)
-        found = walk_blocks(model, trace, divergence, progress=progress, team=team)
-        return replace(found, costs=divergence.costs(found.costs))
+        result = walk_blocks(model, trace, divergence, progress=progress, team=team)
+        return replace(result, costs=divergence.costs(result.costs))
     probe = samples[:: gradient_stride(len(samples), trace.hidden[0].shape[1])]
     traced = trace_model(model, probe, trace.hidden.batch_size)
     gradients = squared_gradients(model, probe, traced, seed=seed, progress=progress, team=team)
     estimate = OutputError(gradients.means, options, candidates, team)
     replay = ProbeModel(model, probe_samples(samples), len(trace.hidden[0]))
-    # One number of planes is enough: an estimate is wrong by the same factor at any.
+    # One number of planes is enough, since an estimate is off by the same factor at any number.
     divergence = Divergence(replay, model.structure, options, [ANCHOR_PLANES], progress=progress, team=team)
-    both = _Some(choose_anchors(model.structure.linears), divergence, estimate)
-    found = walk_blocks(model, trace, both, progress=progress, team=team)
-    costs, of_some = estimate.costs(found.costs), estimate.costs(both.errors)
-    return replace(found, costs=anchored(costs, of_some, divergence.measured(), model.structure.linears))
+    both = _WithAnchors(choose_anchors(model.structure.linears), divergence, estimate)
+    result = walk_blocks(model, trace, both, progress=progress, team=team)
+    costs, anchor_costs = estimate.costs(result.costs), estimate.costs(both.errors)
+    return replace(result, costs=anchored(costs, anchor_costs, divergence.measured(), model.structure.linears))
 
 
-class _Some:
-    """Measures some linears in one way, which it keeps in `errors`, and all of them in another, which it gives."""
+class _WithAnchors:
+    """Measures the named linears with one measure, stored in `errors`, and returns another measure of all linears."""
 
     def __init__(self, names: Collection[str], of_some: Measure, of_all: Measure) -> None:
         self._names, self._of_some, self._of_all = names, of_some, of_all
@@ -138,13 +139,13 @@ class _Some:
         some = [(spec, weight) for spec, weight in zip(specs, weights, strict=True) if spec.name in self._names]
         if some:
             chosen, matrices = zip(*some, strict=True)
-            found = self._of_some(chosen, matrices, hessian)
-            self.errors |= {spec.name: errors for spec, errors in zip(chosen, found, strict=True)}
+            measured = self._of_some(chosen, matrices, hessian)
+            self.errors |= {spec.name: errors for spec, errors in zip(chosen, measured, strict=True)}
         return self._of_all(specs, weights, hessian)
 
 
 class OutputError:
-    """Relative errors ‖(W − Ŵ) x‖² / ‖W x‖², and what each is a part of: ½ E[g²] · tr[W H Wᵀ], in nats a token."""
+    """Relative errors ‖(W − Ŵ) x‖² / ‖W x‖², and their factor in the loss: ½ E[g²] · tr[W H Wᵀ], in nats per token."""
 
     def __init__(
         self, squares: Mapping[str, float], options: SolverOptions, candidates: Sequence[Choice], team: Team = ALONE
@@ -152,7 +153,7 @@ class OutputError:
         """squares: mean squared gradient of the end loss at each linear's output, over tokens and features."""
         self._squares = squares
         self._solve = CandidateSolver(options, candidates, team)
-        self._whole = options.format.group_rows != 1
+        self._all_rows = options.format.group_rows != 1
         self._signals: dict[str, float] = {}
 
     def __call__(
@@ -160,32 +161,32 @@ class OutputError:
     ) -> list[dict[Choice, float]]:
         names = [spec.name for spec in specs]
         # Rows that share scales are not quantized independently.
-        samples = [RowSample.of(weight, hessian, whole=self._whole) for weight in weights]
+        samples = [RowSample.of(weight, hessian, whole=self._all_rows) for weight in weights]
         if hessian is not None:
             for name, sample in zip(names, samples, strict=True):
                 self._signals[name] = 0.5 * self._squares[name] * sample.signal
         errors: list[dict[Choice, float]] = [{} for _ in specs]
-        for bits, solutions in self._solve(names, [each.rows for each in samples], hessian):
+        for bits, solutions in self._solve(names, [sample.rows for sample in samples], hessian):
             for error, sample, solution in zip(errors, samples, solutions, strict=True):
                 error[bits] = sample.relative_error(solution)
         return errors
 
     def costs(self, errors: Mapping[str, dict[Choice, float]]) -> dict[str, dict[Choice, float]]:
-        """Predicted loss, in nats a token, from the relative errors of all linears.
+        """Predicted loss, in nats per token, from the relative errors of all linears.
 
-        What no calibration input or no gradient reached (an expert that no token was sent to) counts as the median of
-        the others: that nothing was measured there does not mean that nothing depends on it.
+        A linear that no calibration input or no gradient reached (in an expert that got no token) gets the median
+        factor of the others: the model may depend on it even though nothing was measured.
         """
         reached = {name: signal for name, signal in self._signals.items() if signal > 0}
         usual = statistics.median(reached.values()) if reached else 1.0
         return {
-            name: {bits: reached.get(name, usual) * error for bits, error in each.items()}
-            for name, each in errors.items()
+            name: {bits: reached.get(name, usual) * error for bits, error in by_bits.items()}
+            for name, by_bits in errors.items()
         }
 
 
 class PaperCriterion:
-    """C · 4^−bits; see the module. Numbers of planes alone: it has no word for other primitives."""
+    """C · 4^−bits; see the module. Only for numbers of planes; it is not defined for other primitives."""
 
     def __init__(self, candidates: Sequence[Choice]) -> None:
         self._planes = [bits for bits in candidates if isinstance(bits, int)]
@@ -198,7 +199,7 @@ class PaperCriterion:
 
 
 def paper_score(weight: Tensor, hessian: Tensor | None, name: str) -> float:
-    """‖S‖_F · std(S)² of a `[out, in]` weight; without a Hessian that of the identity."""
+    """‖S‖_F · std(S)² of a `[out, in]` weight; without a Hessian the identity is used."""
     columns = weight.shape[1]
     form = torch.eye(columns, device=weight.device) if hessian is None else hessian
     objective = build_objective(form, _PAPER_DAMPING, name, order="hessian", group_columns=1, whole_groups=False)
@@ -214,7 +215,7 @@ def walk_blocks(
     progress: BlockProgress,
     team: Team = ALONE,
 ) -> Sensitivities:
-    """Run the calibration inputs through the original blocks and measure the linears of each on what they read."""
+    """Run the calibration inputs through the original blocks, and measure the linears of each block on their inputs."""
     costs: dict[str, dict[Choice, float]] = {}
     shared: list[tuple[str, ...]] = []
     structure = model.structure
@@ -224,16 +225,16 @@ def walk_blocks(
         specs = {spec.kind: spec for spec in structure.linears if spec.block == depth}
         turns = in_turns(stream.shared_inputs(list(specs), team), list(specs.values()))
         groups = [group for turn in turns for group in turn]
-        left: list[Group] = [(kind,) for kind in specs if not any(kind in group for group in groups)]
-        for part in [*in_room(groups, list(specs.values()), cross=False), left]:
-            moments: Sequence[Moments | None] = [None] * len(left)
-            if part is not left:
-                moments = gather_moments(stream, part, team=team)
-            for group, each in zip(part, moments, strict=True):
+        unreached: list[Group] = [(kind,) for kind in specs if not any(kind in group for group in groups)]
+        for part in [*in_room(groups, list(specs.values()), cross=False), unreached]:
+            part_moments: Sequence[Moments | None] = [None] * len(unreached)
+            if part is not unreached:
+                part_moments = gather_moments(stream, part, team=team)
+            for group, moments in zip(part, part_moments, strict=True):
                 members = [specs[kind] for kind in group]
                 weights = [spec.matrix(block).float() for spec in members]
-                found = measure(members, weights, None if each is None else _form(members[0], each))
-                costs |= {spec.name: cost for spec, cost in zip(members, found, strict=True)}
+                measured = measure(members, weights, None if moments is None else _form(members[0], moments))
+                costs |= {spec.name: cost for spec, cost in zip(members, measured, strict=True)}
         shared += [tuple(specs[kind].name for kind in group) for group in groups]
         if depth + 1 < len(structure.blocks):
             stream.advance(name, team)
@@ -241,8 +242,8 @@ def walk_blocks(
 
 
 def _form(spec: LinearSpec, moments: Moments) -> Tensor | None:
-    """The second moment that the errors of a linear are measured in. Of an expert that read too few tokens it is their
-    mean power in every direction, since that expert is fitted by weights alone; None where it read none."""
+    """The second moment used to measure the errors of a linear. For an expert with too few tokens it is their mean
+    power in every direction, since such an expert is fitted on weights alone; None if it had no tokens."""
     if not moments.tokens:
         return None
     if enough_tokens(spec, moments.tokens):

@@ -1,1 +1,1 @@
-"""The folder we write: its format, the streaming writer, and its verification."""
+"""The checkpoint folder that shiftadd writes: its format, the streaming writer and the verification."""

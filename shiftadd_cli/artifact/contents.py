@@ -1,4 +1,4 @@
-"""What a checkpoint stores, counted from its files' headers."""
+"""Contents of a checkpoint, counted from the headers of its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Packed:
-    """One compressed matrix, or `count` alike ones; `stored_bytes` of all of them together."""
+    """One compressed matrix, or `count` of the same kind; `stored_bytes` is their total."""
 
     name: str
     count: int
@@ -49,7 +49,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Kept:
-    """One tensor stored as it was, or `count` alike ones; `stored_bytes` of all of them together."""
+    """One tensor stored unchanged, or `count` of the same kind; `stored_bytes` is their total."""
 
     name: str
     count: int
@@ -63,7 +63,7 @@ _Entry = TypeVar("_Entry", Packed, Kept)
 
 @dataclass(frozen=True)
 class Contents:
-    """All tensors of a checkpoint: `kept` largest first, `layers` and `tables` in the order of config.json."""
+    """All tensors of a checkpoint. `kept` starts with the largest; `layers` and `tables` follow config.json."""
 
     folder: str
     architecture: str
@@ -77,17 +77,17 @@ class Contents:
 
     @classmethod
     def of(cls, artifact: Artifact) -> Contents:
-        """Count an artifact's headers; raises ArtifactError as `Artifact` does for damaged files."""
+        """Count the tensors in an artifact's headers; raises ArtifactError for damaged files, as `Artifact` does."""
         tensors, names = artifact.tensors, artifact.config.get("architectures")
         suffixes = {module: layout.tensors() for module, layout in artifact.layouts.items()} | artifact.tables
         stored = dict.fromkeys(suffixes, 0)
-        kept = []
+        unpacked = []
         for name, shape in tensors.items():
             module, _, suffix = name.rpartition(".")
             if suffix in suffixes.get(module, {}):
                 stored[module] += nbytes(shape)
             else:
-                kept.append(Kept(name, 1, shape[0], dtype_name(shape[1]), nbytes(shape)))
+                unpacked.append(Kept(name, 1, shape[0], dtype_name(shape[1]), nbytes(shape)))
         layers = tuple(
             Packed(
                 name,
@@ -113,34 +113,34 @@ class Contents:
                 Table(name, shape[0], math.prod(shape[1:]), stored[name])
                 for name, shape in artifact.format.tables.items()
             ),
-            kept=tuple(sorted(kept, key=lambda each: (-each.stored_bytes, each.name))),
+            kept=tuple(sorted(unpacked, key=lambda tensor: (-tensor.stored_bytes, tensor.name))),
         )
 
     @property
     def kinds(self) -> tuple[Packed, ...]:
-        """Layers that differ only in the number of their block, as one row each."""
+        """Layers, with those that differ only in their block number merged into one row."""
         return _merge(self.layers)
 
     @property
     def kept_kinds(self) -> tuple[Kept, ...]:
-        """The same for tensors stored as they were, largest first."""
-        return tuple(sorted(_merge(self.kept), key=lambda each: -each.stored_bytes))
+        """The same for tensors stored unchanged, largest first."""
+        return tuple(sorted(_merge(self.kept), key=lambda tensor: -tensor.stored_bytes))
 
     @property
     def packed_bytes(self) -> int:
-        return sum(each.stored_bytes for each in self.layers)
+        return sum(layer.stored_bytes for layer in self.layers)
 
     @property
     def packed_weights(self) -> int:
-        return sum(each.weights for each in self.layers)
+        return sum(layer.weights for layer in self.layers)
 
     @property
     def table_bytes(self) -> int:
-        return sum(each.stored_bytes for each in self.tables)
+        return sum(table.stored_bytes for table in self.tables)
 
     @property
     def kept_bytes(self) -> int:
-        return sum(each.stored_bytes for each in self.kept)
+        return sum(tensor.stored_bytes for tensor in self.kept)
 
     @property
     def bits_per_weight(self) -> float:
@@ -149,12 +149,12 @@ class Contents:
 
     @property
     def file_bits_per_weight(self) -> float:
-        """All weight files over all numbers they stand for; tied tensors are stored, and so counted, once."""
-        kept = sum(math.prod(each.shape) for each in self.kept)
-        return 8 * self.file_bytes / (self.packed_weights + sum(each.weights for each in self.tables) + kept)
+        """Size of all weight files per number they represent; tied tensors are stored, and so counted, once."""
+        kept_numbers = sum(math.prod(tensor.shape) for tensor in self.kept)
+        return 8 * self.file_bytes / (self.packed_weights + sum(table.weights for table in self.tables) + kept_numbers)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON."""
+        """The contents and their totals as plain JSON."""
         totals = (
             *("packed_bytes", "packed_weights", "table_bytes", "kept_bytes"),
             *("bits_per_weight", "file_bits_per_weight"),
@@ -165,7 +165,7 @@ class Contents:
 
 
 def alike(name: str) -> str:
-    """Blocks, experts, and what else is numbered, go by one name."""
+    """The name with its numbers as `*`, so that numbered modules (blocks, experts) share one name."""
     return _NUMBER.sub("*", name)
 
 
@@ -175,6 +175,6 @@ def _merge(entries: Iterable[_Entry]) -> tuple[_Entry, ...]:
         common = replace(entry, name=alike(entry.name), stored_bytes=0)
         rows.setdefault(common, []).append(entry)
     return tuple(
-        replace(common, count=len(members), stored_bytes=sum(each.stored_bytes for each in members))
+        replace(common, count=len(members), stored_bytes=sum(member.stored_bytes for member in members))
         for common, members in rows.items()
     )

@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder of ours without its tensors: configuration, report, headers."""
+"""Reads a shiftadd checkpoint folder without its tensors: configuration, report and headers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shiftadd_cli.version import QUANT_METHOD
 
 @dataclass(frozen=True)
 class Artifact:
-    """A checkpoint folder; what is not in `config.json` is read when it is asked for."""
+    """A checkpoint folder; everything outside `config.json` is read on first use."""
 
     folder: Path
     config: dict[str, Any]
@@ -28,9 +28,9 @@ class Artifact:
 
     @classmethod
     def open(cls, folder: Path) -> Artifact:
-        """Raises ArtifactError if the folder is missing, not ours, or of a format this version cannot read."""
+        """Open a folder; raises ArtifactError if it is missing, not ours, or of a format this version cannot read."""
         if not folder.is_dir():
-            raise ArtifactError(f"{folder} is no folder; give one that `shiftadd quantize` wrote.")
+            raise ArtifactError(f"{folder} is not a folder; give one that `shiftadd quantize` wrote.")
         if not (folder / "config.json").is_file():
             raise ArtifactError(f"{folder} has no config.json; give a folder that `shiftadd quantize` wrote.")
         config = read_json(folder / "config.json")
@@ -53,18 +53,18 @@ class Artifact:
 
     @cached_property
     def report(self) -> dict[str, Any] | None:
-        """report.json, or None where there is none (a folder that `save_pretrained` wrote)."""
+        """report.json; None if there is none (in a folder written by `save_pretrained`)."""
         path = self.folder / "report.json"
         return read_json(path) if path.is_file() else None
 
     @cached_property
     def index(self) -> dict[str, str] | None:
-        """Tensor name → file name by the index, None for a checkpoint of one file."""
+        """File name by tensor name, from the index; None for a checkpoint of one file."""
         path = self.folder / INDEX_FILE
         if not path.is_file():
             return None
         names = read_json(path).get("weight_map")
-        # Names of files come from outside: none may lead out of the folder.
+        # File names come from outside, so none may lead out of the folder.
         if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
             raise ArtifactError(f"{path} has no table of tensors and files; copy it again.")
         return names
@@ -87,11 +87,11 @@ class Artifact:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ArtifactError if it is anything else."""
+    """Read a JSON object from a file; raises ArtifactError if it is anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as failure:
         raise ArtifactError(f"{path} cannot be read as JSON ({failure}); copy it again.") from failure
     if not isinstance(content, dict):
-        raise ArtifactError(f"{path} is no JSON object; copy it again.")
+        raise ArtifactError(f"{path} is not a JSON object; copy it again.")
     return content

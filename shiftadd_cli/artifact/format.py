@@ -7,24 +7,23 @@
                  "model.layers.0.mlp.down_proj": {"shape": [576, 1536], "bits": 2}},
      "tables": {"model.embed_tokens": {"shape": [49152, 576]}}}
 
-`modules` is the complete list; `shape` is [out_features, in_features], and any other key of a module overrides the
-common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8"). Without `rotation` or `outlier_columns`
-there are none.
+`modules` lists all compressed modules. `shape` is [out_features, in_features], and any other key of a module overrides
+the common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8"). If `rotation` or `outlier_columns` is
+absent, there is no rotation or there are no outlier columns.
 
-`tables` is the complete list of embeddings, output heads and patch embeddings stored as 8-bit rows (see `bcq.int8`): in
-place of `<module>.weight` there are `<module>.weight_int8`, int8 of the same shape, and `<module>.weight_int8_scale`,
-bfloat16 [rows]; `shape` is [rows, columns], of a convolution [rows, channels, height, width]. Modules whose weights the
-model ties are stored, and listed, once: under the name that comes first in the model. Without tables the key may be
-absent.
+`tables` lists all embeddings, output heads and patch embeddings stored as 8-bit rows (see `bcq.int8`). They replace
+`<module>.weight` by `<module>.weight_int8`, int8 of the same shape, and `<module>.weight_int8_scale`, bfloat16 [rows].
+`shape` is [rows, columns], or [rows, channels, height, width] for a convolution. Modules with tied weights are stored
+and listed once, under the name that comes first in the model. Without tables the key may be absent.
 
 With `"split_experts": true` the experts of a mixture, which transformers keeps in stacks of matrices, are stored one by
-one, compressed or not, as linear layers of the names `<module>.<expert>.gate_proj`, `up_proj` and `down_proj`.
+one, compressed or not, as linear layers named `<module>.<expert>.gate_proj`, `up_proj` and `down_proj`.
 
-A module with `primitive` "shift1" or "shift2" is a shift layer, see `bcq.primitives.shifts`: `bits` are those of its
+A module with `primitive` "shift1" or "shift2" is a shift layer, see `bcq.primitives.shifts`: `bits` is the width of its
 codes, and `group_size`, `group_rows`, `scale_format`, `row_scale` and `offset` do not apply. The default is "bcq".
-`format_version` is 3 where a table belongs to a convolution, else 2 where there are shift layers, else 1.
+`format_version` is 3 if a table belongs to a convolution, else 2 if there are shift layers, else 1.
 
-Keys that are not known are kept and ignored: whatever changes the meaning of the tensors raises `format_version`.
+Unknown keys are kept and ignored. Any change to the meaning of the tensors raises `format_version`.
 """
 
 from __future__ import annotations
@@ -42,10 +41,11 @@ from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError, first_fault
 from shiftadd_cli.version import QUANT_METHOD
 
-# What is read; what is written is the least that a checkpoint needs: 2 knows shift layers, 3 tables of convolutions.
+# The newest version that is read. A checkpoint gets the lowest version it needs: 2 for shift layers, 3 for tables of
+# convolutions.
 FORMAT_VERSION = 3
 
-# Most digits of a size; larger numbers overflow byte counters.
+# Maximum digits of a size; larger numbers overflow byte counters.
 _MAX_DIGITS = 9
 
 # Every tensor that a compressed matrix may have, see `bcq.weight`, and those of a table, see `bcq.int8`.
@@ -56,15 +56,14 @@ SUFFIXES = (
 )
 
 
-# What a checkpoint means that does not have the field.
+# Values of the fields that a checkpoint may leave out.
 _ABSENT: Mapping[str, Any] = {"primitive": PLANES, "rotation": "none", "outlier_columns": 0.0}
 
 
 @dataclass(frozen=True)
 class ArtifactFormat:
     """The compressed modules of a checkpoint by name, its tables (name → shape of the weight), and whether experts that
-    transformers keeps in stacks are stored one by one. `common` is the format that modules share where they have no
-    entry of their own."""
+    transformers keeps in stacks are stored one by one. `common` is the format of modules that override nothing."""
 
     common: MatrixFormat
     modules: Mapping[str, PackedLayout]
@@ -73,9 +72,9 @@ class ArtifactFormat:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ArtifactFormat:
-        """Read a `quantization_config`; raises ArtifactError for anything that is missing, ill-typed or too new."""
+        """Read a `quantization_config`; raises ArtifactError for anything missing, ill-typed or too new."""
         if config.get("quant_method") != QUANT_METHOD:
-            raise ArtifactError(f"quant_method is {config.get('quant_method')!r}; this is no shiftadd checkpoint.")
+            raise ArtifactError(f"quant_method is {config.get('quant_method')!r}; this is not a shiftadd checkpoint.")
         version = config.get("format_version")
         if type(version) is not int or version < 1:
             raise ArtifactError(f"format_version is {version!r}; quantize the model again.")
@@ -104,7 +103,7 @@ class ArtifactFormat:
         return cls(common, modules, shapes, split)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON of `from_dict`; a module shows only what differs from the common values."""
+        """The JSON that `from_dict` reads; a module lists only values that differ from the common ones."""
         common = _fields(self.common)
         modules = {
             name: {"shape": [layout.rows, layout.columns]}
@@ -125,7 +124,7 @@ class ArtifactFormat:
 
 
 def _fields(form: MatrixFormat) -> dict[str, Any]:
-    """In the order of the file."""
+    """The fields of a format, in the order of the file."""
     fields = form.model_dump()
     return {"bits": fields.pop("bits"), **fields}
 
@@ -134,8 +133,8 @@ def _format(fields: Mapping[str, Any]) -> MatrixFormat:
     try:
         return MatrixFormat(**fields)
     except ValidationError as failure:
-        place, _ = first_fault(failure)
-        key = place[0] if place else "bits"
+        location, _ = first_fault(failure)
+        key = location[0] if location else "bits"
         raise _invalid(key, fields[key]) from None
 
 

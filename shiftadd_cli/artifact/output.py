@@ -1,4 +1,4 @@
-"""Checks of the output folder before any work."""
+"""Checks of the output folder, made before any work."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from shiftadd_cli.version import QUANT_METHOD
 def check_output(out: Path, source: Path | None, *, overwrite: bool, expected_bytes: int = 0) -> None:
     """Refuse, before any work, an output folder that cannot or must not be written.
 
-    `source` is the file or folder of the model, None for one that is not a local path of the user; `expected_bytes`
-    is what will be written. Raises OutputError naming the path and the cure.
+    `source` is the file or folder of the model, None if it is not a local path of the user; `expected_bytes` is the
+    size of the output. Raises OutputError naming the path and the cure.
     """
-    place = out.resolve()
+    target = out.resolve()
     try:
-        str(place).encode()
+        str(target).encode()
     except UnicodeEncodeError as failure:
-        # safetensors opens no file under such a name, so nobody could load the result.
+        # safetensors cannot open a file under such a name, so nobody could load the result.
         shown = str(out).encode(errors="backslashreplace").decode()
-        raise OutputError(f"The name {shown} is no text in utf-8; give another folder.") from failure
+        raise OutputError(f"The name {shown} is not valid utf-8 text; give another folder.") from failure
     if source is not None:
-        _check_apart(out, place, source)
-    if place.exists() and not place.is_dir():
-        raise OutputError(f"{out} is a file; give a folder that does not exist yet to -o.")
-    if place.is_dir() and any(place.iterdir()):
+        _check_apart(out, target, source)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{out} is a file; give -o a folder that does not exist yet.")
+    if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise OutputError(f"{out} exists and is not empty; add `overwrite=True` to replace it.")
-        if not is_checkpoint(place):
+        if not is_checkpoint(target):
             raise OutputError(
                 f"{out} was not written by shiftadd, so `overwrite` does not delete it; remove it yourself or choose "
                 "another folder."
             )
-    parent = next(folder for folder in place.parents if folder.exists())
+    parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{parent} is a file, so {out} cannot be created; choose another folder.")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -46,11 +46,11 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool, expected_by
 
 
 def check_space(out: Path, expected_bytes: int) -> None:
-    """Raise OutputError if the disk of `out` has less free. What an unfinished run takes there counts as free: it is
-    for the run that goes on, or starts anew."""
-    place = out.resolve()
-    parent = next(folder for folder in place.parents if folder.exists())
-    free = shutil.disk_usage(parent).free + _disk_bytes(partial_folder(place))
+    """Raise OutputError if the disk of `out` has less than `expected_bytes` free. Space taken by an unfinished run
+    counts as free, because the next run reuses or removes it."""
+    target = out.resolve()
+    parent = next(folder for folder in target.parents if folder.exists())
+    free = shutil.disk_usage(parent).free + _disk_bytes(partial_folder(target))
     if free < expected_bytes:
         raise OutputError(
             f"{parent} has {free / 1e6:,.0f} MB free and {expected_bytes / 1e6:,.0f} MB are needed; free some space or "
@@ -59,30 +59,30 @@ def check_space(out: Path, expected_bytes: int) -> None:
 
 
 def partial_folder(out: Path) -> Path:
-    """The folder of the unfinished run that is to become `out`."""
+    """The working folder of a run that writes `out`."""
     return out.parent / f".{out.name}.partial"
 
 
 def _disk_bytes(folder: Path) -> int:
     taken = 0
     for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # a run at work there removes files
+        with suppress(FileNotFoundError):  # an active run removes files
             taken += 512 * path.stat().st_blocks
     return taken
 
 
-def _check_apart(out: Path, place: Path, source: Path) -> None:
+def _check_apart(out: Path, target: Path, source: Path) -> None:
     model = source.resolve()
-    if place == model:
+    if target == model:
         raise OutputError(f"{out} is the model itself; choose another folder.")
-    if place.is_relative_to(model):
+    if target.is_relative_to(model):
         raise OutputError(f"{out} is inside the model's folder {source}; choose a folder outside it.")
-    if model.is_relative_to(place):
+    if model.is_relative_to(target):
         raise OutputError(f"The model {source} is inside {out}; choose another folder.")
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether there is a checkpoint of ours."""
+    """Whether `folder` holds a shiftadd checkpoint."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)

@@ -1,7 +1,7 @@
-"""Safetensors files: laying tensors out over shards from their shapes alone, and reading headers.
+"""Safetensors files: planning shards from tensor shapes alone, and reading headers.
 
-The container is 8 bytes of little-endian header length, a JSON header padded with spaces to a multiple of 8, and the
-tensors' bytes without gaps. Knowing all shapes beforehand, a file can be written tensor by tensor.
+A file holds 8 bytes of little-endian header length, a JSON header padded with spaces to a multiple of 8, and the
+tensors' bytes without gaps. Since all shapes are known in advance, it can be written tensor by tensor.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be written: its name, the bytes before the tensors, and where each tensor goes."""
+    """One file to be written: its name, the bytes before the tensors, and the position of each tensor."""
 
     name: str
     header: bytes
@@ -50,9 +50,9 @@ class Shard:
 
 
 def plan_shards(tensors: Mapping[str, TensorShape], shard_bytes: int) -> list[Shard]:
-    """Distribute tensors, in the order given, over files of at most `shard_bytes` of tensors each.
+    """Distribute tensors, in the given order, over files with at most `shard_bytes` of tensors each.
 
-    A single tensor larger than that gets a file of its own. At least one file results. Names follow transformers.
+    A larger tensor gets a file of its own. There is always at least one file. Names follow transformers.
     """
     parts: list[dict[str, TensorShape]] = [{}]
     filled = 0
@@ -89,7 +89,7 @@ def _lay_out(file: str, tensors: Mapping[str, TensorShape]) -> Shard:
 
 
 def read_header(path: Path) -> dict[str, TensorShape]:
-    """Shape and dtype of the tensors of a safetensors file, from its header alone.
+    """Shapes and dtypes of the tensors in a safetensors file, from its header alone.
 
     Raises ArtifactError, naming the file, if it is missing, truncated or malformed.
     """

@@ -1,4 +1,4 @@
-"""Verification of a checkpoint folder: everything that can be known to be wrong without the original model."""
+"""Verification of a checkpoint folder: every check that works without the original model."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _TILE_ROWS = 1024
 def verify(artifact: Artifact) -> None:
     """Raise ArtifactError for the first fault, with the number of further ones.
 
-    Checked: every file is complete and holds the tensors of the index and no others; every compressed matrix and every
-    table has exactly its tensors, with their shapes and dtypes, and no others are there; checksums of report.json, if
-    any; all stored numbers and all decoded weights are finite.
+    Every file must be complete and hold exactly the tensors of the index. Every compressed matrix and every table must
+    have exactly its tensors, with their shapes and dtypes, and there must be no stray ones. Checksums must match those
+    of report.json, if any. All stored numbers and all decoded weights must be finite.
     """
     faults = list(_structure(artifact)) or [*_checksums(artifact), *_values(artifact)]
     if faults:
@@ -39,43 +39,43 @@ def _structure(artifact: Artifact) -> Iterator[str]:
     for file in sorted(path.name for path in artifact.folder.glob("*.safetensors")):
         if file not in headers:
             yield f"{file} is not named in the index"
-    places: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for file, header in headers.items():
         for name in header:
-            if name in places:
-                yield f"{name} is both in {places[name]} and in {file}"
-            places[name] = file
+            if name in owners:
+                yield f"{name} is both in {owners[name]} and in {file}"
+            owners[name] = file
     if index is not None:
-        for name in index.keys() | places.keys():
-            if index.get(name) != places.get(name):
-                yield f"{name} is in {places.get(name, 'no file')}, and by the index in {index.get(name, 'no file')}"
+        for name in index.keys() | owners.keys():
+            if index.get(name) != owners.get(name):
+                yield f"{name} is in {owners.get(name, 'no file')}, but the index says {index.get(name, 'no file')}"
     tensors = artifact.tensors
     expected: dict[str, TensorShape] = {}
     packed = {module: layout.tensors() for module, layout in artifact.layouts.items()}
     for module, stored in (packed | artifact.tables).items():
         expected |= {f"{module}.{suffix}": shape for suffix, shape in stored.items()}
         if f"{module}.weight" in tensors:
-            yield f"{module}.weight is there beside its compressed form"
+            yield f"{module}.weight is stored in addition to its compressed form"
     for name, (shape, dtype) in expected.items():
         if name not in tensors:
             yield f"{name} is missing"
         elif tensors[name] != (shape, dtype):
-            found, kind = tensors[name]
-            yield f"{name} is {kind} {list(found)} instead of {dtype} {list(shape)}"
+            actual, kind = tensors[name]
+            yield f"{name} is {kind} {list(actual)} instead of {dtype} {list(shape)}"
     for name in tensors.keys() - expected.keys():
         if name.endswith(SUFFIXES):
             yield f"{name} belongs to no module that config.json lists as compressed"
 
 
 def _checksums(artifact: Artifact) -> Iterator[str]:
-    known = (artifact.report or {}).get("files")
-    if known is None:
+    sums = (artifact.report or {}).get("files")
+    if sums is None:
         return
-    if not isinstance(known, dict) or known.keys() != artifact.headers.keys():
-        yield "report.json names other weight files than there are"
+    if not isinstance(sums, dict) or sums.keys() != artifact.headers.keys():
+        yield "report.json lists other weight files than the folder holds"
         return
     for file in artifact.headers:
-        if not isinstance(known[file], dict) or sha256(artifact.folder / file) != known[file].get("sha256"):
+        if not isinstance(sums[file], dict) or sha256(artifact.folder / file) != sums[file].get("sha256"):
             yield f"{file} differs from its checksum in report.json"
 
 
@@ -99,8 +99,8 @@ def _values(artifact: Artifact) -> Iterator[str]:
         for module in artifact.tables:
             codes, scale = (where[f"{module}.{suffix}"].get_tensor(f"{module}.{suffix}") for suffix in int8.SUFFIXES)
             if bool((codes == torch.iinfo(torch.int8).min).any()):
-                yield f"{module}.{int8.CODES} holds the code -128, which stands for nothing"
-            # All codes lie within those of the largest magnitude.
+                yield f"{module}.{int8.CODES} holds the code -128, which is not valid"
+            # 127 is the largest magnitude of a code.
             if not _finite(127 * scale.float()):
                 yield f"{module} decodes to weights that are not finite"
         packed = {f"{module}.{suffix}" for module, layout in artifact.layouts.items() for suffix in layout.tensors()}

@@ -1,12 +1,12 @@
-"""The hidden folder beside the output in which an artifact is built, and which outlives a run that was stopped.
+"""The hidden folder next to the output where an artifact is built. It outlives a stopped run.
 
 .OUT.partial/
-  lock         held by the run at work
-  artifact/    what becomes OUT
-  journal/     what is finished, see `storage.record_file`
-  states/      hidden states and token weights, for the run that goes on
-  old/         for a moment, what OUT was before
-  failure      what the run failed of, if a fault of the program or the machine ended it
+  lock         held by the active run
+  artifact/    becomes OUT
+  journal/     finished steps, see `storage.record_file`
+  states/      hidden states and token weights, for a resumed run
+  old/         the previous OUT, for a moment
+  failure      why the run failed, if a fault of the program or the machine ended it
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from shiftadd_cli.storage.durable import sync
 from shiftadd_cli.storage.record_file import Journal
 from shiftadd_cli.storage.refusals import refusals
 
-# Records of a run that has finished nothing.
+# Number of records of a run that has finished nothing.
 _BEGUN = 1
-# After these the same command can go on as after an interrupt, once the cause is gone.
+# After these errors the same command can resume, as after an interrupt, once the cause is gone.
 _CURABLE = (OutputError, TeamError, ResumeError)
 
 
 class Workspace:
-    """`.OUT.partial`, locked while it is entered. What the system refuses raises OutputError.
+    """`.OUT.partial`, locked while it is entered. Raises OutputError if the system refuses an operation.
 
-    Left without `publish`, it is removed, unless its journal says more than that a run began: then the same command can
-    go on. It is removed too after an error of ours that the same command would raise again. `resume=False` removes
-    what an earlier run left. Entering raises OutputError where another run is at work, and ResumeError where the
-    journal is damaged.
+    Leaving without `publish` removes it, unless its journal says more than that a run began: then the same command can
+    resume. It is also removed after an error of ours that the same command would raise again. `resume=False` removes
+    the files of an earlier run. Entering raises OutputError if another run is active, and ResumeError if the journal
+    is damaged.
 
-    failure: what the run that left it failed of; None where it was interrupted, or is new. A run that failed must not
-    keep the next from being tried with other options, see `start_anew`.
+    failure: why the earlier run failed; None if it was interrupted, or there was none. A failed run must not keep the
+    next from trying other options, see `start_anew`.
     """
 
     def __init__(self, out: Path, *, resume: bool = True) -> None:
@@ -65,7 +65,7 @@ class Workspace:
         if self._old.exists() and not self.out.exists():
             # Killed between the two renames of `publish`.
             os.rename(self._old, self.out)
-        # Without its artifact, a journal is what was left to remove of a run that had finished.
+        # A journal without an artifact is a leftover of a finished run.
         if not self.resume or not self.artifact.is_dir():
             self._empty()
         self.journal = Journal(self.folder / "journal")
@@ -80,7 +80,7 @@ class Workspace:
         return self.folder / "failure"
 
     def start_anew(self) -> None:
-        """Drop what an earlier run left; what is entered stays entered."""
+        """Drop the files of an earlier run; the workspace stays entered."""
         with refusals(self.out):
             self._empty()
             self.artifact.mkdir()
@@ -99,7 +99,7 @@ class Workspace:
         self._unlock()
 
     def publish(self, *, overwrite: bool) -> None:
-        """Rename `artifact` to `out`; what was there goes only when the new one is in its place."""
+        """Rename `artifact` to `out`; an old `out` is removed only once the new one is in its place."""
         with refusals(self.out):
             if self.out.exists() and any(self.out.iterdir()):
                 if not overwrite:
@@ -120,18 +120,18 @@ class Workspace:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _remove(self) -> None:
-        """The lock goes last: whoever waits for it finds a folder that is empty, or none."""
+        """Remove the folder, the lock last: a run that waits for it finds an empty folder, or none."""
         if self._lock is None or not self.folder.exists():
             return
         if self._old.exists() and not self.out.exists():
-            # `publish` could rename neither the new one nor the old one back; the next run will.
+            # `publish` could neither move the new folder in nor the old one back; the next run restores it.
             return
         self._empty()
         (self.folder / "lock").unlink(missing_ok=True)
         for folder in (self.folder, *self._created):
             try:
                 folder.rmdir()
-            except OSError:  # another run has begun there
+            except OSError:  # another run has started there
                 return
 
     def _unlock(self) -> None:
@@ -141,12 +141,12 @@ class Workspace:
 
 
 def _locked(folder: Path, out: Path) -> int:
-    """Descriptor of the folder's lock file, locked until it is closed, however the process ends."""
+    """Descriptor of the folder's lock file; the lock lasts until it is closed, however the process ends."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # a run that ended removed the folder just now
+        except FileNotFoundError:  # a finished run has just removed the folder
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

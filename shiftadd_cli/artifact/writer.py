@@ -1,4 +1,4 @@
-"""Writes a checkpoint folder that either appears complete or not at all, holding no more than one tensor in memory."""
+"""Writes a checkpoint folder that appears complete or not at all, with at most one tensor in memory."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _HASH_CHUNK = 1 << 20
 
 
 class ArtifactWriter:
-    """Builds a checkpoint in a hidden folder beside `out` and renames it to `out` in `finish`.
+    """Builds a checkpoint in a hidden folder next to `out` and renames it to `out` in `finish`.
 
         with ArtifactWriter(out, overwrite=False) as writer:
             writer.plan({"lm_head.weight": ((49152, 576), torch.bfloat16), ...})
-            writer.add("lm_head.weight", tensor)        # in any order, each written at once
+            writer.add("lm_head.weight", tensor)        # in any order, written at once
             writer.add_file("tokenizer.json", text)
             writer.finish(config, report)
 
-    Leaving the block without `finish` (an error, an interrupt) removes the hidden folder, unless it is that of a
-    `workspace`, which is the caller's to enter and to leave; an existing `out` stays as it was until the final rename.
-    Bytes depend only on what is added, and on the order of the plan. Space for all tensors is reserved by `plan`, so a
-    full disk shows before the work and not after it. Everything the system refuses raises OutputError.
+    Leaving the block without `finish` (an error, an interrupt) removes the hidden folder, unless it belongs to
+    a `workspace`, which the caller enters and leaves. An existing `out` stays unchanged until the final rename. The
+    bytes depend only on the added content and on the order of the plan. `plan` reserves the space for all tensors, so
+    a full disk shows before the work and not after it. Raises OutputError if the system refuses to write.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ArtifactWriter:
         self._open: dict[str, BinaryIO] = {}
         self._where: dict[str, Shard] = {}
         self._missing: set[str] = set()
-        # CRC-32 by name of what was added since the last `sync`.
+        # CRC-32 by name of the tensors added since the last `sync`.
         self._fresh: dict[str, int] = {}
 
     def __enter__(self) -> ArtifactWriter:
@@ -74,11 +74,11 @@ class ArtifactWriter:
     def plan(self, tensors: Mapping[str, TensorShape], written: Mapping[str, int] | None = None) -> None:
         """Fix the shape and dtype of every tensor, and reserve the space.
 
-        written: what an earlier run added of the same plan and `sync` gave, CRC-32 by name: these tensors are there.
-            Raises ResumeError where they are not.
+        written: the tensors that an earlier run added under the same plan, as CRC-32 by name from `sync`. Raises
+            ResumeError if they are not there.
         """
         if self._shards:
-            raise RuntimeError("plan() was called before")
+            raise RuntimeError("plan() was already called")
         self._shards = plan_shards(tensors, self.shard_bytes)
         self._where = {name: shard for shard in self._shards for name in shard.entries}
         self._missing = set(self._where)
@@ -96,11 +96,11 @@ class ArtifactWriter:
         try:
             file = self._open[shard.name] = path.open("rb+", buffering=0)
             if os.fstat(file.fileno()).st_size != shard.nbytes or file.read(len(shard.header)) != shard.header:
-                raise damaged(path, "it is not as this run laid it out")
+                raise damaged(path, "its layout is not that of this run")
             for name in shard.entries.keys() & written.keys():
                 entry = shard.entries[name]
                 if checksum(read_tensor(file, entry.start, entry.shape, entry.dtype)) != written[name]:
-                    raise damaged(path, f"{name} does not fit its checksum")
+                    raise damaged(path, f"{name} does not match its checksum")
                 self._missing.discard(name)
         except OSError as failure:
             raise damaged(path, failure.strerror or str(failure)) from failure
@@ -111,7 +111,7 @@ class ArtifactWriter:
         return sum(shard.nbytes for shard in self._shards)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one planned tensor; ValueError if it is not planned, already there, or of another shape or dtype."""
+        """Write one planned tensor; raises ValueError if unplanned, already there, or of another shape or dtype."""
         if name not in self._missing:
             raise ValueError(f"{name} is {'already written' if name in self._where else 'not planned'}")
         shard = self._where[name]
@@ -123,7 +123,7 @@ class ArtifactWriter:
         self._missing.discard(name)
 
     def read(self, name: str) -> Tensor:
-        """A tensor that was added; ValueError if it was not."""
+        """Read a tensor back; raises ValueError if it was not added."""
         if name not in self._where or name in self._missing:
             raise ValueError(f"{name} was not added")
         shard = self._where[name]
@@ -132,11 +132,11 @@ class ArtifactWriter:
             return read_tensor(self._open[shard.name], entry.start, entry.shape, entry.dtype)
 
     def withdraw(self, names: Iterable[str]) -> None:
-        """Expect these tensors anew, whether they were added or not."""
+        """Expect these tensors again, whether they were added or not."""
         self._missing |= set(names)
 
     def sync(self) -> dict[str, int]:
-        """Wait until what was added since the last call is on the disk; returns the CRC-32 of each, for `plan`."""
+        """Wait until all tensors added since the last call are on disk; returns CRC-32 by name, for `plan`."""
         fresh, self._fresh = self._fresh, {}
         for name in {self._where[tensor].name for tensor in fresh}:
             with refusals(self.folder / name):
@@ -144,13 +144,13 @@ class ArtifactWriter:
         return fresh
 
     def add_file(self, name: str, content: bytes | str) -> None:
-        """Write a small file; text as UTF-8. Files may also be put into `self.folder` directly."""
+        """Write a small file, text as UTF-8. Files may also be put into `self.folder` directly."""
         path = self.folder / name
         with refusals(path):
             path.write_bytes(as_bytes(content))
 
     def seal(self) -> dict[str, dict[str, Any]]:
-        """Close the tensors' files; returns {file: {"bytes", "sha256"}} of each. RuntimeError if tensors lack."""
+        """Close the weight files; returns {file: {"bytes", "sha256"}}. Raises RuntimeError if tensors are missing."""
         if self._missing or not self._shards:
             raise RuntimeError(f"{len(self._missing)} planned tensors were not added: {sorted(self._missing)[:3]}")
         self._close()
@@ -167,9 +167,9 @@ class ArtifactWriter:
         report: Mapping[str, Any] | None = None,
         check: Callable[[Path], object] = lambda folder: None,
     ) -> Path:
-        """Write config.json, the index and report.json (with `files` of `seal` added), and put the folder in place.
+        """Write config.json, the index and report.json (with `files` from `seal` added), and put the folder in place.
 
-        check: called with the complete folder before that; what it raises keeps the folder from its place.
+        check: called with the complete folder just before that; an exception from it stops the move.
         """
         sums = self.seal()
         if len(self._shards) > 1:

@@ -1,1 +1,1 @@
-"""Binary-coding quantization: the mathematics, tensors in and tensors out."""
+"""The mathematics of binary-coding quantization: tensors in, tensors out."""

@@ -1,14 +1,13 @@
-"""Columns that are quantized one after the other, each correcting those that are still free.
+"""Quantize columns one after another; each column corrects those that are still free.
 
 The compensated sweep is that of GPTQ (arXiv:2210.17323, section 3.3, after Optimal Brain Surgeon) with binary-coded
-levels in place of a uniform grid. Coordinate descent lets each weight take the level that is best given all others: it
-minimises tr[(W − Ŵ) H (W − Ŵ)ᵀ] exactly along one weight at a time, all rows at once (the discrete step of LNQ in
-GuidedQuant, arXiv:2505.07004, section 4, and of QuantEase). Both update a block of columns in one call of `settle`, and
-the rest of the matrix by one matrix product per block. Matrices are held transposed, `[in, out]`, so that a column is
-contiguous.
+levels in place of a uniform grid. Coordinate descent gives each weight the best level given all others. It minimises
+tr[(W − Ŵ) H (W − Ŵ)ᵀ] exactly along one weight at a time, in all rows at once (the discrete step of LNQ in GuidedQuant,
+arXiv:2505.07004, section 4, and of QuantEase). Both update a block of columns in one call of `settle`, and the rest of
+the matrix with one matrix product per block. Matrices are transposed, `[in, out]`, so that a column is contiguous.
 
-On a CPU the compiled kernels settle a block. In torch it takes four small operations per column, a third of the time of
-a solution.
+On a CPU the compiled kernels settle a block. Torch needs four small operations per column for it, a third of the time
+of a solution.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ def compensated_sweep(
 ) -> tuple[Tensor, Tensor]:
     """Quantize `weights` float32 `[out, in]`.
 
-    levels: of all groups, batch shape `[C, out]`; or what gives those of one group, batch shape `[out]`, when the sweep
-    reaches it, from its number and its current weights `[columns of the group, out]`. The order of the objective must
-    then run through the groups one by one.
+    levels: the levels of all groups, batch shape `[C, out]`; or a function that returns those of one group, batch shape
+    `[out]`, from its number and its current weights `[columns of the group, out]` when the sweep reaches it. The order
+    of the objective must then visit the groups one by one.
 
-    Returns ranks uint8 `[in, out]` (transposed) and the values they stand for, float32 `[in, out]`.
+    Returns ranks uint8 `[in, out]` (transposed) and their values, float32 `[in, out]`.
     """
     order, factor = objective.order, objective.inverse_factor
     current = weights.T[order].contiguous()
@@ -51,11 +50,11 @@ def compensated_sweep(
         for first, last in _runs(groups, start, stop) if whole_groups else [(start, stop)]:
             here, part = slice(first, last), slice(first - start, last - start)
             if isinstance(levels, LevelTable):
-                tables, of_column = levels, groups[here]
+                tables, entries = levels, groups[here]
             else:
-                tables, of_column = levels(int(groups[first]), current[here])[None], torch.zeros_like(groups[here])
+                tables, entries = levels(int(groups[first]), current[here])[None], torch.zeros_like(groups[here])
             ranks[here], errors[part] = settle(
-                current[here], factor[here, here], tables, of_column, values[here], descend=False
+                current[here], factor[here, here], tables, entries, values[here], descend=False
             )
             if last < stop:
                 current[last:stop].addmm_(factor[here, last:stop].T, errors[part], alpha=-1)
@@ -67,7 +66,7 @@ def compensated_sweep(
 
 
 def _blocks(groups: list[int], whole_groups: bool) -> Iterator[tuple[int, int]]:
-    """Start and stop of blocks of about `_BLOCK` columns; with `whole_groups` they only end where a group ends."""
+    """Start and stop of blocks of about `_BLOCK` columns; with `whole_groups`, no block ends within a group."""
     start = 0
     while start < len(groups):
         stop = min(start + _BLOCK, len(groups))
@@ -78,7 +77,7 @@ def _blocks(groups: list[int], whole_groups: bool) -> Iterator[tuple[int, int]]:
 
 
 def _runs(groups: Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Start and stop of the runs of columns of one group."""
+    """Start and stop of each run of columns from the same group."""
     for count in torch.unique_consecutive(groups[start:stop], return_counts=True)[1].tolist():
         yield start, start + count
         start += count
@@ -87,13 +86,13 @@ def _runs(groups: Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
 def descend_codes(
     weights: Tensor, hessian: Tensor, tables: LevelTable, group_columns: int, ranks: Tensor, passes: int
 ) -> tuple[Tensor, Tensor]:
-    """Improve `ranks`.
+    """Improve `ranks` by coordinate descent.
 
     weights: float32 `[in, out]` (transposed); hessian: float32 `[in, in]`, positive diagonal; tables: levels of batch
-    shape `[groups, out]`; ranks: uint8 `[in, out]`, of the same tables.
+    shape `[groups, out]`; ranks: uint8 `[in, out]`, into the same tables.
 
-    Returns new ranks uint8 `[in, out]` and the values they stand for, float32 `[in, out]`. The objective never rises
-    from that of the given ranks, up to rounding.
+    Returns new ranks uint8 `[in, out]` and their values, float32 `[in, out]`. The objective never exceeds that of the
+    given ranks, up to rounding.
     """
     columns = weights.shape[0]
     groups = torch.arange(columns, device=weights.device) // group_columns
@@ -127,15 +126,15 @@ def settle(
     descend: bool,
     kernels: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Settle the columns of `goals` float32 `[n, out]` (transposed) in order. Every one takes the nearest level to its
-    goal and moves the goals of each later one, j, by −coupling[i, j] times its step.
+    """Settle the columns of `goals` float32 `[n, out]` (transposed) in order. Column i takes the level nearest to its
+    goal and moves the goals of each later column j by −coupling[i, j] times its step.
 
     In the sweep (`descend` false) goals are weights, and a step is (goal − level) / coupling[i, i]. In the descent they
-    are gradients, and column i wants values[i] + goals[i] / coupling[i, i]; a step is what its value changes by.
+    are gradients: the goal of column i is values[i] + goals[i] / coupling[i, i], and a step is the change in its value.
 
-    coupling: float32 `[n, n]`, of any strides; tables: batch shape `[C, out]`; groups: int64 `[n]`, the entry
-    of `tables` of each column; values: float32 `[n, out]`, set to the levels taken. What `goals` holds afterwards is
-    undefined. kernels: an instruction set, "" for the best, "torch" for torch.
+    coupling: float32 `[n, n]`, with any strides; tables: batch shape `[C, out]`; groups: int64 `[n]`, the entry
+    of `tables` for each column; values: float32 `[n, out]`, set to the levels taken. The contents of `goals` are
+    undefined afterwards. kernels: an instruction set, "" for the best, "torch" for torch.
 
     Returns the ranks of the levels, uint8 `[n, out]`, and the steps, float32 `[n, out]`.
     """
@@ -146,10 +145,10 @@ def settle(
     levels, midpoints = tables.levels.contiguous(), tables.midpoints.contiguous()
     if coupling.stride(1) != 1:
         coupling = coupling.contiguous()
-    # Addresses are passed on unseen, so a tensor of another size, dtype or order must not get there.
-    right = (
-        all(each.dtype == torch.float32 for each in (goals, coupling, levels, midpoints, values))
-        and all(each.is_contiguous() for each in (goals, values, groups))
+    # The extension sees only addresses, so a tensor with the wrong size, dtype or order must not reach it.
+    valid = (
+        all(tensor.dtype == torch.float32 for tensor in (goals, coupling, levels, midpoints, values))
+        and all(tensor.is_contiguous() for tensor in (goals, values, groups))
         and values.shape == goals.shape
         and coupling.shape == (columns, columns)
         and groups.shape == (columns,)
@@ -157,7 +156,7 @@ def settle(
         and levels.shape[2] == rows
         and midpoints.shape == (len(levels) - 1, *levels.shape[1:])
     )
-    if not right:
+    if not valid:
         raise ValueError(f"The tensors do not fit goals of {list(goals.shape)}.")
     ranks, steps = torch.empty_like(goals, dtype=torch.uint8), torch.empty_like(goals)
     extension.settle(
@@ -185,10 +184,10 @@ def _settle_by_torch(
     goals: Tensor, coupling: Tensor, tables: LevelTable, groups: Tensor, values: Tensor, descend: bool
 ) -> tuple[Tensor, Tensor]:
     ranks, steps = torch.empty_like(goals, dtype=torch.uint8), torch.empty_like(goals)
-    diagonal, of_group = coupling.diagonal(), {group: tables[group] for group in set(groups.tolist())}
+    diagonal, group_tables = coupling.diagonal(), {group: tables[group] for group in set(groups.tolist())}
     for i, group in enumerate(groups.tolist()):
         goal = torch.addcdiv(values[i], goals[i], diagonal[i]) if descend else goals[i]
-        rank, value = of_group[group].nearest(goal)
+        rank, value = group_tables[group].nearest(goal)
         if descend:
             torch.sub(value, values[i], out=steps[i])
         else:

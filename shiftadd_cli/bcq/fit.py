@@ -1,9 +1,9 @@
-"""Fit the scales of each group by itself: alternating least squares from one or several starts.
+"""Fit the scales of each group on its own: alternating least squares from one or several starts.
 
 Binary-coding quantization of a group w: minimise Σ_k h_k (w_k − z − Σ_b α_b B_bk)² over signs B, scales α ≥ 0 and,
-optionally, an offset z. Alternating least squares and nearest level is the method of LUT-GEMM (section 3) and
-ShiftAddLLM (section 3); it falls into poor minima from the greedy start alone once q ≥ 3, so `search` also starts
-from uniform grids clipped at several widths and keeps the best start per group.
+optionally, an offset z. Alternating between least squares and nearest levels is the method of LUT-GEMM (section 3) and
+ShiftAddLLM (section 3). From the greedy start alone it falls into poor minima once q ≥ 3, so `search` also starts from
+uniform grids clipped at several widths and keeps the best start per group.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from shiftadd_cli.bcq.scale_formats import ScaleFormat
 from shiftadd_cli.bcq.sorted_fit import SortedGroups, fit_sorted
 
 _SCREENING_ROUNDS = 2
-# Groups are handled in pieces whose temporaries stay in the second-level cache.
+# Groups are processed in pieces whose temporaries fit in the second-level cache.
 _PIECE_WEIGHTS = 1 << 17
-# Up to this many groups, fitting one after another beats the calls of torch that fit them all at once.
+# Up to this many groups, fitting one after another is faster than the torch calls that fit them all at once.
 _FEW_GROUPS = 16
 
 
@@ -56,12 +56,12 @@ def fit_groups(
     """Fit every group of weights.
 
     weights: float32 `[groups, size]`. importance: h ≥ 0, `[groups, size]` (zero for padding). offset_limit: bound on
-    |offset| in units of the group's largest scale, for formats that store it so. rounding: the format that the scales
-    are put on, one by one, inside every round, as the paper does; None fits free scales.
+    |offset| in units of the group's largest scale, for formats that store it this way. rounding: the format to which
+    the scales are rounded, one by one, in every round, as in the paper; None fits free scales.
     """
     if method == "greedy" and not offset and len(weights) <= _FEW_GROUPS:
-        found, matrices = fit_sorted(weights, importance, bits, rounds, rounding)
-        return GroupFit(found, None, matrices)
+        best_scales, matrices = fit_sorted(weights, importance, bits, rounds, rounding)
+        return GroupFit(best_scales, None, matrices)
     pieces = max(1, _PIECE_WEIGHTS // weights.shape[1])
     scales, offsets, curvature = [], [], []
     for w, h in zip(weights.split(pieces), importance.split(pieces), strict=True):
@@ -94,7 +94,7 @@ class _Best:
 
 
 class _Piece:
-    """Some groups and what binds their fit."""
+    """Some groups and the constraints on their fit."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class _Piece:
         if method == "uniform":
             return uniform_grid(w, h, bits, self.offset, self.limit)
         best = _Best(len(w), bits, self.offset, w)
-        # To its end, so that a search is never worse than the greedy fit.
+        # This start gets all rounds, so that a search is never worse than the greedy fit.
         self._alternate(greedy_start(w, h, bits), rounds, best)
         if method == "search":
             screening = min(rounds, _SCREENING_ROUNDS)
@@ -124,7 +124,7 @@ class _Piece:
         return best.fit()
 
     def _alternate(self, start: Scales, rounds: int, best: _Best) -> None:
-        """Offer the start, and the fit after each round, to `best`."""
+        """Offer the start and the fit after each round to `best`."""
         fit = self._admissible(start if self.offset else Scales(start.scales, None))
         equations = self.groups.normal_equations(fit)
         best.offer(fit, equations.error)
@@ -136,7 +136,7 @@ class _Piece:
             best.offer(fit, equations.error)
 
     def _admissible(self, fit: Scales) -> Scales:
-        """The scales rounded, and the offset within its limit."""
+        """The fit with rounded scales and with offsets within their limit."""
         scales = fit.scales if self.rounding is None else self.rounding.round(fit.scales)
         if fit.offsets is None or math.isinf(self.limit):
             return Scales(scales, fit.offsets)
@@ -155,7 +155,7 @@ class _Piece:
         excess = offsets.abs() > self.limit * largest
         if math.isinf(self.limit) or not excess.any():
             return Scales(scales, offsets)
-        # On the bound the offset is a fixed multiple of the largest scale: its column joins the column of that plane.
+        # At the bound, the offset is a fixed multiple of the largest scale: its column joins the column of that plane.
         chosen = solution.gather(-1, plane.unsqueeze(-1)).squeeze(-1)
         factor = self.limit * torch.where(offsets * chosen < 0, -1.0, 1.0)
         fold = torch.nn.functional.one_hot(plane, bits).to(matrix.dtype) * factor.unsqueeze(-1)

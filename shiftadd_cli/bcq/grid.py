@@ -1,6 +1,6 @@
 """The scale grid: which weights of a matrix share one set of scales.
 
-A grid cuts a weight matrix `[rows, columns]` (out_features, in_features) into blocks of `group_rows × group_columns`.
+A grid divides a weight matrix `[rows, columns]` (out_features, in_features) into `group_rows × group_columns` blocks.
 Row-wise groups are `1 × 64`; the column-wise form of ShiftAddLLM (section 4.2, "Acc.") is `rows × 1`; its block form
 ("Lat.") is `rows/8 × 8`. The last block of a row or column may be smaller.
 """
@@ -52,7 +52,7 @@ class ScaleGrid:
         return values.repeat_interleave(self.group_rows, dim=0)[: self.rows]
 
     def select_rows(self, values: Tensor, rows: slice) -> Tensor:
-        """The per-row-group `values` `[row_groups, ...]` of the rows `start:stop` of the matrix: `[rows, ...]`."""
+        """The per-row-group `values` `[row_groups, ...]` for a slice of the matrix rows: `[rows, ...]`."""
         if self.group_rows == 1:
             return values[rows]
         groups = torch.arange(rows.start, rows.stop, device=values.device) // self.group_rows
@@ -65,7 +65,7 @@ class ScaleGrid:
     def blocks(self, matrix: Tensor) -> Tensor:
         """Gather the weights of each block: `[rows, columns]` → `[row_groups, column_groups, height · width]`.
 
-        Positions beyond the matrix are zero; give them zero weight by passing the weights through the same call.
+        Positions beyond the matrix are zero; pass the importance through the same call to give them zero weight.
         """
         height, width = self.row_groups * self.group_rows, self.column_groups * self.group_columns
         padded = torch.nn.functional.pad(matrix, (0, width - self.columns, 0, height - self.rows))

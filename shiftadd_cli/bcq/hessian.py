@@ -1,7 +1,7 @@
-"""The quadratic form that errors are measured in: H + λ · mean(diag H) · I, and its factors.
+"""The quadratic form that measures errors, H + λ · mean(diag H) · I, and its factors.
 
-H = E[x xᵀ] of a linear's input measures output error; the identity measures weight error. Their sum is the
-multi-objective form of the recipe (design: both errors in one quadratic form).
+H = E[x xᵀ] for the input x of a linear layer measures output error; the identity measures weight error. Their sum is
+the recipe's multi-objective form (design: both errors in one quadratic form).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from shiftadd_cli.errors import NumericalError
 
-# Even with λ = 0 the factorisation needs a diagonal well above rounding.
+# Even with λ = 0, the factorisation needs a diagonal well above rounding errors.
 _LEAST_DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
 class Objective:
-    """`damped` H + λI, positive definite, and `inverse_factor` U, upper triangular, (H + λI)⁻¹ = UᵀU in sweep order.
+    """`damped` is H + λI, positive definite; `inverse_factor` is U, upper triangular, with (H + λI)⁻¹ = UᵀU.
 
-    `order` int64 `[in]` is the sweep order: U belongs to the columns permuted by it. Both matrices float32 `[in, in]`.
+    `order` int64 `[in]` is the sweep order; U has its columns in that order. Both matrices are float32 `[in, in]`.
     """
 
     damped: Tensor
@@ -30,9 +30,9 @@ class Objective:
 
 
 def damp(hessian: Tensor, weight_error: float, layer: str) -> Tensor:
-    """H + λ · mean(diag H) · I; inputs that never fired get the weight-error term alone.
+    """H + λ · mean(diag H) · I; inputs that were always zero get only the weight-error term.
 
-    Raises NumericalError, naming the layer, when the activations held NaN or infinite values.
+    Raises NumericalError, naming the layer, when the activations contain NaN or infinite values.
     """
     if not torch.isfinite(hessian).all():
         raise NumericalError(
@@ -50,9 +50,9 @@ def corrected_target(
 ) -> Tensor:
     """The weights that bring W x closest to the original W x̃: W + s · W (C − H) (H + λI)⁻¹, float32 `[out, in]`.
 
-    `cross` is C = E[x̃ xᵀ], with x̃ the input in the original model and x the one now; λ is that of `damp`. For s = 1
-    this is the minimum of E‖W x̃ − V x‖² + λ‖W − V‖² over V, which makes up for the errors of the layers before (GPTAQ,
-    arXiv:2504.02692, section 3; Qronos, arXiv:2505.11695, section 3).
+    `cross` is C = E[x̃ xᵀ], with x̃ the input in the original model and x the current one; λ is that of `damp`. For
+    s = 1 the result minimises E‖W x̃ − V x‖² + λ‖W − V‖² over V, which compensates for the errors of earlier layers
+    (GPTAQ, arXiv:2504.02692, section 3; Qronos, arXiv:2505.11695, section 3).
     """
     natural = torch.arange(len(hessian), device=hessian.device)
     _, factor = factorise(damp(hessian, weight_error, layer), natural, layer)
@@ -62,8 +62,8 @@ def corrected_target(
 def column_order(diagonal: Tensor, group_columns: int, order: str, whole_groups: bool) -> Tensor:
     """The order of the compensated sweep: int64 `[in]`.
 
-    `hessian`: falling diag H (the act-order of GPTQ), by whole groups of columns when a group's scales are fitted on
-    arrival; `natural`: left to right.
+    `hessian`: descending diag H (the act-order of GPTQ), by whole groups of columns if the sweep fits the scales of
+    each group on arrival; `natural`: left to right.
     """
     columns = len(diagonal)
     if order == "natural":
@@ -80,16 +80,16 @@ def column_order(diagonal: Tensor, group_columns: int, order: str, whole_groups:
 def factorise(damped: Tensor, order: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     """Upper factor U of the inverse, (PHPᵀ)⁻¹ = UᵀU with P the permutation `order` (GPTQ, section 3.3).
 
-    A form that is not numerically positive definite is damped ten times more, up to its own mean; past that
-    NumericalError names the layer. Returns the form that was factorised and U, both float32 `[in, in]`.
+    While the form is not numerically positive definite, the damping grows tenfold, up to the mean of its diagonal;
+    beyond that, NumericalError names the layer. Returns the factorised form and U, both float32 `[in, in]`.
     """
     mean = damped.diagonal().mean()
     extra = 0.0
     while extra <= 1.0:
         form = damped.clone()
         form.diagonal().add_(mean * extra)
-        # With J the reversal of rows and columns, J(PHPᵀ)J = LLᵀ gives U = JL⁻¹J. The inverse itself, which loses twice
-        # the digits, is never formed.
+        # With J the reversal of rows and columns, J(PHPᵀ)J = LLᵀ gives U = JL⁻¹J. The inverse itself is never formed:
+        # it loses twice as many digits.
         reverse = order.flip(0)
         lower, failed = torch.linalg.cholesky_ex(form[reverse][:, reverse])
         if not failed:

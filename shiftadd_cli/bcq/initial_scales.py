@@ -1,4 +1,4 @@
-"""Where the fit of a group starts: greedy residuals, and uniform grids over parts of the range.
+"""Starting points for the fit of a group: greedy residuals, and uniform grids over parts of the range.
 
 Groups are rows of `w` `[groups, size]`, with importance `h` of the same shape, zero for padding.
 """
@@ -29,7 +29,7 @@ class Scales:
 
 
 def greedy_start(w: Tensor, h: Tensor, bits: int) -> Scales:
-    """Residual by residual: α = weighted mean of |r|, r ← r − α sign(r) (the start of the paper)."""
+    """One residual after another: α = weighted mean of |r|, r ← r − α sign(r) (the paper's start)."""
     total = h.sum(-1).clamp_min(torch.finfo(h.dtype).tiny)
     residual, scales = w, []
     for _ in range(bits):
@@ -40,15 +40,15 @@ def greedy_start(w: Tensor, h: Tensor, bits: int) -> Scales:
 
 
 def _range(w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight of each group that has importance; zero where none has."""
+    """Smallest and largest weight with importance in each group; zero if there is none."""
     low = torch.where(h > 0, w, torch.inf).amin(-1)
     high = torch.where(h > 0, w, -torch.inf).amax(-1)
-    some = low <= high
-    return torch.where(some, low, 0.0), torch.where(some, high, 0.0)
+    nonempty = low <= high
+    return torch.where(nonempty, low, 0.0), torch.where(nonempty, high, 0.0)
 
 
 def clipped_starts(w: Tensor, h: Tensor, bits: int, offset: bool) -> list[Scales]:
-    """Uniform grids over a part of the range, symmetric and, with an offset, around the middle of the range."""
+    """Uniform grids over parts of the range, symmetric and, with an offset, around the middle of the range."""
     low, high = _range(w, h)
     powers = torch.exp2(torch.arange(bits, device=w.device, dtype=w.dtype)) / (2**bits - 1)
     reach = torch.maximum(high, -low)
@@ -62,8 +62,8 @@ def clipped_starts(w: Tensor, h: Tensor, bits: int, offset: bool) -> list[Scales
 def uniform_grid(w: Tensor, h: Tensor, bits: int, offset: bool, limit: float) -> Scales:
     """The round-to-nearest grid: step = range / (2^q − 1), with an integer zero point when there is an offset.
 
-    Where the limit of the offset forbids the zero point, the nearest one allowed (which need not be an integer) and the
-    smallest step that still covers the range.
+    If the offset limit forbids that zero point, the grid takes the nearest allowed one (which need not be an integer)
+    and the smallest step that still covers the range.
     """
     low, high = _range(w, h)
     top = 2**bits - 1

@@ -1,15 +1,15 @@
-"""Tables of 8-bit rows: the form in which embeddings, output heads and patch embeddings are stored.
+"""Tables of 8-bit rows: the storage format of embeddings, heads and patch embeddings.
 
     W[r, i] ≈ scale[r] · code[r, i]          code ∈ {−127, …, 127}
 
 Stored tensors (names are suffixes of the parameter `weight`; the kernels `[rows, channels, height, width]` of a
-convolution keep their shape, and i counts through all but the rows):
+convolution keep their shape, and i runs over all axes but the first):
 
     weight_int8        int8     [rows, columns]
     weight_int8_scale  bfloat16 [rows]               largest magnitude of the row over 127; 0 for a row of zeros
 
-The scale is rounded to bfloat16 before the codes are chosen, so that they make up for its rounding. This is symmetric
-rounding to nearest by rows ("absmax"), as in LLM.int8() (arXiv:2208.07339, section 2.1).
+The scale is rounded to bfloat16 before the codes are chosen, so that the codes compensate for its rounding. This is
+symmetric round-to-nearest per row ("absmax"), as in LLM.int8() (arXiv:2208.07339, section 2.1).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ CODES, SCALE = "weight_int8", "weight_int8_scale"
 SUFFIXES = (CODES, SCALE)
 
 _LARGEST = 127
-# Weights turned into float32 at a time: a vocabulary of a large model in float32 would be gigabytes.
+# Weights converted to float32 at a time: the whole embedding of a large model would take gigabytes in float32.
 _TILE_WEIGHTS = 1 << 22
 
 
 def table_tensors(*shape: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every stored tensor, by suffix, of a weight of this shape."""
+    """Shape and dtype of every stored tensor, by suffix, for a weight of this shape."""
     return {CODES: (shape, torch.int8), SCALE: (shape[:1], torch.bfloat16)}
 
 
 def table_bytes(*shape: int) -> int:
-    """Bytes stored for a table, everything counted."""
+    """Bytes stored for a table, scales included."""
     return math.prod(shape) * torch.int8.itemsize + shape[0] * torch.bfloat16.itemsize
 
 
@@ -49,11 +49,11 @@ def encode_table(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     for rows in _tiles(weight):
         tile = weight[rows].flatten(1).float()
         scale = (tile.abs().amax(1) / _LARGEST).to(torch.bfloat16)
-        # NaN and infinity go through the maximum; what decodes to infinity is refused with them.
+        # NaN and infinity pass through the maximum; the same test refuses scales that decode to infinity.
         if not torch.isfinite(_LARGEST * scale.float()).all():
             raise NumericalError(f"The weight of {name} is not finite; the source checkpoint is damaged.")
-        # A scale of 0 belongs to weights so near to 0 that, divided by 1, they round to the code 0. A scale among the
-        # subnormal numbers may have been rounded down by much, hence the clamp.
+        # A scale of 0 means weights so close to 0 that, divided by 1, they round to the code 0. A subnormal scale may
+        # have been rounded down by a large factor, hence the clamp.
         divisor = torch.where(scale > 0, scale.float(), 1.0).unsqueeze(1)
         codes[rows] = (tile / divisor).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8).view_as(weight[rows])
         scales[rows] = scale
@@ -61,15 +61,15 @@ def encode_table(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def decode_table(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows for codes, each `[*scales.shape, ...]`: float32 products, rounded to `dtype`."""
+    """Decode rows of codes `[*scales.shape, ...]`: products in float32, rounded to `dtype`."""
     factors = scales.float().view(*scales.shape, *[1] * (codes.ndim - scales.ndim))
     return (codes.float() * factors).to(dtype)
 
 
 def decode_table_into(codes: Tensor, scales: Tensor, out: Tensor) -> float:
-    """Overwrite `out` `[rows, ...]` by the decoded table; returns ‖W - Ŵ‖² / ‖W‖² against what it held before.
+    """Overwrite `out` `[rows, ...]` with the decoded table; returns ‖W - Ŵ‖² / ‖W‖², where W is its previous value.
 
-    0 for a weight of zeros. The sums are float64.
+    The result is 0 for a weight of zeros. The sums are float64.
     """
     error = size = 0.0
     for rows in _tiles(out):

@@ -1,8 +1,8 @@
-"""The values a weight of a group can take, and the nearest of them.
+"""The levels that the weights of a group can take, and the search for the nearest level.
 
 With planes b = 1 … q and scales α_b, a weight takes one of 2^q levels Σ ±α_b + offset. A *code* is the q sign bits as
-an integer (bit b set: plane b is +1); a *rank* is the place of a level in ascending order. Sweeps work in ranks, since
-nearest-level search needs only the midpoints of the sorted levels; codes are stored.
+an integer (bit b set: plane b is +1); a *rank* is the index of a level in ascending order. Sweeps work with ranks, as
+nearest-level search needs only the midpoints of the sorted levels. Checkpoints store codes.
 
 Functions on matrices of ranks, codes and values take them transposed, `[in, out]`, with tables of batch shape
 `[C, out]`: one entry per group of columns and row.
@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Up to this many levels, counting the midpoints below a weight beats a binary search per weight.
+# Up to this many levels, counting the midpoints below a weight is faster than a binary search per weight.
 _COUNTING_LIMIT = 16
 
 
@@ -33,7 +33,7 @@ def sorted_levels(scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tenso
     levels = scales @ code_signs(scales.shape[-1]).to(scales).T
     if offsets is not None:
         levels = levels + offsets.unsqueeze(-1)
-    # Stable: equal levels (a zero scale) keep the order of their codes, so results do not depend on the machine.
+    # A stable sort keeps equal levels (a zero scale) in the order of their codes, whatever the machine.
     ordered, codes = levels.sort(dim=-1, stable=True)
     return ordered, codes
 
@@ -70,11 +70,11 @@ class LevelTable:
 
 
 def ranks_within(values: Tensor, midpoints: Tensor) -> Tensor:
-    """How many of the ascending `midpoints` `[..., L − 1]` lie below each of `values` `[..., n]`: int64 `[..., n]`, as
-    `torch.searchsorted` gives them."""
+    """The number of ascending `midpoints` `[..., L − 1]` below each of `values` `[..., n]`: int64 `[..., n]`, as
+    returned by `torch.searchsorted`."""
     if midpoints.shape[-1] >= _COUNTING_LIMIT:
         return torch.searchsorted(midpoints.contiguous(), values.contiguous())
-    # In bytes: four times as fast as a search of a few levels for each value.
+    # Counting in bytes is four times as fast as a search among a few levels for each value.
     ranks = torch.zeros_like(values, dtype=torch.uint8)
     for midpoint in midpoints.split(1, dim=-1):
         ranks += values > midpoint
@@ -82,7 +82,7 @@ def ranks_within(values: Tensor, midpoints: Tensor) -> Tensor:
 
 
 def planes_of(codes: Tensor, bits: int) -> Tensor:
-    """Planes of codes: uint8 `[out, in]` → bool `[out, bits, in]`."""
+    """The planes of codes: uint8 `[out, in]` → bool `[out, bits, in]`."""
     shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device).view(1, bits, 1)
     return ((codes.unsqueeze(1) >> shifts) & 1).bool()
 
@@ -92,7 +92,7 @@ def _group(group: int, group_columns: int) -> slice:
 
 
 def nearest_ranks(weights: Tensor, tables: LevelTable, group_columns: int) -> tuple[Tensor, Tensor]:
-    """Nearest level of every weight float32 `[in, out]`: ranks uint8 and values float32, `[in, out]`."""
+    """The nearest level of every weight float32 `[in, out]`: ranks uint8 and values float32, `[in, out]`."""
     ranks = torch.zeros_like(weights, dtype=torch.uint8)
     for group in range(tables.levels.shape[1]):
         where = _group(group, group_columns)
@@ -102,7 +102,7 @@ def nearest_ranks(weights: Tensor, tables: LevelTable, group_columns: int) -> tu
 
 
 def values_of(tables: LevelTable, group_columns: int, ranks: Tensor) -> Tensor:
-    """Values float32 `[in, out]` of ranks uint8 `[in, out]`."""
+    """The values float32 `[in, out]` of ranks uint8 `[in, out]`."""
     out = torch.empty(ranks.shape, dtype=tables.levels.dtype, device=ranks.device)
     for group in range(tables.levels.shape[1]):
         where = _group(group, group_columns)
@@ -111,7 +111,7 @@ def values_of(tables: LevelTable, group_columns: int, ranks: Tensor) -> Tensor:
 
 
 def codes_of(tables: LevelTable, group_columns: int, ranks: Tensor) -> Tensor:
-    """Codes uint8 `[in, out]` of ranks uint8 `[in, out]`."""
+    """The codes uint8 `[in, out]` of ranks uint8 `[in, out]`."""
     out = torch.empty_like(ranks)
     for group in range(tables.codes.shape[1]):
         where = _group(group, group_columns)
@@ -120,7 +120,7 @@ def codes_of(tables: LevelTable, group_columns: int, ranks: Tensor) -> Tensor:
 
 
 def ranks_of(tables: LevelTable, group_columns: int, codes: Tensor) -> Tensor:
-    """Ranks uint8 `[in, out]` of codes uint8 `[in, out]`."""
+    """The ranks uint8 `[in, out]` of codes uint8 `[in, out]`."""
     rank_of_code = tables.codes.long().argsort(dim=0).to(torch.uint8)
     out = torch.empty_like(codes)
     for group in range(tables.codes.shape[1]):

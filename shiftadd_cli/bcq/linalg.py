@@ -1,4 +1,4 @@
-"""Small dense systems: in large batches, or one at a time in Python floats."""
+"""Solvers for small dense systems: in large batches, or one at a time in Python floats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 Number = TypeVar("Number", float, Tensor)
 
-# Pivots stay above this part of the largest diagonal entry, which acts as a ridge on singular systems.
+# Lower limit of pivots, relative to the largest diagonal entry; it acts as a ridge on singular systems.
 _LEAST_PIVOT = 1e-6
 
 
@@ -19,7 +19,7 @@ def solve_small(matrix: Tensor, rhs: Tensor) -> Tensor:
     """Solve symmetric positive definite `matrix` `[..., n, n]` · x = `rhs` `[..., n]` for n up to about 10.
 
     LDLᵀ without pivoting, unrolled over n and vectorised over the batch: LAPACK spends more time on the call than on a
-    3 × 3 system. Pivots are kept above a millionth of the diagonal.
+    3 × 3 system. Pivots are clamped to a millionth of the largest diagonal entry.
     """
     n = matrix.shape[-1]
     floor = matrix.diagonal(dim1=-2, dim2=-1).amax(-1) * _LEAST_PIVOT + torch.finfo(matrix.dtype).tiny
@@ -28,7 +28,7 @@ def solve_small(matrix: Tensor, rhs: Tensor) -> Tensor:
 
 
 def solve_floats(matrix: Sequence[Sequence[float]], rhs: Sequence[float]) -> list[float]:
-    """`solve_small` of one system given row by row, where even one call of torch costs more than the arithmetic."""
+    """`solve_small` for one system given row by row: even a single torch call would cost more than the arithmetic."""
     floor = max(row[i] for i, row in enumerate(matrix)) * _LEAST_PIVOT + sys.float_info.min
     return _ldl_solve(matrix, rhs, floor, max)
 

@@ -1,7 +1,7 @@
 """How a weight matrix is stored: the one object that recipe, bit plan, solver, checkpoint and kernels share.
 
-`MatrixStorage` is what all layers of a model have in common, `MatrixFormat` adds the primitive and the bits of one
-matrix. Shapes come from `weight.PackedLayout`, which puts a format on a matrix of so many rows and columns.
+`MatrixStorage` holds the options that all layers of a model share; `MatrixFormat` adds the primitive and the bits of
+one matrix. Shapes come from `weight.PackedLayout`, which combines a format with the rows and columns of a matrix.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ class OptionFields(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def part(self, kind: type[_Fields]) -> _Fields:
-        """The fields that these options have from `kind`, one of their base classes."""
-        assert issubclass(type(self), kind), f"{kind.__name__} is no base class of {type(self).__name__}"
+        """The fields of these options that `kind`, one of their base classes, defines."""
+        assert issubclass(type(self), kind), f"{kind.__name__} is not a base class of {type(self).__name__}"
         return kind(**{name: getattr(self, name) for name in kind.model_fields})
 
     def replaced(self: _Fields, **fields: Any) -> _Fields:
-        """The same options with other values of some fields. Raises pydantic's ValidationError."""
+        """The same options with new values for some fields. Raises pydantic's ValidationError."""
         return type(self)(**({name: getattr(self, name) for name in type(self).model_fields} | fields))
 
 
 class MatrixStorage(OptionFields):
-    """How matrices are stored, whatever the bits of each. Fields that a primitive has no use for say nothing of it."""
+    """How matrices are stored, independent of their bits. A primitive ignores the fields that do not apply to it."""
 
     group_size: Annotated[int | str, Field(description="Input columns that share a scale set: a number or 'all'.")]
     group_rows: Annotated[
         int | str,
-        Field(description="Output rows that share a scale set: a number, 'all', or '1/N' for an N-th of the rows."),
+        Field(description="Output rows that share a scale set: a number, 'all', or '1/N' for 1/N of the rows."),
     ]
     scale_format: Annotated[
         Literal["pot", "apot2", "apot3", "float"],
@@ -52,8 +52,8 @@ class MatrixStorage(OptionFields):
     rotation: Annotated[
         Literal["none", "hadamard"],
         Field(
-            description="Rotate the inputs of each linear, at run time too, by a Hadamard transform with random signs, "
-            "which spreads outliers and costs additions only."
+            description="Rotate the inputs of each linear layer, at run time too, with a random-sign Hadamard "
+            "transform, which spreads outliers and costs only additions."
         ),
     ]
     outlier_columns: Annotated[
@@ -61,8 +61,8 @@ class MatrixStorage(OptionFields):
         Field(
             ge=0,
             le=0.25,
-            description="Share of each linear's input columns, those that carry most, kept at 16 bits beside the "
-            "planes; counted in all sizes.",
+            description="Share of each linear layer's input columns, those that contribute most to the output, kept at "
+            "16 bits in addition to the planes; counted in all sizes.",
         ),
     ]
 
@@ -80,7 +80,7 @@ class MatrixStorage(OptionFields):
         raise ValueError(f"must be {choices}")
 
     def at(self, choice: Choice) -> MatrixFormat:
-        """The format of a matrix that is stored as `choice` says."""
+        """The format of a matrix stored as `choice`."""
         primitive, bits = parts_of_choice(choice)
         fields = {name: getattr(self, name) for name in MatrixStorage.model_fields}
         return MatrixFormat(primitive=primitive, bits=bits, **fields)
@@ -95,10 +95,10 @@ class MatrixFormat(MatrixStorage):
     @model_validator(mode="after")
     def _primitive_has_the_bits(self) -> MatrixFormat:
         if self.bits not in (widths := CODE_BITS[self.primitive]):
-            raise ValueError(f"a code of {self.primitive} has {widths[0]} to {widths[-1]} bits and not {self.bits}")
+            raise ValueError(f"a code of {self.primitive} has {widths[0]} to {widths[-1]} bits, not {self.bits}")
         return self
 
     @property
     def choice(self) -> Choice:
-        """Primitive and bits in one."""
+        """The primitive and the bits as one choice."""
         return choice_of(self.primitive, self.bits)

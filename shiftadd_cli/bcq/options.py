@@ -1,4 +1,4 @@
-"""How the solver works: the format of a matrix, and how codes and scales for it are found."""
+"""Options of the solver: the format of a matrix, and the search for its codes and scales."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FitMethod = Literal["search", "greedy", "uniform"]
 class FitOptions(OptionFields):
     """How codes and scales are found.
 
-    Shift layers have row scales alone: the fields about the fit of groups do not apply, and their sweep is static.
+    Shift layers have only row scales: the fields about fitting groups do not apply, and their sweep is static.
     """
 
     fit: Annotated[
         FitMethod,
         Field(
-            description="How a group is fitted: 'search' alternates least squares from several starts; 'greedy' does "
-            "so from the greedy start alone, as LUT-GEMM and ShiftAddLLM; 'uniform' takes the min-max grid and rounds."
+            description="How a group is fitted: 'search' runs alternating least squares from several starts; 'greedy' "
+            "uses only the greedy start, as in LUT-GEMM and ShiftAddLLM; 'uniform' rounds to the min-max grid."
         ),
     ]
     fit_rounds: Annotated[int, Field(ge=0, description="Rounds of alternating least squares per start.")]
@@ -30,20 +30,20 @@ class FitOptions(OptionFields):
         float,
         Field(
             ge=0,
-            description="Weight of the weight error beside the output error, relative to the mean diagonal of the "
-            "Hessian.",
+            description="Weight of the weight error, which is added to the output error, relative to the mean diagonal "
+            "of the Hessian.",
         ),
     ]
     sweep: Annotated[
         Literal["none", "static", "dynamic"],
         Field(
-            description="Column sweep that lets later columns make up for earlier errors: scales fixed before it "
-            "('static'), or fitted when it reaches the group ('dynamic', as ShiftAddLLM)."
+            description="Column sweep in which later columns compensate for earlier errors: scales are fixed before it "
+            "('static'), or fitted when it reaches a group ('dynamic', as in ShiftAddLLM)."
         ),
     ]
     sweep_order: Annotated[
         Literal["hessian", "natural"],
-        Field(description="Order of the sweep: most active input columns first, or as they stand."),
+        Field(description="Order of the sweep: most active input columns first, or left to right."),
     ]
     refine_rounds: Annotated[
         int, Field(ge=0, description="Rounds of joint scale refit and coordinate descent after the sweep.")
@@ -56,17 +56,17 @@ class FitOptions(OptionFields):
         Field(
             ge=0,
             le=1,
-            description="How far each linear aims at its output in the original model, where inputs are exact, instead "
-            "of at its own weights: 0 not at all, 1 fully (as GPTAQ).",
+            description="How far each linear layer targets its output in the original model, where inputs are exact, "
+            "instead of its own weights: 0 not at all, 1 fully (as in GPTAQ).",
         ),
     ]
-    seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of everything random.")]
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of all random numbers.")]
 
 
 class SolverOptions(FitOptions):
-    """What the solver does with matrices of one format.
+    """All options of the solver for matrices of one format.
 
-    Raises pydantic's ValidationError, a ValueError, if rows that share scales shall be refined or scaled one by one.
+    Raises pydantic's ValidationError, a ValueError, if rows that share scales are to be refined or scaled one by one.
     """
 
     format: MatrixFormat
@@ -78,9 +78,9 @@ class SolverOptions(FitOptions):
         return self
 
     def at(self, choice: Choice) -> SolverOptions:
-        """The same for matrices that are stored as `choice` says."""
+        """The same options for matrices stored as `choice`."""
         return self.replaced(format=self.format.at(choice))
 
     def without_data(self) -> SolverOptions:
-        """The same format and fit, for a layer that no calibration input reached."""
+        """The same format and fit, for a layer that received no calibration input."""
         return self.replaced(sweep="none", refine_rounds=0)

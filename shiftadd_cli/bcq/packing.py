@@ -1,8 +1,8 @@
 """Bit planes and nibble streams.
 
-Planes: one bit per weight, eight neighbouring columns to a byte, the lowest column in the least significant bit,
-1 meaning +1 and 0 meaning −1; padding bits of the last byte are 0.
-Nibbles: two to a byte, the first in the low half; the padding nibble of an odd count is 0.
+Planes: one bit per weight, eight neighbouring columns per byte, the lowest column in the least significant bit.
+1 means +1 and 0 means −1; padding bits of the last byte are 0.
+Nibbles: two per byte, the first in the low half; the padding nibble of an odd count is 0.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ def unpack_signs(packed: Tensor, columns: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, columns: int) -> Tensor:
-    """Codes whose bits, the lowest first, are planes: uint8 `[rows, bits, ceil(columns / 8)]` with up to 7 bits → int32
-    `[rows, columns]`."""
-    # Σ ±2^b is 2 · code − (2^bits − 1), so signs, which come eight at a time, serve here as well.
+    """Unpack codes stored as one plane per bit, lowest bit first: uint8 `[rows, bits, ceil(columns / 8)]` with up to 7
+    bits → int32 `[rows, columns]`."""
+    # Σ ±2^b is 2 · code − (2^bits − 1), so the code follows from the signs, which unpack eight at a time.
     doubled, *others = (_signs(plane, columns) for plane in packed.unbind(1))
-    for place, signs in enumerate(others, start=1):
-        doubled.add_(signs, alpha=1 << place)
+    for bit, signs in enumerate(others, start=1):
+        doubled.add_(signs, alpha=1 << bit)
     return (doubled.int() + ((1 << packed.shape[1]) - 1)) >> 1
 
 
 def _signs(packed: Tensor, columns: int) -> Tensor:
-    """int8 `[..., columns]` of −1 and +1."""
-    # One 64-bit load brings the eight signs of a byte; indexing a table of floats moves four times the memory.
+    """Planes as int8 signs `[..., columns]`, −1 and +1."""
+    # One 64-bit load fetches the eight signs of a byte; a table of floats would move four times as much memory.
     eights = sign_table(packed.device).index_select(0, packed.flatten().int())
     return eights.view(torch.int8).view(*packed.shape[:-1], -1)[..., :columns]
 

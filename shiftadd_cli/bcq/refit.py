@@ -1,8 +1,8 @@
 """Joint least squares for all scales and offsets of a row, in the full quadratic form.
 
-For fixed planes the error is quadratic in the row's scales x = (scales of group 1, offset of group 1, scales of group
-2, …): minimise (w − Bx)ᵀ H (w − Bx), so BᵀHB x = BᵀHw. Rows are independent. This is the closed-form codebook step of
-LNQ (GuidedQuant, section 4) for binary-coded levels.
+For fixed planes, the error is quadratic in the row's scales x = (scales of group 1, offset of group 1, scales of group
+2, …). Minimising (w − Bx)ᵀ H (w − Bx) gives BᵀHB x = BᵀHw. Rows are independent. This is the closed-form codebook step
+of LNQ (GuidedQuant, section 4) for binary-coded levels.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.levels import code_signs
 
-# Pulls scales that the planes leave undetermined (two equal planes in a group) towards their present values.
+# Pulls scales that the planes leave undetermined (two equal planes in a group) towards their current values.
 _RIDGE = 1e-4
-# Rows are handled in pieces whose products with H, the largest temporaries, stay in the last-level cache.
+# Rows are processed in pieces whose products with H, the largest temporaries, fit in the last-level cache.
 _PIECE_ELEMENTS = 1 << 21
 
 
@@ -26,12 +26,12 @@ def refit_scales(
     offsets: Tensor | None,
     group_columns: int,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Re-solve scales and offsets of every row.
+    """Solve again for the scales and offsets of every row.
 
-    weights: float32 `[out, in]`; hessian: `[in, in]`; codes: uint8 `[out, in]`; scales: present values
+    weights: float32 `[out, in]`; hessian: `[in, in]`; codes: uint8 `[out, in]`; scales: current values
     `[out, C, bits]`; offsets: `[out, C]` or None.
 
-    Returns scales (may be negative: the plane's sign is to be flipped), offsets, and the curvature of each group
+    Returns scales (a negative scale means that its plane must change sign), offsets, and the curvature of each group
     `[out, C, terms, terms]`.
     """
     out, columns = weights.shape
@@ -49,7 +49,7 @@ def refit_scales(
         matrix = _normal_matrix(basis, hessian_padded, group_columns)
         rhs = (basis @ pull).reshape(len(basis), groups * terms)
         blocks = matrix.view(-1, groups, terms, groups, terms).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-        # A copy: the matrix gets its ridge in place.
+        # A copy, because the ridge is added to the matrix in place.
         curvatures.append(blocks.clone(memory_format=torch.contiguous_format))
         ridge = _RIDGE * matrix.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(1e-30)
         rhs += ridge * present[where].flatten(1)
@@ -64,7 +64,7 @@ def refit_scales(
 
 
 def _basis(codes: Tensor, bits: int, groups: int, group_columns: int, offset: bool) -> Tensor:
-    """Signs of the planes, and ones for the offset: float32 `[rows, groups, terms, group_columns]`, zero in padding."""
+    """The signs of the planes, and ones for the offset: float32 `[rows, groups, terms, group_columns]`, zero-padded."""
     rows, columns = codes.shape
     signs = code_signs(bits).to(codes.device)[codes.int()].movedim(-1, 1)
     if offset:
@@ -82,7 +82,7 @@ def _normal_matrix(basis: Tensor, hessian: Tensor, group_columns: int) -> Tensor
         where, first = slice(group * terms, (group + 1) * terms), group * group_columns
         strip = hessian[first : first + group_columns, first:]
         pushed[:, where, first:] = (basis[:, group].reshape(rows * terms, -1) @ strip).view(rows, terms, -1)
-    # The matrix is symmetric: products up to the diagonal make it whole.
+    # The matrix is symmetric, so the products up to the diagonal determine it.
     for group in range(groups):
         where, stop = slice(group * terms, (group + 1) * terms), (group + 1) * terms
         columns = slice(group * group_columns, (group + 1) * group_columns)

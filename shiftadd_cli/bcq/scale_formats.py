@@ -1,4 +1,4 @@
-"""Scale formats: the values a scale may take, relative to its row scale, and their codes.
+"""Scale formats: the values that a scale can take, relative to its row scale, and their codes.
 
 A scale is `row_scale · ratio`. The ratio is stored as
 
@@ -8,7 +8,7 @@ A scale is `row_scale · ratio`. The ratio is stored as
 - `float`: IEEE half precision
 
 where a term nibble t holds d in its low three bits (0: no term) and the sign in its high bit (1: minus). Unlike the
-paper's reference code, signs are stored, and zero has a code of its own.
+paper's reference code, this format stores signs and has a code for zero.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ OFFSET_STEP = 1 / 8
 class ScaleFormat:
     """One scale format.
 
-    `nibbles` is the number of 4-bit fields of a code (0 for `float`). `table` float32 `[16 ** nibbles]` decodes a code;
-    `values` float32, ascending and distinct, are the representable ratios and `codes` int32 a code of each.
+    `nibbles` is the number of 4-bit fields in a code (0 for `float`). `table` float32 `[16 ** nibbles]` decodes a code.
+    `values` float32, ascending and distinct, are the representable ratios; `codes` int32 has one code for each.
     """
 
     name: str
@@ -41,25 +41,25 @@ class ScaleFormat:
 
     @property
     def offset_limit(self) -> float:
-        """Largest |offset| that either sign can have, in units of the group's largest scale."""
+        """Largest |offset| that is available with both signs, in units of the group's largest scale."""
         return 7 * OFFSET_STEP if self.nibbles else math.inf
 
     def round(self, ratios: Tensor) -> Tensor:
-        """Nearest representable ratio, elementwise; the lower of two that are equally near; 0 for negative ratios."""
+        """Nearest representable ratio, elementwise; the lower of two equally near ones; 0 for negative ratios."""
         if not self.nibbles:
             return ratios.clamp(0, torch.finfo(torch.float16).max).half().float()
         nearest = torch.searchsorted(self.midpoints.to(ratios.device), ratios.contiguous())
         return self.values.to(ratios.device)[nearest]
 
     def round_offsets(self, offsets: Tensor, ratios: Tensor) -> Tensor:
-        """Nearest offset `[...]` that can be stored beside representable `ratios` `[..., bits]`."""
+        """Nearest offset `[...]` that can be stored along with representable `ratios` `[..., bits]`."""
         if self.nibbles:
             return offset_multiples(offsets, ratios) * _offset_unit(ratios)
         largest = torch.finfo(torch.float16).max
         return offsets.clamp(-largest, largest).half().float()
 
     def round_one(self, ratio: float) -> float:
-        """`round` of one number, without the cost of a tensor."""
+        """`round` for one number, without the cost of a tensor."""
         if not self.nibbles:
             return float(self.round(torch.tensor(ratio, device="cpu")))
         midpoints, values = self._lists
@@ -71,11 +71,11 @@ class ScaleFormat:
 
     @cached_property
     def midpoints(self) -> Tensor:
-        """Ratios halfway between neighbours, float32 `[values − 1]`."""
+        """Midpoints of neighbouring values, float32 `[values − 1]`."""
         return (self.values[1:] + self.values[:-1]) / 2
 
     def encode(self, ratios: Tensor) -> Tensor:
-        """Codes int32 of ratios that are representable (the result of `round`); not for `float`."""
+        """Codes int32 of representable ratios (results of `round`); not for `float`."""
         return self.codes.to(ratios.device)[torch.searchsorted(self.values.to(ratios.device), ratios.contiguous())]
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -85,16 +85,16 @@ class ScaleFormat:
 
 def _decode_table(nibbles: int) -> Tensor:
     """Ratios float32 `[16 ** nibbles]` of all codes; nibble k of a code is `code >> 4k`."""
-    # On the CPU by name: the first call may come under torch.device("meta"), where transformers builds its models.
+    # The device is explicit: the first call may run under torch.device("meta"), where transformers builds its models.
     codes = torch.arange(16**nibbles, device="cpu")
     exponent = codes & 15
     ratio = torch.exp2(-exponent.double())
-    place = exponent.double()
+    shift = exponent.double()
     for k in range(1, nibbles):
         term = (codes >> (4 * k)) & 15
         distance, sign = term & 7, torch.where(term & 8 > 0, -1.0, 1.0)
-        place = place + distance
-        ratio = torch.where(distance > 0, ratio + sign * torch.exp2(-place), ratio)
+        shift = shift + distance
+        ratio = torch.where(distance > 0, ratio + sign * torch.exp2(-shift), ratio)
     return torch.where(exponent == ZERO_EXPONENT, 0.0, ratio).float()
 
 
@@ -103,8 +103,8 @@ def scale_format(name: str) -> ScaleFormat:
     """The scale format `pot`, `apot2`, `apot3` or `float`."""
     nibbles = {"pot": 1, "apot2": 2, "apot3": 3, "float": 0}[name]
     if not nibbles:
-        nothing = torch.empty(0, device="cpu")
-        return ScaleFormat(name, 0, nothing, nothing, nothing)
+        empty = torch.empty(0, device="cpu")
+        return ScaleFormat(name, 0, empty, empty, empty)
     table = _decode_table(nibbles)
     order = torch.argsort(table, stable=True)
     values, first = _distinct(table[order])

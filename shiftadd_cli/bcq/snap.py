@@ -1,10 +1,10 @@
 """Move free scales onto a scale format: choose row scales, then scales and offsets jointly within each group.
 
 For fixed signs, moving the scales of a group from their optimum x to x̂ costs (x̂ − x)ᵀ M (x̂ − x), where M is the
-group's part of the normal equations. Rounding one scale at a time by distance ignores the off-diagonal of M; here each
-scale is set in turn to the representable value nearest its optimum given the others, which is the exact minimum along
-that coordinate, and the result is never dearer than rounding each by itself. The row scale is searched over an octave
-by the same cost.
+group's part of the normal equations. Rounding one scale at a time by distance ignores the off-diagonal of M. Here each
+scale in turn takes the representable value nearest to its optimum given the others, which is the exact minimum along
+that coordinate. The result never costs more than rounding each scale independently. The row scale is searched over an
+octave with the same cost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from shiftadd_cli.bcq.scale_formats import ScaleFormat
 
 _MANTISSAS = {"pot": 16, "apot2": 8, "apot3": 4}
-# Enough to come to rest; two or three are usual.
+# Enough to converge; two or three are usual.
 _PASSES = 10
 
 
@@ -41,7 +41,7 @@ class SnappedScales:
 
     @classmethod
     def concatenate(cls, parts: Sequence[SnappedScales]) -> SnappedScales:
-        """Scales of matrices on top of each other, whose rows have scales of their own."""
+        """The scales of vertically stacked matrices whose rows have scales of their own."""
         offsets = [part.offsets for part in parts if part.offsets is not None]
         return cls(
             torch.cat([part.ratios for part in parts]),
@@ -57,7 +57,7 @@ class SnappedScales:
         return [SnappedScales(*part) for part in zip(ratios, offsets, row_scales, strict=True)]
 
     def where(self, better: Tensor, other: SnappedScales) -> SnappedScales:
-        """These scales in the rows where `better` bool `[R]` holds, the other's elsewhere."""
+        """These scales in the rows where `better` bool `[R]` is true, those of `other` elsewhere."""
         offsets = None
         if self.offsets is not None and other.offsets is not None:
             offsets = torch.where(better.view(-1, 1), self.offsets, other.offsets)
@@ -68,9 +68,9 @@ class SnappedScales:
 
 
 def matrix_scale(weights: Tensor) -> Tensor:
-    """One power of two not below any weight, `[1]`: the row scale of a matrix that has none of its own."""
+    """A power of two not below any weight, `[1]`: the row scale of a matrix that stores none per row."""
     mantissa, exponent = torch.frexp(weights.abs().amax().clamp_min(2.0**-100))
-    # frexp gives mantissas from 1/2 up: a power of two is its own bound.
+    # frexp gives mantissas from 1/2 up, so a power of two is its own bound.
     return torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int()).view(1)
 
 
@@ -85,7 +85,7 @@ def snap_scales(
     """Put free scales on the format.
 
     scales: `[R, C, bits]` ≥ 0; offsets: `[R, C]` or None; curvature: M, `[R, C, terms, terms]` with terms = bits, or
-    bits + 1 when there are offsets (the offset last); fixed_row_scale: `[1]` or `[R]`, where it is not to be chosen.
+    bits + 1 with offsets (the offset last); fixed_row_scale: `[1]` or `[R]`, or None to choose the row scale here.
     """
     target = scales if offsets is None else torch.cat((scales, offsets.unsqueeze(-1)), dim=-1)
     if fixed_row_scale is not None:
@@ -93,16 +93,16 @@ def snap_scales(
     else:
         row_scale = _choose_row_scale(target, scales, curvature, form)
     snapped = _descend(target / row_scale.view(-1, 1, 1), curvature, form, scales.shape[-1])
-    kept = row_scale if fixed_row_scale is None else fixed_row_scale
+    stored_row_scale = row_scale if fixed_row_scale is None else fixed_row_scale
     return SnappedScales(
         snapped[..., : scales.shape[-1]].contiguous(),
         None if offsets is None else snapped[..., -1].contiguous(),
-        kept,
+        stored_row_scale,
     )
 
 
 def _choose_row_scale(target: Tensor, scales: Tensor, curvature: Tensor, form: ScaleFormat) -> Tensor:
-    """The row scale `[R]` with the least total cost over its row."""
+    """The row scale `[R]` with the lowest total cost over its row."""
     largest = scales.amax((1, 2)).clamp_min(2.0**-100)
     best = largest.bfloat16().float()
     if not form.nibbles:
@@ -126,14 +126,14 @@ def _cost(moved: Tensor, curvature: Tensor) -> Tensor:
 
 def _descend(ratio: Tensor, curvature: Tensor, form: ScaleFormat, bits: int) -> Tensor:
     """Representable values near the optimum `ratio` `[R, C, terms]`, by coordinate descent from two starts: the optimum
-    itself, and every term rounded by itself. Of all values met, each group takes the cheapest."""
+    itself, and its terms rounded independently. Each group takes the cheapest values that the descent visits."""
     if not form.nibbles:
         return _rounded(ratio, form, bits)
     shape = ratio.shape
     ratio, curvature = ratio.flatten(0, 1), curvature.flatten(0, 1)
     rounded = _rounded(ratio, form, bits)
     best, best_cost = rounded.clone(), _cost(rounded - ratio, curvature)
-    # Scales rounded in every round of their fit are on the format already, and nothing is cheaper than not to move.
+    # Scales rounded in every round of their fit are on the format already, and not moving is always cheapest.
     moved = (rounded != ratio).any(-1).nonzero().squeeze(-1)
     for start in (ratio, rounded):
         value = start.clone()
@@ -153,7 +153,7 @@ def _descend(ratio: Tensor, curvature: Tensor, form: ScaleFormat, bits: int) -> 
 
 
 def _sweep(ratio: Tensor, value: Tensor, curvature: Tensor, form: ScaleFormat, bits: int) -> Tensor:
-    """One pass of coordinate descent from `value`: every term becomes representable, the offset last."""
+    """One pass of coordinate descent from `value` that makes every term representable, the offset last."""
     value, moved = value.clone(), value - ratio
     diagonal = curvature.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(curvature.dtype).tiny)
     for term in range(ratio.shape[-1]):
@@ -165,7 +165,7 @@ def _sweep(ratio: Tensor, value: Tensor, curvature: Tensor, form: ScaleFormat, b
 
 
 def _rounded(ratio: Tensor, form: ScaleFormat, bits: int) -> Tensor:
-    """Every term rounded by itself."""
+    """Every term rounded independently."""
     scales = form.round(ratio[..., :bits])
     if ratio.shape[-1] == bits:
         return scales

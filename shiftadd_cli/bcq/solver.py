@@ -1,7 +1,7 @@
 """Quantize the weights that read one input: from `[out, in]` matrices and a Hessian to their compressed form.
 
-Rows of matrices with row-wise groups, and of shift layers, do not depend on each other, so all matrices that read the
-same input are solved as one tall matrix. Column-wise and block forms share scales over rows and are solved one by one.
+Rows of matrices with row-wise groups, and of shift layers, are independent, so all matrices that read the same input
+are solved as one tall matrix. Column-wise and block forms share scales across rows and are solved one by one.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from shiftadd_cli.errors import NumericalError
 
 __all__ = ["Solution", "SolverOptions", "quantize_matrices"]
 
-# Squares of larger weights, summed over a matrix and weighed by its inputs, can leave the range of float32.
+# Squares of larger weights, summed over a matrix and weighted by its inputs, can overflow float32.
 _LARGEST_WEIGHT = 1e12
-# Enough rows that an operation outweighs its call, few enough that a small matrix still makes a piece per core.
+# Enough rows that an operation outweighs its call, few enough that a small matrix still yields a piece per core.
 _PIECE_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A compressed matrix and its errors, both relative: ‖W − Ŵ‖² / ‖W‖², and the same in the form H (None without
+    """A compressed matrix and its relative errors: ‖W − Ŵ‖² / ‖W‖², and the same in the form H (None without
     calibration)."""
 
     weight: QuantizedWeight
@@ -49,12 +49,12 @@ def quantize_matrices(
     cross: Tensor | None = None,
     team: Team = ALONE,
 ) -> list[Solution]:
-    """Quantize matrices `[out_i, in]` that read the same input, whose second moment is `hessian` `[in, in]` or None.
+    """Quantize matrices `[out_i, in]` that read the same input, with second moment `hessian` `[in, in]` or None.
 
-    `cross` `[in, in]` is E[x̃ xᵀ] with the input x̃ of the original model, for asymmetric calibration. Works in float32.
-    The processes of a team share the rows out, and all get all solutions.
+    `cross` `[in, in]` is E[x̃ xᵀ] with the input x̃ of the original model, for asymmetric calibration. Computes in
+    float32. The processes of a team divide the rows among themselves, and each returns all solutions.
 
-    Raises NumericalError, naming the layer, on weights or inputs that are not finite and on Hessians that cannot be
+    Raises NumericalError, naming the layer, for weights or inputs that are not finite and for Hessians that cannot be
     factorised.
     """
     matrices = [weight.float() for weight in weights]
@@ -62,7 +62,7 @@ def quantize_matrices(
         if not torch.isfinite(matrix).all():
             raise NumericalError(f"The weight of {name} is not finite; the source checkpoint is damaged.")
         if matrix.abs().amax() > _LARGEST_WEIGHT:
-            raise NumericalError(f"The weight of {name} holds values above 1e12; the source checkpoint is damaged.")
+            raise NumericalError(f"The weight of {name} contains values above 1e12; the source checkpoint is damaged.")
     columns = matrices[0].shape[1]
     primitive = PRIMITIVES[options.format.primitive]
     if hessian is not None and cross is not None and options.asymmetric:
@@ -71,13 +71,13 @@ def quantize_matrices(
             torch.cat(matrices), hessian.float(), cross.float(), options.weight_error, options.asymmetric, names[0]
         )
         matrices = list(tall.split(heights))
-    whole = _OutlierSplit(matrices, hessian, outlier_count(columns, options.format.outlier_columns))
-    if whole.ids is not None:
-        matrices = [without_columns(matrix, whole.ids) for matrix in matrices]
-        hessian = None if hessian is None else without_inputs(hessian, whole.ids)
+    split = _OutlierSplit(matrices, hessian, outlier_count(columns, options.format.outlier_columns))
+    if split.ids is not None:
+        matrices = [without_columns(matrix, split.ids) for matrix in matrices]
+        hessian = None if hessian is None else without_inputs(hessian, split.ids)
     signs = None
     if options.format.rotation == "hadamard":
-        # Everything from here on happens in the rotated basis, in which no error changes.
+        # All following steps work in the rotated basis, which leaves every error unchanged.
         signs = random_signs(columns, options.seed).to(matrices[0].device)
         matrices = [rotate_weight(matrix, signs) for matrix in matrices]
         hessian = None if hessian is None else rotate_moment(hessian.float(), signs)
@@ -95,47 +95,47 @@ def quantize_matrices(
         )
     independent = primitive.independent_rows(options.format)
     pieces = _even_pieces(torch.cat(matrices)) if independent else matrices
-    named = team.map(lambda piece: _as_tensors(*primitive.solve(piece, objective, options)), pieces)
-    solved = [_from_tensors(each, matrices[0].device) for each in named]
+    solved_pieces = team.map(lambda piece: _as_tensors(*primitive.solve(piece, objective, options)), pieces)
+    solved = [_from_tensors(tensors, matrices[0].device) for tensors in solved_pieces]
     if independent:
         solved = _regroup(solved, [len(matrix) for matrix in matrices])
     packed = [_pack(codes, snapped, options, columns, signs) for codes, snapped in solved]
-    if whole.ids is not None:
-        return whole.completed(packed)
+    if split.ids is not None:
+        return split.completed(packed)
     return [
-        # Errors are those of the stored tensors, decoded, not of the solver's own view of them.
+        # Errors are computed from the decoded stored tensors, not from the solver's own values.
         _solution(weight, matrix, matrix - weight.decode_stored(), hessian)
         for matrix, weight in zip(matrices, packed, strict=True)
     ]
 
 
 def _even_pieces(tall: Tensor) -> Sequence[Tensor]:
-    """Pieces of rows of nearly equal height, at most `_PIECE_ROWS`."""
+    """Pieces of nearly equal height, at most `_PIECE_ROWS` rows each."""
     return tall.tensor_split(-(-len(tall) // _PIECE_ROWS))
 
 
 def _as_tensors(codes: Tensor, snapped: SnappedScales) -> dict[str, Tensor]:
-    """A piece's solution, for other processes."""
-    found = {"codes": codes, "ratios": snapped.ratios, "row_scale": snapped.row_scale}
-    return found if snapped.offsets is None else found | {"offsets": snapped.offsets}
+    """The solution of a piece as tensors by name, for other processes."""
+    tensors = {"codes": codes, "ratios": snapped.ratios, "row_scale": snapped.row_scale}
+    return tensors if snapped.offsets is None else tensors | {"offsets": snapped.offsets}
 
 
 def _from_tensors(tensors: dict[str, Tensor], device: torch.device) -> tuple[Tensor, SnappedScales]:
-    found = {name: each.to(device) for name, each in tensors.items()}
-    return found["codes"], SnappedScales(found["ratios"], found.get("offsets"), found["row_scale"])
+    local = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return local["codes"], SnappedScales(local["ratios"], local.get("offsets"), local["row_scale"])
 
 
 def _regroup(
     solved: Sequence[tuple[Tensor, SnappedScales]], heights: Sequence[int]
 ) -> list[tuple[Tensor, SnappedScales]]:
-    """Solutions of consecutive pieces of rows as solutions of matrices of these heights."""
+    """Turn the solutions of consecutive pieces of rows into solutions of matrices of these heights."""
     codes = torch.cat([piece for piece, _ in solved]).split(list(heights))
     scales = SnappedScales.concatenate([snapped for _, snapped in solved]).split(heights)
     return list(zip(codes, scales, strict=True))
 
 
 def _weight_objective(columns: int, device: torch.device) -> Objective:
-    """The identity: without calibration only the weight error counts."""
+    """The identity, since only the weight error counts without calibration."""
     identity = torch.eye(columns, device=device)
     return Objective(identity, torch.arange(columns, device=device), identity)
 
@@ -149,14 +149,14 @@ def _pack(
 
 
 class _OutlierSplit:
-    """Matrices and the second moment of their input before outlier columns `ids` (None for `count` 0) are taken out."""
+    """Matrices and the second moment of their input before outlier columns `ids` (None for `count` 0) are removed."""
 
     def __init__(self, matrices: Sequence[Tensor], hessian: Tensor | None, count: int) -> None:
         self.matrices, self.hessian = matrices, None if hessian is None else hessian.float()
         self.ids = choose_outliers(matrices, self.hessian, count) if count else None
 
     def completed(self, packed: Sequence[QuantizedWeight]) -> list[Solution]:
-        """The planes `packed` with the best columns beside them."""
+        """Solutions with the best outlier columns added to the planes `packed`."""
         assert self.ids is not None
         solutions = []
         for matrix, weight in zip(self.matrices, packed, strict=True):
@@ -167,7 +167,7 @@ class _OutlierSplit:
 
 
 def _solution(weight: QuantizedWeight, matrix: Tensor, difference: Tensor, hessian: Tensor | None) -> Solution:
-    """Errors from the difference between `matrix` and what is stored, in any basis, with the second moment in it."""
+    """The solution; `difference` is `matrix` minus the stored matrix, both in the basis of `hessian`."""
     weight_error = _ratio(difference.square().sum(), matrix.square().sum())
     if hessian is None:
         return Solution(weight, weight_error, None)

@@ -1,11 +1,11 @@
-"""The fit of `fit.py` for a few large groups, without offsets, one group at a time.
+"""The fit of `fit.py` for a few large groups without offsets, one group at a time.
 
-With running sums a round of alternating least squares is one binary search per midpoint and arithmetic on 2^q numbers,
+With running sums, a round of alternating least squares is one binary search per midpoint and arithmetic on 2^q numbers,
 whatever the size of the group. That is too little work for tensors: in Python floats a round takes less time than a
-handful of calls of torch.
+handful of torch calls.
 
-Nearest codes cut the sorted weights of a group into 2^q intervals, one per level. The normal equations and the error of
-a fit need only Σ h and Σ h·w of every interval: differences of running sums.
+Nearest codes divide the sorted weights of a group into 2^q intervals, one per level. The normal equations and the error
+of a fit need only Σ h and Σ h·w of every interval, which are differences of running sums.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def fit_sorted(
 
 
 class SortedGroup:
-    """One of `groups`, in lists."""
+    """One of `groups`, as Python lists."""
 
     def __init__(self, groups: SortedGroups, index: int) -> None:
         self.weights: list[float] = groups.ordered[index].tolist()
@@ -50,14 +50,14 @@ class SortedGroup:
     def alternate(
         self, start: Sequence[float], rounds: int, rounding: ScaleFormat | None
     ) -> tuple[list[float], list[list[float]]]:
-        """The best scales met from `start` on, and their normal matrix."""
+        """The best scales of all rounds, `start` included, and their normal matrix."""
         scales = _rounded(start, rounding)
         matrix, rhs = self.normal_equations(scales)
         best, best_error = (scales, matrix), self.error(scales, matrix, rhs)
         seen = {tuple(scales)}
         for _ in range(rounds):
             scales = _rounded([abs(scale) for scale in solve_floats(matrix, rhs)], rounding)
-            # Scales met before lead to nothing but what followed them then.
+            # A round depends on the scales alone, so scales seen before would only repeat earlier rounds.
             if tuple(scales) in seen:
                 break
             seen.add(tuple(scales))
@@ -92,7 +92,7 @@ class SortedGroup:
         return matrix, [sum(map(mul, moment, plane)) for plane in planes]
 
     def error(self, scales: Sequence[float], matrix: Sequence[Sequence[float]], rhs: Sequence[float]) -> float:
-        """Σ h (w − level)² of the codes these normal equations belong to."""
+        """Σ h (w − level)² under the codes of these normal equations."""
         error = self.energy
         for scale, row, side in zip(scales, matrix, rhs, strict=True):
             error += scale * (sum(map(mul, row, scales)) - 2 * side)
@@ -101,7 +101,7 @@ class SortedGroup:
 
 @cache
 def _signs(bits: int) -> tuple[list[list[float]], list[list[list[float]]]]:
-    """Sign of each plane in every code, `[bits][2 ** bits]`, and products of two, `[bits][bits][2 ** bits]`."""
+    """Signs of each plane in every code, `[bits][2 ** bits]`, and products of two, `[bits][bits][2 ** bits]`."""
     planes = code_signs(bits).T
     return planes.tolist(), (planes.unsqueeze(0) * planes.unsqueeze(1)).tolist()
 
@@ -124,12 +124,12 @@ class SortedGroups:
     """Weights and importance h ≥ 0 of groups, float32 `[groups, size]`.
 
     `ordered` float32 `[groups, size]` are the weights in ascending order; `sums` float64 `[groups, 2, size + 1]` holds
-    Σ h and Σ h·w of the first k of them, and `energy` float64 `[groups]` the whole Σ h·w².
+    Σ h and Σ h·w of the first k of them, and `energy` float64 `[groups]` the total Σ h·w².
     """
 
     def __init__(self, weights: Tensor, importance: Tensor) -> None:
         self.ordered, order = weights.contiguous().sort(dim=-1)
-        # In float64: an interval is a difference of large sums, and so is the error.
+        # float64, because an interval is a difference of large sums, and so is the error.
         self.sums = torch.zeros(len(weights), 2, weights.shape[1] + 1, dtype=torch.float64, device=weights.device)
         terms = self.sums[:, :, 1:]
         terms[:, 0] = importance.gather(1, order)
@@ -138,18 +138,18 @@ class SortedGroups:
         torch.cumsum(terms, dim=-1, out=terms)
 
     def normal_equations(self, fit: Scales) -> NormalEquations:
-        """Under the nearest codes of scales `[groups, bits]` and offsets."""
+        """The normal equations under the nearest codes of scales `[groups, bits]` and offsets."""
         levels, codes = sorted_levels(fit.scales, fit.offsets)
         midpoints = (levels[:, 1:] + levels[:, :-1]) / 2
         ends = torch.full_like(codes, self.ordered.shape[1])
         # As in `LevelTable.nearest`, a weight on a midpoint goes to the lower level.
         ends[:, :-1] = torch.searchsorted(self.ordered, midpoints, right=True)
         below = self.sums.gather(2, ends.unsqueeze(1).expand(-1, 2, -1))
-        of_rank = torch.diff(below, dim=-1, prepend=below.new_zeros(()).expand(len(below), 2, 1))
-        of_code = torch.empty_like(of_rank).scatter_(2, codes.unsqueeze(1).expand(-1, 2, -1), of_rank)
-        terms, products = (part.to(of_code) for part in _basis(fit.scales.shape[1], fit.offsets is not None))
-        matrix = (of_code[:, 0] @ products).view(len(codes), terms.shape[1], -1)
-        rhs = of_code[:, 1] @ terms
+        rank_sums = torch.diff(below, dim=-1, prepend=below.new_zeros(()).expand(len(below), 2, 1))
+        code_sums = torch.empty_like(rank_sums).scatter_(2, codes.unsqueeze(1).expand(-1, 2, -1), rank_sums)
+        terms, products = (part.to(code_sums) for part in _basis(fit.scales.shape[1], fit.offsets is not None))
+        matrix = (code_sums[:, 0] @ products).view(len(codes), terms.shape[1], -1)
+        rhs = code_sums[:, 1] @ terms
         x = fit.scales if fit.offsets is None else torch.cat((fit.scales, fit.offsets.unsqueeze(-1)), dim=-1)
         x = x.to(rhs)
         error = self.energy + (((matrix @ x.unsqueeze(-1)).squeeze(-1) - 2 * rhs) * x).sum(-1)
@@ -158,7 +158,7 @@ class SortedGroups:
 
 @cache
 def _basis(bits: int, offset: bool) -> tuple[Tensor, Tensor]:
-    """Sign of each plane in every code, and a one for the offset, `[2 ** bits, terms]`; products of two of them,
+    """Signs of each plane in every code, plus a one for the offset, `[2 ** bits, terms]`; and products of two of them,
     `[2 ** bits, terms ** 2]`; both float64."""
     signs = torch.nn.functional.pad(code_signs(bits).double(), (0, int(offset)), value=1.0)
     return signs, (signs.unsqueeze(1) * signs.unsqueeze(2)).flatten(1)

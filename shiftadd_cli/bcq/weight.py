@@ -1,9 +1,9 @@
-"""A weight matrix in its compressed form, and back.
+"""A weight matrix in compressed form, and its decoding.
 
     W[o, i] ≈ row_scale[o] · level[code[o, i]]
 
-with the levels of the matrix's primitive, see `primitives`. With a rotation this is the matrix for rotated inputs,
-W R⁻¹ (see `rotation`). Outlier columns are added to the product with the inputs themselves (see `outliers`).
+with the levels of the matrix's primitive, see `primitives`. With a rotation, this is the matrix for rotated inputs,
+W R⁻¹ (see `rotation`). Outlier columns multiply the unrotated inputs and add to the product (see `outliers`).
 
 Stored tensors (names are suffixes of the parameter `weight`):
 
@@ -11,7 +11,7 @@ Stored tensors (names are suffixes of the parameter `weight`):
     ...                                                           scales, see the module of the primitive
     weight_signs      uint8    [ceil(in / 8)]                     optional; diagonal of the rotation, packed as planes
     weight_columns    bfloat16 [out, K]                           optional; outlier columns
-    weight_column_ids int32    [K]                                their inputs, ascending
+    weight_column_ids int32    [K]                                indices of their inputs, ascending
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from shiftadd_cli.bcq.primitives import PRIMITIVES
 from shiftadd_cli.bcq.primitives.base import Primitive, Scales, TensorShapes
 from shiftadd_cli.bcq.rotation import restore_weight
 
-# Weights decoded at a time, so that the planes of a large matrix meet in the processor's cache.
+# Weights decoded at a time, so that the sum over the planes of a large matrix stays in the processor's cache.
 _CACHED_WEIGHTS = 1 << 18
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """A format on a matrix of `rows` outputs and `columns` inputs: it fixes the shapes and dtypes of all stored
+    """A format for a matrix of `rows` outputs and `columns` inputs: it determines the shapes and dtypes of all stored
     tensors."""
 
     format: MatrixFormat
@@ -51,12 +51,12 @@ class PackedLayout:
 
     @property
     def primitive(self) -> Primitive:
-        """How codes and scales stand for weights."""
+        """The primitive that represents weights by codes and scales."""
         return PRIMITIVES[self.format.primitive]
 
     @cached_property
     def scales(self) -> Scales:
-        """Groups, and what is stored of their scales."""
+        """The groups and the storage of their scales."""
         return self.primitive.scales(self.format, self.rows, self.columns)
 
     @property
@@ -88,7 +88,7 @@ class PackedLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored for the matrix, everything counted."""
+        """Bytes stored for the matrix, all tensors included."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors().values())
 
     @property
@@ -98,7 +98,7 @@ class PackedLayout:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A compressed `[out, in]` matrix: its layout and the stored tensors by suffix."""
+    """A compressed `[out, in]` matrix: its layout and its stored tensors by suffix."""
 
     layout: PackedLayout
     tensors: dict[str, Tensor]
@@ -115,7 +115,7 @@ class QuantizedWeight:
     ) -> QuantizedWeight:
         """Pack a solution whose scales already lie on the scale format.
 
-        planes: bool `[out, bits, in]`; ratios: float32 `[R, C, bits]`, ignored where groups have no scales; row_scale:
+        planes: bool `[out, bits, in]`; ratios: float32 `[R, C, bits]`, ignored if groups have no scales; row_scale:
         `[out]` or `[1]`; offsets: float32 `[R, C]` relative to the row scale, or None; signs: ±1 `[in]` of the
         rotation, or None.
         """
@@ -127,13 +127,13 @@ class QuantizedWeight:
         return cls(layout, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
     def ratios(self) -> Tensor:
-        """Scales relative to the row scale, float32 `[R, C, bits]`, of a primitive whose groups have scales."""
+        """Scales relative to the row scale, float32 `[R, C, bits]`, for a primitive whose groups have scales."""
         ratios = self.layout.primitive.ratios(self.layout.scales, self.layout.bits, self.tensors)
-        assert ratios is not None, f"{self.layout.format.primitive} has no scales of groups"
+        assert ratios is not None, f"{self.layout.format.primitive} has no group scales"
         return ratios
 
     def offsets(self, ratios: Tensor) -> Tensor | None:
-        """Offsets relative to the row scale: float32 `[R, C]`, or None; `ratios` as `self.ratios()` gives them."""
+        """Offsets relative to the row scale: float32 `[R, C]`, or None; `ratios` is the result of `self.ratios()`."""
         return self.layout.primitive.offsets(self.layout.scales, self.tensors, ratios)
 
     def signs(self) -> Tensor | None:
@@ -142,18 +142,18 @@ class QuantizedWeight:
         return None if stored is None else unpack_signs(stored, self.layout.columns)
 
     def outliers(self) -> tuple[Tensor, Tensor] | None:
-        """Outlier columns and the inputs they are of, bfloat16 `[out, K]` and int32 `[K]`, or None."""
+        """Outlier columns and the indices of their inputs, bfloat16 `[out, K]` and int32 `[K]`, or None."""
         if not self.layout.outliers:
             return None
         return self.tensors["weight_columns"], self.tensors["weight_column_ids"]
 
     def with_outliers(self, columns: Tensor, ids: Tensor) -> QuantizedWeight:
-        """The same planes beside columns `[out, K]` for the inputs `ids` `[K]`, ascending; the layout has room."""
+        """The same planes with columns `[out, K]` for the inputs `ids` `[K]`, ascending; the layout includes them."""
         added = {"weight_columns": columns.to(torch.bfloat16), "weight_column_ids": ids.to(torch.int32)}
         return QuantizedWeight(self.layout, self.tensors | added)
 
     def decode(self) -> Tensor:
-        """The matrix the stored tensors stand for, the rotation folded back: float32 `[out, in]`."""
+        """The decoded matrix, with the rotation undone: float32 `[out, in]`."""
         decoded = self.decode_planes()
         if (outliers := self.outliers()) is not None:
             columns, ids = outliers
@@ -172,8 +172,8 @@ class QuantizedWeight:
     def tiles(self, height: int) -> Iterator[tuple[slice, Tensor]]:
         """`decode_stored()` in tiles of at most `height` rows: pairs of the slice of rows and its float32 `[rows, in]`.
 
-        Beside the tile itself only the scales of the whole matrix are held. Every tile is bit-identical to the same
-        rows of the whole.
+        Besides the tile itself, only the scales of the whole matrix are in memory. Every tile is bit-identical to the
+        same rows of the whole matrix.
         """
         layout, device = self.layout, self.tensors["weight_codes"].device
         decode = layout.primitive.decoder(layout.scales, layout.bits, self.tensors)

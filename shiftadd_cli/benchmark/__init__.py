@@ -1,1 +1,1 @@
-"""How fast a compressed model is: whole models beside each other, and its layers beside dense ones."""
+"""Speed of a compressed model: full models compared in turns, and its layers compared with dense layers."""

@@ -1,4 +1,4 @@
-"""Single layers of a compressed model beside dense ones of the same shape, with their weights not in the cache."""
+"""Speed of single compressed layers and of dense layers of the same shape, with weights that are not in the cache."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from shiftadd_cli.runtime.table import Int8Linear
 ROWS = (1, 64)
 COMPRESSED, DENSE = "compressed", (torch.float32, torch.bfloat16)
 
-# One sample takes about as long, so that clock and loop weigh nothing, and all candidates fit into a short moment.
+# Target duration of a sample: long enough to hide the cost of clock and loop, and short enough that all candidates run
+# close together in time.
 SAMPLE_SECONDS = 0.03
 _MOST_CALLS = 10_000
 
-# Beyond so many copies of a tiny layer, Python's objects would be what is measured.
+# With more copies of a tiny layer, the benchmark would measure Python objects.
 _MOST_COPIES = 1024
 _MOST_BYTES = 1 << 30
 
@@ -38,12 +39,12 @@ Layer = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Layers of a model that are alike but for their numbers.
+    """Layers of a model that differ only in their values.
 
     Attributes:
-        names: of the modules, numbers of blocks replaced by `*`.
-        layout: of the compressed matrix; None for a head of 8-bit rows.
-        stored_bytes: of one layer's weight.
+        names: names of the modules, with numbers of blocks replaced by `*`.
+        layout: layout of the compressed matrix; None for a head of 8-bit rows.
+        stored_bytes: bytes of one layer's weight.
     """
 
     names: tuple[str, ...]
@@ -55,7 +56,7 @@ class LayerKind:
 
     @property
     def form(self) -> str:
-        """How the weight is stored, in words."""
+        """The storage format of the weight, in words."""
         if self.layout is None:
             return "8-bit rows"
         parts = [f"{self.layout.bits} bits", *self.layout.primitive.words(self.layout.scales)]
@@ -81,9 +82,10 @@ class WaySpeed:
 
     Attributes:
         name: `compressed`, or the dtype of a dense weight.
-        weight_bytes: that one call has to read.
-        copies: of the weight that calls went through in turn; cold: whether all of them exceed the last-level cache.
-        calls: by rows of the input; a span is one call.
+        weight_bytes: bytes that one call has to read.
+        copies: copies of the weight that the calls cycle through; cold: whether together they exceed the last-level
+            cache.
+        calls: times by rows of the input; a span is one call.
     """
 
     name: str
@@ -93,8 +95,8 @@ class WaySpeed:
     calls: dict[int, Timed]
 
     def roof_share(self, roof: Roof, rows: int) -> float | None:
-        """Share of the memory's speed that reading the weight once in the median call comes to; None if it was in the
-        cache, or may have been."""
+        """Share of the memory bandwidth reached by the median call, which reads the weight once; None if the weight may
+        have been in the cache."""
         return roof.share(self.weight_bytes, self.calls[rows].seconds.median) if self.cold else None
 
     def to_dict(self, roof: Roof) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class WaySpeed:
 
 @dataclass(frozen=True)
 class LayerSpeed:
-    """A kind of layer: compressed, and dense in each dtype; `dtype` is that of the compressed layer's input."""
+    """Speeds of a kind of layer: compressed, and dense in each dtype; `dtype` is the compressed layer's input dtype."""
 
     kind: LayerKind
     dtype: str
@@ -131,15 +133,15 @@ class LayerSpeed:
 
 
 def layer_kinds(model: nn.Module) -> list[LayerKind]:
-    """The kinds of compressed linear layers in a model, in the order of their first."""
-    found: dict[tuple[object, ...], list[tuple[str, PackedLinear | Int8Linear]]] = {}
+    """The kinds of compressed linear layers in a model, in order of first appearance."""
+    groups: dict[tuple[object, ...], list[tuple[str, PackedLinear | Int8Linear]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
-            found.setdefault((module.layout, module.bias is None), []).append((name, module))
+            groups.setdefault((module.layout, module.bias is None), []).append((name, module))
         elif isinstance(module, Int8Linear):
-            found.setdefault((module.out_features, module.in_features, module.bias is None), []).append((name, module))
+            groups.setdefault((module.out_features, module.in_features, module.bias is None), []).append((name, module))
     kinds = []
-    for members in found.values():
+    for members in groups.values():
         first = members[0][1]
         layout = first.layout if isinstance(first, PackedLinear) else None
         stored = (
@@ -161,9 +163,9 @@ def layer_kinds(model: nn.Module) -> list[LayerKind]:
 
 
 def copies_for(nbytes: int, cache_bytes: int, most_bytes: int) -> int:
-    """Copies of a weight that exceed the cache twice over, within `most_bytes` of memory; 1 at least."""
-    wanted = -(-2 * cache_bytes // nbytes)
-    return max(1, min(wanted, most_bytes // nbytes, _MOST_COPIES))
+    """Number of copies of a weight that fill twice the cache, within `most_bytes` of memory; at least 1."""
+    count = -(-2 * cache_bytes // nbytes)
+    return max(1, min(count, most_bytes // nbytes, _MOST_COPIES))
 
 
 def measure_layers(
@@ -178,10 +180,10 @@ def measure_layers(
 ) -> list[LayerSpeed]:
     """Times of one call of every kind of layer on inputs of `dtype`, and of torch's linear on the decoded weight.
 
-    Calls go through copies of the weight in turn, so that none finds its weight in the last-level cache of
-    `cache_bytes`, as in a model, where all other layers come between; a weight's copies take 1 GiB or an eighth of
-    `free_bytes` at most. A call of the compressed layer rotates its input, although layers of a model that read the
-    same input may share that.
+    Calls cycle through copies of the weight, so that no call finds its weight in the last-level cache of `cache_bytes`,
+    as in a model, where all other layers run in between. The copies of a weight take at most 1 GiB or an eighth of
+    `free_bytes`. A call of the compressed layer rotates its input, although layers of a model that read the same input
+    may share the rotation.
     """
     clock = clock or Clock()
     most = min(_MOST_BYTES, free_bytes // 8)
@@ -200,11 +202,11 @@ def _measure(
     count = copies_for(kind.stored_bytes, cache_bytes, most_bytes)
     rings = {COMPRESSED: ring(_compressed_copies(kind, count), kind.stored_bytes, dtype)}
     weight, bias = kind.modules[0].decode(), kind.modules[0].bias
-    for each in DENSE:
-        dense, shift = weight.to(each), None if bias is None else bias.to(each)
+    for dense_dtype in DENSE:
+        dense, dense_bias = weight.to(dense_dtype), None if bias is None else bias.to(dense_dtype)
         count = copies_for(dense.nbytes, cache_bytes, most_bytes)
-        layers: list[Layer] = [partial(linear, weight=dense.clone(), bias=shift) for _ in range(count)]
-        rings[dtype_name(each)] = ring(layers, dense.nbytes, each)
+        layers: list[Layer] = [partial(linear, weight=dense.clone(), bias=dense_bias) for _ in range(count)]
+        rings[dtype_name(dense_dtype)] = ring(layers, dense.nbytes, dense_dtype)
     samples: dict[tuple[str, int], Callable[[], Span]] = {}
     for rows in ROWS:
         for name, way in rings.items():
@@ -221,14 +223,14 @@ def _measure(
 
 
 class Ring:
-    """One layer in copies that are called in turn, over and over."""
+    """Copies of one layer that are called in turn, over and over."""
 
     def __init__(self, layers: list[Layer], nbytes: int, *, cold: bool, dtype: torch.dtype) -> None:
         self.layers, self.nbytes, self.cold, self.dtype = layers, nbytes, cold, dtype
         self._next = 0
 
     def calls_for(self, x: Tensor, clock: Clock) -> int:
-        """Calls that make a sample, after every copy was called once: a layer may set something up when first used."""
+        """Calls per sample. On first use, every copy is called once beforehand, since layers may do one-time setup."""
         if self._next == 0:
             self.sample(x, len(self.layers), clock)
         seconds = self.sample(x, min(3, len(self.layers)), clock).wall
@@ -247,11 +249,11 @@ class Ring:
 
 @torch.inference_mode()
 def _input(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    # In inference mode, since layers that share a rotation do not remember that of such an input.
+    # In inference mode, since layers that share a rotation do not cache it for such an input.
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
 
 
 def _compressed_copies(kind: LayerKind, count: int) -> list[Layer]:
-    """The model's own layers first, each of which has a weight of its own anyway."""
+    """The model's own layers first, which have separate weights anyway, then copies of the first layer."""
     own: list[Layer] = list(kind.modules[:count])
     return own + [copy.deepcopy(kind.modules[0]) for _ in range(count - len(own))]

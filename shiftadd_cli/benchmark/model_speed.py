@@ -1,4 +1,4 @@
-"""Whole models: how fast they load and work, and the memory their weights take."""
+"""Full models: how fast they load and run, and the memory of their weights."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class ModelSpeed:
 
     Attributes:
         name: its spec and dtype.
-        load: of the weights, with their files in the system's page cache.
-        unit: what amounts of work are of: `tokens` or `images`.
-        work: by name, see `text_work` and `image_work`.
-        weight_bytes: all tensors of the loaded model, each once.
-        resident_bytes: by which the process grew on loading it; None where the system does not say.
+        load: times of loading the weights, with their files in the system's page cache.
+        unit: unit of the work: `tokens` or `images`.
+        work: times by name, see `text_work` and `image_work`.
+        weight_bytes: bytes of all tensors of the loaded model, each counted once.
+        resident_bytes: growth of the process when it loads the model; None if the system does not report it.
     """
 
     name: str
@@ -40,8 +40,8 @@ class ModelSpeed:
     resident_bytes: Spread | None
 
     def gains_over(self, other: ModelSpeed) -> dict[str, Spread]:
-        """How many times as good as `other` it is in each round, above 1 for faster, smaller and sooner loaded."""
-        gains = {name: each.rate.over(other.work[name].rate) for name, each in self.work.items()}
+        """Ratios to `other` in each round; above 1 means faster, smaller or loaded sooner."""
+        gains = {name: timed.rate.over(other.work[name].rate) for name, timed in self.work.items()}
         gains["load"] = other.load.seconds.over(self.load.seconds)
         gains["weights in memory"] = Spread((other.weight_bytes / self.weight_bytes,))
         gains["size on disk"] = Spread((other.info.file_bytes / self.info.file_bytes,))
@@ -51,11 +51,11 @@ class ModelSpeed:
         return {
             "name": self.name,
             **asdict(self.info),
-            f"{self.unit}_per_second": {name: each.rate.to_dict() for name, each in self.work.items()},
+            f"{self.unit}_per_second": {name: timed.rate.to_dict() for name, timed in self.work.items()},
             "load_seconds": self.load.seconds.to_dict(),
             "weight_bytes": self.weight_bytes,
             "resident_bytes": self.resident_bytes and self.resident_bytes.to_dict(),
-            "times": {name: each.to_dict() for name, each in {"load": self.load, **self.work}.items()},
+            "times": {name: timed.to_dict() for name, timed in {"load": self.load, **self.work}.items()},
         }
 
 
@@ -77,33 +77,33 @@ def measure_models(
     clock: Clock | None = None,
     show_progress: bool = True,
 ) -> tuple[list[ModelSpeed], Loaded]:
-    """Speeds of all candidates, which take turns in every round, and the first of them loaded.
+    """Speeds of all candidates, which take turns in every round, and the first candidate, loaded.
 
-    Each candidate is loaded anew in every round. After the last, all are in memory and take turns at each piece of
-    work. touch: runs a model on little, after which all that it needs is in memory. unit: see `ModelSpeed`.
+    Every round loads every candidate again. After the last round, all are in memory and take turns at each piece of
+    work. touch: runs a model on a tiny input, so that everything it needs is in memory. unit: see `ModelSpeed`.
     """
     clock = clock or Clock()
-    loaders = {each.name: _Loader(each, touch, clock) for each in candidates}
+    loaders = {candidate.name: _Loader(candidate, touch, clock) for candidate in candidates}
     loads = interleave(loaders, rounds, desc="Loading" if show_progress else None)
     turns = {
-        (name, index): partial(each.run, loader.model, clock)
-        for index, each in enumerate(work)
+        (name, index): partial(piece.run, loader.model, clock)
+        for index, piece in enumerate(work)
         for name, loader in loaders.items()
     }
     runs = interleave(turns, rounds, desc="Running" if show_progress else None)
     speeds = []
     for name, loader in loaders.items():
-        grown = [each.grown for each in loads[name] if each.grown is not None]
+        grown = [load.grown for load in loads[name] if load.grown is not None]
         timed = {
-            part: Timed(tuple(spans[place] for spans in runs[name, index]), amount)
-            for index, each in enumerate(work)
-            for place, (part, amount) in enumerate(each.parts)
+            part: Timed(tuple(spans[position] for spans in runs[name, index]), amount)
+            for index, piece in enumerate(work)
+            for position, (part, amount) in enumerate(piece.parts)
         }
         speeds.append(
             ModelSpeed(
                 name=name,
                 info=loader.loaded.info,
-                load=Timed(tuple(each.span for each in loads[name])),
+                load=Timed(tuple(load.span for load in loads[name])),
                 unit=unit,
                 work=timed,
                 weight_bytes=weight_bytes(loader.model),
@@ -114,11 +114,11 @@ def measure_models(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all tensors that a model and its modules hold, those in several places once."""
+    """Bytes of all tensors that a model and its modules hold; shared tensors count once."""
     sizes = {}
     for module in model.modules():
-        held = (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values())
-        for tensor in held:
+        attributes = (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values())
+        for tensor in attributes:
             if isinstance(tensor, Tensor):
                 sizes[tensor.data_ptr(), tensor.device] = tensor.nbytes
     return sum(sizes.values())
@@ -130,7 +130,7 @@ class _Load(NamedTuple):
 
 
 class _Loader:
-    """Loads a candidate each time it is called, in the place of what it loaded before."""
+    """Loads a candidate on every call, and drops the previously loaded model."""
 
     def __init__(self, candidate: Candidate, touch: Callable[[Any], Any], clock: Clock) -> None:
         self._candidate, self._touch, self._clock = candidate, touch, clock
@@ -151,7 +151,7 @@ class _Loader:
         start = self._clock.now()
         self._loaded = self._candidate.opened.load(self._candidate.dtype)
         span = self._clock.now() - start
-        # A layer may set something up when it is first used, and files may be mapped and not read yet.
+        # Layers may do one-time setup on first use, and files may be mapped but not read yet.
         with torch.inference_mode():
             self._touch(self.model)
         after = _settled_memory()

@@ -1,4 +1,4 @@
-"""What a benchmark found."""
+"""The result of a benchmark."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shiftadd_cli.benchmark.roof import Roof
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Models measured beside each other, and the layers of the first.
+    """Models measured in turns, and the layers of the first.
 
     Attributes:
-        conditions: what the work was, as JSON types by name; described: the same in words.
-        rounds: how often everything was measured.
-        models: the first is the one asked about, the others what it is compared with.
-        roof: the memory's speed; None where layers were left out.
+        conditions: settings of the work, as JSON types by name; described: the same in words.
+        rounds: number of measurements of everything.
+        models: the benchmarked model first, then the models it is compared with.
+        roof: the memory bandwidth; None if layers were not measured.
     """
 
     machine: Machine
@@ -31,14 +31,14 @@ class Benchmark:
     layers: tuple[LayerSpeed, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON types, every round of every measurement included."""
+        """The result as JSON types, including every round of every measurement."""
         first, *others = self.models
         return {
             "machine": self.machine.to_dict(),
             **self.conditions,
             "rounds": self.rounds,
             "gains": {
-                other.name: {what: gain.to_dict() for what, gain in first.gains_over(other).items()} for other in others
+                other.name: {name: gain.to_dict() for name, gain in first.gains_over(other).items()} for other in others
             },
             "models": [model.to_dict() for model in self.models],
             "roof": self.roof and self.roof.to_dict(),

@@ -1,4 +1,4 @@
-"""How fast the machine reads memory: what a layer that reads its weights once cannot beat."""
+"""Memory read bandwidth of the machine: the upper limit for a layer that reads its weights once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _LEAST_BYTES, _MOST_BYTES = 256 << 20, 1 << 30
 
 @dataclass(frozen=True)
 class Roof:
-    """The fastest reading seen.
+    """The highest measured read bandwidth.
 
     Attributes:
-        bytes_per_second: of the best of all passes.
-        method: what read so fast.
-        buffer_bytes: length of what was read.
+        bytes_per_second: bandwidth of the best pass.
+        method: name of the fastest operation.
+        buffer_bytes: length of the buffer.
     """
 
     bytes_per_second: float
@@ -30,7 +30,7 @@ class Roof:
     buffer_bytes: int
 
     def share(self, nbytes: int, seconds: float) -> float:
-        """Of the roof, that reading so many bytes in so many seconds comes to."""
+        """Share of the roof for a read of `nbytes` in `seconds`."""
         return nbytes / seconds / self.bytes_per_second
 
     def to_dict(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class Roof:
 
 
 def roof_bytes(cache_bytes: int, free_bytes: int) -> int:
-    """Length of the buffer to read: four times the last-level cache, within what memory allows."""
+    """Length of the buffer to read: four times the last-level cache, within the memory limits."""
     most = max(1 << 20, min(_MOST_BYTES, free_bytes // 4))
     return min(most, max(_LEAST_BYTES, 4 * cache_bytes))
 
@@ -46,8 +46,8 @@ def roof_bytes(cache_bytes: int, free_bytes: int) -> int:
 def read_roof(nbytes: int, *, passes: int = 5, clock: Clock | None = None) -> Roof:
     """Read a buffer of about `nbytes` from end to end in several ways, `passes` times each, with torch's threads.
 
-    The best pass of all counts, since whatever disturbs a pass only makes it slower. No way is known to reach what the
-    memory can do, so this is a lower bound, and something that reads better can pass it.
+    The best pass counts, since any disturbance only makes a pass slower. None of the ways is guaranteed to saturate the
+    memory, so the result is a lower bound that a better reader can exceed.
     """
     clock = clock or Clock()
     columns = 1 << 14
@@ -64,12 +64,12 @@ def read_roof(nbytes: int, *, passes: int = 5, clock: Clock | None = None) -> Ro
 
 
 def better_roof(one: Roof, other: Roof) -> Roof:
-    """The higher of the two."""
+    """The roof with the higher bandwidth."""
     return max(one, other, key=lambda roof: roof.bytes_per_second)
 
 
 def _buffer(count: int) -> Tensor:
-    """float32 `[count]` of ones, on huge pages where the system gives them when asked: they are read faster."""
+    """float32 `[count]` of ones, on huge pages if the system supports them, since these are read faster."""
     memory = mmap.mmap(-1, 4 * count)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)

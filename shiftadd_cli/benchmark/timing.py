@@ -1,4 +1,4 @@
-"""Times of several candidates taken in turns, so that what else the machine does falls on all of them."""
+"""Times of several candidates that take turns, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Span:
-    """Seconds that passed, and seconds of processor time that all threads of this process took together."""
+    """Elapsed seconds, and seconds of processor time summed over all threads of this process."""
 
     wall: float
     cpu: float
@@ -29,7 +29,7 @@ class Span:
 
 
 class Clock:
-    """Both times at once; tests bring clocks of their own."""
+    """Measures wall and processor time together; tests pass their own clocks."""
 
     def __init__(
         self, wall: Callable[[], float] = time.perf_counter, cpu: Callable[[], float] = time.process_time
@@ -37,11 +37,11 @@ class Clock:
         self._wall, self._cpu = wall, cpu
 
     def now(self) -> Span:
-        """Since some moment that stays the same."""
+        """Time since an arbitrary fixed moment."""
         return Span(self._wall(), self._cpu())
 
     def time(self, work: Callable[[], object]) -> Span:
-        """How long `work` takes."""
+        """Duration of `work`."""
         start = self.now()
         work()
         return self.now() - start
@@ -49,7 +49,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Spread:
-    """The same number found in every round."""
+    """The values of one measurement in all rounds."""
 
     values: tuple[float, ...]
 
@@ -66,7 +66,7 @@ class Spread:
         return max(self.values)
 
     def over(self, other: Spread) -> Spread:
-        """Ratio of the two in every round, whose rounds were the same: what slows one slows the other."""
+        """Ratio to `other` in every round; both ran in the same rounds, so that a disturbance slows both."""
         return Spread(tuple(one / two for one, two in zip(self.values, other.values, strict=True)))
 
     def to_dict(self) -> dict[str, object]:
@@ -75,7 +75,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timed:
-    """A piece of work in every round; `amount` is how much of it one round is, in tokens or the like."""
+    """Times of a piece of work in all rounds; `amount` is the work per round, in tokens or images."""
 
     spans: tuple[Span, ...]
     amount: int = 1
@@ -92,7 +92,7 @@ class Timed:
 
     @property
     def cores(self) -> Spread:
-        """Processor time over wall time: less than the threads at work says that they waited."""
+        """Processor time over wall time; less than the number of working threads means that they waited."""
         return Spread(tuple(span.cpu / span.wall for span in self.spans))
 
     def to_dict(self) -> dict[str, object]:
@@ -101,7 +101,7 @@ class Timed:
 
 
 def turns(names: Sequence[K], rounds: int) -> list[tuple[int, K]]:
-    """Who runs when: (round, name), every round starting with the next name; round 0 is the one that is not counted."""
+    """The order of runs as (round, name). Every round starts with the next name; round 0 is the uncounted warm-up."""
     order = []
     for turn in range(rounds + 1):
         first = turn % len(names)
@@ -110,15 +110,15 @@ def turns(names: Sequence[K], rounds: int) -> list[tuple[int, K]]:
 
 
 def interleave(work: Mapping[K, Callable[[], T]], rounds: int, *, desc: str | None = None) -> dict[K, list[T]]:
-    """What each piece of work gives in each of `rounds` rounds, in which they take turns, after one to warm up.
+    """Results of each piece of work in `rounds` rounds, in which they take turns, after a warm-up round.
 
-    desc: what the progress on standard error is called; None shows none.
+    desc: label of the progress bar on standard error; None shows no bar.
     """
     order = turns(list(work), rounds)
     steps: Iterable[tuple[int, K]] = order if desc is None else progress(order, total=len(order), desc=desc)
-    found: dict[K, list[T]] = {name: [] for name in work}
+    results: dict[K, list[T]] = {name: [] for name in work}
     for turn, name in steps:
         result = work[name]()
         if turn > 0:
-            found[name].append(result)
-    return found
+            results[name].append(result)
+    return results

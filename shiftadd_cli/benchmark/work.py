@@ -1,4 +1,4 @@
-"""The work that all models of a benchmark do in turns: reading prompts and writing, or classifying images."""
+"""The work that all models of a benchmark do in turns: prefill and decode, or classifying images."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from shiftadd_cli.generation.run import check_generates
 
 @dataclass(frozen=True)
 class Work:
-    """`run(model, clock)` gives the times of its `parts`, or of more; a part has a name, and so many tokens or images
-    that it is about."""
+    """`run(model, clock)` returns the times of its `parts`, possibly followed by others; a part is a name and a number
+    of tokens or images."""
 
     run: Callable[[Any, Clock], Sequence[Span]]
     parts: tuple[tuple[str, int], ...]
 
 
 def text_work(tokens: Tensor, lengths: Sequence[int], new_tokens: int, batch: int) -> list[Work]:
-    """Reading a prompt of each of these lengths, and writing after the shortest of them.
+    """Prefill of a prompt of each of these lengths, and decode after the shortest of them.
 
-    tokens: `[n]`, the longest prompt at least; a prompt is the first of them, `batch` times. `prefill of N` lasts until
-    the first new token, `decode` from there to the last, with a KV cache.
+    tokens: `[n]`, at least as long as the longest prompt; a prompt is its first tokens, `batch` times. `prefill of N`
+    lasts until the first new token, `decode` from there to the last, with a KV cache.
     """
-    found = []
+    work = []
     for length in lengths:
         prompts = tokens[:length].expand(batch, length)
-        reading = f"prefill of {length}", batch * length
+        prefill = f"prefill of {length}", batch * length
         if length == min(lengths):
             run = partial(time_generation, prompts=prompts, new_tokens=new_tokens)
-            found.append(Work(run, (reading, ("decode", batch * (new_tokens - 1)))))
+            work.append(Work(run, (prefill, ("decode", batch * (new_tokens - 1)))))
         else:
-            found.append(Work(partial(time_generation, prompts=prompts, new_tokens=1), (reading,)))
-    return found
+            work.append(Work(partial(time_generation, prompts=prompts, new_tokens=1), (prefill,)))
+    return work
 
 
 def time_generation(model: Any, clock: Clock, prompts: Tensor, new_tokens: int) -> tuple[Span, Span]:
-    """Times until the first new token, and from there to the last, of `prompts` `[batch, length]`.
+    """Times until the first new token, and from there to the last, for `prompts` `[batch, length]`.
 
-    transformers generates, greedily and with its KV cache; no token ends a text before it is as long as wanted.
+    transformers generates greedily with its KV cache; no token ends a text before it reaches `new_tokens`.
     """
     check_generates(model)
-    # Nothing the checkpoint brings along may stop early or add work, see `generation.run`.
+    # The checkpoint's own generation settings must not stop early or add work, see `generation.run`.
     model.generation_config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
     )
@@ -61,7 +61,7 @@ def time_generation(model: Any, clock: Clock, prompts: Tensor, new_tokens: int) 
 
 
 class _Marks(LogitsProcessor):
-    """Notes when each token's logits are there: unlike a streamer it is also told of batches."""
+    """Records when the logits of each token are ready; unlike a streamer, this also works for batches."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -73,16 +73,16 @@ class _Marks(LogitsProcessor):
 
 
 def image_work(pixels: Tensor, batches: Sequence[int]) -> list[Work]:
-    """Looking at so many images at once: each of `pixels` `[channels, height, width]`, as the model's image processor
-    makes them. What they show changes nothing about the time."""
+    """Classifying images at these batch sizes, each image `pixels` `[channels, height, width]` as the model's image
+    processor makes it. The time does not depend on the content."""
     return [
-        Work(partial(_look, pixels=pixels.expand(count, *pixels.shape)), ((f"batch of {count}", count),))
+        Work(partial(_time_images, pixels=pixels.expand(count, *pixels.shape)), ((f"batch of {count}", count),))
         for count in batches
     ]
 
 
 @torch.inference_mode()
-def _look(model: Any, clock: Clock, pixels: Tensor) -> tuple[Span]:
+def _time_images(model: Any, clock: Clock, pixels: Tensor) -> tuple[Span]:
     images = pixels.to(model.dtype)
     start = clock.now()
     run_model(model, images)

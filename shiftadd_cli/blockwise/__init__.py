@@ -1,1 +1,1 @@
-"""Running a model block by block, so that only one block is in memory: its calls, hidden states, and caches."""
+"""Running a model with only one block in memory at a time: block calls, hidden states, and caches."""

@@ -1,4 +1,4 @@
-"""One version of a block (as it was, or as it is being quantized) and the hidden states that reach it."""
+"""One version of a block (the original or the one being quantized) and the hidden states that reach it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from shiftadd_cli.source.experts import SplitExperts
 
 @dataclass(frozen=True)
 class BlockStream:
-    """`block` is fed `hidden`, batch by batch, in the call of each batch. With a `playback` of the block, what is
-    finished in it need not be computed again."""
+    """Feeds `hidden` to `block`, batch by batch, with the recorded call of each batch. With a `playback` of the block,
+    its finished parts are not computed again."""
 
     block: nn.Module
     hidden: HiddenStates
@@ -30,10 +30,10 @@ class BlockStream:
     playback: OutputCache | None = None
 
     def inputs(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """What the modules `names` (paths in the block) read when batch `index` runs through, in the order they run.
+        """Inputs of the modules `names` (paths in the block) in batch `index`, in the order they run.
 
-        Of split experts that is the numbers of the experts that each token is sent to. A module that does not run is
-        not in the result. The forward is left as soon as all have been seen.
+        The input of split experts is the numbers of the experts that each token is sent to. Modules that do not run
+        are left out. The forward stops as soon as all inputs have been seen.
         """
         seen: dict[str, Tensor] = {}
 
@@ -46,7 +46,7 @@ class BlockStream:
         return seen
 
     def run_seeing(self, index: int, names: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """The same, and what the block gives out."""
+        """The same inputs, and the output of the block."""
         seen: dict[str, Tensor] = {}
         with self._noting(names, seen, lambda: None):
             return seen, self._run(index)
@@ -54,7 +54,7 @@ class BlockStream:
     def _noting(
         self, names: Sequence[str], seen: dict[str, Tensor], then: Callable[[], None]
     ) -> AbstractContextManager[None]:
-        """Put what the modules read into `seen`, each time followed by `then`."""
+        """Put the inputs of the modules into `seen`, and call `then` after each."""
 
         def note(name: str, module: Any, args: tuple[Any, ...]) -> None:
             seen[name] = module.routing(*args) if isinstance(module, SplitExperts) else args[0]
@@ -71,16 +71,16 @@ class BlockStream:
         return self.hidden.span(index)
 
     def shared_inputs(self, names: Sequence[str], team: Team = ALONE) -> list[tuple[str, ...]]:
-        """The linears `names` by the tensor they read (query, key and value; gate and up), in the order they run.
+        """The linears `names` in the order they run, grouped by shared input (query, key and value; gate and up).
 
-        The first batch shows it, to the first process of a team. Linears that it does not reach are left out.
+        The first process of a team finds the groups from the first batch. Linears that it does not reach are left out.
         """
-        found = team.share(self._shared_inputs(names) if team.first else [])
-        return [tuple(group) for group in found]
+        groups = team.share(self._shared_inputs(names) if team.first else [])
+        return [tuple(group) for group in groups]
 
     def _shared_inputs(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         groups: dict[tuple[int, torch.Size, tuple[int, ...]], list[str]] = {}
-        # All inputs are alive, so equal places in memory mean equal tensors.
+        # All inputs are alive, so equal addresses mean equal tensors.
         seen, _ = self.run_seeing(0, names)
         for name, inputs in seen.items():
             groups.setdefault((inputs.data_ptr(), inputs.shape, inputs.stride()), []).append(name)
@@ -93,10 +93,10 @@ class BlockStream:
         modules: Sequence[str] = (),
         note: Callable[[int, dict[str, Tensor]], None] = lambda index, seen: None,
     ) -> None:
-        """Put the block's outputs in the place of its inputs; `name` is what errors call the block.
+        """Replace the block's inputs by its outputs; `name` is the block's name in error messages.
 
-        note: told of every batch what these modules read. Each process of a team runs batches of its own, and the first
-        is told of all outputs.
+        note: called with the number of every batch and the inputs of `modules`. Each process of a team runs its own
+        batches, and the first receives all outputs.
         """
         for index in team.shards(len(self.hidden)).own():
             seen, output = self.run_seeing(index, modules)

@@ -1,15 +1,15 @@
-"""A block's call: the state that enters it, the state that leaves it, and all its other arguments.
+"""A block's call: the state that enters it, the state that leaves it, and all other arguments.
 
-The state between two blocks is their hidden states and, where a block computes something that later blocks read (keys
-and values that several layers share), those tensors too. It is packed into one tensor `[batch, tokens, width]`, so that
-whatever stores, sends or differentiates hidden states does the same for every model:
+The state between two blocks is the hidden states plus any tensors that one block computes and later blocks read (keys
+and values that several layers share). It is packed into one tensor `[batch, tokens, width]`, so that the code that
+stores, sends or differentiates hidden states is the same for every model:
 
-    hidden states                      [batch, tokens, width]          as they are
+    hidden states                      [batch, tokens, width]          unchanged
     several streams (Gemma 3n)         [streams, batch, tokens, width] → [batch, tokens, streams * width]
-    hidden states and shared tensors   one after another in the last axis
+    hidden states and shared tensors   concatenated along the last axis
 
-Arguments are trees of tuples, lists and mappings. A path is the way to a leaf: `("hidden_states",)` is a keyword
-argument, `(0,)` the first positional argument behind the hidden states.
+Arguments are trees of tuples, lists and mappings. A path leads to a leaf: `("hidden_states",)` is a keyword
+argument, `(0,)` the first positional argument after the hidden states.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def rebuilt(tree: Any, leaf: Callable[[Path, Any], Any], path: Path = ()) -> Any:
-    """A copy of the tree, its containers included, with `leaf(path, value)` for every leaf."""
+    """A copy of the tree, including its containers, with every leaf replaced by `leaf(path, value)`."""
     if isinstance(tree, MutableMapping):
         twin = copy.copy(tree)
         for key, value in tree.items():
@@ -55,7 +55,7 @@ def rebuilt(tree: Any, leaf: Callable[[Path, Any], Any], path: Path = ()) -> Any
 
 
 def substituted(stand_ins: Mapping[Path, Any], path: Path, leaf: Any) -> Any:
-    """For `rebuilt`: what stands for the leaf at this path, or the leaf itself."""
+    """For `rebuilt`: the stand-in for the leaf at this path, or the leaf itself."""
     return stand_ins.get(path, leaf)
 
 
@@ -68,14 +68,14 @@ def at_path(tree: Any, path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Carried:
-    """In the place of an argument: the tensor of this number among those that the entering state carries."""
+    """Replaces an argument: the tensor with this number among those that the entering state carries."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Spilled:
-    """In the place of an argument: a tensor that waits in a file."""
+    """Replaces an argument: a tensor that is stored in a file."""
 
     file: TensorFile
     key: Any
@@ -87,21 +87,21 @@ class Spilled:
 
 
 class Layout(NamedTuple):
-    """Where a tensor of hidden states has its batch and its tokens, and the sizes of its other axes in order; `rest`
-    is None for `[batch, tokens, width]`."""
+    """The axes of batch and tokens in a tensor of hidden states, and the sizes of the other axes in order; `rest` is
+    None for `[batch, tokens, width]`."""
 
     batch: int = 0
     tokens: int = 1
     rest: tuple[int, ...] | None = None
 
     def pack(self, hidden: Tensor) -> Tensor:
-        """`[batch, tokens, width]` of hidden states."""
+        """Hidden states packed as `[batch, tokens, width]`."""
         if self.rest is None:
             return hidden
         return hidden.movedim((self.batch, self.tokens), (0, 1)).flatten(2)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """Hidden states of `[batch, tokens, width]`, for any number of samples and tokens."""
+        """Hidden states unpacked from `[batch, tokens, width]`, for any number of samples and tokens."""
         if self.rest is None:
             return packed
         return packed.unflatten(2, self.rest).movedim((0, 1), (self.batch, self.tokens))
@@ -111,7 +111,7 @@ PLAIN_LAYOUT = Layout()
 
 
 class CarriedForm(NamedTuple):
-    """A tensor that the state carries beside hidden states: shape without the batch, which is its first axis."""
+    """A tensor that the state carries in addition to hidden states: its shape without the first axis, the batch."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -121,9 +121,8 @@ class CarriedForm(NamedTuple):
 class StateForm:
     """How the state between two blocks is packed.
 
-    `hidden` is the dtype of the hidden states, which only matters where other tensors are `carried`: these are promoted
-    to one dtype with them, which loses nothing, and returned to their own. Whole numbers, such as numbers of tokens,
-    become floats of 32 bits.
+    `hidden` is the dtype of the hidden states. It matters only where other tensors are `carried`: all are promoted to
+    one common dtype, which loses nothing, and converted back later. Integers, such as token numbers, become float32.
     """
 
     layout: Layout = PLAIN_LAYOUT
@@ -143,8 +142,8 @@ class StateForm:
         for tensor in carried:
             values = tensor.to(dtype).reshape(batch, -1)
             if not tensor.is_floating_point() and not torch.equal(values.to(tensor.dtype), tensor.reshape(batch, -1)):
-                raise ValueError("a block hands later blocks whole numbers that a float of 32 bits does not hold")
-            # Each takes a whole number of values for every token.
+                raise ValueError("a block passes whole numbers to later blocks that float32 cannot represent")
+            # Each tensor is padded to a whole number of values per token.
             padded = torch.nn.functional.pad(values, (0, -values.shape[1] % tokens))
             parts.append(padded.view(batch, tokens, -1))
         return torch.cat(parts, -1)
@@ -168,12 +167,12 @@ PLAIN = StateForm()
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One call of a block: all arguments besides hidden states, which come first, and both states.
+    """One call of a block: all arguments except hidden states, which come first, and the forms of both states.
 
     Attributes:
-        args, kwargs: trees with `Carried` and `Spilled` in the places of tensors that are elsewhere.
-        carried_from: for each tensor that the leaving state carries, where it comes from: the number of one that
-            entered, or the path where the block left it, below ("args",), ("kwargs",) or ("output",).
+        args, kwargs: trees with `Carried` and `Spilled` in place of tensors that are stored elsewhere.
+        carried_from: the origin of each tensor that the leaving state carries: the number of an entering tensor, or
+            the path where the block left it, below ("args",), ("kwargs",) or ("output",).
     """
 
     args: tuple[Any, ...]
@@ -183,11 +182,11 @@ class BlockCall:
     carried_from: tuple[int | Path, ...] = ()
 
     def run(self, block: Callable[..., Any], state: Tensor) -> Tensor:
-        """The state that leaves `block` for the state that enters it, both `[batch, tokens, width]`."""
+        """Run `block` on the entering state; returns the leaving state. Both are `[batch, tokens, width]`."""
         hidden, entered = self.entering.unpack(state)
         arguments: dict[str, Any] = {"args": self.args, "kwargs": self.kwargs}
         if self._has_stand_ins:
-            # Containers are copied with it: what a block writes into one must not reach its next run.
+            # This also copies the containers: a block's changes to them must not reach its next run.
             arguments = rebuilt(arguments, lambda _, leaf: _resolved(leaf, entered))
         output = block(hidden, *arguments["args"], **arguments["kwargs"])
         results = {**arguments, "output": output}
@@ -198,7 +197,7 @@ class BlockCall:
 
     @property
     def hands_on(self) -> bool:
-        """Whether the block computes something for later blocks besides its hidden states."""
+        """Whether the block computes tensors for later blocks in addition to its hidden states."""
         return any(not isinstance(source, int) for source in self.carried_from)
 
     @cached_property
@@ -210,7 +209,7 @@ class BlockCall:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """Hidden states of a block's output: it returns them bare or as the first of a tuple."""
+    """The hidden states in a block's output, which is either bare or a tuple that begins with them."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
@@ -221,6 +220,6 @@ def _resolved(leaf: Any, entered: Sequence[Tensor]) -> Any:
 
 
 def argument_name(path: Path) -> str:
-    """What a message calls the argument at this path."""
+    """The name of the argument at this path, for messages."""
     keys = [str(key) for key in path if key not in ("args", "kwargs")]
     return ".".join(keys) if keys else "hidden_states"

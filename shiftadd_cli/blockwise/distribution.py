@@ -1,4 +1,4 @@
-"""How far predictions are from the original's."""
+"""The distance of predictions from the original's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from shiftadd_cli.blockwise.forward import Prediction
 
-# Relative difference of predictions of one model, by what it computes in: kernels add in different orders, and one of
-# the two may be computed in float32. A model that was loaded or run wrongly differs by the order of 1.
+# Largest relative difference between predictions of one model, by its dtype: kernels add in different orders, and one
+# of the two may be computed in float32. A model that was loaded or run wrongly differs by the order of 1.
 _ROUNDING = {torch.float32: 0.02, torch.float16: 0.1, torch.bfloat16: 0.2}
-# Predictions that are in float32 at a time.
+# Predictions that are converted to float32 at a time.
 _SLICE = 64
 
 
@@ -31,37 +31,37 @@ class Reference:
 
     def divergence(self, chances: Tensor) -> Tensor:
         """KL(original || model) of each row in nats, `[...]`, from the model's log-probabilities."""
-        # Difference first: a KL is far smaller than the two entropies it could be taken from.
+        # Subtract first: a KL is far smaller than the two entropies whose difference it is.
         gap = self._chances - chances.to(self._chances.device)
-        found = (gap * self._probabilities).sum(-1)
-        if not torch.isfinite(found).all():
-            # What the original rules out (minus infinity) counts nothing, as in the limit of p log p.
-            found = gap.masked_fill_(self._probabilities == 0, 0.0).mul_(self._probabilities).sum(-1)
-        return found
+        values = (gap * self._probabilities).sum(-1)
+        if not torch.isfinite(values).all():
+            # Tokens that the original rules out (minus infinity) add nothing, as in the limit of p log p.
+            values = gap.masked_fill_(self._probabilities == 0, 0.0).mul_(self._probabilities).sum(-1)
+        return values
 
 
 class Divergence(Protocol):
     """The original's predictions on some rows."""
 
     def divergence(self, prediction: Tensor, /) -> Tensor:
-        """How far another model's predictions are, `[...]`; not negative but for rounding."""
+        """The distance of another model's predictions, `[...]`; negative only by rounding."""
 
 
 class Direction:
-    """The original's features on some rows, float32 `[..., width]`, of which only the direction counts."""
+    """The original's features on some rows, float32 `[..., width]`; only their direction counts."""
 
     def __init__(self, features: Tensor) -> None:
         self._units = torch.nn.functional.normalize(features, dim=-1)
 
     def divergence(self, features: Tensor) -> Tensor:
-        """1 - cosine of each row with the original's, `[...]`."""
-        # As half the squared distance of unit vectors, which has no difference of numbers near 1.
+        """1 - cosine between each row and the original's, `[...]`."""
+        # Half the squared distance of unit vectors, which avoids a difference of numbers near 1.
         units = torch.nn.functional.normalize(features.to(self._units.device), dim=-1)
         return 0.5 * (units - self._units).square().sum(-1)
 
 
 def comparable(prediction: Prediction) -> Tensor:
-    """What a `Divergence` compares: log-probabilities, float32 `[..., classes]`, or features, float32."""
+    """The values that a `Divergence` compares: log-probabilities, float32 `[..., classes]`, or features, float32."""
     values = prediction.values.float()
     return values.log_softmax(-1) if prediction.is_logits else values
 
@@ -72,15 +72,15 @@ def reference_of(prediction: Prediction) -> Divergence:
 
 
 def relative_difference(values: Tensor, expected: Tensor) -> float:
-    """How far predictions `[..., classes]` are from those expected, relative to how far these are from their means.
+    """The distance of predictions `[..., classes]` from the expected ones, relative to the spread of the expected ones.
 
-    Zero where all classes of a prediction differ by the same, which changes nothing.
+    A prediction whose classes all differ by the same amount counts as equal, because that changes nothing.
     """
     difference = scale = 0.0
-    for own, other in zip(values.flatten(0, -2).split(_SLICE), expected.flatten(0, -2).split(_SLICE), strict=True):
-        own, other = own.float(), other.to(own.device).float()
-        difference += _spread(own - other)
-        scale += _spread(other)
+    for actual, target in zip(values.flatten(0, -2).split(_SLICE), expected.flatten(0, -2).split(_SLICE), strict=True):
+        actual, target = actual.float(), target.to(actual.device).float()
+        difference += _spread(actual - target)
+        scale += _spread(target)
     return (difference / max(scale, 1e-60)) ** 0.5
 
 

@@ -1,4 +1,4 @@
-"""How much flows through a model's blocks for one sample, known before any weight is read."""
+"""How much data flows through a model's blocks for one sample, computed before any weight is read."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from shiftadd_cli.source.weight_reads import without_values
 
 @dataclass(frozen=True)
 class Flow:
-    """`tokens`: that enter each block; `values`: of the hidden states of a sample, where they are most; `sample_bytes`:
-    that are kept of the sample itself, if they count."""
+    """`tokens`: tokens that enter each block; `values`: values of a sample's hidden states, at the block with the most;
+    `sample_bytes`: bytes stored for the sample itself, if they matter."""
 
     tokens: tuple[int, ...]
     values: int
@@ -31,7 +31,7 @@ def measure_flow(source: Source, blocks: tuple[str, ...], seq_len: int) -> Flow:
     """The flow of a window of `seq_len` tokens, or of an image, through these blocks.
 
     Raises:
-        SourceError: the model cannot read what its image processor makes.
+        SourceError: the model cannot read the output of its image processor.
     """
     if source.reads_images:
         return _image_flow(source, blocks)
@@ -40,8 +40,8 @@ def measure_flow(source: Source, blocks: tuple[str, ...], seq_len: int) -> Flow:
 
 @lru_cache(maxsize=1)
 def _text_values(source: Source, blocks: tuple[str, ...], seq_len: int) -> int:
-    """Values of the hidden states of a window, which may be several streams (Gemma 3n); found by running the model on
-    the meta device, or taken from the configuration where it cannot run there."""
+    """The number of values in a window's hidden states, which may be several streams (Gemma 3n). The model runs on the
+    meta device to find it; where it cannot run there, the configuration gives it."""
     entered: list[int] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,9 +56,9 @@ def _text_values(source: Source, blocks: tuple[str, ...], seq_len: int) -> int:
             run_model(model, torch.zeros(1, seq_len, dtype=torch.long, device="meta"))
     except StopForward:
         return entered[0]
-    except Exception:  # code that depends on values fails in any way without them
+    except Exception:  # code that depends on values can fail in any way without them
         width = getattr(source.config.get_text_config(), "hidden_size", None)
-        # The configuration of a model that brings its code may have it under another name.
+        # The configuration of a model with custom code may use another name for it.
         embedding: Any = model.get_input_embeddings()
         return seq_len * int(width or embedding.embedding_dim)
     raise SourceError(
@@ -66,10 +66,10 @@ def _text_values(source: Source, blocks: tuple[str, ...], seq_len: int) -> int:
     )
 
 
-# A plan is made anew for every choice of bits.
+# Every choice of bits makes a new plan, and the flow stays the same.
 @lru_cache(maxsize=1)
 def _image_flow(source: Source, blocks: tuple[str, ...]) -> Flow:
-    """Found out by running the model, on the meta device, on an empty picture as its image processor makes it."""
+    """Run the model on the meta device, on an empty picture from its image processor, and read the shapes."""
     pixels = image_reader(source).blank()
     model = source.skeleton()
     shapes: list[torch.Size] = []
@@ -84,11 +84,11 @@ def _image_flow(source: Source, blocks: tuple[str, ...]) -> Flow:
     try:
         with hooked(handles), suppress(StopForward), torch.no_grad():
             run_model(model, pixels.unsqueeze(0).to("meta"))
-    except Exception as error:  # a class may fail in any way on sizes that do not fit
+    except Exception as error:  # a model can fail in any way on sizes that do not fit
         size = " x ".join(map(str, pixels.shape))
         reason = first_line(error)
         raise SourceError(
-            f"{source.spec} cannot read an image of {size} as its image processor makes them ({reason}); check "
+            f"{source.spec} cannot read an image of {size} from its own image processor ({reason}); check "
             "preprocessor_config.json against config.json."
         ) from error
     if len(shapes) != len(blocks) or any(len(shape) != 3 for shape in shapes):

@@ -1,4 +1,4 @@
-"""A model's own forward: running it, watching it, and leaving it early."""
+"""A model's own forward: running it, watching it, and stopping it early."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from shiftadd_cli.device import dtype_name
 from shiftadd_cli.errors import NumericalError, SourceError
 from shiftadd_cli.source.vision import IMAGE_INPUT
 
-# What a model without class scores gives for an image, best first; without any the mean of its last hidden states.
+# Image features of a model without class scores, best first; without these, its last hidden states are averaged.
 _FEATURES = ("image_embeds", "pooler_output")
 
 
 def run_model(model: Any, samples: Tensor) -> Any:
-    """The model's own forward on int64 tokens `[batch, seq_len]`, or on pixels `[batch, channels, height, width]`, cast
-    to its dtype."""
+    """Run the model's own forward on int64 tokens `[batch, seq_len]`, or on pixels `[batch, channels, height, width]`,
+    which are cast to its dtype."""
     if model.main_input_name == IMAGE_INPUT:
         return model(**{IMAGE_INPUT: samples.to(model.dtype)})
     return model(input_ids=samples, use_cache=False)
 
 
 class Prediction(NamedTuple):
-    """What a model says of its samples: `values` are logits `[..., classes]`, or, of a vision model without a head,
-    features `[batch, width]`."""
+    """A model's predictions for its samples: `values` are logits `[..., classes]`, or features `[batch, width]` for a
+    vision model without a head."""
 
     values: Tensor
     is_logits: bool
 
 
 def predict(model: Any, samples: Tensor) -> Prediction:
-    """Logits, or features where the model has no head, see `run_model` and `_FEATURES`."""
+    """Logits, or features where the model has no head; see `run_model` and `_FEATURES`."""
     output = run_model(model, samples)
     if (logits := getattr(output, "logits", None)) is not None:
         return Prediction(logits, True)
     for name in _FEATURES:
-        if (found := getattr(output, name, None)) is not None:
-            return Prediction(found, False)
+        if (features := getattr(output, name, None)) is not None:
+            return Prediction(features, False)
     return Prediction(output.last_hidden_state.mean(1), False)
 
 
 class StopForward(Exception):  # noqa: N818 - control flow, not an error
-    """Leaves a forward where nothing more is needed: the head's logits would cost more than all the rest."""
+    """Stops a forward where nothing more is needed: the head's logits would cost more than everything else."""
 
 
 @contextmanager
 def hooked(handles: Sequence[Any]) -> Iterator[None]:
-    """Remove the hooks at the end, whatever happens."""
+    """Remove the hooks on exit, whatever happens."""
     try:
         yield
     finally:
@@ -62,7 +62,7 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Hidden states, the other positional arguments and the named ones, of a block's call."""
+    """The hidden states, the other positional arguments and the keyword arguments of a block's call."""
     if args:
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
@@ -70,7 +70,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, t
 
 
 def first_input(model: BlockwiseModel, batch: Tensor) -> Tensor:
-    """Hidden states that enter the first block, by a model whose parts outside the blocks are loaded."""
+    """The hidden states that enter the first block; the parts outside the blocks must be loaded."""
     entered: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -86,16 +86,16 @@ def first_input(model: BlockwiseModel, batch: Tensor) -> Tensor:
 
 
 def check_finite(hidden: Tensor, block: str) -> None:
-    """Raise NumericalError naming the block whose output holds NaN or infinite values."""
+    """Raise NumericalError naming the block whose output contains NaN or infinite values."""
     if not torch.isfinite(hidden).all():
         dtype = dtype_name(hidden.dtype)
         raise NumericalError(
-            f"The output of {block} is not finite in {dtype}; use `dtype=float32`, or mend the source."
+            f"The output of {block} is not finite in {dtype}; use `dtype=float32`, or repair the source."
         )
 
 
 def check_weights(module: nn.Module, name: str = "") -> None:
-    """Raise NumericalError naming the first parameter of a module, itself called `name`, that is not finite."""
+    """Raise NumericalError naming the first parameter of the module `name` that is not finite."""
     for parameter, weight in module.named_parameters(prefix=name):
         if not torch.isfinite(weight).all():
             raise NumericalError(f"{parameter} holds values that are not finite; the source checkpoint is damaged.")
@@ -104,7 +104,7 @@ def check_weights(module: nn.Module, name: str = "") -> None:
 def check_model_finite(model: nn.Module, samples: Tensor) -> None:
     """Raise NumericalError naming a parameter that is not finite, or else the first block whose output is not.
 
-    model: whole, in memory; its blocks are the members of its lists of modules. samples: int64 `[batch, tokens]`.
+    model: the whole model, in memory; its blocks are the members of its module lists. samples: int64 `[batch, tokens]`.
     """
     check_weights(model)
 
@@ -123,7 +123,7 @@ def check_model_finite(model: nn.Module, samples: Tensor) -> None:
 
 
 class RefuseNoNumbers(LogitsProcessor):
-    """Leaves logits alone; without it NaN would give some text where the likeliest token is taken, or a traceback."""
+    """Refuses logits that are not finite. Otherwise NaN would produce arbitrary text in greedy decoding, or a crash."""
 
     def __init__(self, name: str, dtype: str) -> None:
         self._name, self._dtype = name, dtype
@@ -134,6 +134,6 @@ class RefuseNoNumbers(LogitsProcessor):
         if math.isnan(largest) or largest == math.inf:
             raise NumericalError(
                 f"{self._name} gives logits that are not finite in {self._dtype}; try `dtype=float32`, and if that "
-                "does not help the checkpoint is damaged."
+                "does not help, the checkpoint is damaged."
             )
         return scores

@@ -1,8 +1,8 @@
-"""What comes after the blocks (norms, pooling, projections, head, factors, soft caps), as the model's own code runs it.
+"""The head: norms, pooling, projections, factors and soft caps after the blocks, as the model's own code runs them.
 
-The model's own forward runs with its blocks replaced by stubs that return given hidden states. In a decoder all that
-comes after them acts on each token by itself, so it may run on slices of tokens: logits of a large vocabulary never
-exist for a whole batch. A vision model has one prediction for all tokens of an image.
+The model's own forward runs with its blocks replaced by stubs that return given hidden states. In a decoder the head
+acts on each token separately, so it can run on slices of tokens: logits of a large vocabulary never exist for a whole
+batch. A vision model makes one prediction from all tokens of an image.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from shiftadd_cli.source.vision import IMAGE_INPUT
 
 @dataclass(frozen=True)
 class Form:
-    """What a block gives out for each sample, packed as in `blockwise.calls`.
+    """The output of a block for each sample, packed as in `blockwise.calls`.
 
     Attributes:
-        entered, shape: of the hidden states before and behind it, `(tokens, width)`.
-        others: how many other things it returns behind them in a tuple; None where it returns them bare.
+        entered, shape: `(tokens, width)` of the hidden states before and after the block.
+        others: number of other values in the returned tuple; None where the block returns the hidden states bare.
     """
 
     entered: tuple[int, ...]
@@ -37,12 +37,12 @@ class Form:
     layout: Layout = PLAIN_LAYOUT
 
     def dress(self, hidden: Tensor) -> Any:
-        """Packed hidden states `[batch, tokens, width]` as a block of this form returns them."""
+        """Packed hidden states `[batch, tokens, width]` in the form that the block returns."""
         states = self.layout.unpack(hidden)
         return states if self.others is None else (states, *(None,) * self.others)
 
     def stand_in(self, hidden: Tensor) -> Any:
-        """Something of this form, for the hidden states `hidden` that enter the block."""
+        """A stub output of this form, for the hidden states `hidden` that enter the block."""
         if self.entered == self.shape:
             return self.dress(self.layout.pack(hidden))
         batch, tokens = self.layout.pack(hidden).shape[:2]
@@ -52,7 +52,7 @@ class Form:
 
 @contextmanager
 def standing_in(blocks: Sequence[nn.Module], forms: Sequence[Form]) -> Iterator[None]:
-    """While this lasts, blocks compute nothing and return something of their forms."""
+    """Make the blocks compute nothing and return stub outputs of their forms, within the context."""
 
     def forward(form: Form) -> Callable[..., Any]:
         return lambda *args, **kwargs: form.stand_in(args[0] if args else kwargs["hidden_states"])
@@ -63,11 +63,11 @@ def standing_in(blocks: Sequence[nn.Module], forms: Sequence[Form]) -> Iterator[
 
 @contextmanager
 def returning(blocks: Sequence[nn.Module], forms: Sequence[Form], hidden: Tensor) -> Iterator[None]:
-    """While this lasts, the last of `blocks` does nothing and returns packed `hidden` states, the others something of
-    their form."""
+    """Make the last of `blocks` return the packed `hidden` states and the others stub outputs, within the context.
+    No block computes anything."""
     outputs = []
     for form in forms:
-        # States of the same shape will do for all blocks, also where they are a slice of the tokens.
+        # States of the same shape work for all blocks, even where they are a slice of the tokens.
         alike = form.shape == forms[-1].shape
         outputs.append(form.dress(hidden if alike else hidden.detach().new_zeros(()).expand(len(hidden), *form.shape)))
     with _computing(blocks, [_returning(output) for output in outputs]):
@@ -76,18 +76,18 @@ def returning(blocks: Sequence[nn.Module], forms: Sequence[Form], hidden: Tensor
 
 @contextmanager
 def _computing(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """While this lasts, the blocks have these forwards."""
-    before = [block.__dict__.get("forward") for block in blocks]
+    """Replace the forwards of the blocks, within the context."""
+    originals = [block.__dict__.get("forward") for block in blocks]
     for block, forward in zip(blocks, forwards, strict=True):
         block.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for block, own in zip(blocks, before, strict=True):
-            if own is None:
+        for block, original in zip(blocks, originals, strict=True):
+            if original is None:
                 del block.__dict__["forward"]
             else:
-                block.__dict__["forward"] = own
+                block.__dict__["forward"] = original
 
 
 def _returning(output: Any) -> Callable[..., Any]:
@@ -104,13 +104,13 @@ def slices(windows: int, tokens: int, most: int) -> Iterator[tuple[slice, slice]
 
 
 class Head:
-    """From the hidden states behind the last block of `samples` to predictions.
+    """Computes predictions from the hidden states of `samples` after the last block.
 
-    Everything outside the blocks must be loaded. `forms`: of all blocks, see `Trace`.
+    Everything outside the blocks must be loaded. `forms`: output forms of all blocks, see `Trace`.
 
     Attributes:
-        per_token: whether every token has a prediction of its own; else every sample.
-        classes: of a prediction, for what memory it takes.
+        per_token: whether every token has its own prediction; otherwise every sample has one.
+        classes: classes of a prediction, for memory estimates.
     """
 
     def __init__(self, model: BlockwiseModel, forms: Sequence[Form], samples: Tensor) -> None:
@@ -121,12 +121,12 @@ class Head:
 
     @property
     def predictions(self) -> tuple[int, ...]:
-        """How many predictions there are for all samples, along each axis."""
+        """The number of predictions for all samples, along each axis."""
         return tuple(self._samples.shape) if self.per_token else (len(self._samples),)
 
     def parts(self, samples: int, tokens: int, most: int) -> Iterator[tuple[slice, slice]]:
-        """Slices of samples and tokens that can be predicted by themselves and cover so many, each with at most `most`
-        predictions and tokens (one whole sample at least, where a prediction is made of all its tokens)."""
+        """Slices of `samples` and `tokens` that can be predicted separately and together cover all, each with at most
+        `most` predictions and tokens (but at least one whole sample, where a prediction uses all its tokens)."""
         if self.per_token:
             yield from slices(samples, tokens, most)
             return
@@ -134,17 +134,17 @@ class Head:
             yield rows, slice(None)
 
     def place(self, rows: slice, tokens: slice) -> tuple[slice, ...]:
-        """Where the predictions of a part lie among all."""
+        """The index of a part's predictions among all predictions."""
         return (rows, tokens) if self.per_token else (rows,)
 
     def predict(self, hidden: Tensor, rows: slice, tokens: slice) -> Prediction:
-        """Predictions for `hidden` `[batch, tokens, width]`, on the device, which belong to the samples `rows`."""
+        """Predictions for the hidden states `[batch, tokens, width]`, on the device, of the samples `rows`."""
         with returning(self._blocks, self._forms, hidden):
-            # The samples only give the stubs' callers their shapes.
+            # The samples only provide shapes to the code that calls the stubs.
             return predict(self._model, self._samples[self.place(rows, tokens)].to(self._device))
 
 
 def _width(model: Any) -> int:
-    """Class scores of a vision model, or a bound on its features."""
+    """The number of class scores of a vision model, or an upper limit on its features."""
     sizes = [getattr(model.config, name, None) or 0 for name in ("num_labels", "hidden_size", "projection_dim")]
     return max(1, *sizes)

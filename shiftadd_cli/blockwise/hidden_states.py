@@ -14,10 +14,10 @@ States = TypeVar("States", bound="HiddenStates")
 
 
 class HiddenStates:
-    """The states of all calibration samples at one depth (see `blockwise.calls`), in batches of `batch_size` but for
-    the last, on the CPU.
+    """The states of all calibration samples at one depth (see `blockwise.calls`), on the CPU, in batches of
+    `batch_size`; the last batch may be smaller.
 
-    partial: for a process of a team that holds some of the batches.
+    partial: for a process of a team that has only some of the batches.
     """
 
     def __init__(self, samples: int, batch_size: int, *, partial: bool = False) -> None:
@@ -33,14 +33,14 @@ class HiddenStates:
         self._batches[len(self._batches)] = batch.cpu()
 
     def replace(self, index: int, batch: Tensor) -> None:
-        """Put the next block's input in the place of this one's, so that two depths never exist at once."""
+        """Replace this block's input by the next block's, so that two depths never exist at once."""
         self._batches[index] = batch.cpu()
 
     def __getitem__(self, index: int) -> Tensor:
         return self._batches[index]
 
     def copy(self: States) -> States:
-        """The same batches, to be replaced independently; nothing is duplicated until then."""
+        """The same batches, which can be replaced independently; nothing is duplicated until then."""
         twin = type(self)(self.samples, self.batch_size, partial=self._partial)
         twin._batches = dict(self._batches)
         return twin
@@ -56,33 +56,33 @@ class HiddenStates:
         return sum(batch.nbytes for batch in self)
 
     def hand_out(self, team: Team) -> None:
-        """Give every process of the team the batches that it runs, of those that the first has."""
+        """Send every process of the team the batches that it runs, from the first process."""
         self._pass(team, to_first=False)
 
     def collect(self, team: Team) -> None:
-        """Give the first process the batches of all others."""
+        """Send the batches of all other processes to the first."""
         self._pass(team, to_first=True)
 
     def _pass(self, team: Team, *, to_first: bool) -> None:
         shards = team.shards(len(self))
         for index in range(len(self)):
             owner = shards.owner(index)
-            giver, taker = (owner, 0) if to_first else (0, owner)
-            if giver == taker:
+            sender, receiver = (owner, 0) if to_first else (0, owner)
+            if sender == receiver:
                 continue
-            if team.rank == giver:
-                team.send(self[index], taker)
-            elif team.rank == taker:
-                self.replace(index, team.receive(giver))
+            if team.rank == sender:
+                team.send(self[index], receiver)
+            elif team.rank == receiver:
+                self.replace(index, team.receive(sender))
 
 
 def batch_span(index: int, batch_size: int, samples: int) -> slice:
-    """The samples of batch number `index`; all batches have `batch_size` samples but for the last."""
+    """The samples of batch number `index`; all batches except the last have `batch_size` samples."""
     first = index * batch_size
     return slice(first, min(first + batch_size, samples))
 
 
 def is_whole(places: torch.Size, batch: int, tokens: int) -> bool:
-    """Whether a linear whose input or output has these axes besides the features sees every token of a batch, sample
-    after sample. Inside a sample they may lie in an order of the linear's own, as where attention runs in windows."""
+    """Whether a linear sees every token of a batch, sample by sample. `places`: the axes of its input or output without
+    the features. Within a sample the tokens may be in another order, as in windowed attention."""
     return places.numel() == batch * tokens and (len(places) == 1 or places[0] % batch == 0)

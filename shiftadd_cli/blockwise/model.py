@@ -1,4 +1,4 @@
-"""A model of which one block is in memory at a time. The only place where blocks are loaded and released."""
+"""A model with one block in memory at a time. Blocks are loaded and released only here."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from shiftadd_cli.source import Source, Structure
 
 @dataclass(frozen=True)
 class BlockwiseModel:
-    """The model of `source`, whose blocks are those of `structure`, computing on `device`.
+    """The model of `source`, split into the blocks of `structure` and run on `device`.
 
-    Parts outside the blocks must be loaded while the model's own forward runs, see `outside`.
+    The parts outside the blocks must be loaded while the model's own forward runs; see `outside`.
     """
 
     source: Source
@@ -28,7 +28,7 @@ class BlockwiseModel:
 
     @property
     def skeleton(self) -> Any:
-        """The model itself, on the meta device but for what is loaded."""
+        """The model itself; its parts are on the meta device until they are loaded."""
         return self.source.skeleton()
 
     @property
@@ -37,25 +37,25 @@ class BlockwiseModel:
         return self.structure.blocks
 
     def at(self, dtype: torch.dtype) -> BlockwiseModel:
-        """The same model in another dtype, with parameters of its own."""
+        """The same model in another dtype, with its own parameters."""
         return replace(self, source=self.source.at(dtype))
 
     def load(self, depth: int) -> nn.Module:
-        """Block number `depth`, on the device until it is released; a block that is loaded stays as it is."""
+        """Block number `depth`, on the device until it is released; a loaded block is left unchanged."""
         self.source.materialise([self.names[depth]])
         block: nn.Module = self.skeleton.get_submodule(self.names[depth])
         return block.to(self.device)
 
     def release(self, depth: int) -> None:
-        """Let go of the weights of a block."""
+        """Free the weights of a block."""
         self.source.release([self.names[depth]])
 
     def blocks(
         self, description: str, progress: BlockProgress = silent, *, backward: bool = False
     ) -> Iterator[tuple[int, str, nn.Module]]:
-        """Number, name and module of each block, loaded for its turn, from the first to the last or `backward`.
+        """Number, name and module of each block, loaded while it is in use, in order or `backward`.
 
-        progress: shows the blocks under `description`.
+        progress: reports the blocks under `description`.
         """
         order = range(len(self.names))[::-1] if backward else range(len(self.names))
         for depth, name in zip(order, progress(self.names[::-1] if backward else self.names, description), strict=True):
@@ -67,7 +67,7 @@ class BlockwiseModel:
 
     @contextmanager
     def outside(self, more: Sequence[str] = ()) -> Iterator[None]:
-        """While this lasts, the parts outside the blocks are loaded on the device, and `more` by name."""
+        """Keep the parts outside the blocks, and those named in `more`, on the device within the context."""
         names = [*self.structure.outside, *more]
         self.source.materialise(names)
         move_parts(self.skeleton, names, self.device)

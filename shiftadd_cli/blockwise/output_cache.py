@@ -1,8 +1,8 @@
-"""What the finished parts of a block give out, noted in one run of it and played back in the next ones.
+"""Outputs of the finished parts of a block, recorded in one run and played back in the next ones.
 
-While a block is quantized it runs once for each group of its linears, as each group changes what the next ones read.
-What lies before a group has not changed since, and need not be computed again: a linear is finished once it is
-quantized, and a module around linears (attention, say) once all of these are.
+A block that is being quantized runs once for each group of its linears, because each group changes the inputs of the
+next ones. The parts before a group have not changed since the last run, so they are not computed again. A linear is
+finished once it is quantized, and a module that contains linears (attention, say) once all of them are.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from shiftadd_cli.blockwise.tensor_file import TensorFile
 
 
 class OutputCache:
-    """Outputs of the parts of `block`, in which the linears `linears` are quantized, kept in `file`.
+    """Outputs of the parts of `block`, stored in `file`; `linears` are the linears that are quantized.
 
-    The block as a whole is no part of it. Of a part that gives out anything but tensors its own parts are played back,
-    and of one that is called several times in a run the first call is.
+    The block itself is not a part. If a part returns anything but tensors, only the parts inside it are played back.
+    If a part is called several times in a run, only its first call is played back.
     """
 
     def __init__(self, block: nn.Module, linears: Collection[str], file: TensorFile) -> None:
         self._block, self._file = block, file
         self._open = set(linears)
-        # Parts with linears in them, or that are one, and which.
+        # The linears in each part that contains some; a linear is a part too.
         self._linears: dict[str, set[str]] = {}
         for linear in linears:
             path = linear.split(".")
             for end in range(1, len(path) + 1):
                 self._linears.setdefault(".".join(path[:end]), set()).add(linear)
-        # By batch and part: for each place of the output whether there is a tensor. No tuple: the output is a tensor.
+        # By batch and part: whether each item of the output tuple is a tensor. None: the output is a bare tensor.
         self._forms: dict[tuple[int, str], list[bool] | None] = {}
         self._unfit: set[str] = set()
 
     def finish(self, linears: Collection[str]) -> None:
-        """These linears will not change any more."""
+        """Mark these linears as final."""
         self._open.difference_update(linears)
 
     @contextmanager
     def during(self, index: int) -> Iterator[None]:
-        """While batch `index` runs through the block, parts that were finished before its last run give out what they
-        gave then, and what others that are finished give is noted, as long as there is a run to come."""
+        """Play back the parts that were finished before the last run of batch `index`, within the context. The outputs
+        of the other finished parts are recorded, as long as another run follows."""
         with ExitStack() as stack:
             self._prepare("", self._block, index, stack, note=bool(self._open))
             yield
@@ -60,18 +60,18 @@ class OutputCache:
                 continue
             if finished and note:
                 stack.callback(child.register_forward_hook(partial(self._note, index, name)).remove)
-            # What is in a part that is noted as a whole will not be asked for again.
+            # The parts inside a recorded part are not needed again.
             self._prepare(f"{name}.", child, index, stack, note=note and not finished)
 
     def _note(self, index: int, name: str, module: nn.Module, args: Any, output: Any) -> None:
         parts = output if type(output) is tuple else (output,)
-        if not all(isinstance(each, Tensor | None) for each in parts) or output is None:
+        if not all(isinstance(item, Tensor | None) for item in parts) or output is None:
             self._unfit.add(name)
         if name in self._unfit or (index, name) in self._forms:
             return
-        for place, part in enumerate(parts):
+        for position, part in enumerate(parts):
             if part is not None:
-                self._file[index, name, place] = part
+                self._file[index, name, position] = part
         self._forms[index, name] = [part is not None for part in parts] if type(output) is tuple else None
 
     def _noted(self, index: int, name: str) -> Any:
@@ -79,23 +79,26 @@ class OutputCache:
         device = next(self._block.parameters()).device
         if form is None:
             return self._file[index, name, 0].to(device)
-        return tuple(self._file[index, name, place].to(device) if there else None for place, there in enumerate(form))
+        return tuple(
+            self._file[index, name, position].to(device) if is_tensor else None
+            for position, is_tensor in enumerate(form)
+        )
 
 
 def _instead_once(module: nn.Module, output: Callable[[], Any]) -> Callable[[], None]:
-    """Let the first call of `module` give `output`; what is returned undoes it."""
+    """Make the first call of `module` return `output`; the returned function undoes this."""
     compute = module.forward
-    before = module.__dict__.get("forward")
+    original = module.__dict__.get("forward")
     waiting = [output]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return waiting.pop()() if waiting else compute(*args, **kwargs)
 
     def undo() -> None:
-        if before is None:
+        if original is None:
             del module.forward
         else:
-            module.forward = before
+            module.forward = original
 
     module.forward = forward
     return undo

@@ -1,4 +1,4 @@
-"""A model's own forward with its blocks in memory one at a time, and what it gives each of them."""
+"""A model's own forward with one block in memory at a time, and the arguments that it passes to each block."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class OwnCall:
     """One block's call in the model's own forward.
 
     Attributes:
-        tree: its arguments before the call, in containers of their own; before, after: their leaves around the call.
-        others: what it gives out beside hidden states, by path; None where it returns these bare.
+        tree: its arguments before the call, in copied containers; before, after: their leaves before and after it.
+        others: its outputs other than hidden states, by path; None where it returns the hidden states bare.
     """
 
     tree: dict[str, Any]
@@ -43,9 +43,9 @@ def run_own_forward(
     *,
     with_head: bool,
 ) -> Tensor | None:
-    """The model's own forward; returns its predictions if it runs `with_head`.
+    """Run the model's own forward; returns its predictions if it runs `with_head`.
 
-    left: called behind each block, which is still in memory, with its call and the hidden states around it.
+    left: called after each block, which is still in memory, with its call and the hidden states before and after it.
     """
     model, structure, names = blockwise.skeleton, blockwise.structure, blockwise.names
     shown = iter(progress(names, text))
@@ -76,8 +76,8 @@ def run_own_forward(
         for spec in linears_of.get(len(calls) - 1, ()):
             if spec.name in watched[-1]:
                 raise SourceError(
-                    f"{type(model).__name__} computes with the weight of {spec.name} itself, so it cannot be "
-                    f"compressed; leave it as it is with `skip='*.{spec.kind}'`."
+                    f"{type(model).__name__} uses the weight of {spec.name} itself, so this layer cannot be "
+                    f"compressed; exclude it with `skip='*.{spec.kind}'`."
                 )
         call, result = calls[-1], hidden_of(output)
         check_finite(result, name)
@@ -85,7 +85,7 @@ def run_own_forward(
         call.after = dict(leaves({"args": rest, "kwargs": named}))
         if isinstance(output, (tuple, list)):
             call.others = {("output", number): leaf for number, leaf in enumerate(output) if number}
-        # A model may change in place what a block gave it.
+        # A model may modify the output of a block in place.
         previous[:] = [result.clone()]
         left(block, call, entered, result)
         blockwise.release(len(calls) - 1)
@@ -112,12 +112,12 @@ def run_own_forward(
 
 @contextmanager
 def refusing_failures(model: Any) -> Iterator[None]:
-    """Turn what the model's code raises on samples alone, or without its blocks, into a refusal."""
+    """Turn errors of the model's code, run on samples alone or without its blocks, into SourceError."""
     try:
         yield
     except (ShiftaddError, StopForward, MemoryError):
         raise
-    except Exception as error:  # code of any model may fail in any way
+    except Exception as error:  # model code can fail in any way
         raise SourceError(
             f"{type(model).__name__} cannot be run block by block ({first_line(error)}); its architecture is "
             "not supported."
@@ -125,7 +125,7 @@ def refusing_failures(model: Any) -> Iterator[None]:
 
 
 def check_order(model: Any, structure: Structure, name: str, done: int) -> None:
-    """Refuse a block that is not the next after so many."""
+    """Refuse a block that is not the next one after `done` blocks."""
     names = structure.blocks
     if done >= len(names) or name != names[done]:
         again = "more than once" if name in names[:done] else "out of order"
@@ -133,7 +133,7 @@ def check_order(model: Any, structure: Structure, name: str, done: int) -> None:
 
 
 def check_count(model: Any, structure: Structure, done: int) -> None:
-    """Refuse a forward that called so many blocks, if that is not all."""
+    """Refuse a forward that called `done` blocks, unless these are all."""
     if done != len(structure.blocks):
         raise SourceError(
             f"{type(model).__name__} calls {done} of its {len(structure.blocks)} blocks "

@@ -1,9 +1,9 @@
-"""What passes between the blocks of a model, learnt from its own forward and checked against it.
+"""The tensors that pass between the blocks of a model, found in its own forward and checked against it.
 
-Two samples run through the model's own forward, with each block loaded for its turn only. The first shows what passes
-from block to block. The second is also run block by block, from recorded calls, and both must agree: in the inputs of
-every block, in every argument, and in the predictions. A model that does not fit is refused, and never calibrated on
-inputs that are not its own.
+Two samples run through the model's own forward, with one block loaded at a time. The first shows the tensors that pass
+from block to block. The second is also run block by block, from recorded calls, and both runs must agree in the inputs
+of every block, in every argument, and in the predictions. A model that does not agree is refused, so that no model is
+calibrated on wrong inputs.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from shiftadd_cli.errors import SourceError
 from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.source import Structure
 
-# Relative difference that a block may show between two runs on the same inputs: some kernels add in any order.
+# Largest relative difference between two runs of a block on the same inputs: some kernels add in any order.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-# The predictions of the second sample, in all copies that a model makes of its logits, stay below this.
+# Upper limit for the predictions of the second sample, including all copies that a model makes of its logits.
 LOGIT_BYTES = 1 << 30
 BYTES_PER_LOGIT = 12
 
 
 @dataclass
 class Passage:
-    """What passes between the blocks of a model.
+    """The tensors that pass between the blocks of a model.
 
     Attributes:
-        trees: the arguments of each block with `Carried` where they come from other blocks.
-        states: forms of the states, before the first block, between blocks and behind the last.
-        carried_from: see `BlockCall`, of each block.
-        forms: what each block gives out.
+        trees: the arguments of each block, with `Carried` where they come from other blocks.
+        states: forms of the states before the first block, between blocks and after the last.
+        carried_from: for each block, see `BlockCall`.
+        forms: the form of each block's output.
     """
 
     blockwise: BlockwiseModel
@@ -70,18 +70,18 @@ class Passage:
         samples: Tensor,
         progress: BlockProgress = silent,
     ) -> Passage:
-        """Found by the first sample in the model's own forward."""
+        """The passage that the first sample shows in the model's own forward."""
         passage = cls(model)
         layout = passage._layout(samples)
         own: list[OwnCall] = []
 
-        def left(_: nn.Module, call: OwnCall, entered: Tensor, output: Tensor) -> None:
+        def record(_: nn.Module, call: OwnCall, entered: Tensor, output: Tensor) -> None:
             own.append(call)
-            before, behind = (tuple(layout.pack(hidden).shape[1:]) for hidden in (entered, output))
+            before, after = (tuple(layout.pack(hidden).shape[1:]) for hidden in (entered, output))
             others = None if call.others is None else len(call.others)
-            passage.forms.append(Form(before, behind, others, output.dtype, layout))
+            passage.forms.append(Form(before, after, others, output.dtype, layout))
 
-        run_own_forward(model, samples[:1], left, progress, "Tracing", with_head=False)
+        run_own_forward(model, samples[:1], record, progress, "Tracing", with_head=False)
         passage._follow(own, layout)
         _, recorded = passage.arguments(samples[:1])
         passage._compare_arguments(own, recorded)
@@ -100,7 +100,7 @@ class Passage:
         return self.blockwise.device
 
     def call(self, depth: int, leaf: Callable[[Path, Any], Any]) -> BlockCall:
-        """The call of block number `depth`, with `leaf(path, value)` for arguments that no other block gives."""
+        """The call of block number `depth`, with `leaf(path, value)` for arguments that come from no other block."""
         tree = rebuilt(
             self.trees[depth], lambda path, value: value if isinstance(value, Carried) else leaf(path, value)
         )
@@ -109,11 +109,11 @@ class Passage:
         )
 
     def recorded_call(self, depth: int, arguments: Sequence[Mapping[Path, Any]]) -> BlockCall:
-        """The same with what `arguments` gave."""
+        """The same call, with the leaves that `arguments` recorded."""
         return self.call(depth, partial(substituted, arguments[depth]))
 
     def arguments(self, samples: Tensor) -> tuple[Tensor, list[dict[Path, Any]]]:
-        """Hidden states that enter the first block, and the leaves of the arguments of every block, for a batch."""
+        """The hidden states that enter the first block, and the argument leaves of every block, for a batch."""
         entered: list[Tensor] = []
         arguments: list[dict[Path, Any]] = []
         names = self.structure.blocks
@@ -146,23 +146,23 @@ class Passage:
         return entered[0], arguments
 
     def cut(self, samples: Tensor) -> Tensor:
-        """Texts as far as the predictions of one of them may be in memory at once."""
+        """Texts, cut so that the predictions of one of them fit in memory at once."""
         if self.blockwise.source.reads_images:
             return samples
         vocabulary = self.model.config.get_text_config().vocab_size
         return samples[:, : max(1, LOGIT_BYTES // (BYTES_PER_LOGIT * vocabulary))]
 
     def check(self, sample: Tensor, progress: BlockProgress) -> None:
-        """Run one sample through the model's own forward and through recorded calls, and compare.
+        """Run one sample through the model's own forward and through recorded calls, and compare the results.
 
-        Raises SourceError naming the block, and the argument where it is one, at the first difference.
+        Raises SourceError at the first difference, naming the block and, where an argument differs, the argument.
         """
         sample = self.cut(sample)
         entering, recorded = self.arguments(sample)
         state = self.states[0].pack(entering)
         own: list[OwnCall] = []
 
-        def left(block: nn.Module, call: OwnCall, entered: Tensor, output: Tensor) -> None:
+        def compare(block: nn.Module, call: OwnCall, entered: Tensor, output: Tensor) -> None:
             nonlocal state
             depth, name = len(own), self.structure.blocks[len(own)]
             hidden, carried = self.states[depth].unpack(state)
@@ -172,28 +172,28 @@ class Passage:
                     self._compare(carried[leaf.number], call.before[path], f"{argument_name(path)} of {name}")
             replayed = self.recorded_call(depth, recorded)
             with torch.no_grad():
-                # Not by calling the block, whose hooks are those of the model's own forward.
+                # Calling the block itself would run the hooks of the model's own forward.
                 state = replayed.run(block.forward, state)
             self._compare(self.states[depth + 1].unpack(state)[0], output, f"The output of {name}")
             own.append(call)
 
-        logits = run_own_forward(self.blockwise, sample, left, progress, "Checking", with_head=True)
+        logits = run_own_forward(self.blockwise, sample, compare, progress, "Checking", with_head=True)
         self._compare_arguments(own, recorded)
         head = Head(self.blockwise, self.forms, sample)
         tokens = state.shape[1]
-        # As the passes over predictions do: in slices, which a head that mixes tokens would show.
+        # In slices, as in the passes over predictions: a head that mixes tokens then shows a difference.
         parts = list(head.parts(1, tokens, max(1, -(-tokens // 2))))
         with refusing_failures(self.model), torch.no_grad():
             values = [head.predict(state[rows, cut], rows, cut).values for rows, cut in parts]
-        assert logits is not None, "the forward ran to its end"
+        assert logits is not None, "the forward stopped before its end"
         self._compare(torch.cat(values, 1) if len(values) > 1 else values[0], logits, "The output of the head")
 
     def _layout(self, samples: Tensor) -> Layout:
-        """Where hidden states have their batch and tokens; where that does not show, found by running other sizes."""
+        """The layout of hidden states; where their axes are ambiguous, samples of other sizes show it."""
 
-        def entering(some: Tensor) -> Tensor:
+        def entering(inputs: Tensor) -> Tensor:
             with refusing_failures(self.model):
-                return first_input(self.blockwise, some)
+                return first_input(self.blockwise, inputs)
 
         hidden = entering(samples[:1])
         usual = hidden.ndim == 3 and len(hidden) == 1
@@ -212,8 +212,8 @@ class Passage:
         return Layout(batch, tokens, rest)
 
     def _follow(self, own: Sequence[OwnCall], layout: Layout) -> None:
-        """Find which arguments are tensors that blocks before computed, and the forms of all states."""
-        # All of these tensors are alive, so that no two have one id.
+        """Find the arguments that earlier blocks computed, and the forms of all states."""
+        # All of these tensors are alive, so no two share an id.
         produced: dict[int, tuple[int, Path, Tensor]] = {}
         origins: list[dict[Path, int]] = []
         for depth, call in enumerate(own):
@@ -239,13 +239,14 @@ class Passage:
     def _carried_form(self, tensor: Tensor, depth: int) -> CarriedForm:
         if tensor.ndim < 2 or len(tensor) != 1:
             raise SourceError(
-                f"{self.structure.blocks[depth]} hands later blocks a tensor of shape {list(tensor.shape)} "
-                f"({tensor.dtype}), which is not one of each sample; its architecture is not supported."
+                f"{self.structure.blocks[depth]} passes a tensor of shape {list(tensor.shape)} "
+                f"({tensor.dtype}) to later blocks, and its first axis is not the samples; its architecture is not "
+                "supported."
             )
         return CarriedForm(tuple(tensor.shape[1:]), tensor.dtype)
 
     def _compare_arguments(self, own: Sequence[OwnCall], recorded: Sequence[Mapping[Path, Any]]) -> None:
-        """Refuse arguments that blocks change or compute in a way that was not followed."""
+        """Refuse arguments that blocks change or compute in a way that cannot be traced."""
         for depth, call in enumerate(own):
             name = self.structure.blocks[depth]
             tree = dict(leaves(self.trees[depth]))
@@ -253,46 +254,46 @@ class Passage:
             for path in given ^ (recorded[depth].keys() - (tree.keys() - given)):
                 raise self._dependent(path, name)
             for path in given:
-                mine, theirs = recorded[depth][path], call.before[path]
-                if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-                    if mine.shape != theirs.shape or not same_values(mine, theirs):
+                replayed, original = recorded[depth][path], call.before[path]
+                if isinstance(replayed, Tensor) and isinstance(original, Tensor):
+                    if replayed.shape != original.shape or not same_values(replayed, original):
                         raise self._dependent(path, name)
-                elif type(mine) is not type(theirs) or (_is_plain(mine) and mine != theirs):
+                elif type(replayed) is not type(original) or (_is_plain(replayed) and replayed != original):
                     raise self._dependent(path, name)
 
     def _dependent(self, path: Path, block: str) -> SourceError:
         return SourceError(
             f"The argument {self._argument(path, block)} of {block} depends on the outputs of other blocks in a way "
-            f"that cannot be followed; {type(self.model).__name__} is not supported."
+            f"that cannot be traced; {type(self.model).__name__} is not supported."
         )
 
     def _argument(self, path: Path, block: str) -> str:
-        """The name of an argument; of a positional one its parameter's."""
+        """The name of an argument; for a positional one, the name of its parameter."""
         if len(path) > 1 and path[0] == "args":
             names = list(inspect.signature(self.model.get_submodule(block).forward).parameters)
             if path[1] + 1 < len(names):
                 path = (names[path[1] + 1], *path[2:])
         return argument_name(path)
 
-    def _compare(self, replayed: Tensor, own: Tensor, what: str) -> None:
+    def _compare(self, replayed: Tensor, own: Tensor, subject: str) -> None:
         """Refuse a difference beyond rounding."""
         model = type(self.model).__name__
         if replayed.shape != own.shape:
             raise SourceError(
-                f"{what} has shape {list(own.shape)} in the forward of {model} and {list(replayed.shape)} where its "
+                f"{subject} has shape {list(own.shape)} in the forward of {model} and {list(replayed.shape)} where its "
                 "blocks run one by one; its architecture is not supported."
             )
         scale, difference = float(own.float().norm()), float((replayed.float() - own.float()).norm())
         if not difference <= _ROUNDING.get(own.dtype, 1e-4) * max(scale, 1e-30):
             share = difference / scale if scale else float("inf")
             raise SourceError(
-                f"{what} differs by {share:.1%} between the forward of {model} and its blocks run one by one, so it "
-                "would be calibrated on inputs that are not its own; its architecture is not supported."
+                f"{subject} differs by {share:.1%} between the forward of {model} and its blocks run one by one, so it "
+                "would be calibrated on wrong inputs; its architecture is not supported."
             )
 
 
 def _grown_axis(small: Tensor, large: Tensor) -> int | None:
-    """The one axis in which `large` is larger; None where there is no such."""
+    """The only axis in which the sizes differ; None where there is no such axis or more than one."""
     if small.ndim != large.ndim:
         return None
     grown = [axis for axis in range(small.ndim) if small.shape[axis] != large.shape[axis]]
@@ -300,7 +301,7 @@ def _grown_axis(small: Tensor, large: Tensor) -> int | None:
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same values; NaN is like NaN."""
+    """Whether two tensors of one shape hold the same values; NaN equals NaN."""
     if one.dtype != other.dtype:
         return False
     if torch.equal(one, other):

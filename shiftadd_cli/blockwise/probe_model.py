@@ -1,8 +1,8 @@
-"""Samples that run through parts of a model again and again, block by block, up to its predictions.
+"""Samples that run through parts of a model repeatedly, block by block, up to its predictions.
 
-All in float32, whatever the model's dtype: what replacing one linear does to the predictions is less than what rounding
-to 16 bits does to them. Measured on SmolLM2-135M, 512 tokens: noise of 0.3% on one matrix moves the predictions by
-5e-7 nats a token in float32 and by 1.4e-3 in bfloat16, where noise of 10% should move them by 6e-4.
+Everything is in float32, whatever the model's dtype: replacing one linear changes the predictions less than rounding to
+16 bits does. Measured on SmolLM2-135M, 512 tokens: noise of 0.3% on one matrix moves the predictions by 5e-7 nats per
+token in float32 and by 1.4e-3 in bfloat16, where noise of 10% should move them by 6e-4.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.progress import BlockProgress, silent
 
-# Logits, their logarithms, the original's and two differences, float32, are held for so many tokens at once.
+# Upper limit for the logits, their logarithms, the original's, and two differences, all float32, held at once.
 _SLICE_BYTES = 128 << 20
 _BYTES_PER_LOGIT = 20
 
@@ -28,14 +28,14 @@ _BYTES_PER_LOGIT = 20
 class ProbeModel:
     """A float32 copy of a model, loaded block by block, and the samples that run through it.
 
-    model: the copy. hidden: states at the input of the first block, float32 `[samples, tokens, width]` on the CPU, as
+    model: the copy. hidden: states at the input of the first block, float32 `[samples, tokens, width]` on the CPU, like
     all hidden states here.
     """
 
     def __init__(self, model: BlockwiseModel, samples: Tensor, batch_size: int) -> None:
-        """samples: see `trace_model`; batch_size: how many of them run at once.
+        """samples: see `trace_model`; batch_size: number of samples that run at once.
 
-        What lies outside the blocks is loaded now and stays as long as this does, beside what `model` has in memory.
+        The parts outside the blocks are loaded now and stay as long as this object, in addition to those of `model`.
         """
         self.model = model.at(torch.float32)
         self._device, self._batch_size = model.device, batch_size
@@ -48,19 +48,19 @@ class ProbeModel:
 
     @torch.no_grad()
     def run(self, depth: int, hidden: Tensor) -> Tensor:
-        """What block number `depth`, which must be loaded, makes of hidden states."""
-        block, found = self.model.skeleton.get_submodule(self.model.names[depth]), []
+        """Run hidden states through block number `depth`, which must be loaded; returns its outputs."""
+        block, outputs = self.model.skeleton.get_submodule(self.model.names[depth]), []
         for index, batch in enumerate(hidden.split(self._batch_size)):
-            found.append(self._calls[index][depth].run(block, batch.to(self._device)).cpu())
-        return torch.cat(found)
+            outputs.append(self._calls[index][depth].run(block, batch.to(self._device)).cpu())
+        return torch.cat(outputs)
 
     @torch.no_grad()
     def divergences(self, original: Tensor, others: Sequence[Tensor], progress: BlockProgress = silent) -> list[float]:
-        """Mean over predictions of KL(original || other), in nats, made from outputs of the last block; of 1 - cosine
-        of the features, where the model has no head.
+        """Mean KL(original || other) over predictions, in nats, from outputs of the last block; for a model without a
+        head, mean 1 - cosine of the features.
 
-        Logits exist for some tokens of one model at a time, beside the original's for the same tokens. No mean is
-        negative: what rounding leaves below zero is zero. A mean may be infinite or not a number.
+        Logits exist for some tokens of one model at a time, next to the original's for the same tokens. No mean is
+        negative: rounding errors below zero become zero. A mean may be infinite or NaN.
         """
         totals = [0.0] * len(others)
         most = max(1, _SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))

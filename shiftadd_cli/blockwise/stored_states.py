@@ -1,4 +1,4 @@
-"""Hidden states on disk: one batch in memory at a time, and every depth a file from which a stopped run goes on."""
+"""Hidden states on disk: one batch in memory at a time, and one file per depth from which a run can resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TENSOR = "hidden_states"
 
 @dataclass
 class _File:
-    """One depth: a safetensors file of one tensor `[samples, seq_len, width]`; `sums` are the CRC-32 of its batches."""
+    """One depth: a safetensors file with one tensor `[samples, seq_len, width]`; `sums` are its batches' CRC-32."""
 
     path: Path
     shape: tuple[int, ...]
@@ -51,33 +51,33 @@ class _File:
         return cls(path, shape, dtype, len(_layout(shape, dtype).header))
 
     def read(self, first: int, count: int) -> Tensor:
-        """The states of `count` windows from `first` on."""
+        """The states of `count` windows, starting at window `first`."""
         try:
             with self.path.open("rb", buffering=0) as file:
-                return read_tensor(file, self._place(first), (count, *self.shape[1:]), self.dtype)
+                return read_tensor(file, self._offset(first), (count, *self.shape[1:]), self.dtype)
         except OSError as failure:
             raise OutputError(
-                f"{self.path}, which this run wrote, cannot be read ({failure.strerror or failure}); see to the disk."
+                f"{self.path}, which this run wrote, cannot be read ({failure.strerror or failure}); check the disk."
             ) from failure
 
     def write(self, first: int, batch: Tensor) -> int:
-        """Write the states of windows from `first` on; returns their CRC-32."""
+        """Write the states of windows, starting at window `first`; returns their CRC-32."""
         if (tuple(batch.shape[1:]), batch.dtype) != (self.shape[1:], self.dtype):
             raise ValueError(
-                f"hidden states are {batch.dtype} {tuple(batch.shape)} in a file of {self.dtype} {self.shape}"
+                f"hidden states are {batch.dtype} {tuple(batch.shape)}, but the file stores {self.dtype} {self.shape}"
             )
         with refusals(self.path), self.path.open("rb+", buffering=0) as file:
-            return write_tensor(file, self._place(first), batch)
+            return write_tensor(file, self._offset(first), batch)
 
-    def _place(self, first: int) -> int:
+    def _offset(self, first: int) -> int:
         return self.start + first * torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
 
 
 class StoredStates(HiddenStates):
-    """Hidden states whose batches, of `batch_size` windows but for the last, are in files of `folder`.
+    """Hidden states in files in `folder`, in batches of `batch_size` windows; the last batch may be smaller.
 
-    `append` and `replace` write at once, `[]` reads. The outputs of a block go into a new file; `turn` ends the block.
-    What the system refuses raises OutputError.
+    `append` and `replace` write immediately, `[]` reads. The outputs of a block go into a new file; `turn` ends the
+    block. Errors of the file system raise OutputError.
     """
 
     def __init__(self, folder: Path, samples: int, batch_size: int, name: str = "quantized", depth: int = 0) -> None:
@@ -91,20 +91,20 @@ class StoredStates(HiddenStates):
     def reopen(
         cls, folder: Path, samples: int, batch_size: int, name: str, depth: int, file: str, sums: Sequence[int]
     ) -> StoredStates:
-        """The states of an earlier run before block `depth`, which `turn` or the start left in `file` with these sums.
+        """The states before block `depth` that an earlier run stored in `file`, whose batches had the CRC-32 `sums`.
 
-        Raises ResumeError where the file is not as it was left.
+        Raises ResumeError where the file has changed since.
         """
         states = cls(folder, samples, batch_size, name, depth)
-        found = states._inputs = _File.open(folder / file)
+        inputs = states._inputs = _File.open(folder / file)
         batches = -(-samples // batch_size)
-        if found.shape[0] != samples or len(sums) != batches:
-            raise damaged(found.path, "it is of other windows")
+        if inputs.shape[0] != samples or len(sums) != batches:
+            raise damaged(inputs.path, "it belongs to other windows")
         states._filled = batches
         for index, expected in enumerate(sums):
-            found.sums[index] = checksum(states[index])
-            if found.sums[index] != expected:
-                raise damaged(found.path, "it does not fit its checksum")
+            inputs.sums[index] = checksum(states[index])
+            if inputs.sums[index] != expected:
+                raise damaged(inputs.path, "it does not match its checksum")
         return states
 
     def append(self, batch: Tensor) -> None:
@@ -122,7 +122,7 @@ class StoredStates(HiddenStates):
         if not 0 <= index < len(self):
             raise IndexError(index)
         file = self._outputs if self._outputs is not None and index in self._outputs.sums else self._inputs
-        assert file is not None, "something was appended"
+        assert file is not None, "no batch was appended"
         span = self.span(index)
         return file.read(span.start, span.stop - span.start)
 
@@ -137,21 +137,21 @@ class StoredStates(HiddenStates):
         return sum(batch.nbytes for batch in self)
 
     def copy(self) -> StoredStates:
-        """The same file, until the first batch is replaced; the twin's files are called `original`."""
+        """A twin that shares the file until its first batch is replaced; its own files are called `original`."""
         twin = StoredStates(self.folder, self.samples, self.batch_size, "original", self.depth)
         twin._inputs, twin._filled = self._inputs, self._filled
         return twin
 
     def turn(self) -> None:
-        """All batches have been replaced: they are the inputs of the next block."""
+        """Make the outputs the inputs of the next block, once all batches have been replaced."""
         assert self._outputs is not None, "no batch was replaced"
         assert len(self._outputs.sums) == self._filled, "a batch was not replaced"
         self._inputs, self._outputs = self._outputs, None
         self.depth += 1
 
     def sync(self) -> tuple[str, list[int]]:
-        """Wait until the inputs are on the disk; returns the name of their file and the CRC-32 of each batch."""
-        assert self._inputs is not None, "something was appended"
+        """Wait until the inputs are on disk; returns the name of their file and the CRC-32 of each batch."""
+        assert self._inputs is not None, "no batch was appended"
         with refusals(self._inputs.path):
             sync(self._inputs.path)
             sync(self.folder)

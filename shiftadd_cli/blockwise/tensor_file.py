@@ -1,4 +1,4 @@
-"""Tensors that wait in a file instead of in memory."""
+"""Tensors stored in a temporary file instead of in memory."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from shiftadd_cli.storage.durable import put_tensor, read_tensor
 from shiftadd_cli.storage.refusals import refusals
 
 
-class _Place(NamedTuple):
+class _Extent(NamedTuple):
     start: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class TensorFile:
-    """Tensors by key, in a file of `folder` (by default where the system keeps such) that has no name and is gone with
-    the process. What the system refuses raises OutputError."""
+    """Tensors by key, in an unnamed file in `folder` (by default the system's temporary folder) that disappears with
+    the process. Errors of the file system raise OutputError."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = Path(tempfile.gettempdir()) if folder is None else folder
         with refusals(self._folder):
             self._file: BinaryIO = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by __exit__
-        self._places: dict[Hashable, _Place] = {}
+        self._extents: dict[Hashable, _Extent] = {}
         self._end = 0
 
     def __enter__(self) -> TensorFile:
@@ -41,17 +41,17 @@ class TensorFile:
         self._file.close()
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._places
+        return key in self._extents
 
     def __getitem__(self, key: Hashable) -> Tensor:
-        """A copy on the CPU."""
+        """A copy of the tensor, on the CPU."""
         with refusals(self._folder):
-            return read_tensor(self._file, *self._places[key])
+            return read_tensor(self._file, *self._extents[key])
 
     def __setitem__(self, key: Hashable, tensor: Tensor) -> None:
-        """The place of what had the key before is not used again."""
-        place = _Place(self._end, tuple(tensor.shape), tensor.dtype)
+        """Store a tensor; the space of an earlier tensor with this key is not reused."""
+        extent = _Extent(self._end, tuple(tensor.shape), tensor.dtype)
         with refusals(self._folder):
-            put_tensor(self._file, place.start, tensor)
-        self._places[key] = place
+            put_tensor(self._file, extent.start, tensor)
+        self._extents[key] = extent
         self._end += tensor.nbytes

@@ -1,9 +1,9 @@
 """How a model calls its blocks for every batch of samples.
 
-What passes between the blocks, and that running them one by one is what the model does, is found first, see
-`blockwise.passage`. Then every batch runs up to its blocks, which are stood in for, and its arguments are recorded:
-masks, positions, and what depends on the tokens, such as Gemma 3n's inputs of each layer. Tensors that are the same for
-all batches (masks and positions usually are) are kept once; the others wait in a file.
+First, `blockwise.passage` finds the tensors that pass between the blocks and checks that running the blocks one by one
+reproduces the model. Then every batch runs up to the blocks, which are replaced by stubs, and the arguments are
+recorded: masks, positions, and values that depend on the tokens, such as Gemma 3n's inputs of each layer. Tensors that
+are the same for all batches (masks and positions usually are) are stored once; the others go into a file.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Trace:
 
     Attributes:
         hidden: the states that enter the first block.
-        calls: `calls[batch][block]`, of the batches that this process runs.
-        passage: what passes between the blocks.
+        calls: `calls[batch][block]`, for the batches that this process runs.
+        passage: the tensors that pass between the blocks.
         original: states of the original model at the same depth, for asymmetric calibration and block reconstruction.
     """
 
@@ -43,7 +43,7 @@ class Trace:
 
     @property
     def forms(self) -> list[Form]:
-        """What each block gives out."""
+        """The form of each block's output."""
         return self.passage.forms
 
 
@@ -57,38 +57,38 @@ def trace_model(
     spill: FilePath | None = None,
     progress: BlockProgress = silent,
 ) -> Trace:
-    """Record how the model calls its blocks for `samples`, and run these up to the first block.
+    """Record how the model calls its blocks for `samples`, and compute the states that enter the first block.
 
     samples: int64 `[samples, seq_len]` tokens, or `[samples, channels, height, width]` pixels for a vision model.
-    hidden: where states are kept, by default in memory; batches that it holds already are not appended.
-    batches: numbers of the batches whose calls are recorded, by default of all.
-    spill: folder for arguments that differ from batch to batch, by default the system's own.
+    hidden: stores the states, by default in memory; batches that it already has are not appended.
+    batches: numbers of the batches whose calls are recorded, by default all.
+    spill: folder for arguments that differ between batches, by default the system's temporary folder.
 
-    Parts outside the blocks must be loaded; blocks are loaded and released here. Raises
-    SourceError where running block by block is not what the model does, naming the block and the argument;
+    The parts outside the blocks must be loaded; blocks are loaded and released here. Raises
+    SourceError where running block by block differs from the model's forward, naming the block and the argument;
     NumericalError where weights or outputs of a block are not finite.
     """
     passage = Passage.of(model, samples, progress)
     passage.check(samples[-1:], progress)
     states = HiddenStates(len(samples), batch_size) if hidden is None else hidden
     trace = Trace(states, passage)
-    known = len(trace.hidden)
+    stored = len(trace.hidden)
     recorder = _Recorder(passage, spill)
     count = -(-len(samples) // batch_size)
     recorded = set(range(count) if batches is None else batches)
     for index in range(count):
-        if index < known and index not in recorded:
+        if index < stored and index not in recorded:
             continue
         entering, arguments = passage.arguments(samples[batch_span(index, batch_size, len(samples))])
         if index in recorded:
             trace.calls[index] = recorder.calls(index, arguments)
-        if index >= known:
+        if index >= stored:
             trace.hidden.append(passage.states[0].pack(entering))
     return trace
 
 
 class _Recorder:
-    """Makes calls of recorded arguments, and keeps tensors that all batches share once."""
+    """Makes calls from recorded arguments, and stores tensors that all batches share only once."""
 
     def __init__(self, passage: Passage, spill: FilePath | None) -> None:
         self._passage, self._spill = passage, spill
@@ -99,19 +99,19 @@ class _Recorder:
         """The calls of batch number `index`."""
         if self._first is None:
             self._first = arguments
-        # The same tensor at several blocks (a mask, the embeddings) is kept once.
-        kept: dict[int, Any] = {}
+        # A tensor that several blocks read (a mask, the embeddings) is stored once.
+        by_id: dict[int, Any] = {}
         calls = []
-        for depth, own in enumerate(arguments):
-            for path, leaf in own.items():
-                if isinstance(leaf, Tensor) and id(leaf) not in kept:
-                    kept[id(leaf)] = self._kept(index, depth, path, leaf)
-            stored = {path: kept.get(id(leaf), leaf) for path, leaf in own.items()}
+        for depth, originals in enumerate(arguments):
+            for path, leaf in originals.items():
+                if isinstance(leaf, Tensor) and id(leaf) not in by_id:
+                    by_id[id(leaf)] = self._store(index, depth, path, leaf)
+            stored = {path: by_id.get(id(leaf), leaf) for path, leaf in originals.items()}
             calls.append(self._passage.call(depth, partial(substituted, stored)))
         return calls
 
-    def _kept(self, index: int, depth: int, path: Path, leaf: Tensor) -> Any:
-        assert self._first is not None, "the first batch was recorded"
+    def _store(self, index: int, depth: int, path: Path, leaf: Tensor) -> Any:
+        assert self._first is not None, "no batch was recorded"
         first = self._first[depth].get(path)
         if isinstance(first, Tensor) and (leaf is first or (leaf.shape == first.shape and same_values(leaf, first))):
             return first

@@ -1,1 +1,1 @@
-"""Statistics of calibration inputs: second moments, gradients, and the shares of experts."""
+"""Statistics of calibration inputs: second moments, gradients, and expert shares."""

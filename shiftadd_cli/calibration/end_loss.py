@@ -1,4 +1,4 @@
-"""Gradient of the end loss at the output of the last block, by the model's own norm and head."""
+"""The gradient of the end loss at the output of the last block, through the model's own norm and head."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from shiftadd_cli.blockwise.model import BlockwiseModel
 
 Loss = Literal["divergence", "cross_entropy"]
 
-# Logits are held for so many tokens at once that they, their gradient and two float32 copies stay below this.
+# Upper limit for the logits held at once, together with their gradient and two float32 copies.
 _SLICE_BYTES = 256 << 20
 _BYTES_PER_LOGIT = 16
 
 
 class EndLoss:
-    """The loss of `samples` (see `trace_model`) as a function of what the last block gives out.
+    """The loss of `samples` (see `trace_model`) as a function of the last block's output.
 
-    Whatever comes after the blocks is the model's code and runs on slices; see `blockwise.head`.
+    The head is the model's own code and runs on slices; see `blockwise.head`.
 
     The loss is a sum over predictions, not a mean. `cross_entropy` scores the text: the last token of a window has no
     label and adds nothing. `divergence` scores labels drawn from the model's own distribution, at every prediction; the
     same `seed` draws the same labels however samples are batched and sliced. A model without a head predicts nothing:
-    its loss is 1 - cosine of its features with themselves, whose curvature is that of a distribution of directions
-    about them, and the gradient is drawn so that its square is that curvature on average.
+    its loss is 1 - cosine of its features with themselves. The curvature of this loss is that of a distribution of
+    directions around the features, and the gradient is drawn so that its mean square equals that curvature.
 
-    Everything outside the blocks must be loaded. `forms`: of all blocks, see `Trace`.
+    Everything outside the blocks must be loaded. `forms`: output forms of all blocks, see `Trace`.
     """
 
     def __init__(
@@ -44,36 +44,36 @@ class EndLoss:
         self._samples, self._device, self._seed = samples, model.device, seed
         self._head = Head(model, forms, samples)
         if kind == "cross_entropy" and not self._head.per_token:
-            raise ValueError("cross entropy needs labels, and images bring none: use divergence")
+            raise ValueError("cross entropy needs labels, and images have none: use divergence")
         self._most = max(1, _SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))
-        # One number a prediction, drawn before any work: labels are then a function of the logits and of nothing else.
+        # One number per prediction, drawn in advance: labels then depend on the logits and on nothing else.
         generator = torch.Generator().manual_seed(seed)
         self._uniform = torch.rand(self._head.predictions, generator=generator) if kind == "divergence" else None
 
     @property
     def predictions(self) -> int:
-        """How many the loss is a sum over, with those that have no label."""
+        """The number of predictions that the loss sums over, including those without a label."""
         return torch.Size(self._head.predictions).numel()
 
     def gradient(self, first: int, hidden: Tensor) -> Tensor:
-        """d loss / d hidden, in the place, shape and dtype of `hidden`.
+        """d loss / d hidden, with the device, shape and dtype of `hidden`.
 
-        hidden: outputs `[batch, tokens, width]` of the last block for the samples from number `first` on.
+        hidden: outputs `[batch, tokens, width]` of the last block for the samples that start at number `first`.
         """
-        found = torch.zeros_like(hidden)
+        gradients = torch.zeros_like(hidden)
         scored = hidden.shape[1] - (self._uniform is None)
         for rows, tokens in self._head.parts(len(hidden), scored, self._most):
             states = hidden[rows, tokens].to(self._device)
             samples = slice(first + rows.start, first + rows.stop)
-            found[rows, tokens] = self._of_slice(states, samples, tokens)
-        return found
+            gradients[rows, tokens] = self._slice_gradient(states, samples, tokens)
+        return gradients
 
-    def _of_slice(self, states: Tensor, rows: slice, tokens: slice) -> Tensor:
+    def _slice_gradient(self, states: Tensor, rows: slice, tokens: slice) -> Tensor:
         states = states.detach().requires_grad_()
         with torch.enable_grad():
             values, is_logits = self._head.predict(states, rows, tokens)
         if is_logits:
-            # The gradient of cross entropy is written down, since its first half is also what labels are drawn from.
+            # The gradient of cross entropy is explicit, because its first half is also the distribution of the labels.
             slope = values.detach().float().softmax(-1)
             labels = self._labels(slope, rows, tokens)
             slope.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=slope.dtype))
@@ -87,15 +87,15 @@ class EndLoss:
             return self._samples[rows, tokens.start + 1 : tokens.stop + 1].to(self._device).unsqueeze(-1)
         heights = probabilities.cumsum(-1)
         top = heights[..., -1:]
-        # Rounding must not reach the top: a label of no probability would have the largest gradient of all.
+        # Rounding must not reach the top: a label with zero probability would have the largest gradient of all.
         drawn = self._uniform[self._head.place(rows, tokens)].to(self._device).unsqueeze(-1) * top
         return torch.searchsorted(heights, drawn.minimum(top.nextafter(torch.zeros_like(top))), right=True)
 
     def _turn(self, features: Tensor, rows: slice) -> Tensor:
-        """A random vector across each of `features`, divided by its length: the mean of its outer product is the second
-        derivative of 1 - cosine there."""
+        """For each of `features`, a random vector orthogonal to it, divided by its length. The mean outer product of
+        this vector is the second derivative of 1 - cosine there."""
         generator = torch.Generator().manual_seed(self._seed)
-        # As many are drawn as there are samples, so that batches do not matter.
+        # Vectors are drawn for all samples, so that batches do not matter.
         drawn = torch.randn((*self._head.predictions, features.shape[-1]), generator=generator)[rows]
         drawn = drawn.to(features.device)
         length = features.norm(dim=-1, keepdim=True).clamp_min(1e-30)

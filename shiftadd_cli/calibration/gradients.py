@@ -1,11 +1,11 @@
-"""How much the end loss depends on each token at each linear: the weights of a loss-aware Hessian.
+"""The dependence of the end loss on each token at each linear: the weights of a loss-aware Hessian.
 
-GuidedQuant (Kim et al. 2025, arXiv:2505.07004, section 3): to second order, and dropping what couples different output
+GuidedQuant (Kim et al. 2025, arXiv:2505.07004, section 3): to second order, and without coupling between output
 features, an error ΔW of a linear costs Σ_o Σ_t g[t, o]² (x_t·Δw_o)², where g is the gradient of the end loss at the
 linear's output. With g² averaged over output features that is the usual objective with the Hessian E[w_t x xᵀ].
 
-A model is walked through backwards as it is forwards, one block in memory at a time: only hidden states between blocks
-are kept, and each block runs again, recording, when its turn comes.
+The backward pass, like the forward pass, has one block in memory at a time: only hidden states between blocks are
+stored, and each block runs again with autograd when its turn comes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress, silent
 
-# Kept block inputs, unless the caller says otherwise.
+# Memory for stored block inputs, unless the caller says otherwise.
 MEMORY_BYTES = 1 << 30
 
 
@@ -39,14 +39,14 @@ class SquaredGradients:
     """Squared gradients of the end loss, summed over tokens, at the outputs of linears, averaged over output features.
 
     Attributes:
-        tokens: of each token, float32 `[samples, tokens]` on the CPU, as many as enter the block; of linears of experts
-            there is none, and that of others which `partial` names says nothing.
+        tokens: per token, float32 `[samples, tokens]` on the CPU, for the tokens that enter the block; linears of
+            experts have no entry, and the entries of other linears in `partial` are meaningless.
         means: their sum, divided by the number of all predictions (tokens of a text, images), whether the linear sees
-            them or not. Half of it, times the number of output features, times the mean square of an error of the
-            output over the tokens that the linear sees and its features, is what the error adds to the loss of a
-            prediction, to second order.
-        partial: linears that in some batch do not give an output for each of these tokens, see `is_whole` (the experts
-            of a mixture see some of the tokens, in an order of their own).
+            them or not. Multiply half of a mean by the number of output features and by the mean squared error of the
+            output, over its features and the tokens that the linear sees: to second order, the result is the increase
+            of the loss per prediction.
+        partial: linears that in some batch do not return an output for each of these tokens, see `is_whole` (the
+            experts of a mixture see some of the tokens, in their own order).
     """
 
     tokens: dict[str, Tensor]
@@ -54,19 +54,19 @@ class SquaredGradients:
     partial: frozenset[str]
 
     def token_weights(self) -> dict[str, Tensor]:
-        """For every linear but those of experts `tokens` divided by their mean: float32 `[samples, tokens]`, of mean 1.
+        """`tokens` divided by their mean, for every linear except experts': float32 `[samples, tokens]`, of mean 1.
 
-        Ones get a linear that no gradient reaches, and one that does not see all tokens.
+        A linear that no gradient reaches, or that does not see all tokens, gets ones.
         """
         return {
-            name: torch.ones_like(each) if name in self.partial else _of_mean_one(each)
-            for name, each in self.tokens.items()
+            name: torch.ones_like(squares) if name in self.partial else _with_mean_one(squares)
+            for name, squares in self.tokens.items()
         }
 
 
 @dataclass
 class _Batch:
-    """Batch `number` on its way: `first` is the number of its first sample, `hidden` its input of every block so
+    """Batch `number` in progress: `first` is the number of its first sample, `hidden` its input to every block so
     far."""
 
     number: int
@@ -86,21 +86,21 @@ def squared_gradients(
     progress: BlockProgress = silent,
     team: Team = ALONE,
 ) -> SquaredGradients:
-    """At every linear of the model, for each of its tokens and on average.
+    """The squared gradients at every linear of the model, per token and on average.
 
-    loss: `cross_entropy` takes the text's own next tokens for labels, as GuidedQuant does. `divergence` draws each
-        label from the model's prediction. The squared gradient is then in expectation the diagonal of the true Fisher
-        matrix, which is the curvature of the divergence between the original's predictions and the compressed
-        model's: what compression should keep small. It needs no labels, gives no extra weight to text the model finds
-        surprising, and does not hang on the one continuation that was written; hence the default.
+    loss: `cross_entropy` uses the text's own next tokens as labels, as GuidedQuant does. `divergence` draws each
+        label from the model's prediction. The expected squared gradient is then the diagonal of the true Fisher
+        matrix. This is the curvature of the divergence between the original's predictions and the compressed model's,
+        which compression should keep small. It needs no labels, gives no extra weight to text the model finds
+        surprising, and does not depend on the one continuation that was written; hence the default.
     seed: for the drawn labels; results depend on it, not on batches.
-    memory_bytes: block inputs kept at once, `blocks * tokens * width` values a sample. So many batches go through
-        the blocks together, one at least; each such group reads every block twice.
-    progress: shows how far each such walk through the blocks is, and the batches between the two.
-    team: whose processes share the batches, and all get all; each needs the hidden states of its own.
+    memory_bytes: limit for block inputs stored at once, `blocks * tokens * width` values per sample. As many batches
+        as fit go through the blocks together, at least one; each such group reads every block twice.
+    progress: reports each pass through the blocks, and the batches between the two passes.
+    team: its processes share the batches, and all get all results; each needs the hidden states of its own batches.
 
-    samples: see `trace_model`; trace: of these, as it gave it (not changed here). Parts outside the blocks must be
-    loaded.
+    samples: see `trace_model`; trace: its result for these samples (not changed here). The parts outside the blocks
+    must be loaded.
 
     Raises NumericalError naming the block where a gradient is not finite.
     """
@@ -109,9 +109,9 @@ def squared_gradients(
     entering = team.share(trace.hidden[0].shape[1] if team.first else 0)
     structure = model.structure
     tokens = [entering, *(form.shape[0] for form in trace.forms)]
-    # Of thousands of experts they would take more room than the model.
-    whole = [spec for spec in structure.linears if spec.experts is None]
-    squares = {spec.name: torch.zeros(len(samples), tokens[spec.block]) for spec in whole}
+    # For thousands of experts, these would take more memory than the model.
+    dense = [spec for spec in structure.linears if spec.experts is None]
+    squares = {spec.name: torch.zeros(len(samples), tokens[spec.block]) for spec in dense}
     totals: dict[str, list[float]] = {spec.name: [] for spec in structure.linears}
     walk = _Walk(model, trace, squares, totals, progress)
     end = EndLoss(model, trace.forms, samples, kind=loss, seed=seed)
@@ -125,12 +125,12 @@ def squared_gradients(
             _refuse_not_finite(gradient, "the head")
             batch.hidden.append(gradient)
         walk.backward(batches)
-    # Tokens of other processes are zeros here, and exact sums of totals do not depend on their order.
+    # Tokens of other processes are zeros here, and exact sums do not depend on the order of totals.
     parts = team.exchange(squares)
     gathered, partial = team.gather(totals), team.gather(sorted(walk.partial))
     return SquaredGradients(
-        {name: sum((each[name] for each in parts[1:]), parts[0][name]) for name in squares},
-        {name: fsum(chain.from_iterable(each[name] for each in gathered)) / end.predictions for name in totals},
+        {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in squares},
+        {name: fsum(chain.from_iterable(part[name] for part in gathered)) / end.predictions for name in totals},
         frozenset(chain.from_iterable(partial)),
     )
 
@@ -156,7 +156,7 @@ class _Walk:
                     batch.hidden.append(output.cpu())
 
     def backward(self, batches: Sequence[_Batch]) -> None:
-        """Use up the batches' hidden states, whose last are gradients, block by block; fills `squares`."""
+        """Consume the batches' hidden states, the last of which are gradients, block by block; fills `squares`."""
         device = self.model.device
         for depth, name, block in self.model.blocks("Gradients", self.progress, backward=True):
             for batch in batches:
@@ -169,7 +169,7 @@ class _Walk:
                 batch.hidden.append(gradient.cpu())
 
     def _watched(self, depth: int, batch: _Batch) -> ExitStack:
-        """Add the squared gradient at each linear's output to `squares` as it is computed; none is kept."""
+        """Add the squared gradient at each linear's output to `squares` as it is computed; no gradient is stored."""
         model, structure, stack = self.model.skeleton, self.model.structure, ExitStack()
         for spec in structure.linears:
             if spec.block == depth:
@@ -183,7 +183,7 @@ class _Walk:
         return stack
 
     def _watch(self, name: str, rows: Tensor | None) -> Callable[[nn.Module, Any, Tensor], None]:
-        """rows: of the tokens of the batch; None for a linear of an expert, and for a copy."""
+        """rows: the squares of the batch's tokens; None for a linear of an expert, and for a copy."""
 
         def add(gradient: Tensor) -> None:
             means = gradient.float().square().mean(-1)
@@ -195,14 +195,14 @@ class _Walk:
             if name not in self.squares or (rows is not None and not is_whole(output.shape[:-1], *rows.shape)):
                 self.partial.add(name)
             if output.requires_grad:
-                # A hook of the tensor, not of the module: a model may add to the output in place afterwards.
+                # The hook is on the tensor, not on the module: a model may add to the output in place afterwards.
                 output.register_hook(add)
 
         return watch
 
 
 def _groups(trace: Trace, numbers: Iterable[int], memory_bytes: int) -> Iterator[list[_Batch]]:
-    """Of the batches of these numbers successive ones, whose hidden states at one depth fit `memory_bytes` together."""
+    """Successive batches, in groups whose hidden states at one depth fit into `memory_bytes`."""
     group: list[_Batch] = []
     used = 0
     for number in numbers:
@@ -222,6 +222,6 @@ def _refuse_not_finite(gradient: Tensor, where: str) -> None:
         raise NumericalError(f"The gradient at the input of {where} is not finite in {dtype}; use `dtype=float32`.")
 
 
-def _of_mean_one(squares: Tensor) -> Tensor:
+def _with_mean_one(squares: Tensor) -> Tensor:
     mean = squares.double().mean()
     return squares / mean if mean > 0 else torch.ones_like(squares)

@@ -1,8 +1,8 @@
-"""Linears of a block by what they read and when, where experts of a mixture run side by side.
+"""Calibration order of a block's linears by their inputs, with the experts of a mixture side by side.
 
-Experts are alike: what one of them shows, that gate and up read one tensor and down what they make of it, holds for
-all, also for those that no token of the first batch was sent to. What an expert reads does not hang on the others, so
-all of them are calibrated in one pass, as far as memory goes; each in passes of its own would take hundreds.
+Experts are alike: if gate and up of one expert read the same tensor and down reads their product, this holds for all
+experts, even for those that receive no token of the first batch. The input of an expert does not depend on the other
+experts, so all of them are calibrated in one pass, as far as memory allows; separate passes would number hundreds.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from shiftadd_cli.source import LinearSpec
 
 Group = tuple[str, ...]
 
-# Moments of experts that are gathered at once, with all their copies; one expert's are in any case.
+# Upper limit for the moments of experts gathered at once, with all their copies; one expert always fits.
 ROOM_BYTES = 1 << 31
-# Of a moment: the sum of a shard, that of all shards, and in the end the moment itself.
+# Copies of a moment: the sum of a shard, the sum of all shards, and finally the moment itself.
 COPIES = 3
 
 
 def in_turns(groups: Sequence[Group], specs: Sequence[LinearSpec]) -> list[list[Group]]:
-    """The groups of `BlockStream.shared_inputs` by their turn: each alone, but those of a mixture that hold the same
-    projections together, for all of its experts.
+    """The groups of `BlockStream.shared_inputs`, by turn. Each group has its own turn, except that the groups of a
+    mixture with the same projections share one, for all of its experts.
 
-    specs: of all linears of the block.
+    specs: for all linears of the block.
     """
     by_kind = {spec.kind: spec for spec in specs}
     turns: list[list[Group]] = []
-    # Projections by the turn that is theirs.
-    alike: dict[int, tuple[str, set[str]]] = {}
+    # Mixture and projections of each shared turn.
+    shared: dict[int, tuple[str, set[str]]] = {}
     for group in groups:
         mixture = by_kind[group[0]].experts
         if mixture is None:
             turns.append([group])
             continue
         projections = {_projection(by_kind[kind]) for kind in group}
-        same = (own for place, own in alike.values() if place == mixture and own & projections)
-        if (known := next(same, None)) is not None:
-            known |= projections
+        same = (others for owner, others in shared.values() if owner == mixture and others & projections)
+        if (turn_projections := next(same, None)) is not None:
+            turn_projections |= projections
         else:
-            alike[len(turns)] = (mixture, projections)
+            shared[len(turns)] = (mixture, projections)
             turns.append([])
-    for turn, (mixture, projections) in alike.items():
+    for turn, (mixture, projections) in shared.items():
         members: dict[str, list[str]] = {}
         for spec in specs:
             if spec.experts == mixture and _projection(spec) in projections:
@@ -51,9 +51,9 @@ def in_turns(groups: Sequence[Group], specs: Sequence[LinearSpec]) -> list[list[
 
 
 def in_room(groups: Sequence[Group], specs: Sequence[LinearSpec], *, cross: bool) -> Iterator[list[Group]]:
-    """The groups in parts, in their order: all that are of no mixture in the first, and experts up to `ROOM_BYTES`.
+    """Split the groups into parts, in order, each with up to `ROOM_BYTES` of expert moments; other groups do not count.
 
-    cross: whether cross moments are gathered too.
+    cross: whether cross moments are also gathered.
     """
     by_kind = {spec.kind: spec for spec in specs}
     part: list[Group] = []
@@ -71,18 +71,18 @@ def in_room(groups: Sequence[Group], specs: Sequence[LinearSpec], *, cross: bool
 
 
 def enough_tokens(spec: LinearSpec, tokens: int) -> bool:
-    """Whether a linear that read so many tokens is calibrated on them: if it is of an expert, as many as its inputs.
+    """Whether a linear that read `tokens` tokens is calibrated on them; an expert needs at least one token per input.
 
-    A moment of fewer says nothing of some directions, and takes what it says of others for more than it is. On up and
-    down projections of blocks 3 and 20 of SmolLM2-135M, at 3 bits and on tokens of other windows, the output error of a
-    fit on half as many tokens as inputs was 0.71 to 1.59 times that of a fit by weights alone (1.07 in the geometric
-    mean), on as many 0.53 to 1.32 times (0.83), and on twice as many 0.39 to 0.95 times (0.60).
+    With fewer tokens, the moment misses some directions and overstates others. Measured on up and down projections of
+    blocks 3 and 20 of SmolLM2-135M, at 3 bits and on tokens of other windows, relative to a fit on weights alone: with
+    half as many tokens as inputs the output error was 0.71 to 1.59 times as large (geometric mean 1.07), with as many
+    tokens 0.53 to 1.32 times (0.83), and with twice as many 0.39 to 0.95 times (0.60).
     """
     return tokens > 0 and (spec.experts is None or tokens >= spec.in_features)
 
 
 def expert_bytes(width: int, *, cross: bool) -> int:
-    """What gathering the moments of one expert's input of so many features takes."""
+    """Bytes needed to gather the moments of one expert's input with `width` features."""
     return 4 * COPIES * (1 + cross) * width**2
 
 

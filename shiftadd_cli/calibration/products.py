@@ -1,5 +1,5 @@
-"""Sums of products of activations over tokens: where it is the faster by the compiled kernels, which take
-bfloat16 as it is, elsewhere by torch. `scripts/benchmark_solver.py` times both."""
+"""Sums of products of activations over tokens. They use the compiled kernels, which read bfloat16 directly, where
+these are faster than torch. `scripts/benchmark_solver.py` times both."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from shiftadd_cli.native.extension import TYPES, address, cpu_extension, instruction_sets
 
-# The sets of kernels that are faster than torch; on other processors its libraries are.
+# The kernel sets that are faster than torch; on other processors torch is faster.
 _FASTER = ("avx512_bf16", "avx512", "avx2")
-# Columns of a second moment that torch adds to at once.
+# Columns of a second moment that torch updates at once.
 _STRIP = 256
 
 
@@ -19,10 +19,10 @@ def add_products(
 ) -> None:
     """hessian += Σ w x xᵀ on and above the diagonal, and cross += Σ w x̃ xᵀ, in place; w: the squares of `roots`.
 
-    x: `[tokens, columns]` of any float dtype; other: x̃, of x's shape and dtype, or None, and then there is no cross.
+    x: `[tokens, columns]` of any float dtype; other: x̃, with x's shape and dtype, or None if there is no cross.
     roots: float32 `[tokens]`, not negative, or None for ones. hessian, cross: float32 `[columns, columns]`, contiguous;
-    below the diagonal `hessian` is left undefined. Products and sums are in float32. kernels: an instruction set, ""
-    for the best of all ways, "torch" for torch.
+    `hessian` is undefined below the diagonal. Products and sums are in float32. kernels: an instruction set, "" for the
+    fastest available, or "torch".
     """
     extension = cpu_extension()
     kernels = kernels or next((name for name in instruction_sets() if name in _FASTER), "torch")
@@ -30,17 +30,17 @@ def add_products(
         _add_by_torch(x, other, roots, hessian, cross)
         return
     tokens, columns = x.shape
-    # Addresses are passed on unseen, so a tensor of another size, dtype or order must not get there.
+    # The extension receives raw addresses, so it must not get a tensor of another size, dtype or order.
     sums = [hessian] if cross is None else [hessian, cross]
-    right = (
+    fits = (
         (other is None) == (cross is None)
         and (other is None or (other.shape, other.dtype) == (x.shape, x.dtype))
         and (roots is None or (roots.shape, roots.dtype) == ((tokens,), torch.float32))
-        and all((each.shape, each.dtype) == ((columns, columns), torch.float32) for each in sums)
-        and all(each.is_contiguous() for each in sums)
+        and all((matrix.shape, matrix.dtype) == ((columns, columns), torch.float32) for matrix in sums)
+        and all(matrix.is_contiguous() for matrix in sums)
     )
-    if not right:
-        raise ValueError(f"The tensors do not fit activations of {list(x.shape)}.")
+    if not fits:
+        raise ValueError(f"The tensors do not match activations of shape {list(x.shape)}.")
     x = _ready(x)
     other = None if other is None else _ready(other)
     roots = None if roots is None else roots.contiguous()
@@ -64,7 +64,7 @@ def _ready(x: Tensor) -> Tensor:
 
 def _add_by_torch(x: Tensor, other: Tensor | None, roots: Tensor | None, hessian: Tensor, cross: Tensor | None) -> None:
     rows = _weighted(x, roots)
-    # The matrix is symmetric: strips from the diagonal rightwards are little more than half the work.
+    # The matrix is symmetric: strips to the right of the diagonal are little more than half the work.
     for start in range(0, rows.shape[1], _STRIP):
         hessian[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
     if other is not None and cross is not None:
@@ -72,5 +72,5 @@ def _add_by_torch(x: Tensor, other: Tensor | None, roots: Tensor | None, hessian
 
 
 def _weighted(x: Tensor, roots: Tensor | None) -> Tensor:
-    # The root on both sides: the result is symmetric and positive whatever the rounding.
+    # With the root on both sides, the result is symmetric and positive despite rounding.
     return x.float() if roots is None else x.float() * roots.unsqueeze(1)

@@ -1,7 +1,8 @@
-"""The command `shiftadd`: finds the verbs, and turns what went wrong into one line and an exit code.
+"""The `shiftadd` command: loads the verbs, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 2 the user can cure it (one line, `Error: ...`), 3 another process of a team failed (one line too),
-130 interrupted (143 by SIGTERM, for a run that can go on). Anything else is a defect of ours and shows its traceback.
+Exit codes: 0 success; 2 an error the user can fix (one line, `Error: ...`); 3 another process of the team failed (also
+one line); 130 interrupted (143 by SIGTERM, for a run that can be resumed). Anything else is a bug in shiftadd and shows
+its traceback.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from shiftadd_cli.errors import Interrupted, ShiftaddError
 from shiftadd_cli.verbosity import Verbosity, verbosity
 from shiftadd_cli.version import __version__
 
-# Each verb is the attribute of that name, with `_` for `-`, in the module of that name in this package.
+# Each verb is a function in the module of the same name in this package, with `_` in place of `-`.
 VERBS = (
     "quantize",
     "allocate-bits",
@@ -39,33 +40,33 @@ VERBS = (
     "push",
 )
 
-# A field, or a field and its value, as errors name them.
+# A field name, or `field=value`, as it appears in error messages.
 _FIELD = re.compile(r"`(?P<field>[a-z_]+)(?:=(?P<value>[^`]*))?`")
 
 _CURES = {
     errno.ENOSPC: "the disk is full; free some space, or write to another disk",
     errno.EDQUOT: "the disk quota is used up; free some space, or write to another disk",
-    errno.EACCES: "permission denied; choose a place that you may read and write",
-    errno.EPERM: "permission denied; choose a place that you may read and write",
+    errno.EACCES: "permission denied; choose a location that you can read and write",
+    errno.EPERM: "permission denied; choose a location that you can read and write",
     errno.EROFS: "the file system is read-only; write to another one",
 }
 
 
 class _Curable(click.ClickException):
-    """Shown by click as `Error: ...` on standard error, always on one line."""
+    """An error that click shows as `Error: ...` on standard error, always on one line."""
 
     def __init__(self, message: str, exit_code: int = ShiftaddError.exit_code) -> None:
         super().__init__(" ".join(message.split()))
-        self.exit_code = exit_code  # type: ignore[misc] # click declares it as of the class
+        self.exit_code = exit_code  # type: ignore[misc] # click declares it on the class
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Nothing of a process for which another speaks."""
+        """Print the error, unless another process reports for this one."""
         if speaks():
             super().show(file)
 
 
 class _Group(click.Group):
-    """A group whose verbs are imported when they are asked for, so that none pays for the imports of another."""
+    """A group that imports each verb on first use, so that no verb pays for the imports of another."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -88,7 +89,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         _check_hub_settings()
         if launched_size() > 1:
-            # Before torch is imported, which tells of a process that is gone in pages of stack frames.
+            # Set before torch is imported: torch reports a lost process with pages of stack frames.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         try:
             return super().invoke(ctx)
@@ -99,8 +100,8 @@ class _Group(click.Group):
             if failure.errno not in _CURES:
                 raise
             _trace()
-            place = f"{failure.filename}: " if failure.filename is not None else ""
-            raise _Curable(f"{place}{_CURES[failure.errno]}.") from failure
+            prefix = f"{failure.filename}: " if failure.filename is not None else ""
+            raise _Curable(f"{prefix}{_CURES[failure.errno]}.") from failure
         except Interrupted as stop:
             if speaks():
                 click.echo(str(stop), err=True)
@@ -112,12 +113,12 @@ class _Group(click.Group):
 
 
 def _with_flags(message: str, ctx: click.Context) -> str:
-    """The text of an error with the flags of the command in place of fields: `seq_len` becomes --seq-len, `seq_len=64`
-    becomes --seq-len 64, and `resume=False` --no-resume."""
+    """The error message with fields replaced by command-line flags: `seq_len` becomes --seq-len, `seq_len=64` becomes
+    --seq-len 64, and `resume=False` becomes --no-resume."""
     assert isinstance(ctx.command, click.Group), "the group of verbs"
     command = ctx.command.get_command(ctx, ctx.invoked_subcommand or "")
     options = [option for option in command.params if isinstance(option, click.Option)] if command is not None else []
-    # Options of another verb or recipe may be the cure.
+    # The fix may be an option of another verb or of the recipe.
     names = {name.removeprefix("--").replace("-", "_") for option in options for name in option.opts}
 
     def flag(match: re.Match[str]) -> str:
@@ -139,31 +140,31 @@ def _fields() -> Collection[str]:
 
 
 def _prepare_streams() -> None:
-    """Let output never fail: what a terminal or pipe cannot show is escaped, and what is closed is passed over."""
+    """Make output never fail: escape characters that the terminal or pipe cannot show, and ignore closed streams."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process exits
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _check_text(argument: str) -> None:
-    """Refuse an argument that holds bytes of another encoding: libraries and files of ours take UTF-8 alone."""
+    """Refuse an argument with bytes of another encoding: our files and the libraries only accept UTF-8."""
     try:
         argument.encode()
     except UnicodeEncodeError as failure:
         encoding = sys.getfilesystemencoding()
         cure = "rename the file" if encoding == "utf-8" else "set LC_ALL=C.UTF-8, or rename the file"
-        raise _Curable(f"The argument {argument!r} is no text in {encoding}; {cure}.") from failure
+        raise _Curable(f"The argument {argument!r} is not valid {encoding} text; {cure}.") from failure
 
 
 def _check_hub_settings() -> None:
-    """Refuse settings on which the hub's client fails when it is imported."""
+    """Refuse settings that make the import of the hub client fail."""
     try:
         urlsplit(os.environ.get("HF_ENDPOINT", ""))
     except ValueError as failure:
-        raise _Curable(f"HF_ENDPOINT is {os.environ['HF_ENDPOINT']!r}, which is no address; unset it.") from failure
+        raise _Curable(f"HF_ENDPOINT is {os.environ['HF_ENDPOINT']!r}, which is not a URL; unset it.") from failure
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         value = os.environ.get(name)
         try:
@@ -171,11 +172,11 @@ def _check_hub_settings() -> None:
         except ValueError as failure:
             raise _Curable(f"{name} is {value!r} and must be a number of seconds, such as 10.") from failure
         if value == "":
-            raise _Curable(f"{name} is empty and must be a number of seconds, such as 10; or unset it.")
+            raise _Curable(f"{name} is empty; set it to a number of seconds, such as 10, or unset it.")
 
 
 def _trace() -> None:
-    """Where the error in hand arose, if that was asked for."""
+    """Print the traceback of the current error if --verbose was given."""
     if verbosity() is Verbosity.VERBOSE and speaks():
         traceback.print_exc()
 

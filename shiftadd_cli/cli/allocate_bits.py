@@ -1,4 +1,4 @@
-"""`shiftadd allocate-bits`: the right number of bits for every layer."""
+"""`shiftadd allocate-bits`: choose the number of bits for every layer."""
 
 from __future__ import annotations
 
@@ -26,68 +26,68 @@ from shiftadd_cli.cli.options import (
     metavar="PLAN",
     type=click.Path(path_type=Path),
     required=True,
-    help="File to write, for `shiftadd quantize --bit-plan`.",
+    help="Plan file to write, for `shiftadd quantize --bit-plan`.",
 )
 @click.option(
     "--avg-bits",
     type=float,
-    help="Stored bits per weight of the quantized layers, planes, scales and everything counted, not to be passed.",
+    help="Upper limit on the stored bits per weight of the quantized layers, with planes, scales and all overhead.",
 )
-@click.option("--target-size", metavar="SIZE", help="Size of all weight files not to be passed, such as 70MB.")
+@click.option("--target-size", metavar="SIZE", help="Upper limit on the size of all weight files, such as 70MB.")
 @click.option(
     "--max-divergence",
     metavar="NATS",
     type=float,
-    help="Predicted loss, in nats a token (or an image), not to be passed: gives the smallest plan. Predicted, not "
-    "measured.",
+    help="Upper limit on the loss, in nats per token (or image): gives the smallest plan within it. The loss is "
+    "predicted, not measured.",
 )
 @click.option(
     "--cost",
     type=click.Choice(("bits", "latency", "energy")),
     default="bits",
     show_default=True,
-    help="What the budget is of: stored bits, or what a table of yours says layers cost.",
+    help="Quantity that the budget limits: stored bits, or the cost of the layers from a table of yours.",
 )
 @click.option(
     "--cost-table",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="What layers cost at each number of bits, for --cost latency or energy; docs/bits.md says its form.",
+    help="File with the cost of each layer at each number of bits, for --cost latency or energy; see docs/bits.md.",
 )
-@click.option("--max-cost", type=float, help="Cost of all quantized layers not to be passed, in the table's unit.")
+@click.option("--max-cost", type=float, help="Upper limit on the cost of all quantized layers, in the table's unit.")
 @click.option(
     "--sensitivity",
     type=click.Choice(("output", "divergence", "paper")),
     default="output",
     show_default=True,
-    help="How to tell what bits matter to a layer: 'output' takes its real error and the curvature of the model's "
-    "loss, and measures a few layers of each kind; 'divergence' measures all, by replacing each alone and running the "
-    "model, which takes far longer; 'paper' takes the criterion of ShiftAddLLM.",
+    help="How to estimate each layer's sensitivity to its bits: 'output' uses the layer's actual error and the "
+    "curvature of the model's loss, and measures a few layers of each kind; 'divergence' measures every layer by "
+    "replacing it alone and running the model, which takes far longer; 'paper' uses the criterion of ShiftAddLLM.",
 )
 @click.option(
     "--keep",
     metavar="PATTERN=BITS",
     multiple=True,
-    help="Layers that get these bits, or shift1 or shift2; may be repeated.",
+    help="Fix the bits of matching layers: a number, shift1 or shift2; may be repeated.",
 )
 @click.option(
     "--tie",
     metavar="PATTERN,PATTERN",
     multiple=True,
-    help="Layers that get equal bits inside each block; may be repeated.",
+    help="Give matching layers of a block equal bits; may be repeated.",
 )
 @click.option(
     "--curve",
     metavar="FIRST:LAST:STEP",
-    help="Show the loss predicted at these average bits as well, such as 2.25:4:0.25.",
+    help="Also show the predicted loss at these average bits, such as 2.25:4:0.25.",
 )
 @click.option(
     "--plot",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Draw the plan, and the loss predicted at every size, as .svg, .png or .pdf; needs matplotlib.",
+    help="Plot the plan, and the predicted loss at every size, as .svg, .png or .pdf; needs matplotlib.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace PLAN and the picture if they exist.")
+@click.option("--overwrite", is_flag=True, help="Replace PLAN and the plot if they exist.")
 @remote_code_option
 @team_timeout_option
 @recipe_choice
@@ -114,10 +114,9 @@ def allocate_bits(
 ) -> None:
     """Choose the bits of every layer of MODEL under a budget and write them to a plan.
 
-    Measures on calibration data how much the bits of every layer matter, and remembers it in $SHIFTADD_CACHE (by
-    default ~/.cache/shiftadd), so that another budget costs seconds. The choice is optimal for what was measured. Give
-    the recipe and its options as for `shiftadd quantize`. Several processes share the measuring where torchrun starts
-    them.
+    The sensitivity of every layer is measured on calibration data and cached in $SHIFTADD_CACHE (default:
+    ~/.cache/shiftadd), so that another budget takes seconds. The choice is optimal for the measured sensitivities. Give
+    the recipe and its options as for `shiftadd quantize`. Under torchrun, several processes share the measurements.
     """
     import time
 
@@ -154,7 +153,7 @@ def allocate_bits(
         return
     plan = job.choose(sensitivities)
     write_plan(plan, out)
-    linears = [each.spec for each in job.linears]
+    linears = [linear.spec for linear in job.linears]
     click.echo(describe_bit_plan(plan, linears))
     if isinstance(budget, CostLimit):
         click.echo(

@@ -1,4 +1,4 @@
-"""`shiftadd benchmark`: how fast a compressed model is."""
+"""`shiftadd benchmark`: measure the speed of a compressed model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shiftadd_cli.cli.options import a_model, dtype_option, remote_code_option, 
 
 
 class _Lengths(click.ParamType):
-    """`128,512` becomes a tuple of numbers above 0."""
+    """Converts `128,512` to a tuple of positive integers."""
 
     name = "n,n,..."
 
@@ -20,7 +20,7 @@ class _Lengths(click.ParamType):
             return value
         parts = str(value).split(",")
         if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is no list of numbers above 0, such as 128,512.", param, ctx)
+            self.fail(f"{value!r} is not a list of positive integers, such as 128,512.", param, ctx)
         return tuple(map(int, parts))
 
 
@@ -30,30 +30,30 @@ class _Lengths(click.ParamType):
     "--against",
     metavar="ORIGINAL",
     shell_complete=a_model,
-    help="Model to compare with, measured in the type it computes in and in float32.",
+    help="Model to compare with; it is measured in its own data type and in float32.",
 )
 @click.option(
     "--prompt-tokens",
     type=_Lengths(),
     metavar="N,N,...",
-    help="Lengths of the prompts to read.  [default: 128,512, as far as the model's context reaches]",
+    help="Prompt lengths, in tokens.  [default: 128,512, if the model's context allows]",
 )
 @click.option(
     "--new-tokens",
     type=click.IntRange(min=2),
-    help="Tokens to write after the shortest prompt.  [default: 64, or half of the positions if fewer]",
+    help="Tokens to generate after the shortest prompt.  [default: 64, or half of the context if that is less]",
 )
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
-    help="Prompts to read and go on with, or images to look at, at once.  [default: 1 prompt; 1 and 16 images]",
+    help="Batch size, in prompts or images.  [default: 1 prompt; 1 and 16 images]",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="How often everything is measured, in turns.",
+    help="How many times to measure everything, with the candidates taking turns.",
 )
 @threads_option
 @dtype_option
@@ -62,7 +62,7 @@ class _Lengths(click.ParamType):
     "--layers/--no-layers",
     default=True,
     show_default=True,
-    help="Measure every kind of compressed layer by itself as well, beside dense ones and the speed of the memory.",
+    help="Also measure each kind of compressed layer on its own, along with dense layers and memory bandwidth.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on standard output.")
 def benchmark(
@@ -78,12 +78,12 @@ def benchmark(
     layers: bool,
     as_json: bool,
 ) -> None:
-    """Measure how fast OUT runs on this machine's CPU, and with --against how much faster than the original.
+    """Measure how fast OUT runs on this machine's CPU and, with --against, the speedup over the original.
 
-    OUT is a folder written by `shiftadd quantize`, or an original: of a language model the reading of prompts and the
-    writing after them are measured, of a vision model the looking at images. Models and layers take
-    turns in every round, so that what else the machine does falls on all alike; medians are shown. Weights of single
-    layers are read from memory, not from the cache, as in a model. --dtype is that of OUT.
+    OUT is a folder written by `shiftadd quantize`, or an original model. Language models are measured in prefill and
+    decode, vision models in images per second. Models and layers take turns in every round, so that other load on the
+    machine affects all of them alike; medians are shown. The weights of single layers are read from memory and not from
+    the cache, as in a full model. --dtype applies to OUT.
     """
     from transformers.utils import logging
 

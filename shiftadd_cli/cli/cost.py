@@ -1,4 +1,4 @@
-"""`shiftadd cost`: what a checkpoint takes in memory, and by a model of hardware in energy."""
+"""`shiftadd cost`: the memory of a checkpoint, and its energy by a hardware model."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     "--unit-costs",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="YAML file of what single operations cost.  [default: 45 nm, from the literature]",
+    help="YAML file with the energy of single operations.  [default: 45 nm, from the literature]",
 )
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Tokens computed at once, which share one read of the weights.",
+    help="Batch size: tokens that share one read of the weights.",
 )
 @click.option(
     "--cost-table",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Write the energy of every shape at 1 to 8 bits as well, for `shiftadd allocate-bits --cost energy`.",
+    help="Also write the energy of every layer shape at 1 to 8 bits, for `shiftadd allocate-bits --cost energy`.",
 )
 @remote_code_option
 @click.option("--json", "as_json", is_flag=True, help="Print the costs as JSON, and nothing else.")
@@ -45,11 +45,11 @@ def cost(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Show what the checkpoint OUT takes: bytes by part, and the operations and energy of one token.
+    """Show the cost of the checkpoint OUT: bytes by part, and the operations and energy of one token.
 
-    Energy is modelled, from literature values for single operations, for OUT and for the same model in 16-bit floats
-    and in 8- and 4-bit integers; how good those would be is not said. Time is not modelled: `shiftadd benchmark`
-    measures it. Reads headers only.
+    Energy is modelled from literature values for single operations, for OUT and for the same model in 16-bit floats
+    and in 8- and 4-bit integers, whose quality is not considered. Time is not modelled; `shiftadd benchmark` measures
+    it. Only reads file headers.
     """
     from shiftadd_cli.artifact.folder import Artifact
     from shiftadd_cli.report.cost import energy_table, model_cost
@@ -108,16 +108,19 @@ def _rows(costs: tuple[WayCost, ...]) -> list[list[str]]:
 
     first = costs[0]
     rows = []
-    for each in costs:
-        counts = each.counts
+    for way_cost in costs:
+        counts = way_cost.counts
         grouped = (("fp16_multiply", "int8_multiply"), ("fp32_add", "int32_add"), ("shift",))
         rows.append(
             [
-                WAYS[each.way],
+                WAYS[way_cost.way],
                 *(f"{sum(counts.get(name, 0) for name in names) / 1e6:.1f} M" for names in grouped),
-                *(f"{value / 1e6:.0f} uJ" for value in (each.arithmetic, each.on_chip, each.dram, each.total)),
-                f"{each.total / first.total:.1%}",
-                f"{each.arithmetic / first.arithmetic:.1%}",
+                *(
+                    f"{value / 1e6:.0f} uJ"
+                    for value in (way_cost.arithmetic, way_cost.on_chip, way_cost.dram, way_cost.total)
+                ),
+                f"{way_cost.total / first.total:.1%}",
+                f"{way_cost.arithmetic / first.arithmetic:.1%}",
             ]
         )
     return rows

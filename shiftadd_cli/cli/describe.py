@@ -17,22 +17,22 @@ from shiftadd_cli.source.positions import position_limit
 
 
 def describe_plan(plan: Plan) -> str:
-    """Layers, bits, sizes and memory of a plan, for reading before the work."""
+    """Layers, bits, sizes and memory of a plan, shown before the work starts."""
     kinds: dict[str, list[int]] = {}
-    for index, each in enumerate(plan.linears):
-        kinds.setdefault(alike(each.spec.kind), []).append(index)
+    for index, linear in enumerate(plan.linears):
+        kinds.setdefault(alike(linear.spec.kind), []).append(index)
     rows = []
     for kind, members in kinds.items():
         specs = [plan.linears[i].spec for i in members]
         weights = sum(plan.linears[i].spec.out_features * plan.linears[i].spec.in_features for i in members)
         stored = sum(plan.linears[i].layout.nbytes for i in members)
-        shape = " x ".join(_span([getattr(each, side) for each in specs]) for side in ("out_features", "in_features"))
+        shape = " x ".join(_span([getattr(spec, side) for spec in specs]) for side in ("out_features", "in_features"))
         bits = choices_in_words(plan.linears[i].layout.format.choice for i in members)
         rows.append((kind, str(len(members)), shape, bits, f"{8 * stored / weights:.3f}", size(stored)))
     reasons: dict[str, int] = {}
     for _, reason in plan.kept_modules:
         reasons[reason] = reasons.get(reason, 0) + 1
-    kept = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
+    unchanged = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
     source = plan.source
     before = source.model_bytes
     after = f"{'at most ' if plan.open_bits else ''}{size(plan.most_bytes)}"
@@ -46,11 +46,12 @@ def describe_plan(plan: Plan) -> str:
             "",
             *_bit_plan(plan),
             *(
-                f"8-bit rows    {size(each.nbytes)}: {' and '.join(each.modules)}, {' x '.join(map(str, each.shape))}"
-                for each in plan.tables
+                f"8-bit rows    {size(matrix.nbytes)}: {' and '.join(matrix.modules)}, "
+                f"{' x '.join(map(str, matrix.shape))}"
+                for matrix in plan.tables
             ),
             *_partial(plan),
-            f"Kept          {size(plan.kept_bytes)} in {dtype}: {kept}",
+            f"Kept          {size(plan.kept_bytes)} in {dtype}: {unchanged}",
             *(f"Not read      {left}" for left in source.left_behind),
             f"Size          {size(before)} in {dtype} (files: {size(source.file_bytes)}) -> {after}, "
             f"{plan.whole_bits_per_weight:.3f} bits/weight over the whole file",
@@ -63,8 +64,8 @@ def describe_plan(plan: Plan) -> str:
 
 def _span(sizes: list[int]) -> str:
     """`384`, or `96-768` where stages differ."""
-    found = sorted(set(sizes))
-    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+    distinct = sorted(set(sizes))
+    return str(distinct[0]) if len(distinct) == 1 else f"{distinct[0]}-{distinct[-1]}"
 
 
 def _calibration(plan: Plan) -> list[str]:
@@ -80,14 +81,14 @@ def _calibration(plan: Plan) -> list[str]:
     if any(part.spec == text_builtin.NAME for part in parse_mixture(recipe.calibration)):
         lines += _wrapped(
             "Warning",
-            "the builtin text is the documentation of Python; a model for anything else is better calibrated on self, "
-            "or on a file of its own kind of text",
+            "the builtin text is the documentation of Python; for a model with any other use, self or a file of "
+            "similar text is better calibration data",
         )
     return lines
 
 
 def _wrapped(title: str, text: str) -> list[str]:
-    """A title and a text of several lines beside it."""
+    """A title with a text next to it, wrapped to several lines."""
     return textwrap.wrap(text, 120, initial_indent=f"{title:<14}", subsequent_indent=" " * 14)
 
 
@@ -111,20 +112,20 @@ def _partial(plan: Plan) -> list[str]:
 def _computed(plan: Plan) -> list[str]:
     if plan.running is plan.source:
         return []
-    stored, computed = (dtype_name(each.dtype) for each in (plan.source, plan.running))
+    stored, computed = (dtype_name(source.dtype) for source in (plan.source, plan.running))
     return [f"Computed      in {computed}, since this processor has no instructions for {stored}"]
 
 
 def _bit_plan(plan: Plan) -> list[str]:
     if plan.open_bits:
         return [
-            f"Bit plan      at most {plan.recipe.avg_bits:g} stored bits per weight on average, given to layers by how "
-            "much each turns out to matter; above is the least"
+            f"Bit plan      at most {plan.recipe.avg_bits:g} stored bits per weight on average, assigned to layers by "
+            "their measured sensitivity; above is the least"
         ]
     if plan.bit_plan is None:
         return []
-    made = plan.bit_plan.made_by
+    budget = plan.bit_plan.made_by.budget
     return [
-        f"Bit plan      {plan.recipe.bit_plan or made.budget}: {plan.planes_per_weight:.3f} planes, "
+        f"Bit plan      {plan.recipe.bit_plan or budget}: {plan.planes_per_weight:.3f} planes, "
         f"{plan.bits_per_weight:.3f} stored bits per weight on average"
     ]

@@ -1,4 +1,4 @@
-"""A benchmark as text for a terminal or a log: ratios first, medians with the lowest and the highest."""
+"""A benchmark as text for a terminal or a log: ratios first, then medians with minimum and maximum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shiftadd_cli.sizes import size
 
 
 def describe_benchmark(result: Benchmark) -> str:
-    """Tables of the models and of the layers, and how they were measured."""
+    """Tables of the models and the layers, followed by the measurement conditions."""
     first = result.models[0]
     lines = [_models(result), ""]
     if result.roof is not None and result.layers:
@@ -37,14 +37,14 @@ def describe_benchmark(result: Benchmark) -> str:
     if result.roof is not None:
         lines.append(
             f"Memory        read at {result.roof.bytes_per_second / 1e9:.1f} GB/s at best "
-            f"({result.roof.method} over {size(result.roof.buffer_bytes)}); shares of this are the layers' in one call"
+            f"({result.roof.method} over {size(result.roof.buffer_bytes)}); the table gives each call's share of this"
         )
         if not result.layers:
             lines.append("Layers        none: the model has no compressed linear layer")
         elif any(not way.cold for layer in result.layers for way in (layer.compressed, *layer.dense)):
             lines.append(
-                "In cache      the copies of the weight that calls go through in turn are not larger than the "
-                "last-level cache, so that no share can be told"
+                "In cache      the copies of the weight that the calls cycle through fit in the last-level cache, so "
+                "no share can be given"
             )
     return "\n".join(lines)
 
@@ -54,32 +54,32 @@ def _models(result: Benchmark) -> str:
     gains = [first.gains_over(other) for other in others]
 
     def row(label: str, cells: Iterable[str], gain: str | None = None) -> list[str]:
-        ratios = ["" if gain is None else _ratio(each[gain]) for each in gains]
+        ratios = ["" if gain is None else _ratio(over[gain]) for over in gains]
         return [label, *ratios, *cells]
 
     models = result.models
     rows = [
         *(
-            row(f"{name}, {first.unit}/s", (_spread(each.work[name].rate) for each in models), name)
+            row(f"{name}, {first.unit}/s", (_spread(model.work[name].rate) for model in models), name)
             for name in first.work
         ),
-        row("load, s", (_spread(each.load.seconds) for each in models), "load"),
-        row("weights in memory", (size(each.weight_bytes) for each in models), "weights in memory"),
+        row("load, s", (_spread(model.load.seconds) for model in models), "load"),
+        row("weights in memory", (size(model.weight_bytes) for model in models), "weights in memory"),
         row("process grew by", map(_grown, models)),
-        row("size on disk", (size(each.info.file_bytes) for each in models), "size on disk"),
-        *(row(f"cores busy, {name}", (_spread(each.work[name].cores) for each in models)) for name in first.work),
+        row("size on disk", (size(model.info.file_bytes) for model in models), "size on disk"),
+        *(row(f"cores busy, {name}", (_spread(model.work[name].cores) for model in models)) for name in first.work),
     ]
     names = _short_names(models)
     return table(["", *(f"x {name}" for name in names[1:]), *names], rows)
 
 
 def _short_names(models: Sequence[ModelSpeed]) -> list[str]:
-    """Specs without the folders before them, unless that makes two models alike, and dtypes."""
-    specs = [each.info.spec for each in models]
+    """Specs and dtypes; parent folders are dropped from the specs unless that makes two models look alike."""
+    specs = [model.info.spec for model in models]
     short = {spec: Path(spec).name or spec for spec in specs}
     if len(set(short.values())) < len(short):
         short = {spec: spec for spec in specs}
-    return [f"{short[each.info.spec]}, {each.info.dtype}" for each in models]
+    return [f"{short[model.info.spec]}, {model.info.dtype}" for model in models]
 
 
 def _layers(layers: tuple[LayerSpeed, ...], roof: Roof) -> str:
@@ -123,9 +123,9 @@ def _micro(timed: Timed) -> str:
     return _spread(Spread(tuple(1e6 * value for value in timed.seconds.values)))
 
 
-def _grown(each: ModelSpeed) -> str:
-    # Of a tiny model, less than the process gives back and takes by itself.
-    return "-" if each.resident_bytes is None else size(max(0.0, each.resident_bytes.median))
+def _grown(model: ModelSpeed) -> str:
+    # For a tiny model, the growth can be smaller than the process's own fluctuation, and so negative.
+    return "-" if model.resident_bytes is None else size(max(0.0, model.resident_bytes.median))
 
 
 def _ratio(spread: Spread) -> str:
@@ -137,9 +137,9 @@ def _spread(spread: Spread) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits or more."""
+    """The number with at least three digits."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -12,22 +12,24 @@ from shiftadd_cli.cli.summary import table
 from shiftadd_cli.sizes import size
 from shiftadd_cli.source import LinearSpec
 
-# Of the loss predicted, by sensitivity.
+# Unit of the predicted loss, by sensitivity.
 UNITS = {"output": "nats/token", "divergence": "nats/token", "paper": "no unit"}
-# What a model without class scores loses is 1 - cosine of its features.
+# The loss of a model without class scores is 1 - cosine of its features.
 IMAGE_UNITS = dict.fromkeys(("output", "divergence"), "nats/image, or 1 - cosine of features")
 
 
 def unit_of(plan: BitPlan) -> str:
-    """What the losses of a plan are in."""
-    made = plan.made_by
-    units = UNITS if made.calibration.seq_len is not None else IMAGE_UNITS
-    return units.get(made.sensitivity, "no unit")
+    """The unit of the losses of a plan."""
+    origin = plan.made_by
+    units = UNITS if origin.calibration.seq_len is not None else IMAGE_UNITS
+    return units.get(origin.sensitivity, "no unit")
 
 
 def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
-    """Bits by kind and depth, of experts those that most have, what they store and what they are predicted to cost,
-    beside equal bits for all."""
+    """Table of bits by kind and depth, stored size and predicted loss, compared with equal bits for all layers.
+
+    For experts, it shows the most common bits of a block.
+    """
     kinds: dict[str, list[LinearSpec]] = {}
     for spec in linears:
         kinds.setdefault(alike(spec.kind), []).append(spec)
@@ -39,7 +41,7 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
         depths: dict[int, Counter[str]] = {}
         for spec in members:
             depths.setdefault(spec.block, Counter()).update((symbols[plan.layers[spec.name].bits],))
-        usual = {block: found.most_common(1)[0][0] for block, found in depths.items()}
+        usual = {block: counts.most_common(1)[0][0] for block, counts in depths.items()}
         over_depth = "".join(usual.get(block, "-") for block in range(max(spec.block for spec in linears) + 1))
         rows.append((kind, over_depth, *_numbers(layers, [layer.bits for layer in layers])))
     layers = list(plan.layers.values())
@@ -47,18 +49,18 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
     for bits in candidates:
         if all(bits in layer.bytes for layer in layers):
             rows.append((f"uniform {bits}", "", *_numbers(layers, [bits] * len(layers))))
-    made = plan.made_by
+    origin = plan.made_by
     unit = unit_of(plan)
     return "\n".join(
         (
             table(("layers", "bits from first to last block", "planes", "bits/weight", "predicted loss"), rows),
             "",
             *_letters(symbols),
-            f"Budget        {made.budget}",
+            f"Budget        {origin.budget}",
             f"Stored        {size(plan.stored_bytes)} for the quantized layers: {plan.bits_per_weight:.3f} stored bits "
             f"per weight, {plan.planes_per_weight:.3f} planes",
-            f"Predicted     {plan.predicted_loss:.4g} ({unit}), from the sensitivity '{made.sensitivity}' on "
-            f"{made.calibration.name}, {made.calibration.amount}",
+            f"Predicted     {plan.predicted_loss:.4g} ({unit}), from the sensitivity '{origin.sensitivity}' on "
+            f"{origin.calibration.name}, {origin.calibration.amount}",
         )
     )
 
@@ -69,7 +71,7 @@ def _letters(symbols: Mapping[Choice, str]) -> list[str]:
 
 
 def describe_front(plans: Sequence[BitPlan]) -> str:
-    """Size against predicted loss, one plan a line."""
+    """Size against predicted loss, one plan per line."""
     rows = [
         (
             plan.made_by.budget,
@@ -85,7 +87,7 @@ def describe_front(plans: Sequence[BitPlan]) -> str:
 
 def _numbers(layers: Sequence[PlannedLayer], bits: Sequence[Choice]) -> tuple[str, str, str]:
     weights = sum(layer.weights for layer in layers)
-    planes = sum(bits_of_choice(each) * layer.weights for layer, each in zip(layers, bits, strict=True)) / weights
-    stored = 8 * sum(layer.bytes[each] for layer, each in zip(layers, bits, strict=True)) / weights
-    loss = sum(layer.cost[each] for layer, each in zip(layers, bits, strict=True))
+    planes = sum(bits_of_choice(choice) * layer.weights for layer, choice in zip(layers, bits, strict=True)) / weights
+    stored = 8 * sum(layer.bytes[choice] for layer, choice in zip(layers, bits, strict=True)) / weights
+    loss = sum(layer.cost[choice] for layer, choice in zip(layers, bits, strict=True))
     return f"{planes:.3f}", f"{stored:.3f}", f"{loss:.4g}"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "--against",
     metavar="ORIGINAL",
     shell_complete=a_model,
-    help="Model to measure KL divergence and top-token agreement from.",
+    help="Reference model for KL divergence and top-token agreement.",
 )
 @click.option(
     "--dataset",
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     default="builtin",
     show_default=True,
     help="Test text: 'builtin' (held-out documentation of Python, needs no download), wikitext2, c4, ptb, or a .txt, "
-    ".jsonl or .parquet file (field or column 'text', or 'messages' of conversations). For vision models images: "
-    "'builtin' (held-out digits of scikit-learn), a folder (a sub-folder for each class, or a table of labels), a "
-    ".parquet file, or a data set of the hub as NAME or NAME:SPLIT.",
+    ".jsonl or .parquet file (field or column 'text', or 'messages' for conversations). Test images for vision models: "
+    "'builtin' (held-out digits from scikit-learn), a folder (one subfolder per class, or a table of labels), a "
+    ".parquet file, or a hub dataset as NAME or NAME:SPLIT.",
 )
 @click.option(
     "--max-images",
     type=click.IntRange(min=1),
-    help="Use only so many images, evenly from the first to the last.  [default: all]",
+    help="Use at most this many images, evenly spaced over the data set.  [default: all]",
 )
 @scoring_options
 @click.option(
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="Windows or images run at once; more needs more memory.",
+    help="Batch size, in windows or images; larger batches need more memory.",
 )
 @click.option(
-    "--device", default="auto", show_default=True, help="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ..."
+    "--device", default="auto", show_default=True, help="Device to run on: 'auto', 'cpu', 'cuda', 'cuda:1', ..."
 )
 @remote_code_option
 @team_timeout_option
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 @click.option(
     "--save",
     is_flag=True,
-    help="Keep what was measured in evaluation.json in each compressed MODEL, for `shiftadd report`.",
+    help="Save the results to evaluation.json in each compressed MODEL, for `shiftadd report`.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on standard output.")
 def evaluate(
@@ -80,14 +80,14 @@ def evaluate(
     save: bool,
     as_json: bool,
 ) -> None:
-    """Measure the perplexity, or accuracy on images, of each MODEL, and with --against its distance from the original.
+    """Measure the perplexity or image accuracy of each MODEL and, with --against, its distance from the original.
 
-    MODEL is a folder written by `shiftadd quantize`, or an original: a hub id, a folder with safetensors, a .gguf file,
-    or `demo`. The text is tokenised as one string and cut into windows, each beginning with the special tokens that the
-    tokenizer puts before a text, such as <bos>. Every token behind these is scored, or behind a window's first.
-    With --tasks the models answer those instead, and the original of --against answers first.
-    Several processes share the windows where torchrun starts them; each holds all models.
-    Vision models are measured on images: top-1 and top-5 accuracy, or without a head that of the nearest neighbours.
+    MODEL is a folder written by `shiftadd quantize`, or an original: a hub id, a folder with safetensors files, a .gguf
+    file, or `demo`. The text is tokenised as one string and cut into windows. Each window begins with the special
+    tokens that the tokenizer puts before a text, such as <bos>. Every token after these is scored; without special
+    tokens, every token after the first. With --tasks, the models are scored on those tasks instead, and the original
+    of --against comes first. Under torchrun, several processes share the windows, and each loads all models. Vision
+    models are measured on images: top-1 and top-5 accuracy, or nearest-neighbour accuracy for models without a head.
     """
     check_options(click.get_current_context())
     from transformers.utils import logging
@@ -135,10 +135,10 @@ def evaluate(
         )
     if not team.first:
         return
-    for each in result.models:
-        if each.calibrated_on_test:
+    for measured in result.models:
+        if measured.calibrated_on_test:
             click.echo(
-                f"Warning: {each.info.spec} was calibrated on the very data it is measured on, which flatters it; "
+                f"Warning: {measured.info.spec} was calibrated on the very data it is measured on, which flatters it; "
                 "choose another --dataset.",
                 err=True,
             )
@@ -157,7 +157,7 @@ def _describe(result: Evaluation) -> str:
     header = ["model", "perplexity", "size", "file bits/weight", "layer bits/weight", "seconds"]
     if result.original is not None:
         header[2:2] = ["KL, nats/token", "same top token"]
-    rows = [_row(each, compared=result.original is not None) for each in everyone]
+    rows = [_row(model, compared=result.original is not None) for model in everyone]
     part = "" if result.tokens == result.text_tokens else f" (the first of {result.text_tokens:,})"
     longest = ", as many as there are positions for" if result.context == result.positions else ""
     lines = [
@@ -174,11 +174,11 @@ def _describe(result: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _row(each: ModelResult[Score], *, compared: bool) -> list[str]:
+def _row(model: ModelResult[Score], *, compared: bool) -> list[str]:
     from shiftadd_cli.report.uncertainty import with_error
     from shiftadd_cli.sizes import size
 
-    info, score = each.info, each.score
+    info, score = model.info, model.score
     layers = "-" if info.quantized_bits_per_weight is None else f"{info.quantized_bits_per_weight:.3f}"
     row = [
         info.spec,

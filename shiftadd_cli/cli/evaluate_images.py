@@ -1,4 +1,4 @@
-"""What `shiftadd evaluate` prints of vision models, and what it prints of any."""
+"""Output of `shiftadd evaluate` for vision models, and the lines that all models share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from shiftadd_cli.evaluation.compare_images import ImageEvaluation
     from shiftadd_cli.evaluation.result import ModelResult
 
-# Columns of scores: field, title, whether it is a share. Those that no model has are left out.
+# Score columns: field, title, whether it is a share. Columns that no model has are omitted.
 _SCORES = (
     ("top1", "top-1", True),
     ("top5", "top-5", True),
@@ -26,7 +26,7 @@ def describe_images(result: ImageEvaluation) -> str:
     from shiftadd_cli.sizes import size
 
     everyone = ([] if result.original is None else [result.original]) + list(result.models)
-    shown = [each for each in _SCORES if any(getattr(model.score, each[0]) is not None for model in everyone)]
+    shown = [column for column in _SCORES if any(getattr(model.score, column[0]) is not None for model in everyone)]
     header = ["model", *(title for _, title, _ in shown), "size", "file bits/weight", "layer bits/weight", "seconds"]
     rows = []
     for model in everyone:
@@ -52,11 +52,11 @@ def describe_images(result: ImageEvaluation) -> str:
 
 
 def computed(everyone: Sequence[ModelResult[Any]]) -> str:
-    """The dtype of the computation, with the stored one where they differ; one entry if all agree."""
+    """The dtype of the computation, and the stored dtype where they differ; a single entry if all models agree."""
     ways = {
-        each.info.spec: each.info.dtype
-        + ("" if each.info.dtype == each.info.stored_dtype else f" (stored as {each.info.stored_dtype})")
-        for each in everyone
+        model.info.spec: model.info.dtype
+        + ("" if model.info.dtype == model.info.stored_dtype else f" (stored as {model.info.stored_dtype})")
+        for model in everyone
     }
     if len(set(ways.values())) == 1:
         return f"in {next(iter(ways.values()))}"
@@ -64,11 +64,11 @@ def computed(everyone: Sequence[ModelResult[Any]]) -> str:
 
 
 def calibrations(everyone: Sequence[ModelResult[Any]]) -> list[str]:
-    """What each compressed model was calibrated on, in lines."""
+    """One line per compressed model with its calibration data."""
     return [
-        f"Calibration   {each.info.spec}: {each.info.calibration or 'no data named in its report'}"
-        for each in everyone
-        if each.info.compressed
+        f"Calibration   {model.info.spec}: {model.info.calibration or 'no data named in its report'}"
+        for model in everyone
+        if model.info.compressed
     ]
 
 

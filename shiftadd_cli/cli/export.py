@@ -1,4 +1,4 @@
-"""`shiftadd export`: a checkpoint in a format that others read."""
+"""`shiftadd export`: convert a checkpoint to a format that other programs read."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from shiftadd_cli.cli.options import remote_code_option
 @click.command()
 @click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", "out", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder to write."
+    "-o", "--output", "out", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Output folder."
 )
 @click.option(
     "--format",
     "form",
     type=click.Choice(("dense", "gguf")),
     required=True,
-    help="dense: a transformers folder that needs no shiftadd. gguf: a file for llama.cpp and what reads its files.",
+    help="dense: a transformers folder that loads without shiftadd. gguf: a file for llama.cpp and programs like it.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(("auto", "float32", "bfloat16", "float16", "q8_0")),
     default="auto",
     show_default=True,
-    help="Type of the numbers: 'auto' is OUT's own for dense and float16 for gguf; q8_0 is for gguf alone.",
+    help="Data type of the tensors: 'auto' is OUT's own type for dense and float16 for gguf; q8_0 is gguf only.",
 )
 @remote_code_option
 def export(folder: Path, out: Path, form: str, dtype: str, trust_remote_code: bool) -> None:
-    """Decode the checkpoint OUT into the folder DIR, which is then as large as the original.
+    """Decode the checkpoint OUT into the folder DIR, which ends up as large as the original.
 
-    Weights are those that OUT computes with, rotations folded back, rounded once to the type asked for. One tensor is
-    in memory at a time.
+    The weights are the ones OUT computes with: rotations are folded back, and values are rounded once to the requested
+    type. Only one tensor is in memory at a time.
     """
     import torch
 
@@ -45,7 +45,7 @@ def export(folder: Path, out: Path, form: str, dtype: str, trust_remote_code: bo
     if form == "gguf":
         path, written = export_gguf(folder, out, "float16" if dtype == "auto" else dtype)
     elif dtype == "q8_0":
-        raise ExportError("q8_0 is a type of GGUF files; give --format gguf, or another --dtype.")
+        raise ExportError("q8_0 only exists in GGUF files; give --format gguf, or another --dtype.")
     else:
         number = None if dtype == "auto" else getattr(torch, dtype)
         path, written = out, export_dense(folder, out, number, trust_remote_code=trust_remote_code)

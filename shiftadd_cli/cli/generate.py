@@ -1,4 +1,4 @@
-"""`shiftadd generate`: let a model write."""
+"""`shiftadd generate`: generate text with a model."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", metavar="OUT", shell_complete=a_model)
-@click.option("--prompt", metavar="TEXT", required=True, help="What the model reads first; - reads standard input.")
-@click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Tokens to make at most.")
+@click.option("--prompt", metavar="TEXT", required=True, help="Prompt text; - reads standard input.")
+@click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Maximum number of new tokens.")
 @click.option(
     "--temperature",
     type=float,
     default=0.0,
     show_default=True,
-    help="How freely tokens are drawn; 0 always takes the likeliest.",
+    help="Sampling temperature; 0 always takes the most likely token.",
 )
 @click.option(
     "--top-p",
     type=float,
     default=1.0,
     show_default=True,
-    help="Draw among the likeliest tokens that together have this probability.",
+    help="Sample from the most likely tokens that together have this probability.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draws: the same gives the same text.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Sampling seed; the same seed gives the same text."
+)
 @click.option(
     "--chat/--no-chat",
     default=None,
-    help="Give the prompt as a message in the model's chat template, or as the beginning of a text to go on with.  "
-    "[default: as a message, where the model has a chat template]",
+    help="Send the prompt as a message in the model's chat template, or as plain text to continue.  "
+    "[default: as a message if the model has a chat template]",
 )
 @dtype_option
 @click.option(
-    "--device", default="auto", show_default=True, help="Where to compute: 'auto', 'cpu', 'cuda', 'cuda:1', ..."
+    "--device", default="auto", show_default=True, help="Device to run on: 'auto', 'cpu', 'cuda', 'cuda:1', ..."
 )
 @threads_option
 @remote_code_option
-@click.option("--json", "as_json", is_flag=True, help="Print text and measurements as JSON, at the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print the text and measurements as JSON at the end.")
 def generate(
     model: str,
     prompt: str,
@@ -60,12 +62,12 @@ def generate(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Let the model OUT write, and show how fast it does.
+    """Generate text with the model OUT and show its speed.
 
-    OUT is a folder written by `shiftadd quantize`, or an original: a hub id, a folder with safetensors, a .gguf file,
-    or `demo`. The text appears on standard output as it is made, without the prompt; the last line, on standard error,
-    says the speed of reading the prompt (until the first new token) and of writing the rest. Settings that the model
-    brings along, such as penalties, are not used.
+    OUT is a folder written by `shiftadd quantize`, or an original: a hub id, a folder with safetensors files, a .gguf
+    file, or `demo`. The text, without the prompt, is streamed to standard output. The last line, on standard error,
+    gives the speed of prefill (until the first new token) and of decode. The model's own generation settings, such as
+    penalties, are not used.
     """
     from shiftadd_cli.generation.sampling import Sampling
 
@@ -84,7 +86,7 @@ def generate(
     from shiftadd_cli.verbosity import tell
 
     logging.disable_progress_bar()
-    place = choose_device(device)
+    chosen_device = choose_device(device)
     use_threads(threads)
     opened = open_any(model, trust_remote_code=trust_remote_code)
     tokenizer = opened.load_tokenizer()
@@ -92,27 +94,27 @@ def generate(
     check_prompt(encoded, tokenizer, opened.vocab_size, name=model)
     room = room_for(encoded, opened.positions, name=model)
     start = time.perf_counter()
-    loaded = opened.load(dtype, place)
+    loaded = opened.load(dtype, chosen_device)
     load_seconds = time.perf_counter() - start
     try:
-        found = generate_text(loaded, encoded, sampling, room=room, write=None if as_json else _show)
+        generated = generate_text(loaded, encoded, sampling, room=room, write=None if as_json else _show)
     except KeyboardInterrupt:
-        # On a terminal the text ends in the middle of a line.
+        # The text so far ends in the middle of a line.
         click.echo(err=True)
         raise
     peak = resident_bytes()
     if as_json:
-        table = {"model": model, "dtype": loaded.info.dtype, "device": str(place), "chat": encoded.chat}
-        table |= found.to_dict() | {"load_seconds": load_seconds, "peak_memory_bytes": peak}
+        table = {"model": model, "dtype": loaded.info.dtype, "device": str(chosen_device), "chat": encoded.chat}
+        table |= generated.to_dict() | {"load_seconds": load_seconds, "peak_memory_bytes": peak}
         click.echo(json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False))
         return
-    if not found.text.endswith("\n"):
+    if not generated.text.endswith("\n"):
         click.echo()
-    tell(_describe(found, load_seconds, peak))
+    tell(_describe(generated, load_seconds, peak))
 
 
 def _read(prompt: str) -> str:
-    """The prompt itself, or standard input without its last line break."""
+    """The prompt itself, or standard input without its final line break."""
     from shiftadd_cli.errors import PromptError
 
     if prompt != "-":
@@ -120,7 +122,7 @@ def _read(prompt: str) -> str:
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise PromptError("What standard input holds is no UTF-8 text; convert it first.") from error
+        raise PromptError("Standard input is not valid UTF-8 text; convert it first.") from error
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -128,13 +130,13 @@ def _show(piece: str) -> None:
     click.echo(piece, nl=False)
 
 
-def _describe(found: Generated, load_seconds: float, peak: int) -> str:
+def _describe(generated: Generated, load_seconds: float, peak: int) -> str:
     from shiftadd_cli.sizes import size
 
-    rate = "" if found.decode_rate is None else f" at {found.decode_rate:.1f} tokens/s"
-    stopped = ", where the context ended" if found.stopped == "context" else ""
+    rate = "" if generated.decode_rate is None else f" at {generated.decode_rate:.1f} tokens/s"
+    stopped = ", where the context ended" if generated.stopped == "context" else ""
     return (
-        f"Prompt {found.prompt_tokens:,} tokens at {found.prefill_rate:.1f} tokens/s; "
-        f"new {found.new_tokens:,} tokens{rate}{stopped}; "
+        f"Prompt {generated.prompt_tokens:,} tokens at {generated.prefill_rate:.1f} tokens/s; "
+        f"new {generated.new_tokens:,} tokens{rate}{stopped}; "
         f"loaded in {load_seconds:.1f} s; peak memory {size(peak)}"
     )

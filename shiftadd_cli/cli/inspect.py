@@ -1,4 +1,4 @@
-"""`shiftadd inspect`: what a checkpoint consists of, and whether it is sound."""
+"""`shiftadd inspect`: list the contents of a checkpoint and verify them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--verify", "check", is_flag=True, help="Read everything and check it; leaves with 2 if it is damaged.")
-@click.option("--layers", is_flag=True, help="One line per layer instead of one per kind.")
+@click.option("--verify", "check", is_flag=True, help="Read and check all tensors; exits with 2 if any is damaged.")
+@click.option("--layers", is_flag=True, help="Print one line per layer instead of one per kind.")
 @click.option("--json", "as_json", is_flag=True, help="Print the contents as JSON, and nothing else.")
 def inspect(folder: Path, check: bool, layers: bool, as_json: bool) -> None:
-    """Show what the checkpoint OUT stores for every kind of layer, counted in bytes of its files.
+    """Show the contents of the checkpoint OUT by kind of layer, with their size on disk.
 
-    Reads headers only. --verify reads all tensors as well: completeness, shapes, checksums, finite values.
+    Only reads file headers. --verify also reads all tensors and checks completeness, shapes, checksums and finite
+    values.
     """
     from shiftadd_cli.artifact.contents import Contents
     from shiftadd_cli.artifact.folder import Artifact
@@ -53,7 +54,7 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
         )
         for row in (contents.layers if layers else contents.kinds)
     ]
-    kept = [
+    unchanged = [
         (tensor.name, str(tensor.count), " x ".join(map(str, tensor.shape)), tensor.dtype, size(tensor.stored_bytes))
         for tensor in (contents.kept if layers else contents.kept_kinds)
     ]
@@ -64,7 +65,7 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
         table(("compressed", "count", "shape", "bits", "form", "bits/weight", "stored"), rows),
         *_tables(contents),
         "",
-        table(("kept as they were", "count", "shape", "dtype", "stored"), kept),
+        table(("kept as they were", "count", "shape", "dtype", "stored"), unchanged),
         "",
         f"Compressed    {size(contents.packed_bytes)} for {contents.packed_weights:,} weights, "
         f"{contents.bits_per_weight:.3f} bits/weight",
@@ -86,11 +87,11 @@ def _tables(contents: Contents) -> list[str]:
 
     rows = [
         (
-            each.name,
-            f"{each.rows} x {each.columns}",
-            f"{8 * each.stored_bytes / each.weights:.3f}",
-            size(each.stored_bytes),
+            tensor.name,
+            f"{tensor.rows} x {tensor.columns}",
+            f"{8 * tensor.stored_bytes / tensor.weights:.3f}",
+            size(tensor.stored_bytes),
         )
-        for each in contents.tables
+        for tensor in contents.tables
     ]
     return ["", table(("8-bit rows", "shape", "bits/weight", "stored"), rows)] if rows else []

@@ -1,4 +1,4 @@
-"""Options that verbs share. Those of a recipe are generated from its fields, so that the two can never differ."""
+"""Options shared by several verbs. Recipe options are generated from the recipe's fields, so the two never diverge."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _NumberOrWord(click.ParamType):
-    """Digits become an int, anything else stays text for the recipe to judge."""
+    """Converts digits to an int and keeps other text, which the recipe validates."""
 
     name = "number|word"
 
@@ -31,7 +31,7 @@ class _NumberOrWord(click.ParamType):
 
 
 class _Choices(click.ParamType):
-    """`2,3,shift2` becomes a tuple of ints and words, for the recipe to judge."""
+    """Converts `2,3,shift2` to a tuple of ints and words, which the recipe validates."""
 
     name = "choice,choice,..."
 
@@ -41,12 +41,12 @@ class _Choices(click.ParamType):
 
 
 def recipe_options(function: F) -> F:
-    """Add one option per field of `Recipe`, in the order of the fields; an option not given arrives as None or ()."""
+    """Add one option per field of `Recipe`, in field order; an option that is not given arrives as None or ()."""
     return recipe_options_without()(function)
 
 
 def recipe_options_without(*fields: str) -> Callable[[F], F]:
-    """The same, but for the options of some fields."""
+    """The same as `recipe_options`, without the options of the given fields."""
 
     def add(function: F) -> F:
         for name, field in reversed(Recipe.model_fields.items()):
@@ -65,12 +65,12 @@ def recipe_choice(function: F) -> F:
         shell_complete=names_or_files(*packaged_names()),
         default="default",
         show_default=True,
-        help=f"Options to start from: a YAML file, or one of {', '.join(packaged_names())}.",
+        help=f"Recipe to start from: a YAML file, or one of {', '.join(packaged_names())}.",
     )(function)
 
 
 def overrides_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe fields among the arguments of a command that the user gave, for `Recipe.load`."""
+    """The recipe fields that the user set among the arguments of a command, for `Recipe.load`."""
     given = {name: arguments[name] for name in Recipe.model_fields if name in arguments}
     return {name: value for name, value in given.items() if value is not None and value != ()}
 
@@ -82,12 +82,12 @@ def option_name(field: str) -> str:
 
 @cache
 def _default_recipe() -> Recipe:
-    """Read once: every command asks of every field."""
+    """The recipe `default`, cached because every command reads every field."""
     return Recipe.load()
 
 
 def default_text(name: str) -> str:
-    """What the recipe `default` says of a field, as a user would type it."""
+    """The value of a field in the recipe `default`, as a user would type it."""
     recipe = _default_recipe()
     value = getattr(recipe, name)
     if isinstance(value, bool):
@@ -108,7 +108,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         choices = get_args(annotation)
         if all(isinstance(choice, str) for choice in choices):
             settings["type"] = click.Choice(choices)
-        else:  # click below 8.2 knows words alone
+        else:  # click below 8.2 only supports strings
             settings |= {"type": _NumberOrWord(), "metavar": "|".join(map(str, choices))}
     elif annotation == str | None:
         settings |= {"type": click.STRING, "metavar": "FILE"}
@@ -124,7 +124,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
     elif annotation in (int, float, str):
         settings["type"] = annotation
     else:
-        raise TypeError(f"no option is known for recipe field {name!r} of type {annotation!r}")
+        raise TypeError(f"no option type for recipe field {name!r} of type {annotation!r}")
     return click.option(flag, name, **settings)
 
 
@@ -132,11 +132,11 @@ Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]
 
 
 def names_or_files(*names: str) -> Completer:
-    """Completes these names, and besides whatever the shell finds on the disk."""
+    """A completer for these names and for files on disk."""
 
     def complete(_: click.Context, __: click.Parameter, typed: str) -> list[CompletionItem]:
-        found = [CompletionItem(name) for name in names if name.startswith(typed)]
-        return [*found, CompletionItem(typed, type="file")]
+        items = [CompletionItem(name) for name in names if name.startswith(typed)]
+        return [*items, CompletionItem(typed, type="file")]
 
     return complete
 
@@ -149,18 +149,18 @@ dtype_option = click.option(
     type=click.Choice(("auto", "float32", "bfloat16", "float16")),
     default="auto",
     show_default=True,
-    help="Type to compute in; 'auto' takes the stored one, or float32 on a CPU that has no such arithmetic.",
+    help="Data type of the computation; 'auto' is the stored type, or float32 on a CPU without instructions for it.",
 )
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads to compute with.  [default: as torch chooses]"
+    "--threads", type=click.IntRange(min=1), help="Number of CPU threads.  [default: torch's choice]"
 )
 
 remote_code_option = click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Run the Python code that comes with a model of a kind unknown to transformers. Read it before: it may do "
-    "anything that you may.",
+    help="Run the Python code that ships with a model if transformers does not know its architecture. Read the code "
+    "first: it runs with your permissions.",
 )
 
 team_timeout_option = click.option(
@@ -169,7 +169,7 @@ team_timeout_option = click.option(
     type=click.FloatRange(min=1),
     default=7200,
     show_default=True,
-    help="Where torchrun started several processes: how long they wait for one of them.",
+    help="Under torchrun with several processes: how long they wait for one another.",
 )
 
 
@@ -180,13 +180,12 @@ def scoring_options(function: F) -> F:
         click.option(
             "--max-tokens",
             type=click.IntRange(min=2),
-            help="Use only the first tokens of each text.  [default: all]",
+            help="Use at most this many tokens, from the start of each text.  [default: all]",
         ),
         click.option(
             "--context",
             type=click.IntRange(min=2),
-            help="Tokens per window; windows do not overlap.  "
-            "[default: 512, or as many as the models have positions for]",
+            help="Tokens per window; windows do not overlap.  [default: 512, or the models' maximum if that is less]",
         ),
     ):
         function = option(function)

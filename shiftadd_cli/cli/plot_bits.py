@@ -1,7 +1,7 @@
-"""A bit plan as a picture: bits over depth by kind of layer, and predicted loss against size.
+"""A bit plan as a plot: bits over depth by kind of layer, and predicted loss against size.
 
-matplotlib is imported on use, since it is optional (the extra `plot`), and only its figures: no window, no pyplot, and
-no setting of it is left changed. The same plan gives the same bytes with the same matplotlib.
+matplotlib is optional (the extra `plot`), so it is imported on use, and only its figures: no window, no pyplot, and no
+lasting change to its settings. The same plan gives the same bytes with the same matplotlib.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from shiftadd_cli.source import LinearSpec
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Endings, and what matplotlib would otherwise write of the day into such a file.
+# File suffixes, with the metadata that keeps matplotlib from writing the date into the file.
 _DATES: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
 # Inches.
 _CELL, _MARGIN, _CURVE_HEIGHT = 0.28, 1.9, 3.4
 _NARROWEST, _WIDEST = 7.5, 16.0
-# A mixture of experts has a row for each linear of each expert.
+# Needed because a mixture of experts has a row for each linear of each expert.
 _HIGHEST = 40.0
-# Orange and black against the blue to yellow of cividis: told apart with any kind of colour blindness.
+# Orange and dark blue against the blue-to-yellow cividis: distinguishable with any kind of colour blindness.
 _CHOSEN, _LINE = "#D55E00", "#00204D"
 
 
 def check_plot_output(out: Path, plan: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work, a picture that cannot be made: its kind, matplotlib, its place.
+    """Refuse, before any work, a plot that cannot be drawn: unknown suffix, no matplotlib, unwritable path.
 
-    plan: where plan.json goes. Raises OutputError.
+    plan: path of plan.json. Raises OutputError.
     """
     if out.suffix.lower() not in _DATES:
-        raise OutputError(f"--plot {out} is of no kind that can be drawn; end the name in {', '.join(_DATES)}.")
+        raise OutputError(f"--plot {out} has an unsupported file type; end the name in {', '.join(_DATES)}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise OutputError("--plot needs matplotlib, which is not installed; pip install matplotlib, or '.[plot]'.")
     if out.resolve() == plan.resolve():
-        raise OutputError(f"--plot and -o name the same file {out}; give each its own.")
+        raise OutputError(f"--plot and -o name the same file {out}; give each its own file.")
     check_plan_output(out, overwrite=overwrite, option="--plot", example="plan.svg")
 
 
 def draw_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec], front: Sequence[FrontPoint], suffix: str) -> bytes:
-    """The picture as the content of a file.
+    """The plot as the content of a file.
 
-    linears: of the plan, in the order of the model; front: the least loss by size; suffix: `.svg`, `.png` or `.pdf`.
+    linears: the plan's layers in model order; front: the least loss by size; suffix: `.svg`, `.png` or `.pdf`.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def draw_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec], front: Sequence[
     cell = ((width - _MARGIN) / blocks, min(_CELL, _HIGHEST / kinds))
     content = io.BytesIO()
     with matplotlib.rc_context():
-        # A user's own matplotlibrc must not show.
+        # The user's matplotlibrc must not affect the plot.
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"svg.hashsalt": "shiftadd", "font.size": 9.0, "axes.titlesize": 10.0})
         figure = Figure(figsize=(width, grid_height + _CURVE_HEIGHT + 1.0), layout="constrained")
@@ -76,7 +76,7 @@ def draw_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec], front: Sequence[
 
 
 def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: tuple[float, float]) -> None:
-    """One cell per layer; those that a block lacks stay empty. cell: width and height of one, in inches."""
+    """Draw one cell per layer; cells without a layer stay empty. cell: width and height of a cell, in inches."""
     import matplotlib
     from matplotlib.patches import Patch, Rectangle
 
@@ -86,8 +86,8 @@ def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: t
     symbols = choice_symbols(choice for layer in plan.layers.values() for choice in layer.bytes)
     candidates = list(symbols)
     colours = {
-        bits: matplotlib.colormaps["cividis"](place / max(len(candidates) - 1, 1))
-        for place, bits in enumerate(candidates)
+        bits: matplotlib.colormaps["cividis"](index / max(len(candidates) - 1, 1))
+        for index, bits in enumerate(candidates)
     }
     for spec in linears:
         bits = plan.layers[spec.name].bits
@@ -106,15 +106,15 @@ def _draw_grid(axes: Axes, plan: BitPlan, linears: Sequence[LinearSpec], cell: t
             )
     axes.set_xlim(-0.5, blocks - 0.5)
     axes.set_ylim(len(kinds) - 0.5, -0.5)
-    # As many names and numbers as there is room for, at round distances.
-    across, down = (next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * each > 0.2) for each in cell)
+    # As many labels as fit, at round intervals.
+    across, down = (next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * side > 0.2) for side in cell)
     axes.set_xticks(range(0, blocks, across))
     axes.set_yticks(range(0, len(kinds), down), kinds[::down])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("block, from first to last")
     planes_alone = all(isinstance(choice, int) for choice in candidates)
-    # A legend of shifts takes the whole width.
+    # A legend with shifts takes the full width.
     axes.set_title("bits (binary planes) of every layer" if planes_alone else "", loc="left")
     axes.legend(
         handles=[Patch(facecolor=colours[bits], label=_label(bits, symbols)) for bits in candidates],
@@ -146,14 +146,14 @@ def _draw_front(axes: Axes, plan: BitPlan, front: Sequence[FrontPoint]) -> None:
     layers = list(plan.layers.values())
     candidates = ordered_choices(choice for layer in layers for choice in layer.bytes)
     uniform = [choice for choice in candidates if all(choice in layer.bytes for layer in layers)]
-    places = [
+    points = [
         (8 * sum(layer.bytes[bits] for layer in layers) / plan.weights, sum(layer.cost[bits] for layer in layers))
         for bits in uniform
     ]
-    if places:
-        axes.plot(*zip(*places, strict=True), "s", color="black", fillstyle="none", label="equal bits for all")
-    for bits, place in zip(uniform, places, strict=True):
-        axes.annotate(str(bits), place, textcoords="offset points", xytext=(6, 5))
+    if points:
+        axes.plot(*zip(*points, strict=True), "s", color="black", fillstyle="none", label="equal bits for all")
+    for bits, point in zip(uniform, points, strict=True):
+        axes.annotate(str(bits), point, textcoords="offset points", xytext=(6, 5))
     axes.plot(
         [plan.bits_per_weight],
         [plan.predicted_loss],
@@ -164,7 +164,7 @@ def _draw_front(axes: Axes, plan: BitPlan, front: Sequence[FrontPoint]) -> None:
     )
     if all(point.predicted_loss > 0 for point in front):
         axes.set_yscale("log")
-        # 0.3 and not 3 x 10^-1; few enough that they do not run into each other.
+        # 0.3 instead of 3 x 10^-1, and few enough labels that they do not overlap.
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
         axes.yaxis.set_minor_formatter(FuncFormatter(_plain))
     axes.grid(visible=True, which="both", color="0.9", linewidth=0.6)
@@ -176,6 +176,6 @@ def _draw_front(axes: Axes, plan: BitPlan, front: Sequence[FrontPoint]) -> None:
 
 
 def _plain(value: float, _: object) -> str:
-    """The label of 1, 2, 3 and 5 times a power of ten; nothing for the others, which would run into each other."""
+    """The label for 1, 2, 3 and 5 times a power of ten; empty for other values, whose labels would overlap."""
     text = f"{value:.6g}"
     return text if text.replace(".", "").strip("0") in {"1", "2", "3", "5"} or "e" in text else ""

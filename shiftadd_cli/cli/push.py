@@ -10,22 +10,22 @@ import click
 @click.command()
 @click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
 @click.argument("repo")
-@click.option("--revision", metavar="BRANCH", help="Branch to upload to, made if there is none.  [default: main]")
-@click.option("--public", is_flag=True, help="Let everyone see a repository that has to be made.")
-@click.option("--message", default="Upload with shiftadd", show_default=True, help="What the commit is called.")
-@click.option("--dry-run", is_flag=True, help="Check OUT, show what would be uploaded, and stop.")
+@click.option("--revision", metavar="BRANCH", help="Branch to upload to; created if missing.  [default: main]")
+@click.option("--public", is_flag=True, help="Make the repository public if it has to be created.")
+@click.option("--message", default="Upload with shiftadd", show_default=True, help="Commit message.")
+@click.option("--dry-run", is_flag=True, help="Check OUT, show the files to upload, and stop.")
 def push(folder: Path, repo: str, revision: str | None, public: bool, message: str, dry_run: bool) -> None:
     """Upload the checkpoint OUT to the repository REPO (NAME or OWNER/NAME) of the Hugging Face hub.
 
-    OUT is checked as by `shiftadd inspect --verify`, and uploaded in one commit; what was not sent when an upload was
-    broken off, the same command sends. The repository is made if there is none, private unless you say --public.
+    OUT is checked as by `shiftadd inspect --verify` and uploaded in one commit. To continue an interrupted upload, give
+    the same command again. The repository is created if it does not exist; it is private unless you give --public.
     """
     from shiftadd_cli.cli.summary import table
     from shiftadd_cli.hub.push import Push, require_token
     from shiftadd_cli.sizes import size
 
     if not dry_run:
-        # Before all of OUT is read.
+        # Checked first, since preparing the upload reads all of OUT.
         require_token()
     plan = Push.prepare(folder, repo, revision=revision, private=not public)
     rows = [[name, size(nbytes)] for name, nbytes in plan.files.items()]

@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", shell_complete=a_model)
 @click.option(
-    "-o", "--output", "out", metavar="OUT", type=click.Path(path_type=Path), required=True, help="Folder to write."
+    "-o", "--output", "out", metavar="OUT", type=click.Path(path_type=Path), required=True, help="Output folder."
 )
 @recipe_choice
 @recipe_options
-@click.option("--dry-run", is_flag=True, help="Show the plan and stop; reads headers only.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a checkpoint of ours.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop; only reads file headers.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a shiftadd checkpoint.")
 @click.option(
     "--resume/--no-resume",
     default=True,
     show_default=True,
-    help="Go on where an earlier run of the same command was stopped; or start anew.",
+    help="Continue an earlier run of the same command that was stopped; --no-resume starts over.",
 )
 @click.option(
     "--max-memory",
     metavar="SIZE",
-    help="Memory that the run may take, such as 4GB: one that is expected to need more is refused before it begins.",
+    help="Memory limit, such as 4GB: a run that is expected to need more is refused before it starts.",
 )
 @remote_code_option
 @team_timeout_option
@@ -57,9 +57,9 @@ def quantize(
 ) -> None:
     """Compress MODEL and write a checkpoint folder that transformers loads.
 
-    MODEL is a hub id, a folder with safetensors, a .gguf file, or `demo` (SmolLM2-135M-Instruct): a decoder language
-    model, or an image classifier or vision encoder. A run that was stopped goes on after its last finished block when
-    the same command is given again. Several processes share the work where torchrun starts them.
+    MODEL is a hub id, a folder with safetensors files, a .gguf file, or `demo` (SmolLM2-135M-Instruct). It can be a
+    decoder language model, an image classifier or a vision encoder. To continue a stopped run after its last finished
+    block, give the same command again. Under torchrun, several processes share the work.
     """
     from shiftadd_cli.recipe import Recipe
 

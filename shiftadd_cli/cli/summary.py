@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.sizes import size
 
-# Layers that a line names; report.json names all.
+# Number of layers named in a line; report.json names all.
 _NAMED = 3
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+    """Aligned columns: the first left-aligned, the others right-aligned."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -25,7 +25,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def summarize(report: Report, out: str) -> str:
-    """What a run did, in a dozen lines."""
+    """A summary of a run in about a dozen lines."""
     kinds = [
         (
             row.kind,
@@ -38,13 +38,13 @@ def summarize(report: Report, out: str) -> str:
     ]
     before, after = report.source.model_bytes, report.size.files_bytes
     data = report.calibration
-    told = "none (weights only)" if data is None else f"{data.name}, {data.amount}"
+    calibration = "none (weights only)" if data is None else f"{data.name}, {data.amount}"
     time, machine = report.seconds, report.machine
     return "\n".join(
         (
             table(("layers", "count", "bits/weight", "weight error", "output error"), kinds),
             "",
-            f"Calibration   {told}",
+            f"Calibration   {calibration}",
             f"Size          {size(before)} -> {size(after)} ({before / after:.2f} x smaller)",
             f"Bits/weight   {report.size.bits_per_weight:.3f} in the quantized layers{_planes(report)}, "
             f"{report.size.whole_file_bits_per_weight:.3f} over the whole file",
@@ -87,7 +87,7 @@ def _starved(report: Report) -> list[str]:
     named = ", ".join(f"{layer.name} ({layer.tokens or 0})" for layer in layers[:_NAMED])
     more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
     return [
-        f"Few tokens    {len(layers)} of {len(report.layers)} layers read too few to calibrate on, and were fitted by "
+        f"Few tokens    {len(layers)} of {len(report.layers)} layers read too few to calibrate on, and were fitted to "
         f"their weights alone: {named}{more}"
     ]
 
@@ -95,19 +95,19 @@ def _starved(report: Report) -> list[str]:
 def _reconstruction(report: Report) -> list[str]:
     if not report.blocks:
         return []
-    kept = [block for block in report.blocks if block.kept]
+    improved = [block for block in report.blocks if block.kept]
     ratios = [block.error_after / block.error_before if block.kept else 1.0 for block in report.blocks]
     return [
-        f"Blocks        {len(kept)} of {len(report.blocks)} reconstructed; output error on text held back x "
+        f"Blocks        {len(improved)} of {len(report.blocks)} reconstructed; output error on held-out text x "
         f"{sum(ratios) / len(ratios):.2f} on average"
     ]
 
 
 def _distillation(report: Report) -> list[str]:
-    found = report.distillation
-    if found is None:
+    distillation = report.distillation
+    if distillation is None:
         return []
     unit = "distance of features" if report.source.reads_images else "KL, nats a token,"
-    after = found.divergence_after if found.kept else None
-    came = "as it was, for tuning made it worse" if after is None else f"-> {after:.4f}"
-    return [f"Whole model   {unit} on what was held back {found.divergence_before:.4f} {came}"]
+    after = distillation.divergence_after if distillation.kept else None
+    change = "unchanged, since tuning made it worse" if after is None else f"-> {after:.4f}"
+    return [f"Whole model   {unit} on held-out samples {distillation.divergence_before:.4f} {change}"]

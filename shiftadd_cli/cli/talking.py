@@ -14,18 +14,18 @@ _LIBRARIES = {"TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"}
 
 
 def add_talk_options(command: click.Command) -> None:
-    """Give a command the two options, if it lacks them."""
+    """Add the two options to a command that lacks them."""
     if _QUIET not in command.params:
         command.params += [_QUIET, _VERBOSE]
 
 
-def _choose(context: click.Context, level: Verbosity, asked: bool) -> None:
-    if not asked:
+def _choose(context: click.Context, level: Verbosity, given: bool) -> None:
+    if not given:
         return
-    # Several commands may run in one process.
+    # Several commands may run in one process, so the level is reset at the end.
     end = context.find_root().call_on_close
     if verbosity() not in (Verbosity.NORMAL, level):
-        raise click.UsageError("--quiet and --verbose ask for opposites; leave one of them out.")
+        raise click.UsageError("--quiet and --verbose contradict each other; leave one of them out.")
     set_verbosity(level)
     end(lambda: set_verbosity(Verbosity.NORMAL))
     if level is Verbosity.VERBOSE:
@@ -38,13 +38,13 @@ _QUIET = click.Option(
     ["-q", "--quiet"],
     is_flag=True,
     expose_value=False,
-    callback=lambda context, _, asked: _choose(context, Verbosity.QUIET, asked),
-    help="Say nothing but the result, warnings and errors.",
+    callback=lambda context, _, given: _choose(context, Verbosity.QUIET, given),
+    help="Only print the result, warnings and errors.",
 )
 _VERBOSE = click.Option(
     ["-v", "--verbose"],
     is_flag=True,
     expose_value=False,
-    callback=lambda context, _, asked: _choose(context, Verbosity.VERBOSE, asked),
-    help="Show what transformers and the hub's client say as well, and where an error arose.",
+    callback=lambda context, _, given: _choose(context, Verbosity.VERBOSE, given),
+    help="Also show messages of transformers and the hub client, and tracebacks of errors.",
 )

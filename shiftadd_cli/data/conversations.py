@@ -1,4 +1,4 @@
-"""Conversations as the text that a model reads: what its chat template makes of them."""
+"""Conversations as the text that a model reads, rendered by its chat template."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any, TypeGuard
 from shiftadd_cli.errors import CalibrationError, first_line
 
 FIELD = "messages"
-# Types of parts that are text, by the names of chat and response interfaces.
+# Types of text parts, as named in chat and response APIs.
 _TEXTS = ("text", "input_text", "output_text")
 
 
 def is_conversation(value: Any) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether this is a list of messages, each with the role of who wrote it; there may be none."""
+    """Whether this is a list of messages, each with the role of its author; the list may be empty."""
     return isinstance(value, list) and all(
-        isinstance(each, dict) and isinstance(each.get("role"), str) for each in value
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
     )
 
 
 def render(messages: list[dict[str, Any]], tokenizer: Any, *, where: str) -> str:
-    """The text of a conversation, special tokens included.
+    """The text of a conversation, including special tokens.
 
-    tokenizer: that of the model, or None. where: what the messages stand in, for errors. Contents may be lists, see
-    `for_template`.
+    tokenizer: the model's tokenizer, or None. where: the location of the messages, for errors. Contents may be lists,
+    see `for_template`.
 
     Raises:
-        CalibrationError: there is no chat template, it does not take these messages, or a part of one is no text.
+        CalibrationError: there is no chat template, it rejects these messages, or a part of one is not text.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationError(
@@ -36,25 +36,25 @@ def render(messages: list[dict[str, Any]], tokenizer: Any, *, where: str) -> str
     messages = for_template(messages, tokenizer, where=where)
     try:
         rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates are programs, which raise whatever their messages lead them to
+    except Exception as error:  # templates are programs and can raise anything
         raise CalibrationError(
-            f"{where} holds a conversation that the chat template does not take ({first_line(error)}); leave it out."
+            f"{where} holds a conversation that the chat template rejects ({first_line(error)}); leave it out."
         ) from error
     return rendered
 
 
 def for_template(messages: list[dict[str, Any]], tokenizer: Any, *, where: str) -> list[dict[str, Any]]:
-    """The messages with contents as the chat template of `tokenizer` takes them.
+    """The messages with contents in the form that the chat template of `tokenizer` accepts.
 
-    A content is a string, or a list of parts such as `{"type": "text", "text": "..."}`, of which most templates would
-    print the Python form. Texts of a list are joined by line breaks. Only a template that iterates over parts and drops
-    strings gets lists, also in place of strings.
+    A content is a string, or a list of parts such as `{"type": "text", "text": "..."}`. Most templates would print such
+    a list in its Python form, so the texts of a list are joined by line breaks. Only a template that iterates over
+    parts and drops strings gets lists, even in place of strings.
 
     Raises:
-        CalibrationError: a part is no text, or a content of another type.
+        CalibrationError: a part is not text, or a content has another type.
     """
     wants_parts = _wants_parts(tokenizer, str(tokenizer.chat_template))
-    found = []
+    converted = []
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
@@ -65,10 +65,10 @@ def for_template(messages: list[dict[str, Any]], tokenizer: Any, *, where: str) 
         elif content is not None and not isinstance(content, str):
             raise CalibrationError(
                 f"{where} holds a message whose content is neither a text nor a list of parts (but a "
-                f"{type(content).__name__}); mend it, or leave the conversation out."
+                f"{type(content).__name__}); repair it, or leave the conversation out."
             )
-        found.append({**message, "content": content} if "content" in message else message)
-    return found
+        converted.append({**message, "content": content} if "content" in message else message)
+    return converted
 
 
 def _text(part: Any, where: str) -> str:
@@ -83,10 +83,10 @@ def _text(part: Any, where: str) -> str:
     raise CalibrationError(f"{where} holds a message with {named}, and only text is read; leave the conversation out.")
 
 
-# Templates are long, and conversations many.
+# Cached, because templates are long and there are many conversations.
 @lru_cache(maxsize=4)
 def _wants_parts(tokenizer: Any, template: str) -> bool:
-    """Whether the template shows the text of parts, and not that of a string. `template` tells changes of it."""
+    """Whether the template prints the text of parts, but not a string. `template` is only a cache key."""
     word = "shiftadd"
     parts = [{"type": "text", "text": word}]
     as_string, as_parts = (_try(tokenizer, content) for content in (word, parts))
@@ -95,9 +95,9 @@ def _wants_parts(tokenizer: Any, template: str) -> bool:
 
 
 def _try(tokenizer: Any, content: Any) -> str:
-    """What the template makes of a message of the user; nothing where it fails."""
+    """The rendered text of a user message; empty where the template fails."""
     try:
         rendered: str = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    except Exception:  # templates are programs, which raise whatever their messages lead them to
+    except Exception:  # templates are programs and can raise anything
         return ""
     return rendered

@@ -1,4 +1,4 @@
-"""Named sets of pictures and folders of them, and the model inputs made of pictures drawn from them."""
+"""Named sets and folders of pictures, and the model inputs made from them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from shiftadd_cli.errors import CalibrationError, first_line
 from shiftadd_cli.progress import progress
 from shiftadd_cli.source import Source
 
-# Unreadable pictures are named and left out; more of them mean that something is wrong with the set.
+# Unreadable pictures are named and skipped; more than this means that something is wrong with the set.
 MAX_UNREADABLE = 10
-# Pillow's modes of grey pictures with more than 8 bits, of which it cuts off what is above 255 when it converts them.
+# Pillow's modes of grey pictures with more than 8 bits. When it converts them, it clips values above 255.
 _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.+-]+)?")
 _DIGITS = frozenset("0123456789")
-# What transformers calls classes that nobody named.
+# The prefix that transformers gives to unnamed classes.
 _UNNAMED = "LABEL_"
 _KINDS = "a folder of images, a .parquet file, or a data set of the hub as NAME or NAME:SPLIT"
 _NO_DOWNLOAD = "'noise' or 'builtin', which need no download"
 
 
 class Drawn(NamedTuple):
-    """Model inputs float32 `[samples, channels, height, width]`, and which picture each was made of."""
+    """Model inputs, float32 `[samples, channels, height, width]`, and the number of the picture behind each."""
 
     inputs: Tensor
     indices: tuple[int, ...]
@@ -46,13 +46,13 @@ def load_images(spec: str, *, split: Split, config: Any = None) -> ImageData:
     """The pictures called `spec`: `builtin` (digits), `noise` (scenes of random shapes), `self`, a folder, a .parquet
     file, or a data set of the hub, `NAME` or `NAME:SPLIT`.
 
-    `self` is what serves best where nobody gives pictures: the digits for a model of digits, `noise` for any other.
+    `self` is the best choice without the user's own pictures: the digits for a digit model, `noise` for any other.
 
     `split` chooses between disjoint parts of a named set; a folder or a file is the same for both. `config` is the
-    configuration of the model that will see them; only `self` asks for it, and without it stands for `noise`.
+    configuration of the model that will see them; only `self` uses it, and without it means `noise`.
 
     Raises:
-        CalibrationError: there is no such set, it is empty, or holds text.
+        CalibrationError: there is no such set, it is empty, or it contains text.
     """
     if spec == SELF:
         spec = images_builtin.NAME if config is not None and reads_digits(config) else images_noise.NAME
@@ -68,7 +68,7 @@ def load_images(spec: str, *, split: Split, config: Any = None) -> ImageData:
     elif spec in text_hub.CORPORA or path.suffix.lower() in text_files.READERS:
         raise CalibrationError(f"{spec} is a text, and a vision model reads images; give {_KINDS}.")
     elif path.exists():
-        raise CalibrationError(f"{spec} is no folder of images and no .parquet file; give {_KINDS}.")
+        raise CalibrationError(f"{spec} is not a folder of images or a .parquet file; give {_KINDS}.")
     elif not _HUB_ID.fullmatch(spec):
         raise CalibrationError(f"There are no images at {spec}; give {_KINDS}, or {_NO_DOWNLOAD}.")
     else:
@@ -81,67 +81,67 @@ def load_images(spec: str, *, split: Split, config: Any = None) -> ImageData:
 def images_remark(spec: str, config: Any) -> str | None:
     """A sentence for the plan of a vision model of this configuration, calibrated on the pictures called `spec`.
 
-    It says what the pictures are, where `spec` does not, and which would serve the model better. None where there is
-    neither to say, as of pictures of the user's own.
+    It describes the pictures, where `spec` does not, and names better ones for the model. None where there is nothing
+    to say, as for the user's own pictures.
     """
     digits = reads_digits(config)
     if spec == SELF and digits:
-        return "The images are the handwritten digits of scikit-learn, since the classes of the model are digits."
+        return "The images are the handwritten digits of scikit-learn, because the classes of the model are digits."
     if spec in (SELF, images_noise.NAME):
         kind, cure = ("digits", images_builtin.NAME) if digits else ("photographs", "FOLDER")
         return (
-            f"The images are random shapes, not {kind}; a model of {kind} is calibrated better on {kind}: give "
+            f"The images are random shapes, not {kind}; a model of {kind} is better calibrated on {kind}: give "
             f"`calibration` {cure}."
         )
     if spec == images_builtin.NAME and not digits:
         return (
-            "The built-in images are handwritten digits; a model of photographs is calibrated better on photographs, "
-            f"and without any on random shapes: give `calibration=FOLDER` or `calibration` {images_noise.NAME}."
+            "The built-in images are handwritten digits; a model of photographs is better calibrated on photographs, "
+            f"or without any, on random shapes: give `calibration=FOLDER` or `calibration` {images_noise.NAME}."
         )
     return None
 
 
 def reads_digits(config: Any) -> bool:
-    """Whether a vision model of this configuration reads digits: its classes are the ten digits by name, or ten without
-    names and its images grey. Any other is taken for a model of photographs, since most are."""
+    """Whether a vision model of this configuration reads digits: its classes are named after the ten digits, or it has
+    ten unnamed classes and grey images. Any other counts as a model of photographs, since most are."""
     names = {str(name) for name in (getattr(config, "id2label", None) or {}).values()}
     unnamed = {name.removeprefix(_UNNAMED) for name in names} == _DIGITS
     return names == _DIGITS or (unnamed and _channels(config) == 1)
 
 
 def draw_images(data: ImageData, reader: ImageReader, *, samples: int, seed: int) -> Drawn:
-    """Draw pictures without repetition: a permutation seeded with `seed` picks them, and the first k of more samples
-    are the k samples.
+    """Draw pictures without repetition, in the order of a permutation seeded with `seed`. A smaller number of samples
+    gives the first of a larger number.
 
     Raises:
-        CalibrationError: there are fewer, or too many cannot be read, see `read_images`.
+        CalibrationError: there are too few, or too many cannot be read; see `read_images`.
     """
     if len(data) < samples:
         raise CalibrationError(
-            f"{samples} images are asked for, and {data.name} has {len(data)}; give more images, or "
+            f"{samples} images are requested, but {data.name} has {len(data)}; give more images, or "
             f"`samples` {len(data)}."
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    found, indices = [], []
+    inputs, indices = [], []
     read = read_images(data, reader, order)
     for index, pixels in progress(_first(read, samples), total=samples, desc="Reading images"):
-        found.append(pixels)
+        inputs.append(pixels)
         indices.append(index)
-    if len(found) < samples:
+    if len(inputs) < samples:
         raise CalibrationError(
-            f"{samples} images are asked for, and {len(found)} of {data.name} can be read; give more images, or "
-            f"`samples` {len(found)}."
+            f"{samples} images are requested, but only {len(inputs)} of {data.name} can be read; give more images, or "
+            f"`samples` {len(inputs)}."
         )
-    return Drawn(torch.stack(found), tuple(indices))
+    return Drawn(torch.stack(inputs), tuple(indices))
 
 
 def read_images(data: ImageData, reader: ImageReader, order: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Numbers and model inputs `[channels, height, width]` of pictures, in this order; unreadable ones are left out,
-    with a warning that names them.
+    """Numbers and model inputs `[channels, height, width]` of pictures, in the given order. Unreadable pictures are
+    skipped, with a warning that names them.
 
     Raises:
-        CalibrationError: more than `MAX_UNREADABLE` are unreadable, or all, the inputs differ in size, or a picture
-            holds numbers whose range is unknown.
+        CalibrationError: more than `MAX_UNREADABLE` or all pictures are unreadable, the inputs differ in size, or the
+            range of a picture's values is unknown.
     """
     unreadable: list[str] = []
     shape: torch.Size | None = None
@@ -150,35 +150,36 @@ def read_images(data: ImageData, reader: ImageReader, order: Sequence[int]) -> I
             picture = _decode(data, index)
         except CalibrationError:
             raise
-        except Exception as error:  # decoders raise whatever the bytes at hand lead them to
+        except Exception as error:  # decoders can raise anything
             unreadable.append(data.places[index])
             reason = first_line(error)
             if len(unreadable) > MAX_UNREADABLE:
                 raise CalibrationError(
                     f"{len(unreadable)} images of {data.name} cannot be read (the last: {data.places[index]}, "
-                    f"{reason}); mend or remove them."
+                    f"{reason}); repair or remove them."
                 ) from error
-            print(f"Warning: {data.places[index]} cannot be read ({reason}) and is left out.", file=sys.stderr)
+            print(f"Warning: {data.places[index]} cannot be read ({reason}) and is skipped.", file=sys.stderr)
             continue
         pixels = reader(picture, data.places[index])
         shape = shape or pixels.shape
         if pixels.shape != shape:
             raise CalibrationError(
                 f"{data.places[index]} comes out of the image processor of {reader.name} as {_size(pixels.shape)} and "
-                f"others as {_size(shape)}; let preprocessor_config.json resize or crop to one size."
+                f"others as {_size(shape)}; make preprocessor_config.json resize or crop to one size."
             )
         yield index, pixels
     if shape is None:
         raise CalibrationError(
-            f"No image of {data.name} can be read (the first: {unreadable[0]}); mend or remove them."
+            f"No image of {data.name} can be read (the first: {unreadable[0]}); repair or remove them."
         )
 
 
 class ImageReader:
-    """From a picture to the input of a model.
+    """Makes the input of a model from a picture.
 
-    name: of the model, for messages; channels: that it takes. Pictures are converted to colours or greys where the
-    model takes 3 channels or 1, which drops their transparency as transformers does; the rest is the image processor's.
+    name: name of the model, for messages; channels: its number of input channels. Pictures are converted to colour or
+    grey if the model takes 3 channels or 1, which drops transparency as transformers does; the image processor does the
+    rest.
     """
 
     _MODES = {1: "L", 3: "RGB"}  # noqa: RUF012 - a constant
@@ -193,7 +194,7 @@ class ImageReader:
         return cls(processor, _channels(config), name)
 
     def __call__(self, picture: Any, place: str) -> Tensor:
-        """float32 `[channels, height, width]`. Raises CalibrationError where it has another number of channels."""
+        """The input, float32 `[channels, height, width]`. Raises CalibrationError if the number of channels differs."""
         mode = self._MODES.get(self._channels)
         if mode is None and len(picture.getbands()) != self._channels:
             raise CalibrationError(
@@ -201,9 +202,9 @@ class ImageReader:
                 "with as many."
             )
         try:
-            found = self._processor(images=picture.convert(mode) if mode else picture, return_tensors="pt")
-            pixels: Tensor = found["pixel_values"][0]
-        except Exception as error:  # processors raise whatever their settings and the image lead them to
+            outputs = self._processor(images=picture.convert(mode) if mode else picture, return_tensors="pt")
+            pixels: Tensor = outputs["pixel_values"][0]
+        except Exception as error:  # processors can raise anything
             reason = first_line(error)
             raise CalibrationError(
                 f"The image processor of {self.name} cannot read {place} ({reason}); check preprocessor_config.json "
@@ -217,7 +218,7 @@ class ImageReader:
         return pixels.float()
 
     def blank(self) -> Tensor:
-        """What an empty picture becomes, for its shape."""
+        """The input for an empty picture, to find its shape."""
         from PIL import Image
 
         mode = self._MODES.get(self._channels) or ("RGBA" if self._channels == 4 else "RGB")
@@ -230,38 +231,38 @@ def image_reader(source: Source) -> ImageReader:
 
 
 def _channels(config: Any) -> int:
-    # A classifier made of a dual model keeps what its vision tower is apart.
-    places = (config, getattr(config, "vision_config", None))
-    named = (getattr(place, "num_channels", None) for place in places)
-    return int(next(filter(None, named), 3))
+    # A classifier made from a dual model has a separate configuration for its vision tower.
+    configs = (config, getattr(config, "vision_config", None))
+    counts = (getattr(candidate, "num_channels", None) for candidate in configs)
+    return int(next(filter(None, counts), 3))
 
 
 def _decode(data: ImageData, index: int) -> Any:
-    """The picture of a number, upright and with 8 bits a channel.
+    """Picture number `index`, upright and with 8 bits per channel.
 
-    Raises CalibrationError where it cannot be told what its numbers mean; decoders raise anything.
+    Raises CalibrationError where the meaning of its values is unknown; decoders can raise anything.
     """
     from PIL import Image, ImageOps
 
     with warnings.catch_warnings():
-        # Pillow warns of photographs of 90 million pixels, and stops at twice as many.
+        # Pillow warns about photographs of 90 million pixels, and refuses twice as many.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             picture = Image.open(BytesIO(data.read(index)))
         except Image.DecompressionBombError as error:
-            raise OSError(f"it has more than the {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels that are read") from error
+            raise OSError(f"it has more than the {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels allowed") from error
         picture.load()
     upright = ImageOps.exif_transpose(picture)
     if picture.mode not in _WIDE_MODES:
         return upright
     bits, inverted = _grey_scale(picture, data.places[index])
-    # Signed numbers have room for the product; the highest value becomes 255.
+    # int64 has room for the product; the highest value becomes 255.
     grey = numpy.asarray(upright).astype(numpy.int64) * 255 // (2**bits - 1)
     return Image.fromarray((255 - grey if inverted else grey).astype(numpy.uint8))
 
 
-def _grey_scale(picture: Any, place: str) -> tuple[int, bool]:
-    """Bits of a grey picture of more than 8, and whether its highest value is black.
+def _grey_scale(picture: Any, name: str) -> tuple[int, bool]:
+    """Bits of a grey picture with more than 8 bits, and whether its highest value is black.
 
     Raises CalibrationError for pictures whose range is unknown.
     """
@@ -272,7 +273,7 @@ def _grey_scale(picture: Any, place: str) -> tuple[int, bool]:
         return 16, False
     kind = "floating-point" if picture.mode == "F" else "32-bit or signed"
     raise CalibrationError(
-        f"{place} holds {kind} numbers, and which of them are black and white is not known; save it with 8 or 16 bits."
+        f"{name} holds {kind} numbers, and their black and white levels are unknown; save it with 8 or 16 bits."
     )
 
 

@@ -1,7 +1,7 @@
-"""Pictures that need no download: the 1797 handwritten digits, 8 x 8, that scikit-learn brings.
+"""Pictures that need no download: the 1797 handwritten digits, 8 x 8, included in scikit-learn.
 
-They are enough to try things on and for models made for them. What a model of photographs does with them says little
-about photographs, so calibrate such a model on photographs, or on `noise`, if there are none.
+They are enough for experiments and for digit models. The behaviour of a photograph model on digits says little about
+photographs, so calibrate such a model on photographs, or on `noise` if you have none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from shiftadd_cli.data.images_data import ImageData
 from shiftadd_cli.errors import CalibrationError
 
 NAME = "builtin"
-# The last of the set, which other people wrote than the first: see the data set's description.
+# The last digits of the set, written by other people than the first: see the data set's description.
 TEST_IMAGES = 500
 _WHITE = 16
 
@@ -23,7 +23,7 @@ def read(split: str) -> ImageData:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise CalibrationError(
-            "The built-in images come with scikit-learn; run `pip install 'shiftadd-cli[vision]'`, or give a folder "
+            "The built-in images need scikit-learn; run `pip install 'shiftadd-cli[vision]'`, or give a folder "
             "of images."
         ) from error
     digits = load_digits()

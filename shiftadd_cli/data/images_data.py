@@ -1,4 +1,4 @@
-"""Sets of pictures, as every reader of them gives them."""
+"""Sets of pictures, as all readers return them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class ImageData:
     """Pictures that are read one by one.
 
     Attributes:
-        name: what to call them in a report.
-        keys: what tells each picture from the others of the set, wherever the set lies and however its path is typed.
-        places: what to call each picture in messages.
-        read: the encoded picture of a number; may raise OSError.
-        labels: the class of each, by name or number; None where they have none.
-        fingerprint_samples: how many pictures the fingerprint reads.
+        name: name in reports.
+        keys: identify each picture within the set, independent of the set's location and the spelling of its path.
+        places: names of the pictures in messages.
+        read: returns the encoded picture with a given number; may raise OSError.
+        labels: the class of each picture, by name or number; None for pictures without classes.
+        fingerprint_samples: number of pictures that the fingerprint reads.
     """
 
     name: str
@@ -40,13 +40,13 @@ class ImageData:
         for index in spread(len(self), self.fingerprint_samples):
             try:
                 digest.update(hashlib.sha256(self.read(index)).digest())
-            except OSError:  # told of when it is needed
+            except OSError:  # reported when the picture is needed
                 digest.update(b"unreadable")
         return digest.hexdigest()
 
 
 def spread(length: int, most: int | None) -> list[int]:
-    """At most so many of the numbers below `length`, evenly from the first to the last."""
+    """At most `most` of the numbers below `length`, evenly spaced from the first to the last."""
     if most is None or most >= length:
         return list(range(length))
     return torch.linspace(0, length - 1, most, dtype=torch.float64).round().long().unique().tolist()

@@ -1,10 +1,10 @@
-"""Pictures of noise shaped like photographs, which need neither a camera nor a download.
+"""Noise pictures with the statistics of photographs, which need neither a camera nor a download.
 
-Each is a scene of "dead leaves": opaque shapes that lie on and hide each other. Their sizes follow a power law, which
-gives the edges and the spectrum of natural images (Lee, Mumford and Huang, "Occlusion models for natural images",
+Each is a "dead leaves" scene: opaque shapes that cover each other. Their sizes follow a power law, which gives the
+edges and the spectrum of natural images (Lee, Mumford and Huang, "Occlusion models for natural images",
 2001). Baradad et al. ("Learning to see by looking at noise", arXiv:2106.05963) train vision models on such scenes, and
-on noise with a power-law spectrum, which here is the texture of the shapes. A gradient of light over each shape, and a
-lens out of focus, are ours.
+on noise with a power-law spectrum, which here is the texture of the shapes. We added a gradient of light over each
+shape, and defocus.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 from shiftadd_cli.data.images_data import ImageData
 
 NAME = "noise"
-# More than any run draws for calibration. A test reads all it finds, so it finds fewer.
+# More than any calibration run draws. A test reads the whole set, so its set is smaller.
 IMAGES = {"calibration": 65536, "test": 1000}
-# In pixels. Most image processors make 224 of them; scenes of a power law look alike at any size.
+# In pixels. Most image processors output 224; power-law scenes look alike at any size.
 SIDE = 256
 _KEYS = {"calibration": 0, "test": 1}
-# A change of the algorithm is another set: what was measured on the old one must not be taken for the new.
+# A new algorithm makes a new set: measurements on the old set must not be taken for measurements on the new.
 _VERSION = 1
-# A fingerprint needs few, since one algorithm makes them all.
+# A fingerprint needs only a few, because one algorithm makes them all.
 _FINGERPRINT_SAMPLES = 8
 
-# Axes along which the colours of photographs vary independently, and how much (Ruderman, Cronin and Chiao, "Statistics
-# of cone responses to natural images", 1998): light, blue against yellow, green against magenta.
+# Axes along which the colours of photographs vary independently, and their deviations (Ruderman, Cronin and Chiao,
+# "Statistics of cone responses to natural images", 1998): light, blue against yellow, green against magenta.
 _AXES = numpy.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / numpy.sqrt([[3], [2], [6]])
 _DEVIATIONS = numpy.array([1.0, 0.25, 0.1])
 _FEWEST, _MOST = 5, 60
@@ -42,10 +42,10 @@ Array = NDArray[numpy.float64]
 
 
 def read(split: str) -> ImageData:
-    """The scenes of a split, "calibration" or "test", which share none.
+    """The scenes of a split, "calibration" or "test"; the splits share no scene.
 
-    They are PNG files of `SIDE` x `SIDE` pixels in colour, without labels. Each is made when it is read, and depends on
-    its split and number alone.
+    They are colour PNG files of `SIDE` x `SIDE` pixels, without labels. Each is generated when it is read, and depends
+    only on its split and number.
     """
     key = _KEYS[split]
 
@@ -74,12 +74,12 @@ def _scene(rng: Generator) -> NDArray[numpy.uint8]:
     light = _textures(rng, shapes, shown) + _gradients(rng, shapes, shown)
     pixels = colours[shown] + light[..., None] * tints[shown]
     picture = Image.fromarray((255 * pixels.clip(0, 1)).round().astype("uint8"))
-    # Half a pixel smooths the stairs of the outlines.
+    # Half a pixel of blur smooths the jagged outlines.
     return numpy.asarray(picture.filter(ImageFilter.GaussianBlur(0.5 + abs(rng.normal(0, 2.5)))))
 
 
 def _layout(rng: Generator, shapes: int) -> NDArray[numpy.int32]:
-    """The number of the shape that is seen at each pixel, `[SIDE, SIDE]`; 0 is the ground."""
+    """The number of the shape visible at each pixel, `[SIDE, SIDE]`; 0 is the background."""
     from PIL import Image, ImageDraw
 
     labels = Image.new("I", (SIDE, SIDE))
@@ -106,34 +106,34 @@ def _outline(rng: Generator) -> Array:
         corners = int(rng.integers(3, 8))
         angles = numpy.sort(rng.uniform(0, 2 * numpy.pi, corners))
         reach = rng.uniform(0.6, 1.3, corners)
-    ways = numpy.stack([numpy.cos(angles), numpy.sin(angles)], -1)
+    directions = numpy.stack([numpy.cos(angles), numpy.sin(angles)], -1)
     stretch = 2 ** rng.uniform(-0.75, 0.75)
     turn = rng.uniform(0, 2 * numpy.pi)
     turned = numpy.array([[numpy.cos(turn), numpy.sin(turn)], [-numpy.sin(turn), numpy.cos(turn)]])
-    return radius * (reach[:, None] * ways * [stretch, 1 / stretch]) @ turned + rng.uniform(-0.1, 1.1, 2) * SIDE
+    return radius * (reach[:, None] * directions * [stretch, 1 / stretch]) @ turned + rng.uniform(-0.1, 1.1, 2) * SIDE
 
 
 def _colours(rng: Generator, count: int) -> Array:
-    """Differences from a mean colour, `[count, 3]`, with a deviation of 1 in light."""
+    """Differences from a mean colour, `[count, 3]`, with a deviation of 1 in brightness."""
     return (rng.standard_normal((count, 3)) * _DEVIATIONS) @ _AXES
 
 
 def _textures(rng: Generator, shapes: int, shown: NDArray[numpy.int32]) -> Array:
-    """Light that each shape has of one of a few textures, `[SIDE, SIDE]`."""
+    """Light that each shape takes from one of a few textures, `[SIDE, SIDE]`."""
     textures = numpy.stack([_power_law_noise(rng, rng.uniform(0.6, 1.8)) for _ in range(_TEXTURES)])
     which, strength = rng.integers(0, _TEXTURES, shapes), rng.normal(0, 0.12, shapes)
     return numpy.take_along_axis(textures, which[shown][None], 0)[0] * strength[shown]
 
 
 def _gradients(rng: Generator, shapes: int, shown: NDArray[numpy.int32]) -> Array:
-    """Light that grows evenly across each shape, in a direction of its own, `[SIDE, SIDE]`."""
+    """Light that grows linearly across each shape, in its own direction, `[SIDE, SIDE]`."""
     down, right = rng.normal(0, 0.25, (2, shapes))
-    places = numpy.linspace(-0.5, 0.5, SIDE)
-    return down[shown] * places[:, None] + right[shown] * places
+    positions = numpy.linspace(-0.5, 0.5, SIDE)
+    return down[shown] * positions[:, None] + right[shown] * positions
 
 
 def _power_law_noise(rng: Generator, falloff: float) -> Array:
-    """Noise `[SIDE, SIDE]` of mean 0 and deviation 1 whose amplitude falls with frequency**-falloff, faster along one
+    """Noise `[SIDE, SIDE]` with mean 0 and deviation 1. Its amplitude falls with frequency**-falloff, faster along one
     direction than across it."""
     down, right = numpy.fft.fftfreq(SIDE)[:, None], numpy.fft.rfftfreq(SIDE)
     turn, stretch = rng.uniform(0, numpy.pi), 2 ** rng.uniform(-0.5, 0.5)

@@ -1,4 +1,4 @@
-"""Pictures in tables: .parquet files of the user's, and data sets of the Hugging Face hub."""
+"""Pictures in tables: the user's .parquet files, and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shiftadd_cli.data.images_data import ImageData
 from shiftadd_cli.data.text_hub import ENDPOINT, offline, reachable
 from shiftadd_cli.errors import CalibrationError, first_line
 
-# What columns without a type of the library `datasets` are called.
+# Usual names of columns that have no type of the `datasets` library.
 _IMAGES, _LABELS = ("image", "img", "picture"), ("label", "labels", "fine_label", "class")
 # Splits to try where none is named, best first.
 _SPLITS = {"calibration": ("train",), "test": ("test", "validation", "valid", "val")}
@@ -34,17 +34,19 @@ def read_parquet(path: Path) -> ImageData:
         table = parquet.read_table(path, memory_map=True)
         rows = Dataset(table)
     except (arrow.ArrowException, OSError, ValueError) as error:
-        raise CalibrationError(f"{path} is no valid parquet file ({first_line(error)}); download it again.") from error
+        raise CalibrationError(
+            f"{path} is not a valid parquet file ({first_line(error)}); download it again."
+        ) from error
     return _data(rows, path.name)
 
 
 def read_hub(spec: str, split: str) -> ImageData:
-    """The same of a data set of the hub, `NAME` or `NAME:SPLIT`; `split` is "calibration" or "test".
+    """The pictures in a hub data set, `NAME` or `NAME:SPLIT`; `split` is "calibration" or "test".
 
-    Without network, a copy in the cache of `datasets` is used if there is one, and otherwise this fails in seconds.
+    Without a network, this uses a copy in the cache of `datasets`; without a copy, it fails within seconds.
 
     Raises:
-        CalibrationError: it cannot be had, or has no column of images.
+        CalibrationError: it cannot be downloaded, or has no column of images.
     """
     import datasets
 
@@ -52,20 +54,20 @@ def read_hub(spec: str, split: str) -> ImageData:
     online = reachable(ENDPOINT)
     try:
         with offline(not online):
-            wanted = part or _choose(datasets.get_dataset_split_names(name), split)
-            rows = datasets.load_dataset(name, split=wanted)
-    # Whatever goes wrong on the way to the hub (there are a dozen libraries on it), the cure is the same.
+            hub_split = part or _choose(datasets.get_dataset_split_names(name), split)
+            rows = datasets.load_dataset(name, split=hub_split)
+    # A dozen libraries are involved in reaching the hub; whatever goes wrong, the remedy is the same.
     except Exception as error:
         reason = first_line(error) if online else "the hub cannot be reached, and the cache has no copy"
         raise CalibrationError(
             f"There are no images at {name}: no such folder or file, and the data set {name} of the hub could not be "
-            f"had ({reason}); give a folder of images, or 'noise' or 'builtin', which need no download."
+            f"downloaded ({reason}); give a folder of images, or 'noise' or 'builtin', which need no download."
         ) from error
-    return _data(rows, f"{name} {wanted}")
+    return _data(rows, f"{name} {hub_split}")
 
 
 def _choose(splits: Sequence[str], split: str) -> str:
-    return next((each for each in _SPLITS[split] if each in splits), splits[0])
+    return next((name for name in _SPLITS[split] if name in splits), splits[0])
 
 
 def _data(rows: Any, name: str) -> ImageData:
@@ -73,26 +75,28 @@ def _data(rows: Any, name: str) -> ImageData:
     from datasets import ClassLabel, Image
 
     features = rows.features
-    pictures = [key for key, each in features.items() if isinstance(each, Image)]
+    pictures = [key for key, kind in features.items() if isinstance(kind, Image)]
     pictures += [key for key in _IMAGES if key in features]
     if not pictures:
         raise CalibrationError(
             f"{name} has no column of images (found {', '.join(features) or 'none'}); name it 'image', with the "
             "encoded pictures in it."
         )
-    kinds = [key for key, each in features.items() if isinstance(each, ClassLabel)]
+    kinds = [key for key, kind in features.items() if isinstance(kind, ClassLabel)]
     kinds += [key for key in _LABELS if key in features]
     labels: tuple[str | int, ...] | None = None
     if kinds:
         values, feature = rows[kinds[0]], features[kinds[0]]
-        labels = tuple(feature.int2str(each) if isinstance(feature, ClassLabel) else each for each in values)
-        if not all(isinstance(each, (str, int)) for each in labels):
-            raise CalibrationError(f"The column {kinds[0]!r} of {name} holds no classes; leave it out, or mend it.")
+        labels = tuple(feature.int2str(value) if isinstance(feature, ClassLabel) else value for value in values)
+        if not all(isinstance(label, (str, int)) for label in labels):
+            raise CalibrationError(
+                f"The column {kinds[0]!r} of {name} does not contain classes; remove it, or repair it."
+            )
     try:
         column = rows.select_columns(pictures[0]).cast_column(pictures[0], Image(decode=False))
     except (TypeError, ValueError, arrow.ArrowException) as error:
         raise CalibrationError(
-            f"The column {pictures[0]!r} of {name} holds no images ({first_line(error)})."
+            f"The column {pictures[0]!r} of {name} does not contain images ({first_line(error)})."
         ) from error
 
     def encoded(index: int) -> bytes:

@@ -1,4 +1,4 @@
-"""A calibration text of several parts: `self:0.7,builtin:0.2,notes.txt:0.1`."""
+"""A calibration text with several parts: `self:0.7,builtin:0.2,notes.txt:0.1`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Literal
 from shiftadd_cli.errors import CalibrationError
 
 Kind = Literal["documents", "conversations"]
-# The default: a text that the model writes itself. A vision model writes none and gets pictures that are made, see
+# The default: a text that the model writes itself. A vision model writes none and gets suitable pictures instead, see
 # `images.load_images`.
 SELF = "self"
-# Names of such texts, and the kinds of windows that take turns in them.
+# Names of such texts, and the kinds of windows that alternate in them.
 KINDS: dict[str, tuple[Kind, ...]] = {
     SELF: ("documents", "conversations"),
     "self-plain": ("documents",),
@@ -34,22 +34,22 @@ class Part:
 
 
 def is_mixture(spec: str) -> bool:
-    """Whether this is several texts, each with its share."""
+    """Whether this specifies several texts, each with a share."""
     parts = spec.split(",")
     return not Path(spec).exists() and len(parts) > 1 and all(_PART.fullmatch(part.strip()) for part in parts)
 
 
 def parse_mixture(spec: str) -> tuple[Part, ...]:
-    """The parts of a calibration text as a user writes it, in their order; one part for a text by itself.
+    """The parts of a calibration text as a user writes it, in order; a single text is one part.
 
-    A mixture is `TEXT:SHARE`, several of them with commas between; shares count in proportion to their sum. The path of
-    a file that exists is that file, whatever signs are in it.
+    A mixture is a comma-separated list of `TEXT:SHARE`; shares are relative to their sum. The path of an existing file
+    always means that file, whatever characters it contains.
 
     Raises:
-        CalibrationError: a part without a share, a share of 0, or a text that is named twice.
+        CalibrationError: a part has no share, a share is 0, or a text is named twice.
     """
-    whole = _PART.fullmatch(spec)
-    if Path(spec).exists() or ("," not in spec and whole is None):
+    single = _PART.fullmatch(spec)
+    if Path(spec).exists() or ("," not in spec and single is None):
         return (Part(spec, 1.0),)
     shares: dict[str, float] = {}
     for text in spec.split(","):
@@ -70,14 +70,14 @@ def parse_mixture(spec: str) -> tuple[Part, ...]:
 
 
 def text_of_shares(shares: Mapping[str, float]) -> str:
-    """The calibration text as a user would write it: what `parse_mixture` reads as these shares, by text."""
+    """The calibration text as a user would write it, from shares by text; `parse_mixture` reads it back."""
     if len(shares) == 1:
         return next(iter(shares))
     return ",".join(f"{name}:{share:.6f}" for name, share in shares.items())
 
 
 def parts_with_windows(spec: str, samples: int) -> list[tuple[Part, int]]:
-    """The parts of a calibration text, and how many of `samples` windows each gives.
+    """The parts of a calibration text, and the number of windows that each contributes to `samples`.
 
     Raises CalibrationError as `parse_mixture` and `window_counts` do.
     """
@@ -86,7 +86,7 @@ def parts_with_windows(spec: str, samples: int) -> list[tuple[Part, int]]:
 
 
 def window_counts(parts: tuple[Part, ...], samples: int) -> list[int]:
-    """Windows of each part, `samples` in all: by share, rounded by largest remainder.
+    """The number of windows per part, `samples` in total: by share, rounded by largest remainder.
 
     Raises:
         CalibrationError: a part gets no window.
@@ -99,7 +99,7 @@ def window_counts(parts: tuple[Part, ...], samples: int) -> list[int]:
     for part, count in zip(parts, counts, strict=True):
         if not count:
             raise CalibrationError(
-                f"{part.spec} gets none of {samples} calibration windows by its share of {part.share:.3g}; give it a "
+                f"{part.spec} gets none of {samples} calibration windows with its share of {part.share:.3g}; give it a "
                 "larger share, or more `samples`."
             )
     return counts

@@ -19,20 +19,20 @@ from shiftadd_cli.source.tokenizer import leading_tokens, tokens_as_text, unknow
 
 Split = Literal["calibration", "test"]
 
-# Longer texts are tokenised in pieces of about this many characters: a tokenizer holds some 500 bytes per token.
+# Longer texts are tokenised in pieces of about this many characters: a tokenizer uses some 500 bytes per token.
 # WikiText-2's test split, with 1.29 million, is one piece.
 PIECE_CHARACTERS = 3 << 19
-# A tokenizer needs about 150 bytes a character while it works; windows drawn at random do not mind a parted line.
+# A tokenizer needs about 150 bytes per character while it works; a split line is harmless for random windows.
 CALIBRATION_PIECE_CHARACTERS = 1 << 18
 
-# Where to part a text, best first: before a line break that follows a word, or before any run of space with a break.
-# Pre-tokenizers join line breaks to other space and to punctuation before them, but not to words.
+# Where a text is split, best first: before a line break that follows a word, or before whitespace with a line break.
+# Pre-tokenizers join line breaks to adjacent whitespace and to preceding punctuation, but not to words.
 _PARTINGS = (re.compile(r"(?<=\w)(?=\n)"), re.compile(r"(?<=\S)(?=\s*\n)"))
 
 
 @dataclass(frozen=True)
 class TextData:
-    """A text: what to call it in a report, its content, and the SHA-256 of its UTF-8 bytes (hex)."""
+    """A text: its name in reports, its content, and the SHA-256 of its UTF-8 bytes (hex)."""
 
     name: str
     text: str
@@ -42,18 +42,18 @@ class TextData:
 def load_text(spec: str, *, split: Split, tokenizer: Any = None) -> TextData:
     """The text called `spec`: `builtin`, `wikitext2`, `c4`, `ptb`, or a .txt, .jsonl or .parquet file.
 
-    tokenizer: that of the model; files of conversations are read through its chat template.
+    tokenizer: the model's tokenizer; files of conversations are read through its chat template.
 
-    `split` chooses between disjoint parts of a named text; a file has no splits and is read whole for both, so the
-    fingerprint tells whether calibration and test are the same text.
+    `split` chooses between disjoint parts of a named text. A file has no splits and is read whole for both, so the
+    fingerprint shows whether calibration and test are the same text.
 
     Raises:
         CalibrationError: unknown name, no network, or a file that is missing, empty or unreadable.
     """
     if spec in KINDS:
-        raise CalibrationError(f"{spec!r} is what a model writes to be calibrated on; give another text here.")
+        raise CalibrationError(f"{spec!r} is calibration text a model writes itself; give another text here.")
     if is_mixture(spec):
-        raise CalibrationError(f"{spec!r} is a mixture of texts to calibrate on; give one text here.")
+        raise CalibrationError(f"{spec!r} is a mixture of calibration texts; give one text here.")
     if spec == text_builtin.NAME:
         name, text = text_builtin.read(split)
     elif spec in text_hub.CORPORA:
@@ -76,12 +76,12 @@ def tokenise(text: str, tokenizer: Any, piece_characters: int | None = None) -> 
     """The tokens of `text` as one string, with no special tokens added: int64 `[tokens]`.
 
     Texts of more than `piece_characters` (by default `PIECE_CHARACTERS`) are tokenised in pieces that end before a line
-    break. That changes no token for byte-level tokenizers where a line ends in a word, and at most a token or two per
-    piece for any other.
+    break. Where a line ends in a word, this changes no token for byte-level tokenizers. In other cases, it changes
+    at most a token or two per piece.
     """
     pieces = []
     for piece in _pieces(text, piece_characters or PIECE_CHARACTERS):
-        # verbose=False: a long text is wanted here, so the warning about the model's length would mislead.
+        # verbose=False: long texts are intended here, so the warning about the model's length would mislead.
         encoded = tokenizer(piece, add_special_tokens=False, verbose=False)
         pieces.append(torch.tensor(encoded["input_ids"], dtype=torch.int64))
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
@@ -90,8 +90,8 @@ def tokenise(text: str, tokenizer: Any, piece_characters: int | None = None) -> 
 def sample_windows(data: TextData, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> torch.Tensor:
     """Draw windows of tokens that do not overlap: int64 `[samples, seq_len]`.
 
-    The windows are those of `text_windows`, and a permutation seeded with `seed` picks among them; the same text,
-    tokenizer and seed give the same windows, and the first k of more samples are the k samples.
+    A permutation seeded with `seed` chooses among the windows of `text_windows`. The same text, tokenizer and seed give
+    the same windows, and a smaller number of samples gives the first of a larger number.
 
     Raises:
         CalibrationError: the text has too few tokens.
@@ -101,9 +101,9 @@ def sample_windows(data: TextData, tokenizer: Any, *, samples: int, seq_len: int
     available = len(windows.whole)
     if available < samples:
         own = seq_len - len(windows.prefix)
-        behind = f" behind {tokens_as_text(tokenizer, windows.prefix)}" if windows.prefix else ""
+        after_prefix = f" after {tokens_as_text(tokenizer, windows.prefix)}" if windows.prefix else ""
         raise CalibrationError(
-            f"{samples} windows of {seq_len} tokens need {samples * own} tokens{behind}, and {data.name} has "
+            f"{samples} windows of {seq_len} tokens need {samples * own} tokens{after_prefix}, but {data.name} has "
             f"{len(tokens)}; give a longer text, or fewer or shorter windows"
             + (f" (at most {available} of this length)." if available else ".")
         )
@@ -113,12 +113,12 @@ def sample_windows(data: TextData, tokenizer: Any, *, samples: int, seq_len: int
 
 
 def text_windows(tokens: torch.Tensor, tokenizer: Any, length: int, option: str) -> Windows:
-    """The consecutive windows of a tokenised text that begin with what its tokenizer puts before a text.
+    """The consecutive windows of a tokenised text, each beginning with the tokenizer's leading tokens.
 
-    tokens: int64 `[n]`, without these; option: that says the length.
+    tokens: int64 `[n]`, without the leading ones; option: the option that sets the length.
 
     Raises:
-        CalibrationError: the windows have no room for a token behind the special ones.
+        CalibrationError: the windows have no room for a token after the special ones.
     """
     prefix = leading_tokens(tokenizer)
     if length <= len(prefix):
@@ -130,10 +130,10 @@ def text_windows(tokens: torch.Tensor, tokenizer: Any, length: int, option: str)
 
 
 def check_tokens(windows: Windows | torch.Tensor, tokenizer: Any, rows: int, *, data: str, model: str) -> None:
-    """Refuse tokens that the embedding of `model`, which has so many rows, does not hold.
+    """Refuse tokens outside the embedding of `model`, which has `rows` rows.
 
     Raises:
-        CalibrationError: with the token, its id, and the rows.
+        CalibrationError: names the token, its id, and the number of rows.
     """
     pieces = [windows] if isinstance(windows, torch.Tensor) else [windows.whole, windows.rest]
     for piece in pieces:
@@ -149,8 +149,8 @@ def _pieces(text: str, size: int) -> list[str]:
     while start < len(text):
         end = start + size
         if end < len(text):
-            found = (parting.search(text, end, end + size) for parting in _PARTINGS)
-            end = next((match.start() for match in found if match), end)
+            matches = (parting.search(text, end, end + size) for parting in _PARTINGS)
+            end = next((match.start() for match in matches if match), end)
         pieces.append(text[start:end])
         start = end
     return pieces

@@ -1,4 +1,4 @@
-"""Text, or conversations, from .txt, .jsonl and .parquet files of the user."""
+"""Text or conversations from the user's .txt, .jsonl and .parquet files."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from shiftadd_cli.errors import CalibrationError, first_line
 
 FIELD = "text"
 KINDS = ".txt, .jsonl or .parquet"
-# More than any calibration or test needs; what lies beyond it is not read, and the name of the text says so.
+# More than any calibration or test needs. The rest is not read, and the name of the text says so.
 MAX_CHARACTERS = 64 << 20
-# Where a record stands, and its text or its messages.
+# The location of a record, and its text or its messages.
 Record = tuple[str, str | list[dict[str, Any]]]
 
 
 def read(path: Path, tokenizer: Any = None) -> tuple[str, str]:
     """Name and text of a file: at most its first `MAX_CHARACTERS`.
 
-    Rows and records are joined by a blank line. Conversations become what the chat template of `tokenizer` makes of
-    them, one behind the other.
+    Rows and records are joined by a blank line. Conversations are rendered by the chat template of `tokenizer` and
+    follow each other directly.
 
     Raises:
         CalibrationError: the file is missing, of another kind, not UTF-8, not valid, or has neither `text` nor
-            `messages`; or the template does not take these.
+            `messages`; or the template rejects the messages.
     """
     if path.is_dir():
         raise CalibrationError(f"{path} is a folder; give a {KINDS} file.")
@@ -34,8 +34,8 @@ def read(path: Path, tokenizer: Any = None) -> tuple[str, str]:
         raise CalibrationError(f"There is no file {path}; give a {KINDS} file, or 'builtin', which needs none.")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise CalibrationError(f"{path} is no {KINDS} file; save the text as one of these.")
-    # A plain text comes in pieces of any length, records of text stand apart, and conversations end themselves.
+        raise CalibrationError(f"{path} is not a {KINDS} file; save the text as one of these.")
+    # Plain text comes in pieces of any length, text records are separated, and conversations mark their own end.
     between = "" if reader is _plain else "\n\n"
     try:
         parts, used, separator = [], 0, ""
@@ -70,7 +70,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise CalibrationError(f"{path}, line {number}, is no valid JSON ({error}); mend the line.") from error
+                raise CalibrationError(f"{path}, line {number}, is not valid JSON ({error}); fix the line.") from error
             fields = record if isinstance(record, dict) else {}
             where = f"{path}, line {number},"
             if isinstance(text := fields.get(FIELD), str):
@@ -115,7 +115,9 @@ def _parquet(path: Path) -> Iterator[Record]:
                     )
                 yield where, row
     except arrow.ArrowException as error:
-        raise CalibrationError(f"{path} is no valid parquet file ({first_line(error)}); download it again.") from error
+        raise CalibrationError(
+            f"{path} is not a valid parquet file ({first_line(error)}); download it again."
+        ) from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}

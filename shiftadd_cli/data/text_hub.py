@@ -1,4 +1,4 @@
-"""Texts of the Hugging Face hub, by the names the literature uses for them."""
+"""Texts of the Hugging Face hub, under their usual names in the literature."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENDPOINT = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where a text lies, which splits to take, and how its rows become one string."""
+    """The location of a text, the splits to use, and the way to join its rows into one string."""
 
     path: str
     splits: dict[str, str]
@@ -38,7 +38,7 @@ CORPORA = {
         "\n\n",
         {"name": "wikitext-2-raw-v1"},
     ),
-    # One shard is opened and read as far as needed: all of C4 has 300 GB.
+    # One shard is opened and read as far as needed: the whole of C4 has 300 GB.
     "c4": Corpus(
         "allenai/c4",
         {"calibration": "train", "test": "validation"},
@@ -48,7 +48,7 @@ CORPORA = {
         {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
         max_characters=8_000_000,
     ),
-    # The repository itself holds a script, which `datasets` no longer runs; the hub keeps this converted branch.
+    # The repository itself contains a script, which `datasets` no longer runs; the hub has this converted branch.
     "ptb": Corpus(
         "ptb-text-only/ptb_text_only",
         {"calibration": "train", "test": "test"},
@@ -62,10 +62,10 @@ CORPORA = {
 def read(name: str, split: str) -> tuple[str, str]:
     """Name and text of a corpus in `CORPORA`; `split` is "calibration" or "test".
 
-    Without network, a copy in the cache of `datasets` is used if there is one, and otherwise this fails in seconds.
+    Without a network, this uses a copy in the cache of `datasets`; without a copy, it fails within seconds.
 
     Raises:
-        CalibrationError: the text cannot be had; says how to pass a file.
+        CalibrationError: the text cannot be downloaded; the message says how to pass a file.
     """
     corpus = CORPORA[name]
     part = corpus.splits[split]
@@ -73,16 +73,16 @@ def read(name: str, split: str) -> tuple[str, str]:
     try:
         with offline(not online):
             rows = _open(corpus, part)
-            text, whole = _join((row[corpus.column] for row in rows), corpus.separator, corpus.max_characters)
-    # Whatever goes wrong on the way to the hub (there are a dozen libraries on it), the cure is the same.
+            text, is_complete = _join((row[corpus.column] for row in rows), corpus.separator, corpus.max_characters)
+    # A dozen libraries are involved in reaching the hub; whatever goes wrong, the remedy is the same.
     except Exception as error:
         reason = first_line(error)
         raise CalibrationError(
-            f"The text {name} ({corpus.path} on the hub) could not be had: "
+            f"The text {name} ({corpus.path} on the hub) could not be downloaded: "
             f"{reason if online else 'the hub cannot be reached, and the cache has no copy'}; pass a .txt, .jsonl or "
             ".parquet file instead, or 'builtin', which needs no download."
         ) from error
-    return f"{name} {part}" + ("" if whole else f" (first {len(text)} characters)"), text
+    return f"{name} {part}" + ("" if is_complete else f" (first {len(text)} characters)"), text
 
 
 def _open(corpus: Corpus, part: str) -> Any:
@@ -93,7 +93,7 @@ def _open(corpus: Corpus, part: str) -> Any:
 
 
 def _join(rows: Iterable[str], separator: str, limit: int | None) -> tuple[str, bool]:
-    """Rows joined up to at least `limit` characters, and whether that was all of them."""
+    """The rows joined, up to at least `limit` characters, and whether these were all rows."""
     parts: list[str] = []
     used = 0
     for row in rows:
@@ -106,7 +106,7 @@ def _join(rows: Iterable[str], separator: str, limit: int | None) -> tuple[str, 
 
 @contextmanager
 def offline(wanted: bool) -> Iterator[None]:
-    """Without network `datasets` would retry for half a minute; in its offline mode it looks into its cache at once."""
+    """Without a network, `datasets` retries for half a minute; in offline mode it uses its cache immediately."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
@@ -118,7 +118,7 @@ def offline(wanted: bool) -> Iterator[None]:
 
 
 def reachable(url: str) -> bool:
-    """Whether a server answers, be it with an error; honours the usual proxy variables and HF_HUB_OFFLINE."""
+    """Whether a server answers, even with an error; honours the usual proxy variables and HF_HUB_OFFLINE."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
@@ -129,7 +129,7 @@ def reachable(url: str) -> bool:
     except HTTPError:
         return True
     except URLError as error:
-        # Certificates may be found by the hub's client, which brings its own, and not by this one.
+        # The hub's client has its own certificates, so it may connect where this one cannot.
         return isinstance(error.reason, ssl.SSLError)
-    except (OSError, ValueError):  # the second for an address that is none
+    except (OSError, ValueError):  # ValueError: the address is invalid
         return False

@@ -1,1 +1,1 @@
-"""Tuning a compressed model as a whole towards what the original predicts."""
+"""Tuning a whole compressed model towards the predictions of the original."""

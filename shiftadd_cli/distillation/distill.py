@@ -1,11 +1,11 @@
-"""Tune row scales, norms and biases of a compressed model until it predicts what the original predicts.
+"""Tune row scales, norms and biases of a compressed model to match the predictions of the original.
 
-Solvers and block reconstruction each look at one block: how its errors add up with those of the others, and which of
-them reach the predictions, no block can tell. At the end, therefore, what is continuous and costs no bits is tuned in
-all blocks at once, by the gradient of KL(original || compressed) on the calibration samples: end-to-end training of
-quantization parameters (EfficientQAT, Chen et al. 2024, arXiv:2407.11062, section 3.3) with the original's predictions
-for labels (knowledge distillation, Hinton et al. 2015, arXiv:1503.02531). Some of the samples are held back, and the
-result is kept only if it is better there.
+The solver and block reconstruction see only one block at a time. They cannot tell how its errors add up with those of
+other blocks, or which of them reach the predictions. So at the end, the continuous parameters that cost no bits are
+tuned in all blocks at once, by the gradient of KL(original || compressed) on the calibration samples. This is
+end-to-end training of quantization parameters (EfficientQAT, Chen et al. 2024, arXiv:2407.11062, section 3.3) with the
+original's predictions as labels (knowledge distillation, Hinton et al. 2015, arXiv:1503.02531). Some of the samples are
+held out, and the result is kept only if it is better there.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.reconstruction.optimizer import hold_back, rising_and_falling
 
-# Share of its size by which a typical number moves per step at the start.
+# Initial step size of a typical number, relative to its magnitude.
 _RATE = 0.005
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What came of it: tensors of the artifact by name, empty if it was not kept; mean divergence of the predictions
-    for the samples held back, before and after, in nats. After tuning that left the finite numbers it is infinite."""
+    """The result: tensors of the artifact by name, empty if it was not kept; mean divergence of the predictions for the
+    held-out samples, before and after, in nats. It is infinite if tuning produced non-finite values."""
 
     tensors: dict[str, Tensor]
     divergence_before: float
@@ -45,9 +45,9 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Distiller:
-    """A compressed model, `stack` and `end`, and the original's hidden states behind its last block, `targets`.
+    """A compressed model, `stack` and `end`, and the original's hidden states after its last block, `targets`.
 
-    first_input: what the first block is given of the samples of a span.
+    first_input: returns the input of the first block for a span of samples.
     """
 
     stack: Stack
@@ -64,11 +64,11 @@ class Distiller:
         progress: BlockProgress = silent,
         after_step: Callable[[], object] = lambda: None,
     ) -> Distillation:
-        """Tune; `epochs` are passes over the samples that are not held back. Needs two batches at least.
+        """Tune the model; `epochs` are passes over the samples that are not held out. Needs at least two batches.
 
-        after_step: called now and then, so that others know that this goes on.
+        after_step: called after every step, so that other processes know that this one is alive.
 
-        Raises NumericalError where the output of a block is not finite before anything was tuned.
+        Raises NumericalError if the output of a block is not finite before tuning.
         """
         train, held_back = hold_back(len(self.targets))
         before = self.divergence(held_back)
@@ -76,7 +76,7 @@ class Distiller:
             self._descend(train, epochs, seed, progress, after_step)
             after = self.divergence(held_back)
         except NumericalError:
-            # Of all that was done so far, nothing is lost by it.
+            # The untuned model is unaffected, so the run continues with it.
             after = inf
         return Distillation(self._tensors() if after < before else {}, before, after)
 
@@ -101,7 +101,7 @@ class Distiller:
             after_step()
 
     def divergence(self, batches: Sequence[int]) -> float:
-        """Mean over the predictions of these batches, in nats."""
+        """Mean divergence over the predictions of these batches, in nats."""
         total, predictions = 0.0, 0
         for index in batches:
             output = self.stack.forward(index, self.first_input(self._span(index)))[-1]
@@ -111,7 +111,7 @@ class Distiller:
         return total / predictions
 
     def _learn(self, index: int) -> None:
-        """Add to the gradients of all that is tuned."""
+        """Accumulate the gradients of all tunable parameters on one batch."""
         inputs = self.stack.forward(index, self.first_input(self._span(index)))
         gap = self.end.gap(self._span(index).start, inputs.pop(), self.targets[index], learn=True)
         self.stack.backward(index, inputs, gap.gradient)
@@ -124,11 +124,12 @@ class Distiller:
         for block in self.stack.blocks:
             parameters += block.parameters()
         return [
-            {"params": [each], "lr": _RATE * float(each.detach().abs().mean().clamp_min(1e-12))} for each in parameters
+            {"params": [parameter], "lr": _RATE * float(parameter.detach().abs().mean().clamp_min(1e-12))}
+            for parameter in parameters
         ]
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = self.end.vectors.stored()
+        tensors = self.end.vectors.stored()
         for block in self.stack.blocks:
-            found |= block.tensors()
-        return found
+            tensors |= block.tensors()
+        return tensors

@@ -1,4 +1,4 @@
-"""How far a compressed model's predictions are from the original's, and the gradient of that behind the last block."""
+"""Divergence of a compressed model's predictions from the original's, and its gradient after the last block."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.distillation.vectors import Reader, TunedVectors
 from shiftadd_cli.source.skeleton import set_tensor
 
-# The original's log-probabilities and probabilities, and on the way forth and back some five of the other's, float32.
+# Per logit: the original's log-probability and probability, and about five float32 values for the compressed model's
+# forward and backward pass.
 SLICE_BYTES = 256 << 20
 _BYTES_PER_LOGIT = 32
 
 
 class Gap(NamedTuple):
-    """Sum over the predictions of a batch of KL(original || compressed), in nats (of 1 - cosine of features for a model
-    without a head), how many they are, and its gradient at the compressed model's hidden states, of their shape and
-    dtype. A sum, since gradients of a mean would be too small for float16."""
+    """Sum over the predictions of a batch of KL(original || compressed), in nats (or of 1 - cosine of features for a
+    model without a head), the number of predictions, and the gradient of the sum at the compressed model's hidden
+    states, in their shape and dtype. A sum, since gradients of a mean would be too small for float16."""
 
     divergence: float
     predictions: int
@@ -31,15 +32,14 @@ class Gap(NamedTuple):
 
 
 class EndGap:
-    """From hidden states behind the last block, of both models, to a `Gap`. `samples`: see `trace_model`; `read` gives
-    tensors as the artifact stores them.
+    """Computes a `Gap` from the hidden states of both models after the last block. `samples`: see `trace_model`; `read`
+    returns tensors as the artifact stores them.
 
-    Both pass through the norms and the head of the compressed model, but that the vectors there are tuned for the
-    compressed one. Everything outside the blocks must be loaded, as the artifact stores it.
+    Both pass through the norms and the head of the compressed model, but only the compressed model uses the tuned
+    vectors there. Everything outside the blocks must be loaded, as the artifact stores it.
 
     Attributes:
-        vectors: one-dimensional parameters outside the blocks, by name; those that lie before the blocks never get a
-            gradient.
+        vectors: one-dimensional parameters outside the blocks, by name; those before the blocks never get a gradient.
     """
 
     def __init__(
@@ -53,14 +53,16 @@ class EndGap:
         self._head = Head(model, forms, samples)
         self._most = max(1, SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))
         blocks = tuple(f"{name}." for name in model.names)
-        outside = [(name, each) for name, each in self._model.named_parameters() if not name.startswith(blocks)]
+        outside = [
+            (name, parameter) for name, parameter in self._model.named_parameters() if not name.startswith(blocks)
+        ]
         self.vectors = TunedVectors(outside, read, self._device)
         self._originals = {name: self._model.get_parameter(name) for name in self.vectors.free}
 
     def gap(self, first: int, hidden: Tensor, original: Tensor, *, learn: bool) -> Gap:
-        """For the samples from number `first` on, hidden states `[batch, tokens, width]` of both models.
+        """The gap for the samples from number `first` on, given hidden states `[batch, tokens, width]` of both models.
 
-        learn: compute gradients, and add to those of `vectors`; without it the gradient is zeros.
+        learn: compute gradients, and add to those of `vectors`; otherwise the gradient is zero.
         """
         total, gradient = 0.0, torch.zeros_like(hidden)
         for rows, tokens in self._head.parts(len(hidden), hidden.shape[1], self._most):
@@ -70,8 +72,8 @@ class EndGap:
             reference = reference_of(target)
             states = hidden[rows, tokens].to(self._device).requires_grad_(learn)
             with self._tuned(learn) as leaves, torch.set_grad_enabled(learn):
-                found = self._head.predict(states, samples, tokens)
-                loss = reference.divergence(comparable(found)).sum()
+                prediction = self._head.predict(states, samples, tokens)
+                loss = reference.divergence(comparable(prediction)).sum()
             total += float(loss.detach())
             if learn:
                 torch.autograd.backward(loss, inputs=[states, *leaves.values()])
@@ -83,14 +85,14 @@ class EndGap:
     def _add(self, leaves: dict[str, nn.Parameter]) -> None:
         for name, leaf in leaves.items():
             if leaf.grad is not None:
-                vector, found = self.vectors.free[name], leaf.grad.float()
-                vector.grad = found if vector.grad is None else vector.grad + found
+                vector, gradient = self.vectors.free[name], leaf.grad.float()
+                vector.grad = gradient if vector.grad is None else vector.grad + gradient
 
     @contextmanager
     def _tuned(self, learn: bool) -> Iterator[dict[str, nn.Parameter]]:
-        """While this lasts, the model has the tuned vectors in the place of its own."""
+        """Replace the model's own vectors by the tuned ones inside the context."""
         leaves = {
-            name: nn.Parameter(each.detach(), requires_grad=learn) for name, each in self.vectors.computed().items()
+            name: nn.Parameter(vector.detach(), requires_grad=learn) for name, vector in self.vectors.computed().items()
         }
         try:
             for name, leaf in leaves.items():

@@ -1,4 +1,4 @@
-"""Samples on their way through all blocks of a compressed model, forwards and backwards, block after block decoded."""
+"""Forward and backward passes through all blocks of a compressed model, decoding one block at a time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from shiftadd_cli.blockwise.calls import BlockCall
 from shiftadd_cli.blockwise.forward import check_finite
 from shiftadd_cli.distillation.block import TunedBlock
 
-# Decoded matrices that stay in memory from step to step; blocks beyond it are decoded anew at every step.
+# Limit on decoded matrices cached across steps; the remaining blocks are decoded again at every step.
 MEMORY_BYTES = 1 << 30
 
 
 class Stack:
-    """The `blocks` of a model, in order; `calls[batch]` has the call of each."""
+    """The `blocks` of a model, in order; `calls[batch]` has the call of each block."""
 
     def __init__(
         self,
@@ -27,21 +27,21 @@ class Stack:
     ) -> None:
         self.blocks = blocks
         self._calls, self._device, self._free = calls, device, memory_bytes
-        self._held: dict[int, dict[str, Tensor]] = {}
+        self._cached: dict[int, dict[str, Tensor]] = {}
 
     @torch.no_grad()
     def forward(self, index: int, hidden: Tensor) -> list[Tensor]:
-        """Inputs of every block for batch number `index` at the first, `[batch, tokens, width]`, and at the end the
-        last's output; on the CPU. Raises NumericalError naming the block whose output is not finite."""
-        found = [hidden.cpu()]
+        """The inputs of all blocks and the output of the last, on the CPU, for `hidden` `[batch, tokens, width]`, the
+        first input of batch number `index`. Raises NumericalError naming the block whose output is not finite."""
+        states = [hidden.cpu()]
         for depth, block in enumerate(self.blocks):
-            output = block.run(self._calls[index][depth], found[-1].to(self._device), self._decoded(depth))
+            output = block.run(self._calls[index][depth], states[-1].to(self._device), self._decoded(depth))
             check_finite(output, block.name)
-            found.append(output.cpu())
-        return found
+            states.append(output.cpu())
+        return states
 
     def backward(self, index: int, inputs: list[Tensor], gradient: Tensor) -> None:
-        """Add to the gradients of what is tuned; `inputs` are what `forward` gave but the last, and are used up."""
+        """Accumulate gradients of the tunable parameters; `inputs`, the block inputs from `forward`, are consumed."""
         gradient = gradient.to(self._device)
         for depth in reversed(range(len(self.blocks))):
             hidden = inputs.pop()
@@ -49,12 +49,12 @@ class Stack:
             gradient = self.blocks[depth].backward(call, hidden.to(self._device), gradient, decoded)
 
     def _decoded(self, depth: int) -> dict[str, Tensor]:
-        """Matrices of a block."""
-        if depth in self._held:
-            return self._held[depth]
+        """The decoded parameters of a block, cached while memory allows."""
+        if depth in self._cached:
+            return self._cached[depth]
         decoded = self.blocks[depth].decoded()
-        size = sum(each.nbytes for each in decoded.values())
+        size = sum(tensor.nbytes for tensor in decoded.values())
         if size <= self._free:
             self._free -= size
-            self._held[depth] = decoded
+            self._cached[depth] = decoded
         return decoded

@@ -1,1 +1,1 @@
-"""Several processes, on one machine or more, that work on one model together."""
+"""Several processes, on one or more machines, that work on one model together."""

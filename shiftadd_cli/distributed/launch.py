@@ -1,4 +1,4 @@
-"""The team that a process belongs to, from what torchrun tells it."""
+"""The team of a process, from the environment that torchrun sets."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
 
 
 def launched_size() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """Number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def local_rank() -> int:
-    """Number of this process among those that torchrun started on this machine; 0 without it."""
+    """Index of this process among those that torchrun started on this machine; 0 without it."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def speaks() -> bool:
-    """Whether this is the process, of those that torchrun started on this machine, that tells the user of errors: they
-    all have the same options, and learn of each other's errors."""
+    """Whether this process reports errors to the user. One per machine does, since all processes have the same options
+    and learn of each other's errors."""
     return launched_size() == 1 or local_rank() == 0
 
 
 @contextmanager
 def join_team(timeout: float) -> Iterator[Team]:
-    """The team of this process: all that torchrun started, or this one alone.
+    """The team of this process: all processes that torchrun started, or this one alone.
 
-    timeout: seconds that an exchange waits for all, and so the longest that one process may work alone.
+    timeout: seconds that an exchange waits for all processes; also the longest time that one process may work alone.
 
-    A process that leaves with an error tells the others why. Raises RecipeError where they cannot be reached.
+    A process that leaves with an error tells the others why. Raises RecipeError if they cannot be reached.
     """
     if launched_size() == 1:
         from shiftadd_cli.distributed.team import ALONE
@@ -60,10 +60,10 @@ def join_team(timeout: float) -> Iterator[Team]:
     watch.start()
     try:
         yield TorchTeam(rank, size, watch)
-        # Whoever holds the store leaves last.
+        # The process that hosts the store must leave last.
         dist.barrier()
     except TeamError:
-        # The fault is that of another, which the others see for themselves.
+        # Another process is at fault, and the others detect that themselves.
         watch.leave("")
         raise
     except ShiftaddError as failure:

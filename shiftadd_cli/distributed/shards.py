@@ -1,7 +1,7 @@
-"""Which batches of the calibration samples each process of a team runs.
+"""Assignment of batches of the calibration samples to the processes of a team.
 
-Floating-point sums depend on their order. So that one process and eight come to the same bytes, sums over batches are
-always made of the sums of the same *shards*, added in the order of the shards; a team only decides who makes which.
+Floating-point sums depend on their order. So that one process and eight produce the same bytes, a sum over batches is
+always the sum of the same *shards*, added in shard order; the team only decides which process computes which shard.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# More processes than this do not share the samples, only the rows; more shards mean more sums to exchange.
+# Processes beyond this number share only the rows, not the samples; more shards mean more sums to exchange.
 MOST_SHARDS = 8
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of `batches` batches: as many as can be, at most `MOST_SHARDS`, of consecutive batches and nearly
-    equal in number. Shard number i is that of the process i mod `size`; `rank` is the number of this one."""
+    """The shards of `batches` batches: as many as possible, at most `MOST_SHARDS`, each of consecutive batches and
+    nearly equal in size. Process i mod `size` owns shard number i; `rank` is the number of this process."""
 
     batches: int
     rank: int = 0
@@ -31,8 +31,8 @@ class Shards:
 
     def owner(self, batch: int) -> int:
         """The process that runs a batch."""
-        shard = next(each for each in range(len(self)) if batch in self.batches_of(each))
-        return shard % self.size
+        owning = next(shard for shard in range(len(self)) if batch in self.batches_of(shard))
+        return owning % self.size
 
     def own(self) -> Iterator[int]:
         """Numbers of the batches that this process runs, ascending."""
@@ -40,8 +40,8 @@ class Shards:
             yield from self.batches_of(shard)
 
     def rounds(self) -> Iterator[tuple[range, range]]:
-        """Rounds in which each process makes the sum of one shard at most: the shards of a round, and the batches of
-        the one that is this process's, none where there is none left for it."""
+        """Rounds in which each process computes the sum of at most one shard. Yields the shards of the round, and the
+        batches of this process's shard, which are empty if it has none."""
         for first in range(0, len(self), self.size):
             shards = range(first, min(first + self.size, len(self)))
             mine = first + self.rank

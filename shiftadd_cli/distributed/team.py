@@ -1,7 +1,7 @@
-"""What processes that work on one run have to say to each other; a process by itself is a team of one.
+"""Communication between the processes of one run; a single process is a team of one.
 
-Every process calls the same methods in the same order. Process number 0 writes, and tells the others what it has read
-or decided. Nothing here depends on how the processes are connected.
+Every process calls the same methods in the same order. Process number 0 writes files, and sends the others whatever it
+has read or decided. This module does not depend on how the processes are connected.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ Tensors = dict[str, Tensor]
 
 
 class Team:
-    """A team of one. Tensors that come from another process are on the CPU, but for totals, which stay where
-    they are."""
+    """A team of one. Tensors from another process arrive on the CPU, except for totals, which stay on their
+    device."""
 
     rank = 0
     size = 1
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this is process number 0, which writes files."""
         return self.rank == 0
 
     def fault(self) -> str | None:
-        """Which other process has failed, in a sentence."""
+        """A sentence naming another process that has failed, or None."""
         return None
 
     def shards(self, batches: int) -> Shards:
-        """Who runs which of so many batches."""
+        """The assignment of `batches` batches to processes."""
         return Shards(batches, self.rank, self.size)
 
     def share(self, value: T) -> T:
-        """The value that the first process gives, which JSON can hold; the others' does not matter."""
+        """The value of the first process, which must be JSON-serializable; the values of the others are ignored."""
         return value
 
     def share_tensors(self, tensors: Tensors | None) -> Tensors:
-        """The tensors that the first process gives; the others' do not matter."""
+        """The tensors of the first process; those of the others are ignored."""
         assert tensors is not None, "this is the first process"
         return tensors
 
     def gather(self, value: T) -> list[T]:
-        """The values that all processes give, which JSON can hold, by the number of the process."""
+        """The values of all processes, by process number; they must be JSON-serializable."""
         return [value]
 
     def exchange(self, mine: Tensors) -> list[Tensors]:
-        """What every process gives, by its number."""
+        """The tensors of all processes, by process number."""
         return [mine]
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """Give a tensor to process number `rank`, which calls `receive`."""
+        """Send a tensor to process number `rank`, which calls `receive`."""
         raise RuntimeError(f"a team of one has no process number {rank}")
 
     def receive(self, rank: int) -> Tensor:
@@ -64,20 +64,20 @@ class Team:
         raise RuntimeError(f"a team of one has no process number {rank}")
 
     def add_in_order(self, totals: Sequence[Tensor], parts: Sequence[Tensor] | None, count: int) -> None:
-        """Add to each total the part of process 0, then that of 1, and so on, up to `count` processes, which have one;
-        the others give None.
+        """Add to each total the part of process 0, then that of process 1, and so on, for the first `count` processes;
+        the others pass None.
 
-        In a team of several each process keeps some rows of the totals only, until `complete` hands them out.
+        In a team of several processes, each has only some rows of the totals until `complete` distributes them.
         """
         assert parts is not None, "one process has one part"
         for total, part in zip(totals, parts, strict=True):
             total += part
 
     def complete(self, totals: Sequence[Tensor]) -> None:
-        """Make all rows of the totals known to all."""
+        """Distribute all rows of the totals to all processes."""
 
     def map(self, function: Callable[[T], Tensors], pieces: Sequence[T]) -> list[Tensors]:
-        """`function` of every piece, in order; pieces are shared out, and all get all results."""
+        """The results of `function` for all pieces, in order. The processes share the work; each gets all results."""
         return map_pieces(function, pieces)
 
 

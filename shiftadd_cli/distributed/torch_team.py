@@ -1,6 +1,6 @@
 """A team of processes that torchrun started, connected by torch.distributed.
 
-Tensors travel as the bytes of a safetensors file, so that nothing received is ever unpickled.
+Tensors are sent as the bytes of a safetensors file, so that received data is never unpickled.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _ONLY = "tensor"
 
 
 class TorchTeam(Team):
-    """Process `rank` of `size`, in the process group that is initialised. What fails raises TeamError, which names the
-    process that is at fault."""
+    """Process `rank` of `size` in the initialised process group. A failed exchange raises TeamError, which names the
+    process at fault."""
 
     def __init__(self, rank: int, size: int, watch: Watch) -> None:
         self.rank, self.size, self.watch = rank, size, watch
@@ -34,17 +34,17 @@ class TorchTeam(Team):
         return self.watch.reason()
 
     def share(self, value: T) -> T:
-        found: T = json.loads(self._broadcast(json.dumps(value).encode() if self.first else None, 0))
-        return found
+        shared: T = json.loads(self._broadcast(json.dumps(value).encode() if self.first else None, 0))
+        return shared
 
     def share_tensors(self, tensors: Tensors | None) -> Tensors:
         return load(self._broadcast(_packed(tensors or {}) if self.first else None, 0))
 
     def gather(self, value: T) -> list[T]:
-        return [json.loads(each) for each in self._of_all(json.dumps(value).encode())]
+        return [json.loads(data) for data in self._of_all(json.dumps(value).encode())]
 
     def exchange(self, mine: Tensors) -> list[Tensors]:
-        return [load(each) for each in self._of_all(_packed(mine))]
+        return [load(data) for data in self._of_all(_packed(mine))]
 
     def send(self, tensor: Tensor, rank: int) -> None:
         data = _bytes(_packed({_ONLY: tensor}))
@@ -78,7 +78,7 @@ class TorchTeam(Team):
                 part = torch.empty_like(total, device="cpu")
                 with self._others():
                     dist.recv(part, rank)
-            assert part is not None, "one of those that have a part"
+            assert part is not None, "this process has a part"
             total += part.to(total.device)
 
     def complete(self, totals: Sequence[Tensor]) -> None:
@@ -93,19 +93,21 @@ class TorchTeam(Team):
 
     def map(self, function: Callable[[T], Tensors], pieces: Sequence[T]) -> list[Tensors]:
         mine = range(self.rank, len(pieces), self.size)
-        found = map_pieces(function, [pieces[index] for index in mine])
+        own = map_pieces(function, [pieces[index] for index in mine])
         named = {
-            f"{index}.{name}": tensor for index, each in zip(mine, found, strict=True) for name, tensor in each.items()
+            f"{index}.{name}": tensor
+            for index, tensors in zip(mine, own, strict=True)
+            for name, tensor in tensors.items()
         }
         results: list[Tensors] = [{} for _ in pieces]
-        for each in self.exchange(named):
-            for name, tensor in each.items():
+        for received in self.exchange(named):
+            for name, tensor in received.items():
                 index, _, suffix = name.partition(".")
                 results[int(index)][suffix] = tensor
         return results
 
     def _rows(self, total: Tensor) -> Iterator[tuple[int, slice]]:
-        """The processes that keep rows of a total, and which."""
+        """The processes that own rows of a total, with their rows."""
         edges = [rank * len(total) // self.size for rank in range(self.size + 1)]
         for rank, (first, last) in enumerate(pairwise(edges)):
             if first < last:
@@ -135,7 +137,7 @@ class TorchTeam(Team):
 
 
 def _packed(tensors: Tensors) -> bytes:
-    return save({name: each.cpu().contiguous() for name, each in tensors.items()})
+    return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def _bytes(data: bytes) -> Tensor:

@@ -1,8 +1,8 @@
-"""Who is at fault when a process of a team has to give up: every process shows the others that it lives.
+"""Heartbeats between the processes of a team, to find the process at fault when an exchange fails.
 
-In the store that torch.distributed starts with, each process counts up once a second and says how many exchanges of
-all it has begun. When an exchange fails, or takes longer than the limit, the process at fault is one that said why it
-leaves; or else one that counts no longer; or else the one that is furthest behind.
+In the store of torch.distributed, each process increments a counter once a second, and publishes how many collective
+exchanges it has started. When an exchange fails or times out, the process at fault is one that has left and given a
+reason; or else one whose counter has stopped; or else the one furthest behind.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 _BEAT_SECONDS = 1.0
-# A process that is alive has counted on in this time, on a busy machine too.
+# A live process increments its counter within this time, even on a busy machine.
 _LOOK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class _Sign:
-    """What a process last showed: its machine, how often it has counted, and how many exchanges it has begun."""
+    """The last published state of a process: its machine, its counter, and how many exchanges it has started."""
 
     host: str
     beats: int
@@ -29,59 +29,59 @@ class _Sign:
 
 
 class Watch:
-    """Of process `rank` among `size`, through `store`. Counts from `start` to `stop`."""
+    """The heartbeat of process `rank` of `size`, through `store`. Runs from `start` to `stop`."""
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._host = socket.gethostname()
         self._steps = 0
         self._ended = threading.Event()
-        # In a thread and over a connection of its own: it must go on while an exchange blocks.
+        # Its own thread and connection, because it must keep running while an exchange blocks.
         self._thread = threading.Thread(target=self._count, name="shiftadd-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to show that this process lives."""
+        """Start the heartbeat."""
         self._show(self._store, 0)
         self._thread.start()
 
     def stop(self) -> None:
-        """End it; for a process that has nothing more to say."""
+        """Stop the heartbeat, at the end of this process's work."""
         self._ended.set()
         self._thread.join()
 
     def step(self) -> None:
-        """An exchange in which all take part begins."""
+        """Count the start of an exchange among all processes."""
         self._steps += 1
 
     def leave(self, reason: str) -> None:
-        """Tell the others why this process leaves them: a sentence, or nothing where it was told to."""
+        """Tell the others why this process leaves: a sentence, or "" if it was asked to stop."""
         try:
             self._store.set(_key("left", self._rank), reason)
         except RuntimeError:
-            # Whoever holds the store is gone before; the others learn that from it.
+            # The host of the store is already gone, which the others notice as well.
             return
 
     def reason(self) -> str | None:
-        """Which other process is at fault, in a sentence; None where all go on."""
+        """A sentence naming another process that is at fault; None if all are running."""
         try:
             before = self._signs()
             time.sleep(_LOOK_SECONDS)
             after = self._signs()
             left = {rank: self._left(rank) for rank in after}
         except RuntimeError:
-            return "The process that the others are connected through no longer answers."
+            return "The process that connects the others no longer answers."
         others = [rank for rank in after if rank != self._rank]
         for rank in others:
             if left[rank]:
                 return f"{_name(rank, after[rank])} has stopped: {left[rank]}"
-        # Those that were told to leave are not to blame.
+        # Processes that were asked to stop are not at fault.
         others = [rank for rank in others if left[rank] is None]
         for rank in others:
             if after[rank].beats == before[rank].beats:
                 return f"{_name(rank, after[rank])} no longer answers."
         behind = min(others, key=lambda rank: after[rank].steps, default=self._rank)
         if behind != self._rank and after[behind].steps < self._steps:
-            return f"{_name(behind, after[behind])} did not come to an exchange that the others wait at."
+            return f"{_name(behind, after[behind])} did not come to an exchange that the others are waiting for."
         return None
 
     def _count(self) -> None:
@@ -106,13 +106,13 @@ class Watch:
         return signs
 
     def _left(self, rank: int) -> str | None:
-        """What a process said when it left; None for one that is there."""
+        """The reason a process gave when it left; None if it has not left."""
         key = _key("left", rank)
         return self._store.get(key).decode() if self._store.check([key]) else None
 
 
-def _key(what: str, rank: int) -> str:
-    return f"shiftadd/{what}/{rank}"
+def _key(kind: str, rank: int) -> str:
+    return f"shiftadd/{kind}/{rank}"
 
 
 def _name(rank: int, sign: _Sign) -> str:

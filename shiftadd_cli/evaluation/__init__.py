@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, and how far it is from the original."""
+"""Quality of a model: perplexity, accuracy, and distance from the original."""

@@ -1,4 +1,4 @@
-"""`evaluate`: measure models on a text or on images, from their names to a result that can be written as JSON."""
+"""`evaluate`: measure models on a text or on images, from model names to a result that can be written as JSON."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ class Evaluation:
 
     Attributes:
         text, text_fingerprint: name and SHA-256 of the test text.
-        context: tokens per window; windows: how many; tokens: used of the text; text_tokens: in the whole text.
-        positions: of the model with the fewest; None where none has a limit.
-        window_start: special tokens that every window begins with, as the tokenizer puts them before a text; may be "".
-        scored_tokens: tokens predicted, over which all means are. Those of `window_start` are not.
-        device: where it was computed.
-        original: the model the others are compared with, if one was given.
-        models: in the order asked for.
+        context: tokens per window; windows: number of windows; tokens: number of tokens used; text_tokens: number of
+            tokens in the full text.
+        positions: the smallest position limit of the models; None if none has a limit.
+        window_start: special tokens that the tokenizer puts before a text and every window begins with; may be "".
+        scored_tokens: number of predicted tokens, over which all means are taken; `window_start` is not predicted.
+        device: device of the computation.
+        original: the model that the others are compared with, if given.
+        models: in the order given.
     """
 
     text: str
@@ -51,8 +52,8 @@ class Evaluation:
     models: tuple[ModelResult[Score], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON types; each model is one flat table of its `info` and `score`."""
-        models = [each.to_dict() for each in self.models]
+        """The evaluation as JSON types; each model is one flat table of its `info` and `score`."""
+        models = [model.to_dict() for model in self.models]
         return asdict(self) | {"original": self.original and self.original.to_dict(), "models": models}
 
 
@@ -71,31 +72,31 @@ def evaluate(
     trust_remote_code: bool = False,
     team: Team = ALONE,
 ) -> Evaluation | ImageEvaluation:
-    """Perplexity of each model on the test split of a text, and its distance from an original; vision models on images,
-    see `evaluate_images`.
+    """Measure each model's perplexity on the test split of a text, and its distance from an original.
 
-    The text is tokenised as one string, and its first `max_tokens` tokens are used. It is cut into windows that begin
-    with the special tokens that the tokenizer puts before a text, see `text_windows`; see `score_models` for what is
-    measured. All models are in memory at once, so that each sees the same batches and the original runs once.
+    Vision models are measured on images, see `evaluate_images`. The text is tokenised as one string, and its first
+    `max_tokens` tokens are used. It is cut into windows that begin with the special tokens that the tokenizer puts
+    before a text, see `text_windows`; the measures are those of `score_models`. All models are in memory at once, so
+    that they see the same batches and the original runs once.
 
     Args:
-        models: names of originals or of checkpoints of ours, see `open_any`.
-        against: name of the original; None leaves out divergence and agreement.
-        dataset: see `load_text`, and for vision models `load_images`.
-        context: tokens per window; by default 512, or as many as the models have positions for.
-        trust_remote_code: run model code that comes with a model.
-        team: whose processes share the windows of a text; each holds all models.
+        models: names of originals or of shiftadd checkpoints, see `open_any`.
+        against: name of the original; None omits divergence and agreement.
+        dataset: see `load_text`, and `load_images` for vision models.
+        context: tokens per window; by default 512, or the models' position limit if that is smaller.
+        trust_remote_code: run model code that ships with a model.
+        team: its processes share the windows of a text; each process loads all models.
 
     Raises:
-        ShiftaddError: with what is wrong: a model, the text, the context, or models that split text differently.
+        ShiftaddError: a problem with a model, the text or the context, or models that split text differently.
     """
     device = device or torch.device("cpu")
     everyone = ([] if against is None else [against]) + list(models)
     opened = [open_any(spec, trust_remote_code=trust_remote_code) for spec in everyone]
-    if any(each.reads_images for each in opened):
+    if any(model.reads_images for model in opened):
         _refuse_mixture(opened)
         if team.size > 1:
-            raise RecipeError("Images are measured by one process; run this without torchrun.")
+            raise RecipeError("Evaluation on images runs in one process; run this without torchrun.")
         return evaluate_images(
             opened,
             compared=against is not None,
@@ -106,9 +107,9 @@ def evaluate(
             device=device,
             show_progress=show_progress,
         )
-    limits = {each.spec: each.positions for each in opened}
+    limits = {model.spec: model.positions for model in opened}
     length = window_length(context, DEFAULT_CONTEXT, limits, "`context`")
-    tokenizers = [(each.spec, each.load_tokenizer()) for each in opened]
+    tokenizers = [(model.spec, model.load_tokenizer()) for model in opened]
     text = load_text(dataset, split="test", tokenizer=tokenizers[0][1])
     tokenizer = _common_tokenizer(tokenizers, text)
     tokens = tokenise(text.text, tokenizer)
@@ -116,10 +117,10 @@ def evaluate(
     windows = text_windows(used, tokenizer, length, "`context`")
     if not windows.scored_tokens:
         raise CalibrationError(f"{text.name} has {len(tokens)} tokens, and 2 are needed; give a longer text.")
-    for each in opened:
-        check_tokens(windows, tokenizer, each.vocab_size, data=text.name, model=each.spec)
-    loaded = [each.load(dtype, device) for each in opened]
-    pairs = [(each.info.spec, each.model) for each in loaded]
+    for model in opened:
+        check_tokens(windows, tokenizer, model.vocab_size, data=text.name, model=model.spec)
+    loaded = [model.load(dtype, device) for model in opened]
+    pairs = [(model.info.spec, model.model) for model in loaded]
     first = 0 if against is None else 1
     scores, original_score = score_models(
         pairs[first:],
@@ -141,14 +142,14 @@ def evaluate(
         windows=len(windows.lengths),
         device=str(device),
         original=None if original_score is None else _measured(loaded[0], original_score, text),
-        models=tuple(_measured(each, score, text) for each, score in zip(loaded[first:], scores, strict=True)),
+        models=tuple(_measured(model, score, text) for model, score in zip(loaded[first:], scores, strict=True)),
     )
 
 
 def _refuse_mixture(opened: Sequence[Opened]) -> None:
     for other in opened:
         if other.reads_images != opened[0].reads_images:
-            reads = {each.reads_images: each.spec for each in (opened[0], other)}
+            reads = {model.reads_images: model.spec for model in (opened[0], other)}
             raise RecipeError(
                 f"{reads[True]} reads images and {reads[False]} reads text, so they cannot be compared; evaluate them "
                 "one by one."
@@ -160,15 +161,15 @@ def _measured(loaded: Loaded, score: Score, text: TextData) -> ModelResult[Score
 
 
 def _common_tokenizer(tokenizers: list[tuple[str, Any]], text: TextData) -> Any:
-    """The first tokenizer, if all split the beginning of the text alike; per-token numbers mean nothing otherwise."""
+    """The first tokenizer, if all split the beginning of the text alike; otherwise per-token numbers mean nothing."""
     name, tokenizer = tokenizers[0]
     sample = text.text[:_SAMPLE_CHARACTERS]
     expected = tokenise(sample, tokenizer)
     for other, candidate in tokenizers[1:]:
-        starts = [leading_tokens(each) for each in (tokenizer, candidate)]
+        starts = [leading_tokens(one) for one in (tokenizer, candidate)]
         if starts[0] != starts[1]:
             named = [
-                tokens_as_text(each, ids) or "nothing" for each, ids in zip((tokenizer, candidate), starts, strict=True)
+                tokens_as_text(one, ids) or "nothing" for one, ids in zip((tokenizer, candidate), starts, strict=True)
             ]
             raise RecipeError(
                 f"The tokenizer of {name} puts {named[0]} before a text and that of {other} {named[1]}, so their "

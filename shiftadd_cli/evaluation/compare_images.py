@@ -1,4 +1,4 @@
-"""`evaluate` for vision models: from opened models and the name of images to a result."""
+"""`evaluate` for vision models: from opened models and the name of a data set to a result."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class ImageEvaluation:
     """Vision models measured on one set of images.
 
     Attributes:
-        data, data_fingerprint: name of the test images, and SHA-256 over the names of all and the bytes of some.
-        available: how many there are; images: how many were used; unreadable: how many were left out.
+        data, data_fingerprint: name of the test images, and SHA-256 over all their names and the bytes of some.
+        available: number of images; images: number used; unreadable: number left out as unreadable.
         labelled: whether the images have classes.
         image_shape: channels, height and width as the models read them.
-        device: where it was computed.
-        original: the model the others are compared with, if one was given.
-        models: in the order asked for.
+        device: device of the computation.
+        original: the model that the others are compared with, if given.
+        models: in the order given.
     """
 
     data: str
@@ -46,8 +46,8 @@ class ImageEvaluation:
     models: tuple[ModelResult[ImageScore], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON types; each model is one flat table of its `info` and `score`."""
-        models = [each.to_dict() for each in self.models]
+        """The evaluation as JSON types; each model is one flat table of its `info` and `score`."""
+        models = [model.to_dict() for model in self.models]
         return asdict(self) | {"original": self.original and self.original.to_dict(), "models": models}
 
 
@@ -64,20 +64,20 @@ def evaluate_images(
 ) -> ImageEvaluation:
     """Accuracy of vision models on labelled images, and their distance from an original, which needs no labels.
 
-    opened: the models, the original first if `compared`. dataset: see `load_images`; of more than `max_images` images
-    so many are used, evenly from the first to the last. All models are in memory at once, so that each sees the same
-    batches and the original runs once.
+    opened: the models, the original first if `compared`. dataset: see `load_images`; at most `max_images` images are
+    used, evenly spaced over the data set. All models are in memory at once, so that they see the same batches and the
+    original runs once.
 
     Raises:
-        ShiftaddError: with what is wrong: a model, the images, or labels that a model does not have.
+        ShiftaddError: a problem with a model or the images, or labels that a model lacks.
     """
     data = load_images(dataset, split="test")
-    readers = [ImageReader.of(each.load_image_processor(), each.config, each.spec) for each in opened]
+    readers = [ImageReader.of(model.load_image_processor(), model.config, model.spec) for model in opened]
     order = spread(len(data), max_images)
     classes = None if data.labels is None else _classes(data, opened)
     first = _common_input(readers, data, order)
-    loaded = [each.load(dtype, device) for each in opened]
-    pairs = [(each.info.spec, each.model) for each in loaded]
+    loaded = [model.load(dtype, device) for model in opened]
+    pairs = [(model.info.spec, model.model) for model in loaded]
     start = 1 if compared else 0
     used: list[int] = []
     scores, original_score = score_image_models(
@@ -86,8 +86,8 @@ def evaluate_images(
         original=pairs[0] if compared else None,
     )
 
-    def measured(each: Loaded, score: ImageScore) -> ModelResult[ImageScore]:
-        return ModelResult(each.info, score, each.info.was_calibrated_on(data.fingerprint))
+    def measured(model: Loaded, score: ImageScore) -> ModelResult[ImageScore]:
+        return ModelResult(model.info, score, model.info.was_calibrated_on(data.fingerprint))
 
     return ImageEvaluation(
         data=data.name,
@@ -99,38 +99,38 @@ def evaluate_images(
         image_shape=tuple(first.shape),
         device=str(device),
         original=None if original_score is None else measured(loaded[0], original_score),
-        models=tuple(measured(each, score) for each, score in zip(loaded[start:], scores, strict=True)),
+        models=tuple(measured(model, score) for model, score in zip(loaded[start:], scores, strict=True)),
     )
 
 
 def _classes(data: ImageData, opened: Sequence[Opened]) -> Tensor:
-    """The class of every image, by the numbers of the models, or any numbers where they have no class scores."""
+    """The class of every image by the models' numbering, or by arbitrary numbers if no model has class scores."""
     assert data.labels is not None
-    tables = [each.classes for each in opened]
+    tables = [model.classes for model in opened]
     if all(table is None for table in tables):
-        places = {label: number for number, label in enumerate(sorted(set(data.labels), key=str))}
-        return torch.tensor([places[label] for label in data.labels])
-    found = [
-        class_numbers(data.labels, table, data.name, each.spec)
-        for table, each in zip(tables, opened, strict=True)
+        numbers = {label: number for number, label in enumerate(sorted(set(data.labels), key=str))}
+        return torch.tensor([numbers[label] for label in data.labels])
+    classes = [
+        class_numbers(data.labels, table, data.name, model.spec)
+        for table, model in zip(tables, opened, strict=True)
         if table is not None
     ]
-    if any(not torch.equal(each, found[0]) for each in found[1:]):
+    if any(not torch.equal(other, classes[0]) for other in classes[1:]):
         raise RecipeError("The models number their classes differently; evaluate them one by one.")
-    return found[0]
+    return classes[0]
 
 
 def _common_input(readers: Sequence[ImageReader], data: ImageData, order: Sequence[int]) -> Tensor:
-    """The first image as the first model reads it, if all read it alike."""
+    """The first image as the models read it, if all of them read it alike."""
     first: Tensor | None = None
     for reader in readers:
-        _, found = next(read_images(data, reader, order))
-        if first is not None and not torch.equal(found, first):
+        _, pixels = next(read_images(data, reader, order))
+        if first is not None and not torch.equal(pixels, first):
             raise RecipeError(
                 f"{reader.name} and {readers[0].name} read images in different ways, so their numbers cannot be "
                 "compared; evaluate them one by one."
             )
-        first = found
+        first = pixels
     assert first is not None, "there is a model"
     return first
 
@@ -145,7 +145,7 @@ def _batches(
     *,
     show_progress: bool,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches of readable images and their classes; notes in `used` which were read."""
+    """Batches of readable images and their classes; appends the indices of the images to `used`."""
     images: Iterator[tuple[int, Tensor]] = read_images(data, reader, order)
     if show_progress:
         images = progress(images, total=len(order), desc="Evaluating")

@@ -21,19 +21,19 @@ _TOP = 5
 
 @dataclass(frozen=True)
 class ImageScore:
-    """What one model scored, per image; shares are from 0 to 1.
+    """Scores of one model, per image; shares are from 0 to 1.
 
     Attributes:
         top1, top5: share of images whose class is the most probable, or among the five most probable.
-        neighbours: share of images whose class the nearest other images vote for, see `evaluation.neighbours`; of
+        neighbours: share of images whose class the nearest other images vote for, see `evaluation.neighbours`; only for
             models without class scores.
         kl: mean KL(original || model) over the classes in nats; agreement: share of images for which original and model
             have the same most probable class.
-        cosine: mean cosine of the features with the original's; of models without class scores.
+        cosine: mean cosine of the features with the original's; only for models without class scores.
         seconds: time spent in this model.
 
-    Each but the last has its standard error, which treats images as independent draws, and is None for a single image.
-    None where there are no labels, no original, or no class scores.
+    All but the last have a standard error, which treats images as independent draws and is None for a single image.
+    Scores are None if there are no labels, no original, or no class scores.
     """
 
     top1: float | None = None
@@ -53,7 +53,7 @@ class ImageScore:
 
 @dataclass
 class _Sums:
-    """Values of one model by image, in parts `[batch]`."""
+    """Per-image values of one model, in tensors of `[batch]`."""
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)
@@ -74,14 +74,14 @@ def score_image_models(
     Args:
         models: (name for messages, transformers model in evaluation mode) pairs.
         batches: pixels float32 `[batch, channels, height, width]`, and int64 `[batch]` classes if there are labels.
-        original: what divergence, agreement and cosine are measured against; it is scored too.
+        original: reference for divergence, agreement and cosine; it is scored as well.
 
     Returns:
-        The scores in the order of `models`, and that of the original.
+        The scores in the order of `models`, and the score of the original.
 
     Raises:
-        RecipeError: a model predicts something else than the original.
-        NumericalError: predictions that are not finite.
+        RecipeError: a model's output differs in kind or shape from the original's.
+        NumericalError: predictions are not finite.
     """
     first = [] if original is None else [original]
     everyone = (*first, *models)
@@ -94,51 +94,51 @@ def score_image_models(
             reference: Prediction | None = None
             for (name, model), total in zip(everyone, sums, strict=True):
                 start = time.monotonic()
-                found = predict(model, pixels.to(model.device))
-                found = Prediction(found.values.float(), found.is_logits)
-                if not torch.isfinite(found.values).all():
+                prediction = predict(model, pixels.to(model.device))
+                prediction = Prediction(prediction.values.float(), prediction.is_logits)
+                if not torch.isfinite(prediction.values).all():
                     raise NumericalError(
                         f"{name} gives predictions that are not finite in {dtype_name(model.dtype)}; "
-                        "try `dtype=float32`, and if that does not help the checkpoint is damaged."
+                        "try `dtype=float32`. If that does not help, the checkpoint is damaged."
                     )
                 if reference is not None:
-                    _compare(reference, found, name, everyone[0][0], total)
+                    _compare(reference, prediction, name, everyone[0][0], total)
                 elif first:
-                    reference = found
-                _score(found, classes, total)
+                    reference = prediction
+                _score(prediction, classes, total)
                 total.seconds += time.monotonic() - start
     scores = [_finish(total, torch.cat(labels) if labels else None) for total in sums]
     return scores[len(first) :], scores[0] if first else None
 
 
-def _compare(reference: Prediction, found: Prediction, name: str, original: str, total: _Sums) -> None:
-    if found.is_logits != reference.is_logits or found.values.shape != reference.values.shape:
+def _compare(reference: Prediction, prediction: Prediction, name: str, original: str, total: _Sums) -> None:
+    if prediction.is_logits != reference.is_logits or prediction.values.shape != reference.values.shape:
         raise RecipeError(
-            f"{name} gives {_what(found)} and {original} {_what(reference)}, so they cannot be compared; give the "
-            "original that it was made from."
+            f"{name} gives {_in_words(prediction)} and {original} {_in_words(reference)}, so they cannot be compared; "
+            "give the original that it was made from."
         )
-    if found.is_logits:
-        chances = Reference(reference.values.log_softmax(-1))
-        total.add("kl", chances.divergence(found.values.log_softmax(-1)).clamp_min(0))
-        total.add("agreement", found.values.argmax(-1) == chances.top)
+    if prediction.is_logits:
+        expected = Reference(reference.values.log_softmax(-1))
+        total.add("kl", expected.divergence(prediction.values.log_softmax(-1)).clamp_min(0))
+        total.add("agreement", prediction.values.argmax(-1) == expected.top)
     else:
-        total.add("cosine", 1 - Direction(reference.values).divergence(found.values))
+        total.add("cosine", 1 - Direction(reference.values).divergence(prediction.values))
 
 
-def _what(prediction: Prediction) -> str:
+def _in_words(prediction: Prediction) -> str:
     return f"{prediction.values.shape[-1]} {'class scores' if prediction.is_logits else 'features'}"
 
 
-def _score(found: Prediction, classes: Tensor | None, total: _Sums) -> None:
+def _score(prediction: Prediction, classes: Tensor | None, total: _Sums) -> None:
     if classes is None:
         return
-    if not found.is_logits:
-        total.features.append(found.values.cpu())
+    if not prediction.is_logits:
+        total.features.append(prediction.values.cpu())
         return
-    wanted = classes.to(found.values.device)
-    total.add("top1", found.values.argmax(-1) == wanted)
-    best = found.values.topk(min(_TOP, found.values.shape[-1])).indices
-    total.add("top5", (best == wanted.unsqueeze(-1)).any(-1))
+    targets = classes.to(prediction.values.device)
+    total.add("top1", prediction.values.argmax(-1) == targets)
+    best = prediction.values.topk(min(_TOP, prediction.values.shape[-1])).indices
+    total.add("top5", (best == targets.unsqueeze(-1)).any(-1))
 
 
 def _finish(total: _Sums, classes: Tensor | None) -> ImageScore:
@@ -147,9 +147,9 @@ def _finish(total: _Sums, classes: Tensor | None) -> ImageScore:
         features = torch.cat(total.features)
         if len(features) > 1:
             total.add("neighbours", nearest_classes(features, classes) == classes)
-    found: dict[str, float | None] = {}
+    scores: dict[str, float | None] = {}
     for name, parts in total.values.items():
         values = torch.cat(parts)
-        found[name] = values.mean().item()
-        found[f"{name}_error"] = values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
-    return ImageScore(**found, seconds=total.seconds + time.monotonic() - start)
+        scores[name] = values.mean().item()
+        scores[f"{name}_error"] = values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
+    return ImageScore(**scores, seconds=total.seconds + time.monotonic() - start)

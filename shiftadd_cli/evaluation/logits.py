@@ -1,4 +1,4 @@
-"""Logits of a decoder a few rows at a time, since all of a batch would not fit beside the model."""
+"""Logits of a decoder, computed a few rows at a time: those of a full batch would not fit next to the model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from shiftadd_cli.device import dtype_name
 from shiftadd_cli.errors import NumericalError
 
-# Where a whole window of logits has to be held, batches are cut to this size (one window at least).
+# If logits have to be kept for full windows, batches are limited to this size (but at least one window).
 FULL_LOGITS_BYTES = 256 << 20
 
 _PROBE_TOKENS = 32
 
 
 class RowLogits:
-    """Computes, for a batch of windows, the logits that predict the tokens of each.
+    """Computes the logits that predict the tokens of a batch of windows.
 
-    Where the output layer is a plain linear over the last hidden states, only these are kept and the layer runs on
-    rows as they are asked for; where the model does more to its logits (soft caps, factors), its own forward is used
-    and all logits of the batch are held.
+    If the head is a plain linear layer over the last hidden states, only these states are kept, and the head runs on
+    rows on demand. If the model does more to its logits (soft caps, factors), its own forward pass is used and all
+    logits of the batch are kept.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -38,14 +38,14 @@ class RowLogits:
         return device
 
     def max_windows(self, context: int) -> int | None:
-        """Windows of `context` tokens to run at once at most; None if memory does not depend on it much."""
+        """The maximum batch size for windows of `context` tokens; None if memory hardly depends on it."""
         if self._head is not None:
             return None
         itemsize = max(4, self._model.dtype.itemsize)
         return max(1, FULL_LOGITS_BYTES // (context * self.vocab_size * itemsize))
 
     def check(self, windows: Tensor) -> None:
-        """Find out, on the first tokens of `windows` (`[any, n]`), whether body and head can be run apart."""
+        """Determine, on the first tokens of `windows` (`[any, n]`), whether body and head can run separately."""
         if self._checked:
             return
         self._checked = True
@@ -56,26 +56,26 @@ class RowLogits:
             return
         probe = windows[:1, :_PROBE_TOKENS].to(self.device)
         with torch.inference_mode():
-            whole = self._model(input_ids=probe, use_cache=False).logits
+            expected = self._model(input_ids=probe, use_cache=False).logits
             states = getattr(body(input_ids=probe, use_cache=False), "last_hidden_state", None)
-            # Equal to the last bit: the same operations ran, and any factor or cap would show.
-            if states is not None and torch.equal(head(states).float(), whole.float()):
+            # Bitwise equality: the operations are the same, and any factor or cap would show.
+            if states is not None and torch.equal(head(states).float(), expected.float()):
                 self._head = head
 
     def states(self, windows: Tensor, unscored: int = 1) -> Tensor:
-        """For windows `[w, n]`: `[w * (n - unscored), width]`, to be given to `logits` in pieces.
+        """States of windows `[w, n]`: `[w * (n - unscored), width]`, to be passed to `logits` in pieces.
 
         unscored: tokens at the start of each window that are not predicted, at least 1.
         """
         ids = windows.to(self.device)
         if self._head is None:
-            found = self._model(input_ids=ids, use_cache=False).logits
+            states = self._model(input_ids=ids, use_cache=False).logits
         else:
-            found = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return found[:, unscored - 1 : -1].reshape(-1, found.shape[-1])
+            states = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return states[:, unscored - 1 : -1].reshape(-1, states.shape[-1])
 
     def logits(self, states: Tensor) -> Tensor:
-        """Rows of `states` to float32 logits `[rows, vocabulary]`."""
+        """Float32 logits `[rows, vocabulary]` from rows of `states`."""
         rows = states if self._head is None else self._head(states)
         return rows.float()
 
@@ -84,5 +84,5 @@ class RowLogits:
         if not torch.isfinite(values).all():
             raise NumericalError(
                 f"{self.name} gives a {what} that is not finite in {dtype_name(self._model.dtype)}; "
-                "try `dtype=float32`, and if that does not help the checkpoint is damaged."
+                "try `dtype=float32`. If that does not help, the checkpoint is damaged."
             )

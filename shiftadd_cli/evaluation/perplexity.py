@@ -20,13 +20,13 @@ from shiftadd_cli.evaluation.logits import RowLogits
 from shiftadd_cli.progress import progress
 from shiftadd_cli.source.positions import position_limit, window_length
 
-# One float32 buffer of [rows, vocabulary]; four live at once.
+# Size of one float32 buffer of [rows, vocabulary]; four are alive at once.
 BUFFER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one model scored, per predicted token.
+    """Scores of one model, per predicted token.
 
     Attributes:
         nll, nll_error: mean negative log-likelihood in nats, and its standard error.
@@ -35,8 +35,8 @@ class Score:
         agreement: share of tokens for which original and model have the same most probable token, 0 to 1.
         seconds: time spent in this model and its statistics.
 
-    kl, kl_error and agreement are None where no original was given. Standard errors treat windows as independent
-    draws (tokens of one window are not); they are None for a single window.
+    kl, kl_error and agreement are None if no original was given. Standard errors treat windows as independent draws,
+    since tokens of one window are not independent; they are None for a single window.
     """
 
     nll: float
@@ -60,24 +60,24 @@ def score_models(
 ) -> tuple[list[Score], Score | None]:
     """Score causal language models on the windows of a text; every model sees the same batches.
 
-    Every token behind the first of a window, or behind its special tokens, is predicted from those before it in the
-    window, and means are over these tokens. Logits are float32 from the model's own, log-softmax is float32, and sums
+    Every token after the first of a window, or after its special tokens, is predicted from the preceding tokens of the
+    window. Means are over these tokens. The model's logits are converted to float32, log-softmax is float32, and sums
     are float64.
 
     Args:
         models: (name for messages, transformers model in evaluation mode) pairs.
         windows: see `text_windows`.
-        batch_size: windows run at once; less where a model's logits cannot be computed by rows.
-        original: what KL and agreement are measured against; it is scored too.
-        team: whose processes share the windows; all get all scores.
+        batch_size: windows per batch; reduced if a model's logits cannot be computed by rows.
+        original: reference for KL and agreement; it is scored as well.
+        team: its processes share the windows; every process gets all scores.
 
     Returns:
-        The scores in the order of `models`, and that of the original.
+        The scores in the order of `models`, and the score of the original.
 
     Raises:
         CalibrationError: there is no window.
-        RecipeError: windows are longer than a model's positions, or vocabularies differ from the original's.
-        NumericalError: logits that are not finite.
+        RecipeError: windows are longer than a model's positions, or a vocabulary differs from the original's.
+        NumericalError: logits are not finite.
     """
     count = windows.scored_tokens
     if not count:
@@ -96,24 +96,24 @@ def score_models(
     work: Iterable[Tensor] = islice(windows.batches(size), team.rank, None, team.size)
     if show_progress and team.first:
         work = progress(work, total=len(own), desc="Evaluating")
-    found = []
+    batch_sums = []
     with torch.inference_mode():
         for batch in work:
             sums = [_Sums() for _ in readers]
             _score_batch(readers, sums, batch, windows.unscored, against_first=bool(first))
-            found.append([asdict(each) for each in sums])
-    everyone = team.gather(found)
-    whole = [_Sums() for _ in readers]
+            batch_sums.append([asdict(model_sums) for model_sums in sums])
+    everyone = team.gather(batch_sums)
+    totals = [_Sums() for _ in readers]
     for number in range(total):
-        for each, part in zip(whole, everyone[number % team.size][number // team.size], strict=True):
-            each.add(_Sums(**part))
-    scores = [each.score(count) for each in whole]
+        for model_total, part in zip(totals, everyone[number % team.size][number // team.size], strict=True):
+            model_total.add(_Sums(**part))
+    scores = [model_total.score(count) for model_total in totals]
     return scores[len(first) :], scores[0] if first else None
 
 
 @dataclass
 class _Sums:
-    """Of one model: sums by window, and over windows."""
+    """Sums of one model, per window and over all windows."""
 
     lengths: list[int] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
@@ -122,7 +122,7 @@ class _Sums:
     seconds: float = 0.0
 
     def add(self, other: _Sums) -> None:
-        """Add those of further windows."""
+        """Add the sums of further windows."""
         self.lengths += other.lengths
         self.nll += other.nll
         self.kl += other.kl
@@ -133,7 +133,7 @@ class _Sums:
         assert sum(self.lengths) == count
         nll, nll_error = self._mean(self.nll)
         kl, kl_error = self._mean(self.kl) if self.kl else (None, None)
-        # A damaged model may have a mean beyond the range of exp.
+        # The mean of a damaged model may exceed the range of exp.
         perplexity = math.exp(nll) if nll < 700 else math.inf
         return Score(
             nll=nll,
@@ -176,14 +176,14 @@ def _score_batch(
         reference: Reference | None = None
         for index, (reader, total) in enumerate(zip(readers, sums, strict=True)):
             start = time.monotonic()
-            chances = reader.logits(states[index][piece]).log_softmax(-1)
-            wanted = chances.gather(1, targets[piece].to(chances.device).unsqueeze(1)).squeeze(1)
-            nll[index, piece] = -wanted.double().cpu()
+            log_probs = reader.logits(states[index][piece]).log_softmax(-1)
+            log_likelihood = log_probs.gather(1, targets[piece].to(log_probs.device).unsqueeze(1)).squeeze(1)
+            nll[index, piece] = -log_likelihood.double().cpu()
             if reference is not None:
-                kl[index, piece] = reference.divergence(chances).double().cpu()
-                total.agreed += int((chances.argmax(-1) == reference.top).sum())
+                kl[index, piece] = reference.divergence(log_probs).double().cpu()
+                total.agreed += int((log_probs.argmax(-1) == reference.top).sum())
             elif against_first:
-                reference = Reference(chances)
+                reference = Reference(log_probs)
             total.seconds += time.monotonic() - start
     for index, (reader, total) in enumerate(zip(readers, sums, strict=True)):
         reader.refuse_not_finite(nll[index], "likelihood")

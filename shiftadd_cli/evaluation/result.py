@@ -1,4 +1,4 @@
-"""One model and what it scored."""
+"""One model and its score."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class ModelResult(Generic[S]):
-    """One model: what it is, what it scored, and whether the test data are those it was calibrated on."""
+    """One model: its description, its score, and whether it was calibrated on the test data."""
 
     info: ModelInfo
     score: S
     calibrated_on_test: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat table of JSON types; an infinite value is null."""
+        """One flat table of JSON types; infinite values are null."""
         score: Any = self.score
         flat = asdict(self.info) | asdict(score) | {"calibrated_on_test": self.calibrated_on_test}
         return {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in flat.items()}

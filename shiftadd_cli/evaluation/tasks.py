@@ -1,7 +1,6 @@
-"""Zero-shot and few-shot tasks by lm-evaluation-harness, on the model objects themselves.
+"""Zero-shot and few-shot tasks of lm-evaluation-harness, run on the model objects directly.
 
-Models run one after another, each on the same requests. Scores are the harness's own: its prompts, its metrics, its
-standard errors.
+Models run one after another, all on the same requests. Prompts, metrics and standard errors are those of the harness.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ class TaskScore:
     """One metric of one task or group of tasks.
 
     Attributes:
-        task, metric: by the harness's names.
-        filter: what it does to the output before the metric sees it; "none" for nothing.
-        value, error: the metric and its standard error; None where the harness gives none.
-        samples: documents it is a mean over.
-        version: of the task's definition.
-        higher_is_better: None where the task does not say.
+        task, metric: the harness's names.
+        filter: the harness's filter of the output before the metric; "none" for no filter.
+        value, error: the metric and its standard error; the error is None if the harness gives none.
+        samples: number of documents that the metric is a mean over.
+        version: version of the task's definition.
+        higher_is_better: None if the task does not specify it.
     """
 
     task: str
@@ -53,7 +52,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class ModelTasks:
-    """What one model scored, in the order of the tasks asked for, and the seconds it took."""
+    """Scores of one model, in the order of the requested tasks, and the seconds it took."""
 
     info: ModelInfo
     scores: tuple[TaskScore, ...]
@@ -72,17 +71,17 @@ class TaskEvaluation:
     harness: str
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The evaluation as JSON types."""
         return asdict(self)
 
 
 def task_names(text: str) -> tuple[str, ...]:
-    """Names in `text`, separated by commas; presets stand for several. Raises CalibrationError if there are none."""
+    """The comma-separated names in `text`, with presets expanded. Raises CalibrationError if there are none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    found = dict.fromkeys(each for name in names for each in PRESETS.get(name, (name,)))
-    if not found:
+    tasks = dict.fromkeys(task for name in names for task in PRESETS.get(name, (name,)))
+    if not tasks:
         raise CalibrationError("`tasks` names no task; give names such as arc_easy,piqa, or the preset 'paper'.")
-    return tuple(found)
+    return tuple(tasks)
 
 
 def evaluate_tasks(
@@ -98,39 +97,39 @@ def evaluate_tasks(
     trust_remote_code: bool = False,
     seed: int = 0,
 ) -> TaskEvaluation:
-    """Scores of each model on tasks of lm-evaluation-harness.
+    """Score each model on tasks of lm-evaluation-harness.
 
     Args:
-        models: names of originals or of checkpoints of ours, see `open_any`.
+        models: names of originals or of shiftadd checkpoints, see `open_any`.
         tasks: names of tasks, groups or tags that the harness knows, or that `task_path` defines.
-        task_path: folder of task files (.yaml) of the user's own.
-        fewshot: examples in the prompt, for tasks that do not fix them; None: what each task says.
-        limit: documents of each task that are used, the first ones; None: all.
-        trust_remote_code: run model code that comes with a model.
-        seed: of the choice of examples.
+        task_path: folder with the user's own task files (.yaml).
+        fewshot: examples in the prompt, for tasks that do not fix their number; None: as each task specifies.
+        limit: use only the first `limit` documents of each task; None: all.
+        trust_remote_code: run model code that ships with a model.
+        seed: seed for the choice of examples.
 
     Raises:
-        ShiftaddError: the harness is not installed, a task is unknown or its data cannot be had, a model is wrong;
-            all but the last before a model is loaded.
+        ShiftaddError: the harness is not installed, a task is unknown, its data cannot be loaded, or there is a problem
+            with a model; all but the last are raised before a model is loaded.
     """
     device = device or torch.device("cpu")
     opened = [open_any(spec, trust_remote_code=trust_remote_code) for spec in models]
-    for each in opened:
-        if each.reads_images:
-            raise RecipeError(f"{each.spec} is a vision model, which answers no tasks; measure it on images instead.")
+    for model in opened:
+        if model.reads_images:
+            raise RecipeError(f"{model.spec} is a vision model and cannot run tasks; evaluate it on images instead.")
     with _quiet():
         manager, built = _build(tuple(tasks), task_path)
-        found = []
-        for each in opened:
+        results = []
+        for model in opened:
             start = time.monotonic()
-            loaded = each.load(dtype, device)
+            loaded = model.load(dtype, device)
             scores = _run(loaded, built, manager, fewshot=fewshot, limit=limit, batch_size=batch_size, seed=seed)
-            found.append(ModelTasks(loaded.info, scores, time.monotonic() - start))
-    return TaskEvaluation(tuple(found), tuple(tasks), fewshot, limit, str(device), version("lm_eval"))
+            results.append(ModelTasks(loaded.info, scores, time.monotonic() - start))
+    return TaskEvaluation(tuple(results), tuple(tasks), fewshot, limit, str(device), version("lm_eval"))
 
 
 def check_harness() -> None:
-    """Raise CalibrationError with the cure where lm-evaluation-harness is not installed."""
+    """Raise CalibrationError, with the fix, if lm-evaluation-harness is not installed."""
     try:
         version("lm_eval")
     except PackageNotFoundError:
@@ -141,9 +140,9 @@ def check_harness() -> None:
 
 @cache
 def harness_tasks(task_path: Path | None, own_only: bool = False) -> Any:
-    """The harness's `TaskManager`, which reads ten thousand files for tasks of its own, in 5 seconds or more.
+    """The harness's `TaskManager`, which reads ten thousand files of built-in tasks, in 5 seconds or more.
 
-    own_only: know those in `task_path` alone, at once.
+    own_only: only load the tasks in `task_path`, which is immediate.
     """
     from lm_eval.tasks import TaskManager
 
@@ -151,10 +150,10 @@ def harness_tasks(task_path: Path | None, own_only: bool = False) -> Any:
 
 
 def _build(names: tuple[str, ...], task_path: Path | None) -> tuple[Any, list[Any]]:
-    """The harness's manager, and its objects of the tasks with their data loaded."""
+    """The harness's manager and its task objects, with their data loaded."""
     check_harness()
     manager = harness_tasks(task_path, own_only=True) if task_path is not None else None
-    # A group may have members among the harness's own tasks.
+    # A group may have members among the harness's built-in tasks.
     if manager is None or not set(names) <= set(manager.all_tasks) - set(manager.all_groups):
         manager = harness_tasks(task_path)
     for name in names:
@@ -167,16 +166,16 @@ def _build(names: tuple[str, ...], task_path: Path | None) -> tuple[Any, list[An
     for name in names:
         try:
             loaded = manager.load([name])
-        # What goes wrong between a task and its data has no class of its own: hub, network, builder scripts, files.
+        # Loading a task's data can fail in the hub, the network, builder scripts or files, without a common base class.
         except Exception as failure:
             reason = first_line(failure)
             raise CalibrationError(
-                f"The data of task {name} cannot be had ({reason}); check the network, or give `task_path` with a task "
-                "on local files."
+                f"The data of task {name} cannot be loaded ({reason}); check the network, or give `task_path` with a "
+                "task on local files."
             ) from failure
-        whole = loaded["groups"].get(name)
-        # A tag is no more than its tasks.
-        built += [whole] if whole is not None else list(loaded["tasks"].values())
+        group = loaded["groups"].get(name)
+        # A tag is only a list of tasks.
+        built += [group] if group is not None else list(loaded["tasks"].values())
     return manager, built
 
 
@@ -196,7 +195,7 @@ def _run(
     rows = loaded.model.get_input_embeddings().weight.shape[0]
 
     class Checked(HFLM):
-        """Refuses tokens that the model does not know, which its embedding would answer with an IndexError."""
+        """Refuses tokens outside the model's vocabulary, which would raise an IndexError in its embedding."""
 
         def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
             ids: list[int] = super().tok_encode(*args, **kwargs)
@@ -216,10 +215,10 @@ def _run(
         tokenizer=loaded.tokenizer,
         backend="causal",
         batch_size=batch_size,
-        # The harness does not know every name that configurations have for it.
+        # The harness does not know every configuration key for this limit.
         max_length=position_limit(loaded.model.config),
     )
-    found = simple_evaluate(
+    results = simple_evaluate(
         model,
         tasks=tasks,
         task_manager=manager,
@@ -231,13 +230,13 @@ def _run(
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
-    assert found is not None, "the only process is the one that gets the results"
-    return tuple(_scores(found))
+    assert results is not None, "the only process is the one that gets the results"
+    return tuple(_scores(results))
 
 
-def _scores(found: Mapping[str, Any]) -> Iterator[TaskScore]:
+def _scores(results: Mapping[str, Any]) -> Iterator[TaskScore]:
     """Every metric in the harness's results: `{task: {"metric,filter": value, "metric_stderr,filter": error}}`."""
-    for task, metrics in found["results"].items():
+    for task, metrics in results["results"].items():
         for key, value in metrics.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
@@ -249,23 +248,23 @@ def _scores(found: Mapping[str, Any]) -> Iterator[TaskScore]:
                 filter=kind,
                 value=float(value),
                 error=float(error) if isinstance(error, (int, float)) else None,
-                samples=int(_samples(found, task)),
-                version=str(found["versions"].get(task, "")),
-                higher_is_better=found["higher_is_better"].get(task, {}).get(metric),
+                samples=int(_samples(results, task)),
+                version=str(results["versions"].get(task, "")),
+                higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
             )
 
 
-def _samples(found: Mapping[str, Any], task: str) -> int:
-    """Documents of a task, or of all tasks of a group."""
-    counts = found["n-samples"]
+def _samples(results: Mapping[str, Any], task: str) -> int:
+    """Number of documents of a task, or of all tasks of a group."""
+    counts = results["n-samples"]
     if task in counts:
         return int(counts[task]["effective"])
-    return sum(_samples(found, member) for member in found["group_subtasks"].get(task, ()))
+    return sum(_samples(results, member) for member in results["group_subtasks"].get(task, ()))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness tells of every step and seed; only what goes wrong is of interest here."""
+    """Only let errors of the harness through, which otherwise logs every step and seed."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""A compressed checkpoint in formats that others read, decoded tensor by tensor."""
+"""Exports of a compressed checkpoint to formats of other programs, decoded tensor by tensor."""

@@ -1,4 +1,4 @@
-"""The tensors that a compressed checkpoint stands for, one after the other."""
+"""Decodes the tensors of a compressed checkpoint, one after the other."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _TABLE_ROWS = 4096
 
 
 class DecodedModel:
-    """A checkpoint as dense tensors, of which one is in memory at a time.
+    """A checkpoint as dense tensors, with only one in memory at a time.
 
-    `skeleton` is the dense model on meta: names, shapes and dtypes of what is given are its own, each tied parameter
-    once, in the order of the files. Values are those of the model's `dequantize()`.
+    `skeleton` is the dense model on meta, which gives the names, shapes and dtypes. Each tied parameter comes once, in
+    the order of the files. The values are those of the model's `dequantize()`.
 
-    Raises ArtifactError where the checkpoint holds other tensors than the model has, or of other shapes.
+    Raises ArtifactError if the checkpoint holds other tensors than the model, or tensors of other shapes.
     """
 
     def __init__(self, artifact: Artifact, skeleton: Any) -> None:
@@ -55,11 +55,11 @@ class DecodedModel:
                     f"{artifact.folder} holds {name}, which {type(skeleton).__name__} does not have; quantize the "
                     "model again."
                 )
-            shape, found = tuple(state[name].shape), self._shape(name)
-            if found != shape:
+            shape, stored_shape = tuple(state[name].shape), self._shape(name)
+            if stored_shape != shape:
                 raise ArtifactError(
-                    f"{name} in {artifact.folder} is {list(found)}, and by the model's sizes {list(shape)}; quantize "
-                    "the model again."
+                    f"{name} in {artifact.folder} is {list(stored_shape)}, but the model has {list(shape)}; "
+                    "quantize the model again."
                 )
             self.tensors[name] = (shape, state[name].dtype)
         names = {member: group for group in tied_groups(skeleton) for member in group}
@@ -78,7 +78,7 @@ class DecodedModel:
             }
             where = {tensor: files[file] for file, header in artifact.headers.items() for tensor in header}
             for name, stored in self._stored.items():
-                tensors = {each.rpartition(".")[2]: where[each].get_tensor(each) for each in stored}
+                tensors = {key.rpartition(".")[2]: where[key].get_tensor(key) for key in stored}
                 dtype = self.tensors[name][1]
                 tensor = self._decode(name, tensors, dtype)
                 if dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
@@ -86,7 +86,7 @@ class DecodedModel:
                 yield name, tensor
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """Of the dense tensor, by what is stored for it."""
+        """Shape of the dense tensor, derived from its stored tensors."""
         module = name.rpartition(".")[0]
         if name == f"{module}.weight" and module in self._artifact.format.tables:
             return self._artifact.format.tables[module]
@@ -114,7 +114,7 @@ def _decode_table(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_place(out: Path, source: Path, expected_bytes: int) -> None:
-    """Refuse, before any work, a folder that cannot be written, or is not empty: no export is ever overwritten."""
+    """Refuse, before any work, a folder that cannot be written or is not empty: an export never overwrites files."""
     if out.is_dir() and any(out.iterdir()):
-        raise OutputError(f"{out} exists and is not empty; give a folder that does not exist yet to -o.")
+        raise OutputError(f"{out} exists and is not empty; give -o a folder that does not exist yet.")
     check_output(out, source, overwrite=False, expected_bytes=expected_bytes)

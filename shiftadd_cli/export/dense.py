@@ -1,4 +1,4 @@
-"""A plain transformers folder of a compressed checkpoint, which loads without this package."""
+"""Exports a compressed checkpoint as a plain transformers folder, which loads without this package."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from shiftadd_cli.source.config_file import set_dtype
 
 
 def export_dense(folder: Path, out: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> int:
-    """Write `out`, all of it or nothing; returns the bytes of its weight files.
+    """Write `out` completely or not at all; returns the bytes of its weight files.
 
-    dtype: of everything but what transformers keeps in float32; by default the checkpoint's. trust_remote_code: run
-    model code that comes with it.
+    dtype: of all tensors except those that transformers keeps in float32; by default the checkpoint's.
+    trust_remote_code: run model code that comes with the checkpoint.
 
-    Raises ArtifactError for a damaged checkpoint, OutputError for a place that cannot be written, ExportError where
-    `dtype` cannot hold a number.
+    Raises ArtifactError for a damaged checkpoint, OutputError if `out` cannot be written, ExportError if `dtype` cannot
+    hold a number.
     """
     artifact = Artifact.open(folder)
     skeleton = artifact_skeleton(folder, dtype, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""A GGUF file of a compressed checkpoint, laid out as llama.cpp's converter (convert_hf_to_gguf.py) lays it out."""
+"""Exports a compressed checkpoint as a GGUF file, in the layout of llama.cpp's converter (convert_hf_to_gguf.py)."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from shiftadd_cli.runtime.skeleton import artifact_skeleton, read_artifact_confi
 from shiftadd_cli.source.tokenizer import load_tokenizer
 from shiftadd_cli.storage.refusals import refusals
 
-# GGUF has a layout of its own for every family, so these go by name: the name it has there, and whether rows of the
-# query and key projections are ordered in pairs there (and in halves in transformers).
+# GGUF has a separate layout for every family, so families are listed: the name in GGUF, and whether GGUF orders rows of
+# query and key projections in pairs (transformers orders them in halves).
 _FAMILIES = {"llama": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
 _TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
-# What the writer takes to be numbers; everything else is bytes to it.
+# Types that the writer takes as numbers; it takes all others as bytes.
 _NUMBERS: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
 _FILE_TYPES = {"float32": "ALL_F32", "bfloat16": "MOSTLY_BF16", "float16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 
 
 def export_gguf(folder: Path, out: Path, dtype: str) -> tuple[Path, int]:
-    """Write one file into the new folder `out`, all of it or nothing; returns its path and its bytes.
+    """Write one file into the new folder `out`, completely or not at all; returns its path and its bytes.
 
     dtype: of matrices: `float32`, `bfloat16`, `float16` or `q8_0`; vectors are float32.
 
-    Raises ExportError for an architecture or a tokenizer that GGUF has in another form, or not at all.
+    Raises ExportError for an architecture or a tokenizer that GGUF lacks or represents differently.
     """
     artifact = Artifact.open(folder)
     _check_family(artifact.config.get("model_type"))
@@ -44,8 +44,8 @@ def export_gguf(folder: Path, out: Path, dtype: str) -> tuple[Path, int]:
     decoded = DecodedModel(artifact, artifact_skeleton(folder, torch.float32))
     kinds = {name: _kind(shape, dtype) for name, (shape, _) in decoded.tensors.items()}
     check_place(out, folder, sum(_nbytes(shape, kinds[name]) for name, (shape, _) in decoded.tensors.items()))
-    place = out.resolve()
-    partial = place.parent / f".{place.name}.partial-{os.getpid()}"
+    target = out.resolve()
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     file = f"{folder.resolve().name}-{dtype}.gguf"
     with refusals(out):
         shutil.rmtree(partial, ignore_errors=True)
@@ -54,14 +54,14 @@ def export_gguf(folder: Path, out: Path, dtype: str) -> tuple[Path, int]:
             _write(partial / file, decoded, config, tokenizer, kinds, dtype, folder.resolve().name)
             with (partial / file).open("rb") as written:
                 os.fsync(written.fileno())
-            os.replace(partial, place)
+            os.replace(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return out / file, (place / file).stat().st_size
+    return out / file, (target / file).stat().st_size
 
 
 def check_config(config: Any) -> None:
-    """Refuse a model whose GGUF form is not known here, or would compute something else. Raises ExportError."""
+    """Refuse a model whose GGUF form is unknown here or would compute something else. Raises ExportError."""
     _check_family(config.model_type)
     rope = config.rope_parameters or {}
     reasons = {
@@ -69,19 +69,19 @@ def check_config(config: Any) -> None:
         f"the activation {config.hidden_act}": config.hidden_act != "silu",
         "a sliding window": bool(getattr(config, "use_sliding_window", False)),
     }
-    for reason, found in reasons.items():
-        if found:
+    for reason, applies in reasons.items():
+        if applies:
             raise ExportError(
-                f"The model has {reason}, which is not written as GGUF here; export with `format=dense`, and convert "
-                "that with llama.cpp's convert_hf_to_gguf.py."
+                f"The model has {reason}, which the GGUF export does not support; export with `format=dense` and "
+                "convert the result with llama.cpp's convert_hf_to_gguf.py."
             )
 
 
 def _check_family(model_type: Any) -> None:
     if model_type not in _FAMILIES:
         raise ExportError(
-            f"Models of type {model_type} cannot be written as GGUF here, only {', '.join(_FAMILIES)}; export with "
-            "`format=dense`, and convert that with llama.cpp's convert_hf_to_gguf.py."
+            f"Models of type {model_type} cannot be exported to GGUF, only {', '.join(_FAMILIES)}; export with "
+            "`format=dense` and convert the result with llama.cpp's convert_hf_to_gguf.py."
         )
 
 
@@ -154,12 +154,12 @@ def _heads(tensor: str, config: Any) -> int:
 
 
 def _pair_rows(value: Tensor, heads: int) -> Tensor:
-    """Rows of each head from halves (first all real parts, then all imaginary ones) to pairs."""
+    """Reorder the rows of each head from halves (first all real parts, then all imaginary ones) to pairs."""
     return value.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(value.shape)
 
 
 def _kind(shape: tuple[int, ...], dtype: str) -> Any:
-    """The ggml type of a tensor: vectors are float32, and rows that are no whole blocks of q8_0 are float16."""
+    """The ggml type of a tensor: float32 for vectors, float16 for rows that do not divide into blocks of q8_0."""
     import gguf
 
     if len(shape) < 2:

@@ -1,4 +1,4 @@
-"""A tokenizer as metadata of a GGUF file. Only byte-level BPE is written: what splits text first has a name there."""
+"""A tokenizer as metadata of a GGUF file. Only byte-level BPE is supported: GGUF names its splitting rules."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class GgufTokenizer:
     """Everything llama.cpp needs to split text as the original does.
 
     Attributes:
-        split: llama.cpp's name of the rule that cuts text before merging.
+        split: llama.cpp's name of the rule that splits text before merging.
         tokens: texts by id; types: ggml's token types; merges: `left right`, best first.
-        special: id by `bos`, `eos`, `unk`, `pad`, those that there are; chat_template: or None.
+        special: ids of `bos`, `eos`, `unk` and `pad`, if present; chat_template: its text, or None.
         adds_bos, adds_eos: whether encoding a text adds them.
     """
 
@@ -34,9 +34,9 @@ class GgufTokenizer:
 
     @classmethod
     def read(cls, tokenizer: Any, vocab_size: int) -> GgufTokenizer:
-        """From a transformers tokenizer; ids up to `vocab_size` that it does not use are filled up.
+        """From a transformers tokenizer; unused ids up to `vocab_size` get placeholders.
 
-        Raises ExportError for any other kind than byte-level BPE, and for rules that have no name known here.
+        Raises ExportError for any kind other than byte-level BPE, and for rules without a known name.
         """
         import gguf
 
@@ -44,21 +44,22 @@ class GgufTokenizer:
         parts = {} if backend is None else json.loads(backend.to_str())
         model = parts.get("model", {})
         if model.get("type") != "BPE" or model.get("byte_fallback"):
-            raise _refusal("is no byte-level BPE")
+            raise _refusal("is not byte-level BPE")
         split = _split_name(parts)
         control, own, unused = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.UNUSED
         tokens = [f"[PAD{index}]" for index in range(vocab_size)]
         types = [int(unused)] * vocab_size
-        found = [(text, index, int(gguf.TokenType.NORMAL)) for text, index in model["vocab"].items()]
-        found += [
-            (each["content"], each["id"], int(control if each["special"] else own)) for each in parts["added_tokens"]
+        entries = [(text, index, int(gguf.TokenType.NORMAL)) for text, index in model["vocab"].items()]
+        entries += [
+            (token["content"], token["id"], int(control if token["special"] else own))
+            for token in parts["added_tokens"]
         ]
-        for text, index, kind in found:
+        for text, index, kind in entries:
             if index >= vocab_size:
-                raise _refusal(f"has the id {index}, and the model knows {vocab_size}")
+                raise _refusal(f"has the id {index}, but the model knows {vocab_size}")
             tokens[index], types[index] = text, kind
-        merges = (each if isinstance(each, str) else " ".join(each) for each in model["merges"])
-        bare, whole = (tokenizer.encode("a", add_special_tokens=added) for added in (False, True))
+        merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+        bare, full = (tokenizer.encode("a", add_special_tokens=added) for added in (False, True))
         ids = {name: getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
         template = tokenizer.chat_template
         return cls(
@@ -68,8 +69,8 @@ class GgufTokenizer:
             merges=tuple(merges),
             special={name: index for name, index in ids.items() if index is not None},
             chat_template=template if isinstance(template, str) else None,
-            adds_bos=len(whole) > len(bare) and whole[0] == ids["bos"],
-            adds_eos=len(whole) > len(bare) and whole[-1] == ids["eos"],
+            adds_bos=len(full) > len(bare) and full[0] == ids["bos"],
+            adds_eos=len(full) > len(bare) and full[-1] == ids["eos"],
         )
 
     def add_to(self, writer: Any) -> None:
@@ -97,7 +98,7 @@ def _split_name(parts: dict[str, Any]) -> str:
     steps = first["pretokenizers"] if first.get("type") == "Sequence" else [first]
     *before, last = steps
     if not _BYTE_LEVEL.items() <= last.items():
-        raise _refusal("is no byte-level BPE")
+        raise _refusal("is not byte-level BPE")
     if last.get("use_regex", True):
         if not before:
             return "gpt-2"
@@ -108,11 +109,11 @@ def _split_name(parts: dict[str, Any]) -> str:
         for name in ("llama-bpe", "qwen2", "tekken", "gpt-4o"):
             if GGUF_PRE_TOKENIZER_SPLITS[name] == pattern:
                 return name
-    raise _refusal("splits text by a rule without a name there")
+    raise _refusal("splits text by a rule that has no name in GGUF")
 
 
 def _refusal(reason: str) -> ExportError:
     return ExportError(
-        f"The tokenizer {reason}, so it is not written as GGUF here; export with `format=dense`, and convert that with "
-        "llama.cpp's convert_hf_to_gguf.py."
+        f"The tokenizer {reason}, so it cannot be exported to GGUF; export with `format=dense` and convert the result "
+        "with llama.cpp's convert_hf_to_gguf.py."
     )

@@ -1,7 +1,7 @@
-"""Decoded tensors under the names and in the shapes that a model's files have, which need not be those in memory.
+"""Gives decoded tensors the names and shapes of a model's files, which may differ from those in memory.
 
 transformers 5 keeps some weights in another form in memory than in files, above all the experts of a mixture. Its
-`save_pretrained` turns that back by the rules of `core_model_loading`, for the whole model at once. Here the same rules
+`save_pretrained` reverts that by the rules of `core_model_loading`, for the whole model at once. Here the same rules
 are applied to as few tensors at a time as they allow.
 """
 
@@ -18,7 +18,7 @@ from shiftadd_cli.export.stacks import StackedModel
 
 
 class OriginalNames:
-    """`decoded` as files have it: `tensors` are shapes and dtypes by name, iterating gives names and tensors.
+    """`decoded` in the form of files: `tensors` are shapes and dtypes by name; iteration gives names and tensors.
 
     decoded: gives tensors by their names in memory. skeleton: the model, on meta.
     """
@@ -29,26 +29,30 @@ class OriginalNames:
 
         self._decoded, self._skeleton = decoded, skeleton
         rules = get_model_conversion_mapping(skeleton, add_legacy=False)
-        # `save_pretrained` applies no change of prefix either to a model that it has not seen loaded.
+        # Like `save_pretrained`, which changes no prefix of a model that transformers has not loaded.
         skeleton._weight_conversions = [rule for rule in rules if not isinstance(rule, PrefixChange)]
         converters = [
             rule.reverse_transform() for rule in skeleton._weight_conversions[::-1] if isinstance(rule, WeightConverter)
         ]
         empty = {name: torch.empty(size, dtype=kind, device="meta") for name, (size, kind) in decoded.tensors.items()}
         self._groups = _groups(empty, converters)
-        whole = self._revert(empty)
+        reverted = self._revert(empty)
         parts = {
             name: tensor
             for group in self._groups
             for name, tensor in self._revert({name: empty[name] for name in group}).items()
         }
-        if {name: each.shape for name, each in parts.items()} != {name: each.shape for name, each in whole.items()}:
-            # Some rules act on a tensor only after another was there.
-            self._groups, parts = [list(empty)], whole
-        self.tensors: dict[str, TensorShape] = {name: (tuple(each.shape), each.dtype) for name, each in parts.items()}
+        if {name: tensor.shape for name, tensor in parts.items()} != {
+            name: tensor.shape for name, tensor in reverted.items()
+        }:
+            # Some rules act on a tensor only after they have seen another.
+            self._groups, parts = [list(empty)], reverted
+        self.tensors: dict[str, TensorShape] = {
+            name: (tuple(tensor.shape), tensor.dtype) for name, tensor in parts.items()
+        }
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors; those that are made of one another come as soon as the last of them is decoded."""
+        """Names and tensors; tensors that depend on one another come once the last of them is decoded."""
         group_of = {name: index for index, group in enumerate(self._groups) for name in group}
         waiting: dict[int, dict[str, Tensor]] = {}
         for name, tensor in self._decoded:
@@ -65,7 +69,7 @@ class OriginalNames:
 
 
 def _groups(names: Iterable[str], converters: list[Any]) -> list[list[str]]:
-    """Names of tensors that the same application of a rule takes, in the order of their first."""
+    """Names of tensors grouped by the application of a rule that takes them, in the order of each group's first."""
     from transformers.core_model_loading import apply_converters
 
     groups: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Decoded experts in stacks again, as transformers' own classes keep them."""
+"""Puts decoded experts back into stacks, as transformers' own classes keep them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from shiftadd_cli.source.skeleton import set_tensor
 
 
 class StackedModel:
-    """`decoded`, whose experts lie one by one, with the names, shapes and values of the model as transformers has it.
+    """`decoded`, which has its experts one by one, with the names, shapes and values of the model in transformers.
 
-    skeleton: that of `decoded`; its experts are filled on the way, those of one mixture at a time, and emptied.
+    skeleton: that of `decoded`; iteration fills its experts, one mixture at a time, and empties them again.
     """
 
     def __init__(self, decoded: DecodedModel, skeleton: Any) -> None:
         self._decoded, self._skeleton = decoded, skeleton
-        self._mixtures = {name: each for name, each in skeleton.named_modules() if isinstance(each, SplitExperts)}
+        self._mixtures = {name: module for name, module in skeleton.named_modules() if isinstance(module, SplitExperts)}
         self.tensors: dict[str, TensorShape] = {}
         for name, shape in decoded.tensors.items():
             if (mixture := self._mixture(name)) is None:
@@ -30,7 +30,7 @@ class StackedModel:
                 self.tensors |= {f"{mixture}.{stack}": own for stack, own in self._mixtures[mixture].shapes.items()}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors, as `DecodedModel` gives them, but for experts: a stack comes after all that is in it."""
+        """Names and tensors as in `DecodedModel`, except that a stack of experts comes once all of them are decoded."""
         for name, tensor in self._decoded:
             if (mixture := self._mixture(name)) is None:
                 yield name, tensor
@@ -42,4 +42,4 @@ class StackedModel:
                     yield f"{mixture}.{stack}", joined
 
     def _mixture(self, name: str) -> str | None:
-        return next((each for each in self._mixtures if name.startswith(f"{each}.")), None)
+        return next((mixture for mixture in self._mixtures if name.startswith(f"{mixture}.")), None)

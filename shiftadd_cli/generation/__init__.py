@@ -1,1 +1,1 @@
-"""Text from a loaded model: the prompt, the settings, the stream, and how fast it came."""
+"""Text from a loaded model: the prompt, the settings, the stream, and the speed."""

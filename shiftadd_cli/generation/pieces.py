@@ -1,11 +1,11 @@
-"""Tokens to text one by one, without taking back what was shown."""
+"""Turns tokens into text one by one, without ever changing text already shown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-# Tokens of the prompt that the first new token is decoded with; more can change nothing but the work.
+# Number of prompt tokens that the first new token is decoded with; more would only take longer.
 _CONTEXT = 8
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -14,9 +14,9 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 class TextPieces:
     """The text that new tokens add to a prompt, piece by piece as the tokens come.
 
-    All pieces together are what the tokenizer makes of the prompt and the new tokens, less what it makes of the prompt:
-    tokens are decoded after those before them, since the space at a word's beginning is lost from a token that stands
-    alone. A character whose bytes come in several tokens is held back until it is whole. Special tokens have no text.
+    All pieces together are the tokenizer's text of the prompt and the new tokens, minus its text of the prompt alone.
+    Tokens are decoded together with those before them, since a token decoded alone loses the space at the beginning of
+    a word. A character whose bytes span several tokens is held back until it is complete. Special tokens have no text.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
@@ -26,21 +26,21 @@ class TextPieces:
         self._shown = len(self._ids)
 
     def add(self, token: int) -> str:
-        """What can be shown of the text now that `token` is known; often one word or less."""
+        """The text that can be shown after `token`; often one word or less."""
         self._ids.append(token)
-        piece = self._held()
+        piece = self._pending()
         if not piece or piece.endswith(_INCOMPLETE):
             return ""
         self._start, self._shown = self._shown, len(self._ids)
         return piece
 
     def finish(self) -> str:
-        """What was held back: the beginning of a character that never became whole, or nothing."""
-        piece = self._held()
+        """The text held back: the beginning of a character that was never completed, or nothing."""
+        piece = self._pending()
         self._start = self._shown = len(self._ids)
         return piece
 
-    def _held(self) -> str:
+    def _pending(self) -> str:
         before = self._decode(self._ids[self._start : self._shown])
         return self._decode(self._ids[self._start :])[len(before) :]
 

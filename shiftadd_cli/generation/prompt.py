@@ -1,4 +1,4 @@
-"""From what the user wrote to the tokens the model reads."""
+"""Encodes the user's text as the tokens that the model reads."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class Prompt:
 
 
 def encode_prompt(text: str, tokenizer: Any, *, name: str, chat: bool | None = None) -> Prompt:
-    """The tokens of `text`, a message of the user or (not `chat`) the beginning of a text to go on with.
+    """The tokens of `text`, a message of the user or (not `chat`) the beginning of a text to continue.
 
-    chat: None uses the chat template where the tokenizer has one. A text to go on with gets the special tokens that
-    the tokenizer puts before a text. `name` of the model is for messages.
+    chat: None uses the chat template if the tokenizer has one. A text to continue gets the special tokens that the
+    tokenizer puts before a text. name: of the model, for messages.
 
     Raises:
-        PromptError: the text is empty, there is no chat template, or it does not take a message of the user alone.
+        PromptError: the text is empty, there is no chat template, or it does not accept a single user message.
     """
     from jinja2 import TemplateError
 
     if not text.strip():
         raise PromptError("The prompt is empty; give `prompt` some text.")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise PromptError("The prompt is no valid UTF-8 text; convert it first.")
+        raise PromptError("The prompt is not valid UTF-8 text; convert it first.")
     template = getattr(tokenizer, "chat_template", None)
     if chat and not template:
         raise PromptError(f"The tokenizer of {name} has no chat template; leave out `chat`.")
     use_chat = bool(template) if chat is None else chat
-    # Of a length beyond what it was made for the tokenizer would warn; `room_for` decides.
+    # The tokenizer would warn about texts longer than its own limit; `room_for` decides instead.
     quiet = {"verbose": False}
     if use_chat:
         message = for_template([{"role": "user", "content": text}], tokenizer, where="The prompt")
@@ -47,17 +47,17 @@ def encode_prompt(text: str, tokenizer: Any, *, name: str, chat: bool | None = N
             )
         except TemplateError as error:
             raise PromptError(
-                f"The chat template of {name} does not take a message of the user alone ({error}); use `chat=False`."
+                f"The chat template of {name} does not accept a single user message ({error}); use `chat=False`."
             ) from error
     else:
         ids = tokenizer(text, **quiet)["input_ids"]
     if not ids:
-        raise PromptError(f"The tokenizer of {name} makes no token of the prompt; give another text.")
+        raise PromptError(f"The tokenizer of {name} turns the prompt into no tokens; give another text.")
     return Prompt(tuple(ids), use_chat)
 
 
 def check_prompt(prompt: Prompt, tokenizer: Any, rows: int, *, name: str) -> None:
-    """Refuse tokens that the embedding of the model, which has so many rows, does not hold.
+    """Refuse tokens outside the embedding of the model, which has `rows` rows.
 
     Raises:
         PromptError: with the token, its id, and the rows.
@@ -71,15 +71,15 @@ def check_prompt(prompt: Prompt, tokenizer: Any, rows: int, *, name: str) -> Non
 
 
 def room_for(prompt: Prompt, positions: int | None, *, name: str) -> int | None:
-    """How many tokens the model can add to the prompt; None for a model without a last position.
+    """The number of tokens the model can add to the prompt; None for a model without an upper limit.
 
     Raises:
-        PromptError: none.
+        PromptError: there is no room for any.
     """
     if positions is None:
         return None
     if len(prompt.ids) >= positions:
         raise PromptError(
-            f"The prompt has {len(prompt.ids):,} tokens, and the context of {name} is {positions:,}; shorten it."
+            f"The prompt has {len(prompt.ids):,} tokens, but the context of {name} is {positions:,}; shorten it."
         )
     return positions - len(prompt.ids)

@@ -1,4 +1,4 @@
-"""One text from a loaded model, shown as it is made."""
+"""Generates one text from a loaded model and shows it as it comes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from shiftadd_cli.source.tokenizer import end_tokens
 
 @dataclass(frozen=True)
 class Generated:
-    """A text and how fast it came.
+    """A generated text and its timing.
 
     Attributes:
-        text: what the model added to the prompt.
-        new_tokens: with the one that ended the text, if one did.
+        text: the continuation of the prompt.
+        new_tokens: their number, including the one that ended the text, if any.
         prefill_seconds: until the first new token; decode_seconds: from the first to the last.
-        stopped: by a token that ends texts, by the number of tokens asked for, or by the end of the model's context.
+        stopped: by a token that ends texts, by the upper limit of tokens, or by the end of the model's context.
     """
 
     text: str
@@ -51,11 +51,11 @@ class Generated:
 
     @property
     def decode_rate(self) -> float | None:
-        """New tokens per second, the first apart; None if there is no other."""
+        """New tokens per second, without the first; None if there is no other."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, rates as well, as JSON types."""
+        """All fields and the rates, as JSON types."""
         return asdict(self) | {
             "prefill_tokens_per_second": self.prefill_rate,
             "decode_tokens_per_second": self.decode_rate,
@@ -63,10 +63,11 @@ class Generated:
 
 
 def check_generates(model: Any) -> None:
-    """Refuse a model whose class cannot write, which code of a model's own may leave out. Raises PromptError."""
+    """Refuse a model whose class cannot generate, which a model's own code may leave out. Raises PromptError."""
     if not hasattr(model, "generate"):
         raise PromptError(
-            f"{type(model).__name__} has no method `generate`, so it cannot write; `shiftadd evaluate` measures it."
+            f"{type(model).__name__} has no method `generate`, so it cannot generate text; `shiftadd evaluate` "
+            "measures it."
         )
 
 
@@ -79,27 +80,27 @@ def generate_text(
     write: Callable[[str], None] | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Generated:
-    """Let the model go on from the prompt until it ends the text, or has made as many tokens as wanted.
+    """Let the model continue the prompt until it ends the text or reaches the upper limit of tokens.
 
-    The model's own settings of generation (penalties, temperatures, ...) are not used, but for the tokens that end a
+    The model's own generation settings (penalties, temperatures, ...) are not used, except for the tokens that end a
     text. The same prompt and sampling give the same text on the same machine with the same threads.
 
     Args:
-        room: tokens the model's context has left, see `room_for`.
-        write: shown every piece of the text as soon as it is known.
+        room: tokens left in the model's context, see `room_for`.
+        write: called with every piece of the text as soon as it is available.
         now: clock in seconds.
 
     Raises:
-        NumericalError: the model gives logits that are not numbers.
-        PromptError: the model's class cannot write.
+        NumericalError: the model's logits are not finite.
+        PromptError: the model's class cannot generate.
     """
     check_generates(loaded.model)
-    wanted = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room)
+    limit = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room)
     model, tokenizer = loaded.model, loaded.tokenizer
     ends = end_tokens(model.generation_config, tokenizer)
-    # Replaced, and not merely overruled: transformers fills what is not given from what the checkpoint brings along.
+    # Replaced, not just overridden: transformers takes missing settings from the checkpoint's.
     model.generation_config = GenerationConfig(
-        max_new_tokens=wanted,
+        max_new_tokens=limit,
         eos_token_id=None,
         pad_token_id=0,
         **_choice(sampling),
@@ -116,7 +117,7 @@ def generate_text(
         stopping_criteria=StoppingCriteriaList([_Ends(ends)]),
     )
     ended = stream.tokens[-1] in ends
-    full = wanted < sampling.max_new_tokens
+    full = limit < sampling.max_new_tokens
     return Generated(
         text="".join(stream.pieces),
         prompt_tokens=len(prompt.ids),
@@ -128,7 +129,7 @@ def generate_text(
 
 
 class _Stream(BaseStreamer):
-    """Given the prompt once and then every token by transformers."""
+    """Receives the prompt once and then every token from transformers."""
 
     def __init__(self, pieces: TextPieces, write: Callable[[str], None] | None, now: Callable[[], float]) -> None:
         self.tokens: list[int] = []
@@ -156,7 +157,7 @@ class _Stream(BaseStreamer):
 
 
 class _Ends(StoppingCriteria):
-    """Stops a single text at one of these tokens, in a tenth of the time that transformers' own criterion takes."""
+    """Stops a single text at one of these tokens, in a tenth of the time of transformers' own criterion."""
 
     def __init__(self, ends: list[int]) -> None:
         self._ends = frozenset(ends)
@@ -168,5 +169,5 @@ class _Ends(StoppingCriteria):
 def _choice(sampling: Sampling) -> dict[str, Any]:
     if sampling.temperature == 0:
         return {"do_sample": False}
-    # top_k would be 50 by transformers' default.
+    # transformers' default for top_k is 50.
     return {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}

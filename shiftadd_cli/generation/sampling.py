@@ -1,4 +1,4 @@
-"""How the next token is chosen, and how many are wanted."""
+"""How the next token is chosen, and the upper limit of new tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from shiftadd_cli.errors import RecipeError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a generation; raises RecipeError for values that mean nothing.
+    """Settings of a generation; raises RecipeError for invalid values.
 
     Attributes:
-        max_new_tokens: tokens to make at most.
-        temperature: what logits are divided by before one token is drawn; 0 takes the likeliest.
+        max_new_tokens: upper limit of new tokens.
+        temperature: divisor of the logits before a token is drawn; 0 takes the likeliest.
         top_p: draw among the likeliest tokens that together have this probability; 1 draws among all.
         seed: of the draws; 0 to 2**63 - 1.
     """
@@ -26,7 +26,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise RecipeError(f"`max_new_tokens` {self.max_new_tokens} makes no text; give 1 or more.")
+            raise RecipeError(f"`max_new_tokens` {self.max_new_tokens} generates no text; give 1 or more.")
         if not 0 <= self.temperature < math.inf:
             raise RecipeError(
                 f"`temperature` {self.temperature:g} is not valid; give 0 (always the likeliest) or more."

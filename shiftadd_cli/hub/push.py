@@ -1,4 +1,4 @@
-"""Upload a checkpoint to the hub: checked first, then file by file, and seen by others when all of it is there."""
+"""Uploads a checkpoint to the hub: checks it first, then sends it file by file, and publishes it in one commit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 @dataclass(frozen=True)
 class Push:
-    """An upload that has been checked; nothing was sent yet.
+    """A checked upload; nothing has been sent yet.
 
     Attributes:
-        folder: the checkpoint; files: what is uploaded, relative to it, with sizes in bytes.
-        repo: `NAME`, of the user who is logged in, or `OWNER/NAME`.
-        revision: branch, made if there is none; None for the main one.
-        private: whether a repository that has to be made is private. One that exists stays as it is.
+        folder: the checkpoint; files: paths to upload, relative to it, with sizes in bytes.
+        repo: `NAME`, owned by the logged-in user, or `OWNER/NAME`.
+        revision: branch, created if it does not exist; None for the main one.
+        private: whether a new repository is private. An existing one stays as it is.
     """
 
     folder: Path
@@ -37,9 +37,9 @@ class Push:
 
     @classmethod
     def prepare(cls, folder: Path, repo: str, *, revision: str | None = None, private: bool = True) -> Push:
-        """Check the name, and that the checkpoint in `folder` is whole, which reads all of it.
+        """Check the name, and that the checkpoint in `folder` is complete and undamaged, which reads all of it.
 
-        Raises HubError, and ArtifactError for a folder that is no checkpoint or a damaged one.
+        Raises HubError, and ArtifactError if the folder is no checkpoint or a damaged one.
         """
         try:
             validate_repo_id(repo)
@@ -58,11 +58,11 @@ class Push:
         return sum(self.files.values())
 
     def run(self, message: str) -> str:
-        """Make the repository if there is none and upload in one commit; returns the address of the commit.
+        """Create the repository if it does not exist and upload in one commit; returns the URL of the commit.
 
-        Files that the hub has already are not sent again, so an upload that was broken off goes on.
+        Files that the hub already has are not sent again, so that an interrupted upload resumes.
 
-        Raises HubError where the hub refuses or cannot be reached.
+        Raises HubError if the hub refuses or cannot be reached.
         """
         api = HfApi(token=require_token())
         with _refusals(self.repo):
@@ -80,10 +80,10 @@ class Push:
 
 
 def require_token() -> str:
-    """The token of the user's log-in or of HF_TOKEN. Raises HubError where there is none."""
+    """The token of the user's login or of HF_TOKEN. Raises HubError if there is none."""
     token = get_token()
     if token is None:
-        raise HubError(f"Uploading needs a token of the hub; {_LOG_IN}.")
+        raise HubError(f"Uploading needs a hub token; {_LOG_IN}.")
     return token
 
 
@@ -98,7 +98,7 @@ def _refusals(repo: str) -> Iterator[None]:
         if code == 403:
             raise HubError(f"The token may not write to {repo}; {_LOG_IN}, with a token that may.") from failure
         raise HubError(f"The hub refuses the upload to {repo} ({first_line(failure)}); try again later.") from failure
-    except Exception as failure:  # the library hands on whatever its transport raises
+    except Exception as failure:  # the library passes on whatever its transport raises
         raise HubError(
-            f"The upload to {repo} was broken off ({first_line(failure)}); the same command goes on."
+            f"The upload to {repo} was interrupted ({first_line(failure)}); the same command resumes it."
         ) from failure

@@ -1,1 +1,1 @@
-"""Which kernel a layer computes with, the torch operators of the CPU kernels, and the Triton kernels."""
+"""The choice of a kernel for a layer, the torch operators of the CPU kernels, and the Triton kernels."""

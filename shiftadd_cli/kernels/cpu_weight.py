@@ -1,4 +1,4 @@
-"""A compressed matrix in the order in which the CPU kernels read it, see native/layout.h."""
+"""A compressed matrix in the memory order of the CPU kernels, see native/layout.h."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from shiftadd_cli.native.extension import cpu_extension
 
 _BLOCK_ROWS = 32
 _HUGE_PAGE = 2 << 20
-# Narrower groups would mostly be padding: they are filled up to 16 columns.
+# Groups are padded to 16 columns, so narrower ones would be mostly padding.
 _NARROWEST_GROUP = 16
 
 
 @dataclass(frozen=True)
 class CpuWeight:
-    """Tensors for `ops.lookup_linear`; the scales are either codes or numbers.
+    """The tensors for `ops.lookup_linear`; scales are either codes or numbers.
 
     Attributes:
         words: int32 `[entries]`, the planes.
@@ -42,7 +42,7 @@ class CpuWeight:
 
     @classmethod
     def pack(cls, weight: QuantizedWeight) -> CpuWeight:
-        """Arrange a matrix that `supports` accepts; its tensors must be on the CPU."""
+        """Rearrange a matrix whose layout `supports` accepts; its tensors must be on the CPU."""
         layout, grid = weight.layout, weight.layout.grid
         native = native_layout(grid.rows, grid.columns, grid.group_columns, layout.bits)
         words = _huge_pages(native.entries)
@@ -61,7 +61,7 @@ class CpuWeight:
         )
 
     def codes(self, layout: PackedLayout) -> Tensor:
-        """The planes as they are stored, uint8 `[out, bits, ceil(in / 8)]`; bits beyond the last column are 0."""
+        """The planes in stored form, uint8 `[out, bits, ceil(in / 8)]`; bits beyond the last column are 0."""
         shape, kind = layout.tensors()["weight_codes"]
         grid = layout.grid
         native = native_layout(grid.rows, grid.columns, grid.group_columns, layout.bits)
@@ -88,25 +88,25 @@ def native_layout(rows: int, columns: int, group_columns: int, bits: int) -> Any
 
 def _extension() -> Any:
     extension = cpu_extension()
-    assert extension is not None, "callers ask cpu_extension first"
+    assert extension is not None, "callers check cpu_extension first"
     return extension
 
 
 def _huge_pages(entries: int) -> Tensor:
-    """Uninitialised int32 `[entries]`, on huge pages where it fills one."""
+    """Uninitialised int32 `[entries]`, on huge pages if it fills at least one."""
     if entries * 4 < _HUGE_PAGE:
         return torch.empty(entries, dtype=torch.int32, device="cpu")
     spare = _HUGE_PAGE // 4
     memory = torch.empty(entries + spare, dtype=torch.int32, device="cpu")
     start = -memory.data_ptr() % _HUGE_PAGE // 4
     words = memory[start : start + entries]
-    # Before anything is written: a page gets its size when it is first touched.
+    # This must precede any write, because a page gets its size when it is first touched.
     _extension().advise_huge_pages(words.data_ptr(), entries * 4)
     return words
 
 
 def _scale_codes(weight: QuantizedWeight) -> Tensor | None:
-    """Codes of scales of at most two terms, uint8 `[R, C, bits]`; None for other forms."""
+    """Codes of scales with at most two terms, uint8 `[R, C, bits]`; None for other formats."""
     layout, nibbles = weight.layout, scale_format(weight.layout.scales.scale_format).nibbles
     if nibbles not in (1, 2):
         return None

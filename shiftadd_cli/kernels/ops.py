@@ -1,4 +1,4 @@
-"""The kernels as torch operators, so that torch.compile and its checks see through them.
+"""The kernels as torch operators, so that torch.compile and its checks can handle them.
 
     shiftadd::lookup_linear     a compressed linear layer on a CPU
     shiftadd::rotate            the rotation of its input, on a CPU
@@ -35,8 +35,8 @@ _library.define(
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether nothing looks at what is computed with `x` but its result: a tensor on a CPU, outside of gradients,
-    compilers, tracing and modes. The way to an operator through torch, which all these need, takes ten microseconds."""
+    """Whether only the result of a computation with `x` matters: `x` is a tensor on a CPU, outside of gradients,
+    compilers, tracing and modes. All of those need the dispatch through torch, which takes ten microseconds."""
     return (
         type(x) is Tensor
         and x.is_cpu
@@ -65,13 +65,13 @@ def lookup_linear(
 ) -> Tensor:
     """`x` `[..., in]` → `[..., out]` in the dtype of `x`, which is float32, bfloat16 or float16.
 
-    words to row_scale: fields of a `CpuWeight`; bias: `[out]` or None; signs: those of the weight if `x` is still to be
-    rotated. fast: look up in 16-bit tables. method: one of `METHODS`; kernels: an instruction set, "" for the best.
+    words to row_scale: fields of a `CpuWeight`; bias: `[out]` or None; signs: those of the weight if `x` is not rotated
+    yet. fast: use 16-bit tables. method: one of `METHODS`; kernels: an instruction set, "" for the best.
     """
-    given = x, words, scale_codes, scales, offsets, row_scale, bias, signs, group_columns, bits, fast, method, kernels
+    args = x, words, scale_codes, scales, offsets, row_scale, bias, signs, group_columns, bits, fast, method, kernels
     if is_plain(x) and words.is_cpu:
-        return _lookup_linear(*given)
-    result: Tensor = torch.ops.shiftadd.lookup_linear.default(*given)
+        return _lookup_linear(*args)
+    result: Tensor = torch.ops.shiftadd.lookup_linear.default(*args)
     return result
 
 
@@ -86,14 +86,14 @@ def rotate(x: Tensor, signs: Tensor) -> Tensor:
 def codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """(x @ codes.T) * scale: `x` `[rows, in]`, codes int8 `[out, in]`, scale `[out]` → `[rows, out]`.
 
-    x is of the dtype of the result, float32, bfloat16 or float16; scale is float32 or bfloat16.
+    x has the dtype of the result: float32, bfloat16 or float16. scale is float32 or bfloat16.
     """
     result: Tensor = torch.ops.shiftadd.codes_linear.default(x, codes, scale)
     return result
 
 
 def gpu_linear(x: Tensor, weight: TritonWeight, bias: Tensor | None) -> Tensor:
-    """`x` `[..., in]`, rotated if the weight is, → `[..., out]`; see `triton_linear.multiply`."""
+    """`x` `[..., in]` → `[..., out]`, where `x` is rotated if the weight is; see `triton_linear.multiply`."""
     result: Tensor = torch.ops.shiftadd.triton_linear.default(
         x,
         weight.codes,
@@ -129,8 +129,8 @@ def _lookup_linear(
     layout = native_layout(rows, columns, group_columns, bits)
     bias = None if bias is None else bias.float().contiguous()
     _check(x, words, scale_codes, scales, offsets, row_scale, bias, signs, layout)
-    given = _ready(x)
-    output = torch.empty(*x.shape[:-1], rows, dtype=given.dtype)
+    activations = _ready(x)
+    output = torch.empty(*x.shape[:-1], rows, dtype=activations.dtype)
     _extension().linear(
         layout,
         words.data_ptr(),
@@ -139,9 +139,9 @@ def _lookup_linear(
         address(offsets),
         row_scale.data_ptr(),
         address(bias),
-        given.data_ptr(),
-        TYPES[given.dtype],
-        given.numel() // columns,
+        activations.data_ptr(),
+        TYPES[activations.dtype],
+        activations.numel() // columns,
         address(signs),
         columns & -columns,
         output.data_ptr(),
@@ -157,12 +157,12 @@ def _rotate(x: Tensor, signs: Tensor) -> Tensor:
     columns = x.shape[-1]
     if signs.shape != (columns,) or signs.dtype != torch.float32:
         raise RuntimeError(f"signs must be float32 [{columns}], not {signs.dtype} {list(signs.shape)}.")
-    given = _ready(x)
-    output = torch.empty_like(given)
+    activations = _ready(x)
+    output = torch.empty_like(activations)
     _extension().rotate(
-        given.data_ptr(),
-        TYPES[given.dtype],
-        given.numel() // columns,
+        activations.data_ptr(),
+        TYPES[activations.dtype],
+        activations.numel() // columns,
         columns,
         signs.data_ptr(),
         columns & -columns,
@@ -174,25 +174,25 @@ def _rotate(x: Tensor, signs: Tensor) -> Tensor:
 
 def _codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     rows, columns = codes.shape
-    right = (
+    valid = (
         codes.dtype == torch.int8
         and scale.dtype in TYPES
         and scale.shape == (rows,)
         and x.shape[1:] == (columns,)
         and codes.is_contiguous()
     )
-    if not right:
-        raise RuntimeError(f"The codes {list(codes.shape)} do not fit an input {list(x.shape)}, or their scale.")
-    given, factors = _ready(x), scale.contiguous()
-    output = torch.empty(x.shape[0], rows, dtype=given.dtype)
+    if not valid:
+        raise RuntimeError(f"The codes {list(codes.shape)} do not fit an input {list(x.shape)} or their scale.")
+    activations, factors = _ready(x), scale.contiguous()
+    output = torch.empty(x.shape[0], rows, dtype=activations.dtype)
     _extension().codes_linear(
         codes.data_ptr(),
         factors.data_ptr(),
         TYPES[factors.dtype],
         rows,
         columns,
-        given.data_ptr(),
-        TYPES[given.dtype],
+        activations.data_ptr(),
+        TYPES[activations.dtype],
         x.shape[0],
         output.data_ptr(),
         torch.get_num_threads(),
@@ -217,12 +217,12 @@ def _triton_linear(
     from shiftadd_cli.kernels.triton_linear import multiply
 
     weight = TritonWeight(codes, scales, offsets, row_scale, columns, bits, nibbles, groups, group_words)
-    # The gradient is refused at the backward pass, as for all operators here.
+    # Detached, because all operators here refuse gradients in the backward pass, not before.
     return multiply(x.detach(), weight, bias)
 
 
 def _ready(x: Tensor) -> Tensor:
-    """`x` in the kernels' terms: contiguous, float32 or bfloat16."""
+    """`x` as the kernels take it: contiguous, float32 or bfloat16."""
     if x.dtype == torch.float16:
         x = x.float()
     if x.dtype not in TYPES:
@@ -241,13 +241,13 @@ def _check(
     signs: Tensor | None,
     layout: Any,
 ) -> None:
-    """Addresses are passed on unseen, so a tensor of another size, dtype or order must not get there."""
+    """Raise RuntimeError if a tensor has the wrong size, dtype or order: the kernels see only addresses."""
     groups, scale_set = layout.blocks * layout.groups * 32, scale_codes if scales is None else scales
-    numbers = [each for each in (scales, offsets, row_scale, bias, signs) if each is not None]
-    everything = [words, *numbers] if scale_codes is None else [words, scale_codes, *numbers]
-    right = (
-        all(each.dtype == torch.float32 for each in numbers)
-        and all(each.is_contiguous() for each in everything)
+    floats = [tensor for tensor in (scales, offsets, row_scale, bias, signs) if tensor is not None]
+    tensors = [words, *floats] if scale_codes is None else [words, scale_codes, *floats]
+    valid = (
+        all(tensor.dtype == torch.float32 for tensor in floats)
+        and all(tensor.is_contiguous() for tensor in tensors)
         and words.dtype == torch.int32
         and words.numel() == layout.entries
         and scale_set is not None
@@ -257,7 +257,7 @@ def _check(
         and (bias is None or bias.shape == (layout.rows,))
         and (signs is None or signs.shape == x.shape[-1:])
     )
-    if not right:
+    if not valid:
         raise RuntimeError(f"The packed tensors do not fit an input of {x.shape[-1]} columns.")
 
 
@@ -279,7 +279,7 @@ _library.impl("lookup_linear", _lookup_linear, "CPU")
 _library.impl("rotate", _rotate, "CPU")
 _library.impl("codes_linear", _codes_linear, "CPU")
 _library.impl("triton_linear", _triton_linear, "CUDA")
-# For its interpreter, which computes on the CPU.
+# For the interpreter of Triton, which runs on the CPU.
 _library.impl("triton_linear", _triton_linear, "CPU")
 for _name in ("lookup_linear", "rotate", "codes_linear", "triton_linear"):
     torch.library.register_autograd(f"shiftadd::{_name}", _refuse, lib=_library)

@@ -1,12 +1,12 @@
-"""Which kernels a compressed layer uses: what the machine has, and what the environment asks for.
+"""The choice of kernels for a compressed layer, from the machine and the environment.
 
     SHIFTADD_KERNEL     auto (default), reference (plain torch), cpu (look-up tables) or triton (CUDA)
     SHIFTADD_PRECISION  auto (default), exact (32-bit tables) or fast (16-bit tables), for cpu
 
-Both are read when a checkpoint is loaded. Layers that the kernel asked for cannot compute (groups of a few columns,
-shift layers, or on another device) take the reference. 16-bit tables keep outputs to 8e-4 of their size, where rounding
-activations to bfloat16 alone costs 2e-3; so `auto` takes them for half-precision activations and 32-bit ones for
-float32.
+Both are read when a checkpoint is loaded. Layers that the requested kernel cannot compute (groups of a few columns,
+shift layers, or layers on another device) use the reference. 16-bit tables change outputs by less than 8e-4 of their
+norm; rounding activations to bfloat16 alone costs 2e-3. So `auto` uses 16-bit tables for half-precision activations
+and 32-bit tables for float32.
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ class Precision(Enum):
     FAST = "fast"
 
     def is_fast(self, dtype: torch.dtype) -> bool:
-        """Whether activations of this dtype are looked up in 16-bit tables."""
+        """Whether activations of this dtype use 16-bit tables."""
         return self is Precision.FAST or (self is Precision.AUTO and dtype != torch.float32)
 
 
 def chosen_kernel() -> Kernel:
-    """What SHIFTADD_KERNEL asks for. Raises RuntimeChoiceError for what is no kernel or cannot run here."""
+    """The kernel that SHIFTADD_KERNEL requests. Raises RuntimeChoiceError if it is unknown or cannot run here."""
     kernel = _read("SHIFTADD_KERNEL", Kernel)
     if kernel is Kernel.CPU and cpu_extension() is None:
         raise RuntimeChoiceError(
-            "SHIFTADD_KERNEL asks for cpu, but this installation has no compiled kernels; install a C++ compiler "
+            "SHIFTADD_KERNEL requests cpu, but this installation has no compiled kernels; install a C++ compiler "
             "(g++ or clang) and then the package again, or leave SHIFTADD_KERNEL unset."
         )
     if kernel is Kernel.TRITON and not triton_runs():
         raise RuntimeChoiceError(
-            "SHIFTADD_KERNEL asks for triton, which needs an NVIDIA GPU and the package triton; "
+            "SHIFTADD_KERNEL requests triton, which needs an NVIDIA GPU and the package triton; "
             "pip install triton, or leave SHIFTADD_KERNEL unset."
         )
     return kernel
 
 
 def suited_kernel(layout: PackedLayout, device: torch.device) -> Kernel:
-    """What a layer of this layout on this device computes with, never AUTO. Raises as `chosen_kernel`."""
-    wish = chosen_kernel()
-    if wish in (Kernel.AUTO, Kernel.CPU) and device.type == "cpu" and cpu_extension() and cpu_weight.supports(layout):
+    """The kernel for a layer of this layout on this device, never AUTO. Raises the errors of `chosen_kernel`."""
+    choice = chosen_kernel()
+    if choice in (Kernel.AUTO, Kernel.CPU) and device.type == "cpu" and cpu_extension() and cpu_weight.supports(layout):
         return Kernel.CPU
-    on_gpu = device.type == "cuda" or (wish is Kernel.TRITON and device.type == "cpu" and _interpreted())
-    if wish in (Kernel.AUTO, Kernel.TRITON) and on_gpu and triton_runs() and triton_weight.supports(layout):
+    on_gpu = device.type == "cuda" or (choice is Kernel.TRITON and device.type == "cpu" and _interpreted())
+    if choice in (Kernel.AUTO, Kernel.TRITON) and on_gpu and triton_runs() and triton_weight.supports(layout):
         return Kernel.TRITON
     return Kernel.REFERENCE
 
@@ -87,7 +87,7 @@ def _interpreted() -> bool:
 
 
 def chosen_precision() -> Precision:
-    """What SHIFTADD_PRECISION asks for. Raises RuntimeChoiceError for what is no precision."""
+    """The precision that SHIFTADD_PRECISION requests. Raises RuntimeChoiceError if it is unknown."""
     return _read("SHIFTADD_PRECISION", Precision)
 
 
@@ -96,5 +96,5 @@ def _read(variable: str, kinds: type[E]) -> E:
     try:
         return kinds(value)
     except ValueError:
-        names = ", ".join(each.value for each in kinds)
+        names = ", ".join(kind.value for kind in kinds)
         raise RuntimeChoiceError(f"{variable} is {value!r}; give one of {names}.") from None

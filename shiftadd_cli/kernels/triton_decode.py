@@ -1,13 +1,13 @@
-"""Device functions that turn what is stored into numbers, in registers.
+"""Device functions that decode the stored tensors into numbers, in registers.
 
-Data (see `bcq.weight`): the codes of a matrix `[out, in]` are read as `[out · bits, words]`, row o · bits + b being
-plane b of output o, in words of LANES = 8 (uint8) or 32 (int32) columns. Machines are little-endian, so in both the bit
-t of word w is the sign of column LANES · w + t. Scales stay as they are stored: field g · bits + b of output o, in rows
-of `scale_stride` bytes of nibbles or of so many float16 numbers.
+Data (see `bcq.weight`): the codes of a matrix `[out, in]` are read as `[out · bits, words]`, where row o · bits + b is
+plane b of output o, in words of LANES = 8 (uint8) or 32 (int32) columns. Machines are little-endian, so in both cases
+bit t of word w is the sign of column LANES · w + t. Scales keep their stored form: field g · bits + b of output o, in
+rows of `scale_stride` bytes of nibbles or of `scale_stride` float16 numbers.
 
-No number is looked up: a sign moves from its bit into the sign bit of a float, and a power of two is put together from
-its exponent. That is the "shift and add" of ShiftAddLLM (arXiv:2406.05981, section 4.1) for float32: the multiplication
-by the scale that is left is exact for `pot`, as its mantissa is 1.
+No number comes from a table: a sign moves from its bit into the sign bit of a float, and a power of two is assembled
+from its exponent. This is the "shift and add" of ShiftAddLLM (arXiv:2406.05981, section 4.1) for float32. The only
+remaining multiplication, by the scale, is exact for `pot`, as the mantissa of the scale is 1.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# For use in kernels, which may only read globals that are constexpr.
+# Kernels may read only globals that are constexpr.
 _SIGN = tl.constexpr(0x80000000)
-# Of float32.
+# The float32 format.
 _EXPONENT_BIAS = tl.constexpr(127)
 _MANTISSA_BITS = tl.constexpr(23)
 _ZERO_EXPONENT = tl.constexpr(15)
@@ -25,49 +25,49 @@ _ZERO_EXPONENT = tl.constexpr(15)
 
 @triton.jit
 def load_words(pointers, mask):
-    """Words of codes as uint32, inverted: bit t is set where the sign of lane t is minus. Masked words mean nothing."""
+    """Words of codes as uint32, inverted: bit t is set if the sign of lane t is minus. Masked words are undefined."""
     words = tl.load(pointers, mask=mask, other=0)
     return (~words.to(tl.int32)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def apply_sign(values, words, lane):
-    """Float32 `values`, negated where the bit `lane` of `words` (as `load_words` gives them) is set."""
+    """Float32 `values`, negated where bit `lane` of `words` (from `load_words`) is set."""
     sign = (words << (31 - lane)) & _SIGN
     return (values.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def power_of_two(exponent):
-    """2^exponent as float32, of int32 −126 … 127."""
+    """2^exponent as float32, for int32 exponents −126 … 127."""
     return ((exponent + _EXPONENT_BIAS) << _MANTISSA_BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def decode_scale(code, NIBBLES: tl.constexpr):
-    """The ratio, float32, of an int32 code of 1, 2 or 3 nibbles; see `bcq.scale_formats`."""
+    """The float32 ratio of an int32 code of 1, 2 or 3 nibbles; see `bcq.scale_formats`."""
     exponent = code & 15
-    place = -exponent
-    ratio = power_of_two(place)
+    power = -exponent
+    ratio = power_of_two(power)
     for k in tl.static_range(1, NIBBLES):
         term = code >> (4 * k)
         distance = term & 7
-        place -= distance
-        added = power_of_two(place)
-        added = tl.where((term & 8) != 0, -added, added)
-        ratio += tl.where(distance != 0, added, 0.0)
+        power -= distance
+        summand = power_of_two(power)
+        summand = tl.where((term & 8) != 0, -summand, summand)
+        ratio += tl.where(distance != 0, summand, 0.0)
     return tl.where(exponent == _ZERO_EXPONENT, 0.0, ratio)
 
 
 @triton.jit
 def load_scale(scales, row_start, field, mask, NIBBLES: tl.constexpr):
-    """Scales, float32, of the fields `field` (int32) of the rows that begin at `row_start` (int64, in elements).
+    """Float32 scales of the fields `field` (int32) in the rows that begin at `row_start` (int64, in elements).
 
-    `scales` points to uint8 nibbles, or to float16 numbers for NIBBLES = 0. Masked ones are 0.
+    `scales` points to uint8 nibbles, or to float16 numbers for NIBBLES = 0. Masked scales are 0.
     """
     if NIBBLES == 0:
         return tl.load(scales + row_start + field, mask=mask, other=0.0).to(tl.float32)
-    # A code of three nibbles begins in the high half of a byte where its number is odd.
+    # A code of three nibbles begins in the high half of a byte if its index is odd.
     first = row_start + (field * NIBBLES >> 1)
     code = tl.load(scales + first, mask=mask, other=255).to(tl.int32)
     if NIBBLES == 3:

@@ -1,14 +1,14 @@
 """y = x W'ᵀ for many rows of activations: weights are decoded in registers and multiplied by the tensor cores.
 
 Codes `[out · bits, words]` and scales as in `triton_decode`, activations spread as in `triton_passes`, in their own
-dtype. A program keeps the codes and scales of BLOCK_OUT outputs and BLOCK_WORDS words in registers and makes of them
-one matrix `[BLOCK_OUT, 4 · BLOCK_WORDS]` after another: the weights of lanes 0 to 3 of all these words, of lanes 4 to
-7, …, each to be multiplied by the activations of those lanes. A product does not mind the order of its columns, and
-this one lets every thread decode the words it has loaded, each byte once.
+dtype. A program keeps the codes and scales of BLOCK_OUT outputs and BLOCK_WORDS words in registers and decodes them
+into one matrix `[BLOCK_OUT, 4 · BLOCK_WORDS]` after another: the weights of lanes 0 to 3 of all these words, of lanes 4
+to 7, …. Each is multiplied by the activations of its lanes. A product does not depend on the order of its columns, and
+this order lets every thread decode the words that it has loaded, each byte once.
 
-Decoding in registers right before the product follows Marlin and GemLite, as does splitting the inputs where there are
-too few outputs to fill a GPU (there with atomics; here partial sums are added up by `triton_passes`). Weights are
-rounded to the dtype of the activations as the layer in plain torch does it, row scale included; sums are float32.
+Decoding in registers right before the product follows Marlin and GemLite, as does splitting the inputs when there are
+too few outputs to fill a GPU (they use atomics; here `triton_passes` adds up partial sums). Weights are rounded to the
+dtype of the activations, row scale included, as in the plain torch layer; sums are float32.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from shiftadd_cli.kernels.triton_weight import TritonWeight
 
 _BLOCK_OUT = 64
 _BLOCK_WORDS = 16
-# Lanes that are decoded at a time and lie side by side in the activations; the kernel spells them out.
+# Lanes that are decoded together and are neighbours in the activations; the kernel hard-codes this number.
 _JOINED = 4
-# The narrowest tile of rows is the narrowest for tensor cores; float32 does without them (TF32 would drop 13 bits).
+# Tensor cores need tiles of at least 16 rows; float32 does not use them (TF32 would drop 13 bits).
 _LEAST_ROWS = 16
 _MOST_ROWS = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
-# Enough programs to fill a large GPU; more for narrow tiles of rows, which need fewer registers and partial sums.
+# Enough programs to fill a large GPU; more for tiles of few rows, which need fewer registers and partial sums.
 _PROGRAMS = 256
 _PROGRAM_ROWS = 8192
 
 
 def warps(block_rows: int) -> int:
-    """Warps of a program: more where sums of wide tiles would leave each of four too few registers to decode in."""
+    """Warps of a program: 8 if the sums of a tall tile would leave four warps too few registers for decoding."""
     return 8 if block_rows >= 64 else 4
 
 
 @triton.jit
 def _decode(scale, signs, offset, lane, BITS: tl.constexpr):
-    """Weights of one lane, float32, of tuples of the scales and the words of BITS planes."""
+    """Float32 weights of one lane, from tuples of the scales and words of BITS planes."""
     weight = offset
     for bit in tl.static_range(BITS):
         weight += apply_sign(scale[bit], signs[bit], lane)
@@ -58,42 +58,42 @@ def _gemm_kernel(
     split = tl.program_id(2)
     output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    present, taken = output < outputs, row < rows
+    output_mask, row_mask = output < outputs, row < rows
     scale_row = (output.to(tl.int64) * scale_stride)[:, None]
-    own_scale = tl.load(row_scale + output, mask=present, other=0.0)[:, None]
+    own_scale = tl.load(row_scale + output, mask=output_mask, other=0.0)[:, None]
     x_row = x + (row.to(tl.int64) * LANES * padded_words)[None, :]
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
     first = split * tiles_per_split
     for tile in range(first, tl.minimum(first + tiles_per_split, padded_words // BLOCK_WORDS)):
         word = tile * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
-        held = present[:, None] & (word < words)[None, :]
+        weight_mask = output_mask[:, None] & (word < words)[None, :]
         group = (word // GROUP)[None, :]
         signs, scale = (), ()
         for bit in tl.static_range(BITS):
             code_row = codes + (output.to(tl.int64) * BITS + bit)[:, None] * words
-            signs += (load_words(code_row + word[None, :], held),)  # type: ignore[assignment]
-            ratio = load_scale(scales, scale_row, group * BITS + bit, held, NIBBLES)
+            signs += (load_words(code_row + word[None, :], weight_mask),)  # type: ignore[assignment]
+            ratio = load_scale(scales, scale_row, group * BITS + bit, weight_mask, NIBBLES)
             scale += (ratio * own_scale,)  # type: ignore[assignment]
         if OFFSET:
-            offset = tl.load(offsets + output.to(tl.int64)[:, None] * groups + group, mask=held, other=0.0)
+            offset = tl.load(offsets + output.to(tl.int64)[:, None] * groups + group, mask=weight_mask, other=0.0)
             offset = offset.to(tl.float32) * own_scale
         else:
             offset = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
         for lane in range(0, LANES, 4):
-            # Joining puts the last operand's index innermost: lanes 0, 1, 2, 3 of a word end up side by side.
+            # The index of the last join is innermost, so lanes 0, 1, 2, 3 of a word end up next to each other.
             even = tl.join(_decode(scale, signs, offset, lane, BITS), _decode(scale, signs, offset, lane + 2, BITS))
             odd = tl.join(_decode(scale, signs, offset, lane + 1, BITS), _decode(scale, signs, offset, lane + 3, BITS))
             weight = tl.reshape(tl.join(even, odd), (BLOCK_OUT, 4 * BLOCK_WORDS)).to(x.dtype.element_ty)
             column = lane * padded_words + tile * 4 * BLOCK_WORDS + tl.arange(0, 4 * BLOCK_WORDS)
-            values = tl.load(x_row + column[:, None], mask=taken[None, :], other=0.0)
+            values = tl.load(x_row + column[:, None], mask=row_mask[None, :], other=0.0)
             total = tl.dot(weight, values, total, input_precision="ieee")
     target = partial + (split * rows + row).to(tl.int64)[None, :] * outputs + output[:, None]
-    tl.store(target, total, mask=present[:, None] & taken[None, :])
+    tl.store(target, total, mask=output_mask[:, None] & row_mask[None, :])
 
 
 def gemm(x: Tensor, weight: TritonWeight, bias: Tensor | None = None) -> Tensor:
     """`x` `[rows, in]` (float32, float16 or bfloat16, last axis contiguous) times the transposed matrix, plus `bias`
-    `[out]`: `[rows, out]` of the dtype of `x`. Weights are rounded to that dtype, sums are float32."""
+    `[out]`: `[rows, out]` in the dtype of `x`. Weights are rounded to that dtype; sums are float32."""
     rows, outputs = x.shape[0], weight.row_scale.shape[0]
     block_rows = min(max(_LEAST_ROWS, triton.next_power_of_2(rows)), _MOST_ROWS[x.dtype])
     tiles = triton.cdiv(weight.words, _BLOCK_WORDS)

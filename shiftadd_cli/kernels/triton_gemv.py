@@ -1,16 +1,16 @@
-"""y = x W'ᵀ for few rows of activations: one bit of a plane at a time, nothing but additions inside a group.
+"""y = x W'ᵀ for few rows of activations: one bit of a plane at a time, only additions inside a group.
 
 Codes `[out · bits, words]` and scales as in `triton_decode`, activations spread as in `triton_passes`, float32. A
-program takes BLOCK_PLANES rows of codes (planes of one output are neighbours, so a matrix of any number of bits is just
-a taller one), some of the words and one row of activations, and finds of each row of codes
+program takes BLOCK_PLANES rows of codes (planes of one output are neighbours, so a matrix with more bits is just a
+taller one), some of the words and one row of activations. For each row of codes it computes
 
     Σ_words scale[plane, g(word)] · Σ_lanes ±x[lane, word]        + offset[output, g(word)] · Σ_lanes x[lane, word]
 
-the latter where the plane is the first of its output. `triton_passes` adds these up over words, and planes too.
+with the second term only for the first plane of an output. `triton_passes` sums the results over words and planes.
 
-Bit planes decoded in registers follow the k-bit GEMV of bitsandbytes, the split of the inputs GemLite's RevSplitK, but
-without atomics. Tile sizes are fixed and not tuned at run time: another tile adds in another order, and the same
-command shall give the same bits.
+Decoding bit planes in registers follows the k-bit GEMV of bitsandbytes. Splitting the inputs follows GemLite's
+RevSplitK, but without atomics. Tile sizes are fixed and not tuned at run time, because another tile size would add in
+another order, and the same command must give the same bits.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from shiftadd_cli.kernels.triton_decode import apply_sign, load_scale, load_word
 from shiftadd_cli.kernels.triton_passes import choose_splits, spread_activations, sum_partials
 from shiftadd_cli.kernels.triton_weight import TritonWeight
 
-# Words of a tile, from wide to narrow. Fewer than a program has threads: only then does the compiler let every thread
-# load the activations it needs by itself; else they go round through shared memory, with barriers for each lane.
+# Words of a tile, from wide to narrow: fewer than a program has threads. Only then does the compiler let every thread
+# load the activations that it needs; otherwise they pass through shared memory, with barriers for each lane.
 _BLOCKS_OF_WORDS = (64, 32)
-# Of these, eight are a thread's.
+# Elements of a tile, eight per thread.
 _BLOCK = 1024
 _WARPS = 4
 # Enough programs of this size to fill a large GPU.
@@ -40,10 +40,10 @@ def _gemv_kernel(
     BITS: tl.constexpr, NIBBLES: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PLANES: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
-    # Rows of activations that meet the same codes run side by side: only the first finds them outside the cache.
+    # Rows of activations that use the same codes run at the same time, so that only the first misses the cache.
     row, split = tl.program_id(0) % rows, tl.program_id(1)
     plane = tl.program_id(0) // rows * BLOCK_PLANES + tl.arange(0, BLOCK_PLANES)
-    present = plane < planes
+    plane_mask = plane < planes
     output, bit = plane // BITS, plane % BITS
     code_row = codes + plane.to(tl.int64)[:, None] * words
     scale_row = (output.to(tl.int64) * scale_stride)[:, None]
@@ -52,14 +52,14 @@ def _gemv_kernel(
     first = split * tiles_per_split
     for tile in range(first, tl.minimum(first + tiles_per_split, padded_words // BLOCK_WORDS)):
         word = tile * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
-        held = present[:, None] & (word < words)[None, :]
-        signs = load_words(code_row + word[None, :], held)
+        code_mask = plane_mask[:, None] & (word < words)[None, :]
+        signs = load_words(code_row + word[None, :], code_mask)
         group = (word // GROUP)[None, :]
-        scale = load_scale(scales, scale_row, group * BITS + bit[:, None], held, NIBBLES)
+        scale = load_scale(scales, scale_row, group * BITS + bit[:, None], code_mask, NIBBLES)
         dot = tl.zeros((BLOCK_PLANES, BLOCK_WORDS), tl.float32)
         plain = tl.zeros((BLOCK_WORDS,), tl.float32)
         x_lane = x_row + word
-        # Eight lanes at a time: all 32 at once would fill the registers with activations.
+        # Eight lanes at a time, because 32 at once would fill the registers with activations.
         for _ in range(LANES // 8):
             for lane in tl.static_range(8):
                 value = tl.load(x_lane)
@@ -70,24 +70,24 @@ def _gemv_kernel(
             signs = signs >> 8
         total += scale * dot
         if OFFSET:
-            wanted = held & (bit == 0)[:, None]
-            offset = tl.load(offsets + output.to(tl.int64)[:, None] * groups + group, mask=wanted, other=0.0)
+            offset_mask = code_mask & (bit == 0)[:, None]
+            offset = tl.load(offsets + output.to(tl.int64)[:, None] * groups + group, mask=offset_mask, other=0.0)
             total += offset.to(tl.float32) * plain[None, :]
     target = partial + (split * rows + row).to(tl.int64) * planes + plane
-    tl.store(target, tl.sum(total, 1), mask=present)
+    tl.store(target, tl.sum(total, 1), mask=plane_mask)
 
 
 def gemv(x: Tensor, weight: TritonWeight, bias: Tensor | None = None) -> Tensor:
     """`x` `[rows, in]` (float32, float16 or bfloat16, last axis contiguous) times the transposed matrix, plus `bias`
-    `[out]`: `[rows, out]` of the dtype of `x`. Everything is float32 until the result is rounded. The work grows with
-    the rows; beyond a few `gemm` is the faster."""
+    `[out]`: `[rows, out]` in the dtype of `x`. Everything is float32 until the result is rounded. The work grows with
+    the number of rows; beyond a few rows `gemm` is faster."""
     rows, planes = x.shape[0], weight.codes.shape[0]
-    # The wider block, unless an eighth of the work would be padding.
+    # The wider block, unless more than an eighth of the work would be padding.
     block_words = next((block for block in _BLOCKS_OF_WORDS if -weight.words % block <= weight.words // 8), 32)
     block_planes = _BLOCK // block_words
     tiles = triton.cdiv(weight.words, block_words)
     blocks = triton.cdiv(planes, block_planes)
-    # Whatever the number of rows, so that the result for one does not depend on its neighbours.
+    # Independent of the number of rows, so that the result for a row does not depend on the other rows.
     splits, tiles_per_split = choose_splits(tiles, blocks, _PROGRAMS)
     spread = spread_activations(x, weight.lanes, tiles * block_words, 1, torch.float32)
     partial = torch.empty(splits, rows, planes, dtype=torch.float32, device=x.device)

@@ -1,8 +1,7 @@
-"""The product by a compressed matrix on a GPU: which layouts, what to prepare, and which kernel for how many rows.
+"""The product with a compressed matrix on a GPU: supported layouts, preparation, and the kernel for a number of rows.
 
-Data: a `TritonWeight` (views of the stored tensors) and activations `[..., in]`; nothing of the size of the dense
-matrix is written. Importing this module imports triton, which is optional (extra `triton`; torch for CUDA brings it
-along).
+Data: a `TritonWeight` (views of the stored tensors) and activations `[..., in]`; nothing as large as the dense matrix
+is written. Importing this module imports triton, which is optional (extra `triton`; torch for CUDA includes it).
 """
 
 from __future__ import annotations
@@ -16,18 +15,19 @@ from shiftadd_cli.kernels.triton_weight import TritonWeight, prepare, supports
 
 __all__ = ["GEMV_ROWS", "TritonWeight", "multiply", "prepare", "supports"]
 
-# Rows of activations up to which the GEMV is taken, by dtype; these are the dtypes there are kernels for. Estimates,
-# not measured: compiled for 3 bits, the GEMV has some 10 instructions per weight and row; the GEMM has 11 for up to 16
-# rows, and 16 more where it has no tensor cores, but is harder to keep busy. scripts/benchmark_gpu.py times both.
+# Largest number of rows of activations for the GEMV, by dtype; the kernels support only these dtypes. The numbers are
+# estimates, not measurements. Compiled for 3 bits, the GEMV has about 10 instructions per weight and row. The GEMM has
+# 11 for up to 16 rows, and 16 more without tensor cores, but is harder to keep busy. scripts/benchmark_gpu.py times
+# both.
 GEMV_ROWS = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 
 
 def multiply(x: Tensor, weight: TritonWeight, bias: Tensor | None = None) -> Tensor:
-    """`x @ W'ᵀ + bias` of the planes W' (row scale and offset included): `[..., in]` → `[..., out]`.
+    """`x @ W'ᵀ + bias` for the planes W' (row scale and offset included): `[..., in]` → `[..., out]`.
 
-    `x`: float32, float16 or bfloat16, on the device of `weight`, already rotated if W' is of rotated inputs; `bias`
+    `x`: float32, float16 or bfloat16, on the device of `weight`, already rotated if W' is for rotated inputs; `bias`
     `[out]`. The result has the dtype of `x`; sums are float32. The GEMV multiplies by the exact weights, the GEMM by
-    weights rounded to the dtype of `x`. Raises RuntimeError where a gradient of `x` would be wanted: there is none.
+    weights rounded to the dtype of `x`. Raises RuntimeError if `x` requires a gradient: there is no backward pass.
     """
     if x.dtype not in GEMV_ROWS:
         raise TypeError(f"no kernel for activations of {x.dtype}")
@@ -42,6 +42,6 @@ def multiply(x: Tensor, weight: TritonWeight, bias: Tensor | None = None) -> Ten
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     kernel = gemv if len(flat) <= GEMV_ROWS[x.dtype] else gemm
-    # Triton launches on the current device, which need not be the one of a model spread over several.
+    # Triton launches on the current device, which may be another one if a model spans several.
     with torch.cuda.device_of(flat):
         return kernel(flat, weight, bias).view(*x.shape[:-1], outputs)

@@ -1,12 +1,12 @@
-"""The passes before and after a product: activations brought into the order of the words, partial sums added up.
+"""The passes before and after a product: they reorder the activations to match the words, and add up partial sums.
 
 Spread activations: `[rows, LANES / JOINED, padded words, JOINED]`, where [m, t / JOINED, w, t % JOINED] is column
-LANES · w + t of row m, and 0 beyond the last column. So the activations that meet bit t of neighbouring words are
-neighbours. Codes are read as they are stored; it is the activations, thousands of times fewer, that are turned, and the
-zeros spare every kernel a mask.
+LANES · w + t of row m, and 0 beyond the last column. So the activations for bit t of neighbouring words are neighbours.
+Codes are read as they are stored. The activations, which are thousands of times fewer, are reordered instead, and the
+zeros save every kernel a mask.
 
 Partial sums: float32 `[splits, rows, out · planes]`. They are added in the order of their index, never with atomics, so
-that the same command gives the same bits. For the same reason the number of splits depends on shapes alone.
+that the same command gives the same bits. For the same reason, the number of splits depends only on shapes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _MOST_SPLITS = 16
 
 
 def choose_splits(tiles: int, programs: int, wanted: int) -> tuple[int, int]:
-    """Into how many parts to split the `tiles` along the inputs, so that `programs` times as many are about `wanted`,
-    and how many tiles a part has (the last may have fewer; none is empty)."""
+    """The number of parts to split the `tiles` along the inputs into, so that `programs` times the parts is about
+    `wanted`, and the number of tiles in a part (the last part may have fewer; no part is empty)."""
     splits = min(tiles, _MOST_SPLITS, triton.cdiv(wanted, programs))
     tiles_per_split = triton.cdiv(tiles, splits)
     return triton.cdiv(tiles, tiles_per_split), tiles_per_split
@@ -39,12 +39,12 @@ def _spread_kernel(
     column = LANES * word + lane
     values = tl.load(x + row * x_stride + column, mask=column < columns, other=0.0)
     target = (lane // JOINED * padded_words + word) * JOINED + lane % JOINED
-    place = spread + row * LANES * padded_words + target
-    tl.store(place, values.to(spread.dtype.element_ty), mask=word < padded_words)
+    pointer = spread + row * LANES * padded_words + target
+    tl.store(pointer, values.to(spread.dtype.element_ty), mask=word < padded_words)
 
 
 def spread_activations(x: Tensor, lanes: int, padded_words: int, joined: int, dtype: torch.dtype) -> Tensor:
-    """`x` `[rows, in]`, last axis contiguous, as `[rows, lanes / joined, padded_words, joined]` of `dtype`."""
+    """`x` `[rows, in]`, last axis contiguous, as `[rows, lanes / joined, padded_words, joined]` in `dtype`."""
     rows, columns = x.shape
     spread = torch.empty(rows, lanes // joined, padded_words, joined, dtype=dtype, device=x.device)
     block = _SPREAD_BLOCK // lanes
@@ -77,7 +77,7 @@ def sum_partials(
     partial: Tensor, planes: int, row_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """The sum over splits and planes of float32 `[splits, rows, out · planes]`, times `row_scale` float32 `[out]`, plus
-    `bias` `[out]` of any dtype: `[rows, out]` of `dtype`, rounded once."""
+    `bias` `[out]` of any dtype: `[rows, out]` in `dtype`, rounded once."""
     splits, rows, width = partial.shape
     outputs = width // planes
     y = torch.empty(rows, outputs, dtype=dtype, device=partial.device)

@@ -1,6 +1,6 @@
-"""A compressed matrix as the Triton kernels take it: views of what is stored, and two small tensors made at load.
+"""A compressed matrix for the Triton kernels: views of the stored tensors, and two small tensors created at load.
 
-See `triton_decode` for words and lanes. Whatever is large (codes, scales) is not copied.
+See `triton_decode` for words and lanes. Large tensors (codes, scales) are not copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 
 @dataclass(frozen=True)
 class TritonWeight:
-    """The planes of one `[out, in]` matrix; a rotation or outlier columns, if there are any, are not part of it.
+    """The planes of one `[out, in]` matrix, without its rotation and outlier columns, if there are any.
 
     codes:     int32 or uint8 `[out · bits, words]`, a view of `weight_codes`
     scales:    uint8 `[out, bytes]` or float16 `[out, groups · bits]`, a view of `weight_exponents` or `weight_scales`
@@ -30,10 +30,10 @@ class TritonWeight:
     row_scale: Tensor
     columns: int
     bits: int
-    # 4-bit fields of a scale; 0: the scale is a float16 number.
+    # 4-bit fields per scale; 0 if scales are float16 numbers.
     nibbles: int
     groups: int
-    # Words that share their scales; of the last group some may be missing.
+    # Words that share their scales; the last group may have fewer.
     group_words: int
 
     @property
@@ -42,25 +42,25 @@ class TritonWeight:
 
     @property
     def lanes(self) -> int:
-        """Columns of a word."""
+        """Columns per word."""
         return 8 * self.codes.itemsize
 
 
 def supports(layout: PackedLayout) -> bool:
-    """Whether the kernels can multiply by a matrix of this layout: planes, in groups that do not reach over rows, and
-    that end at the end of a byte of the planes or of the row."""
+    """Whether the kernels can multiply by a matrix of this layout: planes, in groups that do not span rows and that end
+    at the end of a byte of the planes or at the end of the row."""
     grid = layout.grid
     ends = grid.group_columns % 8 == 0 or grid.column_groups == 1
     return layout.primitive.lookup_kernels and grid.group_rows == 1 and ends
 
 
 def prepare(weight: QuantizedWeight) -> TritonWeight:
-    """The tensors for the kernels, on the device of `weight`, whose layout is one that `supports` accepts."""
+    """The tensors for the kernels, on the device of `weight`; `supports` must accept its layout."""
     layout, stored = weight.layout, weight.tensors
     grid, nibbles = layout.grid, scale_format(layout.scales.scale_format).nibbles
     codes = stored["weight_codes"].view(grid.rows * layout.bits, -1)
-    whole = grid.column_groups == 1
-    if codes.shape[1] % 4 == 0 and (whole or grid.group_columns % 32 == 0) and _begins_at_a_word(codes):
+    single_group = grid.column_groups == 1
+    if codes.shape[1] % 4 == 0 and (single_group or grid.group_columns % 32 == 0) and _begins_at_a_word(codes):
         codes = codes.view(torch.int32)
     row_scale = stored["weight_row_scale"].float()
     return TritonWeight(
@@ -72,17 +72,17 @@ def prepare(weight: QuantizedWeight) -> TritonWeight:
         bits=layout.bits,
         nibbles=nibbles,
         groups=grid.column_groups,
-        group_words=codes.shape[1] if whole else grid.group_columns // (8 * codes.itemsize),
+        group_words=codes.shape[1] if single_group else grid.group_columns // (8 * codes.itemsize),
     )
 
 
 def _begins_at_a_word(codes: Tensor) -> bool:
-    """Whether a uint8 tensor may be read as int32: a slice of a larger one, or of a file, may begin anywhere."""
+    """Whether a uint8 tensor is aligned to be read as int32: a slice of a tensor or of a file may begin anywhere."""
     return codes.storage_offset() % 4 == 0 and codes.data_ptr() % 4 == 0
 
 
 def _offsets(weight: QuantizedWeight) -> Tensor | None:
-    """`weight.offsets`, as float16 where that is exact (all but sums of three powers of two)."""
+    """`weight.offsets`, as float16 if that is exact (always, except for sums of three powers of two)."""
     if not weight.layout.scales.offset:
         return None
     wide = weight.offsets(weight.ratios())

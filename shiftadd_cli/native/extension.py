@@ -1,6 +1,6 @@
 """The compiled CPU kernels, which an installation may lack: without a compiler the package is pure Python.
 
-Imports torch alone: what quantizes calls the kernels too.
+This module imports only torch, because the quantizer uses the kernels too.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# As `Number` in kernels.h.
+# The same numbers as `Number` in kernels.h.
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 @cache
 def cpu_extension() -> Any:
-    """The extension module, or None where it was not built or cannot be loaded."""
+    """The extension module, or None if it was not built or cannot be loaded."""
     try:
         extension = importlib.import_module("shiftadd_cli.native._native")
     except ImportError:
@@ -32,17 +32,17 @@ def cpu_extension() -> Any:
 
 @torch.compiler.assume_constant_result
 def has_kernels() -> bool:
-    """Whether there are compiled kernels. A compiler takes the answer: it could not follow how it is found."""
+    """Whether compiled kernels exist. torch.compile takes the result as a constant: it cannot trace the import."""
     return cpu_extension() is not None
 
 
 def _torchs_team() -> int | None:
-    """Address of the function by which torch's own GNU OpenMP runtime runs work on its threads; None for another."""
+    """Address of the function that runs work on the threads of torch's own GNU OpenMP; None for other runtimes."""
     libraries = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
     if not libraries:
         return None
     try:
-        # It is loaded already, so this gives the very one that torch uses.
+        # The library is loaded already, so this is the instance that torch uses.
         function = ctypes.CDLL(str(libraries[0])).GOMP_parallel
     except (OSError, AttributeError):
         return None
@@ -50,11 +50,11 @@ def _torchs_team() -> int | None:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor lies, as the extension takes it; 0 for none."""
+    """The address of a tensor, as the extension takes it; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Names of the sets of kernels that run on this processor, the best first; empty without the extension."""
+    """Names of the kernel sets that run on this processor, best first; empty without the extension."""
     extension = cpu_extension()
     return () if extension is None else tuple(extension.available())

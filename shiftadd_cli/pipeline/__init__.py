@@ -1,1 +1,1 @@
-"""The main job: plan a run, run it, write the artifact."""
+"""The main pipeline: plan a run, run it, write the artifact."""

@@ -1,4 +1,4 @@
-"""Times and sizes of a run, and the report made of them."""
+"""Times and sizes of a run, and its report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Spent(BaseModel):
-    """What a run had taken by some moment: seconds by phase and in all, and its peak memory in bytes."""
+    """Resources that a run has used so far: seconds by phase and in total, and peak memory in bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -55,7 +55,7 @@ class Spent(BaseModel):
 
 
 class PhaseClock:
-    """Wall-clock seconds by phase. A run that goes on adds its own to those of the steps that were finished before."""
+    """Wall-clock seconds by phase. A resumed run adds its own to those of the steps finished earlier."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -63,14 +63,14 @@ class PhaseClock:
         self._before = Spent(seconds={}, total=0.0, peak_memory_bytes=0)
 
     def go_on_from(self, before: Spent) -> None:
-        """Add what an earlier run took for the steps that this one need not take."""
+        """Add the resources that an earlier run used for the steps that this one skips."""
         for name, value in before.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
         self._before = before
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
+        """Add the time spent inside the context to a phase."""
         start = time.monotonic()
         try:
             yield
@@ -78,7 +78,7 @@ class PhaseClock:
             self.seconds[name] += time.monotonic() - start
 
     def spent(self) -> Spent:
-        """Up to now."""
+        """Resources used up to now."""
         return Spent(
             seconds=dict(self.seconds),
             total=self._before.total + time.monotonic() - self.started,
@@ -92,7 +92,7 @@ class PhaseClock:
 
 
 def versions() -> dict[str, str]:
-    """Versions of shiftadd, Python, and the libraries that what is computed hangs on."""
+    """Versions of shiftadd, Python, and the libraries that the results depend on."""
     return {
         "shiftadd-cli": __version__,
         "python": platform.python_version(),
@@ -114,9 +114,9 @@ def make_report(
     processes: int,
     command: list[str],
 ) -> Report:
-    """Everything report.json says, but the checksums of the files."""
+    """The content of report.json, except for the checksums of the files."""
     source = plan.source
-    order = {each.spec.name: place for place, each in enumerate(plan.linears)}
+    order = {linear.spec.name: index for index, linear in enumerate(plan.linears)}
     layers = sorted(layers, key=lambda layer: order[layer.name])
     return Report(
         command=command,
@@ -170,18 +170,18 @@ def make_report(
 def _bit_plan(plan: Plan) -> BitPlanReport | None:
     if plan.bit_plan is None:
         return None
-    made = plan.bit_plan
-    bits_per_byte = 8 / made.weights
+    bit_plan = plan.bit_plan
+    bits_per_byte = 8 / bit_plan.weights
     return BitPlanReport(
-        fingerprint=made.fingerprint(),
-        sensitivity=made.made_by.sensitivity,
-        predicted_loss=made.predicted_loss,
+        fingerprint=bit_plan.fingerprint(),
+        sensitivity=bit_plan.made_by.sensitivity,
+        predicted_loss=bit_plan.predicted_loss,
         uniform=[
             UniformPoint(bits=bits, bits_per_weight=point.nbytes * bits_per_byte, predicted_loss=point.predicted_loss)
-            for bits, point in uniform_points(made).items()
+            for bits, point in uniform_points(bit_plan).items()
         ],
         bound=[
             TradeOffPoint(bits_per_weight=point.nbytes * bits_per_byte, predicted_loss=point.predicted_loss)
-            for point in lower_bound(made)
+            for point in lower_bound(bit_plan)
         ],
     )

@@ -1,4 +1,4 @@
-"""From a model and a budget to a bit plan: sensitivities, measured or remembered, and the best choice."""
+"""From a model and a budget to a bit plan: sensitivities, measured or cached, and the best choice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import Source
 
-# Fields of a recipe that no sensitivity depends on; the text goes by the samples drawn from it, whatever it is called.
+# Recipe fields that no sensitivity depends on. The text is identified by the samples drawn from it, not by its name.
 _IRRELEVANT = (
     "primitive", "bits", "avg_bits", "candidates", "tie_fused", "bit_plan", "refine_rounds", "descent_passes",
     "bias_correction", "true_sequential", "asymmetric", "loss_aware", "reconstruct_epochs", "distill_epochs",
@@ -51,9 +51,9 @@ _IRRELEVANT = (
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked: see the options of `shiftadd allocate-bits`.
+    """A request for a bit plan: see the options of `shiftadd allocate-bits`.
 
-    Raises AllocationError for a budget in a unit that the sensitivity does not have.
+    Raises AllocationError for a budget in a unit that does not fit the sensitivity.
     """
 
     budget: Budget | CostLimit
@@ -66,13 +66,13 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.budget, Budget) and self.budget.divergence is not None and self.sensitivity == "paper":
             raise AllocationError(
-                "`max_divergence` is in nats a token, and what `sensitivity=paper` predicts has no unit; use "
+                "`max_divergence` is in nats per token, but the predictions of `sensitivity=paper` have no unit; use "
                 "`sensitivity` output or divergence."
             )
 
 
 class FrontPoint(NamedTuple):
-    """One size and the least loss predicted for it: stored bits per weight, and the unit of the sensitivity."""
+    """A size in stored bits per weight, and the least predicted loss at it, in the unit of the sensitivity."""
 
     bits_per_weight: float
     predicted_loss: float
@@ -80,9 +80,9 @@ class FrontPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class AllocationJob:
-    """An allocation whose request has been checked; nothing has been measured yet.
+    """An allocation with a checked request; nothing has been measured yet.
 
-    `linears` are planned at the recipe's own bits. `data` is drawn when it is needed.
+    `linears` are planned at the recipe's own bits. `data` is drawn on demand.
     """
 
     source: Source
@@ -96,28 +96,27 @@ class AllocationJob:
 
     @classmethod
     def prepare(cls, source: Source, recipe: Recipe, request: Request, *, memory: int | None = None) -> AllocationJob:
-        """Check everything that can be known from headers and the calibration text.
+        """Check everything that headers and the calibration text reveal.
 
-        Raises ShiftaddError, saying what to do: also for a budget that no choice of bits meets.
+        Raises ShiftaddError, saying what to do, also for a budget that no choice of bits meets.
         """
         recipe = recipe.model_copy(update={"primitive": "bcq", "bit_plan": None})
         device = choose_device(recipe.device)
         plan = make_plan(source, recipe, memory=memory)
-        specs = [each.spec for each in plan.linears]
+        specs = [linear.spec for linear in plan.linears]
         pinned = pinned_bits(specs, request.keep)
         allowed = {spec.name: (pinned[spec.name],) if spec.name in pinned else request.candidates for spec in specs}
         tied = tied_groups(allowed, tied_by_pattern(specs, request.tie))
         allowed = follow_pins(allowed, tied)
-        words = [choice for each in allowed.values() for choice in each if isinstance(choice, str)]
+        words = [choice for choices in allowed.values() for choice in choices if isinstance(choice, str)]
         if words and request.sensitivity == "paper":
             raise AllocationError(
-                f"`sensitivity=paper` knows of bits alone, and not of {words[0]}; use `sensitivity` output or "
+                f"`sensitivity=paper` supports only numbers of bits, not {words[0]}; use `sensitivity` output or "
                 "divergence."
             )
         if not plan.calibrated:
             raise AllocationError(
-                "What bits matter to a layer is measured on calibration data; choose a `calibration`, and a recipe "
-                "that uses one."
+                "Sensitivities are measured on calibration data; choose a `calibration`, and a recipe that uses one."
             )
         data = Calibration.of(plan)
         assert data is not None, "the plan is calibrated"
@@ -126,7 +125,7 @@ class AllocationJob:
         return job
 
     def check_budget(self) -> None:
-        """Refuse a budget that is too small whatever the sensitivities. What may be lost shows only after them."""
+        """Refuse a budget that is too small in any case. A loss budget can only be checked after measuring."""
         budget = self.request.budget
         if isinstance(budget, CostLimit):
             budget.check(self.allowed, self.shapes)
@@ -137,35 +136,35 @@ class AllocationJob:
         weights = smallest.quantized_weights
         other = file_bytes(smallest) - smallest.quantized_bytes
         if budget.layer_bytes(weights, other) < smallest.quantized_bytes:
-            low, high = (budget.in_words(each.quantized_bytes, weights, other) for each in (smallest, largest))
+            low, high = (budget.in_words(plan.quantized_bytes, weights, other) for plan in (smallest, largest))
             raise AllocationError(
-                f"A budget of {budget.text} cannot be met: the bits allowed take from {low} to {high}; raise it, or "
+                f"A budget of {budget.text} cannot be met: the allowed bits take from {low} to {high}; raise it, or "
                 "allow fewer bits with `candidates`."
             )
 
     def run(self, show: BlockProgress, team: Team = ALONE) -> BitPlan:
-        """Measure, or remember, the sensitivities, and choose.
+        """Measure the sensitivities, or load them from the cache, and choose the bits.
 
-        show: wraps the block names, with a description, to show how far it is. team: whose processes share the
-        measuring; the first remembers and chooses.
+        show: wraps the block names, with a description, to show progress. team: its processes share the measuring; the
+        first one reads the cache and chooses.
 
-        Raises AllocationError for layers that must and cannot have equal bits, and for a divergence that no bits reach.
+        Raises AllocationError for layers that must but cannot have equal bits, and for a divergence that no bits reach.
         """
         sensitivities = self.sensitivities(show, team)
         return BitPlan.model_validate_json(team.share(self.choose(sensitivities).to_json() if team.first else ""))
 
     def choose(self, sensitivities: Sensitivities) -> BitPlan:
-        """The best plan within the budget for what was measured.
+        """The best plan within the budget, given the sensitivities.
 
-        Raises AllocationError where fused layers are kept at different bits, or leave no choice within the budget, and
-        for a divergence that no bits reach.
+        Raises AllocationError if fused layers are kept at different bits, or leave no choice within the budget, and for
+        a divergence that no bits reach.
         """
         layers, tied = self.problem(sensitivities)
         budget = self.request.budget
         if isinstance(budget, CostLimit):
-            # Fused layers may have taken the bits of others that are kept.
-            budget.check({each.name: tuple(each.bytes) for each in layers}, self.shapes)
-            priced = [budget.priced(each, self.shapes[each.name]) for each in layers]
+            # Fused layers may have taken the bits of pinned layers.
+            budget.check({layer.name: tuple(layer.bytes) for layer in layers}, self.shapes)
+            priced = [budget.priced(layer, self.shapes[layer.name]) for layer in layers]
             return self.bit_plan(layers, allocate(priced, tied, budget.steps))
         if budget.divergence is not None:
             return self.bit_plan(layers, allocate_smallest(layers, tied, budget.divergence))
@@ -177,81 +176,81 @@ class AllocationJob:
             above = file_bytes(self.data.plan.at(chosen)) - budget.file_bytes
             if above <= 0:
                 break
-            # The files' headers take a few bytes that depend on the choice.
+            # The size of the file headers depends slightly on the choice.
             available = max(available - above, smallest.quantized_bytes)
             chosen = allocate(layers, tied, available)
         return self.bit_plan(layers, chosen)
 
     def front(self, sensitivities: Sensitivities, points: int = 25) -> list[FrontPoint]:
-        """The least predicted loss at evenly spaced sizes, from the fewest bits allowed to the most."""
+        """The least predicted loss at evenly spaced sizes, from the fewest allowed bits to the most."""
         layers, tied = self.problem(sensitivities)
-        low, high = (sum(choose(each.bytes.values()) for each in layers) for choose in (min, max))
+        low, high = (sum(choose(layer.bytes.values()) for layer in layers) for choose in (min, max))
         weights = sum(rows * columns for rows, columns in self.shapes.values())
-        found = []
+        front = []
         for budget in sorted({low + (high - low) * step // max(points - 1, 1) for step in range(points)}):
             chosen = allocate(layers, tied, budget)
-            stored = sum(each.bytes[chosen[each.name]] for each in layers)
-            found.append(FrontPoint(8 * stored / weights, sum(each.costs[chosen[each.name]] for each in layers)))
-        return found
+            stored = sum(layer.bytes[chosen[layer.name]] for layer in layers)
+            front.append(FrontPoint(8 * stored / weights, sum(layer.costs[chosen[layer.name]] for layer in layers)))
+        return front
 
     @property
     def running(self) -> Source:
-        """The source at the dtype that is computed in."""
+        """The source in the compute dtype."""
         return self.source.computed_on(self.device)
 
     def with_budget(self, budget: Budget | CostLimit) -> AllocationJob:
-        """The same with another budget. Raises AllocationError where it is too small."""
+        """The same job with another budget. Raises AllocationError if it is too small."""
         other = replace(self, request=replace(self.request, budget=budget))
         other.check_budget()
         return other
 
     def sensitivities(self, show: BlockProgress, team: Team = ALONE) -> Sensitivities:
-        """At everything allowed for any layer, from the cache where it has them; in the first process of a team, and in
-        the others of what this took to measure."""
+        """Sensitivities at all choices allowed for any layer, cached or measured. In the processes of a team other than
+        the first, only the newly measured ones."""
         calibration = self.data.draw(team)
-        wanted = ordered_choices(choice for each in self.allowed.values() for choice in each)
+        required = ordered_choices(choice for choices in self.allowed.values() for choice in choices)
         cache = SensitivityCache(
             cache_folder(),
             self.request.sensitivity,
             self.source.fingerprint,
             str(self.running.dtype),
             self.recipe_fingerprint,
-            # The samples themselves count: another way to draw or read the same data gives other sensitivities.
+            # The samples themselves: another way to draw or read the same data gives other sensitivities.
             samples_fingerprint(calibration.samples),
         )
-        kept = cache.load() if team.first else None
-        known = next(iter(kept.costs.values())).keys() if kept is not None else set[Choice]()
-        missing = team.share([bits for bits in wanted if bits not in known])
-        if kept is not None and not missing:
-            return kept
-        found = self.measure(missing, show, team) if missing else Sensitivities({}, ())
-        return cache.keep(found) if team.first else found
+        cached = cache.load() if team.first else None
+        available = next(iter(cached.costs.values())).keys() if cached is not None else set[Choice]()
+        missing = team.share([bits for bits in required if bits not in available])
+        if cached is not None and not missing:
+            return cached
+        measured = self.measure(missing, show, team) if missing else Sensitivities({}, ())
+        return cache.keep(measured) if team.first else measured
 
     def problem(self, sensitivities: Sensitivities) -> tuple[list[LayerOptions], list[tuple[str, ...]]]:
-        """What every layer may be, and the layers that get equal bits."""
+        """The options of every layer, and the groups of layers that get equal bits."""
         together = fused(sensitivities.shared_inputs) if self.request.tie_fused else []
         tied = tied_groups(self.allowed, [*self.tied, *together])
         return self._choices(sensitivities, follow_pins(self.allowed, tied)), tied
 
     def _choices(self, sensitivities: Sensitivities, allowed: Mapping[str, tuple[Choice, ...]]) -> list[LayerOptions]:
-        """Stored bytes and predicted loss, as the plan will say it, of every layer at the bits allowed for it."""
-        found = []
-        for spec in (each.spec for each in self.linears):
+        """Stored bytes and predicted loss, rounded as in the plan, of every layer at its allowed bits."""
+        options = []
+        for spec in (linear.spec for linear in self.linears):
             layouts = {
                 choice: PackedLayout(self.recipe.at(choice), spec.out_features, spec.in_features)
                 for choice in allowed[spec.name]
             }
-            found.append(
+            options.append(
                 LayerOptions(
                     spec.name,
                     {bits: layout.nbytes for bits, layout in layouts.items()},
                     {bits: round_cost(sensitivities.costs[spec.name][bits]) for bits in layouts},
                 )
             )
-        return found
+        return options
 
     def plan_at(self, choose: Callable[[Iterable[int]], int]) -> Plan:
-        """The run with what stores the bytes that `choose` takes of those allowed for each layer."""
+        """The run in which `choose` picks each layer's bytes (`min` or `max`) among its allowed choices."""
         chosen = {}
         for name, choices in self.allowed.items():
             layouts = {choice: PackedLayout(self.recipe.at(choice), *self.shapes[name]) for choice in reversed(choices)}
@@ -261,21 +260,21 @@ class AllocationJob:
 
     @property
     def calibration(self) -> CalibrationSet:
-        """The data, which the model writes now if it has not yet."""
+        """The calibration data; if the model has yet to write it, it does so now."""
         return self.data.draw()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """`[out, in]` of every layer by name."""
-        return {each.spec.name: (each.spec.out_features, each.spec.in_features) for each in self.linears}
+        return {linear.spec.name: (linear.spec.out_features, linear.spec.in_features) for linear in self.linears}
 
     @cached_property
     def recipe_fingerprint(self) -> str:
-        """Of the fields that a sensitivity may depend on."""
+        """Fingerprint of the fields that a sensitivity may depend on."""
         return self.recipe.fingerprint(without=_IRRELEVANT)
 
     def measure(self, candidates: Sequence[Choice], show: BlockProgress, team: Team = ALONE) -> Sensitivities:
-        """Sensitivities at these bits, whatever is remembered."""
+        """Sensitivities at these bits, measured without the cache."""
         source, recipe, samples = self.running, self.recipe, self.calibration.samples
         structure = make_plan(source, recipe).structure
         model = BlockwiseModel(source, structure, self.device)
@@ -293,13 +292,13 @@ class AllocationJob:
             )
 
     def bit_plan(self, layers: Sequence[LayerOptions], chosen: Mapping[str, Choice]) -> BitPlan:
-        """Bits chosen, by name, out of what the layers may be, with what they were decided on."""
+        """The plan file for the chosen bits, by layer name, with the inputs of the choice."""
         request, samples = self.request, self.calibration.samples
         planned = {
-            each.name: PlannedLayer(
-                bits=chosen[each.name], shape=self.shapes[each.name], bytes=dict(each.bytes), cost=dict(each.costs)
+            layer.name: PlannedLayer(
+                bits=chosen[layer.name], shape=self.shapes[layer.name], bytes=dict(layer.bytes), cost=dict(layer.costs)
             )
-            for each in layers
+            for layer in layers
         }
         return BitPlan(
             version=plan_version(planned.values()),

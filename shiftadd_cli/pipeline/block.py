@@ -1,4 +1,4 @@
-"""Quantize one block: its linears in the order they run, each group that reads one tensor together."""
+"""Quantize one block: its linears in execution order, with those that read one tensor as a group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shiftadd_cli.source import LinearSpec
 
 
 class BlockQuantizer:
-    """`block`, on its device, and its linears `specs`; afterwards it computes with the decoded weights."""
+    """Quantizes the linears `specs` of `block`, on its device; afterwards the block computes with decoded weights."""
 
     def __init__(
         self,
@@ -37,34 +37,34 @@ class BlockQuantizer:
         shared: Collection[str] = (),
     ) -> None:
         """token_weights: by full name of a linear, float32 `[samples, tokens]`, see `calibration.gradients`.
-        bits: by full name of a linear, where the recipe's primitive and bits are not meant for all. shared: parameters
-        of the block that are stored in another one, and not to be tuned here."""
+        bits: by full name of a linear, if the recipe's primitive and bits do not apply to all. shared: parameters of
+        the block that are stored in another block and not tuned here."""
         self.block, self.recipe, self.clock, self.team, self.shared = block, recipe, clock, team, shared
         self.specs: Mapping[str, LinearSpec] = {spec.kind: spec for spec in specs}
         self.token_weights = token_weights
         self.options = recipe.solver_options
         self.bits = {spec.kind: recipe.choice if bits is None else bits[spec.name] for spec in specs}
         self.solutions: dict[str, Solution] = {}
-        # Calibration tokens that each linear read.
+        # Number of calibration tokens that each linear read.
         self.tokens = dict.fromkeys(self.specs, 0)
 
     def without_data(self) -> None:
-        """Quantize every linear on its own, by its weights alone."""
+        """Quantize every linear separately, on its weights alone."""
         with self.clock.phase("solve"):
             for kind in self.specs:
                 self._solve((kind,), None)
 
     def on(self, stream: BlockStream) -> None:
-        """Quantize on the inputs of `stream`; linears that no input reaches, or of an expert that too few do (see
-        `calibration.mixtures`), by their weights alone."""
+        """Quantize on the inputs of `stream`. Linears that get no input, or belong to an expert with too few tokens
+        (see `calibration.mixtures`), are quantized on their weights alone."""
         self._in_order(stream, self._turns(stream), None)
 
     def towards(self, original: BlockStream, stream: BlockStream, name: str, recall: InputCache) -> None:
-        """The same, with asymmetric calibration: `original` is the block `name` as it was, and the hidden states of the
-        original model, which advance to its outputs; `recall` keeps what its linears read."""
+        """Quantize like `on`, with asymmetric calibration. `original` is the unquantized block `name` with the hidden
+        states of the original model, which advance to its outputs; `recall` caches the inputs of its linears."""
         turns = self._turns(stream)
         with self.clock.phase("forward"):
-            mixtures = {each.experts for each in self.specs.values() if each.experts is not None}
+            mixtures = {spec.experts for spec in self.specs.values() if spec.experts is not None}
             names = [*sorted(mixtures), *(group[0] for turn in turns for group in turn)]
             recall.advance(original, names, name, self.team)
         self._in_order(stream, turns, recall)
@@ -81,12 +81,12 @@ class BlockQuantizer:
     def _in_order(self, stream: BlockStream, turns: list[list[Group]], original: Inputs | None) -> None:
         for turn in turns:
             with self.clock.phase("forward"):
-                moments = gather_moments(stream, turn, original, self._weights(turn), self.team)
+                turn_moments = gather_moments(stream, turn, original, self._weights(turn), self.team)
             with self.clock.phase("solve"):
-                for group, each in zip(turn, moments, strict=True):
-                    self.tokens |= dict.fromkeys(group, each.tokens)
-                    if enough_tokens(self.specs[group[0]], each.tokens):
-                        self._solve(group, each)
+                for group, moments in zip(turn, turn_moments, strict=True):
+                    self.tokens |= dict.fromkeys(group, moments.tokens)
+                    if enough_tokens(self.specs[group[0]], moments.tokens):
+                        self._solve(group, moments)
             if stream.playback is not None:
                 stream.playback.finish(self.solutions)
         with self.clock.phase("solve"):
@@ -95,32 +95,32 @@ class BlockQuantizer:
                     self._solve((kind,), None)
 
     def _weights(self, groups: Sequence[Group]) -> list[Tensor | None] | None:
-        """Token weights of each group: linears that read one tensor share the mean of theirs, and so one moment. Those
-        of experts have none."""
+        """Token weights of each group. Linears that read one tensor share the mean of their weights, and so one moment.
+        Linears of experts have none."""
         if self.token_weights is None:
             return None
         weights: list[Tensor | None] = []
         for group in groups:
             members = [self.specs[kind] for kind in group]
-            known = [self.token_weights[spec.name] for spec in members if spec.experts is None]
-            weights.append(torch.stack(known).mean(0) if known else None)
+            own = [self.token_weights[spec.name] for spec in members if spec.experts is None]
+            weights.append(torch.stack(own).mean(0) if own else None)
         return weights
 
     def reconstruct(self, name: str, stream: BlockStream, original: BlockStream) -> BlockReport | None:
-        """Tune the quantized block `name`, if that helps, towards `original`, which has advanced to its outputs.
+        """Tune the quantized block `name` towards `original`, which has advanced to its outputs, if that helps.
 
-        Every step of it needs the one before, so the first process of a team does it alone; the others have no report.
+        Every step needs the one before, so the first process of a team does it alone; the others return no report.
         """
         with self.clock.phase("reconstruct"):
             result = self._reconstruction(stream, original) if self.team.first else None
             tuned = self.team.share_tensors(None if result is None else _as_tensors(result))
         weights: dict[str, dict[str, Tensor]] = {}
         for path, tensor in tuned.items():
-            place, slash, suffix = path.partition("/")
+            target, slash, suffix = path.partition("/")
             if slash:
-                weights.setdefault(place, {})[suffix] = tensor.to(stream.device)
+                weights.setdefault(target, {})[suffix] = tensor.to(stream.device)
             else:
-                self.block.get_parameter(place).data = tensor.to(stream.device)
+                self.block.get_parameter(target).data = tensor.to(stream.device)
         for kind, tensors in weights.items():
             solution = self.solutions[kind]
             self._put(kind, replace(solution, weight=replace(solution.weight, tensors=tensors)))
@@ -143,7 +143,7 @@ class BlockQuantizer:
         )
 
     def _solve(self, kinds: Sequence[str], moments: Moments | None) -> None:
-        """Quantize linears that read one input and put the decoded weights in their place."""
+        """Quantize linears that read one input, and replace their weights by the decoded ones."""
         for bits in dict.fromkeys(self.bits[kind] for kind in kinds):
             self._solve_alike([kind for kind in kinds if self.bits[kind] == bits], moments, bits)
 
@@ -154,8 +154,8 @@ class BlockQuantizer:
         if moments is None:
             solutions = quantize_matrices(weights, names, None, options.without_data(), team=self.team)
         elif self._biases_take_the_mean(kinds):
-            about = moments.about_mean()
-            solutions = quantize_matrices(weights, names, about.hessian, options, about.cross, self.team)
+            centered = moments.about_mean()
+            solutions = quantize_matrices(weights, names, centered.hessian, options, centered.cross, self.team)
             for kind, weight, solution in zip(kinds, weights, solutions, strict=True):
                 shift = (weight.float() - solution.weight.decode()) @ moments.mean
                 if moments.cross_mean is not None:
@@ -168,8 +168,8 @@ class BlockQuantizer:
             self._put(kind, solution)
 
     def _biases_take_the_mean(self, kinds: Sequence[str]) -> bool:
-        """Whether the linears have biases to correct (Nagel et al. 2019, arXiv:1906.04721, section 4.2): these take
-        over the mean of the error, also of what asymmetric calibration aims at, weights fit inputs about theirs."""
+        """Whether the linears have biases to correct (Nagel et al. 2019, arXiv:1906.04721, section 4.2). If so, the
+        biases absorb the mean error, also that of the asymmetric target, and the weights fit the centered inputs."""
         modules = [self.block.get_submodule(kind) for kind in kinds]
         return self.recipe.bias_correction and all(getattr(module, "bias", None) is not None for module in modules)
 
@@ -179,14 +179,14 @@ class BlockQuantizer:
 
 
 def _as_tensors(result: Reconstruction) -> dict[str, Tensor]:
-    """What was tuned, by path and suffix with a slash between, which no name of a parameter has, or by name."""
-    found = dict(result.parameters)
+    """The tuned tensors: weights by path/suffix, where the slash occurs in no parameter name; the others by name."""
+    tensors = dict(result.parameters)
     for kind, weight in result.weights.items():
-        found |= {f"{kind}/{suffix}": tensor for suffix, tensor in weight.tensors.items()}
-    return found
+        tensors |= {f"{kind}/{suffix}": tensor for suffix, tensor in weight.tensors.items()}
+    return tensors
 
 
 def _replace(module: nn.Module, weight: Tensor, spec: LinearSpec) -> None:
-    """Put `weight` `[out, in]` in the place of the module's own, in its layout and dtype."""
+    """Replace the module's weight by `weight` `[out, in]`, in the module's layout and dtype."""
     parameter = module.get_parameter("weight")
     parameter.data = spec.turned(weight).contiguous().to(parameter.dtype)

@@ -1,4 +1,4 @@
-"""The calibration data of a run: checked before any work, and drawn, or written by the model, when the work begins."""
+"""The calibration data of a run: checked before any work, and drawn or written by the model when the work starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shiftadd_cli.self_text.write import Request, WritingTokens, write_windows, 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """The samples that the model is run on, and where they come from.
+    """The calibration samples, and their origin.
 
     Attributes:
         name: of the data, for reports; fingerprint: its SHA-256, hex.
@@ -39,7 +39,7 @@ class CalibrationSet:
     parts: tuple[CalibrationPart, ...] = ()
 
     def report(self) -> CalibrationReport:
-        """What report.json says of it."""
+        """The calibration entry of report.json."""
         images = self.samples.ndim == 4
         return CalibrationReport(
             name=self.name,
@@ -62,7 +62,7 @@ def samples_fingerprint(samples: Tensor) -> str:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """The windows of one part, and what they were drawn from."""
+    """The windows of one part, and the name and fingerprint of their text."""
 
     name: str
     fingerprint: str
@@ -71,7 +71,7 @@ class _Drawn:
 
 @dataclass
 class Calibration:
-    """The data that a plan asks for. All but what the model writes itself has been read; made by `of`."""
+    """The data that a plan needs, created by `of`. Everything except text written by the model has been read."""
 
     plan: Plan
     _ready: CalibrationSet | None = None
@@ -80,10 +80,10 @@ class Calibration:
 
     @classmethod
     def of(cls, plan: Plan) -> Calibration | None:
-        """Read the data of the plan's recipe; None for a run without.
+        """Read the data of the plan's recipe; None for a run without data.
 
         Raises:
-            CalibrationError: it is missing, too short, or of another kind.
+            CalibrationError: the data is missing, too short, or of the wrong kind.
         """
         if not plan.calibrated:
             return None
@@ -94,24 +94,24 @@ class Calibration:
             return cls(plan, CalibrationSet(images.name, images.fingerprint, drawn.inputs, None))
         parts = parts_with_windows(recipe.calibration, recipe.samples)
         writing = WritingTokens.of(plan.source) if any(part.spec in KINDS for part, _ in parts) else None
-        found: list[tuple[Part, _Drawn | Request]] = []
+        sources: list[tuple[Part, _Drawn | Request]] = []
         for part, count in parts:
             if writing is not None and part.spec in KINDS:
                 request = writing_request(recipe, part.spec, count)
                 writing.kinds(request, plan.source.spec)
-                found.append((part, request))
+                sources.append((part, request))
             else:
-                found.append((part, _read(plan, part.spec, count)))
-        return cls(plan, None, found, writing)
+                sources.append((part, _read(plan, part.spec, count)))
+        return cls(plan, None, sources, writing)
 
     def draw(self, team: Team = ALONE) -> CalibrationSet:
-        """The samples; the model writes its own where they are asked for, once.
+        """The samples. The model writes its own text on the first call, if the recipe asks for it.
 
-        team: whose first process lets the model write, and tells the others.
+        team: its first process runs the model, and sends the text to the others.
 
         Raises:
             CalibrationError, NumericalError: the model cannot write, see `write_windows`.
-            RecipeError: the first process was asked for other data.
+            RecipeError: the first process has a different calibration.
         """
         if self._ready is None:
             self._ready = self._mixed(self._write_missing(team))
@@ -121,23 +121,23 @@ class Calibration:
         running, writing, mine = self.plan.running, self._writing, {}
         if team.first and writing is not None:
             device = choose_device(self.plan.recipe.device)
-            for part, wanted in self._parts:
-                if isinstance(wanted, Request):
-                    mine[part.spec] = write_windows(running, writing, wanted, device)
-        # Also where nothing is written: processes with other recipes find out only after this.
+            for part, origin in self._parts:
+                if isinstance(origin, Request):
+                    mine[part.spec] = write_windows(running, writing, origin, device)
+        # Shared even if nothing was written: processes with other recipes are detected only after this exchange.
         written = team.share_tensors(mine)
-        found = []
-        for part, wanted in self._parts:
-            if isinstance(wanted, Request):
+        drawn = []
+        for part, origin in self._parts:
+            if isinstance(origin, Request):
                 assert writing is not None, "the model was asked to write"
                 windows = written.get(part.spec)
                 if windows is None:
                     raise RecipeError("The first process of the team has another calibration; give the same to all.")
-                name = _self_name(writing.kinds(wanted, running.spec), wanted, part.spec)
-                found.append((part, _Drawn(name, samples_fingerprint(windows), windows)))
+                name = _self_name(writing.kinds(origin, running.spec), origin, part.spec)
+                drawn.append((part, _Drawn(name, samples_fingerprint(windows), windows)))
             else:
-                found.append((part, wanted))
-        return found
+                drawn.append((part, origin))
+        return drawn
 
     def _mixed(self, drawn: list[tuple[Part, _Drawn]]) -> CalibrationSet:
         start = self.plan.window_start
@@ -145,18 +145,18 @@ class Calibration:
             only = drawn[0][1]
             return CalibrationSet(only.name, only.fingerprint, only.windows, start)
         parts = tuple(
-            CalibrationPart(name=each.name, fingerprint=each.fingerprint, share=part.share, samples=len(each.windows))
-            for part, each in drawn
+            CalibrationPart(name=data.name, fingerprint=data.fingerprint, share=part.share, samples=len(data.windows))
+            for part, data in drawn
         )
-        windows = torch.cat([each.windows for _, each in drawn])
+        windows = torch.cat([data.windows for _, data in drawn])
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.plan.recipe.seed))
         mixed = windows[order]
-        name = " + ".join(f"{part.share:.3g} {each.name}" for part, each in drawn)
+        name = " + ".join(f"{part.share:.3g} {data.name}" for part, data in drawn)
         return CalibrationSet(name, samples_fingerprint(mixed), mixed, start, parts)
 
 
 def draw_calibration(plan: Plan) -> CalibrationSet | None:
-    """The data of a plan in one step; None for a run without. Raises as `Calibration` does."""
+    """The data of a plan in one step; None for a run without data. Raises like `Calibration`."""
     calibration = Calibration.of(plan)
     return None if calibration is None else calibration.draw()
 

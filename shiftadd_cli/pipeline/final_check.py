@@ -1,4 +1,4 @@
-"""The last step of a run: the checkpoint is loaded as a user would, and must predict what its tensors stand for."""
+"""The last step of a run: load the checkpoint as a user would, and compare its predictions with its decoded tensors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from shiftadd_cli.runtime.load import load
 
 
 def check_checkpoint(folder: Path, sample: Tensor, expected: Tensor, *, remote_code: bool = False) -> float:
-    """Load the checkpoint in `folder` and run one sample through it; the relative difference from `expected`.
+    """Load the checkpoint in `folder` and run one sample through it; returns the relative difference from `expected`.
 
     sample: int64 `[1, tokens]`, or pixels `[1, channels, height, width]`. expected: predictions for it, `[1, ...,
-    classes]`, from the stored tensors decoded, block by block. remote_code: run the code that the model brings.
+    classes]`, from the decoded stored tensors, block by block. remote_code: run the code that comes with the model.
 
-    Raises NumericalError where the predictions are not finite, or other than `expected` by more than rounding.
+    Raises NumericalError if the predictions are not finite, or differ from `expected` by more than rounding.
     """
     with no_library_bar():
         model = load(folder, **({"trust_remote_code": True} if remote_code else {}))
@@ -34,7 +34,7 @@ def check_checkpoint(folder: Path, sample: Tensor, expected: Tensor, *, remote_c
     share = relative_difference(values, expected)
     if not share <= rounding_of(model.dtype):
         raise NumericalError(
-            f"The compressed {type(model).__name__} predicts something else when it is loaded than its decoded weights "
-            f"do (a difference of {share:.0%}); its architecture is not supported, and nothing was written."
+            f"The compressed {type(model).__name__} predicts something else when it is loaded than with its decoded "
+            f"weights (a difference of {share:.0%}); its architecture is not supported, and nothing was written."
         )
     return share

@@ -1,10 +1,10 @@
-"""A run's journal: what it was asked, what it has done, and whether another run may go on from there.
+"""A run's journal: its inputs, its finished steps, and whether another run may resume it.
 
-Records: `run` (what was asked), `bits` (a bit plan chosen on the way), `start` (all that precedes the blocks),
-`block-00000`, ... one for each finished block, and `distilled` (what tuning the whole model gave). What a block needs
-of those before it, the hidden states, lies beside the journal, as it was: states that are computed anew are not the
-same to the last bit. A run that goes on may have another device, and no other field of its recipe changed. Bits hang on
-batch sizes too: sums over tokens round by batch.
+Records: `run` (the inputs), `bits` (a bit plan chosen during the run), `start` (everything before the blocks),
+`block-00000`, ... one for each finished block, and `distilled` (the result of tuning the whole model). The hidden
+states that the next block needs are stored next to the journal, because recomputed states are not identical to the last
+bit. A resumed run may use another device, but every other field of its recipe must be the same. This includes the batch
+size, since sums over tokens round by batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shiftadd_cli.storage.record_file import damaged
 from shiftadd_cli.storage.refusals import refusals
 from shiftadd_cli.verbosity import tell
 
-# Fields of a recipe that may change when a run goes on.
+# Fields of a recipe that may change when a run is resumed.
 MAY_CHANGE = ("device",)
 
 _TOKEN_WEIGHTS = "token_weights.safetensors"
@@ -50,9 +50,9 @@ class _Part(FilePart):
 
 
 class Asked(_Part):
-    """What decides the bytes of an artifact. `versions` are of shiftadd, Python and the libraries; `code` is the
-    SHA-256 of shiftadd's own modules, `tokens` of the calibration windows, `bit_plan` of the plan that the recipe
-    names; `computed` is the dtype that is computed in."""
+    """The inputs that determine the bytes of an artifact. `versions` are those of shiftadd, Python and the libraries;
+    `code` is the SHA-256 of shiftadd's own modules, `tokens` of the calibration windows, `bit_plan` of the plan that
+    the recipe names; `computed` is the compute dtype."""
 
     recipe: dict[str, JsonValue]
     source: str
@@ -75,12 +75,12 @@ class Asked(_Part):
         )
 
     def other_field(self, other: Asked) -> str | None:
-        """The first field of the recipe that is another in `other` and may not be."""
+        """The first recipe field that differs in `other` but must not."""
         differing = (name for name, value in other.recipe.items() if self.recipe.get(name) != value)
         return next((name for name in differing if name not in MAY_CHANGE), None)
 
     def difference(self, other: Asked) -> str | None:
-        """The first thing beside the recipe that is another in `other`."""
+        """The first difference from `other` outside the recipe, in words."""
         if self.source != other.source:
             return "another model, or the model's files have changed"
         if self.tokens != other.tokens:
@@ -88,11 +88,11 @@ class Asked(_Part):
         if self.bit_plan != other.bit_plan:
             return "another bit plan, or its file has changed"
         if self.computed != other.computed:
-            return f"another type to compute in ({self.computed}, now {other.computed}: another processor or device)"
+            return f"another compute dtype ({self.computed}, now {other.computed}: another processor or device)"
         for name in sorted(self.versions.keys() | other.versions.keys()):
             if self.versions.get(name) != other.versions.get(name):
                 return f"another version of {name} ({self.versions.get(name)}, now {other.versions.get(name)})"
-        return None if self.code == other.code else "another state of shiftadd's own code"
+        return None if self.code == other.code else "another version of shiftadd's own code"
 
 
 class StatesRecord(_Part):
@@ -103,7 +103,7 @@ class StatesRecord(_Part):
 
 
 class Step(_Part):
-    """What every finished step leaves: tensors of the artifact, CRC-32 by name; hidden states by name; the time."""
+    """The record of a finished step: tensors of the artifact, CRC-32 by name; hidden states by name; the time."""
 
     written: dict[str, Checksum]
     states: dict[str, StatesRecord]
@@ -111,13 +111,13 @@ class Step(_Part):
 
 
 class Start(Step):
-    """`token_weights`: SHA-256 of their file, if there is one."""
+    """The step before the blocks; `token_weights` is the SHA-256 of their file, if there is one."""
 
     token_weights: str | None
 
 
 class Block(Step):
-    """A finished block; `blocks` holds its own report, if it was reconstructed."""
+    """A finished block; `blocks` has its own report, if it was reconstructed."""
 
     name: str
     layers: list[LayerReport]
@@ -125,7 +125,7 @@ class Block(Step):
 
 
 class Distilled(_Part):
-    """`tensors`: SHA-256 of the file of tensors to be written over those of the blocks."""
+    """The result of distillation; `tensors` is the SHA-256 of the file of tensors that replace those of the blocks."""
 
     tensors: str
     report: DistillationReport
@@ -140,9 +140,9 @@ class Bits(_Part):
 
 
 class History:
-    """The journal of `workspace`, which is entered, for a run over the blocks `names`.
+    """The journal of `workspace`, which must be entered, for a run over the blocks `names`.
 
-    Raises ResumeError where records are damaged or lacking.
+    Raises ResumeError if records are damaged or missing.
     """
 
     def __init__(self, workspace: Workspace, names: tuple[str, ...]) -> None:
@@ -154,81 +154,81 @@ class History:
         self.asked = self._read("run", Asked)
         self.bits = self._read("bits", Bits)
         self.start = self._read("start", Start)
-        found = workspace.journal.starting("block-")
-        self.blocks = [each for name in found if (each := self._read(name, Block)) is not None]
+        names = workspace.journal.starting("block-")
+        self.blocks = [block for name in names if (block := self._read(name, Block)) is not None]
         self.distilled = self._read("distilled", Distilled)
 
     def begin(self, asked: Asked) -> None:
-        """Keep what is asked; refuse it, in words, where the unfinished run was asked for something else.
+        """Record the inputs; raises ResumeError if the unfinished run has other inputs.
 
-        A run that failed is no reason to refuse: it is started anew with what is asked, which is said in a line.
+        A failed run is never a reason to refuse: it starts over with the new inputs, and a line says so.
         """
         if self.spent is not None and self.asked is None:
-            raise damaged(self.workspace.journal.folder, "what was asked is missing")
+            raise damaged(self.workspace.journal.folder, "the record of its inputs is missing")
         if self.spent is not None and self.asked is not None and (refusal := self._refusal(self.asked, asked)):
             if self.workspace.failure is None:
                 raise ResumeError(refusal)
-            tell(f"The run before this one had other options and failed ({self.workspace.failure}): starting anew.")
+            tell(f"The previous run had other options and failed ({self.workspace.failure}): starting over.")
             self.workspace.start_anew()
             self._read_records()
         if self.spent is None:
             self.workspace.journal.put("run", asked.model_dump(mode="json"))
             self.asked = asked
             return
-        names = [each.name for each in self.blocks]
+        names = [block.name for block in self.blocks]
         if names != list(self.names[: len(names)]) or (names and self.start is None):
             raise damaged(self.workspace.journal.folder, "steps are missing")
 
     def _refusal(self, before: Asked, now: Asked) -> str | None:
-        """Why the run cannot go on with what is asked now."""
-        begun = f"The unfinished run of {self.workspace.out} was begun with"
+        """Why the run cannot be resumed with the inputs `now`; None if it can."""
+        start = f"The unfinished run of {self.workspace.out} was started with"
         if (field := before.other_field(now)) is not None:
-            was, new = (word(asked.recipe.get(field)) for asked in (before, now))
+            old, new = (word(inputs.recipe.get(field)) for inputs in (before, now))
             return (
-                f"{begun} {field} = {was}, and this one has {new}; give {was} again to go on, or start anew with "
+                f"{start} {field} = {old}, and this one has {new}; give {old} again to resume, or start over with "
                 "`resume=False`."
             )
         difference = before.difference(now)
-        return None if difference is None else f"{begun} {difference}; start anew with `resume=False`."
+        return None if difference is None else f"{start} {difference}; start over with `resume=False`."
 
     @property
     def done(self) -> int:
-        """How many blocks are finished."""
+        """Number of finished blocks."""
         return len(self.blocks)
 
     @property
     def last(self) -> Step | None:
-        """The last finished step, of the start and the blocks."""
+        """The last finished step among the start and the blocks."""
         return self.blocks[-1] if self.blocks else self.start
 
     @property
     def spent(self) -> Spent | None:
-        """Time that the finished steps took, idle time and work that was lost not counted."""
+        """Resources of the finished steps, without idle time and lost work."""
         last = self.distilled or self.last or self.bits
         return None if last is None else last.spent
 
     @property
     def written(self) -> dict[str, int] | None:
-        """Tensors that are in the artifact, CRC-32 by name; None where it has not been begun. Not those that
-        distillation gave, which a run that was stopped may have written over or not."""
+        """Tensors in the artifact, CRC-32 by name; None if it has not been started. Excludes the tensors of
+        distillation, which a stopped run may or may not have overwritten."""
         if self.start is None:
             return None
         changed = self.distilled_tensors() or {}
         steps = (self.start, *self.blocks)
-        return {name: each for step in steps for name, each in step.written.items() if name not in changed}
+        return {name: checksum for step in steps for name, checksum in step.written.items() if name not in changed}
 
     @property
     def bit_plan(self) -> BitPlan | None:
-        """The bit plan that was chosen on the way."""
+        """The bit plan that was chosen during the run."""
         if self.bits is None:
             return None
         try:
             return BitPlan.model_validate_json(self.bits.plan)
         except ValidationError as failure:
-            raise damaged(self.workspace.journal.folder / "bits.json", "it holds no bit plan") from failure
+            raise damaged(self.workspace.journal.folder / "bits.json", "it is not a bit plan") from failure
 
     def keep_bits(self, plan: BitPlan, clock: PhaseClock) -> None:
-        """Keep a bit plan that was chosen."""
+        """Record the chosen bit plan."""
         with uninterrupted():
             record = Bits(plan=plan.to_json(), spent=clock.spent())
             self.workspace.journal.put("bits", record.model_dump(mode="json"))
@@ -241,7 +241,7 @@ class History:
         token_weights: Mapping[str, Tensor] | None,
         clock: PhaseClock,
     ) -> None:
-        """Keep all that precedes the blocks."""
+        """Record everything before the blocks."""
         with uninterrupted():
             record = Start(
                 written=writer.sync(),
@@ -261,7 +261,7 @@ class History:
         states: Mapping[str, StoredStates],
         clock: PhaseClock,
     ) -> None:
-        """Keep a block that is finished, with the inputs of the next, and drop the inputs it had."""
+        """Record a finished block with the inputs of the next block, and drop its own inputs."""
         with uninterrupted():
             record = Block(
                 name=name,
@@ -276,37 +276,39 @@ class History:
             self.drop_old_states()
 
     def keep_distilled(self, report: DistillationReport, tensors: Mapping[str, Tensor], clock: PhaseClock) -> None:
-        """Keep what came of tuning the whole model, before any of it is written over what the blocks gave."""
+        """Record the result of tuning the whole model, before any of it overwrites tensors of the blocks."""
         with uninterrupted():
             record = Distilled(tensors=self._save(_DISTILLED, tensors), report=report, spent=clock.spent())
             self.workspace.journal.put("distilled", record.model_dump(mode="json"))
             self.distilled = record
 
     def distilled_tensors(self) -> dict[str, Tensor] | None:
-        """The tensors of `keep_distilled` by name. Raises ResumeError where they are damaged."""
+        """The tensors of `keep_distilled` by name. Raises ResumeError if they are damaged."""
         return None if self.distilled is None else self._load(_DISTILLED, self.distilled.tensors)
 
     def drop_old_states(self) -> None:
-        """Remove hidden states that no block will be fed."""
+        """Remove hidden states that no later block needs."""
         if self.last is None or not self.workspace.states.is_dir():
             return
-        needed = {each.file for each in self.last.states.values()} | {_TOKEN_WEIGHTS, _DISTILLED}
+        needed = {record.file for record in self.last.states.values()} | {_TOKEN_WEIGHTS, _DISTILLED}
         with refusals(self.workspace.states):
             for path in self.workspace.states.iterdir():
                 if path.name not in needed:
                     path.unlink()
 
     def states(self, samples: int, batch_size: int) -> dict[str, StoredStates]:
-        """The hidden states that the next block is fed, by name. Raises ResumeError where they are damaged."""
+        """The input hidden states of the next block, by name. Raises ResumeError if they are damaged."""
         if self.last is None:
             return {}
         return {
-            name: StoredStates.reopen(self.workspace.states, samples, batch_size, name, self.done, each.file, each.sums)
-            for name, each in self.last.states.items()
+            name: StoredStates.reopen(
+                self.workspace.states, samples, batch_size, name, self.done, record.file, record.sums
+            )
+            for name, record in self.last.states.items()
         }
 
     def token_weights(self) -> dict[str, Tensor] | None:
-        """Token weights by name of the linear, if there are any. Raises ResumeError where they are damaged."""
+        """Token weights by name of the linear, if there are any. Raises ResumeError if they are damaged."""
         if self.start is None or self.start.token_weights is None:
             return None
         return self._load(_TOKEN_WEIGHTS, self.start.token_weights)
@@ -315,27 +317,27 @@ class History:
         path = self.workspace.states / name
         try:
             if sha256(path) != expected:
-                raise damaged(path, "it does not fit its checksum")
+                raise damaged(path, "it does not match its checksum")
             return load_file(path)
         except (OSError, SafetensorError) as failure:
             raise damaged(path, str(failure)) from failure
 
     def _save(self, name: str, tensors: Mapping[str, Tensor]) -> str:
-        """Write tensors to a file beside the hidden states; returns its SHA-256."""
+        """Write tensors to a file next to the hidden states; returns its SHA-256."""
         path = self.workspace.states / name
         with refusals(path):
-            save_file({name: each.cpu().contiguous() for name, each in tensors.items()}, path)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
             sync(path)
             sync(path.parent)
         return sha256(path)
 
     def how_to_go_on(self) -> str:
-        """What is left of a run that stops here, and how to go on."""
+        """How much of a run that stops here is kept, and how to resume it."""
         if self.last is None and self.bits is None:
             return "Nothing was finished yet."
         if self.distilled is not None:
-            return "All blocks are finished, and the whole is tuned; the same command goes on from there."
-        return f"{self.done} of {len(self.names)} blocks are finished and kept; the same command goes on from there."
+            return "All blocks are finished, and the model is tuned; the same command continues from there."
+        return f"{self.done} of {len(self.names)} blocks are finished and kept; the same command continues from there."
 
     def _read(self, name: str, kind: type[_Kind]) -> _Kind | None:
         record = self.workspace.journal.get(name)
@@ -344,19 +346,21 @@ class History:
         try:
             return kind.model_validate_json(json.dumps(record))
         except ValidationError as failure:
-            place, message = first_fault(failure)
-            raise damaged(self.workspace.journal.folder / f"{name}.json", f"{' '.join(place)}: {message}") from failure
+            location, message = first_fault(failure)
+            raise damaged(
+                self.workspace.journal.folder / f"{name}.json", f"{' '.join(location)}: {message}"
+            ) from failure
 
 
 _Kind = TypeVar("_Kind", bound=_Part)
 
 
 def _synced(states: Mapping[str, StoredStates]) -> dict[str, StatesRecord]:
-    found = {}
-    for name, each in states.items():
-        file, sums = each.sync()
-        found[name] = StatesRecord(file=file, sums=sums)
-    return found
+    records = {}
+    for name, stored in states.items():
+        file, sums = stored.sync()
+        records[name] = StatesRecord(file=file, sums=sums)
+    return records
 
 
 def _block_name(depth: int) -> str:

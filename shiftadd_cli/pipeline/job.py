@@ -1,4 +1,4 @@
-"""A run from its arguments: every check that can be made before the work, then the work."""
+"""A run from its arguments: all checks that are possible before the work, then the work."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from shiftadd_cli.source import open_source
 class Job:
     """A planned run; nothing has been written yet.
 
-    resume: go on with an unfinished run, instead of starting anew. allocation: what will choose the bits of every layer
-    first, where the recipe gives an average of them; `plan` then has the fewest bits there can be.
+    resume: continue an unfinished run, instead of starting over. allocation: the job that first chooses the bits of
+    every layer, if the recipe gives their average; `plan` then has the fewest possible bits.
     """
 
     plan: Plan
@@ -60,12 +60,11 @@ class Job:
     ) -> Job:
         """Plan to compress `model` (hub id, folder, .gguf file or `demo`) into the folder `out`, from headers alone.
 
-        max_memory: what the run may take of the machine's memory, such as "4GB"; one that is expected to need more is
-            refused.
+        max_memory: upper limit on the memory of the run, such as "4GB"; a run that is expected to need more is refused.
         trust_remote_code: run model code that comes with `model`.
-        team: of which this process is one; the first writes.
+        team: the team of this process; its first process writes.
 
-        Raises ShiftaddError, saying what to do, for everything that can be known to be wrong now.
+        Raises ShiftaddError, saying what to do, for every fault that can be detected at this point.
         """
         local = Path(model) if Path(model).exists() else None
         if team.first:
@@ -90,14 +89,13 @@ class Job:
     def run(
         self, command: Sequence[str] = (), announce: Callable[[Plan], None] | None = None, team: Team = ALONE
     ) -> Report:
-        """Do it, or go on with what an earlier run of this job has finished; `command` is what report.json gives as the
-        command that was run.
+        """Run the job, or continue an earlier run of it; `command` is the command recorded in report.json.
 
-        announce: told the plan with the bits that were chosen, where the recipe leaves them to be. team: of which this
-        process is the first.
+        announce: called with the plan and its chosen bits, if the recipe leaves the bits open. team: the team of which
+        this process is the first.
 
-        Raises ResumeError where the unfinished run was begun with something else, before any work; Interrupted, saying
-        how to go on, when it is stopped; TeamError where another process of the team fails.
+        Raises ResumeError before any work if the unfinished run has other inputs; Interrupted, saying how to resume, if
+        the run is stopped; TeamError if another process of the team fails.
         """
         clock = PhaseClock()
         check_space(self.out, self.plan.most_bytes + self.plan.state_bytes)
@@ -105,9 +103,9 @@ class Job:
             calibration = self._calibration(team)
         with Workspace(self.out, resume=self.resume) as workspace:
             history = History(workspace, self.plan.structure.blocks)
-            asked = Asked.of(self.plan, None if calibration is None else calibration.samples)
-            history.begin(asked)
-            team.share(asked.model_dump(mode="json"))
+            inputs = Asked.of(self.plan, None if calibration is None else calibration.samples)
+            history.begin(inputs)
+            team.share(inputs.model_dump(mode="json"))
             if history.spent is not None:
                 clock.go_on_from(history.spent)
             try:
@@ -125,7 +123,7 @@ class Job:
                     team=team,
                 )
             except KeyboardInterrupt as stop:
-                # torchrun asks the others to end as soon as one has failed.
+                # torchrun terminates the other processes as soon as one has failed.
                 reason = team.fault() if isinstance(stop, Terminated) else None
                 if reason is not None:
                     raise TeamError(f"{reason} {history.how_to_go_on()}") from stop
@@ -135,9 +133,9 @@ class Job:
                 raise type(failure)(f"{failure} {history.how_to_go_on()}") from failure
 
     def follow(self, team: Team) -> None:
-        """Do the part of a process that is not the first of `team`, which calls `run`.
+        """Do the work of a process that is not the first of `team`; the first calls `run`.
 
-        Raises RecipeError where this process has other options, another model, text or software than the first.
+        Raises RecipeError if the options, model, text or software of this process differ from those of the first.
         """
         calibration = self._calibration(team)
         samples = None if calibration is None else calibration.samples
@@ -160,7 +158,7 @@ class Job:
     def _with_bits(
         self, history: History, clock: PhaseClock, announce: Callable[[Plan], None] | None, team: Team
     ) -> Plan:
-        """The plan with the bits that the allocation chooses, or has chosen before it was stopped."""
+        """The plan with the bits that the allocation chooses, or that an earlier run recorded."""
         if self.allocation is None:
             return self.plan
         bit_plan = history.bit_plan
@@ -169,7 +167,7 @@ class Job:
             with clock.phase("allocate"):
                 bit_plan = self.allocation.run(block_bar, team)
             history.keep_bits(bit_plan, clock)
-        # The memory is that of the whole run, whose peak the measuring may have been, and not what is expected on top.
+        # The expected memory stays that of the whole run, since its peak may have been the measuring.
         plan = replace(self.plan.at(bit_plan.bits), bit_plan=bit_plan, peak_memory_bytes=self.plan.peak_memory_bytes)
         if announce is not None:
             announce(plan)
@@ -183,19 +181,19 @@ def _memory_limit(max_memory: str) -> int:
     return limit
 
 
-def _check_memory(plan: Plan, max_memory: str, limit: int, held: int) -> None:
-    """held: bytes beside what the plan says, which smaller batches do not change."""
-    if plan.peak_memory_bytes + held <= limit:
+def _check_memory(plan: Plan, max_memory: str, limit: int, extra: int) -> None:
+    """extra: bytes in addition to the plan's own estimate, which smaller batches do not reduce."""
+    if plan.peak_memory_bytes + extra <= limit:
         return
-    batch_size, least = least_memory(plan, limit - held)
-    least += held
-    expected = _upwards(plan.peak_memory_bytes + held)
-    needs = f"This run is expected to need {expected}, and `max_memory` allows {max_memory}"
+    batch_size, least = least_memory(plan, limit - extra)
+    least += extra
+    expected = _upwards(plan.peak_memory_bytes + extra)
+    needs = f"This run is expected to need {expected}, but `max_memory` allows {max_memory}"
     if least > limit:
-        raise MemoryLimitError(f"{needs}; the least it can do with is {_upwards(least)}, with `batch_size=1`.")
-    raise MemoryLimitError(f"{needs}; give `batch_size` {batch_size}, with which it is {_upwards(least)}.")
+        raise MemoryLimitError(f"{needs}; the minimum is {_upwards(least)}, with `batch_size=1`.")
+    raise MemoryLimitError(f"{needs}; give `batch_size` {batch_size}, which needs {_upwards(least)}.")
 
 
 def _upwards(count: int) -> str:
-    """Bytes in MB, rounded up: what is said is enough."""
+    """Bytes in MB, rounded up so that the stated number suffices."""
     return f"{-(-count // 10**6)}MB"

@@ -1,4 +1,4 @@
-"""What a run will do, known before any weight is read: layers, and what is stored of them."""
+"""The plan of a run, made before any weight is read: its layers and their storage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from shiftadd_cli.source.tokenizer import leading_tokens, tokens_as_text
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """One linear and the form it will be stored in."""
+    """One linear and its storage layout."""
 
     spec: LinearSpec
     layout: PackedLayout
@@ -40,11 +40,11 @@ class PlannedLinear:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, fixed: `source` is the model as it will be stored, `running` the same at the dtype that is computed in;
-    `tensors` are all tensors of the artifact in file order; `kept` those stored as they are, and `kept_modules` the
-    modules with such, each with the reason; `tables` is what is stored as 8-bit rows; `bit_plan` the file that bits
-    come from, if any. `not_written` says why the model does not write the calibration text that it was asked for, so
-    that the recipe has the builtin one in its place; None where it does or was not asked."""
+    """The fixed plan of a run. `source` is the model as it will be stored, `running` the same model in the compute
+    dtype; `tensors` are all tensors of the artifact in file order; `kept` are those stored unquantized, and
+    `kept_modules` their modules, each with the reason; `tables` are the weights stored as 8-bit rows; `bit_plan` is the
+    source of the bits, if any. `not_written` says why the model cannot write its own calibration text, so that the
+    recipe has the builtin text instead; None if it can, or if the recipe does not ask for it."""
 
     source: Source
     running: Source
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def window_start(self) -> str | None:
-        """The special tokens that every calibration window begins with; "" for none, None for a run without text."""
+        """The special tokens at the start of every calibration window; "" for none, None for a run without text."""
         if not self.calibrated or self.source.reads_images:
             return None
         tokenizer = self.source.load_tokenizer()
@@ -73,25 +73,25 @@ class Plan:
 
     def at(self, bits: Mapping[str, Choice]) -> Plan:
         """The same run with these bits, see `make_plan`."""
-        # Its recipe names the text that took the place of the model's own, and the reason is known here alone.
+        # The recipe already names the replacement text, so the new plan cannot know the reason.
         return replace(make_plan(self.source, self.recipe, bits), not_written=self.not_written)
 
     @property
     def parameters(self) -> int:
-        """Parameters of the original model, tied ones once."""
+        """Number of parameters of the original model; tied ones count once."""
         return sum(parameter.numel() for parameter in self.source.skeleton().parameters())
 
     @property
     def quantized_weights(self) -> int:
-        return sum(each.spec.out_features * each.spec.in_features for each in self.linears)
+        return sum(linear.spec.out_features * linear.spec.in_features for linear in self.linears)
 
     @property
     def quantized_bytes(self) -> int:
-        return sum(each.layout.nbytes for each in self.linears)
+        return sum(linear.layout.nbytes for linear in self.linears)
 
     @property
     def table_bytes(self) -> int:
-        return sum(each.nbytes for each in self.tables)
+        return sum(table.nbytes for table in self.tables)
 
     @property
     def kept_bytes(self) -> int:
@@ -99,25 +99,25 @@ class Plan:
 
     @property
     def after_bytes(self) -> int:
-        """Bytes of all tensors written; the files add their headers."""
+        """Bytes of all written tensors, without the headers of the files."""
         return self.quantized_bytes + self.table_bytes + self.kept_bytes
 
     @property
     def open_bits(self) -> bool:
-        """Whether the bits of the layers are still to be chosen; those of `linears` then stand for them."""
+        """Whether the bits of the layers have yet to be chosen; those of `linears` are then placeholders."""
         return self.recipe.avg_bits is not None and self.bit_plan is None
 
     @property
     def most_bytes(self) -> int:
-        """`after_bytes`, and where bits are still to be chosen what their average allows."""
+        """Upper limit on `after_bytes`: if the bits have yet to be chosen, the size that their average allows."""
         allowed = int((self.recipe.avg_bits or 0) * self.quantized_weights / 8) if self.open_bits else 0
         return self.after_bytes + max(0, allowed - self.quantized_bytes)
 
     @property
     def state_bytes(self) -> int:
-        """What a run keeps beside the artifact until it ends: hidden states at two depths, in so many versions, token
-        weights, and of a block what its linears give out, and for asymmetric calibration what they read in the
-        original."""
+        """Bytes that a run stores in addition to the artifact until it ends: hidden states at two depths, in one or two
+        versions; token weights; the outputs of the linears of one block; and, for asymmetric calibration, their inputs
+        in the original."""
         if not self.calibrated:
             return 0
         recipe = self.recipe
@@ -127,8 +127,8 @@ class Plan:
         return depths + weights + self._waiting_bytes(flow)
 
     def held_bytes(self, team: Team) -> int:
-        """Hidden states that this process of a team has in memory: the first has them on disk, the others those of
-        their samples in memory."""
+        """Bytes of hidden states that this process of a team has in memory. The first process has them on disk, the
+        others have those of their samples in memory."""
         if team.first or not self.calibrated:
             return 0
         shards = team.shards(-(-self.recipe.samples // self.recipe.batch_size))
@@ -139,14 +139,14 @@ class Plan:
         return versions_kept(self.recipe) * samples * flow.values * self.running.dtype.itemsize
 
     def _waiting_bytes(self, flow: Flow) -> int:
-        """Bytes that `InputCache` and `OutputCache` keep of the largest block, as if no two linears read the same."""
+        """Bytes that `InputCache` and `OutputCache` store for the largest block, if no two linears share an input."""
         recipe = self.recipe
         values = dict.fromkeys(range(len(self.structure.blocks)), 0.0)
         shares = routed_shares(self.source.skeleton())
-        for each in self.linears:
-            spec = each.spec
-            place = f"{self.structure.blocks[spec.block]}.{spec.experts}"
-            read = flow.tokens[spec.block] * (1.0 if spec.experts is None else shares[place])
+        for linear in self.linears:
+            spec = linear.spec
+            experts = f"{self.structure.blocks[spec.block]}.{spec.experts}"
+            read = flow.tokens[spec.block] * (1.0 if spec.experts is None else shares[experts])
             recalled = spec.in_features if recipe.asymmetric else 0
             played = spec.out_features if recipe.true_sequential else 0
             values[spec.block] += read * (recalled + played)
@@ -160,20 +160,20 @@ class Plan:
     @property
     def planes_per_weight(self) -> float:
         """Bits of the quantized layers, averaged over their weights."""
-        planes = sum(each.layout.bits * each.spec.out_features * each.spec.in_features for each in self.linears)
+        planes = sum(linear.layout.bits * linear.spec.out_features * linear.spec.in_features for linear in self.linears)
         return planes / self.quantized_weights
 
     @property
     def whole_bits_per_weight(self) -> float:
-        """Stored bits per parameter of the whole model, at most."""
+        """Upper limit on the stored bits per parameter of the whole model."""
         return 8 * self.most_bytes / self.parameters
 
     def artifact_format(self) -> ArtifactFormat:
         """The quantization_config of the artifact."""
-        # Most layers then need no entry of their own.
+        # With the most common choice as the default, most layers need no entry.
         common = Counter(linear.layout.format.choice for linear in self.linears).most_common(1)[0][0]
         modules = {linear.spec.name: linear.layout for linear in self.linears}
-        tables = {each.name: each.shape for each in self.tables}
+        tables = {table.name: table.shape for table in self.tables}
         return ArtifactFormat(
             self.recipe.at(common), modules, tables, split_experts=has_split_experts(self.source.skeleton())
         )
@@ -184,16 +184,15 @@ def make_plan(
 ) -> Plan:
     """Plan a run from headers alone.
 
-    bits: of every linear that the recipe does not skip (or the word of a shift primitive), by full name; by default
-        those of the recipe's bit plan, or its primitive and bits for all.
-    memory: bytes that the run may take, by default those of the machine.
+    bits: bits (or the word of a shift primitive) of every linear that the recipe does not skip, by full name; by
+        default those of the recipe's bit plan, or its primitive and bits for all.
+    memory: upper limit on the memory of the run in bytes, by default that of the machine.
 
-    Raises SourceError when there is nothing to quantize, see `find_structure`; AllocationError when the bit plan cannot
-    be read, or is of another model or another way to store it; RecipeError for windows longer than the model's
-    positions.
+    Raises SourceError if there is nothing to quantize, see `find_structure`; AllocationError if the bit plan is
+    unreadable, or is for another model or storage format; RecipeError for windows longer than the model's positions.
     """
     recipe = _within_positions(source, recipe)
-    # Without data nothing is run but the sample that the result is checked on.
+    # Without data, the model only runs on the sample of the final check.
     running = source if recipe.calibration == NO_CALIBRATION else source.computed_on(choose_device(recipe.device))
     limit = machine_memory() if memory is None else min(memory, machine_memory())
     recipe, not_written = _with_writable_text(running, recipe, limit)
@@ -227,19 +226,19 @@ def make_plan(
 
 
 def _within_positions(source: Source, recipe: Recipe) -> Recipe:
-    """The recipe with windows that the model can read: a length that the user did not give is shortened.
+    """The recipe with windows that fit the model's positions. A default length is shortened if necessary.
 
-    Raises RecipeError for a length that the user gave and the model cannot read.
+    Raises RecipeError for a length given by the user that does not fit.
     """
     if source.reads_images or recipe.calibration == NO_CALIBRATION:
         return recipe
-    asked = recipe.seq_len if "seq_len" in recipe.model_fields_set else None
-    length = window_length(asked, recipe.seq_len, {source.spec: position_limit(source.config)}, "`seq_len`")
+    requested = recipe.seq_len if "seq_len" in recipe.model_fields_set else None
+    length = window_length(requested, recipe.seq_len, {source.spec: position_limit(source.config)}, "`seq_len`")
     return recipe if length == recipe.seq_len else recipe.model_copy(update={"seq_len": length})
 
 
 def _with_writable_text(running: Source, recipe: Recipe, memory: int) -> tuple[Recipe, str | None]:
-    """The recipe with the builtin text in place of one that this model cannot write, and the reason if there is one."""
+    """The recipe, with the builtin text in place of text that the model cannot write, and the reason, if any."""
     requests = [] if running.reads_images else written_by_model(recipe)
     reasons = (why_not(running, request, memory) for request in requests)
     reason = next(filter(None, reasons), None)
@@ -249,8 +248,8 @@ def _with_writable_text(running: Source, recipe: Recipe, memory: int) -> tuple[R
 
 
 def least_memory(plan: Plan, limit: int) -> tuple[int, int]:
-    """The largest batch size, of the recipe's own and its halves, with which a run is expected to take at most `limit`
-    bytes, or 1; and the bytes that it then is expected to take."""
+    """The largest batch size, by halving the recipe's own, with which a run is expected to need at most `limit` bytes,
+    or 1; and the bytes that the run then is expected to need."""
     batch_size, expected = plan.recipe.batch_size, plan.peak_memory_bytes
     while expected > limit and batch_size > 1:
         batch_size //= 2
@@ -265,16 +264,16 @@ def _tensors(
     linears: tuple[PlannedLinear, ...],
     tables: tuple[PlannedTable, ...],
 ) -> tuple[dict[str, TensorShape], tuple[str, ...]]:
-    """All tensors to write, in the order of the model's state, and the names of those that stay as they are."""
-    packed = {f"{each.spec.name}.weight": each for each in linears}
-    rows = {f"{each.name}.weight": each for each in tables}
+    """All tensors to write, in the order of the model's state, and the names of those that stay unquantized."""
+    packed = {f"{linear.spec.name}.weight": linear for linear in linears}
+    rows = {f"{table.name}.weight": table for table in tables}
     duplicates = {name for group in structure.tied for name in group[1:]}
     tensors: dict[str, TensorShape] = {}
     kept: list[str] = []
     for name, tensor in model.state_dict().items():
         if name in packed:
-            each = packed[name]
-            tensors |= {f"{each.spec.name}.{suffix}": shape for suffix, shape in each.layout.tensors().items()}
+            linear = packed[name]
+            tensors |= {f"{linear.spec.name}.{suffix}": shape for suffix, shape in linear.layout.tensors().items()}
         elif name in rows:
             tensors |= rows[name].tensors()
         elif name not in duplicates:

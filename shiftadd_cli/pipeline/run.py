@@ -1,4 +1,4 @@
-"""Run a plan: block after block is read, calibrated, quantized and written, and nothing is held longer."""
+"""Run a plan: read, calibrate, quantize and write one block after another, with only one block in memory."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def run_plan(
     history: History | None = None,
     team: Team = ALONE,
 ) -> Report:
-    """Do the work and put the artifact at `out`; returns what report.json says.
+    """Do the work and write the artifact to `out`; returns the content of report.json.
 
-    progress: wraps the block names, with a description, to show how far the run is. clock: what the times of the run
-    are added to, if it has been going for a while. history: of the run, which goes on where that ends; begun, in a
-    workspace that is entered. By default the run starts anew. team: this process is its first; the others `follow`.
+    progress: wraps the block names, with a description, to show progress. clock: accumulates the times of the run, and
+    may already be running. history: the run continues where it ends; it must be begun, in an entered workspace. By
+    default the run starts over. team: this process is its first; the others call `follow`.
 
-    Raises NumericalError naming a layer whose values cannot be quantized, OutputError when the disk refuses; nothing is
-    at `out` then.
+    Raises NumericalError naming a layer whose values cannot be quantized, or OutputError if writing fails; nothing is
+    written to `out` then.
     """
     samples = None if calibration is None else calibration.samples
     with ExitStack() as stack:
@@ -102,7 +102,7 @@ class _Run:
         for block in self.history.blocks:
             self.layers += block.layers
             self.blocks += block.blocks
-        # The blocks that are left are fed the samples, and so is the model that is distilled.
+        # The remaining blocks need the samples, and so does distillation.
         running = self.walk.samples is not None and (done < len(names) or self._to_distill)
         self.walk.team.share([done, running])
         self._start(progress, running)
@@ -143,9 +143,9 @@ class _Run:
         return bool(self.plan.recipe.distill_epochs) and self.history.distilled is None
 
     def _start(self, progress: BlockProgress, running: bool) -> None:
-        """Write what lies outside the blocks, and run the samples up to the first block, if `running`.
+        """Write the parts outside the blocks, and run the samples up to the first block if `running`.
 
-        For a run that goes on, all but the arguments of the blocks is there.
+        A resumed run already has everything except the arguments of the blocks.
         """
         history, walk, structure = self.history, self.walk, self.plan.structure
         begun = history.start is not None
@@ -176,13 +176,13 @@ class _Run:
         blocks = [] if report is None else [report]
         last = depth + 1 == len(self.plan.structure.blocks)
         if last:
-            # What the original gives out at the end is what the whole model is tuned towards.
+            # Distillation tunes the whole model towards the final outputs of the original.
             needed = ["original"] if self.plan.recipe.distill_epochs else []
             self.states = {name: self.states[name] for name in needed}
-        for each in self.states.values():
-            each.turn()
+        for states in self.states.values():
+            states.turn()
         with self.clock.phase("read_and_write"):
-            self._write_kept(kept for kept in self.plan.kept if kept.startswith(f"{name}."))
+            self._write_kept(path for path in self.plan.kept if path.startswith(f"{name}."))
             layers = self._write_solutions(quantizer)
         self.walk.model.release(depth)
         self.layers += layers
@@ -191,7 +191,7 @@ class _Run:
             self.history.keep_block(name, layers, blocks, self.writer, self.states, self.clock)
 
     def _distill(self, progress: BlockProgress) -> DistillationReport:
-        """Tune the whole model, or take what an earlier run has kept of it, and write it over what the blocks gave."""
+        """Tune the whole model, or load the result of an earlier run, and overwrite the blocks' tensors with it."""
         history = self.history
         if self._to_distill:
             result = self.walk.distill(self.writer.read, progress)
@@ -228,7 +228,8 @@ class _Run:
             self.writer.add(name, tensor)
 
     def _config(self) -> dict[str, Any]:
-        """config.json: the source's own, with its dtype, its class, our quantization_config and code file."""
+        """The content of config.json: that of the source, with its dtype, its class, our quantization_config and code
+        file."""
         source = self.plan.source
         config = source.config_fields() | code_entry(source.config)
         config["quantization_config"] = self.plan.artifact_format().to_dict()
@@ -241,7 +242,7 @@ def _check_kept(name: str, tensor: Tensor) -> None:
         raise NumericalError(
             f"{name} holds values that are not finite in {dtype_name(tensor.dtype)}; "
             + ("give `dtype` bfloat16 or float32, or " if tensor.dtype == torch.float16 else "")
-            + "mend the source."
+            + "fix the source."
         )
 
 
@@ -264,8 +265,8 @@ def _layer_report(spec: LinearSpec, solution: Solution, tokens: int | None) -> L
 
 
 def checkpoint_pages(plan: Plan, report: Report, name: str) -> dict[str, str]:
-    """Text by file name for a checkpoint whose folder is called `name`."""
-    layouts = {each.spec.name: each.layout for each in plan.linears}
+    """The text files, by name, of a checkpoint whose folder is called `name`."""
+    layouts = {linear.spec.name: linear.layout for linear in plan.linears}
     cost = model_cost(plan.source.skeleton(), layouts, plan.tensors, load_unit_costs())
     run = Run(name, report, cost)
     return {PAGE_FILE: render_page([run]), CARD_FILE: render_card(run), **code_files(plan.source.config)}

@@ -1,4 +1,4 @@
-"""Which embeddings, output heads and patch embeddings become tables of 8-bit rows, and making them."""
+"""Tables of 8-bit rows for embeddings, output heads and patch embeddings: planning and storing them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PROBE_ROWS = 4
 
 @dataclass(frozen=True)
 class PlannedTable:
-    """A weight of `shape` to be stored as 8-bit rows under the first of `modules`, which it ties."""
+    """A weight of `shape` to be stored as 8-bit rows under the first of `modules`, which share it."""
 
     modules: tuple[str, ...]
     shape: tuple[int, ...]
@@ -39,18 +39,18 @@ class PlannedTable:
         return table_bytes(*self.shape)
 
     def tensors(self) -> dict[str, TensorShape]:
-        """Shape and dtype of what is stored, by full name."""
+        """Shape and dtype of the stored tensors, by full name."""
         return {f"{self.name}.{suffix}": shape for suffix, shape in table_tensors(*self.shape).items()}
 
 
 def plan_tables(
     model: Any, structure: Structure, recipe: Recipe
 ) -> tuple[tuple[PlannedTable, ...], tuple[tuple[str, str], ...]]:
-    """Tables for the input embedding and the output head of a model on meta, or for the patch embedding of one that
-    reads images, and what of its modules is kept.
+    """Tables for the input embedding and output head of a model on meta, or for the patch embedding of a model that
+    reads images, and the modules that stay unquantized.
 
-    What is kept is `structure.kept` without the tables, and with the reason at an embedding or head that cannot be one:
-    its forward reads the weight in a way of its own, its weight is tied to a module that cannot be one, or a pattern of
+    The latter are `structure.kept` without the tables. An embedding or head that cannot be a table gets the reason: its
+    forward uses the weight in a custom way, its weight is tied to a module that cannot be a table, or a pattern of
     `skip` matches it. With `embedding_bits` 16 there are no tables.
     """
     if recipe.embedding_bits == 16:
@@ -66,18 +66,18 @@ def plan_tables(
             refused[end] = reason
         elif group[0] not in tables:
             tables[group[0]] = PlannedTable(group, tuple(model.get_parameter(weight).shape))
-    held = {module for table in tables.values() for module in table.modules}
+    planned = {module for table in tables.values() for module in table.modules}
     kept = tuple(
         (name, f"{reason}, {refused[name]}" if name in refused else reason)
         for name, reason in structure.kept
-        if name not in held
+        if name not in planned
     )
     return tuple(tables.values()), kept
 
 
 def _ends(model: Any, structure: Structure) -> list[str]:
-    """Names of what makes hidden states of tokens, and scores of them; or the former of pixels. The classifier of
-    images is a few rows, and stays."""
+    """Names of the input embedding and the output head, or of the patch embedding of an image model. The classifier of
+    an image model has only a few rows and stays unquantized."""
     if model.main_input_name == IMAGE_INPUT:
         return [name for name, reason in structure.kept if reason == PATCH_EMBEDDING]
     names = {id(module): name for name, module in model.named_modules()}
@@ -86,7 +86,7 @@ def _ends(model: Any, structure: Structure) -> list[str]:
 
 
 def store_table(table: PlannedTable, model: nn.Module, add: Callable[[str, Tensor], None]) -> TableReport:
-    """Give the table's tensors to `add`, and put the decoded weight in the place of the one in memory, tied ones too.
+    """Pass the table's tensors to `add`, and replace the weight in memory, and so its ties, by the decoded one.
 
     Raises NumericalError, naming the module, if a weight is not finite.
     """
@@ -95,7 +95,7 @@ def store_table(table: PlannedTable, model: nn.Module, add: Callable[[str, Tenso
     add(f"{table.name}.{CODES}", codes)
     add(f"{table.name}.{SCALE}", scale)
     with torch.no_grad():
-        # In place, so that tied modules see it, and what is calibrated on is what the artifact computes with.
+        # In place, so that tied modules see it, and calibration uses the same values as the artifact.
         error = decode_table_into(codes, scale, weight)
     return TableReport(
         modules=list(table.modules),
@@ -115,15 +115,15 @@ def _refusal(model: nn.Module, group: Sequence[str], skip: Sequence[str]) -> str
         if pattern := matching_pattern(name, skip):
             return f"skipped by {pattern}"
         if not can_hold_table(module) or not _reads_by_lookup(module):
-            return "of a form of its own" if len(group) == 1 else f"tied to {name}, which is of a form of its own"
+            return "with a custom forward" if len(group) == 1 else f"tied to {name}, which has a custom forward"
     return None
 
 
 def _reads_by_lookup(module: nn.Module) -> bool:
-    """Whether an embedding computes with its weight only what `nn.Embedding.forward` gives it: then a table may.
+    """Whether an embedding uses its weight only through `nn.Embedding.forward`, so that a table can replace it.
 
-    Found out by trying, since a subclass may do anything: a copy of a few rows must give equal finite outputs as the
-    dense module and as a table.
+    This is tested by running it, since a subclass may do anything: a copy with a few rows must give equal finite
+    outputs as a dense module and as a table.
     """
     if not isinstance(module, nn.Embedding) or type(module).forward is nn.Embedding.forward:
         return True
@@ -136,14 +136,14 @@ def _reads_by_lookup(module: nn.Module) -> bool:
             table = hold_table(copy.deepcopy(dense))
             table.weight_int8.copy_(codes)
             table.weight_int8_scale.copy_(scale)
-            expected, found = dense(ids), table(ids)
+            expected, actual = dense(ids), table(ids)
         except Exception:  # a class may fail in any way on sizes that it was not made for
             return False
-    return bool(torch.isfinite(expected).all()) and torch.equal(expected, found)
+    return bool(torch.isfinite(expected).all()) and torch.equal(expected, actual)
 
 
 def _probe(module: nn.Embedding) -> nn.Embedding:
-    """A copy in float32 on the CPU with a few rows, and random numbers for everything that is on meta."""
+    """A float32 copy on the CPU with a few rows, and random numbers in place of its parameters and buffers."""
     generator = torch.Generator().manual_seed(0)
     probe = copy.deepcopy(module)
     probe.weight = nn.Parameter(torch.empty(_PROBE_ROWS, module.embedding_dim, device="meta"))
@@ -153,9 +153,9 @@ def _probe(module: nn.Embedding) -> nn.Embedding:
             return torch.rand(tensor.shape, generator=generator)
         return torch.zeros_like(tensor, device="cpu")
 
-    for each in probe.modules():
-        for name, parameter in each.named_parameters(recurse=False):
-            setattr(each, name, nn.Parameter(fill(parameter)))
-        for name, buffer in each.named_buffers(recurse=False):
-            setattr(each, name, fill(buffer))
+    for submodule in probe.modules():
+        for name, parameter in submodule.named_parameters(recurse=False):
+            setattr(submodule, name, nn.Parameter(fill(parameter)))
+        for name, buffer in submodule.named_buffers(recurse=False):
+            setattr(submodule, name, fill(buffer))
     return probe

@@ -1,4 +1,4 @@
-"""The way through a model that every process of a run takes: samples through block after block, each quantized."""
+"""The walk of every process of a run through a model: run the samples through the blocks, and quantize each block."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from shiftadd_cli.pipeline.tables import store_table
 from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.report.schema import BlockReport, TableReport
 
-# Tokens that the result of a run without data is checked on.
+# Number of tokens in the final check of a run without data.
 _CHECKED_TOKENS = 32
 
 
 @dataclass
 class Walk:
-    """`samples` through the blocks of `plan`; None for a run without data.
+    """Runs `samples` (None for a run without data) through the blocks of `plan`.
 
     The processes of a `team` call the same methods in the same order. The first has all hidden states, the others those
-    of the batches that they run. `spill` is a folder for what does not stay in memory, by default the system's own.
+    of the batches that they run. `spill` is a folder for data kept out of memory, by default the system's own.
     """
 
     plan: Plan
@@ -62,23 +62,23 @@ class Walk:
 
     @property
     def model(self) -> BlockwiseModel:
-        """The model, at the dtype that is computed in."""
+        """The model in the compute dtype."""
         return BlockwiseModel(self.plan.running, self.plan.structure, self.device)
 
     def store_tables(self, add: Callable[[str, Tensor], None]) -> list[TableReport]:
-        """Give what is stored of embeddings to `add`, and let the model look it up.
+        """Pass the stored tensors of embeddings to `add`, and replace the model's weights by the decoded ones.
 
-        Before anything is run: the first block calibrates on what the artifact will look up.
+        Call this before running the model, so that the first block calibrates on the values of the artifact.
         """
-        return [store_table(each, self.plan.running.skeleton(), add) for each in self.plan.tables]
+        return [store_table(table, self.plan.running.skeleton(), add) for table in self.plan.tables]
 
     def trace_samples(
         self, hidden: Callable[[], States], states: dict[str, States], progress: BlockProgress = silent
     ) -> None:
-        """Run the samples up to the first block, or take `states` as they are where a run goes on.
+        """Run the samples up to the first block, or use `states` of a resumed run.
 
-        hidden: makes the place for states; `states` then has those that there are, by name. What lies outside the
-        blocks must be materialised.
+        hidden: creates storage for hidden states; `states` is filled with them, by name. The parts outside the blocks
+        must be materialised.
         """
         assert self.samples is not None, "there is something to trace"
         recipe = self.plan.recipe
@@ -87,7 +87,7 @@ class Walk:
             first = states.get("quantized")
             if first is None:
                 first = states["quantized"] = hidden()
-            # Steps that each need the one before, as distillation, are all done by the first process.
+            # The first process needs all batches, because it does the sequential steps, such as distillation, alone.
             own = None if self.team.first else self.team.shards(len(first)).own()
             trace = trace_model(
                 self.model,
@@ -100,13 +100,14 @@ class Walk:
             )
             if recipe.follows_original:
                 trace.original = states.setdefault("original", first.copy())
-            for each in (trace.hidden, trace.original):
-                if each is not None:
-                    each.hand_out(self.team)
+            for hidden_states in (trace.hidden, trace.original):
+                if hidden_states is not None:
+                    hidden_states.hand_out(self.team)
         self.trace = trace
 
     def weigh_tokens(self, known: dict[str, Tensor] | None, progress: BlockProgress) -> None:
-        """Squared gradients to the power of the recipe, of mean 1 again; `known` are those of a run that goes on."""
+        """Set the token weights: squared gradients to the power of the recipe, normalized to mean 1. `known` are those
+        of a resumed run."""
         if not self.plan.recipe.loss_aware:
             return
         with self.clock.phase("trace"):
@@ -116,7 +117,7 @@ class Walk:
     def _weights(self, progress: BlockProgress) -> dict[str, Tensor]:
         assert self.samples is not None, "there is something to weigh"
         assert self.trace is not None, "it was traced"
-        found = squared_gradients(
+        gradients = squared_gradients(
             self.model,
             self.samples,
             self.trace,
@@ -124,16 +125,16 @@ class Walk:
             progress=progress,
             team=self.team,
         )
-        powers = {name: each**self.plan.recipe.loss_aware for name, each in found.token_weights().items()}
-        return {name: each / each.mean() for name, each in powers.items()}
+        powers = {name: square**self.plan.recipe.loss_aware for name, square in gradients.token_weights().items()}
+        return {name: power / power.mean() for name, power in powers.items()}
 
     def quantize(self, depth: int, name: str) -> tuple[BlockQuantizer, BlockReport | None]:
         """Load and quantize block number `depth`, and run the samples through it; the caller releases it."""
         recipe = self.plan.recipe
         with self.clock.phase("read_and_write"):
             block = self.model.load(depth)
-        specs = [each.spec for each in self.plan.linears if each.spec.block == depth]
-        bits = {each.spec.name: each.layout.format.choice for each in self.plan.linears}
+        specs = [linear.spec for linear in self.plan.linears if linear.spec.block == depth]
+        bits = {linear.spec.name: linear.layout.format.choice for linear in self.plan.linears}
         shared = {path.removeprefix(f"{name}.") for path in self.plan.structure.shared_in(depth)}
         quantizer = BlockQuantizer(block, specs, recipe, self.clock, self.token_weights, bits, self.team, shared)
         if self.trace is None:
@@ -146,7 +147,7 @@ class Walk:
         recipe, trace, block = self.plan.recipe, self.trace, quantizer.block
         assert trace is not None, "it was traced"
         calls = {index: per_block[depth] for index, per_block in trace.calls.items()}
-        # A part that is played back writes nothing for later blocks.
+        # Playback skips computation, so it is off if the block passes data on to later blocks.
         playback = (
             None if any(call.hands_on for call in calls.values()) else OutputCache(block, quantizer.specs, waiting)
         )
@@ -169,12 +170,12 @@ class Walk:
             stream = replace(stream, playback=None)
         if depth + 1 < len(self.plan.structure.blocks):
             with self.clock.phase("forward"):
-                # The next block calibrates on what it will see.
+                # The next block calibrates on the outputs of the quantized block.
                 stream.advance(name, self.team)
         return report
 
     def _take_shared(self, depth: int) -> None:
-        """Give the parameters of a block that earlier blocks have too the values that were stored of them."""
+        """Load the stored values of parameters that the block shares with earlier blocks."""
         shared = self.plan.structure.shared_in(depth)
         if not shared:
             return
@@ -195,8 +196,8 @@ class Walk:
             parameter.data = value.to(parameter).contiguous()
 
     def _round_kept(self, block: str) -> bool:
-        """Give norms and biases that were tuned in another dtype the values that are stored of them; whether that
-        changed any."""
+        """Round norms and biases that were tuned in another dtype to their stored values; returns whether any value
+        changed."""
         if self.plan.running is self.plan.source:
             return False
         model, changed = self.plan.running.skeleton(), False
@@ -209,9 +210,9 @@ class Walk:
         return changed
 
     def distill(self, read: Reader, progress: BlockProgress) -> Distillation:
-        """Tune the whole model, all blocks of which have been quantized and written; `read` gives what was.
+        """Tune the whole model after all blocks have been quantized and written; `read` returns the written tensors.
 
-        The first process of a team does it alone, since every step needs the one before; the others `stand_by`.
+        The first process of a team does this alone, since every step needs the one before; the others `stand_by`.
         """
         trace, samples, recipe = self.trace, self.samples, self.plan.recipe
         assert trace is not None, "it was traced"
@@ -235,9 +236,9 @@ class Walk:
             )
 
     def predict_stored(self, read: Reader, progress: BlockProgress) -> tuple[Tensor, Tensor]:
-        """A sample, and what the stored tensors predict for it, decoded and run block by block.
+        """A sample, and its predictions by the stored tensors, decoded and run block by block.
 
-        `read` gives tensors as they were written. Without data the sample is made of random numbers.
+        `read` returns tensors as they were written. Without data the sample consists of random numbers.
         """
         model, within = self.model, tuple(f"{name}." for name in self.model.names)
         sample = self._any_sample() if self.samples is None else self.samples[:1]
@@ -256,7 +257,7 @@ class Walk:
             with torch.no_grad():
                 entering, arguments = passage.arguments(sample)
                 state = passage.states[0].pack(entering)
-                for depth, _ in enumerate(progress(model.names, "Checking what was written")):
+                for depth, _ in enumerate(progress(model.names, "Checking the written files")):
                     block = self._stored_block(depth, read)
                     state = block.run(passage.recorded_call(depth, arguments), state, block.decoded())
                 head = Head(model, passage.forms, sample)
@@ -264,12 +265,12 @@ class Walk:
                 return sample, head.predict(state, slice(0, 1), tokens).values
 
     def _buffers(self) -> list[str]:
-        """Masks and the like in blocks, which no artifact holds."""
+        """Names of buffers in blocks, such as masks, which are not part of an artifact."""
         within = tuple(f"{name}." for name in self.model.names)
         return [name for name, _ in self.model.skeleton.named_buffers() if name.startswith(within)]
 
     def _stored_block(self, depth: int, read: Reader) -> TunedBlock:
-        """A block as it is stored, copies of linears of other blocks included."""
+        """A block as it is stored, including copies of linears of other blocks."""
         name, shared = self.plan.structure.blocks[depth], self.plan.structure.shared_in(depth)
         linears = []
         for planned in self.plan.linears:
@@ -290,13 +291,13 @@ class Walk:
         return torch.randint(0, size, (1, _CHECKED_TOKENS), generator=generator)
 
     def stand_by(self) -> None:
-        """What the others of a team do while the first distills: hear from it after every step, and in the end."""
+        """Wait while the first process distills; it sends a message after every step and at the end."""
         while self.team.share(False):
             continue
 
 
 def follow(plan: Plan, samples: Tensor | None, device: torch.device, team: Team) -> None:
-    """Do the part of a process that is not the first of `team`, which runs `run_plan`."""
+    """Do the work of a process that is not the first of `team`; the first calls `run_plan`."""
     walk, names = Walk(plan, samples, device, team=team), plan.structure.blocks
     done, running = team.share([0, False])
     plan.running.materialise(plan.structure.outside)

@@ -1,1 +1,1 @@
-"""Tuning what was quantized against the output of a whole block, by gradient."""
+"""Gradient tuning of quantized weights against the output of the whole block."""

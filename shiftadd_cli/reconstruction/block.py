@@ -1,9 +1,10 @@
-"""Tune a quantized block until its output is as near to the original's as calibration text can make it.
+"""Tune a quantized block by gradient descent so that its output on calibration text matches the original's.
 
-Layer-wise solvers minimise each linear's own output error. What leaves the block is what counts, and the errors of its
-linears can make up for each other there: scales, offsets, codes, norms and biases are tuned together, through the
-block, by gradient (BRECQ, arXiv:2102.05426; for the codes of language models AutoRound, arXiv:2309.05516). Text without
-labels is all it takes. Some of the text is held back, and a block keeps what was tuned only if it is better there.
+Layer-wise solvers minimise the output error of each linear by itself. The error that matters is that of the block
+output, where the errors of the linears can compensate for each other. So scales, offsets, codes, norms and biases are
+tuned together, through the block (BRECQ, arXiv:2102.05426; for the codes of language models AutoRound,
+arXiv:2309.05516). This needs only unlabelled text. Some of the text is held out, and the tuned values are kept only if
+they are better there.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from shiftadd_cli.blockwise.hidden_states import HiddenStates
 from shiftadd_cli.reconstruction.optimizer import FactoredDescent, hold_back, rising_and_falling
 from shiftadd_cli.reconstruction.weight import TunableWeight
 
-# Distances per step at the start; they fall to nothing linearly. In level spacings, and relative to the mean size.
+# Initial step sizes, which decay linearly to zero: in level spacings, and relative to the mean magnitude.
 _LATENT_RATE = 0.01
 _SCALE_RATE = 0.003
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What came of it: compressed weights by path in the block, other parameters by name, both empty if it was not
-    kept; relative errors of the block's output on the text held back, before and after."""
+    """The result: compressed weights by path in the block and other parameters by name, both empty if it was not kept;
+    relative errors of the block's output on the held-out text, before and after."""
 
     weights: dict[str, QuantizedWeight]
     parameters: dict[str, Tensor]
@@ -55,12 +56,12 @@ def reconstruct_block(
 ) -> Reconstruction:
     """Tune the linears `weights` (by path in the block) and all vectors among the block's other parameters.
 
-    stream: the block, computing with the decoded weights, and the hidden states that reach it; targets: what the
-    original block gives for the same windows. originals: float32 `[out, in]`, the matrices that `weights` stand for.
-    transposed: those whose module stores `[in, out]`. epochs: passes over the text that is not held back.
+    stream: the block, computing with the decoded weights, and its input hidden states; targets: the output of the
+    original block for the same windows. originals: float32 `[out, in]`, the matrices that `weights` approximate.
+    transposed: linears whose module stores `[in, out]`. epochs: passes over the text that is not held out.
     fixed: vectors of the block that are not tuned, by path.
 
-    The block's parameters are left as they are. Needs two batches at least.
+    The block's parameters are not changed. Needs at least two batches.
     """
     tuning = _Tuning(stream, targets, weights, originals, set(transposed), fixed)
     train, held_back = hold_back(len(stream.hidden))
@@ -69,8 +70,8 @@ def reconstruct_block(
     after = tuning.error(held_back)
     if not after < before:
         return Reconstruction({}, {}, before, after)
-    vectors = {name: each.detach().to(tuning.dtypes[name]) for name, each in tuning.vectors.items()}
-    return Reconstruction({kind: each.quantized() for kind, each in tuning.weights.items()}, vectors, before, after)
+    vectors = {name: vector.detach().to(tuning.dtypes[name]) for name, vector in tuning.vectors.items()}
+    return Reconstruction({kind: weight.quantized() for kind, weight in tuning.weights.items()}, vectors, before, after)
 
 
 class _Tuning:
@@ -84,19 +85,19 @@ class _Tuning:
         fixed: Collection[str],
     ) -> None:
         self.stream, self.targets, self.transposed = stream, targets, transposed
-        self.weights = {kind: TunableWeight(each, originals[kind]) for kind, each in weights.items()}
+        self.weights = {kind: TunableWeight(weight, originals[kind]) for kind, weight in weights.items()}
         named = dict(stream.block.named_parameters())
-        self.dtypes = {name: each.dtype for name, each in named.items()}
+        self.dtypes = {name: parameter.dtype for name, parameter in named.items()}
         self.vectors = {
-            name: nn.Parameter(each.detach().float().clone())
-            for name, each in named.items()
-            if each.ndim == 1 and each.is_floating_point() and name not in fixed
+            name: nn.Parameter(parameter.detach().float().clone())
+            for name, parameter in named.items()
+            if parameter.ndim == 1 and parameter.is_floating_point() and name not in fixed
         }
 
     def descend(self, batches: Sequence[int], epochs: int, seed: int) -> None:
-        """Go through the batches, in another order each time."""
+        """Train on the batches, in a new random order in every epoch."""
         optimizers: list[torch.optim.Optimizer] = [self._latent_optimizer(), self._scale_optimizer()]
-        schedules = [LambdaLR(each, rising_and_falling(epochs * len(batches))) for each in optimizers]
+        schedules = [LambdaLR(optimizer, rising_and_falling(epochs * len(batches))) for optimizer in optimizers]
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
             for index in torch.randperm(len(batches), generator=generator).tolist():
@@ -109,13 +110,13 @@ class _Tuning:
 
     @torch.no_grad()
     def error(self, batches: Sequence[int]) -> float:
-        """Mean of the loss."""
+        """Mean loss over the batches."""
         parameters = self._parameters()
         return sum(float(self._loss(index, parameters)) for index in batches) / len(batches)
 
     def _loss(self, index: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Mean over tokens of ‖y − ŷ‖² / ‖y‖²: what reads the output normalises it first, so a token whose hidden
-        state is a hundred times larger, as first tokens are, must not count ten thousand times."""
+        """Mean over tokens of ‖y − ŷ‖² / ‖y‖². Later layers normalise their input, so a token whose hidden state is a
+        hundred times larger, as for first tokens, must not count ten thousand times."""
         target = self.targets[index].to(self.stream.device).float()
         difference = self._output(index, parameters).float() - target
         return (difference.square().sum(-1) / target.square().sum(-1).clamp_min(1e-30)).mean()
@@ -126,8 +127,8 @@ class _Tuning:
         return call.run(lambda *args, **named: functional_call(self.stream.block, dict(parameters), args, named), batch)
 
     def _parameters(self) -> dict[str, Tensor]:
-        """What is tuned, as the block's own parameters by name."""
-        parameters: dict[str, Tensor] = {name: each.to(self.dtypes[name]) for name, each in self.vectors.items()}
+        """The tuned values as the block's own parameters, by name."""
+        parameters: dict[str, Tensor] = {name: vector.to(self.dtypes[name]) for name, vector in self.vectors.items()}
         for kind, weight in self.weights.items():
             name = f"{kind}.weight"
             matrix = weight().to(self.dtypes[name])
@@ -136,15 +137,19 @@ class _Tuning:
 
     def _latent_optimizer(self) -> FactoredDescent:
         return FactoredDescent(
-            {"params": [each.latent], "lr": _LATENT_RATE * each.level_spacing()} for each in self.weights.values()
+            {"params": [weight.latent], "lr": _LATENT_RATE * weight.level_spacing()} for weight in self.weights.values()
         )
 
     def _scale_optimizer(self) -> torch.optim.Adam:
         parameters: list[nn.Parameter] = list(self.vectors.values())
         for weight in self.weights.values():
-            parameters += [each for name, each in weight.named_parameters() if name != "latent" and each.requires_grad]
+            parameters += [
+                parameter
+                for name, parameter in weight.named_parameters()
+                if name != "latent" and parameter.requires_grad
+            ]
         groups = [
-            {"params": [each], "lr": _SCALE_RATE * float(each.detach().abs().mean().clamp_min(1e-12))}
-            for each in parameters
+            {"params": [parameter], "lr": _SCALE_RATE * float(parameter.detach().abs().mean().clamp_min(1e-12))}
+            for parameter in parameters
         ]
         return torch.optim.Adam(groups, betas=(0.9, 0.95))

@@ -16,13 +16,13 @@ class FactoredDescent(Optimizer):
     """Matrices move by lr · m / √v, where m is the running mean of the gradient and v the rank-one estimate of its
     square from row and column means (Adafactor, Shazeer and Stern 2018, arXiv:1804.04235, section 3).
 
-    The square of one entry's own gradient, as Adam takes it, makes every weight move as far as every other. Most
-    latent weights have nothing but noise for a gradient; then they all cross their midpoints together. With row and
-    column means a weight moves as its gradient compares with those of its row and column.
+    Adam divides each entry by its own squared gradient, so every weight moves equally far. Most latent weights have
+    only noise as their gradient, and would all cross their midpoints together. With row and column means, the movement
+    of a weight depends on its gradient relative to its row and column.
     """
 
     def __init__(self, groups: Iterable[dict[str, object]]) -> None:
-        """groups: dicts of `params` (matrices) and `lr`, the distance a typical entry moves per step."""
+        """groups: dicts of `params` (matrices) and `lr`, the distance that a typical entry moves per step."""
         super().__init__(groups, {"lr": 0.0})
 
     @torch.no_grad()
@@ -54,17 +54,17 @@ class FactoredDescent(Optimizer):
 
 
 _WARM_UP_STEPS = 5
-# One in so many batches is held back.
+# One in this many batches is held out.
 _HELD_BACK = 8
 
 
 def hold_back(batches: int) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to tune on, and of those, the last, that decide whether it helped. Of two at least."""
+    """Numbers of the batches to tune on, and of the held-out batches, the last ones. Needs at least two batches."""
     numbers = list(range(batches))
-    kept = max(1, batches // _HELD_BACK)
-    return numbers[:-kept], numbers[-kept:]
+    count = max(1, batches // _HELD_BACK)
+    return numbers[:-count], numbers[-count:]
 
 
 def rising_and_falling(steps: int) -> Callable[[int], float]:
-    """Share of the rate at step 0, 1, ... of so many: up in a few steps, then down to nothing linearly."""
+    """Learning rate factor by step, for `steps` steps: a short warm-up, then a linear decay to zero."""
     return lambda step: min(1, (step + 1) / _WARM_UP_STEPS) * (1 - step / steps)

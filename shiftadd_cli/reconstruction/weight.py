@@ -1,9 +1,9 @@
-"""A compressed weight that gradients flow through.
+"""A differentiable compressed weight.
 
-What is stored is discrete: codes, scales on their format, offsets in nibbles. Each has a continuous value behind it;
-the forward pass rounds exactly as the stored form does, and the backward pass takes the rounding for the identity
-(straight-through, Bengio et al. 2013, arXiv:1308.3432). A code is that of the level nearest to a latent weight, so it
-changes when the latent weight has crossed a midpoint (as in learned rounding, AdaRound, arXiv:2004.10568).
+The stored values are discrete: codes, scales in their format, offsets in nibbles. Each has an underlying continuous
+value. The forward pass rounds exactly as the stored form does, and the backward pass treats the rounding as the
+identity (straight-through, Bengio et al. 2013, arXiv:1308.3432). The code is that of the level nearest to the latent
+weight, so it changes when the latent weight crosses a midpoint (as in learned rounding, AdaRound, arXiv:2004.10568).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from shiftadd_cli.bcq.rotation import restore_weight, rotate_weight
 from shiftadd_cli.bcq.scale_formats import scale_format
 from shiftadd_cli.bcq.weight import QuantizedWeight
 
-# A latent weight starts on the way from its level to the weight itself, as far as its cell allows, times this: weights
-# near a midpoint change sides early and the others late, but none at the first step.
+# A latent weight starts this fraction of the way from its level to the original weight, clipped to its cell. Weights
+# near a midpoint then change codes early and the others late, but none at the first step.
 _TOWARDS_WEIGHT = 0.7
 
 
@@ -26,12 +26,12 @@ class TunableWeight(nn.Module):
     """`quantized`, whose groups lie in rows (`group_rows` 1), with parameters
 
     - `latent` float32 `[out, in]`, in the rotated basis,
-    - `row_scale` float32 `[out]`, absent where one power of two serves the matrix,
-    - `ratios` float32 `[out, C, bits]` and `offsets` float32 `[out, C]`, relative to the row scale; None where groups
-      have none,
+    - `row_scale` float32 `[out]`, absent if one power of two serves the whole matrix,
+    - `ratios` float32 `[out, C, bits]` and `offsets` float32 `[out, C]`, relative to the row scale; None if groups have
+      none,
     - `columns` float32 `[out, K]` or None, the outlier columns.
 
-    weight: float32 `[out, in]`, what the compressed matrix stands for, in the basis of the layer's own input.
+    weight: float32 `[out, in]`, the matrix that `quantized` approximates, in the basis of the layer's own input.
     """
 
     ratios: nn.Parameter | None
@@ -54,13 +54,13 @@ class TunableWeight(nn.Module):
         self.columns = None if outliers is None else nn.Parameter(outliers[0].float())
         self.register_buffer("ids", None if outliers is None else outliers[1])
         if outliers is not None:
-            # What is left for the planes.
+            # The remainder, which the planes approximate.
             weight = weight.index_add(1, outliers[1], outliers[0].float(), alpha=-1)
         rotated = weight if self.signs is None else rotate_weight(weight, self.signs)
         self.latent = nn.Parameter(self._start(quantized.decode_stored(), rotated))
 
     def forward(self) -> Tensor:
-        """The matrix as it would be stored and decoded, float32 `[out, in]`."""
+        """The matrix after storing and decoding, float32 `[out, in]`."""
         levels = self._levels()
         values = self._ungroup(levels.gather(-1, self._codes(levels)))
         values = values + (self.latent - self.latent.detach())
@@ -72,7 +72,7 @@ class TunableWeight(nn.Module):
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
-        """The compressed form of the present values."""
+        """The compressed form of the current values."""
         codes = self._ungroup(self._codes(self._levels())).to(torch.uint8)
         planes = planes_of(codes, self.layout.bits)
         if self.ratios is None:
@@ -86,13 +86,13 @@ class TunableWeight(nn.Module):
         return packed.with_outliers(self.columns, self.ids)
 
     def level_spacing(self) -> float:
-        """Mean distance of neighbouring levels: the unit in which latent weights move."""
+        """Mean distance of neighbouring levels: the unit of the movement of latent weights."""
         levels = self._levels().detach()
         spread = levels.amax(-1) - levels.amin(-1)
         return float(spread.mean()) / (levels.shape[-1] - 1)
 
     def _start(self, values: Tensor, target: Tensor) -> Tensor:
-        """Latent weights `[out, in]`: between the present values and the target, inside the cells of the values."""
+        """Latent weights `[out, in]`: between the current values and the target, inside the cells of the values."""
         ratios, offsets = (None if free is None else free.detach() for free in (self.ratios, self.offsets))
         levels = self.layout.primitive.levels(self.layout.bits, ratios, offsets).to(values.device)
         levels = levels.sort(dim=-1, stable=True).values.expand(len(values), -1, -1)
@@ -105,11 +105,11 @@ class TunableWeight(nn.Module):
         return values + _TOWARDS_WEIGHT * (inside - values)
 
     def _row_scale(self) -> Tensor:
-        """As it would be stored, with a straight-through gradient."""
+        """The row scale as stored, with a straight-through gradient."""
         return _straight(self.row_scale, self.row_scale.detach().bfloat16().float())
 
     def _snapped(self, free: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Ratios `free` and offsets as they would be stored, with straight-through gradients."""
+        """Ratios `free` and the offsets as stored, with straight-through gradients."""
         form = scale_format(self.layout.scales.scale_format)
         ratios = _straight(free, form.round(free.detach()))
         if self.offsets is None:
@@ -124,13 +124,13 @@ class TunableWeight(nn.Module):
 
     @torch.no_grad()
     def _codes(self, levels: Tensor) -> Tensor:
-        """Code of the level nearest to each latent weight: int64 `[out, C, group]`."""
+        """Code of the nearest level for each latent weight: int64 `[out, C, group]`."""
         ordered, order = levels.sort(dim=-1, stable=True)
         midpoints = (ordered[..., 1:] + ordered[..., :-1]) / 2
         return order.gather(-1, ranks_within(self._group(self.latent), midpoints))
 
     def _group(self, matrix: Tensor) -> Tensor:
-        """`[out, in]` as `[out, C, group]`, padded."""
+        """Reshape `[out, in]` to `[out, C, group]`, padded."""
         grid = self.layout.grid
         padding = grid.column_groups * grid.group_columns - grid.columns
         return pad(matrix, (0, padding)).view(grid.rows, grid.column_groups, grid.group_columns)

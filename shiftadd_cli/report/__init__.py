@@ -1,1 +1,1 @@
-"""What a run is said to have done: report.json and its summary in text."""
+"""Reports about runs: report.json, its HTML page and the model card."""

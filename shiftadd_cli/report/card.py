@@ -1,4 +1,4 @@
-"""The model card: README.md with the hub's metadata, written from what report.json says."""
+"""The model card: README.md with the hub's metadata, written from report.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shiftadd_cli.report.page import Run
 from shiftadd_cli.report.schema import Report
 
 CARD_FILE = "README.md"
-# What Markdown or the HTML in it would take for more than text.
+# Characters with a meaning in Markdown or in the HTML inside it.
 _SPECIAL = {ord(sign): f"&#{ord(sign)};" for sign in "<>&`*[]|\\#"} | {ord(sign): " " for sign in "\r\n"}
 
 
@@ -27,14 +27,14 @@ def render_card(run: Run) -> str:
 
 
 def card_metadata(report: Report) -> dict[str, Any]:
-    """The fields of https://huggingface.co/docs/hub/model-cards; the base model where it has an id on the hub."""
+    """The fields of https://huggingface.co/docs/hub/model-cards, with the base model if it has an id on the hub."""
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": _task(report)}
     if report.source.license is not None:
         metadata["license"] = report.source.license
     if report.source.hub_id is not None:
         metadata |= {"base_model": report.source.hub_id, "base_model_relation": "quantized"}
     bits = sorted({layer.bits for layer in report.layers})
-    metadata["tags"] = ["shiftadd", "quantized", *(f"{each}-bit" for each in dict.fromkeys((bits[0], bits[-1])))]
+    metadata["tags"] = ["shiftadd", "quantized", *(f"{count}-bit" for count in dict.fromkeys((bits[0], bits[-1])))]
     return metadata
 
 

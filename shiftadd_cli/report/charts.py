@@ -1,4 +1,4 @@
-"""Geometry of the charts of a page: numbers in, places in a drawing out. The templates turn them into SVG."""
+"""Geometry of the charts on a page: turns numbers into drawing coordinates. The templates turn these into SVG."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# Drawings are as wide as a phone, in pixels, so that their text is as large as that around them.
+# In pixels. Drawings are as wide as a phone, so that their text is as large as the text around them.
 WIDTH, HEIGHT = 320, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 36
 _MARKS = ("circle", "square", "diamond", "triangle", "cross")
@@ -16,7 +16,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Tick:
-    """A labelled place on an axis."""
+    """A labelled position on an axis."""
 
     place: float
     label: str
@@ -24,7 +24,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Series:
-    """Points in the drawing, joined by a line if `joined`; told from others by mark and dashes, not by colour alone."""
+    """Points in the drawing, joined by a line if `joined`. Mark and dashes tell series apart, not colour alone."""
 
     name: str
     points: tuple[Point, ...]
@@ -47,7 +47,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its words: `title` and `description` say to those who cannot see it what it shows."""
+    """A drawing with its text; `title` and `description` describe it to readers who cannot see it."""
 
     title: str
     description: str
@@ -67,7 +67,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Line:
-    """What a chart is to show: points as numbers, and a label for each, or none."""
+    """Data of a chart: points as numbers, with a label for each point or none at all."""
 
     name: str
     points: Sequence[Point]
@@ -85,16 +85,16 @@ def line_chart(
     span: tuple[float, float] | None = None,
     whole_x: bool = False,
 ) -> Chart:
-    """Lines over a common axis; the vertical one is logarithmic where all values are above 0 and differ tenfold.
+    """Lines over a common axis; the vertical axis is logarithmic if all values are above 0 and span a factor of ten.
 
-    span: smallest and largest value of the vertical axis, for charts to be compared; by default those of the lines.
-    whole_x: label whole numbers only. At least one point is needed.
+    span: smallest and largest value of the vertical axis, to make charts comparable; by default those of the lines.
+    whole_x: only label integers. At least one point is needed.
     """
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     low, high = span or (min(ys), max(ys))
     logarithmic = low > 0 and high >= 10 * low
-    across, x_ticks = _axis(min(xs), max(xs), _LEFT, WIDTH - _RIGHT, whole=whole_x, target=6)
+    across, x_ticks = _axis(min(xs), max(xs), _LEFT, WIDTH - _RIGHT, integers=whole_x, target=6)
     if logarithmic:
         down, y_ticks = _log_axis(low, high, HEIGHT - _BOTTOM, _TOP)
     else:
@@ -104,7 +104,7 @@ def line_chart(
             line.name,
             tuple((_round(across(x)), _round(down(y))) for x, y in line.points),
             _MARKS[index % len(_MARKS)],
-            # The sixth line has the mark of the first, in another colour and with other dashes.
+            # The sixth line has the mark of the first, with a different colour and dashes.
             (index + index // len(_MARKS)) % len(_MARKS),
             line.joined,
             tuple(line.labels),
@@ -115,14 +115,14 @@ def line_chart(
 
 
 def histogram(title: str, description: str, values: Sequence[float], *, x_label: str, y_label: str) -> Chart:
-    """How many values lie in each of some bins: of equal ratio where all are above 0 and differ tenfold, else of equal
-    width. At least one value is needed.
+    """Histogram of the values. Bins have equal ratios if all values are above 0 and span a factor of ten, and equal
+    widths otherwise. At least one value is needed.
     """
     low, high = min(values), max(values)
     logarithmic = low > 0 and high >= 10 * low
     if low == high:
         low, high = (low * 0.95, high * 1.05) if low > 0 else (low - 0.5, high + 0.5)
-    scale, unscale = (math.log10, lambda each: 10.0**each) if logarithmic else (float, float)
+    scale, unscale = (math.log10, lambda power: 10.0**power) if logarithmic else (float, float)
     bins = max(5, min(24, math.ceil(2 * math.sqrt(len(values)))))
     step = (scale(high) - scale(low)) / bins
     counts = [0] * bins
@@ -133,7 +133,7 @@ def histogram(title: str, description: str, values: Sequence[float], *, x_label:
         if logarithmic
         else _axis(low, high, _LEFT, WIDTH - _RIGHT, target=5)
     )
-    down, y_ticks = _axis(0, max(counts), HEIGHT - _BOTTOM, _TOP, whole=True, target=4)
+    down, y_ticks = _axis(0, max(counts), HEIGHT - _BOTTOM, _TOP, integers=True, target=4)
     edges = [unscale(scale(low) + index * step) for index in range(bins + 1)]
     bars = []
     for count, start, stop in zip(counts, edges, edges[1:], strict=False):
@@ -152,20 +152,22 @@ def histogram(title: str, description: str, values: Sequence[float], *, x_label:
 
 
 def _axis(
-    low: float, high: float, start: float, stop: float, *, whole: bool = False, target: int
+    low: float, high: float, start: float, stop: float, *, integers: bool = False, target: int
 ) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
-    """Places from `start` to `stop` for numbers from `low` to `high`, and round numbers among them."""
+    """A map from numbers in `low` to `high` to positions in `start` to `stop`, and ticks at round numbers."""
     if high == low:
-        low, high = (low - 0.5, high + 0.5) if whole or low == 0 else (low - abs(low) / 10, high + abs(high) / 10)
+        low, high = (low - 0.5, high + 0.5) if integers or low == 0 else (low - abs(low) / 10, high + abs(high) / 10)
     step = _round_step((high - low) / target)
-    if whole:
+    if integers:
         step = max(1.0, step)
 
-    def place(value: float) -> float:
+    def position(value: float) -> float:
         return start + (value - low) / (high - low) * (stop - start)
 
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return place, tuple(Tick(_round(place(each * step)), _label(each * step)) for each in range(first, last + 1))
+    return position, tuple(
+        Tick(_round(position(index * step)), _label(index * step)) for index in range(first, last + 1)
+    )
 
 
 def _log_axis(
@@ -173,27 +175,27 @@ def _log_axis(
 ) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
     decades = math.log10(high) - math.log10(low)
 
-    def place(value: float) -> float:
-        # A value of 0 has no place; it lies on the edge.
+    def position(value: float) -> float:
+        # A value of 0 has no logarithm; it is drawn on the edge.
         inside = min(max(value, low), high)
         return start + (math.log10(inside) - math.log10(low)) / decades * (stop - start)
 
     leading: tuple[int, ...] = ()
-    found: list[float] = []
+    values: list[float] = []
     for leading in ((1, 2, 5), (1, 3), (1,)):
-        found = [
+        values = [
             digit * 10.0**power
             for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
             for digit in leading
             if low * (1 - 1e-9) <= digit * 10.0**power <= high * (1 + 1e-9)
         ]
-        if len(found) <= target:
+        if len(values) <= target:
             break
-    if len(found) > target:
-        found = found[:: math.ceil(len(found) / target)]
-    if len(found) < 2:
-        found = [low, high]
-    return place, tuple(Tick(_round(place(each)), _label(each)) for each in found)
+    if len(values) > target:
+        values = values[:: math.ceil(len(values) / target)]
+    if len(values) < 2:
+        values = [low, high]
+    return position, tuple(Tick(_round(position(value)), _label(value)) for value in values)
 
 
 def _round_step(step: float) -> float:
@@ -208,5 +210,5 @@ def _label(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _round(place: float) -> float:
-    return round(place, 1)
+def _round(position: float) -> float:
+    return round(position, 1)

@@ -1,6 +1,6 @@
-"""What a compressed model takes in memory, and what a token takes in energy by a model of the hardware.
+"""The memory of a compressed model, and the energy of one token by a hardware model.
 
-Energy is modelled, from a table of unit costs; time never is: `shiftadd benchmark` measures it.
+Energy is modelled from a table of unit costs. Time is never modelled; `shiftadd benchmark` measures it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shiftadd_cli.report.operations import WAYS, Counts, Way
 from shiftadd_cli.report.unit_costs import UnitCosts
 from shiftadd_cli.source.linear import linear_sizes
 
-# What the tensors of a compressed layer are called.
+# Names for the tensors of a compressed layer.
 _PARTS = {
     "weight_codes": "planes",
     "weight_exponents": "scales",
@@ -56,10 +56,10 @@ class Cost:
     """Costs of a checkpoint.
 
     Attributes:
-        parts: bytes stored by kind of tensor; dense_bytes: of all parameters in 16 bits.
-        layers: of the compressed layers alone; model: with the head and what else multiplies, computed by every way as
-            it is stored here, but for fp16, which stores all in 16 bits.
-        batch: tokens that share a read of the weights; unit_costs: name of the table.
+        parts: stored bytes by kind of tensor; dense_bytes: size of all parameters in 16 bits.
+        layers: costs of the compressed layers alone; model: costs including the head and all other multiplications.
+            Every way computes these as they are stored here, except fp16, which stores everything in 16 bits.
+        batch: tokens that share one read of the weights; unit_costs: name of the table.
     """
 
     parts: dict[str, int]
@@ -70,18 +70,18 @@ class Cost:
     model: tuple[WayCost, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON; energies are in picojoules for one token."""
+        """The costs as JSON types; energies are in picojoules for one token."""
 
         def plain(costs: tuple[WayCost, ...]) -> dict[str, Any]:
             return {
-                each.way: {
-                    "operations": each.counts,
-                    "arithmetic_pj": each.arithmetic,
-                    "on_chip_pj": each.on_chip,
-                    "dram_pj": each.dram,
-                    "total_pj": each.total,
+                cost.way: {
+                    "operations": cost.counts,
+                    "arithmetic_pj": cost.arithmetic,
+                    "on_chip_pj": cost.on_chip,
+                    "dram_pj": cost.dram,
+                    "total_pj": cost.total,
                 }
-                for each in costs
+                for cost in costs
             }
 
         return {
@@ -102,9 +102,9 @@ def model_cost(
     *,
     batch: int = 1,
 ) -> Cost:
-    """Costs of a checkpoint from headers alone.
+    """Costs of a checkpoint, from headers alone.
 
-    model: the dense model on meta; layouts: of the compressed layers by name; tensors: all that is stored; batch:
+    model: the dense model on meta; layouts: of the compressed layers by name; tensors: all stored tensors; batch:
     tokens that share one read of the weights, above 0.
     """
     layers: dict[Way, Counts] = {way: Counter() for way in WAYS}
@@ -112,19 +112,19 @@ def model_cost(
         for way in WAYS:
             layers[way].update(layer_counts(layout, way))
     others, others_dense = _other_counts(model, layouts, tensors)
-    whole = {way: counts + (others_dense if way == "fp16" else others) for way, counts in layers.items()}
+    totals = {way: counts + (others_dense if way == "fp16" else others) for way, counts in layers.items()}
     return Cost(
         parts=stored_parts(layouts, tensors),
-        dense_bytes=2 * sum(each.numel() for each in model.parameters()),
+        dense_bytes=2 * sum(parameter.numel() for parameter in model.parameters()),
         batch=batch,
         unit_costs=units.name,
         layers=tuple(_priced(way, counts, units, batch) for way, counts in layers.items()),
-        model=tuple(_priced(way, counts, units, batch) for way, counts in whole.items()),
+        model=tuple(_priced(way, counts, units, batch) for way, counts in totals.items()),
     )
 
 
 def layer_counts(layout: PackedLayout, way: Way) -> Counts:
-    """Operations of one token in one compressed layer, or in the same layer held in another way."""
+    """Operations of one token in one compressed layer, or in the same layer stored in another way."""
     rows, columns = layout.rows, layout.columns
     if way == "fp16":
         return operations.dense(rows, columns)
@@ -136,7 +136,7 @@ def layer_counts(layout: PackedLayout, way: Way) -> Counts:
 
 
 def stored_parts(layouts: Mapping[str, PackedLayout], tensors: Mapping[str, TensorShape]) -> dict[str, int]:
-    """Bytes by kind of tensor, the kinds that are there."""
+    """Bytes by kind of tensor, for the kinds that the checkpoint has."""
     parts: Counter[str] = Counter()
     for name, shape in tensors.items():
         module, _, suffix = name.rpartition(".")
@@ -149,18 +149,18 @@ def stored_parts(layouts: Mapping[str, PackedLayout], tensors: Mapping[str, Tens
 
 
 def energy_table(layouts: Mapping[str, PackedLayout], units: UnitCosts, *, batch: int = 1) -> CostTable:
-    """Modelled energy in nanojoules a token of every shape in every form it may get, for `allocate-bits --cost energy`.
+    """Modelled energy in nJ a token of every layer shape in every form it can take, for `allocate-bits --cost energy`.
 
-    Each layer of planes is computed in the cheaper of the two ways there are.
+    Layers of planes are computed in the cheaper of the two ways.
     """
     rows = []
-    # Layouts of one shape differ in primitive and bits alone.
+    # Layouts of one shape differ only in primitive and bits.
     by_shape = {(layout.rows, layout.columns): layout for layout in layouts.values()}
     for shape, alike in by_shape.items():
         for choice in ALL_CHOICES:
             layout = replace(alike, format=alike.format.at(choice))
             counts = [layer_counts(layout, way) for way in ("additions", "look-ups")]
-            cheapest = min(_priced("additions", each, units, batch).total for each in counts)
+            cheapest = min(_priced("additions", count, units, batch).total for count in counts)
             rows.append(MeasuredCost(shape=shape, bits=choice, cost=float(f"{cheapest / 1000:.6g}")))
     return CostTable(format=TABLE_FORMAT, version=1, cost="energy", unit="nJ", measured=tuple(rows))
 
@@ -168,9 +168,9 @@ def energy_table(layouts: Mapping[str, PackedLayout], units: UnitCosts, *, batch
 def _other_counts(
     model: nn.Module, layouts: Mapping[str, PackedLayout], tensors: Mapping[str, TensorShape]
 ) -> tuple[Counts, Counts]:
-    """Operations outside the compressed layers: as stored, and with everything in 16 bits.
+    """Operations outside the compressed layers: with tensors as stored, and with everything in 16 bits.
 
-    Every other linear layer multiplies; an embedding gives one row of its matrix; the rest is read once.
+    All other linear layers multiply, an embedding gives one row of its matrix, and other tensors are read once.
     """
     stored: Counts = Counter()
     dense: Counts = Counter()
@@ -185,7 +185,7 @@ def _other_counts(
         if isinstance(module, nn.Embedding):
             looked_up.add(id(weight))
         if (sizes := linear_sizes(module)) is not None and name not in layouts:
-            # A head may be tied to the embedding, and is stored under its name.
+            # A head that is tied to the embedding is stored under the embedding's name.
             multiplied.add(id(weight))
             rows, columns = sizes[:2]
             dense.update(operations.dense(rows, columns))
@@ -197,7 +197,7 @@ def _other_counts(
         nbytes_stored, table = _stored_bytes(aliases, tensors)
         if id(parameter) in looked_up:
             dense.update(dram_byte=2 * parameter.shape[-1])
-            # The scale of a row comes along.
+            # The scale of the row is read as well.
             stored.update(dram_byte=parameter.shape[-1] + 2 if table else nbytes_stored // parameter.shape[0])
         elif id(parameter) not in multiplied:
             dense.update(dram_byte=2 * parameter.numel())
@@ -215,7 +215,7 @@ def _stored_counts(aliases: Sequence[str], rows: int, columns: int, tensors: Map
 
 
 def _stored_bytes(aliases: Sequence[str], tensors: Mapping[str, TensorShape]) -> tuple[int, bool]:
-    """Bytes of a parameter under any of its names, and whether it is a table of 8-bit rows."""
+    """Stored bytes of a parameter under any of its names, and whether it is a table of 8-bit rows."""
     for name in aliases:
         if f"{name}_int8" in tensors:
             return nbytes(tensors[f"{name}_int8"]) + nbytes(tensors[f"{name}_int8_scale"]), True

@@ -1,4 +1,4 @@
-"""How the templates of pages and cards are read."""
+"""The jinja2 environment for the templates of pages and cards."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from shiftadd_cli.sizes import size
 
 
 def make_environment(*, html: bool) -> Environment:
-    """Templates of this package, with the filters that all of them use; in those of HTML values are shown as text,
-    whatever the names of the templates end in."""
+    """An environment for this package's templates, with the filters they share. In HTML templates all values are
+    escaped, regardless of the template's file name."""
     environment = Environment(
         loader=PackageLoader("shiftadd_cli.report"),
         autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # A card ends as its template does; a page is put together of several.
+        # A card ends like its template; a page is assembled from several templates.
         keep_trailing_newline=not html,
     )
     environment.filters |= {

@@ -1,9 +1,10 @@
-"""evaluation.json beside a checkpoint: what `shiftadd evaluate --save` measured, for the page of `shiftadd report`.
+"""evaluation.json in a checkpoint folder: results of `shiftadd evaluate --save`, for the page of `shiftadd report`.
 
     {"schema_version": 1, "evaluations": [{"text": "...", "context": 512, ..., "original": {...}, "model": {...}}]}
 
-One entry for each text, context, start of its windows, number of tokens, original and dtype, or of a vision model for
-each set of images, how many of them, original and dtype; measuring the same again replaces it.
+A language model has one entry for each combination of text, context, window start, number of tokens, original and
+dtype. A vision model has one for each set of images, number of images, original and dtype. Repeating a measurement
+replaces its entry.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _Kind = TypeVar("_Kind", bound=FilePart)
 
 
 class Quality(NamedTuple):
-    """A measurement as a page shows it: what was measured, of the model and of the original; the divergence from that
-    and its unit; the share of like predictions; on what."""
+    """A measurement as a page shows it: the metric, its value for the model and for the original, the divergence from
+    the original and its unit, the share of equal predictions, and the data."""
 
     what: str
     value: str
@@ -46,20 +47,20 @@ class Quality(NamedTuple):
 
 
 class ScoreReport(FilePart):
-    """What one model scored; a perplexity is null where it is infinite."""
+    """Scores of one model; an infinite perplexity is null."""
 
-    spec: Annotated[str, Field(description="The model as it was named on the command line.")]
+    spec: Annotated[str, Field(description="The model as named on the command line.")]
     dtype: str
     perplexity: float | None
     perplexity_error: float | None
-    kl: Annotated[float | None, Field(description="KL(original || model), nats a token; null without an original.")]
+    kl: Annotated[float | None, Field(description="KL(original || model), nats per token; null without an original.")]
     kl_error: float | None
-    agreement: Annotated[float | None, Field(description="Share of tokens with the same most probable next one.")]
+    agreement: Annotated[float | None, Field(description="Share of tokens with the same most probable next token.")]
     calibrated_on_test: bool
 
 
 class EvaluationReport(FilePart):
-    """The model of the folder, and perhaps its original, measured on one text."""
+    """The folder's model, and optionally its original, measured on one text."""
 
     text: str
     text_fingerprint: Annotated[str, Field(description="SHA-256 of the text.")]
@@ -73,13 +74,13 @@ class EvaluationReport(FilePart):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What makes it the same measurement."""
+        """The identity of the measurement: equal keys replace each other."""
         original = None if self.original is None else self.original.spec
         return self.text_fingerprint, self.tokens, self.context, self.window_start, original, self.model.dtype
 
     @property
     def quality(self) -> Quality:
-        """In words, for a page."""
+        """The measurement as text, for a page."""
         own, other = self.model, self.original
         return Quality(
             "perplexity",
@@ -94,18 +95,20 @@ class EvaluationReport(FilePart):
 
 
 class ImageScoreReport(FilePart):
-    """What one vision model scored, see `evaluation.images.ImageScore`; shares are from 0 to 1, and what cannot be
-    measured of it is null."""
+    """Scores of one vision model, see `evaluation.images.ImageScore`; shares are from 0 to 1, and scores that cannot be
+    measured are null."""
 
-    spec: Annotated[str, Field(description="The model as it was named on the command line.")]
+    spec: Annotated[str, Field(description="The model as named on the command line.")]
     dtype: str
     top1: float | None
     top1_error: float | None
     top5: float | None
     top5_error: float | None
-    neighbours: Annotated[float | None, Field(description="Share of images whose nearest others are of their class.")]
+    neighbours: Annotated[
+        float | None, Field(description="Share of images whose nearest neighbours share their class.")
+    ]
     neighbours_error: float | None
-    kl: Annotated[float | None, Field(description="KL(original || model), nats an image; null without an original.")]
+    kl: Annotated[float | None, Field(description="KL(original || model), nats per image; null without an original.")]
     kl_error: float | None
     agreement: Annotated[float | None, Field(description="Share of images with the same most probable class.")]
     agreement_error: float | None
@@ -115,27 +118,27 @@ class ImageScoreReport(FilePart):
 
 
 class ImageEvaluationReport(FilePart):
-    """The vision model of the folder, and perhaps its original, measured on one set of images."""
+    """The folder's vision model, and optionally its original, measured on one set of images."""
 
     data: str
     data_fingerprint: Annotated[str, Field(description="SHA-256 over the names of all images and the bytes of some.")]
-    images: Annotated[int, Field(description="How many were used.")]
+    images: Annotated[int, Field(description="Number of images used.")]
     device: str
     original: ImageScoreReport | None
     model: ImageScoreReport
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What makes it the same measurement."""
+        """The identity of the measurement: equal keys replace each other."""
         original = None if self.original is None else self.original.spec
         return self.data_fingerprint, self.images, original, self.model.dtype
 
     @property
     def quality(self) -> Quality:
-        """In words, for a page: accuracy where there are labels, or else how near the features are."""
+        """The measurement as text, for a page: accuracy if there are labels, otherwise the similarity of features."""
         own, other = self.model, self.original
         measures = {"top1": "top-1", "neighbours": "nearest neighbours", "cosine": "cosine with the original"}
-        name = next((each for each in measures if getattr(own, each) is not None), "agreement")
+        name = next((measure for measure in measures if getattr(own, measure) is not None), "agreement")
         return Quality(
             measures.get(name, "same top class"),
             _share(own, name),
@@ -155,28 +158,29 @@ class EvaluationFile(FilePart):
 
 
 def load_evaluations(folder: Path) -> tuple[EvaluationReport | ImageEvaluationReport, ...]:
-    """What was saved beside the checkpoint, in the order it was first measured. Raises ArtifactError if damaged."""
+    """The evaluations saved with a checkpoint, in the order of their first run. Raises ArtifactError if damaged."""
     path = folder / EVALUATION_FILE
     if not path.is_file():
         return ()
     try:
         return tuple(EvaluationFile.model_validate(read_json(path)).evaluations)
     except ValidationError as failure:
-        place, message = first_fault(failure)
+        keys, message = first_fault(failure)
         raise ArtifactError(
-            f"{path} is not what `shiftadd evaluate --save` writes ({', '.join(place)}: {message}); delete it, and "
-            "evaluate again."
+            f"{path} is not a file that `shiftadd evaluate --save` writes ({', '.join(keys)}: {message}); delete it, "
+            "and evaluate again."
         ) from None
 
 
 def check_saving(models: Sequence[str]) -> None:
-    """Refuse, before any work, models of which nothing can be saved.
+    """Refuse, before any work, models whose results cannot be saved.
 
-    Raises OutputError if none is a compressed folder, or one cannot be written; ArtifactError for a damaged file.
+    Raises OutputError if no model is a compressed folder, or if a folder is not writable; ArtifactError if a file there
+    is damaged.
     """
     folders = [folder for spec in models if (folder := _folder(spec)) is not None]
     if not folders:
-        raise OutputError("`save` keeps what is measured in a compressed folder, and none is given; leave it out.")
+        raise OutputError("`save` writes results to compressed folders, and none is given; leave it out.")
     for folder in folders:
         load_evaluations(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -184,7 +188,7 @@ def check_saving(models: Sequence[str]) -> None:
 
 
 def save_evaluations(result: Evaluation | ImageEvaluation) -> list[Path]:
-    """Add what was measured to the file of every compressed folder among the models; returns the files.
+    """Add the results to evaluation.json in every compressed folder among the models; returns the files.
 
     Raises ArtifactError if a file there is damaged, OutputError if one cannot be written.
     """
@@ -198,7 +202,7 @@ def save_evaluations(result: Evaluation | ImageEvaluation) -> list[Path]:
             entry = _entry(ImageEvaluationReport, ImageScoreReport, result, measured)
         else:
             entry = _entry(EvaluationReport, ScoreReport, result, measured)
-        entries = {each.key: each for each in load_evaluations(folder)} | {entry.key: entry}
+        entries = {earlier.key: earlier for earlier in load_evaluations(folder)} | {entry.key: entry}
         path = folder / EVALUATION_FILE
         write_file(path, EvaluationFile(evaluations=list(entries.values())).model_dump_json(indent=2) + "\n")
         written.append(path)
@@ -206,13 +210,13 @@ def save_evaluations(result: Evaluation | ImageEvaluation) -> list[Path]:
 
 
 def _folder(spec: str) -> Path | None:
-    """The folder of a checkpoint of ours on this machine that was named by its path."""
+    """The folder that `spec` names, if it is a local shiftadd checkpoint."""
     path = expanded(spec)
     return path if is_checkpoint(path) else None
 
 
 def _entry(kind: type[_Kind], scores: type[FilePart], result: Any, measured: ModelResult[Any]) -> _Kind:
-    """What `result` says of the data, and of one model and the original: fields have the names they have there."""
+    """The entry for one model and the original; data fields are copied from `result` by name."""
     data = {name: getattr(result, name) for name in kind.model_fields if name not in ("original", "model")}
     original = None if result.original is None else _score(scores, result.original)
     return kind.model_validate({**data, "original": original, "model": _score(scores, measured)})

@@ -1,8 +1,8 @@
-"""Operations and bytes of one token's way through one matrix, by the way it is computed.
+"""Operations and bytes for multiplying one token by one matrix, in each way of computing it.
 
-Counted are the operations on numbers, the reads of the input and writes of the output in a memory on the chip, and the
-bytes of the matrix that come from DRAM: the same for every way. Not counted, since they are the same too: attention,
-norms, activation functions and the cache of keys and values. Of a mixture of experts all are taken to be used.
+The counts cover operations on numbers, reads of the input and writes of the output in on-chip memory, and bytes of the
+matrix read from DRAM, by the same rules for every way. Attention, norms, activation functions and the KV cache are not
+counted, since they are equal in all ways. All experts of a mixture are assumed to be used.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ INT4_GROUP = 128
 
 
 def dense(rows: int, columns: int) -> Counts:
-    """y = W x with W in 16-bit floats."""
+    """Counts of y = W x with W in 16-bit floats."""
     counts = _traffic(rows, columns, 2 * rows * columns)
     counts.update(fp16_multiply=rows * columns, fp32_add=rows * columns)
     return counts
 
 
 def int8(rows: int, columns: int) -> Counts:
-    """The same with 8-bit codes and one scale a row, on inputs rounded to 8 bits."""
+    """Counts with W in 8-bit codes and one scale per row, on inputs rounded to 8 bits."""
     counts = _traffic(rows, columns, rows * columns + 2 * rows)
     counts.update(int8_multiply=rows * columns, int32_add=rows * columns, fp16_multiply=columns + rows)
     return counts
 
 
 def int4(rows: int, columns: int) -> Counts:
-    """The same with 4-bit codes and a 16-bit scale for every 128 of a row."""
+    """Counts with W in 4-bit codes and a 16-bit scale for every 128 codes of a row, on inputs rounded to 8 bits."""
     groups = rows * -(-columns // INT4_GROUP)
     counts = _traffic(rows, columns, -(-rows * columns // 2) + 2 * groups)
     counts.update(int8_multiply=rows * columns, int32_add=rows * columns)
@@ -51,21 +51,21 @@ def int4(rows: int, columns: int) -> Counts:
 
 
 def table_of_rows(rows: int, columns: int, nbytes: int) -> Counts:
-    """y = W x with W in 8-bit rows, on inputs as they are."""
+    """Counts of y = W x with W in 8-bit rows, on inputs that are not rounded."""
     counts = _traffic(rows, columns, nbytes)
     counts.update(fp16_multiply=rows * columns + rows, fp32_add=rows * columns)
     return counts
 
 
 def compressed(layout: PackedLayout, *, tables: bool) -> Counts:
-    """The same with W in compressed form.
+    """Counts with W in compressed form.
 
-    tables: look the signed sums of 4 inputs up, instead of adding one input after the other, where W is of planes.
+    tables: for planes, look up the signed sums of 4 inputs instead of adding the inputs one by one.
     """
     rows, columns = layout.rows, layout.columns
     counts = _traffic(rows, columns, layout.nbytes)
     counts.update(layout.primitive.operations(layout.scales, layout.bits, tables=tables))
-    # Row scales, rotation of the inputs, and columns at 16 bits.
+    # Row scales, rotation of the inputs, and outlier columns at 16 bits.
     if layout.scales.row_scale:
         counts.update(fp16_multiply=rows)
     else:

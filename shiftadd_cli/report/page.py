@@ -1,4 +1,4 @@
-"""report.html: one self-contained page about a run, or about several beside each other."""
+"""report.html: a self-contained page about one run, or about several side by side."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from shiftadd_cli.runtime.skeleton import artifact_skeleton
 
 PAGE_FILE = "report.html"
 _WORST = 10
-# Of the loss that a plan predicts, by sensitivity.
+# Unit of the predicted loss, by sensitivity.
 _LOSS_UNITS = {"output": "nats a token", "divergence": "nats a token"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a page says of one checkpoint; `name` is that of its folder."""
+    """The contents of a page about one checkpoint; `name` is the name of its folder."""
 
     name: str
     report: Report
@@ -44,14 +44,14 @@ class Run:
 
     @property
     def quality(self) -> Quality | None:
-        """The measurement shown first: one against an original, if there is any."""
-        compared = [each for each in self.evaluations if each.original is not None]
+        """The measurement shown first: preferably one against an original."""
+        compared = [evaluation for evaluation in self.evaluations if evaluation.original is not None]
         shown = next(iter(compared or self.evaluations), None)
         return None if shown is None else shown.quality
 
     @property
     def command(self) -> str:
-        """What writes the same again: the command that was given, or the call in Python."""
+        """The command, or the Python call, that reproduces the checkpoint."""
         report = self.report
         if report.command:
             return shlex.join(["shiftadd", *report.command])
@@ -76,23 +76,23 @@ class Run:
 
 
 def open_run(folder: Path, *, trust_remote_code: bool = False) -> Run:
-    """What is known of the checkpoint in `folder`, from its files.
+    """The run that wrote the checkpoint in `folder`, read from its files.
 
-    trust_remote_code: run model code that comes with it.
+    trust_remote_code: run model code that ships with it.
 
-    Raises ArtifactError where it is none of ours, or has no report.json that can be read.
+    Raises ArtifactError if the folder is not a shiftadd checkpoint, or has no readable report.json.
     """
     artifact = Artifact.open(folder)
     if artifact.report is None:
-        raise ArtifactError(f"{folder} has no report.json to make a page of; quantize the model again.")
+        raise ArtifactError(f"{folder} has no report.json to make a page from; quantize the model again.")
     values = {name: value for name, value in artifact.report.items() if name != "files"}
     try:
         report = Report.model_validate(values)
     except ValidationError as failure:
-        place, message = first_fault(failure)
+        path, message = first_fault(failure)
         raise ArtifactError(
-            f"{folder / 'report.json'} is not what this shiftadd writes ({'.'.join(place)}: {message}); quantize the "
-            "model again."
+            f"{folder / 'report.json'} does not match the schema of this shiftadd version ({'.'.join(path)}: "
+            f"{message}); quantize the model again."
         ) from None
     skeleton = artifact_skeleton(folder, trust_remote_code=trust_remote_code)
     cost = model_cost(skeleton, artifact.layouts, artifact.tensors, load_unit_costs())
@@ -100,9 +100,9 @@ def open_run(folder: Path, *, trust_remote_code: bool = False) -> Run:
 
 
 def render_page(runs: Sequence[Run]) -> str:
-    """HTML of one run, or of several beside each other; equal runs give equal text.
+    """HTML of one run, or of several side by side; equal runs give equal text.
 
-    Nothing outside the page is asked for, and whatever a name holds is shown as text.
+    The page loads nothing from outside, and names are escaped and shown as text.
     """
     if len(runs) == 1:
         return _render("run.html.jinja", run=runs[0], **_charts(runs[0]))
@@ -134,7 +134,7 @@ def _environment() -> Environment:
 
 def _charts(run: Run) -> dict[str, Any]:
     layers = run.report.layers
-    calibrated = [each for each in layers if each.output_error is not None]
+    calibrated = [layer for layer in layers if layer.output_error is not None]
     measure: Callable[[LayerReport], float | None] = (
         (lambda layer: layer.output_error) if calibrated else (lambda layer: layer.weight_error)
     )
@@ -148,8 +148,8 @@ def _charts(run: Run) -> dict[str, Any]:
         "by_kind": _depth_by_kind(shown, measure, what),
         "spread": histogram(
             f"Layers by {what}",
-            f"Histogram of the {what} of {len(errors)} layers, from {min(errors):.2g} to {max(errors):.2g}; the middle "
-            f"one has {sorted(errors)[len(errors) // 2]:.2g}.",
+            f"Histogram of the {what} of {len(errors)} layers, from {min(errors):.2g} to {max(errors):.2g}; the median "
+            f"layer has {sorted(errors)[len(errors) // 2]:.2g}.",
             errors,
             x_label=f"{what} (relative, squared)",
             y_label="layers",
@@ -163,14 +163,14 @@ def _charts(run: Run) -> dict[str, Any]:
 def _depth_by_kind(
     layers: Sequence[LayerReport], measure: Callable[[LayerReport], float | None], what: str
 ) -> list[Chart]:
-    """A chart for each kind of layer, all over the same axes; of several in a block their mean."""
+    """A chart for each kind of layer, all with the same axes; several layers of a kind in a block are averaged."""
     kinds: dict[str, dict[int, list[float]]] = {}
     for layer in layers:
         value = measure(layer)
         if value is not None:
             kinds.setdefault(alike(layer.kind), {}).setdefault(layer.block, []).append(value)
     lines = {
-        kind: [(float(block), sum(found) / len(found)) for block, found in sorted(blocks.items())]
+        kind: [(float(block), sum(errors) / len(errors)) for block, errors in sorted(blocks.items())]
         for kind, blocks in kinds.items()
     }
     everything = [value for points in lines.values() for _, value in points]
@@ -195,10 +195,10 @@ def _depth_by_kind(
 
 
 def _bits_grid(layers: Sequence[LayerReport]) -> dict[str, Any]:
-    """Bits by kind and block; `range` where layers of one kind in a block differ."""
-    found: dict[str, dict[int, list[Choice]]] = {}
+    """Bits by kind and block; a range where layers of one kind in a block differ."""
+    grid: dict[str, dict[int, list[Choice]]] = {}
     for layer in layers:
-        found.setdefault(alike(layer.kind), {}).setdefault(layer.block, []).append(layer.choice)
+        grid.setdefault(alike(layer.kind), {}).setdefault(layer.block, []).append(layer.choice)
     blocks = sorted({layer.block for layer in layers})
     widest = max(layer.bits for layer in layers)
     rows = [
@@ -211,7 +211,7 @@ def _bits_grid(layers: Sequence[LayerReport]) -> dict[str, Any]:
                 for block in blocks
             ],
         )
-        for kind, cells in found.items()
+        for kind, cells in grid.items()
     ]
     return {"blocks": blocks, "rows": rows}
 
@@ -239,7 +239,7 @@ def _trade_off(report: Report) -> Chart | None:
 
 
 def _depth_of_runs(runs: Sequence[Run]) -> Chart | None:
-    """Mean output error of each block, one line a run."""
+    """Mean output error of each block, one line per run."""
     lines = []
     for run in runs:
         blocks: dict[int, list[float]] = {}
@@ -248,16 +248,16 @@ def _depth_of_runs(runs: Sequence[Run]) -> Chart | None:
                 blocks.setdefault(layer.block, []).append(layer.output_error)
         if blocks:
             lines.append(
-                Line(run.name, [(float(block), sum(found) / len(found)) for block, found in sorted(blocks.items())])
+                Line(run.name, [(float(block), sum(errors) / len(errors)) for block, errors in sorted(blocks.items())])
             )
     if not lines:
         return None
-    told = "; ".join(
+    ranges = "; ".join(
         f"{line.name}: {min(y for _, y in line.points):.2g} to {max(y for _, y in line.points):.2g}" for line in lines
     )
     return line_chart(
         "Output error over depth",
-        f"Mean relative output error of the layers of each block. {told}.",
+        f"Mean relative output error of the layers of each block. {ranges}.",
         lines,
         x_label="block",
         y_label="output error",
@@ -266,21 +266,22 @@ def _depth_of_runs(runs: Sequence[Run]) -> Chart | None:
 
 
 def _errors_by_kind(runs: Sequence[Run]) -> list[tuple[str, list[float | None]]]:
-    """Mean output error of every kind of layer in each run; None where it has no such layers, or no calibration."""
-    found = [{kind.kind: kind.output_error for kind in run.report.kinds} for run in runs]
+    """Mean output error of every kind of layer in each run; None if the run has no such layers, or no calibration."""
+    tables = [{kind.kind: kind.output_error for kind in run.report.kinds} for run in runs]
     return [
-        (name, [each.get(name) for each in found]) for name in dict.fromkeys(name for each in found for name in each)
+        (name, [table.get(name) for table in tables])
+        for name in dict.fromkeys(name for table in tables for name in table)
     ]
 
 
 def _differing(runs: Sequence[Run]) -> list[tuple[str, list[object]]]:
-    """Fields of the recipes that are not the same in all runs."""
+    """Recipe fields whose values differ between the runs."""
     names = dict.fromkeys(name for run in runs for name in run.report.recipe)
     rows = [(name, [run.report.recipe.get(name) for run in runs]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
 
 
 def _unusual(recipe: dict[str, object]) -> set[str]:
-    """Fields that are not as in the default recipe."""
+    """Recipe fields that differ from the default recipe."""
     default = Recipe.load().model_dump(mode="json")
     return {name for name, value in recipe.items() if value != default.get(name)}

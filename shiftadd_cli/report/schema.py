@@ -14,10 +14,10 @@ SCHEMA_VERSION = 1
 
 
 class LeftBehindReport(FilePart):
-    """Tensors of the original's files that its model does not read, so that they are not in the checkpoint."""
+    """Tensors in the original's files that its model does not read, and that the checkpoint therefore lacks."""
 
-    part: Annotated[str, Field(description="The name they would have in the model, or what their names begin with.")]
-    tensors: Annotated[int, Field(description="How many they are.")]
+    part: Annotated[str, Field(description="Their name in the model, or the prefix of their names.")]
+    tensors: Annotated[int, Field(description="Number of tensors.")]
     nbytes: Annotated[int, Field(description="Their size in the original's files.")]
     reason: str
 
@@ -25,17 +25,17 @@ class LeftBehindReport(FilePart):
 class SourceReport(FilePart):
     """The model that was compressed."""
 
-    spec: Annotated[str, Field(description="The model as it was named on the command line.")]
+    spec: Annotated[str, Field(description="The model as named on the command line.")]
     name: str
     architecture: Annotated[str, Field(description="transformers class of the model.")]
     fingerprint: Annotated[str, Field(description="SHA-256 over configuration, weight file headers and samples.")]
     dtype: Annotated[str, Field(description="dtype of everything not quantized.")]
-    parameters: Annotated[int, Field(description="Parameters, tied ones once.")]
+    parameters: Annotated[int, Field(description="Number of parameters; tied ones count once.")]
     file_bytes: Annotated[int, Field(description="Size of the original's weight files.")]
     model_bytes: Annotated[int, Field(description="Size of the original's parameters at `dtype`.")]
-    hub_id: Annotated[str | None, Field(description="null where it was not named by its id on the hub.")] = None
-    license: Annotated[str | None, Field(description="As the original's model card or file says.")] = None
-    reads_images: Annotated[bool, Field(description="A vision model, and no language model.")] = False
+    hub_id: Annotated[str | None, Field(description="null unless the model was named by its hub id.")] = None
+    license: Annotated[str | None, Field(description="From the original's model card or file.")] = None
+    reads_images: Annotated[bool, Field(description="True for a vision model.")] = False
     left_behind: Annotated[list[LeftBehindReport], Field(description="Tensors that the model does not read.")] = Field(
         default_factory=list
     )
@@ -46,8 +46,8 @@ class CalibrationPart(FilePart):
 
     name: str
     fingerprint: Annotated[str, Field(description="SHA-256 of the text, or of the windows that the model wrote.")]
-    share: Annotated[float, Field(description="Of the windows, as it was asked for.")]
-    samples: Annotated[int, Field(description="Windows.")]
+    share: Annotated[float, Field(description="Requested share of the windows.")]
+    samples: Annotated[int, Field(description="Number of windows.")]
 
 
 class CalibrationReport(FilePart):
@@ -57,27 +57,27 @@ class CalibrationReport(FilePart):
     fingerprint: Annotated[
         str,
         Field(
-            description="SHA-256 of the text, of windows that the model wrote or that are a mixture, or over the names "
-            "of all images and the bytes of some."
+            description="SHA-256 of the text, of the windows if the model wrote them or they are a mixture, or over "
+            "the names of all images and the bytes of some."
         ),
     ]
-    samples: Annotated[int, Field(description="Windows of tokens, or images.")]
-    seq_len: Annotated[int | None, Field(description="Tokens of a window; null for images.")]
-    tokens: Annotated[int | None, Field(description="null for images.")]
+    samples: Annotated[int, Field(description="Number of token windows, or of images.")]
+    seq_len: Annotated[int | None, Field(description="Tokens per window; null for images.")]
+    tokens: Annotated[int | None, Field(description="Total number of tokens; null for images.")]
     window_start: Annotated[
         str | None,
-        Field(description="Special tokens that every window begins with, counted as its tokens; null for images."),
+        Field(description="Special tokens at the start of every window, included in its tokens; null for images."),
     ] = None
     image_shape: Annotated[
         tuple[int, ...] | None, Field(description="Channels, height and width of an image as the model reads it.")
     ] = None
-    parts: Annotated[list[CalibrationPart], Field(description="Of a mixture of texts; empty for a single one.")] = (
-        Field(default_factory=list)
+    parts: Annotated[list[CalibrationPart], Field(description="Texts of a mixture; empty for a single text.")] = Field(
+        default_factory=list
     )
 
     @property
     def amount(self) -> str:
-        """How much of it, in words."""
+        """The amount of data, in words."""
         if self.seq_len is None:
             return f"{self.samples} images"
         start = f", windows begin with {self.window_start}" if self.window_start else ""
@@ -85,16 +85,16 @@ class CalibrationReport(FilePart):
 
 
 class SizeReport(FilePart):
-    """What was written."""
+    """Sizes of the written checkpoint."""
 
     files_bytes: Annotated[int, Field(description="All weight files, headers included.")]
     quantized_bytes: Annotated[int, Field(description="Planes, scales, row scales and offsets.")]
-    table_bytes: Annotated[int, Field(description="What is stored as 8-bit rows, scales included.")] = 0
-    kept_bytes: Annotated[int, Field(description="Tensors stored as they were.")]
+    table_bytes: Annotated[int, Field(description="Matrices stored as 8-bit rows, scales included.")] = 0
+    kept_bytes: Annotated[int, Field(description="Tensors stored unchanged.")]
     quantized_weights: int
-    bits_per_weight: Annotated[float, Field(description="Of the quantized layers, everything stored for them counted.")]
+    bits_per_weight: Annotated[float, Field(description="Of the quantized layers, with all their stored tensors.")]
     planes_per_weight: Annotated[float, Field(description="Bits of the quantized layers, averaged over weights.")]
-    whole_file_bits_per_weight: Annotated[float, Field(description="All weight files over all parameters.")]
+    whole_file_bits_per_weight: Annotated[float, Field(description="Bits of all weight files over all parameters.")]
 
 
 class TradeOffPoint(FilePart):
@@ -105,35 +105,35 @@ class TradeOffPoint(FilePart):
 
 
 class UniformPoint(TradeOffPoint):
-    """The same with equal bits for all layers."""
+    """The same with equal bits for all layers; `bits` is that number."""
 
     bits: int
 
 
 class BitPlanReport(FilePart):
-    """The plan that gave the layers their bits."""
+    """The plan that assigned the layers their bits."""
 
     fingerprint: Annotated[str, Field(description="SHA-256 of the plan.")]
-    sensitivity: Annotated[str, Field(description="How it was measured what bits matter to a layer.")]
+    sensitivity: Annotated[str, Field(description="How the sensitivity of the layers was measured.")]
     predicted_loss: Annotated[float, Field(description="Sum over layers, in the unit of the sensitivity.")]
     uniform: Annotated[
         list[UniformPoint],
-        Field(description="For every number of bits that all layers could have."),
+        Field(description="One point for every number of bits available to all layers."),
     ] = Field(default_factory=list)
     bound: Annotated[
         list[TradeOffPoint],
         Field(
             default_factory=list,
-            description="No plan lies below these points, joined: the lower convex hull without ties of layers.",
+            description="No plan lies below the line through these points: the lower convex hull without tied layers.",
         ),
     ]
 
 
 class LayerReport(FilePart):
-    """One quantized linear."""
+    """One quantized linear layer."""
 
     name: str
-    kind: Annotated[str, Field(description="Path of the linear inside its block.")]
+    kind: Annotated[str, Field(description="Path of the layer inside its block.")]
     block: int
     out_features: int
     in_features: int
@@ -144,21 +144,23 @@ class LayerReport(FilePart):
     output_error: Annotated[
         float | None,
         Field(
-            description="E‖(W - Ŵ)x‖² / E‖Wx‖² over the calibration inputs, both about their means where a bias was "
+            description="E‖(W - Ŵ)x‖² / E‖Wx‖² over the calibration inputs, both about their means if a bias was "
             "corrected; null without calibration."
         ),
     ]
     calibrated: Annotated[
         bool,
-        Field(description="False if no calibration input reached the layer, or an expert's too few: less than inputs."),
+        Field(
+            description="False if no calibration input reached the layer, or an expert's were fewer than its inputs."
+        ),
     ]
     tokens: Annotated[
-        int | None, Field(description="Calibration tokens that the layer read; null without calibration.")
+        int | None, Field(description="Number of calibration tokens that the layer read; null without calibration.")
     ] = None
 
     @property
     def choice(self) -> Choice:
-        """Primitive and bits in one."""
+        """Primitive and bits as one choice."""
         return choice_of(self.primitive, self.bits)
 
 
@@ -168,7 +170,7 @@ class BlockReport(FilePart):
     name: str
     error_before: Annotated[
         float,
-        Field(description="Mean over tokens held back of ‖y - ŷ‖² / ‖y‖², y the original block's output."),
+        Field(description="Mean over held-out tokens of ‖y - ŷ‖² / ‖y‖², where y is the original block's output."),
     ]
     error_after: Annotated[float, Field(description="The same after tuning.")]
     kept: Annotated[bool, Field(description="False if tuning made it worse and was undone.")]
@@ -180,18 +182,16 @@ class DistillationReport(FilePart):
     divergence_before: Annotated[
         float,
         Field(
-            description="Mean of KL(original || compressed), in nats, over the predictions for samples held back; of 1 "
-            "- cosine of the features, for a model without a head."
+            description="Mean of KL(original || compressed), in nats, over the predictions for held-out samples; mean "
+            "of 1 - cosine of the features for a model without a head."
         ),
     ]
-    divergence_after: Annotated[
-        float | None, Field(description="The same after tuning; null where that left the finite numbers.")
-    ]
+    divergence_after: Annotated[float | None, Field(description="The same after tuning; null if it was not finite.")]
     kept: Annotated[bool, Field(description="False if tuning made it worse and was undone.")]
 
 
 class KindReport(FilePart):
-    """Averages over the layers of one kind; numbers in a kind, as of experts, are `*`."""
+    """Averages over the layers of one kind; numbers in a kind, such as those of experts, are replaced by `*`."""
 
     kind: str
     layers: int
@@ -201,7 +201,7 @@ class KindReport(FilePart):
 
 
 class KeptReport(FilePart):
-    """A module left as it was."""
+    """A module that was not quantized."""
 
     name: str
     reason: str
@@ -210,7 +210,7 @@ class KeptReport(FilePart):
 class TableReport(FilePart):
     """An embedding, output head or patch embedding stored as 8-bit rows."""
 
-    modules: Annotated[list[str], Field(description="Modules that share it; it is stored under the first.")]
+    modules: Annotated[list[str], Field(description="Modules that share the matrix; it is stored under the first.")]
     rows: int
     columns: int
     bits_per_weight: float
@@ -218,29 +218,29 @@ class TableReport(FilePart):
 
 
 class TimeReport(FilePart):
-    """Where the time went."""
+    """Time spent in each stage."""
 
     total: float
-    calibration: Annotated[float, Field(description="Reading the data, or letting the model write it.")] = 0.0
-    allocate: Annotated[float, Field(description="Measuring how much each layer matters, and choosing its bits.")] = 0.0
+    calibration: Annotated[float, Field(description="Reading the data, or generating it with the model.")] = 0.0
+    allocate: Annotated[float, Field(description="Measuring sensitivities and choosing bits.")] = 0.0
     trace: Annotated[float, Field(description="Embedding the samples and recording block arguments.")]
-    forward: Annotated[float, Field(description="Running blocks, Hessians included.")]
+    forward: Annotated[float, Field(description="Running blocks, including the Hessians.")]
     solve: float
-    reconstruct: Annotated[float, Field(description="Tuning blocks by gradient.")] = 0.0
-    distill: Annotated[float, Field(description="Tuning the whole model by gradient.")] = 0.0
-    check: Annotated[float, Field(description="Predicting a sample from what was written.")] = 0.0
+    reconstruct: Annotated[float, Field(description="Gradient-based tuning of blocks.")] = 0.0
+    distill: Annotated[float, Field(description="Gradient-based tuning of the whole model.")] = 0.0
+    check: Annotated[float, Field(description="Running a sample through the written checkpoint.")] = 0.0
     read_and_write: float
 
 
 class MachineReport(FilePart):
-    """What it ran on."""
+    """The machine and its resources."""
 
     device: str
-    dtype: Annotated[str | None, Field(description="What was computed in.")] = None
-    processes: Annotated[int, Field(description="That shared the run.")] = 1
-    threads: Annotated[int, Field(description="Of each process.")]
-    peak_memory_bytes: Annotated[int, Field(description="Peak resident memory of the process that wrote.")]
-    expected_memory_bytes: Annotated[int, Field(description="What the plan had said.")]
+    dtype: Annotated[str | None, Field(description="dtype of the computation.")] = None
+    processes: Annotated[int, Field(description="Number of processes that shared the run.")] = 1
+    threads: Annotated[int, Field(description="Threads of each process.")]
+    peak_memory_bytes: Annotated[int, Field(description="Peak resident memory of the process that wrote the files.")]
+    expected_memory_bytes: Annotated[int, Field(description="Peak memory expected by the plan.")]
     versions: Annotated[dict[str, str], Field(description="shiftadd-cli, python, torch, transformers, safetensors.")]
 
 
@@ -248,9 +248,9 @@ class Report(FilePart):
     """report.json; the writer adds `files`: {file name: {bytes, sha256}}."""
 
     schema_version: int = SCHEMA_VERSION
-    command: Annotated[list[str], Field(description="Arguments of the run that wrote it.")]
+    command: Annotated[list[str], Field(description="Command-line arguments of the run.")]
     source: SourceReport
-    recipe: Annotated[dict[str, object], Field(description="The recipe with all defaults resolved.")]
+    recipe: Annotated[dict[str, object], Field(description="The recipe, with all defaults resolved.")]
     recipe_fingerprint: str
     calibration: Annotated[CalibrationReport | None, Field(description="null for a run without data.")]
     bit_plan: Annotated[BitPlanReport | None, Field(description="null where all layers have equal bits.")] = None
@@ -259,14 +259,14 @@ class Report(FilePart):
     layers: Annotated[
         list[LayerReport],
         Field(
-            description="Errors are those before any block reconstruction and distillation. With asymmetric "
-            "calibration, W is the weight corrected for the errors of the layers before."
+            description="Errors are measured before any block reconstruction and distillation. With asymmetric "
+            "calibration, W is the weight corrected for the errors of the preceding layers."
         ),
     ]
     blocks: Annotated[list[BlockReport], Field(description="Empty without block reconstruction.")] = Field(
         default_factory=list
     )
-    distillation: Annotated[DistillationReport | None, Field(description="null without.")] = None
+    distillation: Annotated[DistillationReport | None, Field(description="null without distillation.")] = None
     tables: Annotated[
         list[TableReport],
         Field(description="Embeddings, output heads and patch embeddings stored as 8-bit rows."),
@@ -277,7 +277,7 @@ class Report(FilePart):
 
     @property
     def starved(self) -> list[LayerReport]:
-        """Layers that calibration did not reach, or hardly."""
+        """Layers that read too few calibration tokens, or none."""
         return [] if self.calibration is None else [layer for layer in self.layers if not layer.calibrated]
 
 
@@ -288,15 +288,15 @@ def average_kinds(layers: list[LayerReport]) -> list[KindReport]:
         kinds.setdefault(alike(layer.kind), []).append(layer)
     rows = []
     for kind, members in kinds.items():
-        weights = [each.out_features * each.in_features for each in members]
-        bits = sum(each.bits_per_weight * count for each, count in zip(members, weights, strict=True)) / sum(weights)
-        outputs = [each.output_error for each in members if each.output_error is not None]
+        weights = [layer.out_features * layer.in_features for layer in members]
+        bits = sum(layer.bits_per_weight * count for layer, count in zip(members, weights, strict=True)) / sum(weights)
+        outputs = [layer.output_error for layer in members if layer.output_error is not None]
         rows.append(
             KindReport(
                 kind=kind,
                 layers=len(members),
                 bits_per_weight=bits,
-                weight_error=sum(each.weight_error for each in members) / len(members),
+                weight_error=sum(layer.weight_error for layer in members) / len(members),
                 output_error=sum(outputs) / len(outputs) if outputs else None,
             )
         )

@@ -1,4 +1,4 @@
-"""What single operations cost in energy: a documented YAML file, the packaged one or the user's own."""
+"""Energy costs of single operations, from a documented YAML file: the packaged one or the user's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = get_args(Operation)
 
 
 class UnitCost(FilePart):
-    """Energy of one operation, and where the number is from."""
+    """Energy of one operation, and the source of the number."""
 
     picojoules: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     source: Annotated[str, Field(min_length=1)]
@@ -36,27 +36,27 @@ class UnitCosts(FilePart):
     operations: dict[Operation, UnitCost]
 
     def energy(self, counts: Mapping[Operation, int]) -> float:
-        """Picojoules of so many operations."""
+        """Total picojoules for these counts of operations."""
         return sum(count * self.operations[name].picojoules for name, count in counts.items())
 
 
 def load_unit_costs(path: Path = PACKAGED) -> UnitCosts:
-    """Read a file of unit costs. Raises CostError in one sentence where it cannot be read, is none or lacks one."""
+    """Read a file of unit costs. Raises CostError if it cannot be read, is not such a file or lacks an operation."""
     if not path.is_file():
         raise CostError(f"There is no file of unit costs {path}; give the path of a YAML file.")
     if path.stat().st_size > _MAX_BYTES:
-        raise CostError(f"{path} has more than {_MAX_BYTES:,} bytes, which no file of unit costs has; make it again.")
+        raise CostError(f"{path} has more than {_MAX_BYTES:,} bytes, too many for unit costs; give another file.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as failure:
-        raise CostError(f"Unit costs {path} are no valid YAML ({failure}); mend the file.") from None
+        raise CostError(f"Unit costs {path} are not valid YAML ({failure}); fix the file.") from None
     if not isinstance(values, dict) or values.get("format") != UNIT_COSTS_FORMAT:
-        raise CostError(f"{path} holds no unit costs; it must begin with format: {UNIT_COSTS_FORMAT}.")
+        raise CostError(f"{path} is not a file of unit costs; it must begin with format: {UNIT_COSTS_FORMAT}.")
     try:
         costs = UnitCosts.model_validate(values)
     except ValidationError as failure:
-        place, message = first_fault(failure)
-        raise CostError(f"{', '.join((f'Unit costs {path}', *place))}: {message}; mend the file.") from None
-    if absent := [name for name in OPERATIONS if name not in costs.operations]:
-        raise CostError(f"Unit costs {path} have no {absent[0]}; add it.")
+        keys, message = first_fault(failure)
+        raise CostError(f"{', '.join((f'Unit costs {path}', *keys))}: {message}; fix the file.") from None
+    if missing := [name for name in OPERATIONS if name not in costs.operations]:
+        raise CostError(f"Unit costs {path} lack {missing[0]}; add it.")
     return costs

@@ -1,4 +1,4 @@
-"""The linear layer over a compressed weight: on look-up tables where they can run, else in plain torch."""
+"""The linear layer over a compressed weight: on look-up tables where they can run, in plain torch elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shiftadd_cli.kernels.select import Kernel, Precision, chosen_precision, sui
 from shiftadd_cli.kernels.triton_weight import TritonWeight
 from shiftadd_cli.runtime.stored import StoredWeight
 
-# Decoded rows held at a time, float32; a matrix of a small model is one tile.
+# Size of one tile of decoded float32 rows; a matrix of a small model fits in one.
 TILE_BYTES = 4 << 20
 
 _CODES = "weight_codes"
@@ -29,18 +29,18 @@ _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 class PackedLinear(StoredWeight):
     """`x @ W.T + bias` with W in compressed form.
 
-    The stored tensors are frozen parameters named as in `bcq.weight`. Once `prepare` was called, the layer computes by
-    the kernels that suit its device, on a CPU by looking up and adding; until then, and for what the kernels do not
-    take (float64, gradients), the matrix is decoded tile by tile on every call.
+    The stored tensors are frozen parameters named as in `bcq.weight`. After `prepare`, the layer computes with the
+    kernels that suit its device: on a CPU, look-ups and additions. Before that, and for inputs that the kernels do not
+    take (float64, gradients), every call decodes the matrix tile by tile.
 
-    The output equals `F.linear(R x, packed().decode_stored().to(x.dtype), bias)`, where R is the rotation, if there is
-    one, up to the rounding of the dot products, which are summed in another order (for float32: a few units in the last
-    place of the sum of |terms|; with 16-bit tables, see `kernels.choice`, 8e-4 of the output's norm), plus the outlier
-    columns' part, if there are any. In exact arithmetic that is `F.linear(x, decode(), bias)`.
+    The output equals `F.linear(R x, packed().decode_stored().to(x.dtype), bias)`, where R is the rotation, if any, plus
+    the part of the outlier columns, if any. It differs by the rounding of the dot products, which are summed in another
+    order (for float32: a few units in the last place of the sum of |terms|; with 16-bit tables, see `kernels.choice`,
+    8e-4 of the output's norm). In exact arithmetic it is `F.linear(x, decode(), bias)`.
 
-    Of a shift layer the matrix is always decoded, tile by tile: no kernel takes one.
+    The matrix of a shift layer is always decoded, tile by tile: no kernel takes one.
 
-    `transposed` remembers that the layer stands for a transformers `Conv1D`, whose dense weight is [in, out].
+    `transposed` records that the layer replaces a transformers `Conv1D`, whose dense weight is [in, out].
     """
 
     bias: nn.Parameter | None
@@ -51,7 +51,7 @@ class PackedLinear(StoredWeight):
     offsets: Tensor | None
     row_scale: Tensor
     signs: Tensor | None
-    # (x `[..., in]`, signs `[in]`) → R x; layers that read the same input may be given one that remembers it.
+    # (x `[..., in]`, signs `[in]`) → R x; layers that read the same input may share one that remembers its result.
     rotate: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(
@@ -63,7 +63,7 @@ class PackedLinear(StoredWeight):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`dtype`: of the bias and what `weight.dtype` says, the default dtype if None. Stored tensors start as 0."""
+        """`dtype`: of the bias and of `weight.dtype`, the default dtype if None. Stored tensors start as 0."""
         super().__init__()
         self.layout = layout
         self.transposed = transposed
@@ -88,7 +88,7 @@ class PackedLinear(StoredWeight):
         transposed: bool = False,
         dtype: torch.dtype | None = None,
     ) -> PackedLinear:
-        """A layer over the tensors of `weight`, shared and not copied; `bias` is `[out]`."""
+        """A layer over the tensors of `weight`, which are shared, not copied; `bias` is `[out]`."""
         dtype = bias.dtype if dtype is None and bias is not None else dtype
         layer = cls(weight.layout, bias=bias is not None, transposed=transposed, device="meta", dtype=dtype)
         for suffix, tensor in weight.tensors.items():
@@ -106,17 +106,17 @@ class PackedLinear(StoredWeight):
         return self.layout.grid.rows
 
     def packed(self) -> QuantizedWeight:
-        """The compressed matrix; shares memory with the parameters where they hold all of it."""
+        """The compressed matrix; shares memory with the parameters, except for planes that `prepare` rearranged."""
         tensors = {name: self.get_parameter(name).detach() for name in self.layout.tensors()}
         if self.kernel is Kernel.CPU:
             tensors[_CODES] = self.on_cpu().codes(self.layout)
         return QuantizedWeight(self.layout, tensors)
 
     def prepare(self) -> None:
-        """Choose the kernels that suit the layer's device, and arrange its tensors for them, see `kernels.choice`.
+        """Choose the kernels that suit the layer's device and arrange its tensors for them, see `kernels.choice`.
 
-        For the CPU kernels the planes are arranged anew and the stored ones dropped: they are no parameter afterwards,
-        but state dicts hold them as ever. A layer that is moved to another device is prepared again.
+        For the CPU kernels the planes are rearranged and the stored ones dropped: their parameter is empty afterwards,
+        but state dicts still contain them. A layer that moves to another device is prepared again.
         """
         self.restore()
         weight, kernel = self.packed(), suited_kernel(self.layout, self._device)
@@ -139,7 +139,7 @@ class PackedLinear(StoredWeight):
         self.kernel = self._arranged = self._on_gpu = self._rotation = None
 
     def decode(self) -> Tensor:
-        """The matrix the layer stands for: float32 `[out, in]`."""
+        """The decoded matrix: float32 `[out, in]`."""
         return self.packed().decode()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class PackedLinear(StoredWeight):
         weight = self.on_cpu()
         signs = weight.signs
         if signs is not None and self.rotate is not rotate_input:
-            # Another layer may have rotated this very input already.
+            # Another layer may already have rotated this input.
             x, signs = self.rotate(x, signs), None
         return lookup_linear(
             x,
@@ -179,7 +179,7 @@ class PackedLinear(StoredWeight):
         )
 
     def _multiply_on_gpu(self, x: Tensor) -> Tensor:
-        assert self._on_gpu is not None, "prepare made it"
+        assert self._on_gpu is not None, "set by prepare"
         rotated = x if self._rotation is None else self.rotate(x, self._rotation)
         return gpu_linear(rotated, self._on_gpu, self.bias)
 
@@ -195,7 +195,7 @@ class PackedLinear(StoredWeight):
 
     def on_cpu(self) -> CpuWeight:
         """The tensors of a layer prepared for the CPU kernels."""
-        # To a compiler buffers are known, and what else a module holds is not.
+        # A compiler tracks a module's buffers but not its other attributes.
         if self._arranged is not None and not torch.compiler.is_compiling():
             return self._arranged
         return CpuWeight(self.words, self.scale_codes, self.scales, self.offsets, self.row_scale, self.signs)
@@ -216,7 +216,7 @@ class PackedLinear(StoredWeight):
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        """The stored tensors in their places meanwhile, prepared again afterwards if the layer was."""
+        """Restore the stored tensors for the duration, and prepare the layer again afterwards if it was prepared."""
         prepared = self.kernel is not None
         self.restore()
         yield

@@ -1,4 +1,4 @@
-"""Loading a compressed checkpoint as its users do."""
+"""Loads a compressed checkpoint for users of the package."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from shiftadd_cli.source.vision import vision_class
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The compressed model in `folder`, its linears packed; `options` as for transformers' `from_pretrained`.
+    """The compressed model in `folder`, with its linears packed; `options` as for transformers' `from_pretrained`.
 
     folder: a folder that `quantize` wrote, or a hub id of one, `USER/NAME`.
 
-    Raises ArtifactError, naming the tensor, for a damaged checkpoint, and where there is no such folder.
+    Raises ArtifactError, naming the tensor, for a damaged checkpoint, and if there is no such folder.
     """
     transformers_plugin.register()
     remote_code = bool(options.get("trust_remote_code", False))
-    place = expanded(folder)
+    path = expanded(folder)
     config: Any
-    if place.is_dir():
-        remote_code = remote_code and brings_code(read_json(place / "config.json"))
-        config, folder = read_artifact_config(place, remote_code=remote_code), place
+    if path.is_dir():
+        remote_code = remote_code and brings_code(read_json(path / "config.json"))
+        config, folder = read_artifact_config(path, remote_code=remote_code), path
     elif isinstance(folder, Path) or "/" not in (hub_id(folder) or ""):
-        # The hub has no models of ours under a bare name, and is not asked for what can only be a path.
-        raise ArtifactError(f"{folder} is no folder; give one that `shiftadd quantize` wrote, or a hub id.")
+        # Our hub models always have an owner, so a bare name can only be a path.
+        raise ArtifactError(f"{folder} is not a folder; give one that `shiftadd quantize` wrote, or a hub id.")
     else:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     loader = (None if remote_code else vision_class(config, str(folder))) or AutoModelForCausalLM

@@ -1,7 +1,7 @@
-"""Putting the stored tensors of a checkpoint into the model built for it, so that none is left at a random value.
+"""Loads the stored tensors of a checkpoint into the model built for it, so that none keeps a random value.
 
-The model may be a part of the one that the checkpoint was made from. transformers keeps a record of tied parameters by
-name, which is kept true while modules change the names of theirs.
+The model may be a part of the one that the checkpoint was made from. transformers records tied parameters by name; the
+record is updated when modules rename their parameters.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from shiftadd_cli.runtime.table import Int8Embedding, Table, can_hold_table, dro
 
 
 def find_module(model: nn.Module, name: str) -> tuple[str, Any]:
-    """A listed module and its name in `model`, which may be the body alone or have a body the list knows nothing of.
+    """A listed module and its name in `model`, which may be the body alone, or wrap the listed model as its body.
 
     Raises ArtifactError if there is none.
     """
-    if (found := try_find_module(model, name)) is None:
+    if (result := try_find_module(model, name)) is None:
         raise ArtifactError(
             f"{name} is listed as compressed, but {type(model).__name__} has no such module; load the checkpoint with "
             "the model class it was made from."
         )
-    return found
+    return result
 
 
 def try_find_module(model: nn.Module, name: str) -> tuple[str, Any] | None:
-    """The same, None if there is none."""
+    """Like `find_module`, but None if there is no such module."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for place in (name, name.removeprefix(prefix), prefix + name):
+    for path in (name, name.removeprefix(prefix), prefix + name):
         try:
-            return place, model.get_submodule(place)
+            return path, model.get_submodule(path)
         except AttributeError:
             continue
     return None
@@ -52,23 +52,23 @@ class Ties:
         from transformers import PreTrainedModel
 
         self._model = model
-        # Asked now, since transformers expands patterns by looking at the parameters there are.
+        # Expanded now, because transformers matches the patterns against the present parameters.
         self._expanded: list[tuple[str, Any, dict[str, str]]] = [
-            (f"{name}." if name else "", each, each.get_expanded_tied_weights_keys(all_submodels=False))
-            for name, each in model.named_modules()
-            if isinstance(each, PreTrainedModel)
+            (f"{name}." if name else "", part, part.get_expanded_tied_weights_keys(all_submodels=False))
+            for name, part in model.named_modules()
+            if isinstance(part, PreTrainedModel)
         ]
 
     def group(self, module: str) -> list[str]:
-        """Names of the modules whose weight is that of `module`: the one it is stored for first, `module` included."""
+        """Names of the modules that share the weight of `module`, the one it is stored for first, `module` included."""
         ties: dict[str, str] = getattr(self._model, "all_tied_weights_keys", {})
         weight = f"{module}.weight"
         source = ties.get(weight, weight)
-        members = [source, *(target for target, each in ties.items() if each == source)]
+        members = [source, *(target for target, origin in ties.items() if origin == source)]
         return [name.removesuffix(".weight") for name in members]
 
     def rename(self, modules: Collection[str], old: str, *new: str) -> None:
-        """Record that the parameter `old` of each of `modules` is now the parameters `new`; without any it is gone."""
+        """Record that `new` replaces the parameter `old` of each of `modules`; if `new` is empty, it is gone."""
 
         def renamed(ties: dict[str, str], prefix: str) -> dict[str, str]:
             pairs = [
@@ -95,24 +95,25 @@ _AGAIN = "quantize the model again"
 
 
 def check_files(model: nn.Module, files: Sequence[str]) -> None:
-    """Compare shapes and stored dtypes in safetensors headers with the model's; raises ArtifactError.
+    """Compare shapes and stored dtypes in safetensors headers with the model's; raises ArtifactError if they differ.
 
-    Names that the model lacks are left to `check_loaded`: transformers may rename them on loading.
+    Names that the model lacks are left to `check_loaded`, since transformers may rename them on loading.
     """
     expected = model.state_dict()
-    # The index names files, and comes from outside.
+    # The index is untrusted and may name any file.
     if len({Path(file).parent for file in files}) > 1 or any(".." in Path(file).parts for file in files):
         raise ArtifactError(f"The index of {files[0]} names files outside its folder; do not use this checkpoint.")
     for file in files:
         if not file.endswith(".safetensors"):
-            raise ArtifactError(f"{file} is no safetensors file, which shiftadd checkpoints consist of; {_AGAIN}.")
-        for name, (found, kind) in read_header(Path(file)).items():
+            raise ArtifactError(f"{file} is not a safetensors file, and shiftadd checkpoints have no others; {_AGAIN}.")
+        for name, (stored_shape, kind) in read_header(Path(file)).items():
             if name not in expected:
                 continue
             shape, dtype = tuple(expected[name].shape), expected[name].dtype
-            if found != shape:
+            if stored_shape != shape:
                 raise ArtifactError(
-                    f"{name} in {file} has shape {list(found)}, and config.json asks for {list(shape)}; {_AGAIN}."
+                    f"{name} in {file} has shape {list(stored_shape)}, but config.json asks for {list(shape)}; "
+                    f"{_AGAIN}."
                 )
             if name.endswith(SUFFIXES) and kind != dtype:
                 raise ArtifactError(f"{name} in {file} is {kind}, and the format says {dtype}; {_AGAIN}.")
@@ -121,11 +122,11 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
 def check_loaded(model: nn.Module, architectures: Sequence[str]) -> None:
     """Raise ArtifactError for the first parameter, or buffer of a table, that was not in the checkpoint.
 
-    Of another class than the checkpoint's `architectures` (a new head on the same body) only compressed matrices are
-    checked. transformers marks what it loaded or tied; parameters offloaded to disk are on the meta device.
+    For a class other than the checkpoint's `architectures` (a new head on the same body) only compressed matrices are
+    checked. transformers marks the tensors it loaded or tied; parameters offloaded to disk are on the meta device.
     """
     everything = type(model).__name__ in architectures
-    scales = [(name, each) for name, each in _persistent_buffers(model) if name.endswith(SUFFIXES)]
+    scales = [(name, buffer) for name, buffer in _persistent_buffers(model) if name.endswith(SUFFIXES)]
     for name, parameter in [*model.named_parameters(), *scales]:
         loaded = parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
         if not loaded and (everything or name.endswith(SUFFIXES)):
@@ -133,10 +134,10 @@ def check_loaded(model: nn.Module, architectures: Sequence[str]) -> None:
 
 
 def check_values(name: str, stored: Mapping[str, Tensor], columns: int) -> None:
-    """Raise ArtifactError for stored values of the module `name`, of so many input columns, that no writer stores.
+    """Raise ArtifactError for stored values of the module `name`, which has `columns` inputs, that no writer stores.
 
-    stored: tensors by suffix. Codes of planes and exponents may be anything; what is on the meta device is not looked
-    at. Outlier columns that are not there would be read from memory that is not theirs.
+    stored: tensors by suffix. Plane codes and exponents may have any value; tensors on the meta device are skipped.
+    Outlier columns that do not exist would be read from foreign memory.
     """
     for suffix, tensor in stored.items():
         if tensor.is_meta:
@@ -155,29 +156,29 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def place_tables(model: Any, tables: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None) -> None:
-    """Turn the listed modules of a model on meta, and those tied to them, into empty tables.
+    """Turn the listed modules of a model on meta, and the modules tied to them, into empty tables.
 
-    A model of another class than the checkpoint's may lack a listed one: a body has no head. Raises ArtifactError for
-    one that does not fit.
+    A model of another class than the checkpoint's may lack a listed module: a body has no head. Raises ArtifactError
+    for a module that does not fit.
     """
-    ties, held = Ties(model), set()
+    ties, replaced = Ties(model), set()
     find = find_module if type(model).__name__ in (model.config.architectures or ()) else try_find_module
     for name, shape in tables.items():
-        if (found := find(model, name)) is None:
+        if (location := find(model, name)) is None:
             continue
-        place = found[0]
-        for member in ties.group(place):
+        path = location[0]
+        for member in ties.group(path):
             _check(model.get_submodule(member), name, shape, type(model).__name__)
-        stored = hold_table(model.get_submodule(place), dtype)
-        for member in ties.group(place):
-            if member != place:
+        stored = hold_table(model.get_submodule(path), dtype)
+        for member in ties.group(path):
+            if member != path:
                 hold_table(model.get_submodule(member), dtype).share(stored)
-            held.add(member)
-    ties.rename(held, "weight", CODES)
+            replaced.add(member)
+    ties.rename(replaced, "weight", CODES)
 
 
 def connect_tables(model: Any) -> None:
-    """Let tied modules read one table, once it is loaded: transformers ties parameters, and a scale is none. Then mark
+    """Let tied modules read one table after loading: transformers ties parameters, but a scale is a buffer. Then mark
     embeddings with their dtype, for `model.dtype`.
 
     Raises ArtifactError if the checkpoint holds codes for a module that the model ties to another, or scales that are
@@ -196,14 +197,14 @@ def connect_tables(model: Any) -> None:
             continue
         if (source := ties.get(f"{name}.{CODES}")) is None:
             raise ArtifactError(
-                f"The checkpoint holds {name}.{CODES}, which by its config.json is tied to another table; quantize the "
+                f"The checkpoint holds {name}.{CODES}, which its config.json ties to another table; quantize the "
                 "model again."
             )
         module.share(model.get_submodule(source.rpartition(".")[0]))
 
 
 def restore_dense(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn every table back into the module it was made from, at `dtype`, tied ones tied again.
+    """Turn every table back into the module it was made from, in `dtype`, and restore the ties.
 
     Raises ArtifactError if one is offloaded to disk.
     """
@@ -238,7 +239,7 @@ def _check(module: Any, name: str, shape: tuple[int, ...], model: str) -> None:
             "model class it was made from."
         )
     if tuple(module.weight.shape) != shape:
-        sizes, listed = (" x ".join(map(str, each)) for each in (module.weight.shape, shape))
+        sizes, listed = (" x ".join(map(str, sides)) for sides in (module.weight.shape, shape))
         raise ArtifactError(
             f"{name} is {sizes} by the model's sizes in config.json, but {listed} by its quantization_config; quantize "
             "the model again."

@@ -1,4 +1,4 @@
-"""Opening what is to be measured: original models, and checkpoints of ours."""
+"""Opens models to measure: originals and our own checkpoints."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from shiftadd_cli.version import QUANT_METHOD
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a report says of a model beside its scores.
+    """The entries of a report on a model, in addition to its scores.
 
     Attributes:
-        spec: what the user typed.
+        spec: the name that the user typed.
         compressed: whether it is a checkpoint of ours.
         file_bytes: all its weight files on disk.
-        parameters: of the original model, tied ones once.
+        parameters: number in the original model; tied ones count once.
         file_bits_per_weight: 8 * file_bytes / parameters.
-        quantized_bits_per_weight: everything stored for the compressed layers over their weights; None for an original.
-        stored_dtype, dtype: of what is not compressed, in the files and in this measurement.
-        calibration, calibration_fingerprint: name and SHA-256 of the data it was calibrated on, if its report says so.
+        quantized_bits_per_weight: stored bits of the compressed layers divided by their weights; None for an original.
+        stored_dtype, dtype: of the uncompressed tensors, in the files and in this measurement.
+        calibration, calibration_fingerprint: name and SHA-256 of the calibration data, if its report has them.
         calibration_parts: SHA-256 of each text of a mixture.
     """
 
@@ -52,12 +52,12 @@ class ModelInfo:
     calibration_parts: tuple[str, ...] = ()
 
     def was_calibrated_on(self, fingerprint: str) -> bool:
-        """Whether the data of this SHA-256, or a part of it, was what the model was calibrated on."""
+        """Whether the model was calibrated on the data with this SHA-256, alone or as a part of a mixture."""
         return fingerprint in (self.calibration_fingerprint, *self.calibration_parts)
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode on its device, its tokenizer (None for a vision model), and what is known of it."""
+    """A model in evaluation mode on its device, its tokenizer (None for a vision model) and its `ModelInfo`."""
 
     model: Any
     tokenizer: Any
@@ -65,7 +65,7 @@ class Loaded(NamedTuple):
 
 
 class Opened:
-    """A model of which only headers were read; made by `open_any`."""
+    """A model of which only the headers have been read; created by `open_any`."""
 
     def __init__(
         self, spec: str, path: Path, source: Source | None, config: dict[str, Any], *, trust_remote_code: bool = False
@@ -84,38 +84,38 @@ class Opened:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Dtype of what is not compressed, in the files."""
+        """Dtype of the uncompressed tensors in the files."""
         return self._source.dtype if self._source is not None else _dtype_of(self._config)
 
     @property
     def positions(self) -> int | None:
-        """Tokens of the longest text the model takes, see `position_limit`; None for one without a limit."""
+        """Upper limit of tokens in a text, see `position_limit`; None for a model without one."""
         return position_limit(self.config)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens the model knows."""
+        """Number of tokens in the vocabulary."""
         size: int = self._text_config.vocab_size
         return size
 
     @cached_property
     def config(self) -> Any:
-        """The configuration."""
+        """The configuration of the model."""
         if self._source is not None:
             return self._source.config
         return read_artifact_config(self.path, remote_code=self._remote_code)
 
     @cached_property
     def classes(self) -> dict[int, str] | None:
-        """Names of the classes of a vision model by number; None for one without class scores."""
-        found = self._source.skeleton() if self._source is not None else self._vision_class
-        if not self.reads_images or not is_classifier(found):
+        """Class names of a vision model by number; None for a model without class scores."""
+        model = self._source.skeleton() if self._source is not None else self._vision_class
+        if not self.reads_images or not is_classifier(model):
             return None
         return {int(number): str(name) for number, name in self.config.id2label.items()}
 
     @property
     def _vision_class(self) -> Any | None:
-        # Code of a model's own is for language models, see `source.config.model_class`.
+        # A model's own code is supported for language models only, see `source.config.model_class`.
         return None if self._remote_code else vision_class(self.config, self.spec)
 
     @property
@@ -126,8 +126,8 @@ class Opened:
         """The tokenizer, read once; raises SourceError if there is none."""
         if self.reads_images:
             raise SourceError(
-                f"{self.spec} is a vision model, which reads no text; this is for language models. `shiftadd evaluate` "
-                "measures it on images."
+                f"{self.spec} is a vision model, which reads no text; give a language model, or measure this one on "
+                "images with `shiftadd evaluate`."
             )
         if self._source is not None:
             return self._source.load_tokenizer()
@@ -200,12 +200,12 @@ class Opened:
 
 
 def open_any(spec: str, *, trust_remote_code: bool = False) -> Opened:
-    """Open an original (`demo`, a folder, a .gguf file, a hub id) or a checkpoint of ours, reading headers only.
+    """Open an original (`demo`, a folder, a .gguf file, a hub id) or one of our checkpoints, reading headers only.
 
     trust_remote_code: run model code that comes with it.
 
     Raises:
-        SourceError: there is no such model, or it is of a kind that is not supported.
+        SourceError: there is no such model, or its kind is not supported.
     """
     path = locate(spec, remote_code=trust_remote_code)
     config = _read_json(path / "config.json") if path.is_dir() else {}
@@ -215,14 +215,14 @@ def open_any(spec: str, *, trust_remote_code: bool = False) -> Opened:
 
 
 def load_any(spec: str, dtype: str = "auto", device: torch.device | None = None) -> Loaded:
-    """`open_any` and `load` in one."""
+    """`open_any` followed by `load`."""
     return open_any(spec).load(dtype, device)
 
 
 def computing_dtype(requested: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: the requested one, and for `auto` the stored one where the device computes in it.
+    """The dtype to compute in: the requested one, or for `auto` the stored one if the device computes in it.
 
-    A CPU that has no instructions for a 16-bit type computes in float32 instead, which is faster there.
+    A CPU without instructions for a 16-bit type computes in float32 instead, which is faster there.
     """
     if requested != "auto":
         named: torch.dtype = getattr(torch, requested)
@@ -233,12 +233,12 @@ def computing_dtype(requested: str, stored: torch.dtype, device: torch.device) -
 
 
 def _count(model: torch.nn.Module) -> tuple[int, float | None]:
-    """Parameters of the model as it was before compression, and stored bits per compressed weight."""
+    """Number of parameters before compression, and stored bits per compressed weight."""
     from shiftadd_cli.runtime.linear import PackedLinear
 
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     stored = {id(module.get_parameter(name)) for module in packed for name in module.layout.tensors()}
-    dense = sum(each.numel() for each in model.parameters() if id(each) not in stored)
+    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in stored)
     weights = sum(module.out_features * module.in_features for module in packed)
     if not packed:
         return dense, None
@@ -246,20 +246,22 @@ def _count(model: torch.nn.Module) -> tuple[int, float | None]:
 
 
 def _calibration_of(path: Path) -> dict[str, Any]:
-    """The `calibration` of report.json; empty without the file, or for a run without data."""
+    """The `calibration` of report.json; empty if there is no file, or if the run used no data."""
     file = path / "report.json"
     calibration = _read_json(file).get("calibration") if file.is_file() else None
     return calibration if isinstance(calibration, dict) else {}
 
 
 def _dtype_of(config: dict[str, Any]) -> torch.dtype:
-    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise ArtifactError(f"{file} is no valid JSON ({error}); restore it, or write the checkpoint again.") from error
+        raise ArtifactError(
+            f"{file} is not valid JSON ({error}); restore it, or write the checkpoint again."
+        ) from error
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Giving the layers of a loaded model the kernels that suit the machine."""
+"""Gives the layers of a loaded model the kernels that suit the machine."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _said: set[str] = set()
 
 
 def prepare_layers(layers: Iterable[PackedLinear]) -> None:
-    """Prepare the layers but those that a hook moves about (offloading). Raises RuntimeChoiceError."""
-    mine = [layer for layer in layers if not hasattr(layer, "_hf_hook")]
-    on_cpu = any(layer.get_parameter("weight_codes").device.type == "cpu" for layer in mine)
+    """Prepare all layers except those that a hook moves between devices (offloading). Raises RuntimeChoiceError."""
+    resident = [layer for layer in layers if not hasattr(layer, "_hf_hook")]
+    on_cpu = any(layer.get_parameter("weight_codes").device.type == "cpu" for layer in resident)
     if on_cpu and chosen_kernel() is Kernel.AUTO and cpu_extension() is None and _NO_KERNELS not in _said:
         _said.add(_NO_KERNELS)
         _log.warning(_NO_KERNELS)
-    for layer in mine:
+    for layer in resident:
         layer.prepare()

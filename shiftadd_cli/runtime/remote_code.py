@@ -1,7 +1,7 @@
-"""A file in a checkpoint's folder that imports this package, for programs that only know `trust_remote_code=True`.
+"""A file in a checkpoint folder that imports this package, for programs that only set `trust_remote_code=True`.
 
-transformers loads the configuration's class from it, which is the original one under its own name: models are found by
-that name. Without this package the file's import fails, and transformers says what to install.
+transformers loads the configuration class from it. This is the original class under its own name, by which transformers
+finds the model. Without this package the file's import fails, and transformers names the package to install.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class {name}(Original):
 
 
 def code_entry(config: Any) -> dict[str, Any]:
-    """What config.json says of the file; empty where the model brings code of its own, or is none of transformers'."""
+    """The file's entry in config.json; empty if the model brings its own code, or is not one of transformers'."""
     import transformers
 
     kind = type(config)
@@ -39,15 +39,15 @@ def code_files(config: Any) -> dict[str, str]:
 
 
 def brings_code(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json names code of the model's own, beside the file of ours."""
+    """Whether a config.json names the model's own code, in addition to our file."""
     entries = config.get("auto_map")
     names = entries.values() if isinstance(entries, Mapping) else ()
     return any(not str(name).startswith(f"{MODULE}.") for name in names)
 
 
 def forget_unused_entry(config: Any) -> None:
-    """Drop the entry from the configuration of a model that was loaded without the file, which `save_pretrained` does
-    not copy then."""
+    """Drop the entry from the configuration of a model loaded without the file, because `save_pretrained` does not copy
+    the file then."""
     reference = (getattr(config, "auto_map", None) or {}).get("AutoConfig", "")
     if reference.startswith(f"{MODULE}.") and not type(config).__module__.endswith(MODULE):
         del config.auto_map

@@ -1,4 +1,4 @@
-"""Rotated inputs, made once for all linears that read the same tensor (query, key and value; gate and up)."""
+"""Rotated inputs, computed once for all linears that read the same tensor (query, key and value; gate and up)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from shiftadd_cli.runtime.linear import PackedLinear
 class SharedRotation:
     """Rotates inputs by the signs of one layer and remembers the last result while its input lives.
 
-    A tensor that was changed in place since, or comes again under another gradient mode, is rotated anew. What is
-    remembered is one tuple, so that threads may race for it without harm.
+    A tensor that has changed in place since, or that comes again under another gradient mode, is rotated again. The
+    state is a single tuple, so threads may race for it without harm.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class SharedRotation:
 
     def __call__(self, x: Tensor, signs: Tensor) -> Tensor:
         """R x for `x` `[..., in]` and `signs` ±1 `[in]`."""
-        # Tensors of inference mode do not count their changes, and a compiler has no tensors to remember.
+        # Inference tensors have no version counter, and a compiler has no tensors to remember.
         if torch.compiler.is_compiling() or x.is_inference():
             return rotate(x, signs)
         state = (x._version, torch.is_grad_enabled())
@@ -51,7 +51,7 @@ class SharedRotation:
 
 
 def rotate(x: Tensor, signs: Tensor) -> Tensor:
-    """`rotate_input`, by the compiled kernel where it can: that has no gradient."""
+    """`rotate_input`, or the compiled kernel where possible; the kernel has no gradient."""
     inference = not (torch.is_grad_enabled() and x.requires_grad)
     if x.device.type == "cpu" and x.dtype != torch.float64 and inference and has_kernels():
         return ops.rotate(x, signs)
@@ -59,22 +59,22 @@ def rotate(x: Tensor, signs: Tensor) -> Tensor:
 
 
 def share_rotations(model: nn.Module) -> None:
-    """Let the rotated linears of every module that have the same signs share what they rotate.
+    """Let the rotated linears of a module that have the same signs share their rotated input.
 
-    One that is alone with its signs rotates within its kernel.
+    A linear whose signs no other has rotates within its kernel.
     """
     for module in model.modules():
-        siblings = [each for each in module.children() if isinstance(each, PackedLinear) and each.layout.rotation]
+        siblings = [child for child in module.children() if isinstance(child, PackedLinear) and child.layout.rotation]
         _share(siblings)
 
 
 def _share(layers: Iterable[PackedLinear]) -> None:
-    alike: dict[tuple[torch.device, bytes], list[PackedLinear]] = {}
+    groups: dict[tuple[torch.device, bytes], list[PackedLinear]] = {}
     for layer in layers:
         stored = layer.get_parameter("weight_signs")
         if not stored.is_meta:
-            alike.setdefault((stored.device, stored.detach().cpu().numpy().tobytes()), []).append(layer)
-    for group in alike.values():
+            groups.setdefault((stored.device, stored.detach().cpu().numpy().tobytes()), []).append(layer)
+    for group in groups.values():
         if len(group) > 1:
             shared = SharedRotation()
             for layer in group:

@@ -1,4 +1,4 @@
-"""The model a checkpoint folder of ours stands for, on meta: its classes and names, and no weight."""
+"""The model of one of our checkpoint folders on meta: its classes and names, without weights."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from shiftadd_cli.source.skeleton import build_skeleton
 
 
 def artifact_skeleton(folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
-    """The dense model on meta in the checkpoint's dtype, or another, tied weights tied, and experts of a mixture split
-    where the checkpoint stores them one by one.
+    """The dense model on meta, in the checkpoint's dtype or another, with weights tied and the experts of a mixture
+    split where the checkpoint stores them one by one.
 
     trust_remote_code: run model code that comes with the checkpoint.
 
-    Raises ArtifactError where its configuration cannot be read, SourceError where it is of no model known.
+    Raises ArtifactError if its configuration cannot be read, SourceError if the model is unknown.
     """
     remote_code = trust_remote_code and brings_code(read_json(folder / "config.json"))
     config = read_artifact_config(folder, remote_code=remote_code)
     if dtype is None:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    chosen, config = model_class(config, str(folder), remote_code=remote_code)
+    kind, config = model_class(config, str(folder), remote_code=remote_code)
     split = False
     if hasattr(config, "quantization_config"):
         split = ArtifactFormat.from_dict(config.quantization_config).split_experts
         del config.quantization_config
-    model = build_skeleton(chosen, config, dtype)
+    model = build_skeleton(kind, config, dtype)
     if split:
         split_experts(model)
     return model
 
 
 def read_artifact_config(folder: Path, *, remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint of ours as transformers reads it. Raises ArtifactError if it cannot.
+    """The configuration of one of our checkpoints as transformers reads it. Raises ArtifactError if it cannot.
 
-    remote_code: run the code of its own that it brings.
+    remote_code: run the model's own code.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -53,8 +53,7 @@ def read_artifact_config(folder: Path, *, remote_code: bool = False) -> Any:
     raw = read_json(folder / "config.json")
     if not remote_code and brings_code(raw) and raw.get("model_type") not in CONFIG_MAPPING:
         raise ArtifactError(
-            f"The checkpoint {folder} holds a model that brings code of its own, which runs only with "
-            "`trust_remote_code=True`."
+            f"The model in the checkpoint {folder} brings its own code, which runs only with `trust_remote_code=True`."
         )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)

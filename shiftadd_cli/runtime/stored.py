@@ -1,4 +1,4 @@
-"""What all layers have in common whose weight is held in stored tensors instead of numbers of the model's dtype."""
+"""The base class of layers that hold their weight in stored tensors instead of numbers of the model's dtype."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class StoredWeight(nn.Module):
-    """A module that stands for one with a `weight`, and keeps that weight in other tensors.
+    """A module that replaces one with a `weight` and keeps that weight in other tensors.
 
-    These are data and not numbers of the model's dtype: `.to(dtype)`, `.half()` and the like leave them as they are,
-    and move everything else. A subclass calls `_stand_for` before it computes.
+    These are data, not numbers of the model's dtype: `.to(dtype)`, `.half()` and the like leave them unchanged and
+    convert everything else. A subclass calls `_stand_for` before it computes.
     """
 
     _stored: tuple[str, ...]
@@ -20,8 +20,8 @@ class StoredWeight(nn.Module):
     _dtype: torch.dtype
 
     def _stand_for(self, stored: Sequence[str], shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-        """stored: names of the parameters and buffers that hold the weight, the largest first; shape: that of the
-        weight; dtype: what `weight.dtype` says, the default dtype if None."""
+        """stored: names of the parameters and buffers that hold the weight, the largest first; shape: of the weight;
+        dtype: the value of `weight.dtype`, the default dtype if None."""
         self._stored = tuple(stored)
         self._shape = shape
         self._dtype = dtype or torch.get_default_dtype()
@@ -30,10 +30,10 @@ class StoredWeight(nn.Module):
     def weight(self) -> Tensor:
         """Stand-in with the weight's shape, the layer's dtype and its device, for code that asks a layer for these.
 
-        It takes no memory and is not in the state dict. Its values are NaN, so that computing with it shows.
+        It takes no memory and is not in the state dict. Its values are NaN, so that any use in a computation shows.
         """
         value = torch.full((), torch.nan, dtype=self._dtype, device=self._device).expand(self._shape)
-        # Some models (GPT-2) initialise the weights of their linears by name unless transformers' mark is there.
+        # Some models (GPT-2) initialise the weights of their linears by name unless transformers' mark is set.
         value._is_hf_initialized = True  # type: ignore[attr-defined]
         return value
 
@@ -48,11 +48,11 @@ class StoredWeight(nn.Module):
         def keep_stored_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if id(tensor) in stored and moved.dtype != tensor.dtype:
-                # bfloat16 row scales overflow in float16 and would not come back.
+                # bfloat16 row scales overflow in float16 and could not be restored.
                 return tensor.to(moved.device)
             return moved
 
-        # The dtype of a layer without bias would otherwise miss a change.
+        # A layer without a bias would otherwise miss a change of dtype.
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._device)).dtype
         super()._apply(keep_stored_dtype, recurse)
         return self

@@ -17,20 +17,20 @@ from shiftadd_cli.runtime.stored import StoredWeight
 
 _MARK = "weight_dtype"
 
-# Rows of activations up to which our kernel multiplies by the codes faster than torch by decoded ones, by dtype; on a
-# processor with AVX-512 and bfloat16 (49,152 x 576, bfloat16, two threads: 1.4 ms for 4.5 at one row, 6 for 8 at 16).
+# Activation rows, by dtype, up to which our kernel on codes is faster than torch on decoded rows; on a processor with
+# AVX-512 and bfloat16 (49,152 x 576, bfloat16, two threads: 1.4 ms against 4.5 at one row, 6 against 8 at 16).
 _ROWS_OF_CODES = {torch.bfloat16: 16, torch.float32: 32, torch.float16: 64}
 
 
 class Table(StoredWeight):
     """A module over a table, see `bcq.int8`: the frozen parameter `weight_int8` and the buffer `weight_int8_scale`.
 
-    It is made from a dense module, in place, by `hold_table`, and is of a subclass of that module's class, so code that
-    knows modules by their class (and the buffers, hooks and children of such a class) finds it unchanged.
+    `hold_table` makes it from a dense module, in place. Its class is a subclass of that module's class, so code that
+    checks for that class (or uses the buffers, hooks and children of such a class) finds it unchanged.
 
-    The scale is a buffer because transformers takes the dtype of a model's first floating-point parameter, which the
-    scale of an input embedding would be, for that of the model (see also `Int8Embedding.show_dtype`). The scale of a
-    tied module is in no state dict.
+    The scale is a buffer because transformers takes the dtype of a model's first floating-point parameter for that of
+    the model, and the scale of an input embedding would come first (see also `Int8Embedding.show_dtype`). The scale of
+    a tied module is in no state dict.
     """
 
     dense_class: ClassVar[type[nn.Module]]
@@ -39,12 +39,12 @@ class Table(StoredWeight):
     weight_int8_scale: Tensor
 
     def decode(self) -> Tensor:
-        """The weight the module stands for: float32 `[rows, columns]`, or the kernels of a convolution."""
+        """The decoded weight: float32 `[rows, columns]`, or the kernels of a convolution."""
         return decode_table(self.weight_int8.detach(), self.weight_int8_scale)
 
     def share(self, source: Table) -> None:
-        """Read the table of `source` from now on; only `source` saves the scale. What lies on another device than it
-        (or on disk) stays there."""
+        """Read the table of `source` from now on; only `source` saves the scale. Tensors on another device
+        (or on disk) stay there."""
         if self._device == source._device:
             self.weight_int8 = source.weight_int8
         self.register_buffer(SCALE, source.weight_int8_scale.to(self.weight_int8_scale.device), persistent=False)
@@ -54,7 +54,7 @@ class Table(StoredWeight):
 
 
 class Int8Embedding(Table, nn.Embedding):  # type: ignore[override]  # `weight` is a property here
-    """The rows `code · scale` of the ids given, computed in float32 and rounded once to the module's dtype."""
+    """Looks up the rows `code · scale`, computed in float32 and rounded once to the module's dtype."""
 
     dense_class = nn.Embedding
 
@@ -63,10 +63,10 @@ class Int8Embedding(Table, nn.Embedding):  # type: ignore[override]  # `weight` 
         return decode_table(embedding(input, self.weight_int8), self.weight_int8_scale[input], self._dtype)
 
     def show_dtype(self) -> None:
-        """Give the module a parameter of its dtype without elements, which is in no state dict.
+        """Register an empty parameter of the module's dtype, which is in no state dict.
 
-        The first floating-point parameter of a model, by which transformers knows its dtype, would otherwise be a
-        scale of its first compressed linear. An offloaded module gets none, as accelerate would look for it on disk.
+        transformers takes a model's dtype from its first floating-point parameter, which would otherwise be a scale of
+        the first compressed linear. An offloaded module gets none, because accelerate would look for it on disk.
         """
         if not self.weight_int8.is_meta:
             self.register_parameter(_MARK, nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._device), False))
@@ -91,7 +91,7 @@ class Int8Linear(Table, nn.Linear):  # type: ignore[override]  # `weight` is a p
         """`[..., columns]` → `[..., rows]` in the dtype of `input` (float32, bfloat16, float16 or float64)."""
         if self._few(input):
             return self._multiply_codes(input)
-        # Sums of codes leave the range of float16 long before sums of weights do; these shifts are exact.
+        # Sums of codes overflow float16 long before sums of weights do; these shifts are exact.
         shift = 128 if input.dtype == torch.float16 else 1
         scale = (self.weight_int8_scale.float() * shift).to(input.dtype)
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -105,10 +105,10 @@ class Int8Linear(Table, nn.Linear):  # type: ignore[override]  # `weight` is a p
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
 
     def _few(self, input: Tensor) -> bool:
-        """Whether the kernel for codes as they are, which has no gradient, is there and faster than decoding them."""
-        most = _ROWS_OF_CODES.get(input.dtype, 0) if input.device.type == "cpu" and has_kernels() else 0
-        wanted = input.requires_grad and torch.is_grad_enabled()
-        return 0 < input.numel() <= most * self.in_features and not wanted
+        """Whether the kernel on raw codes, which has no gradient, is available and faster than decoding them."""
+        limit = _ROWS_OF_CODES.get(input.dtype, 0) if input.device.type == "cpu" and has_kernels() else 0
+        needs_gradient = input.requires_grad and torch.is_grad_enabled()
+        return 0 < input.numel() <= limit * self.in_features and not needs_gradient
 
     def _multiply_codes(self, input: Tensor) -> Tensor:
         product = codes_linear(input.reshape(-1, self.in_features), self.weight_int8, self.weight_int8_scale)
@@ -117,7 +117,7 @@ class Int8Linear(Table, nn.Linear):  # type: ignore[override]  # `weight` is a p
 
 
 class Int8Conv2d(Table, nn.Conv2d):  # type: ignore[override]  # `weight` is a property here
-    """The convolution with kernels `code · scale`, rounded to the module's dtype: few, beside the pixels they meet."""
+    """The convolution with kernels `code · scale`, rounded to the module's dtype: few compared with the pixels."""
 
     dense_class = nn.Conv2d
 
@@ -128,10 +128,10 @@ class Int8Conv2d(Table, nn.Conv2d):  # type: ignore[override]  # `weight` is a p
 
 
 def can_hold_table(module: nn.Module | None) -> bool:
-    """Whether `hold_table` takes the module: an embedding, whatever its forward adds to the lookup, a plain linear or a
-    plain convolution over images.
+    """Whether `hold_table` takes the module: an embedding, whatever its forward adds to the lookup, a plain linear, or
+    a plain convolution over images.
 
-    An embedding whose forward reads its weight in another way would compute with NaN, see `StoredWeight.weight`.
+    An embedding whose forward uses its weight in any other way would compute with NaN, see `StoredWeight.weight`.
     """
     if isinstance(module, nn.Embedding):
         return module.max_norm is None
@@ -139,9 +139,9 @@ def can_hold_table(module: nn.Module | None) -> bool:
 
 
 def hold_table(module: nn.Embedding | nn.Linear | nn.Conv2d, dtype: torch.dtype | None = None) -> Table:
-    """Turn `module` into a Table, in place: zeros on its device, of its size; returns it.
+    """Turn `module` into a Table in place, with zeros of its size on its device; returns it.
 
-    dtype: what `weight.dtype` says from now on, by default what it says now. A bias stays.
+    dtype: of `weight.dtype` from now on; None keeps the present one. A bias stays.
     """
     weight = module.weight
     del module.weight
@@ -158,11 +158,11 @@ def hold_table(module: nn.Embedding | nn.Linear | nn.Conv2d, dtype: torch.dtype 
 
 
 def drop_table(module: Table, weight: nn.Parameter) -> None:
-    """Turn a Table back, in place, into the module it was made from, now with `weight`, of the table's shape."""
+    """Turn a Table back into the module it was made from, in place, with `weight` of the table's shape."""
     del module.weight_int8, module.weight_int8_scale
     module._parameters.pop(_MARK, None)
     module.__class__ = module.dense_class  # type: ignore[assignment]
-    # What accelerate hooks in calls the table's forward.
+    # accelerate's hooks call the table's forward.
     for name in ("_stored", "_shape", "_dtype", "forward", "_old_forward", "_hf_hook"):
         module.__dict__.pop(name, None)
     module.register_parameter("weight", weight)
@@ -174,6 +174,6 @@ _CLASSES: dict[type, type[Table]] = {nn.Embedding: Int8Embedding, nn.Linear: Int
 def _table_class(dense: type[nn.Module]) -> type[Table]:
     if dense not in _CLASSES:
         form = next(table for plain, table in _CLASSES.items() if issubclass(dense, plain))
-        # Between the class and torch's in the order of resolution: an embedding's `super().forward` finds the table's.
+        # The table precedes torch's class in the MRO, so that an embedding's `super().forward` finds the table's.
         _CLASSES[dense] = type(f"Int8{dense.__name__}", (dense, form), {"dense_class": dense, "__module__": __name__})
     return _CLASSES[dense]

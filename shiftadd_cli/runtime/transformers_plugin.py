@@ -1,4 +1,4 @@
-"""Loading, saving and decoding of our checkpoints through transformers (quant_method "shiftadd")."""
+"""Loads, saves and dequantizes our checkpoints through transformers (quant_method "shiftadd")."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from shiftadd_cli.version import QUANT_METHOD
 
 
 class ShiftAddConfig(QuantizationConfigMixin):
-    """The `quantization_config` of our config.json, see `artifact.format`; keys it does not know are kept.
+    """The `quantization_config` of our config.json, see `artifact.format`; unknown keys are kept.
 
     Raises ArtifactError if the format is not valid or too new.
     """
@@ -63,28 +63,28 @@ class ShiftAddConfig(QuantizationConfigMixin):
 
 
 class ShiftAddQuantizer(HfQuantizer):
-    """Puts packed linears and tables in the place of the listed modules before transformers loads the tensors."""
+    """Replaces the listed modules with packed linears and tables before transformers loads the tensors."""
 
     requires_calibration = True
-    # Lets transformers carry the stored tensors through its renaming and merging of weights, and tensor parallelism.
-    serialized_names = {"weight": list(SUFFIXES)}  # noqa: RUF012 - the base class declares it so
+    # Lets transformers apply its weight renaming, weight merging and tensor parallelism to the stored tensors.
+    serialized_names = {"weight": list(SUFFIXES)}  # noqa: RUF012 - the base class declares it like this
 
     quantization_config: ShiftAddConfig
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Dtype to load a tensor in; stored tensors stay as they are: row scales overflow in float16."""
+        """Dtype to load a tensor in. Stored tensors keep theirs, since row scales overflow in float16."""
         if any(name.endswith(SUFFIXES) for name in converter.target_patterns):
             return None
         result: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return result
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Those of the model, without what merges experts, or cuts them up on saving, where they are stored one by
-        one."""
+        """The model's conversions, except those that merge experts, or split them on saving, where experts are stored
+        one by one."""
         split = {name: module for name, module in model.named_modules() if isinstance(module, SplitExperts)}
         stacks = {f"{name.rpartition('.')[2]}.{stack}" for name, module in split.items() for stack in module.shapes}
-        kept = [each for each in weight_conversions if not _merges(each, stacks)]
-        updated: list[Any] = super().update_weight_conversions(kept, model)
+        conversions = [conversion for conversion in weight_conversions if not _merges(conversion, stacks)]
+        updated: list[Any] = super().update_weight_conversions(conversions, model)
         return updated
 
     def _process_model_before_weight_loading(
@@ -94,8 +94,8 @@ class ShiftAddQuantizer(HfQuantizer):
             split_experts(model)
         ties = Ties(model)
         for name, layout in self.quantization_config.layouts().items():
-            place, module = find_module(model, name)
-            members = ties.group(place)
+            path, module = find_module(model, name)
+            members = ties.group(path)
             transposed = _is_conv1d(module)
             if not transposed and not isinstance(module, nn.Linear):
                 raise ArtifactError(
@@ -135,10 +135,10 @@ class ShiftAddQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        """Replace every packed layer and every table by the dense layer it was made from, one at a time."""
-        # A config that was saved has its dtype by name.
+        """Replace every packed layer and every table with the dense layer it was made from, one at a time."""
+        # A saved config has its dtype by name.
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        wanted: torch.dtype = named or torch.get_default_dtype()
+        target: torch.dtype = named or torch.get_default_dtype()
         part_blocks(model)
         names: dict[PackedLinear, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -150,7 +150,7 @@ class ShiftAddQuantizer(HfQuantizer):
                 raise ArtifactError(
                     f"{members[0]} is offloaded to disk; load the model without offloading to dequantize it."
                 )
-            dense = _dense(module, wanted)
+            dense = _dense(module, target)
             for member in members:
                 model.set_submodule(member, dense)
             if len(members) > 1:
@@ -158,7 +158,7 @@ class ShiftAddQuantizer(HfQuantizer):
                 ties.rename(members, first, "weight")
                 for suffix in others:
                     ties.rename(members, suffix)
-        restore_dense(model, wanted)
+        restore_dense(model, target)
         join_experts(model)
         return model
 
@@ -183,11 +183,11 @@ def _packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
 
 
 def _merges(conversion: Any, stacks: set[str]) -> bool:
-    """Whether one of transformers' conversions has one of `stacks`, by the end of its name, for its result."""
+    """Whether a transformers conversion produces one of `stacks`, matched by the last two parts of its name."""
     from transformers.core_model_loading import WeightConverter
 
     targets = [pattern.replace("\\", "") for pattern in conversion.target_patterns]
-    ends = [".".join(each.split(".")[-2:]) for each in targets]
+    ends = [".".join(target.split(".")[-2:]) for target in targets]
     return isinstance(conversion, WeightConverter) and any(end in stacks for end in ends)
 
 

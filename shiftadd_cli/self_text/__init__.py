@@ -1,1 +1,1 @@
-"""A calibration text that the model writes itself, so that it is about what the model knows and needs no download."""
+"""A calibration text that the model writes itself: it matches the model's knowledge and needs no download."""

@@ -1,9 +1,9 @@
-"""Tokens of a model's own text that are not sampled: first ones, and those that a chat template puts around messages.
+"""Tokens of a model's own text that are not sampled: first tokens, and those that a chat template adds to messages.
 
-An author fills one piece of text. It begins with tokens of its own. Then it is told each token that was sampled and
-answers with those that follow in the piece, most often that token alone. Drawing first tokens from the whole vocabulary
-is from LLM-QAT (arXiv 2305.17888, section 3.1). Letting an aligned model write the user's messages, by giving it the
-chat template up to them, is from Magpie (arXiv 2406.08464, section 2).
+An author fills one piece of text. It begins with its own tokens. Then it receives each sampled token and returns the
+tokens that follow in the piece, usually that token alone. Drawing first tokens from the whole vocabulary is from
+LLM-QAT (arXiv 2305.17888, section 3.1). Letting an aligned model write the user's messages, by giving it the chat
+template up to them, is from Magpie (arXiv 2406.08464, section 2).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from shiftadd_cli.data.conversations import render
 from shiftadd_cli.errors import CalibrationError
 from shiftadd_cli.source.tokenizer import leading_tokens
 
-# An exchange is a message of the user and the answer. A third adds little but thanks.
+# An exchange is a user message and its answer. A third one would add little but thanks.
 EXCHANGES = 2
-# Tokens of the longest question. Half of what a piece has room for is then left for the answer.
+# Tokens of the longest question, so that about half of a piece is left for the answer.
 QUESTION = 64
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Author(Protocol):
-    """Decides what follows in one piece."""
+    """Decides how one piece continues."""
 
     @property
     def may_stop(self) -> bool:
-        """Whether the next token may end a text: an empty text or message is not wanted."""
+        """Whether the next token may end a text or message; an empty one may not end."""
 
     def begin(self) -> list[int]:
         """The first tokens of the piece, at least one."""
@@ -41,12 +41,12 @@ class Author(Protocol):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens of a model by what they are for.
+    """Tokens of a model by their purpose.
 
     Attributes:
         leading: ids that the tokenizer puts before every text.
         stops: ids of special tokens, which end a text or a message; below `size`.
-        first: ids that a text can begin with: neither special, nor blank, nor part of a character.
+        first: ids that a text can begin with: not special, not blank, and not part of a character.
         size: rows of the embedding.
     """
 
@@ -57,7 +57,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any, size: int, ends: Iterable[int] = ()) -> Vocabulary:
-        """ends: ids that end a text by the model's own settings.
+        """ends: ids that end a text in the model's own settings.
 
         Raises:
             CalibrationError: no token can begin a text.
@@ -81,10 +81,10 @@ class Vocabulary:
 
 
 class DocumentAuthor:
-    """Fills a piece with one document, which may not end: another beginning would follow it.
+    """Fills a piece with one document, which may not end, because a second beginning would follow.
 
-    The document begins with the tokens that the tokenizer puts before a text, and a token drawn from the vocabulary.
-    Where there are tokens of the first kind, every second document leaves the other to the model.
+    The document begins with the tokenizer's leading tokens and a token drawn from the vocabulary. If there are leading
+    tokens, every second document lets the model choose the token after them.
     """
 
     may_stop = False
@@ -107,8 +107,8 @@ class ChatForm:
     """The tokens that a chat template puts around messages.
 
     Attributes:
-        opening: before the first message of the user, with what the tokenizer puts before a text.
-        to_assistant: between a message of the user and the answer; to_user: between an answer and the next message.
+        opening: before the first user message, including the tokenizer's leading tokens.
+        to_assistant: between a user message and the answer; to_user: between an answer and the next message.
         closing: after the last answer; may be empty.
     """
 
@@ -119,8 +119,8 @@ class ChatForm:
 
     @classmethod
     def of(cls, tokenizer: Any, vocabulary: Vocabulary) -> ChatForm | None:
-        """The form of the tokenizer's chat template; None without a template, or where the model cannot show the end of
-        a message, since the template marks it with no special token or changes the messages."""
+        """The form of the tokenizer's chat template. None without a template, or where the model cannot signal the end
+        of a message because the template marks it with no special token or changes the messages."""
         if getattr(tokenizer, "chat_template", None) is None:
             return None
         marks = ["Ask0one", "Say0two", "Ask3four", "Say5six"]
@@ -132,15 +132,15 @@ class ChatForm:
             return None
         parts = []
         for mark in marks:
-            before, found, text = text.partition(mark)
-            if not found or mark in text:
+            before, separator, text = text.partition(mark)
+            if not separator or mark in text:
                 return None
             parts.append(before)
         opening, to_assistant, to_user, again = (
             tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts
         )
         closing = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        # Every window begins as the tokenizer begins a text, also where the template leaves that to the tokenizer.
+        # Every window begins with the leading tokens, even where the template leaves them to the tokenizer.
         if opening[: len(vocabulary.leading)] != vocabulary.leading:
             opening = (*vocabulary.leading, *opening)
         marked = all(vocabulary.stops.intersection(between) for between in (to_assistant, to_user))
@@ -150,9 +150,9 @@ class ChatForm:
 
 
 class ChatAuthor:
-    """Fills a piece with conversations one behind the other, each of `EXCHANGES` questions with their answers.
+    """Fills a piece with consecutive conversations, each of `EXCHANGES` questions and answers.
 
-    A question ends where the model ends it, or after `QUESTION` tokens: at a high temperature a model seldom ends one.
+    A question ends where the model ends it, or after `QUESTION` tokens: at a high temperature a model rarely ends one.
     """
 
     def __init__(self, form: ChatForm, stops: frozenset[int]) -> None:
@@ -168,19 +168,19 @@ class ChatAuthor:
         return list(self._form.opening)
 
     def follow(self, token: int) -> list[int]:
-        asks = self._messages % 2 == 0
+        is_question = self._messages % 2 == 0
         if token in self._stops:
             return self._end(token)
         self._written += 1
-        return [token, *self._end(token)] if asks and self._written == QUESTION else [token]
+        return [token, *self._end(token)] if is_question and self._written == QUESTION else [token]
 
     def _end(self, token: int) -> list[int]:
-        """The tokens that follow a message, which ended with `token`."""
+        """The tokens that follow a message that ended with `token`."""
         self._messages += 1
         self._written = 0
         if self._messages % 2:
             return list(self._form.to_assistant)
         if self._messages < 2 * EXCHANGES:
             return list(self._form.to_user)
-        # A template without an end of its own leaves it to the token that was sampled.
+        # Without a closing in the template, the sampled token ends the conversation.
         return [*(self._form.closing or (token,)), *self.begin()]

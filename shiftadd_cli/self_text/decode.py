@@ -1,7 +1,7 @@
-"""Many pieces of text written at once: one token of each at every step of transformers' own `generate`.
+"""Decodes many pieces of text at once: one token per piece at every step of transformers' own `generate`.
 
-All pieces begin at position 0 and grow in step, so that there is neither padding nor a mask. A token that an author
-sets takes the place of one that was sampled.
+All pieces begin at position 0 and grow in step, so there is neither padding nor a mask. A token set by an author
+replaces the sampled one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from shiftadd_cli.self_text.authors import Author
 
 
 class Sampler:
-    """Draws a token of each row, from those that have at least `min_p` times the probability of the likeliest.
+    """Draws one token per row, among those with at least `min_p` times the probability of the most likely one.
 
-    temperature: what logits are divided by, above 0. min_p: 0 draws from all (arXiv 2407.01082, section 3).
+    temperature: the divisor of the logits, above 0. min_p: 0 allows all tokens (arXiv 2407.01082, section 3).
     """
 
     def __init__(self, temperature: float, min_p: float, generator: torch.Generator) -> None:
@@ -34,15 +34,15 @@ class Sampler:
         self._generator = generator
 
     def draw(self, logits: Tensor) -> Tensor:
-        """int64 `[rows]` of logits float32 `[rows, vocabulary]`, which are changed."""
+        """Tokens, int64 `[rows]`, drawn from logits, float32 `[rows, vocabulary]`, which are overwritten."""
         logits -= logits.amax(-1, keepdim=True)
         logits /= self._temperature
         logits.masked_fill_(logits < self._floor, -math.inf)
-        # In place: memory for a vocabulary of each row takes longer to get than to fill.
+        # In place: allocating a vocabulary per row takes longer than filling it.
         summed = logits.exp_().cumsum_(-1)
-        # Drawn on the CPU, so that a device changes no more than its rounding.
+        # Drawn on the CPU, so that devices differ only by rounding.
         drawn = torch.rand(len(logits), 1, generator=self._generator).to(summed)
-        # Rounding may put a draw at the very end, behind the last token that has a probability.
+        # Rounding may put a draw at the very end, after the last token with nonzero probability.
         last = summed[:, -1:].nextafter(torch.zeros_like(drawn))
         return torch.searchsorted(summed, (drawn * summed[:, -1:]).minimum(last), right=True).squeeze(1)
 
@@ -57,12 +57,12 @@ def write_rows(
 ) -> Tensor:
     """Let each author fill a piece: int64 `[authors, length]`.
 
-    model: in evaluation mode, on its device. stops: tokens that an author may refuse, see `Author.may_stop`. ticks: of
-    a progress bar; one is taken whenever every piece has another token.
+    model: in evaluation mode, on its device. stops: tokens that an author may refuse, see `Author.may_stop`. ticks: a
+    progress bar, which advances by one when every piece has another token.
 
     Raises:
         NumericalError: a parameter, the output of a block, or the logits are not finite.
-        CalibrationError: it writes by other predictions than it gives when it reads.
+        CalibrationError: its predictions in decoding differ from those of its forward pass.
     """
     pending = [deque(author.begin()) for author in authors]
     start = torch.tensor([[tokens.popleft()] for tokens in pending], device=model.device)
@@ -77,36 +77,36 @@ def write_rows(
     )
     cache = growing_cache(model)
     try:
-        found: Tensor = model.generate(
+        windows: Tensor = model.generate(
             start,
             attention_mask=torch.ones_like(start),
             logits_processor=LogitsProcessorList([check, choose]),
             **({} if cache is None else {"past_key_values": cache}),
         )
     except NumericalError:
-        # The logits show the fault, and not where it lies.
+        # The logits show the error, but not its location.
         check_model_finite(model, start)
         raise
-    _check_decoding(model, found[:1], choose.last)
-    return found.cpu()
+    _check_decoding(model, windows[:1], choose.last)
+    return windows.cpu()
 
 
 def _check_decoding(model: Any, window: Tensor, logits: Tensor) -> None:
-    """Refuse a model whose `generate` says something else than its forward pass, such as by other positions.
+    """Refuse a model whose `generate` and forward pass predict differently, for example because of other positions.
 
-    window: int64 `[1, tokens]` as it was written; logits: `[1, vocabulary]` that its last token was drawn from.
+    window: int64 `[1, tokens]` as it was decoded; logits: `[1, vocabulary]`, from which its last token was drawn.
     """
     expected = predict(model, window[:, :-1]).values[:, -1]
     share = relative_difference(logits, expected)
     if not share <= rounding_of(model.dtype):
         raise CalibrationError(
-            f"{type(model).__name__} predicts something else while it writes than when it reads (a difference of "
+            f"{type(model).__name__} predicts differently in decoding than in prefill (a difference of "
             f"{share:.0%}), so it cannot write its own calibration text; give `calibration` a file, or builtin."
         )
 
 
 class _Choose(LogitsProcessor):
-    """Leaves one token of each row possible. `last`: logits of the first row at the last step, `[1, vocabulary]`."""
+    """Leaves one possible token per row. `last`: logits of the first row at the last step, `[1, vocabulary]`."""
 
     last: Tensor
 

@@ -1,4 +1,4 @@
-"""Windows of text that a model writes itself. A piece in which it fell into a loop is written again."""
+"""Windows of text that a model writes itself. Pieces in which it falls into a loop are rewritten."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from shiftadd_cli.source import Source
 from shiftadd_cli.source.memory import trim
 from shiftadd_cli.source.tokenizer import end_tokens
 
-# So many more pieces are written than are wanted: they cost little beside the others, and a second round takes as many
-# steps as the first.
+# Share of extra pieces written: they cost little compared with the others, and a second round takes as many steps as
+# the first.
 SPARE = 1 / 32
 ROUNDS = 6
-# Keys, values and logits of pieces that are written at once take so many bytes: more would be faster, and make writing
-# the step of a small model that takes most memory.
+# Upper limit for the keys, values and logits of pieces written at once. A larger limit would be faster, but writing
+# would then need more memory than any other step of a small model.
 ROOM_BYTES = 1 << 30
-# Copies of the logits of a step: as they are computed, in float32, summed up, and with one token left.
+# Copies of the logits of a step: as computed, in float32, summed up, and with one token left.
 _LOGIT_COPIES = 4
-# Raised whenever the same request is answered by another text.
+# Increased whenever the same request yields another text.
 _VERSION = 2
 
 
 @dataclass(frozen=True)
 class Request:
-    """The text that is wanted: `samples` windows of `seq_len` tokens.
+    """The requested text: `samples` windows of `seq_len` tokens.
 
     Attributes:
-        kinds: of windows, which take turns; one of `KINDS`.
-        piece: tokens that are written at a stretch; a window is as many pieces as it takes. Short pieces loop less, are
-            about more, and attend to less.
+        kinds: kinds of windows, which alternate; one of `KINDS`.
+        piece: tokens written in one go; a window consists of as many pieces as it needs. Short pieces loop less and
+            cover more topics, but have less context.
         temperature, min_p: see `Sampler`.
-        seed: of everything that is drawn.
+        seed: seed of all random draws.
     """
 
     kinds: tuple[Kind, ...]
@@ -62,17 +62,17 @@ class Request:
 
     @property
     def pieces(self) -> int:
-        """Pieces of a window."""
+        """Pieces per window."""
         return -(-self.seq_len // self.piece)
 
     @property
     def piece_length(self) -> int:
-        """Tokens of each piece: as few as fill a window, and `piece` at most."""
+        """Tokens per piece: as few as fill a window, at most `piece`."""
         return -(-self.seq_len // self.pieces)
 
 
 def writing_request(recipe: Recipe, spec: str, samples: int) -> Request:
-    """What a recipe asks of the text called `spec`, one of `KINDS`, for so many windows."""
+    """The recipe's request for `samples` windows of the text `spec`, one of `KINDS`."""
     return Request(
         KINDS[spec],
         samples,
@@ -85,7 +85,7 @@ def writing_request(recipe: Recipe, spec: str, samples: int) -> Request:
 
 
 def written_by_model(recipe: Recipe) -> list[Request]:
-    """What the model is to write for the calibration text of a recipe; nothing for texts of other kinds."""
+    """The requests for text that the model writes, in the calibration text of a recipe; other texts have none."""
     if recipe.calibration == NO_CALIBRATION:
         return []
     parts = parts_with_windows(recipe.calibration, recipe.samples)
@@ -93,7 +93,7 @@ def written_by_model(recipe: Recipe) -> list[Request]:
 
 
 def without_self(calibration: str) -> str:
-    """The same calibration text with the builtin one in place of what the model would write."""
+    """The same calibration text, with the builtin text in place of the model's own text."""
     shares: dict[str, float] = {}
     for part in parse_mixture(calibration):
         name = text_builtin.NAME if part.spec in KINDS else part.spec
@@ -102,58 +102,58 @@ def without_self(calibration: str) -> str:
 
 
 def row_bytes(source: Source, length: int) -> int:
-    """What a piece of so many tokens takes while it is written: keys and values with room for more, and logits."""
+    """Bytes that a piece of `length` tokens needs while it is written: keys and values with reserve, and logits."""
     config = source.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     width = (getattr(config, "num_key_value_heads", None) or heads) * size
-    held = 2 * config.num_hidden_layers * width * length * source.dtype.itemsize
-    return int(1.25 * held) + 4 * _LOGIT_COPIES * config.vocab_size
+    cache_bytes = 2 * config.num_hidden_layers * width * length * source.dtype.itemsize
+    return int(1.25 * cache_bytes) + 4 * _LOGIT_COPIES * config.vocab_size
 
 
 def writing_bytes(source: Source, request: Request) -> int:
-    """Expected memory of writing, in bytes: the whole model, and the pieces that are written at once."""
+    """Expected memory for writing, in bytes: the whole model, and the pieces written at once."""
     rows = min(_rows_at_once(source, request), _with_spare(request.samples * request.pieces))
     return source.model_bytes + rows * row_bytes(source, request.piece_length)
 
 
 def why_not(source: Source, request: Request, limit: int) -> str | None:
-    """Why a model does not write its own text, as a clause; None where it does. limit: of memory, in bytes."""
+    """Why a model does not write its own text, as a clause; None where it does. limit: memory limit, in bytes."""
     if not hasattr(type(source.skeleton()), "generate"):
         return f"{type(source.skeleton()).__name__} has no method `generate`"
     needed = writing_bytes(source, request)
     if needed > limit:
-        return f"the whole model would be in memory, about {needed / 1e9:.1f} GB of the {limit / 1e9:.1f} GB there are"
+        return f"the whole model would be in memory, about {needed / 1e9:.1f} GB of the {limit / 1e9:.1f} GB available"
     return None
 
 
 @dataclass(frozen=True)
 class WritingTokens:
-    """The tokens that a model writes with: its vocabulary, and the form of its conversations (None without)."""
+    """The tokens for writing with a model: its vocabulary, and its chat form (None without conversations)."""
 
     vocabulary: Vocabulary
     form: ChatForm | None
 
     @classmethod
     def of(cls, source: Source) -> WritingTokens:
-        """Raises CalibrationError where no text can begin."""
+        """Raises CalibrationError where no token can begin a text."""
         tokenizer, config = source.load_tokenizer(), source.config
         vocabulary = Vocabulary.of(tokenizer, config.get_text_config().vocab_size, end_tokens(config, tokenizer))
         return cls(vocabulary, ChatForm.of(tokenizer, vocabulary))
 
     def kinds(self, request: Request, name: str) -> tuple[Kind, ...]:
-        """The kinds of windows that are asked for and can be written. name: of the model, for messages.
+        """The requested kinds of windows that can be written. name: name of the model, for messages.
 
         Conversations need a chat template that leaves the model at least half of a piece.
 
         Raises:
-            CalibrationError: there are none.
+            CalibrationError: none can be written.
         """
         length, cure = request.piece_length, "give `calibration=self-plain`, or a file"
         talks = self.form is not None and 2 * len(self.form.opening) <= length
-        found = tuple(kind for kind in request.kinds if kind == "documents" or talks)
-        if found:
-            return found
+        kinds = tuple(kind for kind in request.kinds if kind == "documents" or talks)
+        if kinds:
+            return kinds
         if self.form is None:
             raise CalibrationError(
                 f"The tokenizer of {name} has no chat template that shows the model where a message ends, so it cannot "
@@ -161,26 +161,26 @@ class WritingTokens:
             )
         raise CalibrationError(
             f"The chat template of {name} begins a conversation with {len(self.form.opening)} tokens, which leaves too "
-            f"few of the {length} that are written at a stretch; give a larger `writing_length`, or {cure}."
+            f"few of the {length} tokens of a piece; give a larger `writing_length`, or {cure}."
         )
 
 
 def write_windows(source: Source, writing: WritingTokens, request: Request, device: torch.device) -> Tensor:
-    """The windows, int64 `[samples, seq_len]`: those kept from an earlier run, or written now and kept.
+    """The windows, int64 `[samples, seq_len]`: cached by an earlier run, or written now and cached.
 
-    source: of the model, at the dtype that is computed in; writing: its tokens. The same request gives the same windows
-    on the same machine with the same threads.
+    source: the model's source, at the compute dtype; writing: its tokens. The same request gives the same windows on
+    the same machine with the same number of threads.
 
     Raises:
-        CalibrationError: conversations alone are wanted and there is no form for them, the model cannot be run, or it
-            writes little but loops.
-        NumericalError: the model gives logits that are not numbers.
+        CalibrationError: only conversations are requested and the model has no form for them, the model cannot be run,
+            or it writes little except loops.
+        NumericalError: the model gives logits that are not finite.
     """
     kinds = writing.kinds(request, source.spec)
     file = _file(source, request, device, writing)
-    kept = _kept(file, request, writing.vocabulary)
-    if kept is not None:
-        return kept
+    cached = _cached_windows(file, request, writing.vocabulary)
+    if cached is not None:
+        return cached
     with no_library_bar():
         model: Any = source.load_model()
     model.to(device).eval()
@@ -190,7 +190,7 @@ def write_windows(source: Source, writing: WritingTokens, request: Request, devi
     finally:
         del model
         trim()
-    # Tensors of inference mode cannot take part in what is tuned by gradient.
+    # Tensors from inference mode cannot be used in autograd.
     windows = written.clone()
     file.write(save({"tokens": windows.to(torch.int32)}))
     return windows
@@ -205,55 +205,55 @@ class _Writer:
     at_once: int
 
     def windows(self, name: str) -> Tensor:
-        """int64 `[samples, seq_len]`. name: of the model, for messages."""
+        """The windows, int64 `[samples, seq_len]`. name: name of the model, for messages."""
         request, count = self.request, self.request.pieces
-        # Each kind by itself, so that one that loops more often has no smaller share.
-        wanted = [count * len(range(place, request.samples, len(self.kinds))) for place in range(len(self.kinds))]
+        # Each kind is counted separately, so that a kind that loops more often keeps its share.
+        targets = [count * len(range(index, request.samples, len(self.kinds))) for index in range(len(self.kinds))]
         pieces: list[list[Tensor]] = [[] for _ in self.kinds]
         for number in range(ROUNDS):
-            missing = [total - len(have) for total, have in zip(wanted, pieces, strict=True)]
+            missing = [target - len(finished) for target, finished in zip(targets, pieces, strict=True)]
             if not any(missing):
                 break
-            places = [place for place, total in enumerate(missing) for _ in range(_with_spare(total))]
+            kind_indices = [index for index, total in enumerate(missing) for _ in range(_with_spare(total))]
             try:
-                written = self._write(places, number)
+                written = self._write(kind_indices, number)
             except (CalibrationError, NumericalError):
                 raise
-            except Exception as error:  # a model's code raises whatever it is led to
+            except Exception as error:  # model code can raise anything
                 raise CalibrationError(
                     f"{name} cannot write its own calibration text ({first_line(error)}); give `calibration` a file, "
                     "or builtin."
                 ) from error
-            for place, piece in zip(places, written, strict=True):
-                if len(pieces[place]) < wanted[place] and not is_degenerate(piece):
-                    pieces[place].append(piece)
-        if any(len(have) < total for have, total in zip(pieces, wanted, strict=True)):
+            for index, piece in zip(kind_indices, written, strict=True):
+                if len(pieces[index]) < targets[index] and not is_degenerate(piece):
+                    pieces[index].append(piece)
+        if any(len(finished) < target for finished, target in zip(pieces, targets, strict=True)):
             raise CalibrationError(
-                f"{name} repeats itself in nearly all that it writes, which is no text to calibrate on; give "
+                f"{name} repeats itself in nearly all of its text, so it cannot be calibrated on it; give "
                 "`calibration` a file, or builtin, or a higher `writing_temperature`."
             )
         windows = []
         for sample in range(request.samples):
-            number, place = divmod(sample, len(self.kinds))
-            windows.append(torch.cat(pieces[place][number * count : (number + 1) * count])[: request.seq_len])
+            number, index = divmod(sample, len(self.kinds))
+            windows.append(torch.cat(pieces[index][number * count : (number + 1) * count])[: request.seq_len])
         return torch.stack(windows)
 
-    def _write(self, places: Sequence[int], number: int) -> list[Tensor]:
-        """A piece of the kind at each place, in round `number`."""
-        batches = -(-len(places) // self.at_once)
-        size = -(-len(places) // batches)
+    def _write(self, kind_indices: Sequence[int], number: int) -> list[Tensor]:
+        """One piece of each kind in `kind_indices`, in round `number`."""
+        batches = -(-len(kind_indices) // self.at_once)
+        size = -(-len(kind_indices) // batches)
         length = self.request.piece_length
-        again = "" if number == 0 else ", in place of what loops"
+        again = "" if number == 0 else ", replacing loops"
         total = batches * (length - 1)
         ticks = iter(progress(range(total), total, f"Writing the calibration text{again}"))
-        # The bar counts an item when the next one is asked for.
+        # The bar counts an item when the next one is requested.
         next(ticks, None)
         pieces: list[Tensor] = []
         for batch in range(batches):
             generator = _generator(self.request.seed, number, batch)
             authors = [
-                self._author(self.kinds[place], generator, row)
-                for row, place in enumerate(places[batch * size : (batch + 1) * size])
+                self._author(self.kinds[index], generator, row)
+                for row, index in enumerate(kind_indices[batch * size : (batch + 1) * size])
             ]
             sampler = Sampler(self.request.temperature, self.request.min_p, generator)
             pieces += write_rows(self.model, authors, self.writing.vocabulary.stops, length, sampler, ticks)
@@ -262,7 +262,7 @@ class _Writer:
     def _author(self, kind: Kind, generator: torch.Generator, row: int) -> Author:
         if kind == "documents":
             return DocumentAuthor(self.writing.vocabulary, generator, row)
-        assert self.writing.form is not None, "conversations are written in a form"
+        assert self.writing.form is not None, "conversations need a chat form"
         return ChatAuthor(self.writing.form, self.writing.vocabulary.stops)
 
 
@@ -283,7 +283,7 @@ def _file(source: Source, request: Request, device: torch.device, writing: Writi
     from transformers import __version__ as transformers_version
 
     vocabulary = writing.vocabulary
-    made = {
+    inputs = {
         "version": _VERSION,
         "libraries": [torch.__version__, transformers_version],
         "model": source.fingerprint,
@@ -292,15 +292,15 @@ def _file(source: Source, request: Request, device: torch.device, writing: Writi
         "vocabulary": [vocabulary.leading, sorted(vocabulary.stops), vocabulary.first, vocabulary.size],
         "form": None if writing.form is None else asdict(writing.form),
     }
-    key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return CacheFile(
         cache_folder() / "self-texts" / f"{key}.safetensors",
         content="calibration texts",
-        loss="so another run will have the model write its text again",
+        loss="so another run will write the text again",
     )
 
 
-def _kept(file: CacheFile, request: Request, vocabulary: Vocabulary) -> Tensor | None:
+def _cached_windows(file: CacheFile, request: Request, vocabulary: Vocabulary) -> Tensor | None:
     content = file.read()
     if content is None:
         return None

@@ -1,4 +1,4 @@
-"""Opening a model where it lies: headers first, tensors only when asked for, structure found without model names."""
+"""Opens a model in place: headers first, tensors on demand, structure found without model names."""
 
 from shiftadd_cli.source.model import Source
 from shiftadd_cli.source.open import open_source

@@ -1,4 +1,4 @@
-"""What an original says of itself beside its weights: the licence in its model card or file."""
+"""The licence of an original model, from its model card or file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONGEST = 100
 
 
 def source_license(path: Path) -> str | None:
-    """The licence's identifier in the model card of a folder, or in a .gguf file; None where none is named."""
+    """The licence identifier in the model card of a folder or in a .gguf file; None if none is named."""
     named = (
         read_gguf_header(path).metadata.get("general.license") if path.is_file() else _front_matter(path).get("license")
     )
@@ -23,13 +23,13 @@ def source_license(path: Path) -> str | None:
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
-    """The metadata of README.md; empty where there is none, or none that can be read."""
+    """The metadata of README.md; empty if it is missing or cannot be read."""
     card = folder / "README.md"
     if not card.is_file():
         return {}
     match = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
     try:
-        found = yaml.safe_load(match[1]) if match else None
+        metadata = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}

@@ -1,4 +1,4 @@
-"""What a `Source` needs of the files it reads, whatever their format."""
+"""The interface between a `Source` and the files it reads, whatever their format."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What the header of a file says of one tensor.
+    """The entry of one tensor in the header of a file.
 
-    dtype: None where the file holds quantized blocks that are decoded on read. nbytes: the size in the file. target:
-    the name that the tensor would have in the model, where no transform translates its own.
+    dtype: None if the file holds quantized blocks that are decoded on read. nbytes: the size in the file. target: the
+    name that the tensor would have in the model, if no transform translates its own.
     """
 
     shape: tuple[int, ...]
@@ -40,17 +40,17 @@ class Checkpoint(Protocol):
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        """The float dtype most weights are stored in; None where none is."""
+        """The float dtype of most stored weights; None if there is none."""
 
     def fingerprint(self, digest: Any) -> None:
         """Add the identity of every file to `digest` (a hashlib object)."""
 
     def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
-        """transformers' `WeightTransform`s from `tensors` to the parameters of `model` (on meta), and the
-        `HfQuantizer` its loader needs beside them, or None."""
+        """The `WeightTransform`s of transformers from `tensors` to the parameters of `model` (on meta), and the
+        `HfQuantizer` that its loader also needs, or None."""
 
     def opened(self, names: Iterable[str]) -> AbstractContextManager[dict[str, Any]]:
-        """Lazy tensors by name; indexing one with `...` reads it into memory of its own.
+        """Lazy tensors by name; indexing one with `...` reads it into new memory.
 
         Raises:
             OSError: a file is gone or has changed.
@@ -58,7 +58,7 @@ class Checkpoint(Protocol):
 
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bytes; unlike `equal`, NaN is the same as NaN."""
+    """Whether two tensors of equal shape and dtype hold the same bytes; unlike in `equal`, NaN equals NaN."""
     first, second = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
     return torch.equal(first, second)
 
@@ -66,9 +66,9 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
 def fingerprint_file(digest: Any, path: Path, header: bytes) -> None:
     """Add the identity of a weight file to `digest`: its name, its size, its header and samples of its content.
 
-    Reading whole checkpoints would take minutes, and headers alone cannot tell two fine-tunings of one model apart;
-    256 pages of 4096 bytes at equal distances cost about a megabyte of reading and differ when most weights do.
-    Not a proof against deliberate tampering.
+    Reading whole checkpoints would take minutes, and headers alone cannot distinguish two fine-tunings of one model.
+    256 evenly spaced pages of 4096 bytes cost about a megabyte of reading and differ if most weights do. This does not
+    protect against deliberate tampering.
     """
     size = path.stat().st_size
     digest.update(f"{path.name}\0{size}\0".encode())

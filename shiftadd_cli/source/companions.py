@@ -1,6 +1,6 @@
-"""The small files beside a model's weights and configuration: what reads its texts and images, and how it generates.
+"""The small files of a model: tokenizer, image processor and generation settings.
 
-A model folder's own files are copied byte for byte. transformers would write them anew with class names and keys that
+Files of a model folder are copied byte for byte. transformers would rewrite them with class names and keys that
 earlier versions do not know.
 """
 
@@ -15,9 +15,9 @@ from typing import Any
 from shiftadd_cli.storage.refusals import refusals
 
 GENERATION_FILE = "generation_config.json"
-# The second is where newer versions of transformers keep an image processor, beside the settings of other inputs.
+# Newer versions of transformers use the second, for an image processor together with settings of other inputs.
 IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-# Relative to the folder. No name here is one that a checkpoint of ours uses itself, and none is that of weights.
+# Relative to the folder. No pattern matches weights or a file name that our checkpoints use themselves.
 _PATTERNS = (
     GENERATION_FILE,
     *IMAGE_PROCESSOR_FILES,
@@ -30,7 +30,7 @@ _PATTERNS = (
     "chat_template.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
-    # Vocabularies, by the names that the tokenizers of transformers give them.
+    # Vocabularies, as named by the tokenizers of transformers.
     "vocab*.json",
     "vocab*.txt",
     "merges*.txt",
@@ -55,9 +55,9 @@ _PATTERNS = (
 
 
 def copy_companions(source: Path, folder: Path, *, code: bool = False) -> None:
-    """Copy what lies beside weights and configuration in the model folder `source` to `folder`, byte for byte.
+    """Copy all small files except the configuration from the model folder `source` to `folder`, byte for byte.
 
-    code: also the Python files, which a model that brings code of its own needs.
+    code: also copy Python files, for a model that brings its own code.
 
     Raises OutputError if a file cannot be written.
     """
@@ -69,12 +69,12 @@ def copy_companions(source: Path, folder: Path, *, code: bool = False) -> None:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer that has no files of its own, because it comes from a GGUF file, so that transformers 4 reads
-    it too."""
+    """Write a tokenizer that comes from a GGUF file and so has no files of its own, so that transformers 4 reads it
+    too."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    # Said of where this machine read it.
+    # These describe how this machine read it.
     for key in ("backend", "is_local", "local_files_only"):
         settings.pop(key, None)
     if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -85,7 +85,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def write_generation_settings(config: Any, folder: Path) -> None:
-    """Write the generation settings that follow from the model's configuration, where `folder` has none."""
+    """Write the generation settings from the model's configuration if `folder` has none."""
     from transformers import GenerationConfig
 
     if not (folder / GENERATION_FILE).is_file():

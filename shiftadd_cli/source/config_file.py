@@ -1,7 +1,7 @@
-"""The config.json of what we write: the source's own fields, beside those that transformers 5 has for the same things.
+"""The config.json of checkpoints that we write: fields of the source plus their equivalents in transformers 5.
 
-transformers 5 renames fields and drops the old names when it saves. Earlier versions then silently fall back on
-defaults, for example of the rotary base or the number of experts.
+transformers 5 renames fields and drops the old names on saving. Earlier versions then silently fall back to defaults,
+for example for the rotary base or the number of experts.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-# What transformers says of the saving or of the place, and not of the model.
+# Fields of transformers that describe the saving or the location, not the model.
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "name_or_path", "architectures", "auto_map")
 _DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
 def own_fields(raw: dict[str, Any], read: Any, config: Any) -> dict[str, Any]:
-    """The part of a config.json that says `config`: all of it, or the nested table of a model that is taken out.
+    """The part of a config.json that describes `config`: all of it, or the nested table of an extracted model.
 
-    raw: the file's content; read: the configuration that transformers reads from it; config: that, or a part of it.
+    raw: the content of the file; read: the configuration that transformers reads from it; config: `read` or a part.
     """
     if config is read:
         return raw
@@ -26,30 +26,30 @@ def own_fields(raw: dict[str, Any], read: Any, config: Any) -> dict[str, Any]:
 
 
 def merged_config(raw: dict[str, Any], config: Any) -> dict[str, Any]:
-    """`config` as JSON, with the fields of `raw` as they stand there unless `config` was changed after it was read.
+    """`config` as JSON, with the fields of `raw` unchanged unless `config` was changed after reading.
 
     Args:
         raw: the fields of the source's config.json, see `own_fields`; empty for a source that has none.
-        config: the configuration in use, of the class that reads `raw`.
+        config: the current configuration, of the class that reads `raw`.
 
-    The result reads back as `config`. Where old and new fields side by side would read as something else, the new ones
-    that `raw` does not have are left out.
+    The result reads back as `config`. If old and new fields together would read back differently, the new fields that
+    `raw` does not have are left out.
     """
     written = _json(config, use_diff=True)
     if not raw:
         return written
-    whole, kind = _json(config), type(config)
-    own = _changed(raw, _json(_read(kind, raw)), whole)
+    current, kind = _json(config), type(config)
+    own = _changed(raw, _json(_read(kind, raw)), current)
     own.setdefault("model_type", written["model_type"])
     for result in (_added(own, written), own):
-        if _of_the_model(_json(_read(kind, result))) == _of_the_model(whole):
+        if _of_the_model(_json(_read(kind, result))) == _of_the_model(current):
             return result
-    # A class may change its fields whenever it is made. Only its own form is sure to be what it writes.
+    # A class may change its fields whenever it is built. Only the form that it writes is sure to read back.
     return written
 
 
 def set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Give every field of a config.json that names a dtype, of the model or of its parts, the value `dtype`."""
+    """Set every dtype field of a config.json, of the model and of its parts, to `dtype`."""
     config["dtype"] = dtype
     _replace_dtypes(config, dtype)
 
@@ -67,7 +67,7 @@ def _read(kind: Any, fields: dict[str, Any]) -> Any:
 
 
 def _special_float(table: dict[str, Any]) -> Any:
-    """Infinity and the like, for which transformers 5 writes a table, since strict JSON has no word for them."""
+    """Decode infinity and the like, which transformers 5 writes as a table because strict JSON cannot."""
     return float(table["__float__"]) if table.keys() == {"__float__"} else table
 
 
@@ -77,7 +77,7 @@ def _json(config: Any, *, use_diff: bool = False) -> dict[str, Any]:
 
 
 def _changed(raw: dict[str, Any], read: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """`raw` with the values that are another in `now` than in `read`, and without the fields that `now` has no more."""
+    """`raw` with the values that differ between `now` and `read`, and without the fields missing from `now`."""
     result = {name: value for name, value in raw.items() if name not in read or name in now}
     for name, value in now.items():
         if name in _NOT_OF_THE_MODEL or (name in read and read[name] == value):
@@ -91,7 +91,7 @@ def _changed(raw: dict[str, Any], read: dict[str, Any], now: dict[str, Any]) -> 
 
 
 def _added(own: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
-    """`own` with the fields that only `written` has, in nested tables too."""
+    """`own` plus the fields that only `written` has, also in nested tables."""
     result = dict(own)
     for name, value in written.items():
         if name in _NOT_OF_THE_MODEL:

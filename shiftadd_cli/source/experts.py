@@ -1,9 +1,9 @@
-"""Experts of a mixture as linear layers, one by one; transformers keeps those of a layer in stacks of matrices.
+"""Experts of a mixture as individual linear layers; transformers keeps the experts of a layer in stacks of matrices.
 
-What it knows of a class of experts it says when it wraps it (`transformers.integrations.moe`): how a stack lies (both
-halves of gate and up, or every other row; transposed; with biases) and how gate and up make the input of the last
-projection. A class that says nothing may still compute what `PaddedExperts` does, which is tried on a small twin. So no
-family is known by name.
+transformers states the form of a class of experts when it wraps it (`transformers.integrations.moe`): the layout of a
+stack (gate and up as two halves or in alternating rows; transposed; with biases) and how gate and up form the input of
+the last projection. A class that states nothing may still compute the same as `PaddedExperts`, which is tested on a
+small twin. So no family is known by name.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# As transformers names stacks; each with the projections that lie in it.
+# The names of stacks in transformers, each with its projections.
 _GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _PLAIN = {"up_proj": ("up_proj",), "down_proj": ("down_proj",)}
-# What configurations call the number of experts that a token is sent to.
+# Names in configurations for the number of experts per token.
 _SENT_TO = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 
 
 @dataclass(frozen=True)
 class _Form:
-    """How experts lie in stacks and how gate and up are joined, for classes that do not say so themselves."""
+    """The layout of experts in stacks and how gate and up are joined, for classes that do not state it."""
 
     act_fn: Any
     has_gate: bool = True
@@ -40,28 +40,28 @@ class _Form:
 
 
 class Expert(nn.Module):
-    """The linears of one expert: `gate_proj` (of gated ones), `up_proj` and `down_proj`."""
+    """The linears of one expert: `gate_proj` (if gated), `up_proj` and `down_proj`."""
 
 
 class SplitExperts(nn.Module):
-    """Stands for a module of transformers that keeps its experts in stacks, and computes the same.
+    """Replaces a transformers module that keeps its experts in stacks, and computes the same.
 
-    Its experts are its children `0`, `1`, ... The module it was made from keeps no weights of its own and is no child:
-    it is asked how gate and up are joined, and takes the weights back where stacks are wanted again (`joined`).
+    The experts are the children `0`, `1`, ... The original module keeps no weights of its own and is not a child. It
+    joins gate and up, and takes the weights back when stacks are needed again (`joined`).
     """
 
     _stacked: nn.Module
     _form: Any
 
     def __init__(self, stacked: nn.Module, form: Any = None) -> None:
-        """stacked: see `can_split`; it loses its parameters. Linears have their device and dtype. form: how its experts
-        lie in it, by default what its class says."""
+        """stacked: see `can_split`; it loses its parameters. The linears get its device and dtype. form: the layout of
+        its experts, by default as its class states it."""
         super().__init__()
-        # Not as a child: transformers would look for the stacks in it.
+        # Not as a child, because transformers would look for the stacks in it.
         object.__setattr__(self, "_stacked", stacked)
         object.__setattr__(self, "_form", stacked if form is None else form)
         self._stacks = _stacks(self._form)
-        self._shapes = {name: (tuple(each.shape), each.dtype) for name, each in stacked.named_parameters()}
+        self._shapes = {name: (tuple(stack.shape), stack.dtype) for name, stack in stacked.named_parameters()}
         self.num_experts = int(next(iter(self._shapes.values()))[0][0])
         for index in range(self.num_experts):
             self.add_module(str(index), Expert())
@@ -71,36 +71,36 @@ class SplitExperts(nn.Module):
                 biases = [None] * len(leaves) if bias is None else self._cut(name, bias[index], turn=False)
                 for leaf, matrix, vector in zip(leaves, self._cut(name, weight[index]), biases, strict=True):
                     expert.add_module(leaf, _linear(matrix, vector))
-            for each in (name, f"{name}_bias"):
-                # The stack goes before the next is cut, so that not all exist twice.
-                stacked._parameters.pop(each, None)
+            for parameter in (name, f"{name}_bias"):
+                # The stack is dropped before the next one is cut, so that not all exist twice.
+                stacked._parameters.pop(parameter, None)
 
     def experts(self) -> Iterator[Expert]:
-        """In their order."""
+        """The experts in order."""
         for index in range(self.num_experts):
             expert = self._modules[str(index)]
-            assert isinstance(expert, Expert), "the children with numbers are"
+            assert isinstance(expert, Expert), "numbered children are experts"
             yield expert
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sum over its experts, for each token.
+        """Weighted sum over the experts of each token.
 
-        hidden_states `[tokens, in]`; top_k_index int64 `[tokens, k]`, experts of a token (a number above all experts is
-        none); top_k_weights `[tokens, k]`. Gives `[tokens, out]` in the dtype of the hidden states.
+        hidden_states `[tokens, in]`; top_k_index int64 `[tokens, k]`, the experts of a token (`num_experts` or above
+        means none); top_k_weights `[tokens, k]`. Returns `[tokens, out]` in the dtype of the hidden states.
         """
         if hidden_states.is_meta:
-            # Without values no token is sent to any expert; one of them shows the shape.
+            # Without values there is no routing; one expert is enough for the shape.
             expert: Any = self._modules["0"]
             return expert.down_proj(self._inner(expert, hidden_states))
-        # Half-precision sums of several experts would be rounded at each.
+        # A half-precision sum would be rounded after every expert.
         total: Tensor | None = None
         for index in top_k_index.unique().tolist():
             if index >= self.num_experts:
                 continue
-            tokens, places = torch.where(top_k_index == index)
+            tokens, slots = torch.where(top_k_index == index)
             expert = self._modules[str(index)]
             output = expert.down_proj(self._inner(expert, hidden_states[tokens]))
-            weighted = output * top_k_weights[tokens, places, None]
+            weighted = output * top_k_weights[tokens, slots, None]
             if total is None:
                 kind = torch.promote_types(weighted.dtype, torch.float32)
                 total = weighted.new_zeros(len(hidden_states), weighted.shape[-1], dtype=kind)
@@ -112,14 +112,14 @@ class SplitExperts(nn.Module):
         return top_k_index
 
     def joined(self) -> nn.Module:
-        """The module it was made from, with its weights in stacks again; this one keeps none."""
+        """The original module, with its weights in stacks again; this one keeps none."""
         stacked = self._stacked
         for name, stack in self.joined_stacks():
             stacked.register_parameter(name, _frozen(stack))
         return stacked
 
     def joined_stacks(self) -> Iterator[tuple[str, Tensor]]:
-        """Its weights in stacks, by name; what was given is gone here when the next is asked for."""
+        """The weights in stacks, by name; this module drops each stack before it yields the next."""
         for name, (shape, _) in self._shapes.items():
             yield name, self._joined(name, shape)
             self._empty(name)
@@ -132,12 +132,12 @@ class SplitExperts(nn.Module):
     @property
     def is_empty(self) -> bool:
         """Whether any weight is on the meta device."""
-        return any(each.is_meta for expert in self.experts() for each in expert.parameters())
+        return any(weight.is_meta for expert in self.experts() for weight in expert.parameters())
 
     @contextmanager
     def as_stacks(self) -> Iterator[None]:
-        """Be empty stacks, of the names that transformers knows; what they hold at the end goes to the experts, where
-        these had nothing."""
+        """Show empty stacks, under the names that transformers knows. Weights loaded into them go to the experts that
+        have none."""
         experts = {name: self._modules.pop(name) for name in [str(index) for index in range(self.num_experts)]}
         for name, (shape, dtype) in self._shapes.items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
@@ -191,7 +191,7 @@ class SplitExperts(nn.Module):
         return [view.clone(memory_format=torch.contiguous_format) for view in self._views(name, matrices, turn=turn)]
 
     def _views(self, name: str, matrices: Tensor, *, turn: bool) -> Sequence[Tensor]:
-        """The projections of one expert in a stack, `[out, in]` each, or in one of biases, `[out]` each."""
+        """The projections of one expert in a stack, each `[out, in]`, or each `[out]` in a stack of biases."""
         if turn and self._form.is_transposed:
             matrices = matrices.T
         if len(self._stacks[name]) == 1:
@@ -200,7 +200,7 @@ class SplitExperts(nn.Module):
 
 
 class PaddedExperts(SplitExperts):
-    """The same for experts that are each given all tokens, zeros in the place of those sent elsewhere (Llama 4)."""
+    """The same for experts that each get all tokens, with zeros for tokens routed elsewhere (Llama 4)."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """`[experts * tokens, in]` → `[experts * tokens, out]`, expert after expert; zeros stay zeros."""
@@ -217,19 +217,19 @@ class PaddedExperts(SplitExperts):
         return output.view(hidden_states.shape)
 
     def routing(self, hidden_states: Tensor, *_: Any) -> Tensor:
-        """The experts of each token, int64 `[tokens, experts]`; `experts` stands for none."""
+        """The experts of each token, int64 `[tokens, experts]`; the value `num_experts` means none."""
         active = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1]).any(-1).T
         numbers = torch.arange(self.num_experts, device=active.device)
         return torch.where(active, numbers, self.num_experts)
 
 
 def can_split(module: Any) -> bool:
-    """Whether the module keeps experts in stacks whose form is known, and nothing else."""
+    """Whether the module holds experts in stacks of a known form, and nothing else."""
     return _says_form(module) or _is_padded(module)
 
 
 def _is_padded(module: Any) -> bool:
-    """Whether the module computes what `PaddedExperts` does; tried on a twin of two experts."""
+    """Whether the module computes the same as `PaddedExperts`; tested on a twin of two experts."""
     parameters, act_fn = dict(module.named_parameters()), getattr(module, "act_fn", None)
     if list(parameters) != ["gate_up_proj", "down_proj"] or act_fn is None or any(True for _ in module.buffers()):
         return False
@@ -251,15 +251,17 @@ def _is_padded(module: Any) -> bool:
         # Models are built under the meta device.
         with torch.no_grad(), torch.device("cpu"):
             expected = twin.forward(states)
-            found = PaddedExperts(twin, _Form(act_fn))(states)
-    except Exception:  # another computation may fail in any way on these sizes
+            actual = PaddedExperts(twin, _Form(act_fn))(states)
+    except Exception:  # a different computation may fail in any way on these sizes
         return False
-    return isinstance(expected, Tensor) and expected.shape == found.shape and torch.allclose(expected, found, atol=1e-5)
+    return (
+        isinstance(expected, Tensor) and expected.shape == actual.shape and torch.allclose(expected, actual, atol=1e-5)
+    )
 
 
 def _says_form(module: Any) -> bool:
-    said = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
-    if not all(type(getattr(module, name, None)) is bool for name in said) or module.has_post_expert_norm:
+    flags = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+    if not all(type(getattr(module, name, None)) is bool for name in flags) or module.has_post_expert_norm:
         return False
     parameters = dict(module.named_parameters())
     expected = set(_stacks(module))
@@ -268,34 +270,34 @@ def _says_form(module: Any) -> bool:
     if parameters.keys() != expected or any(True for _ in module.buffers()):
         return False
     stacks = {name: parameters[name] for name in _stacks(module)}
-    if any(each.ndim != 3 for each in stacks.values()):
+    if any(stack.ndim != 3 for stack in stacks.values()):
         return False
-    *_, (experts, outer, inner) = (each.mT.shape if module.is_transposed else each.shape for each in stacks.values())
+    *_, (experts, outer, inner) = (one.mT.shape if module.is_transposed else one.shape for one in stacks.values())
     first = next(iter(stacks.values()))
     rows, columns = (first.mT if module.is_transposed else first).shape[1:]
     return (len(first), rows) == (experts, inner * (1 + module.has_gate)) and columns == outer
 
 
 def split_experts(model: nn.Module) -> dict[str, SplitExperts]:
-    """Put `SplitExperts` in the place of every module of `model` that `can_split`; those, by name."""
-    found = {}
+    """Replace every module of `model` that `can_split` by `SplitExperts`; returns these by name."""
+    experts = {}
     for name, module in list(model.named_modules()):
         if can_split(module):
-            found[name] = SplitExperts(module) if _says_form(module) else PaddedExperts(module, _Form(module.act_fn))
-            model.set_submodule(name, found[name])
-    return found
+            experts[name] = SplitExperts(module) if _says_form(module) else PaddedExperts(module, _Form(module.act_fn))
+            model.set_submodule(name, experts[name])
+    return experts
 
 
 def tokens_of(index: Tensor, expert: int) -> Tensor:
-    """Numbers of the tokens that are sent to an expert, in the order of the rows that it reads: int64, ascending.
+    """Numbers of the tokens routed to an expert, in the order of its input rows: int64, ascending.
 
-    index: int64 `[tokens, k]`, as `SplitExperts` is given it.
+    index: int64 `[tokens, k]`, the `top_k_index` of `SplitExperts`.
     """
     return torch.where(index == expert)[0]
 
 
 def place_in_mixture(block: nn.Module, path: str) -> tuple[str, int] | None:
-    """The path of the split experts that the module `path` of a block is in, and the number of its expert."""
+    """The path of the split experts that contain the module `path` of a block, and the expert's number."""
     parts = path.split(".")
     for end in range(1, len(parts)):
         if isinstance(block.get_submodule(".".join(parts[:end])), SplitExperts):
@@ -304,13 +306,13 @@ def place_in_mixture(block: nn.Module, path: str) -> tuple[str, int] | None:
 
 
 def routed_shares(model: Any) -> dict[str, float]:
-    """The share of the tokens that an expert reads on average, by name of the split experts; 1 where the configuration
-    does not say to how many a token is sent."""
+    """The average share of the tokens that an expert reads, by name of the split experts; 1 if the configuration does
+    not give the number of experts per token."""
     config = model.config.get_text_config()
     named = (getattr(config, name, None) for name in _SENT_TO)
-    sent = next((each for each in named if isinstance(each, int)), None)
+    per_token = next((count for count in named if isinstance(count, int)), None)
     return {
-        name: 1.0 if sent is None else min(1.0, sent / module.num_experts)
+        name: 1.0 if per_token is None else min(1.0, per_token / module.num_experts)
         for name, module in model.named_modules()
         if isinstance(module, SplitExperts)
     }
@@ -333,7 +335,7 @@ def _stacks(module: Any) -> Mapping[str, tuple[str, ...]]:
 
 
 def _owner(name: str) -> tuple[str, str]:
-    """Of a parameter of stacks, the stack it belongs to, and what it holds of the linears in it."""
+    """The stack that a parameter belongs to, and the linears' parameter it holds (`weight` or `bias`)."""
     return (name.removesuffix("_bias"), "bias") if name.endswith("_bias") else (name, "weight")
 
 

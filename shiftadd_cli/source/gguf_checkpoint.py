@@ -1,8 +1,8 @@
-"""The tensors of a GGUF file as one checkpoint, decoded one by one as they are asked for.
+"""The tensors of a GGUF file as one checkpoint, decoded one by one on demand.
 
-transformers 5 reads GGUF in two ways: a lazy one built on weight transforms for some architectures, and an older one
-that decodes the whole file into memory. `open_gguf` takes the first where it exists; for the rest it runs the older
-loader's own per-tensor steps lazily, so no architecture needs the whole model in memory.
+transformers 5 reads GGUF in two ways: lazily with weight transforms for some architectures, and with an older loader
+that decodes the whole file into memory. `open_gguf` uses the first if it exists. For other architectures it runs the
+per-tensor steps of the older loader lazily, so that none needs the whole model in memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _GgufBase:
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        """The float type the file was written in; None when it holds quantized blocks."""
+        """The float dtype that the file was written in; None if it holds quantized blocks."""
         return self._file.stored_dtype
 
     def fingerprint(self, digest: Any) -> None:
@@ -49,7 +49,7 @@ class TransformGguf(_GgufBase):
         self._config = config
 
     def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
-        """The architecture's transforms, with decoding and casting to `dtype` added, and the quantizer behind them."""
+        """The architecture's transforms, plus decoding and casting to `dtype`, and their quantizer."""
         from transformers import GgufConfig
         from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, get_gguf_plan
         from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
@@ -63,7 +63,7 @@ class TransformGguf(_GgufBase):
 
     @contextmanager
     def opened(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Lazy tensors of the file; quantized ones give their raw blocks, which the transforms decode."""
+        """Lazy tensors of the file; quantized ones are raw blocks, which the transforms decode."""
         from transformers.integrations.gguf.reader import load_gguf_state_dict
 
         lazy: dict[str, Any] = {}
@@ -72,7 +72,7 @@ class TransformGguf(_GgufBase):
         yield {name: lazy[name] for name in names}
 
     def _header(self, tensors: Sequence[GgufTensor], path: Path | None = None) -> Any:
-        """transformers' form of what has been read of the headers."""
+        """The headers read so far, in the form of transformers."""
         from transformers.integrations.gguf.reader import GgufHeader, TensorInfo
 
         infos = tuple(TensorInfo(t.name, t.shape, t.kind, t.offset, t.nbytes) for t in tensors)
@@ -80,9 +80,9 @@ class TransformGguf(_GgufBase):
 
 
 class StepwiseGguf(_GgufBase):
-    """A file that only transformers' older loader knows; `tensors` has the model's names for the decoded tensors.
+    """A file that only the older loader of transformers supports; `tensors` has the model's names.
 
-    Decoding a tensor passes through float32 in memory, so the largest one costs four bytes a number for a moment.
+    A tensor is decoded through float32, so the largest one briefly takes four bytes per number.
     """
 
     def __init__(self, file: GgufFile, config: Any, model: Any) -> None:
@@ -101,7 +101,7 @@ class StepwiseGguf(_GgufBase):
         for tensor in file.tensors:
             if (target := self._target(tensor.name)) is not None:
                 self._parts.setdefault(target, []).append(tensor)
-        # Shapes are the model's own: what the older loader does to a tensor on the way is known only to its code.
+        # Shapes come from the model, because only the older loader's code knows how it changes a tensor.
         own = model.state_dict()
         self.tensors = {
             name: TensorHeader(tuple(own[name].shape), None, sum(part.nbytes for part in parts))
@@ -110,31 +110,31 @@ class StepwiseGguf(_GgufBase):
         }
         for tensor in file.tensors:
             if tensor.name not in ROPE_TENSORS and self._target(tensor.name) not in own:
-                beside = self._name_beside(tensor.name)
-                self.tensors[tensor.name] = TensorHeader(tensor.shape, tensor.dtype, tensor.nbytes, beside)
+                target = self._sibling_name(tensor.name)
+                self.tensors[tensor.name] = TensorHeader(tensor.shape, tensor.dtype, tensor.nbytes, target)
 
     def _target(self, name: str) -> str | None:
-        # Stacked experts are mapped by a bare name their processor cuts out; two of them (gate, up) share one target.
+        # The processor maps stacked experts by a bare name that it extracts; two of them (gate, up) share one target.
         experts = getattr(self._processor, "GGUF_MOE_WEIGHTS_PATTERN", None)
         match = experts.fullmatch(name) if experts is not None else None
         return self._targets.get(match.groupdict().get("name", name) if match else name)
 
-    def _name_beside(self, name: str) -> str:
-        """The name in the model of a tensor that it lacks: beside the tensors whose names in the file begin alike."""
+    def _sibling_name(self, name: str) -> str:
+        """The name in the model for a tensor that it lacks: next to tensors with the same prefix in the file."""
         parts = name.split(".")
         for depth in range(len(parts) - 1, 0, -1):
-            beside = [
+            siblings = [
                 target.split(".")[:-1]
-                for known, target in self._targets.items()
-                if known.split(".")[:depth] == parts[:depth] and target in self._parts
+                for stored, target in self._targets.items()
+                if stored.split(".")[:depth] == parts[:depth] and target in self._parts
             ]
-            if beside:
-                common = takewhile(lambda column: len(set(column)) == 1, zip(*beside, strict=False))
+            if siblings:
+                common = takewhile(lambda column: len(set(column)) == 1, zip(*siblings, strict=False))
                 return ".".join([*(column[0] for column in common), *parts[depth:]])
         return name
 
     def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
-        """What transformers applies to a checkpoint with the model's own names; no quantizer."""
+        """The transforms of transformers for a checkpoint with the model's own names; no quantizer."""
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         return list(get_model_conversion_mapping(model)), None
@@ -154,7 +154,7 @@ class StepwiseGguf(_GgufBase):
             kind = GGMLQuantizationType(part.kind)
             data = np.fromfile(part.path, dtype=np.uint8, count=part.nbytes, offset=part.offset)
             if data.size != part.nbytes:
-                raise OSError(f"{part.path} became shorter")
+                raise OSError(f"{part.path} has been shortened")
             per_block, block_bytes = GGML_QUANT_SIZES[kind]
             rows = data.reshape(*part.shape[:-1], part.shape[-1] // per_block * block_bytes)
             if kind == GGMLQuantizationType.F32:
@@ -182,30 +182,30 @@ class _LazyDecoded:
 
 
 def names_in_model(model: Any, processor: Any) -> dict[str, str]:
-    """The model's parameter name by GGUF name, as transformers' older loader maps them.
+    """The model's parameter name by GGUF name, as the older loader of transformers maps them.
 
-    Its own function tries the names as seen from every module, building a table of names for each, which takes
-    seconds. Here it sees all names at once, with one leading component less each time (models are stored with or
-    without their outer wrapper); names it found earlier win, as there.
+    That loader tries the names relative to every module and builds a table of names for each, which takes seconds.
+    Here it sees all names at once, with one leading component less each time (models are stored with or without their
+    outer wrapper). As in that loader, earlier matches win.
     """
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    found: dict[str, str] = {}
+    targets: dict[str, str] = {}
     remaining = {name: name for name in model.state_dict()}
     while remaining:
         view = _NameView(model.config, remaining)
         for gguf_name, shown in get_gguf_hf_weights_map(view, processor).items():
-            found.setdefault(gguf_name, remaining.get(shown, shown))
+            targets.setdefault(gguf_name, remaining.get(shown, shown))
         shortened: dict[str, str] = {}
         for shown, full in remaining.items():
             if "." in shown:
                 shortened.setdefault(shown.partition(".")[2], full)
         remaining = shortened
-    return found
+    return targets
 
 
 class _NameView:
-    """As much of a model as the older loader's mapping looks at."""
+    """The part of a model that the older loader's mapping reads."""
 
     def __init__(self, config: Any, names: dict[str, str]) -> None:
         self.config, self._names = config, names
@@ -218,7 +218,7 @@ class _NameView:
 
 
 def open_gguf(file: GgufFile, config: Any, model: Any) -> TransformGguf | StepwiseGguf:
-    """The checkpoint in a GGUF file, for `model` (its skeleton on meta) of `config`.
+    """The checkpoint in a GGUF file for `model`, a skeleton on meta built from `config`.
 
     Raises:
         SourceError: its tensors cannot be mapped to the model.

@@ -17,19 +17,19 @@ _TOKENS = "tokenizer.ggml.tokens"
 def read_gguf_config(file: GgufFile) -> Any:
     """The `PretrainedConfig` transformers derives from the file, without a quantization entry.
 
-    For most architectures transformers parses the vocabulary string by string here, which takes seconds for a usual
-    one and has no bearing on the result where the file states the vocabulary's size. Such a file is shown to it
-    without vocabulary and with empty tensors, and so is a model in several parts, with as many empty tokens as it has.
+    For most architectures transformers parses the vocabulary string by string. This takes seconds and does not
+    affect the result if the file states the vocabulary size. Such a file is passed to it as a copy without vocabulary
+    and with empty tensors. A model in several parts is passed in the same way, with its number of empty tokens.
 
     Raises:
-        SourceError: transformers has no configuration for the architecture, or the metadata is incomplete, or scales
-            rotary positions in a way that transformers has no setting for.
+        SourceError: transformers has no configuration for the architecture, or the metadata is incomplete, or the
+            scaling of rotary positions has no setting in transformers.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 
-    # No single part of several shows transformers all tensors.
+    # No single one of several parts contains all tensors.
     as_is = len(file.headers) == 1 and (
         file.architecture in GGUF_CONFIG_ARCHS or f"{file.architecture}.vocab_size" not in file.metadata
     )
@@ -43,7 +43,7 @@ def read_gguf_config(file: GgufFile) -> Any:
                 f"{file.path} holds the architecture {file.architecture!r}, which transformers cannot read from GGUF "
                 f"({reason}); give the model as a safetensors folder."
             ) from error
-    # The blocks are decoded on the way in: what we hold and save is an ordinary model.
+    # Quantized blocks are decoded on loading, so the model is held and saved as an ordinary one.
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     read_rope(config, file)

@@ -1,4 +1,4 @@
-"""Reading and checking the header of a GGUF file without touching its tensors."""
+"""Reads and checks the header of a GGUF file without touching its tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEFAULT_ALIGNMENT = 32
 
 
 _PART = re.compile(r"(?P<model>.*)-\d{5}-of-(?P<count>\d{5})\.gguf", flags=re.IGNORECASE)
-# Other contents that llama.cpp keeps in this format, by general.type or general.architecture.
+# Other contents of this format in llama.cpp, by general.type or general.architecture.
 _NO_MODEL = {
     "imatrix": "an importance matrix",
     "adapter": "an adapter",
@@ -30,7 +30,7 @@ _NO_MODEL = {
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies: `offset` and `nbytes` in the file `path`, `shape` in torch order, `kind` its ggml type."""
+    """Location of one tensor: `offset` and `nbytes` in the file `path`, `shape` in torch order, ggml type `kind`."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class GgufTensor:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """None for quantized blocks."""
+        """The torch dtype; None for quantized blocks."""
         return _PLAIN.get(self.kind)
 
 
@@ -49,8 +49,8 @@ class GgufTensor:
 class GgufFile:
     """Checked headers of a model in one file or in several parts.
 
-    path: the file, or the first part. metadata: of the first part; arrays of strings are there as their lengths.
-    tensors: of all parts. headers: by file the bytes of its header, in the order of the parts.
+    path: the file, or the first part. metadata: that of the first part, with arrays of strings replaced by their
+    lengths. tensors: those of all parts. headers: header bytes by file, in the order of the parts.
     """
 
     path: Path
@@ -61,11 +61,11 @@ class GgufFile:
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        """The float type the model was written in; None if any tensor is quantized, since then it has none."""
+        """The float dtype that the model was written in; None if any tensor is quantized."""
         dtypes = {tensor.dtype for tensor in self.tensors}
         if None in dtypes:
             return None
-        # Norms stay in float32 beside half weights, so the half type is the model's.
+        # Norms stay in float32 even with half-precision weights, so the half type is that of the model.
         return next((half for half in (torch.bfloat16, torch.float16) if half in dtypes), torch.float32)
 
 
@@ -78,11 +78,11 @@ class _Part:
 
 
 def read_gguf_header(path: Path) -> GgufFile:
-    """Header of a GGUF file, offsets checked against the size of the file; of all parts where `path` is any of them.
+    """Headers of a GGUF file or, if `path` is one of several parts, of all parts, checked against file sizes.
 
     Raises:
-        SourceError: not a GGUF file, damaged, cut off, with tensor types that cannot be decoded, one of several parts
-            of which another is missing, or a file that holds no model.
+        SourceError: the file is not GGUF, is damaged or cut off, holds no model, or has tensor types that cannot be
+            decoded; or another part is missing.
     """
     given = _read_part(path)
     parts = [given] if given.metadata.get("split.count", 1) == 1 else _read_parts(given)
@@ -93,20 +93,20 @@ def read_gguf_header(path: Path) -> GgufFile:
     if other is None and architecture is not None and not tensors:
         other = "a vocabulary and no weights"
     if other is not None:
-        raise SourceError(f"{path} holds {other} and is no model; give the .gguf file of the model itself.")
+        raise SourceError(f"{path} holds {other} and is not a model; give the .gguf file of the model itself.")
     if not isinstance(architecture, str):
         raise _damaged(path, "its header has no general.architecture")
     return GgufFile(parts[0].path, architecture, metadata, tensors, {part.path: part.raw for part in parts})
 
 
 def model_name(path: Path) -> str:
-    """What the model in a .gguf file is called: the name of the file, or what the names of its parts have in common."""
+    """The name of the model in a .gguf file: the name of the file, or the common name of its parts."""
     match = _PART.fullmatch(path.name)
     return path.stem if match is None else match["model"]
 
 
 def _read_parts(given: _Part) -> list[_Part]:
-    """All parts of the model that `given` is one of, which lie beside it under the names that llama.cpp gives them."""
+    """All parts of the model of the part `given`, found next to it under the names that llama.cpp uses."""
     count = given.metadata["split.count"]
     match = _PART.fullmatch(given.path.name)
     named = match is not None and isinstance(count, int) and int(match["count"]) == count
@@ -115,13 +115,13 @@ def _read_parts(given: _Part) -> list[_Part]:
     join = f"join them with `llama-gguf-split --merge {paths[0].name} {name}.gguf`"
     if not named:
         raise SourceError(
-            f"{given.path} is one of {count} parts of a model and not named as one; name them {paths[0].name} and so "
+            f"{given.path} is one of {count} parts of a model but not named as one; name them {paths[0].name} and so "
             f"on, or {join}."
         )
     if absent := [path for path in paths if not path.is_file()]:
         raise SourceError(
-            f"{given.path} is one of {count} parts of a model, and {absent[0].name} is not beside it; put all parts in "
-            f"one folder, or {join}."
+            f"{given.path} is one of {count} parts of a model, and {absent[0].name} is not next to it; put all parts "
+            f"in one folder, or {join}."
         )
     parts = [given if path == given.path else _read_part(path) for path in paths]
     names = [tensor.name for part in parts for tensor in part.tensors]
@@ -129,7 +129,7 @@ def _read_parts(given: _Part) -> list[_Part]:
     numbers = [part.metadata.get("split.no") for part in parts]
     if numbers != list(range(count)) or len(set(names)) != len(names) or len(names) != total:
         raise SourceError(
-            f"{given.path} and the {count - 1} parts beside it are not of one model; download all of them again."
+            f"{given.path} and the {count - 1} parts next to it are not from one model; download all of them again."
         )
     return parts
 
@@ -170,7 +170,7 @@ def _read_part(path: Path) -> _Part:
 def _read_metadata(blob: Any) -> tuple[dict[str, Any], int, int]:
     """Metadata, the number of tensors, and the offset of their table.
 
-    transformers' own function refuses files without an architecture, which all parts but the first are.
+    The function in transformers rejects files without an architecture, that is, all parts but the first.
     """
     from transformers.integrations.gguf import reader
 

@@ -1,4 +1,4 @@
-"""Scaled rotary positions of a GGUF file, which transformers does not read from it."""
+"""Scaled rotary positions of a GGUF file, which transformers does not read."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from shiftadd_cli.source.gguf_header import GgufFile, GgufTensor
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = frozenset({FREQUENCIES, LONG, SHORT})
 _FLOAT32 = 0
-# llama.cpp writes the frequencies of Llama 3.1 as divisors, worked out from these numbers, and not the numbers.
+# For Llama 3.1, llama.cpp does not write these numbers but the frequency divisors computed from them.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _TOLERANCE = 1e-5
-# Settings that change nothing where they have these values.
+# Settings that have no effect at these values.
 _NEUTRAL = {"finetuned": None, "yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0}
 
 
 def read_rope(config: Any, file: GgufFile) -> None:
-    """Put the scaling of rotary positions that `file` holds into `config.rope_parameters`.
+    """Copy the scaling of rotary positions from `file` to `config.rope_parameters`.
 
-    llama.cpp keeps it in metadata (`rope.scaling`), and where every frequency has a divisor of its own, in tensors.
+    llama.cpp keeps it in metadata (`rope.scaling`), or in tensors if every frequency has its own divisor.
 
     Raises:
-        SourceError: the scaling is of a kind that transformers has no setting for.
+        SourceError: transformers has no setting for this kind of scaling.
     """
     tensors = {tensor.name: tensor for tensor in file.tensors if tensor.name in ROPE_TENSORS}
     settings = _settings(file)
@@ -51,7 +51,7 @@ def read_rope(config: Any, file: GgufFile) -> None:
             return
         if layer is not None:
             raise _unknown(file, f"in {FREQUENCIES}, for layers of {len(layers)} kinds")
-        config.rope_parameters = _of_divisors(config, own, divisors)
+        config.rope_parameters = _from_divisors(config, own, divisors)
     elif tensors.keys() == {LONG, SHORT} and layer is None:
         long, short = (_read(file, tensors[name]).tolist() for name in (LONG, SHORT))
         scaling: dict[str, Any] = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
@@ -62,7 +62,7 @@ def read_rope(config: Any, file: GgufFile) -> None:
         if hasattr(config, "original_max_position_embeddings"):
             config.original_max_position_embeddings = original
     elif scaled:
-        scaling = _of_settings(file, kind, settings, config)
+        scaling = _from_settings(file, kind, settings, config)
         if all(own.get(name) == value for name, value in scaling.items()):
             return
         changed = (own if own.get("rope_type") == kind else _base(own)) | scaling
@@ -74,16 +74,16 @@ def read_rope(config: Any, file: GgufFile) -> None:
 def _settings(file: GgufFile) -> dict[str, Any]:
     prefix = f"{file.architecture}.rope.scaling."
     settings = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    # The name of older files.
+    # The name in older files.
     if (factor := file.metadata.get(f"{file.architecture}.rope.scale_linear")) is not None:
         settings.setdefault("factor", factor)
     return settings
 
 
-def _of_settings(file: GgufFile, kind: str, settings: dict[str, Any], config: Any) -> dict[str, Any]:
-    known = {"factor", "original_context_length", *(("yarn_beta_fast", "yarn_beta_slow") if kind == "yarn" else ())}
+def _from_settings(file: GgufFile, kind: str, settings: dict[str, Any], config: Any) -> dict[str, Any]:
+    supported = {"factor", "original_context_length", *(("yarn_beta_fast", "yarn_beta_slow") if kind == "yarn" else ())}
     for name, value in settings.items():
-        if name not in known and not (name in _NEUTRAL and _NEUTRAL[name] in (None, value)):
+        if name not in supported and not (name in _NEUTRAL and _NEUTRAL[name] in (None, value)):
             raise _unknown(file, f"with the setting {name}")
     scaling: dict[str, Any] = {"rope_type": kind, "factor": float(settings["factor"])}
     if kind == "yarn":
@@ -93,8 +93,8 @@ def _of_settings(file: GgufFile, kind: str, settings: dict[str, Any], config: An
     return scaling
 
 
-def _of_divisors(config: Any, own: dict[str, Any], divisors: torch.Tensor) -> dict[str, Any]:
-    """Llama 3's settings where they give these divisors; else a form that takes divisors as they are."""
+def _from_divisors(config: Any, own: dict[str, Any], divisors: torch.Tensor) -> dict[str, Any]:
+    """The settings of Llama 3 if they give these divisors; else a form that takes divisors directly."""
     default = _default(config, own, len(divisors))
     before = config.rope_parameters
     config.rope_parameters = _base(own) | {"rope_type": "llama3", "factor": float(divisors.max())} | _LLAMA3
@@ -124,7 +124,7 @@ def _default(config: Any, own: dict[str, Any], count: int) -> torch.Tensor:
 
 
 def _frequencies(config: Any, layer: str | None) -> torch.Tensor | None:
-    """What the configuration gives as it is, `[half the rotary dimensions]`; None where only the model knows."""
+    """Frequencies of the configuration, `[half the rotary dimensions]`; None if only the model computes them."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = config.rope_parameters if layer is None else config.rope_parameters[layer]
@@ -136,12 +136,12 @@ def _frequencies(config: Any, layer: str | None) -> torch.Tensor | None:
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
-    # A divisor of 1e30 stands for a frequency of zero.
+    # A divisor of 1e30 means a frequency of zero.
     return one is not None and one.shape == other.shape and torch.allclose(one, other, rtol=_TOLERANCE, atol=1e-20)
 
 
 def _read(file: GgufFile, tensor: GgufTensor) -> torch.Tensor:
-    """A tensor of float32, float64 `[frequencies]`, all positive."""
+    """Read a float32 tensor of positive numbers, as float64 `[frequencies]`."""
     values = np.fromfile(tensor.path, dtype=np.float32, count=math.prod(tensor.shape), offset=tensor.offset)
     if tensor.kind != _FLOAT32 or len(tensor.shape) != 1 or not (values > 0).all():
         raise _unknown(file, f"in {tensor.name}, which does not hold one positive number for each frequency")

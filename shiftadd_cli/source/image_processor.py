@@ -1,4 +1,4 @@
-"""The image processor of a model: what turns pictures into its input."""
+"""The image processor of a model, which turns images into its input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shiftadd_cli.source.companions import IMAGE_PROCESSOR_FILES as _FILES
 
 
 def load_image_processor(path: Path) -> Any:
-    """The image processor of a model folder, which works on Pillow's images and numpy: torchvision is not needed.
+    """The image processor of a model folder. It works on Pillow images and numpy, without torchvision.
 
     Raises:
         SourceError: there is none, or it cannot be read, or Pillow is not installed.
@@ -23,7 +23,7 @@ def load_image_processor(path: Path) -> Any:
         return AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)
     except ImportError as error:
         raise SourceError("Reading images needs Pillow; run `pip install 'shiftadd-cli[vision]'`.") from error
-    except Exception as error:  # processors raise whatever the settings at hand lead them to
+    except Exception as error:  # processors raise any exception, depending on the settings
         reason = first_line(error)
         raise SourceError(
             f"The image processor of {path} cannot be read ({reason}); put {_FILES[0]} of the original model there."

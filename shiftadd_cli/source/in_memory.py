@@ -1,4 +1,4 @@
-"""A model that a program has in memory, as a folder that can be opened like any other."""
+"""Saves a model in memory to a folder, so that it can be opened like any other."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from shiftadd_cli.storage.refusals import refusals
 
 @contextmanager
 def as_folder(model: str | Path | PreTrainedModel, processor: Any, near: Path) -> Iterator[str]:
-    """What to open a model by: its name, or of one in memory a folder beside `near` that is removed in the end.
+    """The name to open a model by: its own, or for one in memory a temporary folder next to `near`.
 
     processor: the tokenizer or image processor of a model in memory.
 
-    Raises OutputError where the folder cannot be written.
+    Raises OutputError if the folder cannot be written.
     """
     if not isinstance(model, PreTrainedModel):
         yield str(model)
         return
-    place = next(each for each in near.resolve().parents if each.is_dir())
+    parent = next(folder for folder in near.resolve().parents if folder.is_dir())
     with ExitStack() as stack:
-        # What goes wrong while the folder is used is not its fault.
-        with refusals(place):
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=".shiftadd-", dir=place))
-            # The last part of its path is what the model is called.
+        # Errors during the use of the folder must not become OutputError.
+        with refusals(parent):
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=".shiftadd-", dir=parent))
+            # The last part of the path becomes the name of the model.
             folder = Path(scratch) / type(model).__name__
             model.save_pretrained(folder)
             if processor is not None:

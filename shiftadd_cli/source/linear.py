@@ -1,4 +1,4 @@
-"""Telling linear layers from other modules."""
+"""Distinguishes linear layers from other modules."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import copy
 import torch
 from torch import Tensor, nn
 
-# Sizes of the twin that a layer is tried on.
+# Sizes of the twin that a layer is tested on.
 _TWIN_OUT, _TWIN_IN = 5, 7
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int, bool] | None:
     """(out_features, in_features, transposed) of a linear layer, None for any other module.
 
-    A subclass with a forward of its own is one if that computes the same, as Falcon's does.
+    A subclass with its own forward counts as linear if it computes the same, as Falcon's does.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -26,7 +26,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int, bool] | None:
 
 
 def _is_linear(kind: type[nn.Module], module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether the module computes what `base` does; tried on a small twin of it where its class has its own forward."""
+    """Whether the module computes the same as `base`; tested on a small twin if its class has its own forward."""
     if kind.forward is base.forward:
         return True
     generator = torch.Generator().manual_seed(0)
@@ -43,9 +43,9 @@ def _is_linear(kind: type[nn.Module], module: nn.Module, base: type[nn.Module]) 
         twin._parameters["bias"] = nn.Parameter(bias)
     try:
         with torch.no_grad():
-            # Not by calling the twin, which has the hooks of the module.
+            # Calling the twin would run the hooks of the module.
             output = twin.forward(inputs)
-    except Exception:  # another computation may fail in any way on another layer's sizes
+    except Exception:  # a different computation may fail in any way on other sizes
         return False
     expected = nn.functional.linear(inputs, weight, bias if has_bias else None)
     return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Filling parts of a skeleton from a checkpoint, and emptying them again."""
+"""Fills parts of a skeleton from a checkpoint, and empties them again."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _ROWS_COMPARED_AT_ONCE = 4096
 class Loader:
     """Moves parts of `model` (a skeleton on meta) into memory and back; `name` is for messages.
 
-    A *prefix* is the full name of a module, parameter or buffer; it stands for everything at and below it. Tied
-    parameters come and go together, whichever of their names a prefix covers. `left_behind` lists what the model does
-    not read of the checkpoint.
+    A *prefix* is the full name of a module, parameter or buffer; it covers everything at and below it. Tied parameters
+    are loaded and released together, whichever of their names a prefix covers. `left_behind` lists the parts of the
+    checkpoint that the model does not read.
 
     Raises:
-        SourceError: the checkpoint does not hold what the model needs, or holds what the model would need to read.
+        SourceError: tensors that the model needs are missing, or tensors of its modules are not read.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> None:
@@ -45,8 +45,8 @@ class Loader:
 
     def materialise(self, prefixes: Sequence[str]) -> None:
         """Load every parameter and buffer at or below `prefixes` that is not in memory yet."""
-        wanted = self._on_meta(prefixes)
-        stored = {self._stored_name(name) for name in wanted}
+        targets = self._on_meta(prefixes)
+        stored = {self._stored_name(name) for name in targets}
         keys = list(dict.fromkeys(key for name in sorted(stored) for key in self._plan.keys.get(name, ())))
         before = {name for name, tensor in self._tensors() if not tensor.is_meta}
         if keys:
@@ -54,7 +54,7 @@ class Loader:
         for name, tensor in list(self._tensors()):
             if tensor.is_meta or name in before:
                 continue
-            if name not in stored:  # one stored tensor may fill parameters outside the prefixes too
+            if name not in stored:  # one stored tensor may also fill parameters outside the prefixes
                 self._to_meta(name, tensor)
                 continue
             tensor.requires_grad_(False)
@@ -101,11 +101,11 @@ class Loader:
                 info, _ = convert_and_load_state_dict_in_model(self._model, lazy, config, disk_offload_index=None)
         except OSError as error:
             raise SourceError(
-                f"The weights of {self._name} could not be read ({error}); the files changed or went away since "
-                "they were opened, start again."
+                f"The weights of {self._name} could not be read ({error}); the files changed or disappeared "
+                "since they were opened; start again."
             ) from error
         problems = [f"{name}: {error.strip().splitlines()[-1]}" for name, error in info.conversion_errors.items()]
-        problems += [f"{name}: shape {list(is_)}, not {list(asked)}" for name, is_, asked in info.mismatched_keys]
+        problems += [f"{name}: shape {list(actual)}, not {list(shape)}" for name, actual, shape in info.mismatched_keys]
         problems += list(info.error_msgs)
         if problems:
             raise SourceError(
@@ -114,7 +114,7 @@ class Loader:
             )
 
     def _try_unstored(self) -> None:
-        """Compute one tensor of each kind that no file holds, so that a refusal comes before any work."""
+        """Compute one tensor of each kind that no file holds, so that errors come before any work."""
         kinds: dict[str, str] = {}
         for name, _ in self._tensors():
             if not self._plan.is_stored(self._stored_name(name)):
@@ -125,16 +125,16 @@ class Loader:
                 self._to_meta(name, tensor)
 
     def _untie_what_differs(self) -> bool:
-        """Untie parameters the configuration ties but the checkpoint stores with different values, as transformers
-        does; whether there were any."""
-        found = False
+        """Untie parameters that the configuration ties but the checkpoint stores with different values, as
+        transformers does; returns whether there were any."""
+        untied = False
         for target, source in list(getattr(self._model, "all_tied_weights_keys", {}).items()):
             if self._plan.is_stored(target) and self._plan.is_stored(source) and not self._equal(target, source):
                 old = self._model.get_parameter(target)
                 set_tensor(self._model, target, nn.Parameter(torch.empty_like(old), requires_grad=False))
                 self._model.all_tied_weights_keys.pop(target)
-                found = True
-        return found
+                untied = True
+        return untied
 
     def _equal(self, target: str, source: str) -> bool:
         one, other = self._plan.keys[target], self._plan.keys[source]
@@ -154,10 +154,10 @@ def covered(name: str, prefixes: Sequence[str]) -> bool:
 
 @contextmanager
 def _quiet_and_sequential() -> Iterator[None]:
-    """Make transformers draw no progress bar, since we load once per block, and read without threads.
+    """Keep transformers from drawing a progress bar, since we load once per block, and from using threads.
 
-    Each of its threads would keep freed memory in an arena of its own: measured on 30 blocks of 7 MB, resident memory
-    crept up by 20 MB per pass with threads and stayed level without.
+    Each of its threads would keep freed memory in its own arena. Measured on 30 blocks of 7 MB, resident memory grew by
+    20 MB per pass with threads and stayed level without.
     """
     variable = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(variable)

@@ -1,4 +1,4 @@
-"""From what the user typed to a folder or a GGUF file on this machine."""
+"""Resolves a model as the user typed it to a folder or a GGUF file on this machine."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model*", "*.
 
 
 def locate(spec: str, *, remote_code: bool) -> Path:
-    """The folder or .gguf file that `spec` means: `demo`, a path, or a hub id (fetched into the hub's cache), perhaps
-    with a branch, tag or commit, `ID@REVISION`.
+    """The folder or .gguf file for `spec`: `demo`, a path, or a hub id (fetched into the hub's cache), optionally with
+    a branch, tag or commit, `ID@REVISION`.
 
     Raises:
         SourceError: nothing of that name exists or can be fetched.
@@ -40,7 +40,7 @@ def locate(spec: str, *, remote_code: bool) -> Path:
 
 
 def hub_id(spec: str) -> str | None:
-    """The hub id that `spec` is, without a revision; None where it means something on this machine."""
+    """The hub id in `spec`, without a revision; None if `spec` names a model on this machine."""
     match = _HUB_ID.fullmatch(spec)
     if spec == DEMO or expanded(spec).exists() or match is None:
         return None
@@ -48,14 +48,14 @@ def hub_id(spec: str) -> str | None:
 
 
 def _absolute(path: Path) -> Path:
-    """Under the name that the user gave: the hub's cache has links with it, to files that are called by checksums."""
+    """The absolute path, last link not followed: links in the hub's cache lead to files named by checksum."""
     return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
 def _demo_file() -> Path:
     # find_spec, not import: importing the package would load an inference engine that is not needed here.
-    found = importlib.util.find_spec(_DEMO_PACKAGE)
-    for folder in (found.submodule_search_locations or ()) if found else ():
+    package = importlib.util.find_spec(_DEMO_PACKAGE)
+    for folder in (package.submodule_search_locations or ()) if package else ():
         if (file := Path(folder) / _DEMO_FILE).is_file():
             return file.resolve()
     raise SourceError(
@@ -65,7 +65,7 @@ def _demo_file() -> Path:
 
 
 def _fetch(model_id: str, revision: str | None, remote_code: bool) -> Path:
-    """Snapshot folder of a hub model; only configuration, tokenizer and the safetensors in use are fetched."""
+    """The snapshot folder of a hub model; only configuration, tokenizer and the needed safetensors are fetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -98,9 +98,9 @@ def _fetch(model_id: str, revision: str | None, remote_code: bool) -> Path:
             f"There is no folder {model_id} here, and the hub model {model_id} is not in the cache and could not be "
             f"fetched; run `hf download {model_id}` where there is a network, or give a folder."
         ) from error
-    except Exception as error:  # the client uses some settings unchecked, and hands on whatever they lead to
+    except Exception as error:  # the client does not check some settings, and any exception may follow
         raise SourceError(
-            f"There is no folder {model_id} here, and the hub cannot be asked for a model of that name "
+            f"There is no folder {model_id} here, and the hub cannot be searched for a model of that name "
             f"({first_line(error)}); check HF_HOME, HF_ENDPOINT, HF_TOKEN and proxies, or give a folder."
         ) from error
     return folder

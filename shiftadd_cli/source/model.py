@@ -1,4 +1,4 @@
-"""A model as a source of weights: its skeleton, its parts on demand, what reads its texts or images."""
+"""A model as a source of weights: its skeleton, its parts on demand, its tokenizer or image processor."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Source:
     """A model on disk whose headers have been read; made by `open_source`.
 
     Attributes:
-        spec: what the user typed; name: a short form of it for file names and titles.
+        spec: the model as the user typed it; name: a short form of it for file names and titles.
         path: the model folder or .gguf file.
-        config: the configuration of the model, its dtype set, without any quantization entry.
-        dtype: dtype of everything that is not quantized, and of activations.
+        config: the configuration of the model, with its dtype set and without any quantization entry.
+        dtype: dtype of activations and of everything that is not quantized.
         fingerprint: sha256 (hex) over the configuration and, for every weight file, its name, size, header and 256
-            sampled pages; the folder's place and time stamps do not enter.
-        remote_code: whether model code that comes with the files is run.
+            sampled pages; the location of the folder and time stamps do not count.
+        remote_code: whether model code from the checkpoint is run.
         file_bytes: size of the weight files.
         left_behind: parts of the checkpoint that the model does not read.
-        model_bytes: size of all parameters at `dtype`, tied ones once.
+        model_bytes: size of all parameters at `dtype`, with tied ones counted once.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Source:
         self._model_class, self._weights, self.remote_code = model_class, weights, remote_code
         self._fields = fields
         if not remote_code and hasattr(config, "auto_map"):
-            # The code it names is neither run nor copied.
+            # The code that it names is neither run nor copied.
             del config.auto_map
         self._in_float32: Source | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -74,24 +74,24 @@ class Source:
         self.config: PreTrainedConfig = copy.deepcopy(self._skeleton.config)
         files = tuple(weights.headers) if isinstance(weights, GgufFile) else weights.files
         self.file_bytes = sum(file.stat().st_size for file in files)
-        self.model_bytes = sum(each.numel() * each.element_size() for each in self._skeleton.parameters())
+        self.model_bytes = sum(weight.numel() * weight.element_size() for weight in self._skeleton.parameters())
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device, in evaluation mode, tied weights tied, experts of a mixture split into linears;
-        always the same object."""
+        """The model on the meta device, in evaluation mode, with tied weights and with the experts of a mixture split
+        into linears; always the same object."""
         return self._skeleton
 
     def materialise(self, prefixes: Sequence[str]) -> None:
         """Load every parameter and buffer at or below these module (or tensor) names into the skeleton.
 
-        Parameters come at `dtype`, but for those transformers keeps in float32; buffers that no file stores are
-        computed. What is in memory already stays as it is. Tied parameters are loaded together, once.
+        Parameters get `dtype`, except those that transformers keeps in float32. Buffers that no file stores are
+        computed. Tensors already in memory stay unchanged. Tied parameters are loaded together, once.
 
         Raises:
-            SourceError: the files changed since they were opened, or do not fit the model.
+            SourceError: the files changed since they were opened, or do not match the model.
         """
-        # Files are read into stacks, which is what transformers knows how to do.
-        owners = [next((name for name in self._experts if each.startswith(f"{name}.")), each) for each in prefixes]
+        # Files are read into stacks, because transformers can only fill those.
+        owners = [next((name for name in self._experts if part.startswith(f"{name}.")), part) for part in prefixes]
         with ExitStack() as stack:
             for name, experts in self._experts.items():
                 if covered(name, owners) and experts.is_empty:
@@ -99,11 +99,11 @@ class Source:
             self._loader.materialise(owners)
 
     def release(self, prefixes: Sequence[str]) -> None:
-        """Return everything at or below these names to the meta device, tied parameters under all their names."""
+        """Move everything at or below these names back to meta, and tied parameters under all their names."""
         self._loader.release(prefixes)
 
     def at(self, dtype: torch.dtype) -> Source:
-        """The same files at another dtype: a source with a skeleton of its own, of which nothing is in memory."""
+        """The same files at another dtype: a source with its own skeleton, with nothing in memory."""
         return Source(
             spec=self.spec,
             name=self.name,
@@ -118,8 +118,8 @@ class Source:
         )
 
     def computed_on(self, device: torch.device) -> Source:
-        """The source to run there: this one, or where the device has no instructions for its dtype the same at
-        float32, which then is several times as fast; always the same object."""
+        """The source to run on `device`: this one, or one at float32 if the device has no instructions for its dtype.
+        There float32 is several times as fast. Always returns the same object."""
         if computes_in(device, self.dtype):
             return self
         if self._in_float32 is None:
@@ -128,15 +128,15 @@ class Source:
 
     @property
     def reads_images(self) -> bool:
-        """Whether it is a vision model; a language model otherwise."""
-        found: str = self._skeleton.main_input_name
-        return found == IMAGE_INPUT
+        """Whether this is a vision model, not a language model."""
+        main_input: str = self._skeleton.main_input_name
+        return main_input == IMAGE_INPUT
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, read once.
 
         Raises:
-            SourceError: there is none that can be read.
+            SourceError: there is none, or it cannot be read.
         """
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.path, remote_code=self.remote_code)
@@ -146,16 +146,16 @@ class Source:
         """The image processor of a vision model, read once.
 
         Raises:
-            SourceError: there is none that can be read.
+            SourceError: there is none, or it cannot be read.
         """
         if self._image_processor is None:
             self._image_processor = load_image_processor(self.path)
         return self._image_processor
 
     def save_companions(self, folder: Path) -> None:
-        """Write to `folder` what a model folder holds beside weights and configuration: what reads text or images.
+        """Write the tokenizer or image processor and other small files, all but weights and configuration, to `folder`.
 
-        Files of a model folder are copied as they are. Only a GGUF file's tokenizer is written anew.
+        Files of a model folder are copied unchanged. Only the tokenizer of a GGUF file is newly written.
         """
         if isinstance(self._weights, GgufFile):
             write_tokenizer(self.load_tokenizer(), folder)
@@ -165,18 +165,17 @@ class Source:
             write_generation_settings(self.config, folder)
 
     def config_fields(self) -> dict[str, Any]:
-        """What config.json says of the model, in the source's own fields beside those of the transformers in use."""
+        """Fields of config.json: those of the source, plus those of the installed transformers."""
         fields = merged_config(self._fields, self.config)
         fields["architectures"] = [type(self._skeleton).__name__]
         set_dtype(fields, dtype_name(self.dtype))
         return fields
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The whole model in memory on the CPU, in evaluation mode, at `dtype` (default: the source's own)."""
+        """The whole model in memory on the CPU, in evaluation mode, at `dtype` (default: that of the source)."""
         dtype = dtype or self.dtype
         weights = self._weights
-        # Not from_pretrained, which leaves a quantization entry behind that keeps the model from being saved, or would
-        # read other files.
+        # from_pretrained would leave a quantization entry that prevents saving the model, or would read other files.
         if isinstance(weights, GgufFile) or (isinstance(weights, SafetensorsFolder) and weights.ambiguous):
             model, loader = self._fresh(self.config, dtype)
             loader.materialise([""])

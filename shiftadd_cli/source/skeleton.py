@@ -1,4 +1,4 @@
-"""A model on the meta device, exactly as transformers builds it before it loads weights."""
+"""A model on the meta device, exactly as transformers builds it before loading weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from shiftadd_cli.errors import SourceError
 
 
 def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
-    """`model_class(config)` on meta in evaluation mode: no memory, tied weights tied, no gradients.
+    """`model_class(config)` on meta in evaluation mode: without memory or gradients, with tied weights tied.
 
-    Parameters that transformers keeps in float32 under `dtype` are of that dtype here too. `config` is copied.
+    Parameters that transformers keeps in float32 under `dtype` are float32 here too. `config` is copied.
 
     Raises:
         SourceError: the class refuses the configuration.
@@ -29,12 +29,12 @@ def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     try:
         with ContextManagers(model_class.get_init_context(dtype, False, False, None)):
             model = model_class(config)
-    except Exception as error:  # a class may fail in any way on sizes that do not fit
+    except Exception as error:  # a class may fail in any way on inconsistent sizes
         raise SourceError(
             f"{model_class.__name__} cannot be built from this configuration ({str(error).strip().rstrip('.')}); "
             "check config.json against the original."
         ) from error
-    model.to("meta")  # a few classes create parameters on the CPU whatever the context says
+    model.to("meta")  # a few classes create parameters on the CPU despite the context
     model.tie_weights(recompute_mapping=False)
     _keep_in_float32(model, dtype)
     model.requires_grad_(False)
@@ -47,8 +47,8 @@ def dtype_plan(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def tied_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Groups of full parameter names that are one and the same parameter. The first of each is the name that
-    transformers stores it under; the others follow in the order of the model's state."""
+    """Groups of full names of one and the same parameter. The first name of a group is the one that transformers stores
+    it under; the others follow in the order of the model's state."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -57,7 +57,7 @@ def tied_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 
 def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put `value` where `name` is; a parameter stays a parameter, a buffer a buffer."""
+    """Replace the tensor `name` by `value`; a parameter stays a parameter, a buffer stays a buffer."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     if leaf in module._parameters and not isinstance(value, nn.Parameter):

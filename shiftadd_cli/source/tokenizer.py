@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shiftadd_cli.errors import SourceError, first_line
 
-# A tokenizer without a token for the first may have one for another.
+# A tokenizer that has no token for one sample may have one for the next.
 _SAMPLES = ("a", "0", ".", "\u4e00")
 
 
@@ -27,7 +27,7 @@ def load_tokenizer(path: Path, *, remote_code: bool) -> Any:
     folder = path.parent if path.is_file() else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code, **where)
-    except Exception as error:  # converters raise whatever the file at hand leads them to
+    except Exception as error:  # converters raise any exception, depending on the file
         reason = first_line(error)
         raise SourceError(
             f"{path} holds no tokenizer that can be read ({reason}); add the tokenizer files of the original model."
@@ -38,39 +38,39 @@ def load_tokenizer(path: Path, *, remote_code: bool) -> Any:
 
 
 def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of the special tokens that the tokenizer puts before a text by itself: often that of `<bos>`, or none.
+    """Ids of the special tokens that the tokenizer puts before a text by itself: often `<bos>`, or none.
 
     Raises:
-        SourceError: it encodes the text itself in another way when it adds special tokens.
+        SourceError: it encodes the text itself differently when it adds special tokens.
     """
     for sample in _SAMPLES:
-        bare, whole = (tokenizer(sample, add_special_tokens=added)["input_ids"] for added in (False, True))
+        bare, full = (tokenizer(sample, add_special_tokens=added)["input_ids"] for added in (False, True))
         if not bare:
             continue
-        for start in range(len(whole) - len(bare) + 1):
-            if whole[start : start + len(bare)] == bare:
-                return tuple(whole[:start])
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return tuple(full[:start])
     raise SourceError(
-        f"It cannot be told which special tokens the tokenizer {type(tokenizer).__name__} puts before a text; check "
+        f"Cannot determine which special tokens the tokenizer {type(tokenizer).__name__} puts before a text; check "
         "the post-processor in tokenizer.json."
     )
 
 
 def end_tokens(settings: Any, tokenizer: Any) -> list[int]:
-    """Ids of the tokens that end a text: those of a model's configuration or generation settings, which may name
-    several, and the tokenizer's."""
+    """Ids of the tokens that end a text: those of the configuration or generation settings, which may name several,
+    and that of the tokenizer."""
     named = getattr(settings, "eos_token_id", None)
     ends = list(named) if isinstance(named, (list, tuple)) else [named]
     return list(dict.fromkeys(end for end in (*ends, tokenizer.eos_token_id) if end is not None))
 
 
 def tokens_as_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The names of some tokens in one string; empty for none."""
+    """The names of the tokens in one string; empty for no tokens."""
     return "".join(tokenizer.convert_ids_to_tokens(list(ids)))
 
 
 def unknown_token(ids: Tensor | Sequence[int], tokenizer: Any, rows: int) -> str | None:
-    """The first token without a row in an embedding of `rows` rows, by name and id; None if all have one."""
+    """Name and id of the first token without a row in an embedding of `rows` rows; None if all have one."""
     ids = torch.as_tensor(ids).flatten()
     beyond = ids[ids >= rows]
     if not len(beyond):

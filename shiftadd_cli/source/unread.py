@@ -1,4 +1,4 @@
-"""Tensors that a checkpoint holds and the model does not read: which may stay behind, and which make it wrong."""
+"""Tensors of a checkpoint that the model does not read: harmless ones, and ones that make it wrong."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shiftadd_cli.errors import SourceError
 from shiftadd_cli.sizes import size
 from shiftadd_cli.source.checkpoint import TensorHeader
 
-# Buffers that older versions of transformers, llama.cpp and others stored, and that every model computes.
+# Buffers that older versions of transformers, llama.cpp and others stored. Every model computes them itself.
 _COMPUTED = re.compile(
     r"(^|\.)((rotary_emb|rotary_pos_emb)\.(original_)?inv_freq|rope\.freqs|attn_rot_embd\.weight|masked_bias|position_ids)$"
 )
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
 _PREDICTION = re.compile(r"(^|\.)(mtp|nextn)(\w*)(\.|$)")
-# The settings under which families count their layers for predicting more than one token.
+# Settings with the number of layers for predicting more than one token.
 _PREDICTION_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
 _MULTIPLE_TOKENS = "for predicting several tokens at once"
 
@@ -28,7 +28,7 @@ _MULTIPLE_TOKENS = "for predicting several tokens at once"
 class LeftBehind:
     """Tensors that the model does not read.
 
-    part: the name that they would have in the model, or that their names there begin with. tensors: their number.
+    part: the name that they would have in the model, or the common prefix of these names. tensors: their number.
     nbytes: their size in the file. reason: why they are not read.
     """
 
@@ -44,16 +44,16 @@ class LeftBehind:
 def left_behind(
     model: Any, stored: Mapping[str, TensorHeader], unread: Mapping[str, str], spec: str
 ) -> tuple[LeftBehind, ...]:
-    """The tensors of a checkpoint that its model does not read, one entry for each part that the model lacks.
+    """The tensors of a checkpoint that its model does not read, one entry per part that the model lacks.
 
-    stored: all tensors of the checkpoint. unread: those that the model does not read, and what their names mean in the
+    stored: all tensors of the checkpoint. unread: the names of the unread ones, and the corresponding names in the
     model. spec: the model as the user named it, for messages.
 
-    Buffers that the model computes for itself are no loss and are not listed; neither are tensors inside its modules
-    that transformers knows it may ignore.
+    Buffers that the model computes itself are no loss and are not listed. The same holds for tensors inside its
+    modules that transformers may ignore.
 
     Raises:
-        SourceError: tensors belong to a module that the model has, so its results would be wrong without them.
+        SourceError: tensors belong to an existing module of the model, so its results would be wrong without them.
     """
     computed = {name for name, _ in model.named_buffers()}
     modules = dict(model.named_modules())
@@ -78,7 +78,7 @@ def left_behind(
 
 
 def refuse_adapter(unread: Mapping[str, str], spec: str) -> None:
-    """Raise SourceError, saying what to do, where tensors of an adapter (LoRA) are among the `unread` ones."""
+    """Raise SourceError that names the cure if tensors of an adapter (LoRA) are among the `unread` ones."""
     if adapter := [key for key, target in unread.items() if _ADAPTER.search(target)]:
         raise SourceError(
             f"{spec} holds {len(adapter)} tensors of an adapter (first: {adapter[0]}); merge it into its base model "
@@ -87,7 +87,7 @@ def refuse_adapter(unread: Mapping[str, str], spec: str) -> None:
 
 
 def without_prediction(config: Any, behind: tuple[LeftBehind, ...]) -> None:
-    """Say in `config` that there are no layers for predicting several tokens at once, where they stay behind."""
+    """Set the number of layers for predicting several tokens at once to 0 in `config` if they are left behind."""
     if any(left.reason == _MULTIPLE_TOKENS for left in behind):
         for part in (config, config.get_text_config()):
             for name in _PREDICTION_COUNTS:
@@ -96,7 +96,7 @@ def without_prediction(config: Any, behind: tuple[LeftBehind, ...]) -> None:
 
 
 def wrapper(unread: Mapping[str, str]) -> str | None:
-    """The part of a name that torch.compile or a parallel wrapper put into the names of all tensors, if one did."""
+    """The component that torch.compile or a parallel wrapper added to the names of all tensors; None if none did."""
     for part in ("_orig_mod", "module", "_fsdp_wrapped_module"):
         if unread and all(part in key.split(".") for key in unread):
             return part
@@ -104,7 +104,7 @@ def wrapper(unread: Mapping[str, str]) -> str | None:
 
 
 def _with_outer_names(model: Any, target: str) -> str:
-    """A name as the model has it, which may be stored with or without the name of the model's main part."""
+    """A name as in the model. The checkpoint may store it with or without the name of the model's main part."""
     prefix = model.base_model_prefix
     first, _, rest = target.partition(".")
     main = getattr(model, prefix, None) if prefix else None
@@ -114,7 +114,7 @@ def _with_outer_names(model: Any, target: str) -> str:
 
 
 def _belongs(modules: Mapping[str, nn.Module], target: str) -> bool:
-    """Whether a tensor would take part in what an existing module computes: it lies in a block, or beside the
+    """Whether a tensor would take part in the computation of an existing module: it is in a block, or next to the
     parameters of a module without children."""
     around = [modules[name] for name in (*_outer_names(target), target) if name in modules]
     in_block = any(isinstance(outer, nn.ModuleList) for outer in around[:-1])
@@ -124,14 +124,14 @@ def _belongs(modules: Mapping[str, nn.Module], target: str) -> bool:
 
 
 def _outer_names(target: str) -> Iterator[str]:
-    """The names of the modules around a tensor, from the model itself inwards."""
+    """The names of the modules around a tensor, starting with the model itself."""
     parts = target.split(".")
     for end in range(len(parts)):
         yield ".".join(parts[:end])
 
 
 def _missing_part(modules: Mapping[str, nn.Module], target: str) -> str:
-    """The outermost module around a tensor that the model lacks, such as `model.visual` for a tower; else its name."""
+    """The outermost missing module around a tensor, such as `model.visual` for a tower; else the tensor's name."""
     return next((name for name in _outer_names(target) if name not in modules), target)
 
 

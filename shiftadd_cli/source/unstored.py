@@ -1,4 +1,4 @@
-"""Tensors that no file holds and a model computes for itself: rotary frequencies, embedding scales, masks."""
+"""Tensors that are in no file because the model computes them: rotary frequencies, embedding scales, masks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from shiftadd_cli.source.skeleton import set_tensor
 
 @torch.no_grad()
 def compute_unstored(model: nn.Module, names: Collection[str], spec: str) -> None:
-    """Give the tensors `names` of `model`, which are on meta, the values that transformers gives them, on the CPU.
+    """Compute the tensors `names` of `model`, which are on meta, on the CPU, with the values transformers gives them.
 
-    transformers computes them in `_init_weights`, called for a module that owns such a tensor or for one further out.
-    It is called twice here, on memory filled in two different ways. A tensor with equal bytes afterwards was computed
-    in full, and nothing else can look like that: not memory that was never written, and not a random start.
+    transformers computes them in `_init_weights`, called for the module that owns such a tensor or for an outer one.
+    Here it is called twice, on memory filled in two different ways. A tensor with equal bytes in both runs was fully
+    computed: memory that was never written would differ, and so would random initial values.
 
     spec: the model as the user named it, for messages.
 
     Raises:
-        SourceError: a tensor was not computed, or comes out different each time.
+        SourceError: a tensor was not computed, or differs between the two runs.
     """
     if not names:
         return
@@ -39,14 +39,14 @@ def compute_unstored(model: nn.Module, names: Collection[str], spec: str) -> Non
             set_tensor(model, name, torch.empty_like(shapes[name], device="meta"))
         raise SourceError(
             f"{spec} lacks {len(uncomputed)} tensors that {type(model).__name__} needs and does not compute by itself "
-            f"(first: {uncomputed[0]}); the checkpoint is incomplete, or of a kind that cannot be read here."
+            f"(first: {uncomputed[0]}); the checkpoint is incomplete, or of a kind that is not supported."
         )
 
 
 def _initialised(
     model: nn.Module, shapes: dict[str, torch.Tensor], outer: Collection[str], *, high: bool
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `shapes` after `_init_weights` of the modules `outer`, in memory filled before."""
+    """The tensors of `shapes` after `_init_weights` of the modules `outer`, in memory that was filled before."""
     from transformers import initialization
 
     for name, tensor in shapes.items():
@@ -68,7 +68,7 @@ def _fill(dtype: torch.dtype, *, high: bool) -> Any:
 
 @contextmanager
 def _others_on_meta(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Keep everything that was loaded out of reach: some classes write over it in `_init_weights`."""
+    """Keep loaded tensors out of reach, because some classes overwrite them in `_init_weights`."""
     loaded = {name: tensor for name, tensor in _tensors(model) if name not in names and not tensor.is_meta}
     for name, tensor in loaded.items():
         set_tensor(model, name, torch.empty_like(tensor, device="meta"))
@@ -85,7 +85,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """The names of the modules around a tensor, the whole model's empty one included."""
+    """The names of the modules around a tensor, including the empty name of the model itself."""
     while name:
         name = name.rpartition(".")[0]
         yield name

@@ -1,4 +1,4 @@
-"""Telling vision models from language models, and finding the class that loads one."""
+"""Distinguishes vision models from language models and finds the class that loads one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ IMAGE_INPUT = "pixel_values"
 
 
 def vision_class(config: Any, name: str) -> Any | None:
-    """The transformers class that loads `config` as a vision model, or None for what reads no images alone.
+    """The transformers class that loads `config` as a vision model; None if the model does not read only images.
 
-    The class named in the configuration, if it classifies images or projects their features; else the bare model, which
-    is all that is left of one for another task (masked images, segmentation). `name` is for messages.
+    This is the class named in the configuration if it classifies images or projects their features. Otherwise it is the
+    bare model, without the head of another task (masked images, segmentation). `name` is for messages.
 
     Raises:
-        SourceError: it reads images and texts, and is no language model.
+        SourceError: the model reads images and texts and is not a language model.
     """
     import transformers
     from transformers.models.auto.modeling_auto import (
@@ -27,18 +27,18 @@ def vision_class(config: Any, name: str) -> Any | None:
 
     bare = _listed(MODEL_MAPPING, config)
     classifiers = _listed(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, config)
-    named = [getattr(transformers, each, None) for each in getattr(config, "architectures", None) or ()]
-    for each in named:
-        if each is not None and (each in classifiers or each in bare or each.__name__.endswith("WithProjection")):
-            found = each
+    named = [getattr(transformers, key, None) for key in getattr(config, "architectures", None) or ()]
+    for kind in named:
+        if kind is not None and (kind in classifiers or kind in bare or kind.__name__.endswith("WithProjection")):
+            chosen = kind
             break
     else:
         if not bare:
             return None
-        found = bare[0]
-    reads = _modalities(found)
+        chosen = bare[0]
+    reads = _modalities(chosen)
     if reads == {"image"}:
-        return found
+        return chosen
     if (
         reads == {"image", "text"}
         and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -47,7 +47,7 @@ def vision_class(config: Any, name: str) -> Any | None:
         towers = _listed(MODEL_MAPPING, config.vision_config)
         tower = towers[0].__name__ if towers else "its vision model's class"
         raise SourceError(
-            f"{name} is {found.__name__}, which reads images and texts, and only its vision tower can be compressed; "
+            f"{name} is {chosen.__name__}, which reads images and texts, and only its vision tower can be compressed; "
             f"save that by itself first, in Python: {tower}.from_pretrained({name!r}).save_pretrained(NEW_FOLDER), "
             "with preprocessor_config.json beside it."
         )
@@ -55,24 +55,24 @@ def vision_class(config: Any, name: str) -> Any | None:
 
 
 def is_classifier(model: Any) -> bool:
-    """Whether a vision model, or its class, gives class scores."""
+    """Whether a vision model, or its class, outputs class scores."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-    found = model if isinstance(model, type) else type(model)
+    kind = model if isinstance(model, type) else type(model)
     listed = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
-    return any(found.__name__ in ((each,) if isinstance(each, str) else each) for each in listed)
+    return any(kind.__name__ in ((names,) if isinstance(names, str) else names) for names in listed)
 
 
 def _listed(mapping: Any, config: Any) -> list[Any]:
     if type(config) not in mapping:
         return []
-    found = mapping[type(config)]
-    return list(found) if isinstance(found, (list, tuple)) else [found]
+    entry = mapping[type(config)]
+    return list(entry) if isinstance(entry, (list, tuple)) else [entry]
 
 
 def _modalities(model_class: Any) -> set[str]:
-    found = model_class.input_modalities
-    if found == "text" and model_class.main_input_name == IMAGE_INPUT:
-        # Text is what classes are said to read that say nothing themselves (Cvt, FocalNet).
+    modalities = model_class.input_modalities
+    if modalities == "text" and model_class.main_input_name == IMAGE_INPUT:
+        # Text is the default for classes that do not state their input (Cvt, FocalNet).
         return {"image"}
-    return {found} if isinstance(found, str) else set(found)
+    return {modalities} if isinstance(modalities, str) else set(modalities)

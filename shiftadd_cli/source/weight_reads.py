@@ -1,7 +1,7 @@
-"""Which linear layers have their weight read by other code than their own forward, found by running.
+"""Finds, by running the model, linear layers whose weight is read by code outside their own forward.
 
-Mamba multiplies by `dt_proj.weight` itself instead of calling `dt_proj`. Such a layer reads no input that could be
-calibrated on, and a packed layer in its place has no matrix to be read; so it stays as it is.
+Mamba multiplies by `dt_proj.weight` itself instead of calling `dt_proj`. Such a layer has no input for calibration, and
+a packed layer has no matrix to read, so it stays uncompressed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# Questions that do not look at the values of a weight: methods, and attributes.
+# Methods and attributes that do not read the values of a weight.
 _METHODS = {"size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "element_size", "__len__"}
 _ATTRIBUTES = {"dtype", "device", "shape", "ndim", "is_meta", "is_cuda", "requires_grad", "layout", "nbytes"}
 _TOKENS = 8
 
 
 class _Watch(TorchFunctionMode):
-    """Notes weights that are computed with while the layer that they belong to does not run itself."""
+    """Records weights that are used in a computation while their own layer is not running."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -42,9 +42,9 @@ class _Watch(TorchFunctionMode):
 
 @contextmanager
 def watching_weights(root: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """While this lasts, the names of those of `modules` whose weight other code computes with are added to the set.
+    """Collect the names of those `modules` whose weight other code computes with, for the duration of the context.
 
-    root: what they are part of; others in it may share their weights.
+    root: the module that contains them; other modules in it may share their weights.
     """
     watch = _Watch(modules)
     with ExitStack() as stack:
@@ -60,27 +60,27 @@ def watching_weights(root: nn.Module, modules: Mapping[str, nn.Module]) -> Itera
             yield watch.used
 
 
-# A structure is found anew for every plan.
+# Cached because every plan finds the structure again.
 @lru_cache(maxsize=1)
 def weights_read_by_others(model: Any, names: tuple[str, ...]) -> frozenset[str]:
-    """Those of the linears `names` of a decoder on the meta device whose weight other code computes with.
+    """Those linears among `names` whose weight other code computes with, in a decoder on the meta device.
 
-    The model runs on a few tokens without values. A model that cannot run without values gives an empty set; the run
-    itself watches again (see `blockwise.trace`), and refuses such layers by name.
+    The model runs on a few tokens without values. If it cannot run without values, the set is empty; the real run
+    checks again (see `blockwise.trace`) and refuses such layers by name.
     """
     if getattr(model, "main_input_name", None) != "input_ids":
         return frozenset()
     with watching_weights(model, {name: model.get_submodule(name) for name in names}) as used, without_values():
         try:
             model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="meta"), use_cache=False)
-        except Exception:  # code that depends on values fails in any way without them
+        except Exception:  # code that depends on values may fail in any way without them
             return frozenset()
     return frozenset(used)
 
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """While this lasts, models on the meta device run, and skip checks of values as where they are compiled."""
+    """Let models on the meta device run; they skip checks of values, as they do when compiled."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):

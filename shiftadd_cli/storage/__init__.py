@@ -1,1 +1,1 @@
-"""Files that survive a kill: replaced in one step, journaled, and refused in words that name the cure."""
+"""Files that survive a kill: atomic replacement, a journal, and errors that name the cure."""

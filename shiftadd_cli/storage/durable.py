@@ -1,4 +1,4 @@
-"""Writing that outlives a kill and a power cut: what is said to be written is on the disk, and whole."""
+"""Durable writes: reported data is complete and on disk, even after a kill or a power cut."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def reserve(file: BinaryIO, size: int) -> None:
-    """Give `file` that size, and its space where the system can reserve it, so that a full disk shows now."""
-    # Without posix_fallocate (macOS, some file systems) the file is sparse, and a full disk shows on writing.
+    """Set `file` to `size` bytes, reserved where the system can, so that a full disk shows now."""
+    # Without posix_fallocate (macOS, some file systems) the file is sparse, and a full disk shows only on writing.
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file.fileno(), 0, size)
@@ -26,18 +26,18 @@ def reserve(file: BinaryIO, size: int) -> None:
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:
-    """Write all of `data`: an unbuffered file may take less than it is given."""
+    """Write all of `data`; one call of an unbuffered file may accept only part of it."""
     while data:
         data = data[file.write(data) :]
 
 
 def write_tensor(file: BinaryIO, start: int, tensor: Tensor) -> int:
-    """Write a tensor's bytes at position `start`; returns their CRC-32."""
+    """Write a tensor's bytes at position `start` and return their CRC-32."""
     return zlib.crc32(put_tensor(file, start, tensor))
 
 
 def put_tensor(file: BinaryIO, start: int, tensor: Tensor) -> memoryview:
-    """Write a tensor's bytes at position `start`, and return them."""
+    """Write a tensor's bytes at position `start` and return them."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     file.seek(start)
     write_all(file, data)
@@ -45,9 +45,9 @@ def put_tensor(file: BinaryIO, start: int, tensor: Tensor) -> memoryview:
 
 
 def read_tensor(file: BinaryIO, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor from the bytes at position `start`; OSError where the file ends before them.
+    """Read a tensor from position `start`; raises OSError if the file ends too early.
 
-    Read, not mapped: pages of a mapping count as memory of the process.
+    The file is read, not mapped, because mapped pages count as memory of the process.
     """
     tensor = torch.empty(shape, dtype=dtype)
     data = tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -66,13 +66,13 @@ def checksum(tensor: Tensor) -> int:
 
 
 def as_bytes(content: bytes | str) -> bytes:
-    """Text as UTF-8. A name of a file that is none is written in escapes, which JSON reads back, so that no result is
-    lost over it."""
+    """Text as UTF-8. Parts of file names that are not valid UTF-8 become escapes, which JSON reads back, so that no
+    result is lost over them."""
     return content.encode(errors="backslashreplace") if isinstance(content, str) else content
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file that is there whole, on the disk, or not at all."""
+    """Write a small file that ends up complete and on disk, or not at all."""
     new = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         new.write_bytes(content)
@@ -84,7 +84,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What JSON and YAML files are read into."""
+"""Base class of the models that JSON and YAML files are read into."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FilePart(BaseModel):
-    """A part of a file: immutable, and without fields that are not known."""
+    """A part of a file: immutable, and unknown fields are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,4 +1,4 @@
-"""Errors of writing, in words that name the cure."""
+"""Write errors, turned into messages that name the cure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Put a small file at `path`, text as UTF-8, whole or not at all, over what is there.
+    """Write a small file at `path`, text as UTF-8, completely or not at all, over any existing file.
 
     Raises OutputError if the system refuses.
     """
@@ -25,7 +25,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing at `path` into an OutputError with the cure."""
+    """Turn an OSError from writing at `path` into an OutputError that names the cure."""
     try:
         yield
     except OSError as failure:

@@ -1,14 +1,14 @@
-"""vLLM reads our checkpoints: a quantization method that vLLM finds by the entry point `vllm.general_plugins`.
+"""Support for our checkpoints in vLLM: a quantization method that it finds by the entry point `vllm.general_plugins`.
 
-`parts`, `joining`, `fused` and `vocabulary` hold what there is to compute and know nothing of vLLM; `config`,
-`linear_method` and `table_method` put it into vLLM's terms and are the only modules of this package that import it.
+`parts`, `joining`, `fused` and `vocabulary` hold the computation and are independent of vLLM; `config`,
+`linear_method` and `table_method` adapt it to vLLM's interface and are the only modules of this package that import it.
 """
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Make vLLM load checkpoints of quant_method "shiftadd"; vLLM calls it in each of its processes, and calling it
+    """Make vLLM load checkpoints of quant_method "shiftadd". vLLM calls this in each of its processes; calling it
     again changes nothing. Imports vLLM."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 

@@ -1,4 +1,4 @@
-"""The `quantization_config` of a checkpoint in vLLM's terms: which layers are computed how."""
+"""The `quantization_config` of a checkpoint in vLLM's terms: how each layer is computed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class ShiftaddConfig(QuantizationConfig):
         super().__init__()
         if form.split_experts:
             raise ArtifactError(
-                "vLLM computes the experts of a mixture by kernels that shiftadd has none for; export the checkpoint "
-                "for it: shiftadd export OUT -o DIR --format dense."
+                "shiftadd has no kernels for the experts of a mixture in vLLM; export the checkpoint for it: "
+                "shiftadd export OUT -o DIR --format dense."
             )
         self.layouts: Mapping[str, PackedLayout] = form.modules
         self.tables: Mapping[str, tuple[int, ...]] = form.tables
@@ -43,7 +43,7 @@ class ShiftaddConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        # The least that tests compile the Triton kernels for.
+        # The lowest capability that the tests compile the Triton kernels for.
         return 80
 
     @staticmethod
@@ -57,18 +57,18 @@ class ShiftaddConfig(QuantizationConfig):
         return cls(ArtifactFormat.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """vLLM hands over the model's configuration: whether its head is tied to its embedding."""
+        """Note whether the head is tied to the embedding; vLLM calls this with the model's configuration."""
         self.ties_head = bool(getattr(hf_config, "tie_word_embeddings", False))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """vLLM hands over how it renames modules of the checkpoint."""
+        """Rename the listed modules; vLLM calls this with its mapping of the checkpoint's names."""
         self.layouts = hf_to_vllm_mapper.apply_dict(dict(self.layouts))
         self.tables = hf_to_vllm_mapper.apply_dict(dict(self.tables))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """How the module `prefix` is computed; None: as vLLM would without us.
+        """How the module `prefix` is computed; None means as vLLM would without us.
 
-        Raises ArtifactError for a fused layer that is compressed in part.
+        Raises ArtifactError for a fused layer that is only partly compressed.
         """
         if isinstance(layer, LinearBase):
             names = part_names(prefix, self.packed_modules_mapping, self.layouts)
@@ -87,7 +87,7 @@ class ShiftaddConfig(QuantizationConfig):
         return ShiftaddTiedHeadMethod(name) if self.ties_head and self.tables else None
 
     def _embedding_method(self, name: str, shape: tuple[int, ...]) -> QuantizeMethodBase | None:
-        # Some models of vLLM (Llama) do not tell an embedding its name. Tables are listed in the order of the model,
+        # Some models of vLLM (Llama) do not pass an embedding its name. Tables are listed in the order of the model,
         # the embedding before the head.
-        found = name or next((each for each, size in self.tables.items() if size == shape), "")
-        return ShiftaddTableMethod(found, self.tables[found]) if found in self.tables else None
+        listed = name or next((table for table, size in self.tables.items() if size == shape), "")
+        return ShiftaddTableMethod(listed, self.tables[listed]) if listed in self.tables else None

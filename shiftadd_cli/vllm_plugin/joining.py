@@ -10,37 +10,37 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 
-# Stored once for the whole matrix, whatever its rows.
+# Stored once for the whole matrix, whatever its number of rows.
 _OF_COLUMNS = ("weight_signs", "weight_column_ids")
 
 
 def can_join(first: QuantizedWeight, second: QuantizedWeight) -> bool:
-    """Whether the rows of both are rows of one matrix: equal forms but for the number of rows, scales that no rows
-    share, and the same rotation and outlier columns."""
+    """Whether one matrix can hold the rows of both: equal forms except for the number of rows, no scales shared
+    between rows, and the same rotation and outlier columns."""
     if first.layout.grid.group_rows != 1 or _form(first.layout) != _form(second.layout):
         return False
     return all(torch.equal(first.tensors[name], second.tensors[name]) for name in _OF_COLUMNS if name in first.tensors)
 
 
 def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """The matrices, each of which `can_join` the first, one below the other; of one it is that itself.
+    """The matrices stacked into one; each must satisfy `can_join` with the first. A single one is returned itself.
 
-    Every weight decodes to the same number as before. A row scale for a whole matrix becomes one for each of its rows.
+    Every weight decodes to the same number as before. A row scale of a whole matrix is repeated for each of its rows.
     """
     if len(weights) == 1:
         return weights[0]
-    rows = sum(each.layout.rows for each in weights)
+    rows = sum(weight.layout.rows for weight in weights)
     first = weights[0]
     layout = replace(_form(first.layout), rows=rows)
     tensors = {
-        name: tensor if name in _OF_COLUMNS else torch.cat([_of_rows(each, name) for each in weights])
+        name: tensor if name in _OF_COLUMNS else torch.cat([_of_rows(weight, name) for weight in weights])
         for name, tensor in first.tensors.items()
     }
     return QuantizedWeight(layout, tensors)
 
 
 def runs(weights: Sequence[QuantizedWeight]) -> list[list[QuantizedWeight]]:
-    """The matrices in their order, neighbours that can be joined together."""
+    """The matrices in their order, with neighbours grouped if they can be joined."""
     grouped: list[list[QuantizedWeight]] = []
     for weight in weights:
         if grouped and can_join(grouped[-1][0], weight):
@@ -51,7 +51,7 @@ def runs(weights: Sequence[QuantizedWeight]) -> list[list[QuantizedWeight]]:
 
 
 def _form(layout: PackedLayout) -> PackedLayout:
-    """The layout without what may differ between matrices that are joined."""
+    """The layout without the fields that may differ between joined matrices."""
     return replace(layout, rows=1, format=layout.format.replaced(row_scale=True))
 
 

@@ -15,13 +15,13 @@ from shiftadd_cli.vllm_plugin.fused import FusedLinear
 from shiftadd_cli.vllm_plugin.loading import close_gates, open_gates
 
 ONE_GPU = (
-    "vLLM is told to cut layers up, which a shiftadd checkpoint does not allow (rotations and groups reach across the "
-    "cuts); start vLLM with --tensor-parallel-size 1."
+    "vLLM is set to split layers, which a shiftadd checkpoint does not allow (rotations and groups extend across the "
+    "splits); start vLLM with --tensor-parallel-size 1."
 )
 
 
 class ShiftaddLinearMethod(LinearMethodBase):
-    """Computes a layer by a `FusedLinear`, which the layer gets as its module `compressed`."""
+    """Computes a layer with a `FusedLinear`, which becomes the layer's module `compressed`."""
 
     def __init__(self, layouts: Mapping[str, PackedLayout]) -> None:
         """layouts: of the compressed modules the layer consists of, in its order, by name."""
@@ -37,7 +37,7 @@ class ShiftaddLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """Raises ArtifactError for tensor parallelism, and for sizes that are not those of the checkpoint."""
+        """Raises ArtifactError for tensor parallelism, and for sizes that differ from the checkpoint's."""
         rows = sum(output_partition_sizes)
         if (input_size_per_partition, rows) != (input_size, output_size):
             raise ArtifactError(ONE_GPU)

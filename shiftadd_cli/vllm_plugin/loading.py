@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint on their way into a layer of vLLM.
+"""Passes tensors of a checkpoint to a layer of vLLM.
 
-vLLM looks for a tensor's parameter by name and calls that parameter's `weight_loader`; it does not check that every
-parameter of a quantized layer was loaded. The layer therefore gets empty parameters of the stored names that pass on
-what they are given, and what holds the tensors keeps account.
+vLLM looks up a tensor's parameter by name and calls that parameter's `weight_loader`; it does not check that every
+parameter of a quantized layer was loaded. The layer therefore gets empty parameters with the stored names, which pass
+the tensors on to the module that holds them and keeps track of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _AGAIN = "copy it again, or quantize the model again"
 
 
 class Holder(Protocol):
-    """What takes the tensors of a layer."""
+    """A module that takes the tensors of a layer."""
 
     def stored(self) -> dict[str, torch.dtype]: ...
 
@@ -36,31 +36,31 @@ def open_gates(layer: nn.Module, holder: Holder) -> None:
 
 
 def close_gates(layer: nn.Module, holder: Holder) -> None:
-    """Take these parameters away again; calling it again changes nothing."""
+    """Remove these parameters again; calling it again changes nothing."""
     for suffix in holder.stored():
         layer._parameters.pop(suffix, None)
 
 
-def copy_checked(place: object, tensor: Tensor, name: str) -> None:
-    """Copy into the tensor `place`; raises ArtifactError, by the tensor's name, where there is none or it differs."""
-    if not isinstance(place, Tensor):
+def copy_checked(target: object, tensor: Tensor, name: str) -> None:
+    """Copy into `target`. Raises ArtifactError, naming the tensor, if `target` is no tensor or has another form."""
+    if not isinstance(target, Tensor):
         raise ArtifactError(f"The checkpoint holds {name}, which its config.json does not list; {_AGAIN}.")
-    if tensor.shape != place.shape:
+    if tensor.shape != target.shape:
         raise ArtifactError(
-            f"{name} has shape {list(tensor.shape)}, and config.json asks for {list(place.shape)}; {_AGAIN}."
+            f"{name} has shape {list(tensor.shape)}, but config.json asks for {list(target.shape)}; {_AGAIN}."
         )
-    if tensor.dtype != place.dtype:
-        raise ArtifactError(f"{name} is {tensor.dtype}, and the format says {place.dtype}; {_AGAIN}.")
-    place.detach().copy_(tensor)
+    if tensor.dtype != target.dtype:
+        raise ArtifactError(f"{name} is {tensor.dtype}, and the format says {target.dtype}; {_AGAIN}.")
+    target.detach().copy_(tensor)
 
 
-def check_complete(wanted: Iterable[str], loaded: Collection[str]) -> None:
-    """Raise ArtifactError for the first of `wanted` that is not among `loaded`."""
-    for name in wanted:
+def check_complete(expected: Iterable[str], loaded: Collection[str]) -> None:
+    """Raise ArtifactError for the first of `expected` that is not among `loaded`."""
+    for name in expected:
         if name not in loaded:
             raise ArtifactError(f"The checkpoint lacks the tensor {name}; {_AGAIN}.")
 
 
 def _pass_on(holder: Holder, suffix: str, _: Tensor, tensor: Tensor, shard: object = None) -> None:
-    """What vLLM calls: with the parameter, the tensor, and of a fused layer the part it is of."""
+    """The loader that vLLM calls with the parameter, the tensor and, for a fused layer, the name of its part."""
     holder.load(suffix, tensor, shard)

@@ -15,7 +15,7 @@ from shiftadd_cli.vllm_plugin.vocabulary import Vocabulary
 
 
 class ShiftaddTableMethod(QuantizeMethodBase):
-    """Computes an embedding or a head by a `Vocabulary`, which the layer gets as its module `vocabulary`."""
+    """Computes an embedding or a head with a `Vocabulary`, which becomes the layer's module `vocabulary`."""
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         """name: of the module in the checkpoint; shape: `(rows, columns)` of its table."""
@@ -31,7 +31,7 @@ class ShiftaddTableMethod(QuantizeMethodBase):
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """Raises ArtifactError for tensor parallelism, and for sizes that are not those of the checkpoint."""
+        """Raises ArtifactError for tensor parallelism, and for sizes that differ from the checkpoint's."""
         (rows, columns), padded = self.shape, sum(output_partition_sizes)
         if padded != output_size:
             raise ArtifactError(ONE_GPU)
@@ -59,22 +59,22 @@ class ShiftaddTableMethod(QuantizeMethodBase):
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> nn.Module:
         """Let the head `layer` read the table of `embed_tokens` from now on."""
-        if isinstance(mine := getattr(layer, "vocabulary", None), Vocabulary):
-            close_gates(layer, mine)
+        if isinstance(previous := getattr(layer, "vocabulary", None), Vocabulary):
+            close_gates(layer, previous)
         layer.vocabulary = embed_tokens.vocabulary
         head: nn.Module = layer
         return head
 
 
 class ShiftaddTiedHeadMethod(ShiftaddTableMethod):
-    """Of a head that the checkpoint does not list, because the model ties it to the embedding: it has no table until
-    it is tied."""
+    """Computes a head that the checkpoint does not list because the model ties it to the embedding. It has no table
+    until it is tied."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, (0, 0))
 
     def create_weights(self, layer: Any, *_: Any, **__: Any) -> None:
-        """Nothing: the table is the embedding's."""
+        """Do nothing: the table is the embedding's."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if not hasattr(layer, "vocabulary"):

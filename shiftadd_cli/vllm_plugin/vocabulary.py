@@ -12,18 +12,18 @@ from shiftadd_cli.vllm_plugin.loading import check_complete, copy_checked
 
 
 class Vocabulary(nn.Module):
-    """A table, see `bcq.int8`, that looks rows up and multiplies by them.
+    """A table, see `bcq.int8`, for looking up rows and for multiplying by them.
 
     vLLM pads vocabularies: rows beyond those of the checkpoint are 0, and so are their logits, which vLLM drops.
     """
 
     def __init__(self, name: str, rows: int, columns: int, *, padded: int, dtype: torch.dtype | None = None) -> None:
-        """name: of the module in the checkpoint; rows: of its table; padded: rows to have, not fewer; dtype: of what
-        is looked up, the default dtype if None. Tensors start as 0, on torch's default device."""
+        """name: of the module in the checkpoint; rows: of its table; padded: rows to allocate, at least `rows`; dtype:
+        of looked-up rows, the default dtype if None. Tensors start as 0, on torch's default device."""
         super().__init__()
         self.name, self.rows, self.columns = name, rows, columns
         self._loaded: set[str] = set()
-        # The dense modules that tables are made of take memory unless they are on meta.
+        # The dense modules that tables are made from take memory unless they are on meta.
         embedding = hold_table(nn.Embedding(padded, columns, device="meta", dtype=dtype))
         head = hold_table(nn.Linear(columns, padded, bias=False, device="meta", dtype=dtype))
         assert isinstance(embedding, Int8Embedding)
@@ -42,14 +42,14 @@ class Vocabulary(nn.Module):
         return {suffix: kind for suffix, (_, kind) in table_tensors(self.rows, self.columns).items()}
 
     def load(self, suffix: str, tensor: Tensor, _: object = None) -> None:
-        """Take a tensor of the checkpoint. Raises ArtifactError for another shape or dtype than the format says."""
+        """Take a tensor of the checkpoint. Raises ArtifactError if its shape or dtype differs from the format."""
         copy_checked(getattr(self.embedding, suffix)[: self.rows], tensor, f"{self.name}.{suffix}")
         self._loaded.add(suffix)
 
     def finish(self) -> None:
-        """Raises ArtifactError for tensors that never came, or scales that are not finite."""
+        """Raises ArtifactError for missing tensors, and for scales that are not finite."""
         check_complete(
-            [f"{self.name}.{each}" for each in self.stored()], {f"{self.name}.{each}" for each in self._loaded}
+            [f"{self.name}.{suffix}" for suffix in self.stored()], {f"{self.name}.{suffix}" for suffix in self._loaded}
         )
         check_values(self.name, {SCALE: self.embedding.weight_int8_scale}, self.columns)
 

@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_used_is_warned_of_once_and_stops_nothing(tmp_pa
     assert cache.load() is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("Warning: sensitivities cannot be kept in ")
-    assert "set SHIFTADD_CACHE to a folder that you may write" in line
+    assert "set SHIFTADD_CACHE to a folder that you can write to" in line
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 

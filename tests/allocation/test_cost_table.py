@@ -80,8 +80,8 @@ def test_a_limit_that_cannot_be_met_is_refused_with_what_can():
 
 FAULTY = [
     ("{", "not valid JSON"),
-    ("[]", "no cost table"),
-    (json.dumps({**HEAD, "format": "other"}), "no cost table"),
+    ("[]", "not a cost table"),
+    (json.dumps({**HEAD, "format": "other"}), "not a cost table"),
     (json.dumps({**HEAD, "version": 2, "measured": MEASURED}), "version"),
     (json.dumps(HEAD), "one of per_weight and measured"),
     (json.dumps({**HEAD, "measured": MEASURED, "per_weight": {"2": 1}}), "one of per_weight and measured"),

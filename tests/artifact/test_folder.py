@@ -26,7 +26,7 @@ def test_all_tensors_are_found_in_one_file_or_many(tmp_path: Path, shard_bytes: 
 
 
 def test_what_is_not_a_checkpoint_of_ours(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="is no folder"):
+    with pytest.raises(ArtifactError, match="is not a folder"):
         Artifact.open(tmp_path / "gone")
     with pytest.raises(ArtifactError, match=r"has no config\.json"):
         Artifact.open(tmp_path)

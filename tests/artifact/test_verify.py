@@ -76,7 +76,7 @@ def test_saved_again_by_transformers_it_passes(sharded: Path, tmp_path: Path) ->
         (f"{NAME}.weight_row_scale", torch.full((84,), torch.nan).bfloat16(), "weight_row_scale holds values"),
         (f"{NAME}.weight_row_scale", torch.full((84,), 3e38).bfloat16(), f"{NAME} decodes to weights that are not"),
         (f"{NAME}.weight_offset", torch.zeros(84, 1, dtype=torch.uint8), "weight_offset belongs to no module"),
-        (f"{NAME}.weight", torch.zeros(84, 32), f"{NAME}.weight is there beside its compressed form"),
+        (f"{NAME}.weight", torch.zeros(84, 32), f"{NAME}.weight is stored in addition to its compressed form"),
         ("model.layers.9.q_proj.weight_codes", torch.zeros(3, dtype=torch.uint8), "belongs to no module"),
         ("model.norm.weight", torch.full((32,), torch.inf), "model.norm.weight holds values that are not finite"),
     ],
@@ -103,7 +103,7 @@ def test_sound_tables_pass(family: str, tmp_path: Path) -> None:
         (f"{EMBED}.weight_int8", torch.full((320, 32), -128, dtype=torch.int8), "holds the code -128"),
         (f"{EMBED}.weight_int8_scale", torch.full((320,), torch.nan).bfloat16(), f"{EMBED} decodes to weights that"),
         (f"{EMBED}.weight_int8_scale", torch.full((320,), 3e38).bfloat16(), f"{EMBED} decodes to weights that are not"),
-        (f"{EMBED}.weight", torch.zeros(320, 32), f"{EMBED}.weight is there beside its compressed form"),
+        (f"{EMBED}.weight", torch.zeros(320, 32), f"{EMBED}.weight is stored in addition to its compressed form"),
         ("lm_head.weight_int8", torch.zeros(320, 32, dtype=torch.int8), "lm_head.weight_int8 belongs to no module"),
     ],
 )
@@ -154,7 +154,7 @@ def test_index_and_files_that_disagree(sharded: Path) -> None:
     other = next(file for file in index["weight_map"].values() if file != index["weight_map"][moved])
     index["weight_map"][moved] = other
     path.write_text(json.dumps(index))
-    refused(sharded, f"{moved} is in .*, and by the index in {other}")
+    refused(sharded, f"{moved} is in .*, but the index says {other}")
 
 
 def test_tensor_in_two_files(sharded: Path) -> None:

@@ -125,7 +125,7 @@ BAD = {
     "a vision model": (["{encoder}", "--prompt", "a"], "is a vision model, which reads no text"),
     "empty prompt": (["{packed}", "--prompt", " "], "The prompt is empty"),
     "no template": (["{packed}", "--prompt", "a", "--chat"], "has no chat template"),
-    "prompt too long": (["{packed}", "--prompt", "{long}"], "and the context of {packed} is 512; shorten it"),
+    "prompt too long": (["{packed}", "--prompt", "{long}"], "but the context of {packed} is 512; shorten it"),
     "negative temperature": (["{packed}", "--prompt", "a", "--temperature", "-1"], "--temperature -1 is not valid"),
     "no tokens": (["{packed}", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
     "no threads": (["{packed}", "--prompt", "a", "--threads", "0"], "'--threads'"),
@@ -149,4 +149,4 @@ def test_bad_input_ends_with_one_sentence_before_a_model_is_loaded(case, packed,
 def test_bytes_that_are_no_text_are_refused(packed):
     result = generate(packed, "--prompt", "-", stdin=b"\xff\xfe\x00")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "no UTF-8 text" in result.stderr
+    assert "not valid UTF-8 text" in result.stderr

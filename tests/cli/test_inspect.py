@@ -81,7 +81,7 @@ def test_damage_is_one_line_and_leaves_with_2(folder: Path) -> None:
 
 
 def test_what_cannot_be_inspected(folder: Path, tmp_path: Path) -> None:
-    for place, said in ((tmp_path / "gone", "is no folder"), (tmp_path, "has no config.json")):
+    for place, said in ((tmp_path / "gone", "is not a folder"), (tmp_path, "has no config.json")):
         result = inspect(place)
         assert (result.exit_code, said in result.output) == (2, True)
     edit_config(folder, format_version=99)

@@ -274,7 +274,7 @@ def test_a_class_that_cannot_write_is_refused_by_name(place: Path, monkeypatch: 
     }
     refused = run(verb, "out", *options[verb], TRUST)
     assert refused.exit_code == 2
-    assert "MyModel has no method `generate`, so it cannot write" in refused.output
+    assert "MyModel has no method `generate`, so it cannot generate text" in refused.output
     assert "runs only with" in run(verb, "out", *options[verb]).output
 
 

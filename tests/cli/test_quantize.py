@@ -166,7 +166,7 @@ def test_a_disk_that_fills_up(
     with monkeypatch.context() as patch:
         patch.setattr(durable, "write_all", fill_up)
         result = quantize(model, "-o", tmp_path / "out", "--recipe", "fast")
-    assert_refused(result, "space", "the same command goes on" if kept else "Nothing was finished")
+    assert_refused(result, "space", "the same command continues" if kept else "Nothing was finished")
     assert [path.name for path in tmp_path.iterdir()] == ([".out.partial"] if kept else [])
     assert quantize(model, "-o", tmp_path / "out", "--recipe", "fast").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -278,7 +278,7 @@ def test_a_run_that_needs_more_memory_than_allowed_is_refused_with_a_figure_that
 ) -> None:
     options = (model, "-o", tmp_path / "out", "--recipe", "fast")
     refused = quantize(*options, "--max-memory", "10MB")
-    assert_refused(refused, "--max-memory allows 10MB", "the least it can do with is")
+    assert_refused(refused, "--max-memory allows 10MB", "the minimum is")
     assert not list(tmp_path.iterdir())
     assert_refused(quantize(*options, "--max-memory", "plenty"), "800MB")
     assert quantize(*options, "--max-memory", "8GB").exit_code == 0

@@ -59,7 +59,7 @@ def test_a_name_that_is_no_text_is_refused_before_the_work(place: Path, argument
     found = run(place, *arguments)
     assert found.returncode == 2
     (line,) = found.stderr.decode().splitlines()
-    assert "is no text in utf-8; rename the file." in line
+    assert "is not valid utf-8 text; rename the file." in line
     assert "\\udcff" in line
 
 
@@ -71,7 +71,7 @@ def test_a_locale_that_cannot_name_the_file_is_told(place: Path) -> None:
 
 def test_python_writes_no_folder_whose_name_is_no_text(place: Path) -> None:
     """No library opens a weight file there."""
-    with pytest.raises(OutputError, match=r"out\\udcfe is no text in utf-8"):
+    with pytest.raises(OutputError, match=r"out\\udcfe is not valid utf-8 text"):
         shiftadd_cli.quantize(str(place / "model"), place / os.fsdecode(b"out\xfe"), "fast", group_size=16)
 
 

@@ -75,7 +75,7 @@ def test_quiet_and_verbose_together_are_refused(monkeypatch: pytest.MonkeyPatch)
     for both in (["-q", "-v"], ["-v", "-q"]):
         result = shiftadd("quantize", *both)
         assert result.exit_code == 2
-        assert "ask for opposites" in result.stderr
+        assert "contradict each other" in result.stderr
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

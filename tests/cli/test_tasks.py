@@ -57,9 +57,9 @@ def test_a_column_per_model_the_original_first(folder: str) -> None:
     [
         (("--tasks", "nonsense_task"), "knows no task 'nonsense_task'"),
         (("--tasks", ","), "names no task"),
-        (("--tasks", "piqa", "--context", "64"), "--context says nothing with --tasks; leave one of them out."),
-        (("--tasks", "piqa", "--save"), "--save says nothing with --tasks; leave one of them out."),
-        (("--limit", "3"), "--limit says nothing without --tasks; give --tasks too, or leave it out."),
+        (("--tasks", "piqa", "--context", "64"), "--context has no effect with --tasks; leave one of them out."),
+        (("--tasks", "piqa", "--save"), "--save has no effect with --tasks; leave one of them out."),
+        (("--limit", "3"), "--limit has no effect without --tasks; give --tasks too, or leave it out."),
         (("--tasks", "piqa", "--task-path", "/nowhere/at/all"), "does not exist"),
     ],
 )

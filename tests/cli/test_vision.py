@@ -119,7 +119,7 @@ def test_tuned_and_weighted_runs_work_too(model, pictures, tmp_path):
     [
         (("--calibration", "wikitext2"), "wikitext2 is a text, and a vision model reads images"),
         (("--calibration", "absent/folder/x"), "There are no images at absent/folder/x"),
-        (("--samples", "99"), "99 images are asked for, and pictures (12 images) has 12"),
+        (("--samples", "99"), "99 images are requested, but pictures (12 images) has 12"),
     ],
 )
 def test_wrong_calibration_is_one_line(model, pictures, tmp_path, arguments, message):

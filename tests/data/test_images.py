@@ -153,7 +153,7 @@ def test_the_same_seed_draws_the_same_pictures_and_fewer_are_the_first_of_more(t
     some = draw_images(data, reader, samples=4, seed=1)
     assert torch.equal(some.inputs, whole.inputs[:4])
     assert draw_images(data, reader, samples=9, seed=2).indices != whole.indices
-    with pytest.raises(CalibrationError, match=r"10 images are asked for, and set .* has 9; .*`samples` 9"):
+    with pytest.raises(CalibrationError, match=r"10 images are requested, but set .* has 9; .*`samples` 9"):
         draw_images(data, reader, samples=10, seed=1)
 
 
@@ -236,14 +236,14 @@ def test_what_is_no_set_of_pictures_is_one_sentence(tmp_path, monkeypatch):
     refused(tmp_path / "text.txt", r"is a text, and a vision model reads images")
     refused("wikitext2", r"is a text, and a vision model reads images")
     (tmp_path / "notes.md").write_text("no pictures")
-    refused(tmp_path / "notes.md", r"is no folder of images")
+    refused(tmp_path / "notes.md", r"is not a folder of images")
     refused(tmp_path / "absent", r"There are no images at .*absent")
     refused(tmp_path / "absent.parquet", r"There is no file .*absent\.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
-    refused(tmp_path / "bad.parquet", r"is no valid parquet file")
+    refused(tmp_path / "bad.parquet", r"is not a valid parquet file")
     mixed = save_pictures(tmp_path / "mixed", 2, layout="folders")
     Image.new("RGB", (5, 5)).save(mixed / "here.png")
-    refused(mixed, r"holds images of its own and in sub-folders \(such as here\.png\)")
+    refused(mixed, r"has images both directly and in sub-folders \(such as here\.png\)")
     monkeypatch.setattr(images_table, "reachable", lambda _: False)
     refused("nobody/pictures:test", r"no such folder or file, and the data set nobody/pictures of the hub could not")
 
@@ -272,7 +272,7 @@ def test_a_data_set_of_the_hub_by_name_and_split(tmp_path, monkeypatch, reader):
         assert data.name == f"somebody/pictures {name}"
         assert data.labels == CLASSES[: sizes[name]]
         assert len(list(read_images(data, reader, range(len(data))))) == sizes[name]
-    refused("somebody/pictures:absent", r"data set somebody/pictures of the hub could not be had")
+    refused("somebody/pictures:absent", r"data set somebody/pictures of the hub could not be downloaded")
 
 
 def test_a_table_without_pictures_is_one_sentence(tmp_path):
@@ -282,7 +282,7 @@ def test_a_table_without_pictures_is_one_sentence(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a"], "label": [1]}), tmp_path / "text.parquet")
     refused(tmp_path / "text.parquet", r"has no column of images \(found text, label\)")
     parquet.write_table(pyarrow.table({"image": [1.5], "label": [1]}), tmp_path / "numbers.parquet")
-    refused(tmp_path / "numbers.parquet", r"The column 'image' of numbers\.parquet holds no images")
+    refused(tmp_path / "numbers.parquet", r"The column 'image' of numbers\.parquet does not contain images")
 
 
 def pixels_of(folder, reader):

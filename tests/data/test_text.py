@@ -109,8 +109,8 @@ BAD_FILES = {
     "empty.txt": (b"", "holds no text"),
     "blank.txt": (b" \n\n\t", "holds no text"),
     "latin.txt": ("Zürich".encode("latin-1"), "not UTF-8"),
-    "notes.md": (b"# hello", "no .txt, .jsonl or .parquet"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text": ', "line 2, is no valid JSON"),
+    "notes.md": (b"# hello", "not a .txt, .jsonl or .parquet"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": ', "line 2, is not valid JSON"),
     "field.jsonl": (b'{"content": "a"}', "(found the fields content)"),
     "number.jsonl": (b'{"text": 3}', "no text in a field"),
     "roles.jsonl": (b'{"messages": [{"content": "a"}]}', "nor messages in one named 'messages'"),
@@ -118,7 +118,7 @@ BAD_FILES = {
     "list.jsonl": (b'["text"]', "no text in a field"),
     "surrogate.jsonl": (rb'{"text": "a\ud800b"}', "half a character"),
     "empty.jsonl": (b"\n", "holds no text"),
-    "broken.parquet": (b"PAR1 nothing", "no valid parquet"),
+    "broken.parquet": (b"PAR1 nothing", "not a valid parquet"),
 }
 
 
@@ -148,7 +148,7 @@ def test_an_unknown_name_gets_a_suggestion():
         load_text("wikitext", split="test")
 
 
-@pytest.mark.parametrize(("spec", "message"), [("self", "what a model writes"), ("builtin:1,a/b.txt:2", "a mixture")])
+@pytest.mark.parametrize(("spec", "message"), [("self", "text a model writes"), ("builtin:1,a/b.txt:2", "a mixture")])
 def test_what_is_for_calibration_alone_is_no_text_to_measure_on(spec, message):
     with pytest.raises(CalibrationError, match=f"{message}.*; give (another|one) text here"):
         load_text(spec, split="test")
@@ -235,7 +235,7 @@ def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(count, seq_len
     text = data("".join(chr(1000 + place) for place in range(count)))
     tokenizer, own = CharacterTokenizer(tuple(before)), seq_len - len(before)
     if count // own < samples:
-        with pytest.raises(CalibrationError, match=rf"need {samples * own} tokens behind {re.escape(before)}, and"):
+        with pytest.raises(CalibrationError, match=rf"need {samples * own} tokens after {re.escape(before)}, but"):
             sample_windows(text, tokenizer, samples=samples, seq_len=seq_len, seed=0)
         return
     drawn = sample_windows(text, tokenizer, samples=samples, seq_len=seq_len, seed=0)

@@ -76,4 +76,4 @@ def test_a_store_that_is_gone_is_said(watches: list[Watch], monkeypatch: pytest.
     monkeypatch.setattr(Store, "check", fail)
     reason = watches[0].reason()
     assert reason is not None
-    assert "connected through" in reason
+    assert "connects the others" in reason

@@ -35,7 +35,7 @@ def test_wordnet_ids_are_numbered_in_their_order():
 
 def test_classes_that_the_model_does_not_have_are_one_sentence():
     with pytest.raises(
-        CalibrationError, match=r"2 of the 3 classes of the images \(such as 4\) are no classes of"
+        CalibrationError, match=r"2 of the 3 classes of the images \(such as 4\) are not classes of"
     ) as caught:
         class_numbers(["bird", "dragon", 4], NAMES, "the images", "the model")
     assert "\n" not in str(caught.value)

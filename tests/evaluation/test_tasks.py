@@ -129,7 +129,7 @@ def test_data_that_cannot_be_had_is_named_by_its_task(model: Path, tmp_path: Pat
         f"task: shiftadd_lost\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/no.jsonl}}}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: t\n"
     )
-    with pytest.raises(CalibrationError, match="The data of task shiftadd_lost cannot be had"):
+    with pytest.raises(CalibrationError, match="The data of task shiftadd_lost cannot be loaded"):
         evaluate_tasks([str(model)], ["shiftadd_lost"], task_path=tmp_path)
 
 

@@ -60,7 +60,7 @@ def test_rules_without_a_name_are_refused(splitter, normalizer):
 
 def test_another_kind_of_tokenizer_is_refused():
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
-    with pytest.raises(ExportError, match="no byte-level BPE"):
+    with pytest.raises(ExportError, match="not byte-level BPE"):
         GgufTokenizer.read(words, 2)
 
 

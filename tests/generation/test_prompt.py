@@ -77,7 +77,7 @@ def test_a_prompt_leaves_the_rest_of_the_context():
     assert room_for(prompt, 4, name="m") == 1
     assert room_for(prompt, None, name="m") is None
     for positions in (3, 2):
-        with pytest.raises(PromptError, match=f"3 tokens, and the context of m is {positions}"):
+        with pytest.raises(PromptError, match=f"3 tokens, but the context of m is {positions}"):
             room_for(prompt, positions, name="m")
 
 

@@ -70,7 +70,7 @@ def test_an_upload_that_was_broken_off_goes_on(hub: Hub, folder: Path) -> None:
     hub.refuse_large = True
     result = push(folder, "tiny")
     assert result.exit_code == 2
-    assert "The upload to tiny was broken off" in result.stderr
+    assert "The upload to tiny was interrupted" in result.stderr
     assert hub.repos["me/tiny"]["branches"]["main"] == {}
     hub.refuse_large = False
     assert push(folder, "tiny").exit_code == 0
@@ -91,7 +91,7 @@ def test_a_dry_run_sends_nothing(hub: Hub, folder: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("token", "said"),
     [
-        (None, "Uploading needs a token of the hub; log in with `hf auth login`, or set HF_TOKEN."),
+        (None, "Uploading needs a hub token; log in with `hf auth login`, or set HF_TOKEN."),
         ("hf_unknown", "The hub does not accept the token"),
         (READ_ONLY, "The token may not write to tiny"),
     ],
@@ -114,7 +114,7 @@ def test_a_hub_that_cannot_be_reached_is_said(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     result = push(folder, "tiny")
     assert result.exit_code == 2
-    assert "The upload to tiny was broken off" in result.stderr
+    assert "The upload to tiny was interrupted" in result.stderr
 
 
 def test_what_is_wrong_is_refused_before_anything_is_sent(hub: Hub, folder: Path, tmp_path: Path) -> None:

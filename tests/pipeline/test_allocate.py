@@ -210,7 +210,7 @@ def test_a_loss_that_no_bits_reach_names_the_range(model):
 
 
 def test_a_loss_without_a_unit_is_no_budget(model):
-    with pytest.raises(AllocationError, match=r"nats a token.*`sensitivity` output or divergence"):
+    with pytest.raises(AllocationError, match=r"nats per token.*`sensitivity` output or divergence"):
         Request(Budget.parse(None, None, 0.1), sensitivity="paper")
 
 
@@ -310,9 +310,9 @@ def test_the_smallest_and_the_largest_choice_go_by_what_they_store(model):
 
 
 def test_the_criterion_of_the_paper_has_no_word_for_shifts(model):
-    with pytest.raises(AllocationError, match=r"knows of bits alone, and not of shift2-4; use `sensitivity` output"):
+    with pytest.raises(AllocationError, match=r"supports only numbers of bits, not shift2-4; use `sensitivity` output"):
         job_for(model, bits=4.5, candidates=(2, "shift2-4"), sensitivity="paper")
-    with pytest.raises(AllocationError, match="not of shift1-3"):
+    with pytest.raises(AllocationError, match="not shift1-3"):
         job_for(model, bits=4.5, candidates=(2, 3), keep=("*.o_proj=shift1",), sensitivity="paper")
 
 

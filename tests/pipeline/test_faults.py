@@ -78,7 +78,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_does(
     found, text = disturbed(fault, kept + 1, command(tmp_path / "out"), tmp_path / "log")
     assert found == code, text
     assert said in text
-    assert "the same command goes on" in text
+    assert "the same command continues" in text
     assert "Traceback" not in text
     assert not (tmp_path / "out").exists()
     found, text = disturbed("", 0, command(tmp_path / "out"), tmp_path / "log")

@@ -165,7 +165,7 @@ def test_a_run_that_failed_does_not_block_one_with_other_options(
     out, fields = tmp_path / "out", QUICK | {"bits": 2}
     failed(monkeypatch, model, out)
     shiftadd_cli.quantize(str(model), out, **fields)
-    assert "other options and failed (sizes of tensors): starting anew.\n" in capsys.readouterr().err
+    assert "other options and failed (sizes of tensors): starting over.\n" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     shiftadd_cli.quantize(str(model), tmp_path / "clean", **fields)
     assert contents(out) == contents(tmp_path / "clean")
@@ -328,7 +328,7 @@ def test_a_flipped_bit_in_a_finished_block_is_found(
     name = next(iter(record["written"]))
     start = 8 + int.from_bytes(weights.read_bytes()[:8], "little") + header[name]["data_offsets"][0]
     flip(weights, start)
-    with pytest.raises(ResumeError, match=f"{name} does not fit its checksum"):
+    with pytest.raises(ResumeError, match=f"{name} does not match its checksum"):
         shiftadd_cli.quantize(str(model), out, **QUICK)
 
 

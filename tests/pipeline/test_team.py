@@ -128,7 +128,7 @@ def test_a_process_that_fails_is_named_and_the_run_goes_on_with_others(
     assert found == [3, code, 3], said
     assert "Error: Process 1 of the team (on " in said
     assert words in said
-    assert "1 of 2 blocks are finished and kept; the same command goes on from there." in said
+    assert "1 of 2 blocks are finished and kept; the same command continues from there." in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
     found, said = run(2, tmp_path, given)

@@ -26,9 +26,9 @@ def test_energy_is_a_sum():
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"format": "something"}, "holds no unit costs"),
+        ({"format": "something"}, "is not a file of unit costs"),
         ({"version": 2}, "version"),
-        ({"shift": None}, "have no shift"),
+        ({"shift": None}, "lack shift"),
         ({"shift": {"picojoules": -1, "source": "x"}}, "shift, picojoules"),
         ({"shift": {"picojoules": float("inf"), "source": "x"}}, "finite"),
         ({"shift": {"picojoules": 1}}, "source"),
@@ -53,5 +53,5 @@ def test_no_file_and_no_yaml(tmp_path):
     with pytest.raises(CostError, match="There is no file"):
         load_unit_costs(tmp_path / "absent.yaml")
     (tmp_path / "broken.yaml").write_text("{")
-    with pytest.raises(CostError, match="no valid YAML"):
+    with pytest.raises(CostError, match="not valid YAML"):
         load_unit_costs(tmp_path / "broken.yaml")

@@ -87,7 +87,7 @@ def test_the_calibration_text_comes_from_the_report(artifact, tmp_path):
     (copy / "report.json").unlink()
     assert load_any(str(copy)).info.calibration is None
     (copy / "report.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"report\.json is no valid JSON"):
+    with pytest.raises(ArtifactError, match=r"report\.json is not valid JSON"):
         load_any(str(copy))
 
 

@@ -40,7 +40,7 @@ def _refused(folder: Path, message: str) -> None:
 
 def test_folder_without_config(llama: Path) -> None:
     (llama / "config.json").unlink()
-    _refused(llama, r"has no config\.json, so it is no model folder")
+    _refused(llama, r"has no config\.json, so it is not a model folder")
 
 
 def test_folder_of_gguf_files(llama: Path) -> None:
@@ -57,7 +57,7 @@ def test_adapter_folder(llama: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", "\udcff"])
 def test_broken_config(content: str, llama: Path) -> None:
     (llama / "config.json").write_bytes(content.encode(errors="surrogateescape"))
-    _refused(llama, r"config\.json is no(t a table| valid JSON)")
+    _refused(llama, r"config\.json is not (a table|valid JSON)")
 
 
 def test_config_with_senseless_values(llama: Path) -> None:

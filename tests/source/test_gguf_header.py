@@ -82,7 +82,7 @@ def test_a_part_that_is_not_there(given: int, tmp_path: Path) -> None:
 def test_a_part_that_is_not_named_as_one(tmp_path: Path) -> None:
     parts = _parts(tmp_path)
     moved = parts[0].rename(tmp_path / "model.gguf")
-    with pytest.raises(SourceError, match=r"model\.gguf is one of 3 parts of a model and not named as one"):
+    with pytest.raises(SourceError, match=r"model\.gguf is one of 3 parts of a model but not named as one"):
         open_source(str(moved))
 
 
@@ -90,7 +90,7 @@ def test_parts_of_two_models(tmp_path: Path) -> None:
     parts = _parts(tmp_path)
     content = parts[1].read_bytes()
     parts[2].write_bytes(content)
-    with pytest.raises(SourceError, match="are not of one model"):
+    with pytest.raises(SourceError, match="are not from one model"):
         open_source(str(parts[0]))
 
 
@@ -114,7 +114,7 @@ def test_what_is_no_model_is_named(architecture: str, kind: str, tensors: int, n
         writer.add_tensor(f"blk.{index}.weight", np.ones(4, dtype=np.float32))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    with pytest.raises(SourceError, match=rf"other\.gguf holds {named} and is no model"):
+    with pytest.raises(SourceError, match=rf"other\.gguf holds {named} and is not a model"):
         open_source(str(tmp_path / "other.gguf"))
 
 

@@ -1,4 +1,4 @@
-"""The primitives by name. A new one is a module here, an entry below, and its name and bits in `bcq.choices`."""
+"""The primitives by name. To add one, add a module here, an entry below, and its name and bits to `bcq.choices`."""
 
 from __future__ import annotations
 

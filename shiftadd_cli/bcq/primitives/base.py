@@ -1,8 +1,8 @@
-"""What a primitive is: a way to write a weight as a code of a few bits, with scales.
+"""The interface of a primitive: a way to represent a weight as a code of a few bits, with scales.
 
-A primitive says what is stored beside the codes, how codes and scales are found, and how they are decoded and computed.
-Everything else about a matrix (rotation, outlier columns, planes of the codes, row scales) is the same for all, and in
-`weight` and `solver`.
+A primitive defines which tensors are stored next to the codes, how codes and scales are found and decoded, and the cost
+of a product. Everything else about a matrix (rotation, outlier columns, planes of the codes, row scales) is the same
+for all primitives and is in `weight` and `solver`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Counts: TypeAlias = Counter[Operation]
 
 TensorShapes: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Tensors: TypeAlias = Mapping[str, Tensor]
-# Writes some rows of the decoded matrix, relative to the row scale, into zeros float32 `[rows, in]`.
+# Writes a slice of rows of the decoded matrix, relative to the row scale, into float32 zeros `[rows, in]`.
 RowDecoder: TypeAlias = Callable[[slice, Tensor], None]
 
 NO_SCALES = "none"
@@ -36,8 +36,8 @@ NO_SCALES = "none"
 
 @dataclass(frozen=True)
 class Scales:
-    """The scales of one matrix: its groups, the format of their scales (`NO_SCALES` where only rows have scales),
-    whether each row has a factor of its own, and whether groups have offsets."""
+    """The scales of one matrix: its groups, the format of their scales (`NO_SCALES` if only rows have scales), whether
+    each row has a factor of its own, and whether groups have offsets."""
 
     grid: ScaleGrid
     scale_format: str
@@ -46,11 +46,11 @@ class Scales:
 
 
 class Primitive(ABC):
-    """One primitive. `name` is its word in recipes and checkpoints.
+    """One primitive. `name` is its name in recipes and checkpoints.
 
     Attributes:
-        format_version: the least version of a checkpoint that may hold it.
-        lookup_kernels: whether a product is that of sign planes and scales, which the look-up kernels compute.
+        format_version: the lowest checkpoint version that can contain it.
+        lookup_kernels: whether its product is one of sign planes and scales, which the look-up kernels compute.
     """
 
     name: PrimitiveName
@@ -63,15 +63,15 @@ class Primitive(ABC):
 
     @abstractmethod
     def tensors(self, scales: Scales, bits: int) -> TensorShapes:
-        """Shape and dtype of the stored scales and offsets by suffix, the row scale among them."""
+        """Shape and dtype of the stored scales and offsets by suffix, including the row scale."""
 
     @abstractmethod
     def independent_rows(self, form: MatrixFormat) -> bool:
-        """Whether no row shares a scale with another, so that rows can be solved apart."""
+        """Whether no two rows share a scale, so that rows can be solved separately."""
 
     @abstractmethod
     def fits_on_arrival(self, options: SolverOptions) -> bool:
-        """Whether the sweep fits a group when it gets there, so that it must take whole groups in turn."""
+        """Whether the sweep fits each group on arrival and so must process one whole group after another."""
 
     @abstractmethod
     def solve(self, weights: Tensor, objective: Objective, options: SolverOptions) -> tuple[Tensor, SnappedScales]:
@@ -79,29 +79,29 @@ class Primitive(ABC):
 
     @abstractmethod
     def pack_scales(self, scales: Scales, ratios: Tensor, offsets: Tensor | None) -> dict[str, Tensor]:
-        """Scales and offsets (as in `SnappedScales`) as they are stored, without the row scale."""
+        """The stored tensors of scales and offsets (as in `SnappedScales`), without the row scale."""
 
     @abstractmethod
     def ratios(self, scales: Scales, bits: int, tensors: Tensors) -> Tensor | None:
-        """Stored scales relative to the row scale, float32 `[R, C, bits]`; None where there are none."""
+        """Stored scales relative to the row scale, float32 `[R, C, bits]`; None if there are none."""
 
     @abstractmethod
     def offsets(self, scales: Scales, tensors: Tensors, ratios: Tensor) -> Tensor | None:
-        """Stored offsets relative to the row scale, float32 `[R, C]`, or None; `ratios` as `ratios()` gives them."""
+        """Stored offsets relative to the row scale, float32 `[R, C]`, or None; `ratios` is the result of `ratios()`."""
 
     @abstractmethod
     def levels(self, bits: int, ratios: Tensor | None, offsets: Tensor | None) -> Tensor:
-        """The value of every code relative to the row scale, float32 `[R, C, 2 ** bits]`, where a size may be 1."""
+        """The value of every code relative to the row scale, float32 `[R, C, 2 ** bits]`, where R and C may be 1."""
 
     @abstractmethod
     def decoder(self, scales: Scales, bits: int, tensors: Tensors) -> RowDecoder:
-        """Decodes rows of a matrix from its stored tensors."""
+        """A function that decodes rows of a matrix from its stored tensors."""
 
     @abstractmethod
     def operations(self, scales: Scales, bits: int, *, tables: bool) -> Counts:
-        """Operations of the product with one input, without what every compressed matrix needs: rotation, row scales,
-        outlier columns and traffic. tables: by look-ups of the signed sums of 4 inputs, where there is this way."""
+        """Operations of the product with one input, without those of every compressed matrix: rotation, row scales,
+        outlier columns and traffic. tables: look up the signed sums of 4 inputs, if the primitive supports it."""
 
     @abstractmethod
     def words(self, scales: Scales) -> tuple[str, ...]:
-        """How the scales are stored, in a few words."""
+        """A few words on how the scales are stored."""

@@ -1,7 +1,7 @@
-"""Binary planes of one tall matrix under one quadratic form, from its weights to codes and scales.
+"""Binary planes for one tall matrix under one quadratic form: from weights to codes and scales.
 
 fit each group  →  put scales on the format  →  compensated sweep  →  repeat: refit all scales jointly, put them on
-the format, coordinate descent on the codes  →  keep, per row, what had the smallest error
+the format, coordinate descent on the codes  →  keep, per row, the solution with the smallest error
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shiftadd_cli.bcq.snap import SnappedScales, matrix_scale, snap_scales
 
 
 class PlaneProblem:
-    """`weights` float32 `[out, in]`, to be coded under `options` with the least error in `objective`."""
+    """The problem of coding `weights` float32 `[out, in]` under `options` with the least error in `objective`."""
 
     def __init__(self, weights: Tensor, objective: Objective, options: SolverOptions) -> None:
         self.weights, self.objective, self.options = weights, objective, options
@@ -33,14 +33,14 @@ class PlaneProblem:
         self.row_groups = self.grid.expand_rows(torch.arange(self.grid.row_groups, device=weights.device))
 
     def solve(self) -> tuple[Tensor, SnappedScales]:
-        """Codes uint8 `[out, in]` and the scales they go with."""
+        """Codes uint8 `[out, in]` and their scales."""
         codes, snapped, values = self._start()
         if self.options.refine_rounds:
             codes, snapped = self._refine(codes, snapped, values)
         return codes.T, snapped
 
     def _start(self) -> tuple[Tensor, SnappedScales, Tensor]:
-        """Codes uint8 `[in, out]`, scales, and the values they stand for, float32 `[in, out]`."""
+        """Codes uint8 `[in, out]`, scales, and the decoded values, float32 `[in, out]`."""
         width, dynamic = self.grid.group_columns, self.options.sweep == "dynamic"
         if dynamic and self.row_scale is not None:
             return self._sweep_dynamic(self.row_scale)
@@ -55,19 +55,19 @@ class PlaneProblem:
         return codes_of(tables, width, ranks), snapped, values
 
     def _sweep_dynamic(self, row_scale: Tensor) -> tuple[Tensor, SnappedScales, Tensor]:
-        """Sweep that fits a group from its compensated weights when it gets there (ShiftAddLLM, section 4.2)."""
-        width, found = self.grid.group_columns, {}
+        """A sweep that fits each group from its compensated weights on reaching it (ShiftAddLLM, section 4.2)."""
+        width, solved = self.grid.group_columns, {}
 
         def fit_on_arrival(group: int, current: Tensor) -> LevelTable:
             strip = ScaleGrid(self.grid.rows, len(current), self.grid.group_rows, len(current))
             fit = self._fit(current.T, strip, group * width, unit=row_scale)
             snapped = self._snap_fit(fit, strip, row_scale)
             table = self._tables(snapped)
-            found[group] = (snapped, table)
+            solved[group] = (snapped, table)
             return table[0]
 
         ranks, values = compensated_sweep(self.weights, self.objective, width, fit_on_arrival)
-        parts = [found[group] for group in range(self.grid.column_groups)]
+        parts = [solved[group] for group in range(self.grid.column_groups)]
         offsets = [part.offsets for part, _ in parts if part.offsets is not None]
         snapped = SnappedScales(
             torch.cat([part.ratios for part, _ in parts], dim=1),
@@ -80,7 +80,7 @@ class PlaneProblem:
         return codes, snapped, values
 
     def _refine(self, codes: Tensor, snapped: SnappedScales, values: Tensor) -> tuple[Tensor, SnappedScales]:
-        """Alternate joint refit and coordinate descent; every row keeps its best. `codes` and `values`: `[in, out]`."""
+        """Alternate joint refit and coordinate descent; each row keeps its best. `codes` and `values`: `[in, out]`."""
         width, hessian = self.grid.group_columns, self.objective.damped
         best_codes, best, best_error = codes, snapped, self._row_errors(values)
         for _ in range(self.options.refine_rounds):
@@ -102,9 +102,9 @@ class PlaneProblem:
         return best_codes, best
 
     def _fit(self, weights: Tensor, grid: ScaleGrid, first_column: int = 0, unit: Tensor | None = None) -> GroupFit:
-        """Fit every block of a grid that begins at a column of the matrix. With row scales `unit` `[R]` or `[1]` the
-        scales are rounded to the format in each round."""
-        # The paper's greedy fit minimises plain weight error; `search` weighs each input by its power.
+        """Fit every block of a grid that begins at column `first_column` of the matrix. With row scales `unit` `[R]` or
+        `[1]`, every round rounds the scales to the format."""
+        # The paper's greedy fit minimises plain weight error; `search` weights each input by its power.
         importance = self.objective.damped.diagonal()[first_column : first_column + grid.columns]
         if self.options.fit == "greedy":
             importance = torch.ones_like(importance)
@@ -124,7 +124,7 @@ class PlaneProblem:
         return fit if factor is None else fit.times(factor)
 
     def _snap_fit(self, fit: GroupFit, grid: ScaleGrid, row_scale: Tensor | None) -> SnappedScales:
-        """Put fitted scales on the format, each group weighed by its own normal matrix."""
+        """Put fitted scales on the format, with each group weighted by its own normal matrix."""
         shape = (grid.row_groups, grid.column_groups)
         return snap_scales(
             fit.scales.view(*shape, -1),
@@ -135,13 +135,13 @@ class PlaneProblem:
         )
 
     def _tables(self, snapped: SnappedScales) -> LevelTable:
-        """Levels with batch shape `[C, out]`."""
+        """The levels, with batch shape `[C, out]`."""
         offsets = snapped.offset_values()
         table = LevelTable.build(snapped.scales().transpose(0, 1), None if offsets is None else offsets.T)
-        # Sorted once per scale set, not once per row that shares it.
+        # Levels are sorted once per scale set, not once per row that shares it.
         return table if self.grid.group_rows == 1 else table[:, self.row_groups]
 
     def _row_errors(self, values: Tensor) -> Tensor:
-        """Objective per row, `[out]`, of values `[in, out]`."""
+        """The objective per row, `[out]`, for values `[in, out]`."""
         difference = self.transposed - values
         return ((self.objective.damped @ difference) * difference).sum(0)

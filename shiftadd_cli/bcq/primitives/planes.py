@@ -1,9 +1,9 @@
-"""Binary planes: every weight is a sum of its group's scales, each with a sign of its own.
+"""Binary planes: every weight is a sum of its group's scales, each with its own sign.
 
     W[o, i] ≈ row_scale[o] · (Σ_b scale[o, g(i), b] · B_b[o, i]  +  offset[o, g(i)])
 
 Binary-coding quantization, as in LUT-GEMM (arXiv:2206.09557, section 3) and ShiftAddLLM (arXiv:2406.05981, section 4).
-Stored beside the codes, with R and C groups along rows and columns, and n nibbles in a scale of the format:
+Tensors stored next to the codes, with R and C groups along rows and columns and n nibbles per scale of the format:
 
     weight_exponents  uint8    [R, ceil(C · bits · n / 2)]        scale codes of n nibbles, order (C, bits, n)
     weight_scales     float16  [R, C, bits]                       instead, for the scale format `float`
@@ -125,22 +125,22 @@ class BinaryPlanes(Primitive):
         grid = scales.grid
         rows, columns = grid.rows, grid.columns
         counts: Counts = Counter()
-        # Scales go to the sums of groups or, where many rows share them, to the inputs.
+        # Scales multiply the sums of groups or, if many rows share them, the inputs.
         inputs_are_scaled = grid.row_groups * columns < rows * grid.column_groups
         scaled = bits * (grid.row_groups * columns if inputs_are_scaled else rows * grid.column_groups)
         counts.update(_scaling(scales.scale_format, scaled))
         if tables:
             width = columns if inputs_are_scaled else grid.group_columns
             quads = -(-width // TABLE_INPUTS) * (1 if inputs_are_scaled else grid.column_groups)
-            built = quads * (bits * grid.row_groups if inputs_are_scaled else 1)
-            looked_up = rows * bits * quads
+            tables_built = quads * (bits * grid.row_groups if inputs_are_scaled else 1)
+            lookups = rows * bits * quads
             counts.update(
-                fp32_add=built * _TABLE_ADDITIONS + looked_up, sram_16_bits=built * _TABLE_ENTRIES + looked_up
+                fp32_add=tables_built * _TABLE_ADDITIONS + lookups, sram_16_bits=tables_built * _TABLE_ENTRIES + lookups
             )
         else:
             counts.update(fp32_add=rows * columns * bits)
         if scales.offset:
-            # A small integer times the sum of a group's inputs, which rows share, and then a scale.
+            # A small integer times the sum of a group's inputs, which all rows share, and then a scale.
             offsets = rows * grid.column_groups
             counts.update(fp32_add=columns, fp16_multiply=offsets)
             counts.update(_scaling(scales.scale_format, offsets))
@@ -155,9 +155,9 @@ def _nibble_shifts(nibbles: int, codes: Tensor) -> Tensor:
 
 
 def _add_products(out: Tensor, signs: Tensor, scales: Tensor, width: int) -> None:
-    """`out += signs · scales`, where `scales` `[rows, C]` holds one number for every `width` columns."""
+    """Compute `out += signs · scales`, where `scales` `[rows, C]` has one number for every `width` columns."""
     full = out.shape[1] // width * width
-    # Broadcasting over views of full groups spares writing the scales out once per column.
+    # Broadcasting over views of full groups avoids repeating the scales for every column.
     groups = out[:, :full].unflatten(1, (-1, width))
     groups.addcmul_(signs[:, :full].unflatten(1, (-1, width)), scales[:, : full // width, None])
     if full < out.shape[1]:
@@ -165,7 +165,7 @@ def _add_products(out: Tensor, signs: Tensor, scales: Tensor, width: int) -> Non
 
 
 def _scaling(name: str, times: int) -> Counts:
-    """A scale is a sum of shifts, or a float, and the result is added up."""
+    """Operations to scale and add up `times` numbers: a scale is a sum of shifts, or a float."""
     terms = scale_format(name).nibbles
     counts: Counts = Counter()
     if terms:

@@ -1,27 +1,27 @@
-"""Shift layers, the second primitive beside binary planes: every weight is one power of two, or a sum of two.
+"""Shift layers, the alternative to binary planes: every weight is one power of two, or a sum of two.
 
     W[o, i] ≈ row_scale[o] · s · m        s ∈ {−1, +1},  m one of a few magnitudes
 
 - `shift1`: m is a power of two (DeepShift, arXiv:1905.13298, section 3; ShiftAddViT, arXiv:2306.06446, section 4)
 - `shift2`: m is 2^a, 2^a + 2^b or 2^a − 2^b
 
-A product with a weight is then one shift of the input, or two and an addition, and one multiplication serves a whole
-row. Two things differ from these papers. Weights are powers of two relative to their row, and not in absolute numbers,
-where everything above 1 is clipped. And a code does not spell out its exponents (the papers take 4 to 6 bits for each):
-it is the place of a magnitude in a short list, since most pairs of exponents give sums that are given twice or that
-nearly no weight is near to. Of all powers (sums) whose exponents span seven octaves, the lists are those with the least
-squared error for normally distributed weights, which is what rotated weights are. Relative errors at the best scale,
-beside those of the best quantizer of so many levels, whatever its levels (Lloyd-Max):
+A product with a weight is then one shift of the input, or two shifts and an addition. One multiplication serves a whole
+row. Two things differ from these papers. Weights are powers of two relative to their row, not absolute ones, which
+would clip everything above 1. And a code does not spell out its exponents (the papers use 4 to 6 bits for each): it is
+the index of a magnitude in a short list, since most pairs of exponents give sums that are duplicates or far from nearly
+all weights. Among all powers (sums) whose exponents span seven octaves, the lists have the least squared error for
+normally distributed weights, and rotated weights are normally distributed. Relative errors at the best scale, compared
+with those of the best quantizer with the same number of levels, whatever they are (Lloyd-Max):
 
     bits     2      3       4       5
     shift1   .1205  .0425   .0377
     shift2   .1175  .0347   .0098   .0028
     any      .1175  .0345   .0095   .0025
 
-shift1 has nothing to gain from more: outside the window there are next to no weights, and inside it levels stay a
-factor of two apart. The longest list of shift1 holds 0, for weights that were pruned.
+shift1 gains nothing from more bits: there are almost no weights outside the window, and levels inside it stay a factor
+of two apart. The longest list of shift1 contains 0, for pruned weights.
 
-A code of `bits` bits has the place of its magnitude, ascending, in its low bits, and its highest bit is 1 for +.
+A code of `bits` bits holds the index of its magnitude, in ascending order, in its low bits; its highest bit is 1 for +.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# By primitive and bits, in units of a power of two for which the row scale makes up.
+# By primitive and bits, in units of a power of two that the row scale compensates for.
 MAGNITUDES: dict[tuple[str, int], tuple[int, ...]] = {
     ("shift1", 2): (1, 4),
     ("shift1", 3): (1, 4, 8, 16),
@@ -45,9 +45,9 @@ MAGNITUDES: dict[tuple[str, int], tuple[int, ...]] = {
 
 @cache
 def shift_levels(primitive: str, bits: int) -> Tensor:
-    """The value of every code, relative to its row scale: float32 `[2 ** bits]`; the largest is 1 or a little more.
+    """The value of every code, relative to its row scale: float32 `[2 ** bits]`; the largest is 1 or slightly more.
 
-    Every one is an exact sum of powers of two, so nothing is rounded.
+    Every value is an exact sum of powers of two, so nothing is rounded.
     """
     values = MAGNITUDES[primitive, bits]
     unit = 2.0 ** -(values[-1].bit_length() - 1)
@@ -57,7 +57,7 @@ def shift_levels(primitive: str, bits: int) -> Tensor:
 
 @cache
 def ascending_levels(primitive: str, bits: int) -> tuple[Tensor, Tensor]:
-    """Distinct levels in ascending order, float32 `[L]`, and a code of each, uint8 `[L]`; +0 stands for −0."""
+    """Distinct levels in ascending order, float32 `[L]`, and a code for each, uint8 `[L]`; −0 becomes +0."""
     levels = shift_levels(primitive, bits)
     ordered, codes = (levels + 0.0).sort(stable=True)
     last = torch.ones_like(ordered, dtype=torch.bool)

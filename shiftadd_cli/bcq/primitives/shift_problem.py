@@ -1,11 +1,11 @@
-"""One tall matrix of shift layers under one quadratic form, from its weights to codes and row scales.
+"""One tall matrix of shift layers under one quadratic form: from weights to codes and row scales.
 
 fit the scale of each row  →  compensated sweep  →  repeat: refit the scales, coordinate descent on the codes  →  keep,
-per row, what had the smallest error
+per row, the solution with the smallest error
 
-This is `plane_problem` with levels that are fixed up to their row scale, and one group that is the whole row, so that
-there is one unknown where planes have several. The result is never worse than rounding: neither at the fitted scale,
-nor at the one that puts the row's largest weight on the largest level.
+This is `plane_problem` with levels that are fixed up to their row scale and with one group per row, so that a row has
+one unknown instead of several per group. The result is never worse than rounding, neither at the fitted scale nor at
+the scale that maps the row's largest weight to the largest level.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from shiftadd_cli.bcq.primitives.shift_levels import ascending_levels
 from shiftadd_cli.bcq.snap import SnappedScales
 
 # Scales tried for each row, from one that puts the largest level at the row's root mean square to one that puts it at
-# its largest weight; and rounds of least squares and nearest level for each.
+# the row's largest weight; and rounds of least squares and nearest level for each scale.
 _STARTS = 12
 _ROUNDS = 2
 
 
 class ShiftProblem:
-    """`weights` float32 `[out, in]`, to be coded under `options` with the least error in `objective`.
+    """The problem of coding `weights` float32 `[out, in]` under `options` with the least error in `objective`.
 
-    Rows are scaled by powers of two to begin with, so that rows of any size are solved alike, to the bit.
+    Rows are first scaled by powers of two, so that the codes of a row do not depend on its magnitude, to the bit.
     """
 
     def __init__(self, weights: Tensor, objective: Objective, options: SolverOptions) -> None:
         largest = weights.abs().amax(1)
-        # frexp gives a mantissa below 1. Reciprocals of smaller numbers are infinite, and nothing is gained by them.
+        # frexp gives a mantissa below 1. Smaller powers of two would have infinite reciprocals and gain nothing.
         exponent = torch.frexp(largest)[1].clamp(-120, 120)
         self.unit = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
         self.transposed = (weights / self.unit.unsqueeze(1)).T.contiguous()
@@ -47,7 +47,7 @@ class ShiftProblem:
         self._best_ranks = torch.zeros_like(self.transposed, dtype=torch.uint8)
 
     def solve(self) -> tuple[Tensor, SnappedScales]:
-        """Codes uint8 `[out, in]` and the row scales; there are no others."""
+        """Codes uint8 `[out, in]` and the row scales, the only scales of a shift layer."""
         scale = self._fit()
         table, peak = self._table(scale), _stored(self.transposed.abs().amax(0) / self.levels[-1])
         self._offer(*nearest_ranks(self.transposed, self._table(peak), self.width), peak)
@@ -68,12 +68,12 @@ class ShiftProblem:
             )
             self._offer(ranks, values, scale)
         codes = self.codes[self._best_ranks.long()].T
-        # A power of two: nothing is rounded unless it leaves the range of the format.
+        # The unit is a power of two: nothing is rounded unless the scale leaves the range of the format.
         row_scale = _stored(self._best_scale * self.unit)
         return codes, SnappedScales(row_scale.new_zeros(len(row_scale), 1, 0), None, row_scale)
 
     def _offer(self, ranks: Tensor, values: Tensor, scale: Tensor) -> None:
-        """Keep the rows that are better than all before. `ranks` and `values`: `[in, out]`."""
+        """Keep the rows that are better than all earlier ones. `ranks` and `values`: `[in, out]`."""
         difference = self.transposed - values
         error = ((self.objective.damped @ difference) * difference).sum(0)
         better = error < self._best_error
@@ -82,7 +82,7 @@ class ShiftProblem:
         self._best_ranks = torch.where(better, ranks, self._best_ranks)
 
     def _fit(self) -> Tensor:
-        """The scale of each row, `[out]`, with the least error when every input counts by its power alone."""
+        """The scale of each row, `[out]`, with the least error if inputs are weighted only by their power."""
         weights = self.transposed.T.contiguous()
         importance = self.objective.damped.diagonal()
         low = (weights.square() @ importance / importance.sum()).sqrt()
@@ -97,7 +97,7 @@ class ShiftProblem:
                 scale = _stored(scale)
                 values = self.levels[torch.bucketize(weights / _divisor(scale).unsqueeze(1), midpoints)]
                 products, squares = (weights * values) @ importance, values.square() @ importance
-                # Up to the energy of the row, which is the same for all.
+                # The energy of the row is left out, as it is the same for all scales.
                 error = scale * (scale * squares - 2 * products)
                 better = error < best_error
                 best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
@@ -106,22 +106,22 @@ class ShiftProblem:
         return torch.where(high > 0, best, 0.0)
 
     def _refit(self, values: Tensor, scale: Tensor) -> Tensor:
-        """The best scale `[out]`, in the full form, for the levels of `values` `[in, out]`, made with `scale`."""
+        """The best scale `[out]`, in the full form, for the levels of `values` `[in, out]`, which include `scale`."""
         pushed = self.objective.damped @ values
         factor = (pushed * self.transposed).sum(0) / _divisor((pushed * values).sum(0))
         return torch.where(factor > 0, _stored(factor * scale), scale)
 
     def _table(self, scale: Tensor) -> LevelTable:
-        """Levels of one group, batch shape `[1, out]`."""
+        """The levels of one group, batch shape `[1, out]`."""
         levels = (self.levels.unsqueeze(1) * scale).unsqueeze(1)
         return LevelTable(levels, (levels[1:] + levels[:-1]) / 2, self.codes.view(-1, 1, 1).expand_as(levels))
 
 
 def _stored(scale: Tensor) -> Tensor:
-    """The nearest scale that can be stored."""
+    """The nearest scale in the stored format."""
     return scale.bfloat16().float()
 
 
 def _divisor(value: Tensor) -> Tensor:
-    """Not 0; what it divides is 0 where it was."""
+    """`value` as a divisor, with 1 in place of 0: the dividend is 0 there too."""
     return torch.where(value > 0, value, 1.0)

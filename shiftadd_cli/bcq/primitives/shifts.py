@@ -1,8 +1,8 @@
-"""Shift layers: every weight is one level of a fixed list, a power of two or a sum of two, times the scale of its row.
+"""Shift layers: every weight is a level from a fixed list, a power of two or a sum of two, times its row's scale.
 
     W[o, i] ≈ row_scale[o] · level[code[o, i]]
 
-The lists are in `shift_levels`. Beside the codes only `weight_row_scale`, bfloat16 `[out]`, is stored.
+The lists are in `shift_levels`. The only other stored tensor is `weight_row_scale`, bfloat16 `[out]`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ShiftLayers(Primitive):
         return decode
 
     def operations(self, scales: Scales, bits: int, *, tables: bool) -> Counts:
-        """Every weight shifts its input, or shifts it twice, and adds the result; there are no tables."""
+        """Every weight shifts its input once or twice and adds each result; there are no tables."""
         terms = self._terms * scales.grid.rows * scales.grid.columns
         counts: Counts = Counter()
         counts.update(shift=terms, fp32_add=terms)

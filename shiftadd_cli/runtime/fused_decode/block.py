@@ -1,10 +1,10 @@
-"""Decoder blocks that make a new token by the CPU kernels, for models that generate token by token.
+"""Decoder blocks that decode a token with the CPU kernels, for models that generate token by token.
 
-A block of transformers runs some fifty operations for a token, each of which costs microseconds however little it
-computes: for a small model more than all products with its weights. Here norms, rotations, look-ups, rotary
-embeddings, attention and the MLP are one pass over float32 numbers, in two calls between which keys and values go
-through transformers' cache, or in one call for all blocks (`decoder_stack`). Everything else (prompts, padding,
-training, hooks, compilation, other attention) takes the block's own forward.
+A transformers block runs some fifty operations for a token, each of which costs microseconds however little it
+computes: for a small model, more than all products with its weights. Here norms, rotations, look-ups, rotary
+embeddings, attention and the MLP are one pass over float32 numbers. It takes two calls, between which keys and values
+go through transformers' cache, or one call for all blocks (`stack`). Everything else (prompts, padding, training,
+hooks, compilation, other attention) takes the block's own forward.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from shiftadd_cli.runtime.fused_decode.made_class import Reduced, reduce_made
 from shiftadd_cli.runtime.fused_decode.stack import PLAN, STACK, LookupModel, current_pass, model_class
 from shiftadd_cli.runtime.kv_cache import append
 
-# Classes of activations in transformers that are GELU in the form with tanh, or SiLU.
+# Activation classes in transformers that are GELU in its tanh form, and SiLU.
 _GELU, _SILU = ("GELUTanh",), ("SiLUActivation", "SiLU")
 
 
 class LookupBlock(nn.Module):
-    """Put before a class of `BLOCKS` in the order of resolution; what it cannot do it leaves to that class."""
+    """Precedes a class of `BLOCKS` in the MRO, and leaves to that class everything it cannot compute."""
 
     dense_class: ClassVar[type[nn.Module]]
     self_attn: Any
     mlp: Any
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`[rows, tokens, hidden]` → the same, as the class it was made from."""
+        """`[rows, tokens, hidden]` → the same, like the class it was made from."""
         if not args and kwargs.get("attention_mask") is None and _is_new_token(hidden_states):
-            found = self._decode(hidden_states, kwargs.get("position_embeddings"), kwargs.get("past_key_values"))
-            if found is not None:
-                return found
+            decoded = self._decode(hidden_states, kwargs.get("position_embeddings"), kwargs.get("past_key_values"))
+            if decoded is not None:
+                return decoded
         output: Tensor = super().forward(hidden_states, *args, **kwargs)
         return output
 
     def _decode(self, hidden: Tensor, positions: tuple[Tensor, Tensor] | None, cache: Any) -> Tensor | None:
         """The output for a new token, or None if the kernels do not compute it."""
         watched = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
-        # The kernels compute what torch's own attention does.
+        # The kernels reproduce torch's own attention only.
         if positions is None or watched or self.training or self.self_attn.config._attn_implementation != "sdpa":
             return None
         hidden = hidden.contiguous()
-        cosines, sines = (each.contiguous() for each in positions)
-        whole = current_pass()
-        if whole is not None and (found := whole.decode(self, hidden, cosines, sines, cache)) is not None:
-            return found
+        cosines, sines = (table.contiguous() for table in positions)
+        running = current_pass()
+        if running is not None and (output := running.decode(self, hidden, cosines, sines, cache)) is not None:
+            return output
         if (plan := self._find_plan()) is None or not plan.form.takes(hidden, cosines, sines):
             return None
         queries, keys, values = plan.heads(hidden, cosines, sines)
         if cache is not None:
             keys, values = append(cache, keys, values, self.self_attn.layer_idx)
-            keys, values = (_as_read(each, hidden.dtype) for each in (keys, values))
+            keys, values = (_as_read(tensor, hidden.dtype) for tensor in (keys, values))
         return plan.rest(hidden, queries, keys, values)
 
     def _find_plan(self) -> BlockPlan | None:
@@ -67,7 +67,7 @@ class LookupBlock(nn.Module):
         plan: BlockPlan | None = self.__dict__.get(PLAN)
         if plan is None or not plan.watch.holds():
             plan = self.__dict__[PLAN] = self._make_plan()
-        # They call no module that somebody watches.
+        # The kernels call no modules, so that hooks would not run.
         return None if plan is None or plan.watch.is_heard() else plan
 
     def _make_plan(self) -> BlockPlan | None:
@@ -82,12 +82,12 @@ class LookupBlock(nn.Module):
         norms = dict.fromkeys(NORMS) | {role: holder.get(name) for role, (holder, name) in norm_places.items()}
         if any(norms[role] is None for role in family.norms if role not in ("query", "key")):
             return None
-        # What somebody put in the place of a part may have another forward.
-        parts = [attention, mlp, *(each for each in norms.values() if each is not None)]
-        if any(type(each).__module__ != self.dense_class.__module__ for each in parts):
+        # A replacement for a part may have another forward.
+        parts = [attention, mlp, *(norm for norm in norms.values() if norm is not None)]
+        if any(type(part).__module__ != self.dense_class.__module__ for part in parts):
             return None
         activation = type(gated.get("act_fn")).__name__
-        epsilons = {float(getattr(each, family.epsilon)) for each in norms.values() if each is not None}
+        epsilons = {float(getattr(norm, family.epsilon)) for norm in norms.values() if norm is not None}
         softcap = getattr(attention, "attn_logit_softcapping", None)
         if not all(linears.values()) or activation not in _GELU + _SILU or len(epsilons) != 1 or softcap is not None:
             return None
@@ -114,7 +114,7 @@ class LookupBlock(nn.Module):
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """Let the blocks of a model that are of a known family make new tokens by the kernels, in place."""
+    """Let the blocks of a model that belong to a known family decode with the kernels, in place."""
     for module in model.modules():
         if (name := name_of(type(module))) in BLOCKS:
             module.__class__ = _block_class(type(module))
@@ -136,13 +136,13 @@ _CLASSES: dict[type[nn.Module], type[LookupBlock]] = {}
 
 def _block_class(dense: type[nn.Module]) -> type[LookupBlock]:
     if dense not in _CLASSES:
-        # The name stays: it is what tools that must not split a block know it by.
+        # The name stays, because tools that must not split a block recognize it by name.
         _CLASSES[dense] = type(dense.__name__, (LookupBlock, dense), {"dense_class": dense, "__module__": __name__})
     return _CLASSES[dense]
 
 
 def _is_new_token(hidden: Tensor) -> bool:
-    """Whether plain inference of one token for few sequences is asked for."""
+    """Whether this is plain inference of one token for few sequences."""
     return (
         is_plain(hidden)
         and hidden.ndim == 3
@@ -154,6 +154,6 @@ def _is_new_token(hidden: Tensor) -> bool:
 
 
 def _as_read(cached: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys or values as the kernels read them; some caches keep them in another way."""
+    """Keys or values in the form that the kernels read; some caches keep them in another one."""
     cached = cached.to(dtype)
     return cached if cached.stride(-1) == 1 else cached.contiguous()

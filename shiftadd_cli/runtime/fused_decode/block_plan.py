@@ -1,4 +1,4 @@
-"""A decoder block as the CPU kernels take it: the addresses of its tensors, kept alive; see native/block.h."""
+"""A decoder block in the form that the CPU kernels take: tensor addresses, tensors kept alive; see native/block.h."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from shiftadd_cli.native.extension import TYPES, address, cpu_extension
 from shiftadd_cli.runtime.fused_decode.module_watch import Place, Watch
 from shiftadd_cli.runtime.linear import PackedLinear
 
-# As `kTileRows` in native/lookups.h.
+# The same as `kTileRows` in native/lookups.h.
 MOST_ROWS = 8
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# As `Norms` in native/block.h.
+# The same as `Norms` in native/block.h.
 NORMS = ("before_attention", "before_mlp", "after_attention", "after_mlp", "query", "key")
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a block is beside its layers.
+    """The settings of a block, in addition to its layers.
 
-    heads, key_heads: of queries, and of keys and values; head_size: numbers of a head; scale: of their products.
-    gelu: the gate goes through GELU, in the form with tanh, instead of SiLU. unit: what is added to weights of norms.
-    joint: norms of queries and keys are of all heads as one row. residual: of what attention and the MLP add to the
-    hidden state. turned: queries and keys, by their positions.
+    heads, key_heads: of queries, and of keys and values; head_size: numbers per head; scale: of their products.
+    gelu: the gate goes through GELU, in its tanh form, instead of SiLU. unit: added to the weights of norms. joint: the
+    norms of queries and keys take all heads as one row. residual: factor of the outputs of attention and the MLP, which
+    are added to the hidden state. turned: queries and keys are rotated by their positions.
     """
 
     heads: int
@@ -44,16 +44,16 @@ class Form:
     turned: bool = True
 
     def takes(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> bool:
-        """Whether rotary embeddings are as the kernels take them with hidden states `[rows, 1, in]`."""
+        """Whether the kernels take rotary embeddings of this form with hidden states `[rows, 1, in]`."""
         shape = cosines.shape
         fits = shape == sines.shape and shape[1:] == (1, self.head_size) and shape[0] in (1, hidden.shape[0])
         return fits and cosines.dtype == sines.dtype and cosines.dtype in TYPES
 
 
 class BlockPlan:
-    """What the kernels need of one block, as long as `watch` holds.
+    """The data that the kernels need for one block, valid as long as `watch` holds.
 
-    form: what it was made with; precision: that of its layers; native: the block as the extension knows it.
+    form: the settings of the block; precision: of its layers; native: the block in the extension.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class BlockPlan:
         form: Form,
         places: Iterable[Place],
     ) -> None:
-        """linears, norms: by the names in `LINEARS` and `NORMS`; see `suits` for what they must be. places: where all
-        modules stand that are computed without being called."""
+        """linears, norms: by the names in `LINEARS` and `NORMS`; see `suits` for the conditions. places: those of all
+        modules that are computed without being called."""
         self.form = form
         self.precision = linears["q_proj"].precision
         places = list(places)
@@ -72,14 +72,14 @@ class BlockPlan:
         self.watch = Watch(
             places=[
                 *places,
-                *((each._buffers, "words") for each in linears.values()),
+                *((linear._buffers, "words") for linear in linears.values()),
                 *((holder, name) for holder, name, _ in numbers),
             ],
             tensors=[tensor for _, _, tensor in numbers],
             modules=[module for holder, name in places if (module := holder.get(name)) is not None],
         )
-        # Nothing that an address is taken of may go.
-        self._kept: list[Any] = []
+        # Keeps alive the tensors whose addresses are taken.
+        self._references: list[Any] = []
         self._signs: list[Tensor] = []
         weights = [0 if norms[name] is None else self._number(norms[name].weight, form.unit) for name in NORMS]
         projections = [self._projection(linears[name]) for name in LINEARS]
@@ -125,14 +125,17 @@ class BlockPlan:
 
     def rest(self, hidden: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The block's output `[rows, 1, in]`, from its input, the queries, and all keys and values `[rows, key_heads,
-        tokens, head_size]` in its dtype, whose last dimension is contiguous.
+        tokens, head_size]` in the dtype of the input, with the last dimension contiguous.
 
-        Raises RuntimeError for keys and values that are not so: a cache may be anybody's.
+        Raises RuntimeError for keys and values of another form, since the cache may come from anywhere.
         """
         form = self.form
-        wanted = (hidden.shape[0], form.key_heads, keys.shape[2], form.head_size)
-        if any(each.shape != wanted or each.dtype != hidden.dtype or each.stride(3) != 1 for each in (keys, values)):
-            raise RuntimeError(f"The cache gives {list(keys.shape)} and {list(values.shape)}, not {list(wanted)}.")
+        expected = (hidden.shape[0], form.key_heads, keys.shape[2], form.head_size)
+        if any(
+            tensor.shape != expected or tensor.dtype != hidden.dtype or tensor.stride(3) != 1
+            for tensor in (keys, values)
+        ):
+            raise RuntimeError(f"The cache gives {list(keys.shape)} and {list(values.shape)}, not {list(expected)}.")
         output = torch.empty_like(hidden)
         self.native.rest(
             hidden.data_ptr(),
@@ -151,14 +154,14 @@ class BlockPlan:
         return output
 
     def _number(self, tensor: Tensor, unit: float = 0.0) -> int:
-        """Address of the numbers in float32, with `unit` added, kept."""
+        """Address of the numbers in float32, with `unit` added; keeps them alive."""
         numbers = tensor.detach().float().contiguous() + unit
-        self._kept.append(numbers)
+        self._references.append(numbers)
         return numbers.data_ptr()
 
     def _projection(self, linear: PackedLinear) -> Any:
         weight, layout = linear.on_cpu(), linear.layout
-        self._kept.append(weight)
+        self._references.append(weight)
         native = native_layout(linear.out_features, linear.in_features, layout.grid.group_columns, layout.bits)
         extension = cpu_extension()
         return extension.Projection(
@@ -171,7 +174,7 @@ class BlockPlan:
         )
 
     def _sign_address(self, weight: CpuWeight) -> int:
-        """Equal signs are the same to the kernels, which rotate an input once for all that have them."""
+        """Address of the signs, one for all equal signs: the kernels rotate an input once per address."""
         if weight.signs is None:
             return 0
         for signs in self._signs:
@@ -182,20 +185,20 @@ class BlockPlan:
 
 
 def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], form: Form) -> TypeGuard[Mapping[str, PackedLinear]]:
-    """Whether the kernels can compute the block: all linears on look-up tables alike, and sizes that fit together."""
-    packed = [each for each in linears.values() if isinstance(each, PackedLinear)]
+    """Whether the kernels can compute the block: all linears use look-up tables alike, and sizes fit together."""
+    packed = [linear for linear in linears.values() if isinstance(linear, PackedLinear)]
     if len(packed) < len(LINEARS):
         return False
-    alike = {(each.kernel, each.layout.outliers, each.precision) for each in packed}
-    if alike != {(Kernel.CPU, 0, packed[0].precision)}:
+    settings = {(linear.kernel, linear.layout.outliers, linear.precision) for linear in packed}
+    if settings != {(Kernel.CPU, 0, packed[0].precision)}:
         return False
-    # What inference mode made does not count its changes.
-    made = [tensor for _, _, tensor in _numbers(packed, norms.values())]
-    if any(each.is_inference() or each.device.type != "cpu" for each in made):
+    # Inference tensors have no version counter.
+    tensors = [tensor for _, _, tensor in _numbers(packed, norms.values())]
+    if any(tensor.is_inference() or tensor.device.type != "cpu" for tensor in tensors):
         return False
     width, key_width = form.heads * form.head_size, form.key_heads * form.head_size
     hidden, inner = linears["q_proj"].in_features, linears["gate_proj"].out_features
-    wanted = {
+    sizes = {
         "q_proj": (width, hidden),
         "k_proj": (key_width, hidden),
         "v_proj": (key_width, hidden),
@@ -204,11 +207,11 @@ def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], form: Form) -> T
         "up_proj": (inner, hidden),
         "down_proj": (hidden, inner),
     }
-    fit = all((linears[name].out_features, linears[name].in_features) == sides for name, sides in wanted.items())
+    fit = all((linears[name].out_features, linears[name].in_features) == sides for name, sides in sizes.items())
     return fit and form.key_heads > 0 and form.heads % form.key_heads == 0 and form.head_size % 2 == 0
 
 
 def _numbers(linears: Iterable[PackedLinear], norms: Iterable[Any]) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """The parameters that the kernels get in float32, and not as they are: where they stand, and which."""
-    biases = [(each._parameters, "bias", each.bias) for each in linears if each.bias is not None]
-    return [*biases, *((each._parameters, "weight", each.weight) for each in norms if each is not None)]
+    """The parameters that the kernels take as float32 copies: dictionary, name and tensor."""
+    biases = [(linear._parameters, "bias", linear.bias) for linear in linears if linear.bias is not None]
+    return [*biases, *((norm._parameters, "weight", norm.weight) for norm in norms if norm is not None)]

@@ -1,4 +1,4 @@
-"""The decoders of transformers that the CPU kernels compute whole blocks of."""
+"""The transformers decoders whose blocks the CPU kernels can compute as a whole."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ _GEMMA = {
 
 
 class Family(NamedTuple):
-    """Blocks that compute as Llama's: a norm, attention with rotary embeddings of whole heads, a norm, a gated MLP, and
-    two residuals, with norms of heads and of what is added where there are any.
+    """Blocks that compute like Llama's: a norm, attention with rotary embeddings over whole heads, a norm, a gated MLP,
+    and two residuals, with optional norms of heads and of the outputs added to the residuals.
 
-    block: of the class in `transformers.models`; model: of the class that calls such blocks one after the other with
-    the same arguments, if it does; norms: attributes by role, of which those of heads may be missing; epsilon:
-    attribute of a norm; unit: what is added to the weights of norms; joint: norms of queries and keys are of all heads
-    together.
+    block: name of the class in `transformers.models`; model: name of the class that calls such blocks one after the
+    other with the same arguments, if any; norms: attributes by role, those of heads may be missing; epsilon: attribute
+    of a norm; unit: added to the weights of norms; joint: the norms of queries and keys span all heads.
     """
 
     block: str
@@ -68,5 +67,5 @@ MODELS = frozenset(family.model for family in _FAMILIES if family.model is not N
 
 
 def name_of(kind: type[nn.Module]) -> str:
-    """A class as it is named in `BLOCKS` and `MODELS`."""
+    """The name of a class as in `BLOCKS` and `MODELS`."""
     return f"{kind.__module__}.{kind.__name__}".removeprefix("transformers.models.")

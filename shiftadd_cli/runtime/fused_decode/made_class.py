@@ -1,4 +1,4 @@
-"""Pickles and copies of modules whose class was made while running, from that of the dense module, and has no name."""
+"""Pickling and copying of modules whose class was derived from the dense class at run time and cannot be imported."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 from torch import nn
 
 Maker = Callable[[type[nn.Module]], type[nn.Module]]
-# As `__reduce_ex__` gives it.
+# The result of `__reduce_ex__`.
 Reduced = tuple[Callable[..., nn.Module], tuple[Maker, type[nn.Module]], dict[str, Any]]
 
 
 def reduce_made(make: Maker, module: Any, *, without: str | None = None) -> Reduced:
-    """For `__reduce_ex__` of a module of the class `make(module.dense_class)`; `make` is a function of a module.
+    """The result of `__reduce_ex__` for a module of class `make(module.dense_class)`; `make` is a top-level function.
 
-    without: an attribute of this process alone, which no copy and no file gets.
+    without: an attribute that is valid in this process only and goes into no copy and no file.
     """
     state = {name: value for name, value in module.__getstate__().items() if name != without}
     return _bare, (make, module.dense_class), state
 
 
 def _bare(make: Maker, dense: type[nn.Module]) -> nn.Module:
-    made = make(dense)
-    return made.__new__(made)
+    kind = make(dense)
+    return kind.__new__(kind)

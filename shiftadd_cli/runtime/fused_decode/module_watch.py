@@ -1,7 +1,7 @@
-"""Whether modules are still what addresses were taken of.
+"""Checks that modules have not changed since the addresses of their tensors were taken.
 
-Asked before every token, of hundreds of modules whose dictionaries the weights have driven out of the cache by then: so
-the extension looks them through.
+The check runs before every token, over hundreds of modules whose dictionaries the weights have evicted from the CPU
+cache by then, so the extension does it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ _VERSION = attrgetter("_version")
 
 
 class Watch:
-    """What must not change, as it was when this was made."""
+    """A record of the state that must not change."""
 
     def __init__(self, places: Iterable[Place], tensors: Iterable[Tensor], modules: Iterable[nn.Module]) -> None:
-        """places: where the same object, or none, must stay. tensors: whose numbers must stay, and where they lie.
+        """places: each must keep its object, or stay empty. tensors: their numbers and addresses must stay the same.
         modules: those that are computed without being called."""
         modules, tensors = tuple(modules), tuple(tensors)
         self._set(
             tuple((holder, name, holder.get(name)) for holder, name in places),
-            tuple((each, each.data_ptr(), each._version) for each in tensors),
+            tuple((tensor, tensor.data_ptr(), tensor._version) for tensor in tensors),
             modules,
         )
 
     @classmethod
     def over(cls, watches: Iterable[Watch]) -> Watch:
-        """One that asks what several ask."""
+        """A watch that checks everything that several check."""
         joined, watches = cls.__new__(cls), tuple(watches)
         joined._set(
-            tuple(each for watch in watches for each in watch._standing),
-            tuple(each for watch in watches for each in watch._numbers),
-            tuple(each for watch in watches for each in watch._modules),
+            tuple(entry for watch in watches for entry in watch._standing),
+            tuple(entry for watch in watches for entry in watch._numbers),
+            tuple(module for watch in watches for module in watch._modules),
         )
         return joined
 
@@ -54,12 +54,12 @@ class Watch:
         self._tensors = tuple(tensor for tensor, _, _ in numbers)
         self._addresses = [address for _, address, _ in numbers]
         self._versions = [version for _, _, version in numbers]
-        hooks = tuple(each for module in modules for each in (module._forward_hooks, module._forward_pre_hooks))
+        hooks = tuple(registry for module in modules for registry in (module._forward_hooks, module._forward_pre_hooks))
         attributes = tuple(module.__dict__ for module in modules)
         columns = tuple(zip(*standing, strict=True)) if standing else ((), (), ())
-        # They hold what the extension only borrows.
-        self._kept = (*columns, hooks, attributes)
-        self._dictionaries = cpu_extension().Dictionaries(*self._kept)
+        # Keeps alive the objects that the extension only borrows.
+        self._references = (*columns, hooks, attributes)
+        self._dictionaries = cpu_extension().Dictionaries(*self._references)
 
     def holds(self) -> bool:
         """Whether every place still has its object, and every tensor its numbers."""
@@ -70,5 +70,5 @@ class Watch:
         )
 
     def is_heard(self) -> bool:
-        """Whether somebody wants to be called when one of the modules is, or calls something else in its place."""
+        """Whether any of the modules has hooks, or a `forward` of its own in place of its class's."""
         return not self._dictionaries.silent("forward")

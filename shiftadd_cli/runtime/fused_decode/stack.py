@@ -1,8 +1,8 @@
-"""Decoders that make a new token in one call of the CPU kernels, blocks and cache together.
+"""Decoders that decode a token in one call of the CPU kernels, blocks and cache together.
 
-What a block costs beside its computation (calls of modules, checks, two calls of the kernels, a cache of transformers)
-is some fifty microseconds, as much as a block of a small model computes. While the forward of a model runs, which goes
-through its blocks one after the other, the first block computes all of them where it can, and the others are left out.
+The overhead of a block (calls of modules, checks, two calls of the kernels, a transformers cache) is some fifty
+microseconds, as much as the computation of a small model's block. The forward of a model calls its blocks one after the
+other; the first block computes all of them where it can, and the others are skipped.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from shiftadd_cli.runtime.fused_decode.module_watch import Watch
 from shiftadd_cli.runtime.fused_decode.stack_plan import StackPlan, alike
 from shiftadd_cli.runtime.kv_cache import open_rooms
 
-# Where a block keeps its `BlockPlan`, and a model its `StackPlan`.
+# Attributes that hold the `BlockPlan` of a block and the `StackPlan` of a model.
 PLAN, STACK = "_plan", "_stack_plan"
 _TRAINING = attrgetter("training")
 
 
 class LookupModel(nn.Module):
-    """Put before a class of `MODELS` in the order of resolution; see `model_class`."""
+    """Precedes a class of `MODELS` in the MRO; see `model_class`."""
 
     dense_class: ClassVar[type[nn.Module]]
     config: Any
 
     @property
     def layers(self) -> Any:
-        """The blocks; while a forward of this model runs in this thread, those that it is to call."""
+        """The blocks; while a forward of this model runs in this thread, only those that it must call."""
         layers: Any = self._modules["layers"]
-        if torch.compiler.is_compiling() or (whole := current_pass()) is None or not whole.is_of(self):
+        if torch.compiler.is_compiling() or (forward_pass := current_pass()) is None or not forward_pass.is_of(self):
             return layers
-        return whole.blocks(layers)
+        return forward_pass.blocks(layers)
 
     def find_stack(self) -> StackPlan | None:
-        """How the kernels compute all blocks, or None if they do not, or cannot tell yet: each block must have been
-        computed by them before."""
+        """How the kernels compute all blocks. None if they do not, or if that is not known yet: each block must have
+        been computed by them before."""
         stack: StackPlan | None = self.__dict__.get(STACK)
         if stack is None or not stack.watch.holds():
             stack = self.__dict__[STACK] = self._make_stack()
@@ -54,14 +54,14 @@ class LookupModel(nn.Module):
         return stack if self.config.num_hidden_layers == len(blocks) else None
 
     def _make_stack(self) -> StackPlan | None:
-        # Blocks of several kinds may get other masks than the first.
+        # Blocks of another kind may get another mask than the first.
         kinds = set(getattr(self.config, "layer_types", None) or ())
         if kinds - {"full_attention"} or getattr(self.config, "sliding_window", None) is not None:
             return None
         layers: Any = self._modules["layers"]
         blocks = tuple(layers)
         plans = [plan for block in blocks if isinstance(plan := block.__dict__.get(PLAN), BlockPlan)]
-        if not blocks or len(plans) < len(blocks) or not alike(plans) or not all(each.watch.holds() for each in plans):
+        if not blocks or len(plans) < len(blocks) or not alike(plans) or not all(plan.watch.holds() for plan in plans):
             return None
         if [block.self_attn.layer_idx for block in blocks] != list(range(len(blocks))):
             return None
@@ -84,22 +84,22 @@ class _Pass:
         return model is self._model
 
     def blocks(self, layers: nn.ModuleList) -> Any:
-        """Of the model's blocks, those that its forward is to call: `layers`, or what stands for it."""
+        """The blocks that the model's forward must call: `layers`, or a replacement for it."""
         if self._stack is None:
             self._stack = self._model.find_stack()
         return layers if self._stack is None else _Blocks(layers, self)
 
     def calls(self, blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
-        """The blocks, as long as there is something to compute."""
+        """The blocks, until nothing is left to compute."""
         for block in blocks:
             yield block
             if self._done:
                 return
 
     def decode(self, block: nn.Module, hidden: Tensor, cosines: Tensor, sines: Tensor, cache: Any) -> Tensor | None:
-        """The output of all blocks for a new token that needs no mask, or None where each is to compute its own.
+        """The output of all blocks for a new token that needs no mask, or None if each must compute its own.
 
-        hidden: `[rows, 1, in]`, contiguous as the others; cache: of keys and values, or None.
+        hidden: `[rows, 1, in]`, contiguous like the others; cache: of keys and values, or None.
         """
         stack = self._stack
         if stack is None or cache is None or block is not stack.first or not stack.form.takes(hidden, cosines, sines):
@@ -113,14 +113,14 @@ class _Pass:
 
 
 class _Blocks:
-    """A list of blocks, of which a slice ends where nothing is left to compute."""
+    """A list of blocks whose slices end once nothing is left to compute."""
 
-    def __init__(self, layers: nn.ModuleList, whole: _Pass) -> None:
-        self._layers, self._whole = layers, whole
+    def __init__(self, layers: nn.ModuleList, forward_pass: _Pass) -> None:
+        self._layers, self._forward_pass = layers, forward_pass
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
-            return self._whole.calls(tuple(self._layers)[key])
+            return self._forward_pass.calls(tuple(self._layers)[key])
         return self._layers[key]
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -137,26 +137,26 @@ _here = threading.local()
 
 
 def current_pass() -> _Pass | None:
-    """The forward that this thread is in, of a model made by `model_class`."""
-    found: _Pass | None = getattr(_here, "found", None)
-    return found
+    """The forward that this thread runs, of a model whose class `model_class` made; None if there is none."""
+    running: _Pass | None = getattr(_here, "running", None)
+    return running
 
 
 @contextmanager
 def _one_pass(model: LookupModel) -> Iterator[None]:
     outer = current_pass()
-    _here.found = _Pass(model)
+    _here.running = _Pass(model)
     try:
         yield
     finally:
-        _here.found = outer
+        _here.running = outer
 
 
 _CLASSES: dict[type[nn.Module], type[LookupModel]] = {}
 
 
 def model_class(dense: type[nn.Module]) -> type[LookupModel]:
-    """The class of models that do what those of `dense`, one of `MODELS`, do, and let the first block compute all."""
+    """A class of models that behaves like `dense`, one of `MODELS`, and lets the first block compute all blocks."""
     if dense not in _CLASSES:
 
         @functools.wraps(dense.forward)
@@ -166,7 +166,7 @@ def model_class(dense: type[nn.Module]) -> type[LookupModel]:
             with _one_pass(self):
                 return dense.forward(self, *args, **kwargs)
 
-        # transformers knows what a class can record by the name and the module of the class.
+        # transformers looks up the outputs that a class can record by its name and module.
         names = {"dense_class": dense, "forward": forward, "__module__": dense.__module__}
         _CLASSES[dense] = type(dense.__name__, (LookupModel, dense), names)
     return _CLASSES[dense]

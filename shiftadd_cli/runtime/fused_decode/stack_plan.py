@@ -1,4 +1,4 @@
-"""All blocks of a decoder as the CPU kernels take them in one call; see native/stack.h."""
+"""All blocks of a decoder in the form that the CPU kernels take in one call; see native/stack.h."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from shiftadd_cli.runtime.kv_cache import Rooms
 
 
 class StackPlan:
-    """What the kernels need of blocks that follow one another, as long as `watch` holds.
+    """The data that the kernels need for consecutive blocks, valid as long as `watch` holds.
 
-    first: the first block; plans: of all; form: theirs, but for what may differ between them, see `alike`.
+    first: the first block; plans: of all blocks; form: theirs, except for fields that may differ, see `alike`.
     """
 
     def __init__(self, first: nn.Module, plans: Sequence[BlockPlan], watch: Watch) -> None:
-        """plans: of the blocks, which are `alike`; watch: what must stay beside what they watch."""
+        """plans: of the blocks, which are `alike`; watch: checked in addition to theirs."""
         self.first = first
         self.form, self._precision = plans[0].form, plans[0].precision
-        self.watch = Watch.over([watch, *(each.watch for each in plans)])
-        # They hold what the addresses are of.
+        self.watch = Watch.over([watch, *(plan.watch for plan in plans)])
+        # Keeps alive the tensors whose addresses were taken.
         self.plans = tuple(plans)
-        self._stack = cpu_extension().DecoderStack([each.native for each in plans])
+        self._stack = cpu_extension().DecoderStack([plan.native for plan in plans])
 
     def decode(self, hidden: Tensor, cosines: Tensor, sines: Tensor, rooms: Rooms) -> Tensor:
-        """The output of the last block for one new token of each sequence, its keys and values put behind those held.
+        """The output of the last block for one new token of each sequence; appends its keys and values to `rooms`.
 
-        hidden, cosines, sines: as for `BlockPlan.heads`. rooms: of as many layers as there are blocks, with room for
+        hidden, cosines, sines: as for `BlockPlan.heads`. rooms: one layer per block, with room for
         the token. Returns `[rows, 1, in]`.
         """
         output = torch.empty_like(hidden)
@@ -56,5 +56,5 @@ class StackPlan:
 
 
 def alike(plans: Sequence[BlockPlan]) -> bool:
-    """Whether the kernels can compute these blocks in one call: equal heads, and one precision."""
-    return len({(each.form.heads, each.form.key_heads, each.form.head_size, each.precision) for each in plans}) == 1
+    """Whether the kernels can compute these blocks in one call: equal heads and one precision."""
+    return len({(plan.form.heads, plan.form.key_heads, plan.form.head_size, plan.precision) for plan in plans}) == 1

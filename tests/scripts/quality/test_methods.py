@@ -84,5 +84,5 @@ def test_a_peer_takes_only_what_it_can_heed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_shift_layers_are_a_method() -> None:
     (method,) = parse_methods(["default:primitive=shift1"])
     assert method.resolve(4, COMMON).primitive == "shift1"
-    with pytest.raises(RecipeError, match="2 to 4 bits and not 5"):
+    with pytest.raises(RecipeError, match="2 to 4 bits, not 5"):
         method.resolve(5, COMMON)
