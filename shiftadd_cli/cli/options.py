@@ -94,7 +94,7 @@ def default_text(name: str) -> str:
         return "on" if value else "off"
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
-    return "none" if value is None or (name == "bits" and recipe.avg_bits is not None) else str(value)
+    return "none" if value is None else str(value)
 
 
 def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
@@ -114,6 +114,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         settings |= {"type": click.STRING, "metavar": "FILE"}
     elif annotation == float | None:
         settings["type"] = click.FLOAT
+    elif annotation == int | None:
+        settings["type"] = click.INT
     elif origin in (Union, types.UnionType):
         settings["type"] = _NumberOrWord()
         settings["metavar"] = "N|all" if name == "group_size" else "N|all|1/N"
