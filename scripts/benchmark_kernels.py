@@ -94,12 +94,16 @@ class Row:
 def packed_call(weight: QuantizedWeight, fast: bool, kernels: str) -> tuple[Callable[[Tensor], Tensor], int]:
     """A call of the compressed layer, and the bytes it reads of the weight."""
     packed, layout = CpuWeight.pack(weight), weight.layout
-    tensors = packed.tensors()
-    size = sum(each.nbytes for each in tensors.values() if each is not None)
+    size = sum(each.nbytes for each in packed.tensors().values() if each is not None)
     call = partial(
         ops.lookup_linear,
-        **tensors,
+        words=packed.words,
+        scale_codes=packed.scale_codes,
+        scales=packed.scales,
+        offsets=packed.offsets,
+        row_scale=packed.row_scale,
         bias=None,
+        signs=packed.signs,
         group_columns=layout.grid.group_columns,
         bits=layout.bits,
         fast=fast,
@@ -122,7 +126,7 @@ def rings_of(layout: PackedLayout, cache_bytes: int, kernels: str) -> dict[str, 
     for name, dtype in DENSE.items():
         dense = decoded.to(dtype)
         count = copies_for(dense.nbytes, cache_bytes, MOST_BYTES)
-        layers = [partial(linear, weight=dense.clone()) for _ in range(count)]
+        layers: list[Callable[[Tensor], Tensor]] = [partial(linear, weight=dense.clone()) for _ in range(count)]
         rings[name] = Ring(layers, dense.nbytes, cold=count * dense.nbytes > cache_bytes, dtype=dtype)
     return rings
 

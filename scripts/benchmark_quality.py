@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import click
-from quality.bench import Bench
+from quality.bench import TextBench
 from quality.conditions import Conditions, name_tests
 from quality.methods import parse_methods
 from quality.options import Widths, comparison_options, show_table
@@ -68,7 +68,7 @@ def main(
         # Every row is settled before the first is made: a slip in the last method must not cost a night.
         parsed = parse_methods(methods)
         cells = [conditions.cell(method, width) for width in bits for method in parsed if method.at(width)]
-        bench = Bench(conditions, cells, work, together, keep_artifacts, lambda line: click.echo(line, err=True))
+        bench = TextBench(conditions, cells, work, together, keep_artifacts, lambda line: click.echo(line, err=True))
         show_table(bench, work, as_json, as_markdown)
     except ShiftaddError as error:
         raise click.UsageError(str(error)) from error

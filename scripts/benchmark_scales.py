@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.allocation.sensitivity import walk_blocks
-from shiftadd_cli.bcq.choices import PLANES, Primitive, parse_choice, parts_of_choice
+from shiftadd_cli.bcq.choices import PLANES, Choice, Primitive, parse_choice, parts_of_choice
 from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
@@ -70,7 +70,7 @@ class Measure:
 
     def __call__(
         self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], hessian: Tensor | None
-    ) -> list[dict[int, float]]:
+    ) -> list[dict[Choice, float]]:
         if specs[0].block in self._blocks and hessian is not None:
             self.weights += sum(weight.numel() for weight in weights)
             for form in self._forms:

@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 import click
-from quality.bench import Bench
 from quality.methods import parse_methods
 from quality.options import Widths, show_table
+from vision.bench import ImageBench
 from vision.conditions import ImageConditions
 from vision.table import as_json, as_markdown
 
@@ -57,7 +57,7 @@ def main(
         conditions = ImageConditions(model, calibration, samples, seed, test, max_images, dtype)
         parsed = parse_methods(methods)
         cells = [conditions.cell(method, width) for width in bits for method in parsed if method.at(width)]
-        bench = Bench(conditions, cells, work, say=lambda line: click.echo(line, err=True))
+        bench = ImageBench(conditions, cells, work, say=lambda line: click.echo(line, err=True))
         show_table(bench, work, as_json, as_markdown)
     except ShiftaddError as error:
         raise click.UsageError(str(error)) from error

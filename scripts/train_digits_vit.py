@@ -46,7 +46,6 @@ def main(out: Path, epochs: int, seed: int) -> None:
             num_hidden_layers=4,
             num_attention_heads=4,
             intermediate_size=128,
-            num_labels=CLASSES,
             id2label={number: str(number) for number in range(CLASSES)},
             label2id={str(number): number for number in range(CLASSES)},
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -46,7 +47,7 @@ class Rows:
         return [architecture for architecture in architectures if architecture.name not in self.outcomes]
 
 
-def _row(line: str) -> dict[str, object]:
+def _row(line: str) -> dict[str, Any]:
     try:
         return dict(json.loads(line))
     except ValueError:

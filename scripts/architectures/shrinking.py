@@ -90,7 +90,7 @@ def small_settings(
         if name in settings or name in exact:
             continue
         if name in parts:
-            if dataclasses.is_dataclass(value):
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
                 part = type(value)
                 settings[name] = part(**small_settings(part, exceptions, exact.get(f"{name}.")))
         elif name in _MARKS:

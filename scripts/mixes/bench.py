@@ -24,6 +24,7 @@ from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.cache import CACHE_VERSIONS
 from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.allocation.sensitivity import SensitivityKind
+from shiftadd_cli.bcq.choices import bits_of_choice
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import AllocationError, RecipeError
@@ -185,7 +186,7 @@ class Allocations:
         """The row of a mix: its settings hold the bits and not where, or why, the plan was written."""
         label = f"{self.method.label} mix of {plan.planes_per_weight:.3f} planes seed {conditions.seed}"
         overrides = {**self.method.overrides, "bit_plan": str(self._plan_path(plan))}
-        cell = conditions.cell(Method(label, self.method.recipe, overrides), max(plan.bits.values()))
+        cell = conditions.cell(Method(label, self.method.recipe, overrides), _most_bits(plan))
         recipe = {**cell.artifact_settings["recipe"], "bit_plan": fingerprint(dict(plan.bits))}
         made = {**cell.artifact_settings, "recipe": recipe}
         return replace(cell, artifact_settings=made, row_settings={**cell.row_settings, "artifact": made})
@@ -208,7 +209,7 @@ class Allocations:
                 str(artifact),
                 names,
                 dataset,
-                conditions.context,
+                conditions.window,
                 conditions.max_tokens,
                 conditions.dtype,
             )
@@ -245,7 +246,8 @@ class Allocations:
         def make() -> SizeRow:
             self.say(f"{label} bytes: quantizing")
             self._write_plan(plan)
-            cell = Cell(method, max(plan.bits.values()), method.resolve(max(plan.bits.values()), {}), settings, {})
+            bits = _most_bits(plan)
+            cell = Cell(method, bits, method.resolve(bits, {}), settings, {})
             artifact = make_artifact(cell, conditions.model, self.work)
             stored = sum(file.stat().st_size for file in artifact.glob("*.safetensors"))
             if not self.keep_artifacts:
@@ -277,3 +279,8 @@ class Allocations:
             )
 
         return find_or_make(self.work, "solver", max(SOLVER_CANDIDATES), SolverRow, settings, make)
+
+
+def _most_bits(plan: BitPlan) -> int:
+    """Bits of the layer that gets most."""
+    return max(map(bits_of_choice, plan.bits.values()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.allocation.solve import LayerOptions
+from shiftadd_cli.bcq.choices import Choice
 
 RANDOM, UNIFORM = "random", "uniform"
 
@@ -30,7 +31,7 @@ class Mix:
 
 def random_bits(
     layers: Sequence[LayerOptions], tied: Sequence[Sequence[str]], budget: int, seed: int
-) -> dict[str, int]:
+) -> dict[str, Choice]:
     """Bits of every layer by name, drawn at random until nothing more fits into `budget` bytes.
 
     All begin with the fewest bits; a group of tied layers, drawn with equal chances out of those that a further number
@@ -63,7 +64,7 @@ def random_bits(
     return {layer.name: options[index][places[index]] for index, group in enumerate(groups) for layer in group}
 
 
-def uniform_bits(layers: Sequence[LayerOptions], budget: int) -> dict[str, int] | None:
+def uniform_bits(layers: Sequence[LayerOptions], budget: int) -> dict[str, Choice] | None:
     """Equal bits for all layers, the fewest that take `budget` bytes or more; None where no candidate does."""
     for bits in sorted(set.intersection(*(set(layer.bytes) for layer in layers))):
         if sum(layer.bytes[bits] for layer in layers) >= budget:

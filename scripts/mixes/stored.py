@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 from pydantic import Field
 from quality.rows import Stored, TestScore, file_name, read_stored, write_stored
 
+from shiftadd_cli.allocation.plan_file import Kind
 from shiftadd_cli.allocation.sensitivity import Sensitivities
 
 S = TypeVar("S", bound="Kept")
 
 
-class Kept(Stored):
+class Kept(Stored[TestScore]):
     """A measurement that has no scores by test; `code`: SHA-256 of the sources that made it."""
 
     scores: dict[str, TestScore] = Field(default_factory=dict)
@@ -24,7 +25,7 @@ class Kept(Stored):
 class SensitivityRow(Kept):
     """Sensitivities by linear and bits, and what measuring them took, in a process of its own."""
 
-    costs: dict[str, dict[int, float]]
+    costs: dict[str, dict[Kind, float]]
     shared_inputs: tuple[tuple[str, ...], ...]
     seconds: float
     peak_memory_bytes: int

@@ -205,7 +205,7 @@ def _notes(bench: Allocations) -> list[str]:
     ]
     if bench.bench.original is not None:
         notes += [
-            f"Test {name}: {score.scored_tokens:,} tokens scored in windows of {conditions.context}; perplexity of the "
+            f"Test {name}: {score.scored_tokens:,} tokens scored in windows of {conditions.window}; perplexity of the "
             f"original {score.perplexity or math.inf:.3f}, computed in {score.dtype} on {score.device}."
             for name, score in bench.bench.original.scores.items()
         ]

@@ -6,21 +6,27 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
-from quality.conditions import Cell, TableConditions, machine
+from quality.conditions import Cell, Conditions, TableConditions, machine
 from quality.making import MakingError, make_artifact, read_report
-from quality.rows import Original, Row, file_name, read_stored, write_stored
+from quality.rows import OriginalOf, RowOf, TestScore, file_name, read_stored, write_stored
 from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import ShiftaddError
-from shiftadd_cli.evaluation.compare import evaluate
+from shiftadd_cli.evaluation.compare import Evaluation, evaluate
+from shiftadd_cli.evaluation.compare_images import ImageEvaluation
+from shiftadd_cli.evaluation.images import ImageScore
+from shiftadd_cli.evaluation.perplexity import Score
+from shiftadd_cli.evaluation.result import ModelResult
+
+S = TypeVar("S", bound=BaseModel)
 
 
 @dataclass
-class Bench:
-    """A table in the folder `work`.
+class Bench(Generic[S]):
+    """A table in the folder `work`; its scores are of the type `S`.
 
     Attributes:
         together: compressed models measured at once, beside one run of the original.
@@ -29,14 +35,14 @@ class Bench:
         rows: finished ones by their place in `cells`; failed: what came of the others.
     """
 
-    conditions: TableConditions
+    conditions: TableConditions[S]
     cells: Sequence[Cell]
     work: Path
     together: int = 1
     keep_artifacts: bool = False
     say: Callable[[str], None] = print
-    original: Original | None = None
-    rows: dict[int, Row] = field(default_factory=dict)
+    original: OriginalOf[S] | None = None
+    rows: dict[int, RowOf[S]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
 
     def fill(self, finished: Callable[[], None]) -> None:
@@ -94,7 +100,7 @@ class Bench:
         self.failed[index] = error.reason if isinstance(error, MakingError) else str(error)
         self.say(f"{self.cells[index].method.label}, {self.cells[index].bits} bits: {error}")
 
-    def _measure(self, artifacts: Sequence[str]) -> list[dict[str, BaseModel]]:
+    def _measure(self, artifacts: Sequence[str]) -> list[dict[str, S]]:
         """Scores by test of each artifact; those of the original are written where they are not known yet."""
         conditions = self.conditions
         self.say(f"measuring {len(artifacts)} beside the original")
@@ -124,12 +130,14 @@ class Bench:
             for place in range(len(artifacts))
         ]
 
-    def _score(self, evaluation: Any, measured: Any) -> BaseModel:
+    def _score(
+        self, evaluation: Evaluation | ImageEvaluation, measured: ModelResult[Score] | ModelResult[ImageScore]
+    ) -> S:
         """What is kept of a measured model, and of how it was measured."""
         kind, told = self.conditions.score_kind, measured.to_dict()
         return kind(**{name: told[name] if name in told else getattr(evaluation, name) for name in kind.model_fields})
 
-    def ordered_rows(self) -> list[Row]:
+    def ordered_rows(self) -> list[RowOf[S]]:
         """Finished rows, by bits and then in the order of the methods."""
         order = sorted(self.rows, key=lambda index: (self.cells[index].bits, index))
         return [self.rows[index] for index in order]
@@ -141,3 +149,10 @@ class Bench:
     def _original_path(self) -> Path:
         # The 16 bits are those of most originals and say nothing here; the name needs some.
         return self.work / "rows" / (file_name("original", 16, self.conditions.scoring) + ".json")
+
+
+@dataclass
+class TextBench(Bench[TestScore]):
+    """A table of language models, measured on texts."""
+
+    conditions: Conditions

@@ -8,14 +8,14 @@ import platform
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel
 
 from quality.later import LATER
 from quality.methods import Method
-from quality.rows import Original, Row, TestScore, file_name
+from quality.rows import Original, OriginalOf, Row, RowOf, TestScore, file_name
 from shiftadd_cli.data.mixture import KINDS, parse_mixture
 from shiftadd_cli.data.text import TextData, load_text
 from shiftadd_cli.errors import CalibrationError, RecipeError
@@ -27,6 +27,8 @@ from shiftadd_cli.source.positions import position_limit, window_length
 from shiftadd_cli.version import __version__
 
 _LIBRARIES = ("torch", "transformers")
+
+S_co = TypeVar("S_co", bound=BaseModel, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,24 @@ class Cell:
         return file_name(self.method.label, self.bits, self.row_settings) + ".json"
 
 
-class TableConditions(Protocol):
+class TableConditions(Protocol[S_co]):
     """What a table needs of its conditions.
 
     model: as typed; tests: by a short name; scoring: the settings that fix how a model is scored; evaluation_options:
     for `evaluate`, beside models and test; score_kind, original_kind, row_kind: what rows on disk hold.
     """
 
-    model: str
-    score_kind: ClassVar[type[BaseModel]]
-    original_kind: ClassVar[type[Original]]
-    row_kind: ClassVar[type[Row]]
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def score_kind(self) -> type[S_co]: ...
+
+    @property
+    def original_kind(self) -> type[OriginalOf[S_co]]: ...
+
+    @property
+    def row_kind(self) -> type[RowOf[S_co]]: ...
 
     @property
     def tests(self) -> dict[str, str]: ...
@@ -77,12 +86,13 @@ class TableConditions(Protocol):
 class Conditions:
     """The model and the texts of a table.
 
-    model, calibration, tests: as typed; `tests` maps a short name to each. dtype: computed in, see `evaluate`.
+    model, calibration, tests, context: as typed; `tests` maps a short name to each, and `window` is the context that is
+    used. dtype: computed in, see `evaluate`.
     """
 
-    score_kind: ClassVar = TestScore
-    original_kind: ClassVar = Original
-    row_kind: ClassVar = Row
+    score_kind: ClassVar[type[TestScore]] = TestScore
+    original_kind: ClassVar[type[Original]] = Original
+    row_kind: ClassVar[type[Row]] = Row
 
     model: str
     calibration: str
@@ -99,11 +109,11 @@ class Conditions:
         self._source = open_source(self.model)
         self.model_fingerprint = self._source.fingerprint
         limits = {self.model: position_limit(self._source.config)}
-        self.context = window_length(self.context, DEFAULT_CONTEXT, limits, "--context")
+        self.window = window_length(self.context, DEFAULT_CONTEXT, limits, "--context")
 
     @property
     def evaluation_options(self) -> dict[str, Any]:
-        return {"context": self.context, "max_tokens": self.max_tokens, "dtype": self.dtype}
+        return {"context": self.window, "max_tokens": self.max_tokens, "dtype": self.dtype}
 
     @cached_property
     def scoring(self) -> dict[str, Any]:
@@ -111,7 +121,7 @@ class Conditions:
         return {
             "model": self.model_fingerprint,
             "tests": {name: self._text(spec, "test").fingerprint for name, spec in self.tests.items()},
-            "context": self.context,
+            "context": self.window,
             "max_tokens": self.max_tokens,
             "dtype": self.dtype,
             "versions": versions(),
@@ -152,7 +162,7 @@ class Conditions:
             for part in parse_mixture(calibration)
         }
 
-    def _text(self, spec: str, split: Any) -> TextData:
+    def _text(self, spec: str, split: Literal["calibration", "test"]) -> TextData:
         key = (spec, split)
         if key not in self._texts:
             self._texts[key] = load_text(spec, split=split, tokenizer=self._source.load_tokenizer())

@@ -26,7 +26,7 @@ def native_bits(shapes: Iterable[tuple[int, int]], recipe: Recipe) -> float | No
     """Bits per weight of layers `(out_features, in_features)`: planes, and per group a float16 scale and, where the
     grid has an offset, an integer zero point of as many bits as there are planes. None for grids that are not uniform.
     """
-    if not is_uniform(recipe):
+    if recipe.bits is None or not is_uniform(recipe):
         return None
     per_group = SCALE_BITS + (recipe.bits if recipe.offset else 0)
     total = weights = 0

@@ -27,6 +27,8 @@ def run_peer(name: str, spec: str, out: Path, recipe: Recipe) -> None:
     peer, source = PEERS[name], open_source(spec)
     if not isinstance(recipe.group_size, int):
         raise RecipeError(f"The peer {name!r} needs a number as group_size, not {recipe.group_size!r}.")
+    if recipe.bits is None:
+        raise RecipeError(f"The peer {name!r} needs one number of bits for all layers.")
     linears = find_structure(source.skeleton()).linears
     tokenizer = source.load_tokenizer()
     calibration = draw_calibration(make_plan(source, recipe)) if peer.calibrated else None

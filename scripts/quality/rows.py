@@ -6,14 +6,16 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.storage.durable import replace_file
 
-R = TypeVar("R", bound="Stored")
+# Covariant, since measurements are never changed.
+S_co = TypeVar("S_co", bound=BaseModel, covariant=True)
+R = TypeVar("R", bound="Stored[BaseModel]")
 
 
 class TestScore(BaseModel):
@@ -35,24 +37,27 @@ class TestScore(BaseModel):
     device: str
 
 
-class Stored(BaseModel):
-    """A measurement that can be written and found again; `settings` is what its fingerprint is taken of."""
+class Stored(BaseModel, Generic[S_co]):
+    """A measurement that can be written and found again; `settings` is what its fingerprint is taken of.
+
+    `scores` are by test; those of texts and of images have types of their own.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: dict[str, Any]
-    scores: dict[str, TestScore]
+    scores: dict[str, S_co]
     machine: dict[str, str]
 
 
-class Original(Stored):
+class OriginalOf(Stored[S_co], Generic[S_co]):
     """The model before compression."""
 
     file_bits_per_weight: float
     parameters: int
 
 
-class Row(Stored):
+class RowOf(Stored[S_co], Generic[S_co]):
     """One method at one bit width.
 
     Attributes:
@@ -74,6 +79,10 @@ class Row(Stored):
     code: str
 
 
+Original = OriginalOf[TestScore]
+Row = RowOf[TestScore]
+
+
 def fingerprint(settings: dict[str, Any]) -> str:
     """SHA-256, in hex, of settings as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -91,7 +100,7 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, text.encode())
 
 
-def write_stored(path: Path, stored: Stored) -> None:
+def write_stored(path: Path, stored: Stored[BaseModel]) -> None:
     """Write a measurement durably."""
     write_text(path, stored.model_dump_json(indent=2) + "\n")
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from quality.bench import Bench
-from quality.rows import Row, TestScore
+from quality.bench import Bench, S, TextBench
+from quality.rows import Row, RowOf, TestScore
 from shiftadd_cli.report.uncertainty import with_error
 from shiftadd_cli.sizes import size
 
 
-def as_json(bench: Bench) -> str:
+def as_json(bench: TextBench) -> str:
     """Conditions, the original, all rows and what failed."""
     conditions = bench.conditions
     document: dict[str, Any] = {
@@ -33,7 +33,7 @@ def as_json(bench: Bench) -> str:
     return json_text(document)
 
 
-def as_markdown(bench: Bench) -> str:
+def as_markdown(bench: TextBench) -> str:
     """The original, a line per row, and below it everything the numbers depend on."""
     tests = list(bench.conditions.tests)
     header = ["method", "bits", "bits/weight", "native", "file bits/weight"]
@@ -62,14 +62,14 @@ def as_markdown(bench: Bench) -> str:
     return "\n".join([*lines, "", *_notes(bench)]) + "\n"
 
 
-def _notes(bench: Bench) -> list[str]:
+def _notes(bench: TextBench) -> list[str]:
     conditions, rows = bench.conditions, bench.ordered_rows()
     peers = any(row.settings["artifact"]["peer"] for row in rows)
     notes = [f"Model: {conditions.model} (fingerprint {conditions.model_fingerprint[:16]})."]
     if bench.original is not None:
         notes[0] = notes[0][:-1] + f", {bench.original.parameters:,} parameters."
         notes += [
-            f"Test {name}: {score.tokens:,} tokens in {score.windows:,} windows of {conditions.context} (context) that "
+            f"Test {name}: {score.tokens:,} tokens in {score.windows:,} windows of {conditions.window} (context) that "
             f"do not overlap, {score.scored_tokens:,} scored; computed in {score.dtype} on {score.device}."
             for name, score in bench.original.scores.items()
         ]
@@ -91,7 +91,7 @@ def _notes(bench: Bench) -> list[str]:
     return [f"- {note}" for note in notes]
 
 
-def _ratios(bench: Bench, row: Row) -> dict[str, float | None]:
+def _ratios(bench: TextBench, row: Row) -> dict[str, float | None]:
     """Perplexity over that of the original, by test; from log-likelihoods, which stay finite."""
     found: dict[str, float | None] = {}
     for name, score in row.scores.items():
@@ -105,7 +105,7 @@ def _perplexity(score: TestScore) -> str:
     return "infinite" if score.perplexity is None else with_error(score.perplexity, score.perplexity_error, 3)
 
 
-def failures(bench: Bench) -> list[dict[str, Any]]:
+def failures(bench: Bench[S]) -> list[dict[str, Any]]:
     """Rows that could not be made, for JSON."""
     return [
         {"method": bench.cells[index].method.label, "bits": bench.cells[index].bits, "error": error}
@@ -117,7 +117,7 @@ def json_text(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def origins(bench: Bench, name: Callable[[Row], str]) -> list[str]:
+def origins(bench: Bench[S], name: Callable[[RowOf[S]], str]) -> list[str]:
     """What rows were made by and on, and why others were not. name: of a row, where sources are told apart."""
     rows = bench.ordered_rows()
     return [
@@ -135,7 +135,7 @@ def told(values: dict[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def listed(texts: Any) -> str:
+def listed(texts: Iterable[str]) -> str:
     """Each text once."""
     return "; ".join(dict.fromkeys(texts))
 

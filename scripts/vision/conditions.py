@@ -23,9 +23,9 @@ class ImageConditions:
     Raises ShiftaddError when the model has no image processor, or is calibrated on the images of the test.
     """
 
-    score_kind: ClassVar = ImageTestScore
-    original_kind: ClassVar = ImageOriginal
-    row_kind: ClassVar = ImageRow
+    score_kind: ClassVar[type[ImageTestScore]] = ImageTestScore
+    original_kind: ClassVar[type[ImageOriginal]] = ImageOriginal
+    row_kind: ClassVar[type[ImageRow]] = ImageRow
 
     model: str
     calibration: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
-from quality.rows import Original, Row
+from quality.rows import OriginalOf, RowOf
 
 
 class ImageTestScore(BaseModel):
@@ -28,13 +28,5 @@ class ImageTestScore(BaseModel):
     device: str
 
 
-class ImageOriginal(Original):
-    """The model before compression."""
-
-    scores: dict[str, ImageTestScore]
-
-
-class ImageRow(Row):
-    """One method at one bit width."""
-
-    scores: dict[str, ImageTestScore]
+ImageOriginal = OriginalOf[ImageTestScore]
+ImageRow = RowOf[ImageTestScore]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quality.bench import Bench
 from quality.table import failures, json_text, line, listed, origins
 
 from shiftadd_cli.report.uncertainty import with_error
 from shiftadd_cli.sizes import size
+from vision.bench import ImageBench
 from vision.rows import ImageRow, ImageTestScore
 
 _SCORES = (
@@ -22,7 +22,7 @@ _SCORES = (
 )
 
 
-def as_json(bench: Bench) -> str:
+def as_json(bench: ImageBench) -> str:
     """Conditions, the original, all rows and what failed."""
     conditions = bench.conditions
     document: dict[str, Any] = {
@@ -41,7 +41,7 @@ def as_json(bench: Bench) -> str:
     return json_text(document)
 
 
-def as_markdown(bench: Bench) -> str:
+def as_markdown(bench: ImageBench) -> str:
     """The original, a line per row, and below it everything the numbers depend on."""
     name, rows = bench.conditions.test_name, bench.ordered_rows()
     originals = [bench.original.scores[name]] if bench.original else []
@@ -70,7 +70,7 @@ def _cells(score: ImageTestScore, shown: list[tuple[str, str, int, int]]) -> lis
     return found
 
 
-def _notes(bench: Bench, rows: list[ImageRow]) -> list[str]:
+def _notes(bench: ImageBench, rows: list[ImageRow]) -> list[str]:
     conditions = bench.conditions
     notes = [
         f"Model: {Path(conditions.model).name} (fingerprint {conditions.model_fingerprint[:16]})"

@@ -110,7 +110,7 @@ def _replace_tables(dense: PreTrainedModel, tensors: dict[str, torch.Tensor]) ->
         codes, scale = encode_table(weight, name)
         tensors |= {f"{name}.weight_int8": codes, f"{name}.weight_int8_scale": scale}
         held[name] = (codes.shape[0], codes.shape[1])
-        module.weight.data.copy_(decode_table(codes, scale))
+        module.get_parameter("weight").data.copy_(decode_table(codes, scale))
     return held
 
 

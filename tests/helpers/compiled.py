@@ -19,7 +19,8 @@ needs_kernels = pytest.mark.skipif(cpu_extension() is None, reason="installed wi
 def supported_layouts(draw: st.DrawFn) -> PackedLayout:
     """Layouts of all bits, formats and ragged sizes, several stripes of rows and several chunks of columns."""
     columns = draw(st.integers(1, 40) | st.integers(100, 330))
-    group = draw(st.sampled_from([16, 20, 32, 64, 100, 128, "all"]))
+    groups: list[int | str] = [16, 20, 32, 64, 100, 128, "all"]
+    group = draw(st.sampled_from(groups))
     grid = ScaleGrid.resolve(draw(st.integers(1, 40) | st.integers(120, 300)), columns, draw(st.integers(1, 9)), group)
     layout = layout_on(
         grid,

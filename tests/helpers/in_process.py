@@ -21,7 +21,7 @@ def in_process(
     commands: list[list[str]] = []
 
     def run(command: list[str], *, stdout: BinaryIO, **_: Any) -> subprocess.CompletedProcess[bytes]:
-        _, option, module, *rest = command
+        option, module, *rest = command[1:]
         assert option == "-m"
         commands.append([module, *rest])
         if module != "shiftadd_cli":

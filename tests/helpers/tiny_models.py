@@ -245,7 +245,9 @@ def save_tiny_gguf(
                 weight = weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
         stored = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
         packed = gguf.quantize(np.ascontiguousarray(weight), stored)
-        writer.add_tensor(names.get_name(name, (".weight",)), packed, raw_dtype=stored)
+        known = names.get_name(name, (".weight",))
+        assert known is not None, name
+        writer.add_tensor(known, packed, raw_dtype=stored)
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, np.asarray(array, dtype=np.float32), raw_dtype=gguf.GGMLQuantizationType.F32)
     for key, value in (metadata or {}).items():

@@ -1,0 +1,17 @@
+"""Filling a table of vision models, see `quality.bench`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quality.bench import Bench
+
+from vision.conditions import ImageConditions
+from vision.rows import ImageTestScore
+
+
+@dataclass
+class ImageBench(Bench[ImageTestScore]):
+    """A table of vision models, measured on images."""
+
+    conditions: ImageConditions
