@@ -105,11 +105,13 @@ def main(
             Conditions(model, calibration, samples, seq_len, seed, name_tests(tests), context, max_tokens, dtype)
             for seed in seeds
         ]
+        # The option takes whole numbers only, so none of them is the word of a shift.
+        checked = Recipe.load("equal-bits", {"candidates": candidates}).candidates
         bench = Allocations(
             conditions,
             methods[0],
             budgets,
-            Recipe.load("equal-bits", {"candidates": candidates}).candidates,
+            tuple(bits for bits in checked if isinstance(bits, int)),
             sample_blocks,
             sample_bits,
             work,

@@ -108,8 +108,8 @@ def main(
             written = write_model(model, count, width)
             for recipe in recipes:
                 out = place / f"{model.name}-{recipe}"
-                command = [sys.executable, "-m", "shiftadd_cli", "quantize", str(model), "-o", str(out), "--recipe", recipe]
-                command += ["--samples", str(samples), "--seq-len", str(seq_len)]
+                command = [sys.executable, "-m", "shiftadd_cli", "quantize", str(model), "-o", str(out)]
+                command += ["--recipe", recipe, "--samples", str(samples), "--seq-len", str(seq_len)]
                 command += ["--max-memory", max_memory] if max_memory else []
                 run(command, check=True, stdout=sys.stderr)
                 report = json.loads((out / "report.json").read_text())
