@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection
 from importlib import import_module
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -113,17 +112,17 @@ class _Group(click.Group):
 
 
 def _with_flags(message: str, ctx: click.Context) -> str:
-    """The error message with fields replaced by command-line flags: `seq_len` becomes --seq-len, `seq_len=64` becomes
+    """The text of an error with flags in place of fields: `seq_len` becomes --seq-len, `seq_len=64` becomes
     --seq-len 64, and `resume=False` becomes --no-resume."""
     assert isinstance(ctx.command, click.Group), "the group of verbs"
-    command = ctx.command.get_command(ctx, ctx.invoked_subcommand or "")
-    options = [option for option in command.params if isinstance(option, click.Option)] if command is not None else []
-    # The fix may be an option of another verb or of the recipe.
-    names = {name.removeprefix("--").replace("-", "_") for option in options for name in option.opts}
+    # An option of another verb may be the cure.
+    verbs = filter(None, (ctx.command.get_command(ctx, verb) for verb in VERBS))
+    options = [option for verb in verbs for option in verb.params if isinstance(option, click.Option)]
+    fields = {name.removeprefix("--").replace("-", "_") for option in options for name in option.opts}
 
     def flag(match: re.Match[str]) -> str:
         field, value = match["field"], match["value"]
-        if field not in names and field not in _fields():
+        if field not in fields:
             return match[0]
         text = field.replace("_", "-")
         if value == "False":
@@ -131,12 +130,6 @@ def _with_flags(message: str, ctx: click.Context) -> str:
         return f"--{text}" if value in (None, "True") else f"--{text} {value}"
 
     return _FIELD.sub(flag, message)
-
-
-def _fields() -> Collection[str]:
-    from shiftadd_cli.recipe import Recipe
-
-    return Recipe.model_fields
 
 
 def _prepare_streams() -> None:

@@ -44,7 +44,7 @@ def test_faults_are_one_line(folder: Path, tmp_path: Path) -> None:
     for arguments, part in (
         ((folder, "-o", tmp_path / "out", "--format", "dense", "--dtype", "q8_0"), "--format gguf"),
         ((original, "-o", tmp_path / "out", "--format", "dense"), "not compressed by shiftadd"),
-        ((tmp_path / "absent", "-o", tmp_path / "out", "--format", "gguf"), "no folder"),
+        ((tmp_path / "absent", "-o", tmp_path / "out", "--format", "gguf"), "is not a folder"),
         ((folder, "-o", original, "--format", "dense"), "not empty"),
     ):
         result = export(*arguments)

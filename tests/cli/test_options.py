@@ -259,7 +259,7 @@ def test_code_runs_when_it_is_asked_to_and_never_otherwise(
     (place / MARK).unlink(missing_ok=True)
     refused = run(*arguments)
     assert refused.exit_code == 2
-    assert f"runs only with {TRUST} (in Python: trust_remote_code=True)." in refused.output
+    assert f"runs only with {TRUST}." in refused.output
     assert not (place / MARK).exists()
     taken = run(*arguments, TRUST)
     assert taken.exit_code == 0, taken.output
@@ -302,5 +302,5 @@ def test_other_verbs_say_what_else_a_model_of_its_own_code_cannot(place: Path, m
     monkeypatch.chdir(place)
     refused = run("export", "out", "-o", "gguf", "--format", "gguf", TRUST)
     assert refused.exit_code == 2
-    assert "Models of type mine-alone cannot be written as GGUF" in refused.output
+    assert "Models of type mine-alone cannot be exported to GGUF" in refused.output
     assert run("inspect", "out", "--verify").exit_code == 0
