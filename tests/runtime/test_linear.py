@@ -43,7 +43,7 @@ def layout(
 def slow_decode(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     """The matrix in float64, one weight at a time, and the sum of the absolute values of its terms."""
     lay, stored = weight.layout, {name: each.tolist() for name, each in weight.tensors.items()}
-    nibbles = {"pot": 1, "apot2": 2, "apot3": 3, "float": 0}[lay.scale_format]
+    nibbles = {"pot": 1, "apot2": 2, "apot3": 3, "float": 0}[lay.scales.scale_format]
 
     def nibble(row: list[int], index: int) -> int:
         return row[index // 2] >> 4 * (index % 2) & 15
@@ -63,7 +63,7 @@ def slow_decode(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
         return value
 
     def offset(r: int, c: int) -> float:
-        if not lay.offset:
+        if not lay.scales.offset:
             return 0.0
         if not nibbles:
             return stored["weight_offset"][r][c]
@@ -73,7 +73,7 @@ def slow_decode(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     values = torch.zeros(lay.grid.rows, lay.grid.columns, dtype=torch.float64)
     sizes = torch.zeros_like(values)
     for o in range(lay.grid.rows):
-        row_scale = stored["weight_row_scale"][o if lay.row_scale else 0]
+        row_scale = stored["weight_row_scale"][o if lay.scales.row_scale else 0]
         for i in range(lay.grid.columns):
             r, c = o // lay.grid.group_rows, i // lay.grid.group_columns
             terms = [offset(r, c)]
