@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
         (SCALE, None, f"lacks the tensor {SCALE}"),
         ("model.decoder.layers.0.fc1.bias", None, r"lacks the tensor model\.decoder\.layers\.0\.fc1\.bias"),
         ("model.decoder.final_layer_norm.weight", None, r"lacks the tensor model\.decoder\.final_layer_norm\.weight"),
-        (CODES, torch.zeros(92, 3, 6, dtype=torch.uint8), rf"{CODES} .* \[92, 3, 6\], and .* \[92, 3, 5\]"),
+        (CODES, torch.zeros(92, 3, 6, dtype=torch.uint8), rf"{CODES} .* \[92, 3, 6\], but .* \[92, 3, 5\]"),
         (CODES, torch.zeros(92, 3, 5), f"{CODES} .* is torch.float32, and the format says torch.uint8"),
         (SCALE, torch.ones(40), f"{SCALE} .* is torch.float32, and the format says torch.bfloat16"),
         ("model.decoder.final_layer_norm.weight", torch.ones(41), r"final_layer_norm\.weight .* \[41\]"),
