@@ -28,7 +28,7 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool, expected_by
     if source is not None:
         _check_apart(out, target, source)
     if target.exists() and not target.is_dir():
-        raise OutputError(f"{out} is a file; give -o a folder that does not exist yet.")
+        raise OutputError(f"{out} is a file; give a folder that does not exist yet.")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise OutputError(f"{out} exists and is not empty; add `overwrite=True` to replace it.")
