@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import re
 import sys
 import traceback
 from importlib import import_module
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from shiftadd_cli.cli.flags import with_flags
 from shiftadd_cli.cli.talking import add_talk_options
 from shiftadd_cli.distributed.launch import launched_size, speaks
 from shiftadd_cli.errors import Interrupted, ShiftaddError
@@ -38,9 +38,6 @@ VERBS = (
     "export",
     "push",
 )
-
-# A field name, or `field=value`, as it appears in error messages.
-_FIELD = re.compile(r"`(?P<field>[a-z_]+)(?:=(?P<value>[^`]*))?`")
 
 _CURES = {
     errno.ENOSPC: "the disk is full; free some space, or write to another disk",
@@ -94,7 +91,7 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except ShiftaddError as failure:
             _trace()
-            raise _Curable(_with_flags(str(failure), ctx), failure.exit_code) from failure
+            raise _Curable(with_flags(str(failure), _all_fields(ctx)), failure.exit_code) from failure
         except OSError as failure:
             if failure.errno not in _CURES:
                 raise
@@ -111,25 +108,12 @@ class _Group(click.Group):
             ctx.exit(130)
 
 
-def _with_flags(message: str, ctx: click.Context) -> str:
-    """The text of an error with flags in place of fields: `seq_len` becomes --seq-len, `seq_len=64` becomes
-    --seq-len 64, and `resume=False` becomes --no-resume."""
+def _all_fields(ctx: click.Context) -> set[str]:
+    """Options of all verbs as fields: the fix of an error may be an option of another verb."""
     assert isinstance(ctx.command, click.Group), "the group of verbs"
-    # An option of another verb may be the cure.
     verbs = filter(None, (ctx.command.get_command(ctx, verb) for verb in VERBS))
     options = [option for verb in verbs for option in verb.params if isinstance(option, click.Option)]
-    fields = {name.removeprefix("--").replace("-", "_") for option in options for name in option.opts}
-
-    def flag(match: re.Match[str]) -> str:
-        field, value = match["field"], match["value"]
-        if field not in fields:
-            return match[0]
-        text = field.replace("_", "-")
-        if value == "False":
-            return f"--no-{text}"
-        return f"--{text}" if value in (None, "True") else f"--{text} {value}"
-
-    return _FIELD.sub(flag, message)
+    return {name.removeprefix("--").replace("-", "_") for option in options for name in option.opts}
 
 
 def _prepare_streams() -> None:

@@ -6,12 +6,14 @@ import textwrap
 
 from shiftadd_cli.artifact.contents import alike
 from shiftadd_cli.bcq.choices import choices_in_words
+from shiftadd_cli.cli.flags import with_flags
 from shiftadd_cli.cli.summary import table
 from shiftadd_cli.data import text_builtin
 from shiftadd_cli.data.images import images_remark
 from shiftadd_cli.data.mixture import parse_mixture
 from shiftadd_cli.device import dtype_name
 from shiftadd_cli.pipeline.plan import Plan
+from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.sizes import size
 from shiftadd_cli.source.positions import position_limit
 
@@ -75,7 +77,7 @@ def _calibration(plan: Plan) -> list[str]:
     lines = [f"Calibration   {recipe.calibration}, {_samples(plan)}"]
     if plan.source.reads_images:
         remark = images_remark(recipe.calibration, plan.source.config)
-        return [*lines, *([] if remark is None else _wrapped("Note", remark))]
+        return [*lines, *([] if remark is None else _wrapped("Note", with_flags(remark, Recipe.model_fields)))]
     if plan.not_written is not None:
         lines += _wrapped("Warning", f"the model does not write its own calibration text: {plan.not_written}")
     if any(part.spec == text_builtin.NAME for part in parse_mixture(recipe.calibration)):

@@ -91,12 +91,12 @@ def images_remark(spec: str, config: Any) -> str | None:
         kind, cure = ("digits", images_builtin.NAME) if digits else ("photographs", "FOLDER")
         return (
             f"The images are random shapes, not {kind}; a model of {kind} is better calibrated on {kind}: give "
-            f"`calibration` {cure}."
+            f"`calibration={cure}`."
         )
     if spec == images_builtin.NAME and not digits:
         return (
             "The built-in images are handwritten digits; a model of photographs is better calibrated on photographs, "
-            f"or without any, on random shapes: give `calibration=FOLDER` or `calibration` {images_noise.NAME}."
+            f"or without any, on random shapes: give `calibration=FOLDER` or `calibration={images_noise.NAME}`."
         )
     return None
 

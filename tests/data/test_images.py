@@ -97,7 +97,7 @@ def test_a_model_of_digits_is_known_by_its_classes_and_served_by_the_digits(mode
     assert len(load_images("self", split="calibration", config=config)) == 1297
     assert images_remark("builtin", config) is None
     assert "handwritten digits" in images_remark("self", config)
-    assert "--calibration builtin" in images_remark("noise", config)
+    assert "`calibration=builtin`" in images_remark("noise", config)
 
 
 @pytest.mark.parametrize("model", MODELS_OF_PHOTOGRAPHS)
@@ -107,8 +107,8 @@ def test_any_other_model_is_served_by_noise_and_told_that_photographs_are_better
     noise = load_images("noise", split="calibration")
     assert load_images("self", split="calibration", config=config).fingerprint == noise.fingerprint
     assert images_remark("self", config) == images_remark("noise", config)
-    assert "--calibration FOLDER" in images_remark("noise", config)
-    assert re.search("digits.*--calibration FOLDER or --calibration noise", images_remark("builtin", config))
+    assert "`calibration=FOLDER`" in images_remark("noise", config)
+    assert re.search("digits.*`calibration=FOLDER` or `calibration=noise`", images_remark("builtin", config))
 
 
 def test_nothing_is_remarked_of_pictures_of_the_users_own(tmp_path):
