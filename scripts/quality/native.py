@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from shiftadd_cli.bcq.choices import PLANES
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.recipe import Recipe
 
@@ -17,6 +18,7 @@ def is_uniform(recipe: Recipe) -> bool:
         and recipe.scale_format == "float"
         and recipe.refine_rounds == 0
         and not recipe.row_scale
+        and recipe.primitive == PLANES
         and recipe.avg_bits is None
         and recipe.bit_plan is None
     )

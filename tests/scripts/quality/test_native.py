@@ -30,3 +30,7 @@ def test_other_grids_have_no_other_form(name: str) -> None:
 
 def test_a_grid_that_is_refined_is_uniform_no_more() -> None:
     assert native_bits(SHAPES, Recipe.load("gptq", {"refine_rounds": 1})) is None
+
+
+def test_shift_layers_have_no_uniform_grid() -> None:
+    assert native_bits(SHAPES, Recipe.load("rtn", {"primitive": "shift2", "bits": 4})) is None
