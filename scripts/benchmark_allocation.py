@@ -22,7 +22,7 @@ from quality.methods import parse_methods
 from quality.options import POSITIVE, comparison_options, show_table
 
 from shiftadd_cli.allocation.sensitivity import SensitivityKind
-from shiftadd_cli.cli.flags import with_flags
+from shiftadd_cli.cli.flags import usage_error
 from shiftadd_cli.errors import RecipeError, ShiftaddError
 from shiftadd_cli.recipe import Recipe
 
@@ -123,8 +123,7 @@ def main(
         )
         show_table(bench, work, as_json, as_markdown)
     except ShiftaddError as error:
-        fields = {option.name or "" for option in click.get_current_context().command.params}
-        raise click.UsageError(with_flags(str(error), fields)) from error
+        raise usage_error(error) from error
     if bench.bench.failed:
         sys.exit(1)
 

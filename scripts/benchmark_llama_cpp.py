@@ -27,7 +27,7 @@ import torch
 
 from shiftadd_cli.benchmark.timing import Clock, Spread, interleave
 from shiftadd_cli.benchmark.work import time_generation
-from shiftadd_cli.cli.flags import with_flags
+from shiftadd_cli.cli.flags import usage_error
 from shiftadd_cli.cli.summary import table
 from shiftadd_cli.device import choose_device, use_threads
 from shiftadd_cli.errors import ShiftaddError
@@ -120,8 +120,7 @@ def main(
             turns |= {(count, gguf.name): partial(llama_cpp, program, gguf, work) for gguf in files}
         found = interleave(turns, rounds, desc="Measuring")
     except ShiftaddError as error:
-        fields = {option.name or "" for option in click.get_current_context().command.params}
-        raise click.UsageError(with_flags(str(error), fields)) from error
+        raise usage_error(error) from error
     bytes_of = {loaded.info.spec: loaded.info.file_bytes} | {each.name: each.stat().st_size for each in files}
     header = ("model", "size", "threads", "writing, tokens/s", "reading, tokens/s", "ours to it, writing", "reading")
     rows = []

@@ -24,7 +24,7 @@ from quality.options import Widths, comparison_options, show_table
 from quality.peers import PEERS
 from quality.table import as_json, as_markdown
 
-from shiftadd_cli.cli.flags import with_flags
+from shiftadd_cli.cli.flags import usage_error
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.recipe_file import packaged_names
 
@@ -72,8 +72,7 @@ def main(
         bench = TextBench(conditions, cells, work, together, keep_artifacts, lambda line: click.echo(line, err=True))
         show_table(bench, work, as_json, as_markdown)
     except ShiftaddError as error:
-        fields = {option.name or "" for option in click.get_current_context().command.params}
-        raise click.UsageError(with_flags(str(error), fields)) from error
+        raise usage_error(error) from error
     if bench.failed:
         sys.exit(1)
 

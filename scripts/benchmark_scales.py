@@ -29,7 +29,7 @@ from shiftadd_cli.bcq.choices import PLANES, Choice, Primitive, parse_choice, pa
 from shiftadd_cli.bcq.solver import SolverOptions, quantize_matrices
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
-from shiftadd_cli.cli.flags import with_flags
+from shiftadd_cli.cli.flags import usage_error
 from shiftadd_cli.cli.summary import table
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.pipeline.calibration import draw_calibration
@@ -192,8 +192,7 @@ def main(
             Recipe.load("equal-bits", fields | asdict(form))
         rows = measure_forms(model, recipe, forms, [int(block) for block in _words(blocks)])
     except (ShiftaddError, ValueError) as error:
-        fields = {option.name or "" for option in click.get_current_context().command.params}
-        raise click.UsageError(with_flags(str(error), fields)) from error
+        raise usage_error(error) from error
     work.mkdir(parents=True, exist_ok=True)
     (work / "scales.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
     (work / "scales.txt").write_text(as_table(rows) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from vision.bench import ImageBench
 from vision.conditions import ImageConditions
 from vision.table import as_json, as_markdown
 
-from shiftadd_cli.cli.flags import with_flags
+from shiftadd_cli.cli.flags import usage_error
 from shiftadd_cli.cli.options import dtype_option
 from shiftadd_cli.errors import ShiftaddError
 
@@ -61,8 +61,7 @@ def main(
         bench = ImageBench(conditions, cells, work, say=lambda line: click.echo(line, err=True))
         show_table(bench, work, as_json, as_markdown)
     except ShiftaddError as error:
-        fields = {option.name or "" for option in click.get_current_context().command.params}
-        raise click.UsageError(with_flags(str(error), fields)) from error
+        raise usage_error(error) from error
     if bench.failed:
         sys.exit(1)
 

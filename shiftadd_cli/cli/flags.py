@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+import click
+
 # A field name, or `field=value`, as messages show them.
 _FIELD = re.compile(r"`(?P<field>[a-z_]+)(?:=(?P<value>[^`]*))?`")
 
@@ -23,3 +25,9 @@ def with_flags(message: str, fields: Collection[str]) -> str:
         return f"--{text}" if value in (None, "True") else f"--{text} {value}"
 
     return _FIELD.sub(flag, message)
+
+
+def usage_error(error: Exception) -> click.UsageError:
+    """The error of a command that runs, with flags in place of its options."""
+    fields = {option.name or "" for option in click.get_current_context().command.params}
+    return click.UsageError(with_flags(str(error), fields))
