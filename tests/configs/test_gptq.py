@@ -69,7 +69,7 @@ def on_half_precision_grids(rows: int, columns: int, group_size: int, bits: int)
 
 
 def options(bits: int, group_size: int) -> SolverOptions:
-    return Recipe.load("gptq", {"bits": bits, "group_size": group_size}.solver_options)
+    return Recipe.load("gptq", {"bits": bits, "group_size": group_size}).solver_options
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -96,7 +96,7 @@ def test_tuning_that_leaves_the_finite_numbers_loses_nothing(tmp_path, text, mon
     assert not report.distillation.kept
     assert report.distillation.divergence_after is None
     assert "tuning made it worse" in summarize(report, "out")
-    assert "not kept" in (tmp_path / "out" / "report.html").read_text()
+    assert "made it worse and was undone" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_blocks_that_do_not_stay_decoded_change_nothing(tmp_path, text, monkeypatch):

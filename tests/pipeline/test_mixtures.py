@@ -147,7 +147,7 @@ def test_experts_that_read_too_few_tokens_are_fitted_by_weights_alone_and_named(
     packed = load(tmp_path / "out")
     source = open_source(str(mixtral))
     source.materialise([""])
-    options = Recipe.load("equal-bits", fields.solver_options).without_data()
+    options = Recipe.load("equal-bits", fields).solver_options.without_data()
     for layer in report.layers:
         if layer.name in starved:
             assert layer.output_error is None
