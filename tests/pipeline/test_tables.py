@@ -158,9 +158,9 @@ def test_calibration_sees_the_decoded_embedding(tmp_path, family, monkeypatch):
     seen = []
     plain = walk_module.trace_model
 
-    def spy(source, *rest, **options):
-        seen.append(source.skeleton().get_input_embeddings().weight.detach().clone())
-        return plain(source, *rest, **options)
+    def spy(model, *rest, **options):
+        seen.append(model.skeleton.get_input_embeddings().weight.detach().clone())
+        return plain(model, *rest, **options)
 
     monkeypatch.setattr(walk_module, "trace_model", spy)
     quantize(tmp_path / "source", tmp_path / "out", "default")
