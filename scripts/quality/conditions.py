@@ -182,6 +182,8 @@ def recipe_settings(recipe: Recipe) -> dict[str, Any]:
     written = written_by_model(recipe)
     unused = {"calibration", *(() if written else ("writing_length", "writing_temperature", "writing_min_p"))}
     fields = recipe.model_dump(mode="json", exclude=unused)
+    # Rows keep their names: where layers have bits of their own, recipes once had 3 here.
+    fields["bits"] = recipe.bits or 3
     return {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
 
 
