@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -299,8 +300,7 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
     @property
     def solver_options(self) -> SolverOptions:
         """The options of the solver, for matrices stored as the common choice of all layers."""
-        fields = {name: getattr(self, name) for name in FitOptions.model_fields}
-        return SolverOptions(format=self.at(self.choice), **fields)
+        return SolverOptions(format=self.at(self.choice), **self.values(FitOptions))
 
     @property
     def follows_original(self) -> bool:
@@ -336,13 +336,20 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
         path = configs_folder() / f"{name_or_path}.yaml" if packaged else Path(name_or_path)
         if not packaged and not path.exists():
             raise RecipeError(_no_such_recipe(name_or_path))
-        fields = read_mapping(path)
-        usual = read_mapping(configs_folder() / "default.yaml")
-        return _build(_on_top(usual, fields), overrides or {}, f"Recipe {path}", given=() if packaged else fields)
+        # Every command reads `default` for its help texts, so it is read once.
+        fields = {} if packaged and name_or_path == "default" else read_mapping(path)
+        usual = _on_top(_default_fields(), fields)
+        return _build(usual, overrides or {}, f"Recipe {path}", given=() if packaged else fields)
 
     def changed(self, fields: dict[str, Any]) -> Recipe:
         """This recipe with some fields changed, by the same rules as the `overrides` of `load`."""
         return _build(self.model_dump(), fields, "The recipe", given=self.model_fields_set)
+
+
+@cache
+def _default_fields() -> Mapping[str, Any]:
+    """The fields of `default`, which every other recipe starts from."""
+    return read_mapping(configs_folder() / "default.yaml")
 
 
 def nearest_recipe(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

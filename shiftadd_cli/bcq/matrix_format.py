@@ -25,14 +25,18 @@ class OptionFields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    def values(self, kind: type[OptionFields]) -> dict[str, Any]:
+        """The values of the fields that `kind`, the class of these options or one of its bases, defines."""
+        assert isinstance(self, kind), f"{kind.__name__} is not a base class of {type(self).__name__}"
+        return {name: getattr(self, name) for name in kind.model_fields}
+
     def part(self, kind: type[_Fields]) -> _Fields:
-        """The fields of these options that `kind`, one of their base classes, defines."""
-        assert issubclass(type(self), kind), f"{kind.__name__} is not a base class of {type(self).__name__}"
-        return kind(**{name: getattr(self, name) for name in kind.model_fields})
+        """These options as `kind`, one of their base classes."""
+        return kind(**self.values(kind))
 
     def replaced(self: _Fields, **fields: Any) -> _Fields:
         """The same options with new values for some fields. Raises pydantic's ValidationError."""
-        return type(self)(**({name: getattr(self, name) for name in type(self).model_fields} | fields))
+        return type(self)(**(self.values(type(self)) | fields))
 
 
 class MatrixStorage(OptionFields):
@@ -82,8 +86,7 @@ class MatrixStorage(OptionFields):
     def at(self, choice: Choice) -> MatrixFormat:
         """The format of a matrix stored as `choice`."""
         primitive, bits = parts_of_choice(choice)
-        fields = {name: getattr(self, name) for name in MatrixStorage.model_fields}
-        return MatrixFormat(primitive=primitive, bits=bits, **fields)
+        return MatrixFormat(primitive=primitive, bits=bits, **self.values(MatrixStorage))
 
 
 class MatrixFormat(MatrixStorage):
