@@ -69,7 +69,7 @@ class PackedLayout:
         """Whether the matrix multiplies rotated inputs."""
         return self.format.rotation == "hadamard"
 
-    @property
+    @cached_property
     def outliers(self) -> int:
         """Number of outlier columns."""
         return outlier_count(self.columns, self.format.outlier_columns)

@@ -73,7 +73,7 @@ class PackedLinear(StoredWeight):
         self._arranged: CpuWeight | None = None
         self._on_gpu: TritonWeight | None = None
         self._rotation: Tensor | None = None
-        self._stand_for(tuple(layout.tensors()), (layout.grid.rows, layout.grid.columns), dtype)
+        self._stand_for(tuple(layout.tensors()), (layout.rows, layout.columns), dtype)
         for suffix, (shape, kind) in layout.tensors().items():
             empty = torch.zeros(shape, dtype=kind, device=device)
             self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
@@ -99,11 +99,11 @@ class PackedLinear(StoredWeight):
 
     @property
     def in_features(self) -> int:
-        return self.layout.grid.columns
+        return self.layout.columns
 
     @property
     def out_features(self) -> int:
-        return self.layout.grid.rows
+        return self.layout.rows
 
     def packed(self) -> QuantizedWeight:
         """The compressed matrix; shares memory with the parameters, except for planes that `prepare` rearranged."""
