@@ -160,6 +160,33 @@ class RunSizes:
         """Weights of a loss-aware Hessian."""
         return token_weight_bytes(self.recipe, self.flow, self.structure.linears) if self.recipe.loss_aware else 0
 
+    @cached_property
+    def solving(self) -> int:
+        """One block with the moments of its inputs, and a batch, the solver's copies or the tuning of the block."""
+        recipe, linears = self.recipe, self.structure.linears
+        # Width and rows of the linears that read one input, by block; a block may have none left.
+        inputs = [
+            [(key[2], rows) for key, rows in self.tall.items() if key[0] == depth] for depth in range(len(self.blocks))
+        ]
+        squares = [[width**2 for width, _ in block] for block in inputs]
+        gathered = max(max(block, default=0) if recipe.true_sequential else sum(block) for block in squares)
+        moments = 4 * (2 if recipe.asymmetric else 1) * gathered
+        if recipe.true_sequential:
+            # Those of experts side by side.
+            moments = max(moments, min(_expert_bytes(linears, cross=bool(recipe.asymmetric)), ROOM_BYTES) // COPIES)
+        # A batch's inputs in the original, as they are read and in float32.
+        itemsize = self.source.dtype.itemsize
+        recalled = recipe.batch_size * (itemsize + 4) * self.inputs if recipe.asymmetric else 0
+        # Sums of a shard, of all shards, and in the end the moments themselves.
+        gathering = max(2 * moments + self.activations + recalled, 3 * moments)
+        tuning = 0
+        if recipe.reconstruct_epochs:
+            weights = max(sum(width * rows for width, rows in block) for block in inputs)
+            tuning = _TUNING_BYTES * weights + _TUNING_ACTIVATIONS * self.activations
+        # Asymmetric calibration and reconstruction keep the block again as it is in the original.
+        blocks = versions_kept(recipe) * self.block
+        return max(self.reading, blocks + max(gathering, moments + self.solver, tuning))
+
 
 def starting(sizes: RunSizes) -> int:
     """Embeddings and one block while the inputs of the first block are made, and gradients where the loss counts."""
@@ -171,39 +198,17 @@ def starting(sizes: RunSizes) -> int:
 
 
 def quantizing(sizes: RunSizes) -> int:
-    """One block with the moments of its inputs, and a batch, the solver's copies or the tuning of the block."""
-    recipe, linears = sizes.recipe, sizes.structure.linears
-    # Width and rows of the linears that read one input, by block; a block may have none left.
-    inputs = [
-        [(key[2], rows) for key, rows in sizes.tall.items() if key[0] == depth] for depth in range(len(sizes.blocks))
-    ]
-    squares = [[width**2 for width, _ in block] for block in inputs]
-    gathered = max(max(block, default=0) if recipe.true_sequential else sum(block) for block in squares)
-    moments = 4 * (2 if recipe.asymmetric else 1) * gathered
-    if recipe.true_sequential:
-        # Those of experts side by side.
-        moments = max(moments, min(_expert_bytes(linears, cross=bool(recipe.asymmetric)), ROOM_BYTES) // COPIES)
-    # A batch's inputs in the original, as they are read and in float32.
-    itemsize = sizes.source.dtype.itemsize
-    recalled = recipe.batch_size * (itemsize + 4) * sizes.inputs if recipe.asymmetric else 0
-    # Sums of a shard, of all shards, and in the end the moments themselves.
-    gathering = max(2 * moments + sizes.activations + recalled, 3 * moments)
-    tuning = 0
-    if recipe.reconstruct_epochs:
-        weights = max(sum(width * rows for width, rows in block) for block in inputs)
-        tuning = _TUNING_BYTES * weights + _TUNING_ACTIVATIONS * sizes.activations
-    # Asymmetric calibration and reconstruction keep the block again as it is in the original.
-    blocks = versions_kept(recipe) * sizes.block
-    return max(sizes.reading, blocks + max(gathering, moments + sizes.solver, tuning)) + sizes.token_weights
+    """One block and its solver, and the weights of tokens."""
+    return sizes.solving + sizes.token_weights
 
 
 def choosing_bits(sizes: RunSizes) -> int:
-    """Sensitivities: what quantizing takes, hidden states in memory, and block inputs for gradients."""
+    """Sensitivities: one block and its solver, hidden states in memory, and block inputs for gradients."""
     if sizes.recipe.avg_bits is None:
         return 0
     probed = sizes.hidden / gradient_stride(sizes.recipe.samples, max(sizes.flow.tokens))
     gradients = min(GRADIENT_BYTES, len(sizes.blocks) * probed)
-    return int(sizes.outside + quantizing(sizes) - sizes.token_weights + sizes.hidden + gradients)
+    return int(sizes.outside + sizes.solving + sizes.hidden + gradients)
 
 
 def distilling(sizes: RunSizes) -> int:
