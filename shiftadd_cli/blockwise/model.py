@@ -65,12 +65,17 @@ class BlockwiseModel:
             finally:
                 self.release(depth)
 
-    @contextmanager
-    def outside(self, more: Sequence[str] = ()) -> Iterator[None]:
-        """Keep the parts outside the blocks, and those named in `more`, on the device within the context."""
+    def load_outside(self, more: Sequence[str] = ()) -> list[str]:
+        """Load the parts outside the blocks, and those named in `more`, on the device; returns the names of all."""
         names = [*self.structure.outside, *more]
         self.source.materialise(names)
         move_parts(self.skeleton, names, self.device)
+        return names
+
+    @contextmanager
+    def outside(self, more: Sequence[str] = ()) -> Iterator[None]:
+        """Keep the parts of `load_outside` on the device within the context."""
+        names = self.load_outside(more)
         try:
             yield
         finally:

@@ -8,7 +8,6 @@ token in float32 and by 1.4e-3 in bfloat16, where noise of 10% should move them 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -39,8 +38,7 @@ class ProbeModel:
         """
         self.model = model.at(torch.float32)
         self._device, self._batch_size = model.device, batch_size
-        self._outside = ExitStack()
-        self._outside.enter_context(self.model.outside())
+        self.model.load_outside()
         trace = trace_model(self.model, samples, batch_size)
         self._calls = trace.calls
         self._head = Head(self.model, trace.forms, samples)
