@@ -94,7 +94,7 @@ class Row:
 def packed_call(weight: QuantizedWeight, fast: bool, kernels: str) -> tuple[Callable[[Tensor], Tensor], int]:
     """A call of the compressed layer, and the bytes it reads of the weight."""
     packed, layout = CpuWeight.pack(weight), weight.layout
-    size = sum(each.nbytes for each in packed.tensors().values() if each is not None)
+    size = sum(tensor.nbytes for tensor in packed.tensors().values() if tensor is not None)
     call = partial(
         ops.lookup_linear,
         words=packed.words,

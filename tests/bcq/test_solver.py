@@ -104,7 +104,7 @@ def test_rotation_spreads_outliers() -> None:
     # Heavy tails: a few weights in every group are many times the others.
     weights *= torch.exp(1.5 * torch.randn(weights.shape, generator=generator(1)))
     options = changed(QUICK, group_size="all")
-    plain, rotated = (solve(weights, hessian, changed(options, rotation=each)) for each in ("none", "hadamard"))
+    plain, rotated = (solve(weights, hessian, changed(options, rotation=rotation)) for rotation in ("none", "hadamard"))
     assert objective_value(weights, rotated, hessian, options) < 0.7 * objective_value(weights, plain, hessian, options)
 
 

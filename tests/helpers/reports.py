@@ -109,7 +109,7 @@ def sample_cost() -> Cost:
     """Costs of a tiny Llama."""
     model = tiny_model("llama")
     layouts = {
-        each.name: PackedLayout(COMMON, each.out_features, each.in_features) for each in find_structure(model).linears
+        spec.name: PackedLayout(COMMON, spec.out_features, spec.in_features) for spec in find_structure(model).linears
     }
     tensors = {
         f"{name}.{suffix}": shape for name, layout in layouts.items() for suffix, shape in layout.tensors().items()

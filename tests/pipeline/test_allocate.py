@@ -303,7 +303,7 @@ def test_quantize_takes_shifts_among_its_candidates(model, tmp_path):
 def test_the_smallest_and_the_largest_choice_go_by_what_they_store(model):
     """Two planes in groups of 16 columns take more than two bits of a shift layer with one scale a row."""
     job = job_for(model, bits=3.9, candidates=MIXTURE)
-    assert {each.layout.format.choice for each in job.plan_at(min).linears} == {"shift1-2"}
+    assert {linear.layout.format.choice for linear in job.plan_at(min).linears} == {"shift1-2"}
     sizes = {choice: make_plan(job.source, job.recipe, dict.fromkeys(job.allowed, choice)) for choice in MIXTURE}
     assert job.plan_at(min).quantized_bytes == min(each.quantized_bytes for each in sizes.values())
     assert job.plan_at(max).quantized_bytes == max(each.quantized_bytes for each in sizes.values())

@@ -59,7 +59,7 @@ def test_bits_of_single_layers_reach_layouts_and_format(tmp_path):
     plan = make_plan(open_source(str(tmp_path)), Recipe.load("equal-bits", {}), bits)
     assert {each.spec.name: each.layout.bits for each in plan.linears} == bits
     read = ArtifactFormat.from_dict(plan.artifact_format().to_dict())
-    assert read.modules == {each.spec.name: each.layout for each in plan.linears}
+    assert read.modules == {linear.spec.name: linear.layout for linear in plan.linears}
     weights = {each.spec.name: each.spec.out_features * each.spec.in_features for each in plan.linears}
     assert plan.planes_per_weight == sum(bits[name] * weights[name] for name in names) / sum(weights.values())
     assert plan.after_bytes == sum(torch.Size(s).numel() * d.itemsize for s, d in plan.tensors.values())

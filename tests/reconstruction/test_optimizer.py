@@ -62,7 +62,7 @@ def test_every_batch_is_on_one_side_and_neither_side_is_empty(batches):
 def test_rates_rise_to_their_own_at_most_and_fall_to_almost_nothing(steps):
     rate = rising_and_falling(steps)
     rates = [rate(step) for step in range(steps)]
-    assert all(0 < each <= 1 for each in rates)
+    assert all(0 < rate <= 1 for rate in rates)
     assert rates[-1] <= 1 / steps + 1e-12
     top = rates.index(max(rates))
     assert rates[: top + 1] == sorted(rates[: top + 1])

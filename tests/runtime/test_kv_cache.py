@@ -80,7 +80,7 @@ def test_what_does_not_go_together_is_left_to_the_cache() -> None:
     with pytest.raises(RuntimeError, match=r"[Ss]izes of tensors must match"):
         append(cache, *numbers(2, 1, 1), 0)
     # Numbers of another type are promoted, as by `torch.cat`.
-    keys, _ = append(cache, *(each.double() for each in numbers(1, 1, 1)), 0)
+    keys, _ = append(cache, *(tensor.double() for tensor in numbers(1, 1, 1)), 0)
     assert keys.dtype == torch.float64
 
 
@@ -128,7 +128,7 @@ def put(rooms: Rooms, seed: int) -> None:
     """What the kernels do: one token behind those held."""
     for place, (keys, values) in enumerate(rooms._buffers):
         fresh = keys_and_values(1, 10 * seed + place)
-        keys[:, :, rooms.tokens], values[:, :, rooms.tokens] = (each[:, :, 0] for each in fresh)
+        keys[:, :, rooms.tokens], values[:, :, rooms.tokens] = (tensor[:, :, 0] for tensor in fresh)
     rooms.tokens += 1
 
 
