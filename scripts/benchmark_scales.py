@@ -14,14 +14,12 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
 
 import click
-import torch
 from torch import Tensor
 
 from shiftadd_cli.allocation.sensitivity import walk_blocks
@@ -31,10 +29,10 @@ from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.cli.flags import usage_error
 from shiftadd_cli.cli.summary import table
+from shiftadd_cli.context import Context
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.pipeline.calibration import draw_calibration
 from shiftadd_cli.pipeline.plan import make_plan
-from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import LinearSpec, open_source
 
@@ -93,9 +91,7 @@ def unbeaten(rows: Sequence[Row]) -> set[Form]:
     return {row.form for row in rows if not any(o.stored_bits <= row.stored_bits and o.error < row.error for o in rows)}
 
 
-def measure_forms(
-    model: str, recipe: Recipe, forms: Sequence[Form], blocks: Sequence[int], show: Callable[..., Any] = block_bar
-) -> list[Row]:
+def measure_forms(model: str, recipe: Recipe, forms: Sequence[Form], blocks: Sequence[int]) -> list[Row]:
     """Rows of all forms on the linears of these blocks; raises ShiftaddError for what cannot be read."""
     plan = make_plan(open_source(model, dtype=recipe.dtype), recipe)
     calibration = draw_calibration(plan)
@@ -108,11 +104,10 @@ def measure_forms(
         blocks=plan.structure.blocks[: last + 1],
         linears=tuple(spec for spec in plan.structure.linears if spec.block <= last),
     )
-    device = torch.device("cpu")
     source, measure = plan.source, Measure(forms, blocks, recipe.solver_options)
     source.materialise(plan.structure.outside)
-    trace = trace_model(BlockwiseModel(source, plan.structure, device), calibration.samples, recipe.batch_size)
-    walk_blocks(BlockwiseModel(source, structure, device), trace, measure, progress=show)
+    trace = trace_model(BlockwiseModel(source, plan.structure), calibration.samples, recipe.batch_size)
+    walk_blocks(BlockwiseModel(source, structure, Context.of("cpu")), trace, measure)
     return measure.rows()
 
 

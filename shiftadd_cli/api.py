@@ -14,7 +14,6 @@ from shiftadd_cli.allocation.sensitivity import SensitivityKind
 from shiftadd_cli.evaluation.compare import evaluate
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.job import Job
-from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.runtime.load import load
@@ -56,7 +55,9 @@ def quantize(
             max_memory=max_memory,
             trust_remote_code=trust_remote_code,
         )
-        return job.run()
+        report = job.run()
+    assert report is not None, "this is the only process"
+    return report
 
 
 def allocate_bits(
@@ -100,7 +101,7 @@ def allocate_bits(
     settings = _settings(recipe, fields)
     request = Request(budget, settings.candidates, sensitivity, tuple(keep), tuple(tie), settings.tie_fused)
     source = open_source(model, dtype=settings.dtype, trust_remote_code=trust_remote_code)
-    return AllocationJob.prepare(source, settings, request).run(block_bar)
+    return AllocationJob.prepare(source, settings, request).run()
 
 
 def _settings(recipe: str | Recipe, fields: dict[str, Any]) -> Recipe:

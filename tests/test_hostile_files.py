@@ -35,7 +35,7 @@ from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.blockwise.stored_states import StoredStates
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.pipeline.account import PhaseClock
-from shiftadd_cli.pipeline.history import Asked, History
+from shiftadd_cli.pipeline.history import History, RunInputs
 from shiftadd_cli.pipeline.memory import resident_bytes
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import DistillationReport
@@ -94,7 +94,7 @@ def unfinished_run(folder: Path) -> Path:
     with Workspace(folder / "out") as workspace, ArtifactWriter(folder / "out", workspace=workspace) as writer:
         history = History(workspace, BLOCKS)
         recipe = recipe_of(samples=3)
-        asked = Asked(
+        inputs = RunInputs(
             recipe=recipe.model_dump(mode="json"),
             source="0",
             tokens="1",
@@ -103,7 +103,7 @@ def unfinished_run(folder: Path) -> Path:
             versions={"a": "1"},
             code="2",
         )
-        history.begin(asked)
+        history.begin(inputs)
         history.keep_bits(plan_for(model, recipe_of(group_size=16)), PhaseClock())
         writer.plan({"a": ((3,), torch.float32)})
         writer.add("a", torch.ones(3))
@@ -131,8 +131,8 @@ def distilled_run(folder: Path) -> Path:
 def look_at_run(folder: Path) -> None:
     with Workspace(folder / "out") as workspace:
         history = History(workspace, BLOCKS)
-        if history.asked is not None:
-            history.begin(history.asked)
+        if history.inputs is not None:
+            history.begin(history.inputs)
         assert history.bit_plan is None or history.bit_plan.bits
         history.states(3, 2)
         history.token_weights()

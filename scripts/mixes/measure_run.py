@@ -17,7 +17,6 @@ from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.memory import resident_bytes
-from shiftadd_cli.progress import block_bar
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source
 
@@ -30,7 +29,7 @@ def measure(model: str, recipe: Recipe, sensitivity: Any) -> dict[str, Any]:
     request = Request(_ANY, recipe.candidates, sensitivity)
     job = AllocationJob.prepare(open_source(model, dtype=recipe.dtype), recipe, request)
     start = time.monotonic()
-    found = job.measure(recipe.candidates, block_bar)
+    found = job.measure(recipe.candidates)
     return {
         "costs": found.costs,
         "shared_inputs": found.shared_inputs,

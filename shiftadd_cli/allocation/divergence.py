@@ -37,10 +37,8 @@ from shiftadd_cli.bcq.choices import Choice, choice_words
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.blockwise.forward import hooked
 from shiftadd_cli.blockwise.probe_model import ProbeModel
-from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
-from shiftadd_cli.progress import BlockProgress
-from shiftadd_cli.source import LinearSpec, Structure
+from shiftadd_cli.source import LinearSpec
 
 # Calibration windows, or images, used to measure divergences; the quantized weights are solved on all of them.
 PROBE_WINDOWS = 4
@@ -74,22 +72,20 @@ class Divergence:
     def __init__(
         self,
         replay: ProbeModel,
-        structure: Structure,
         options: SolverOptions,
         candidates: Sequence[Choice],
         *,
-        progress: BlockProgress,
         memory_bytes: int = MEMORY_BYTES,
-        team: Team = ALONE,
     ) -> None:
-        """replay: of the probe windows; memory_bytes: upper limit on the live variants, of which there is at least one;
-        team: its processes share the variants."""
-        self._replay, self._structure, self._progress = replay, structure, progress
-        self._solve = CandidateSolver(options, candidates, team)
-        self._team, self._variants = team, 0
+        """replay: of the probe windows, whose team shares the variants; memory_bytes: upper limit on the live variants,
+        of which there is at least one."""
+        self._replay, self._structure = replay, replay.model.structure
+        self._team, self._progress = replay.model.context.team, replay.model.context.progress
+        self._solve = CandidateSolver(options, candidates, self._team)
+        self._variants = 0
         self._room = max(1, memory_bytes // replay.hidden.nbytes)
         self._by_block: dict[int, list[LinearSpec]] = {}
-        for spec in structure.linears:
+        for spec in self._structure.linears:
             self._by_block.setdefault(spec.block, []).append(spec)
         # The original's states before and after the block entered last, number `_depth`.
         self._depth = -1
@@ -179,7 +175,7 @@ class Divergence:
             self._advance(ahead[name])
             self._replay.model.release(ahead[name])
         variants, self._held = self._held, []
-        divergences = self._replay.divergences(original, [variant.hidden for variant in variants], self._progress)
+        divergences = self._replay.divergences(original, [variant.hidden for variant in variants])
         for variant, divergence in zip(variants, divergences, strict=True):
             if not math.isfinite(divergence):
                 raise NumericalError(

@@ -47,7 +47,6 @@ from shiftadd_cli.calibration.gradients import squared_gradients
 from shiftadd_cli.calibration.hessian import Moments, gather_moments
 from shiftadd_cli.calibration.mixtures import Group, enough_tokens, in_room, in_turns
 from shiftadd_cli.distributed.team import ALONE, Team
-from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import LinearSpec
 
 SensitivityKind = Literal["output", "divergence", "paper"]
@@ -94,8 +93,6 @@ def measure_sensitivities(
     candidates: Sequence[Choice],
     *,
     seed: int,
-    progress: BlockProgress,
-    team: Team = ALONE,
 ) -> Sensitivities:
     """Sensitivities of every linear of the model at each of `candidates`.
 
@@ -107,21 +104,21 @@ def measure_sensitivities(
     """
     if kind == "paper":
         paper = PaperCriterion(candidates)
-        return walk_blocks(model, trace, paper, progress=progress, team=team)
+        return walk_blocks(model, trace, paper)
     if kind == "divergence":
         replay = ProbeModel(model, probe_samples(samples), len(trace.hidden[0]))
-        divergence = Divergence(replay, model.structure, options, candidates, progress=progress, team=team)
-        result = walk_blocks(model, trace, divergence, progress=progress, team=team)
+        divergence = Divergence(replay, options, candidates)
+        result = walk_blocks(model, trace, divergence)
         return replace(result, costs=divergence.costs(result.costs))
     probe = samples[:: gradient_stride(len(samples), trace.hidden[0].shape[1])]
     traced = trace_model(model, probe, trace.hidden.batch_size)
-    gradients = squared_gradients(model, probe, traced, seed=seed, progress=progress, team=team)
-    estimate = OutputError(gradients.means, options, candidates, team)
+    gradients = squared_gradients(model, probe, traced, seed=seed)
+    estimate = OutputError(gradients.means, options, candidates, model.context.team)
     replay = ProbeModel(model, probe_samples(samples), len(trace.hidden[0]))
     # One number of planes is enough, since an estimate is off by the same factor at any number.
-    divergence = Divergence(replay, model.structure, options, [ANCHOR_PLANES], progress=progress, team=team)
+    divergence = Divergence(replay, options, [ANCHOR_PLANES])
     both = _WithAnchors(choose_anchors(model.structure.linears), divergence, estimate)
-    result = walk_blocks(model, trace, both, progress=progress, team=team)
+    result = walk_blocks(model, trace, both)
     costs, anchor_costs = estimate.costs(result.costs), estimate.costs(both.errors)
     return replace(result, costs=anchored(costs, anchor_costs, divergence.measured(), model.structure.linears))
 
@@ -207,29 +204,22 @@ def paper_score(weight: Tensor, hessian: Tensor | None, name: str) -> float:
     return float(scaled.norm() * scaled.std() ** 2)
 
 
-def walk_blocks(
-    model: BlockwiseModel,
-    trace: Trace,
-    measure: Measure,
-    *,
-    progress: BlockProgress,
-    team: Team = ALONE,
-) -> Sensitivities:
+def walk_blocks(model: BlockwiseModel, trace: Trace, measure: Measure) -> Sensitivities:
     """Run the calibration inputs through the original blocks, and measure the linears of each block on their inputs."""
     costs: dict[str, dict[Choice, float]] = {}
     shared: list[tuple[str, ...]] = []
     structure = model.structure
-    for depth, name, block in model.blocks("Measuring", progress):
+    for depth, name, block in model.blocks("Measuring"):
         calls = {index: per_block[depth] for index, per_block in trace.calls.items()}
-        stream = BlockStream(block, trace.hidden, calls, model.device)
+        stream = BlockStream(name, block, trace.hidden, calls, model.context)
         specs = {spec.kind: spec for spec in structure.linears if spec.block == depth}
-        turns = in_turns(stream.shared_inputs(list(specs), team), list(specs.values()))
+        turns = in_turns(stream.shared_inputs(list(specs)), list(specs.values()))
         groups = [group for turn in turns for group in turn]
         unreached: list[Group] = [(kind,) for kind in specs if not any(kind in group for group in groups)]
         for part in [*in_room(groups, list(specs.values()), cross=False), unreached]:
             part_moments: Sequence[Moments | None] = [None] * len(unreached)
             if part is not unreached:
-                part_moments = gather_moments(stream, part, team=team)
+                part_moments = gather_moments(stream, part)
             for group, moments in zip(part, part_moments, strict=True):
                 members = [specs[kind] for kind in group]
                 weights = [spec.matrix(block).float() for spec in members]
@@ -237,7 +227,7 @@ def walk_blocks(
                 costs |= {spec.name: cost for spec, cost in zip(members, measured, strict=True)}
         shared += [tuple(specs[kind].name for kind in group) for group in groups]
         if depth + 1 < len(structure.blocks):
-            stream.advance(name, team)
+            stream.advance()
     return Sensitivities({spec.name: costs[spec.name] for spec in structure.linears}, tuple(shared))
 
 

@@ -14,20 +14,25 @@ from shiftadd_cli.blockwise.calls import BlockCall
 from shiftadd_cli.blockwise.forward import StopForward, check_finite, hooked
 from shiftadd_cli.blockwise.hidden_states import HiddenStates
 from shiftadd_cli.blockwise.output_cache import OutputCache
-from shiftadd_cli.distributed.team import ALONE, Team
+from shiftadd_cli.context import ALONE_ON_CPU, Context
 from shiftadd_cli.source.experts import SplitExperts
 
 
 @dataclass(frozen=True)
 class BlockStream:
-    """Feeds `hidden` to `block`, batch by batch, with the recorded call of each batch. With a `playback` of the block,
-    its finished parts are not computed again."""
+    """Feeds `hidden` to `block`, batch by batch, with the recorded call of each batch. Errors call the block `name`.
+    With a `playback` of the block, its finished parts are not computed again."""
 
+    name: str
     block: nn.Module
     hidden: HiddenStates
     calls: Mapping[int, BlockCall]
-    device: torch.device
+    context: Context = ALONE_ON_CPU
     playback: OutputCache | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.context.device
 
     def inputs(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Inputs of the modules `names` (paths in the block) in batch `index`, in the order they run.
@@ -70,11 +75,12 @@ class BlockStream:
         """The samples of a batch."""
         return self.hidden.span(index)
 
-    def shared_inputs(self, names: Sequence[str], team: Team = ALONE) -> list[tuple[str, ...]]:
+    def shared_inputs(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         """The linears `names` in the order they run, grouped by shared input (query, key and value; gate and up).
 
         The first process of a team finds the groups from the first batch. Linears that it does not reach are left out.
         """
+        team = self.context.team
         groups = team.share(self._shared_inputs(names) if team.first else [])
         return [tuple(group) for group in groups]
 
@@ -88,22 +94,20 @@ class BlockStream:
 
     def advance(
         self,
-        name: str,
-        team: Team = ALONE,
         modules: Sequence[str] = (),
         note: Callable[[int, dict[str, Tensor]], None] = lambda index, seen: None,
     ) -> None:
-        """Replace the block's inputs by its outputs; `name` is the block's name in error messages.
+        """Replace the block's inputs by its outputs.
 
         note: called with the number of every batch and the inputs of `modules`. Each process of a team runs its own
         batches, and the first receives all outputs.
         """
-        for index in team.shards(len(self.hidden)).own():
+        for index in self.context.team.shards(len(self.hidden)).own():
             seen, output = self.run_seeing(index, modules)
-            check_finite(output, name)
+            check_finite(output, self.name)
             note(index, seen)
             self.hidden.replace(index, output)
-        self.hidden.collect(team)
+        self.hidden.collect(self.context.team)
 
     @torch.no_grad()
     def _run(self, index: int) -> Tensor:

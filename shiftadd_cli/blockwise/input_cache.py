@@ -12,22 +12,20 @@ from torch import Tensor
 
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.tensor_file import TensorFile
-from shiftadd_cli.distributed.team import ALONE, Team
 
 
 class InputCache:
-    """Inputs of modules, stored in `file` by batch and name."""
+    """Inputs of modules of the block of `stream`, stored in `file` by batch and name."""
 
-    def __init__(self, file: TensorFile) -> None:
-        self._file = file
+    def __init__(self, stream: BlockStream, file: TensorFile) -> None:
+        self._stream, self._file = stream, file
 
-    def advance(self, stream: BlockStream, names: Sequence[str], block: str, team: Team = ALONE) -> None:
+    def advance(self, names: Sequence[str]) -> None:
         """Run all batches through the block, record the inputs of the modules `names`, and replace inputs by outputs.
 
-        block: its name in error messages. Each process of a team records the batches that it runs, and the first
-        process receives all outputs.
+        Each process of a team records the batches that it runs, and the first process receives all outputs.
         """
-        stream.advance(block, team, names, self._note)
+        self._stream.advance(names, self._note)
 
     def inputs(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Inputs of the modules in batch `index`, on the CPU; modules that did not run are left out."""

@@ -10,21 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from shiftadd_cli.context import ALONE_ON_CPU, Context
 from shiftadd_cli.device import move_parts
-from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.source import Source, Structure
 
 
 @dataclass(frozen=True)
 class BlockwiseModel:
-    """The model of `source`, split into the blocks of `structure` and run on `device`.
+    """The model of `source`, split into the blocks of `structure` and run in `context`.
 
     The parts outside the blocks must be loaded while the model's own forward runs; see `outside`.
     """
 
     source: Source
     structure: Structure
-    device: torch.device
+    context: Context = ALONE_ON_CPU
+
+    @property
+    def device(self) -> torch.device:
+        return self.context.device
 
     @property
     def skeleton(self) -> Any:
@@ -50,15 +54,12 @@ class BlockwiseModel:
         """Free the weights of a block."""
         self.source.release([self.names[depth]])
 
-    def blocks(
-        self, description: str, progress: BlockProgress = silent, *, backward: bool = False
-    ) -> Iterator[tuple[int, str, nn.Module]]:
-        """Number, name and module of each block, loaded while it is in use, in order or `backward`.
-
-        progress: reports the blocks under `description`.
-        """
+    def blocks(self, description: str, *, backward: bool = False) -> Iterator[tuple[int, str, nn.Module]]:
+        """Number, name and module of each block, loaded while it is in use, in order or `backward`. The progress is
+        shown under `description`."""
         order = range(len(self.names))[::-1] if backward else range(len(self.names))
-        for depth, name in zip(order, progress(self.names[::-1] if backward else self.names, description), strict=True):
+        names = self.context.progress([self.names[depth] for depth in order], description)
+        for depth, name in zip(order, names, strict=True):
             block = self.load(depth)
             try:
                 yield depth, name, block

@@ -14,7 +14,6 @@ from shiftadd_cli.blockwise.calls import Path, hidden_of, leaves, rebuilt
 from shiftadd_cli.blockwise.forward import StopForward, check_finite, check_weights, hooked, predict, split_call
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.errors import ShiftaddError, SourceError, first_line
-from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.source import LinearSpec, Structure
 from shiftadd_cli.source.weight_reads import watching_weights
 
@@ -38,17 +37,16 @@ def run_own_forward(
     blockwise: BlockwiseModel,
     sample: Tensor,
     left: Callable[[nn.Module, OwnCall, Tensor, Tensor], None],
-    progress: BlockProgress,
     text: str,
     *,
     with_head: bool,
 ) -> Tensor | None:
-    """Run the model's own forward; returns its predictions if it runs `with_head`.
+    """Run the model's own forward, with its progress under `text`; returns its predictions if it runs `with_head`.
 
     left: called after each block, which is still in memory, with its call and the hidden states before and after it.
     """
     model, structure, names = blockwise.skeleton, blockwise.structure, blockwise.names
-    shown = iter(progress(names, text))
+    shown = iter(blockwise.context.progress(names, text))
     calls: list[OwnCall] = []
     previous: list[Tensor] = []
     watched: list[set[str]] = []

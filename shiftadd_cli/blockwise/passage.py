@@ -36,7 +36,6 @@ from shiftadd_cli.blockwise.head import Form, Head, standing_in
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.own_forward import OwnCall, check_count, check_order, refusing_failures, run_own_forward
 from shiftadd_cli.errors import SourceError
-from shiftadd_cli.progress import BlockProgress, silent
 from shiftadd_cli.source import Structure
 
 # Largest relative difference between two runs of a block on the same inputs: some kernels add in any order.
@@ -64,12 +63,7 @@ class Passage:
     forms: list[Form] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls,
-        model: BlockwiseModel,
-        samples: Tensor,
-        progress: BlockProgress = silent,
-    ) -> Passage:
+    def of(cls, model: BlockwiseModel, samples: Tensor) -> Passage:
         """The passage that the first sample shows in the model's own forward."""
         passage = cls(model)
         layout = passage._layout(samples)
@@ -81,7 +75,7 @@ class Passage:
             others = None if call.others is None else len(call.others)
             passage.forms.append(Form(before, after, others, output.dtype, layout))
 
-        run_own_forward(model, samples[:1], record, progress, "Tracing", with_head=False)
+        run_own_forward(model, samples[:1], record, "Tracing", with_head=False)
         passage._follow(own, layout)
         _, recorded = passage.arguments(samples[:1])
         passage._compare_arguments(own, recorded)
@@ -152,7 +146,7 @@ class Passage:
         vocabulary = self.model.config.get_text_config().vocab_size
         return samples[:, : max(1, LOGIT_BYTES // (BYTES_PER_LOGIT * vocabulary))]
 
-    def check(self, sample: Tensor, progress: BlockProgress) -> None:
+    def check(self, sample: Tensor) -> None:
         """Run one sample through the model's own forward and through recorded calls, and compare the results.
 
         Raises SourceError at the first difference, naming the block and, where an argument differs, the argument.
@@ -177,7 +171,7 @@ class Passage:
             self._compare(self.states[depth + 1].unpack(state)[0], output, f"The output of {name}")
             own.append(call)
 
-        logits = run_own_forward(self.blockwise, sample, compare, progress, "Checking", with_head=True)
+        logits = run_own_forward(self.blockwise, sample, compare, "Checking", with_head=True)
         self._compare_arguments(own, recorded)
         head = Head(self.blockwise, self.forms, sample)
         tokens = state.shape[1]

@@ -17,7 +17,6 @@ from shiftadd_cli.blockwise.forward import Prediction
 from shiftadd_cli.blockwise.head import Head
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
-from shiftadd_cli.progress import BlockProgress, silent
 
 # Upper limit for the logits, their logarithms, the original's, and two differences, all float32, held at once.
 _SLICE_BYTES = 128 << 20
@@ -53,7 +52,7 @@ class ProbeModel:
         return torch.cat(outputs)
 
     @torch.no_grad()
-    def divergences(self, original: Tensor, others: Sequence[Tensor], progress: BlockProgress = silent) -> list[float]:
+    def divergences(self, original: Tensor, others: Sequence[Tensor]) -> list[float]:
         """Mean KL(original || other) over predictions, in nats, from outputs of the last block; for a model without a
         head, mean 1 - cosine of the features.
 
@@ -64,7 +63,7 @@ class ProbeModel:
         most = max(1, _SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))
         parts = list(self._head.parts(original.shape[0], original.shape[1], most))
         names = [f"part {number}" for number in range(len(parts))]
-        for _, (rows, tokens) in zip(progress(names, "Comparing"), parts, strict=True):
+        for _, (rows, tokens) in zip(self.model.context.progress(names, "Comparing"), parts, strict=True):
             reference = reference_of(self._predict(original, rows, tokens))
             for index, other in enumerate(others):
                 gaps = reference.divergence(comparable(self._predict(other, rows, tokens)))

@@ -22,7 +22,6 @@ from shiftadd_cli.blockwise.hidden_states import HiddenStates, batch_span
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.passage import Passage, same_values
 from shiftadd_cli.blockwise.tensor_file import TensorFile
-from shiftadd_cli.progress import BlockProgress, silent
 
 
 @dataclass
@@ -55,7 +54,6 @@ def trace_model(
     *,
     batches: Iterable[int] | None = None,
     spill: FilePath | None = None,
-    progress: BlockProgress = silent,
 ) -> Trace:
     """Record how the model calls its blocks for `samples`, and compute the states that enter the first block.
 
@@ -68,8 +66,8 @@ def trace_model(
     SourceError where running block by block differs from the model's forward, naming the block and the argument;
     NumericalError where weights or outputs of a block are not finite.
     """
-    passage = Passage.of(model, samples, progress)
-    passage.check(samples[-1:], progress)
+    passage = Passage.of(model, samples)
+    passage.check(samples[-1:])
     states = HiddenStates(len(samples), batch_size) if hidden is None else hidden
     trace = Trace(states, passage)
     stored = len(trace.hidden)

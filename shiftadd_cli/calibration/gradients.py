@@ -26,9 +26,7 @@ from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import Trace
 from shiftadd_cli.calibration.end_loss import EndLoss, Loss
 from shiftadd_cli.device import dtype_name
-from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import NumericalError
-from shiftadd_cli.progress import BlockProgress, silent
 
 # Memory for stored block inputs, unless the caller says otherwise.
 MEMORY_BYTES = 1 << 30
@@ -83,8 +81,6 @@ def squared_gradients(
     loss: Loss = "divergence",
     seed: int = 0,
     memory_bytes: int = MEMORY_BYTES,
-    progress: BlockProgress = silent,
-    team: Team = ALONE,
 ) -> SquaredGradients:
     """The squared gradients at every linear of the model, per token and on average.
 
@@ -96,16 +92,16 @@ def squared_gradients(
     seed: for the drawn labels; results depend on it, not on batches.
     memory_bytes: limit for block inputs stored at once, `blocks * tokens * width` values per sample. As many batches
         as fit go through the blocks together, at least one; each such group reads every block twice.
-    progress: reports each pass through the blocks, and the batches between the two passes.
-    team: its processes share the batches, and all get all results; each needs the hidden states of its own batches.
 
     samples: see `trace_model`; trace: its result for these samples (not changed here). The parts outside the blocks
-    must be loaded.
+    must be loaded. The processes of a team share the batches, and all get all results; each needs the hidden states of
+    its own batches.
 
     Raises NumericalError naming the block where a gradient is not finite.
     """
     if trace.hidden.samples != len(samples):
         raise ValueError(f"the trace is of {trace.hidden.samples} samples, not of {len(samples)}")
+    team = model.context.team
     entering = team.share(trace.hidden[0].shape[1] if team.first else 0)
     structure = model.structure
     tokens = [entering, *(form.shape[0] for form in trace.forms)]
@@ -113,14 +109,14 @@ def squared_gradients(
     dense = [spec for spec in structure.linears if spec.experts is None]
     squares = {spec.name: torch.zeros(len(samples), tokens[spec.block]) for spec in dense}
     totals: dict[str, list[float]] = {spec.name: [] for spec in structure.linears}
-    walk = _Walk(model, trace, squares, totals, progress)
+    walk = _Walk(model, trace, squares, totals)
     end = EndLoss(model, trace.forms, samples, kind=loss, seed=seed)
     own = team.shards(len(trace.hidden)).own()
     for batches in _groups(trace, own, memory_bytes // len(structure.blocks)):
         walk.forward(batches)
         names = [f"batch {batch.first}" for batch in batches]
         # With a large vocabulary this takes longer than the blocks.
-        for batch, _ in zip(batches, progress(names, "Head gradients"), strict=True):
+        for batch, _ in zip(batches, model.context.progress(names, "Head gradients"), strict=True):
             gradient = end.gradient(batch.first, batch.hidden.pop())
             _refuse_not_finite(gradient, "the head")
             batch.hidden.append(gradient)
@@ -142,13 +138,12 @@ class _Walk:
     squares: dict[str, Tensor]
     # Sums over the tokens of a call.
     totals: dict[str, list[float]]
-    progress: BlockProgress
     # Linears that did not see all tokens of every batch.
     partial: set[str] = field(default_factory=set)
 
     def forward(self, batches: Sequence[_Batch]) -> None:
         """Append every block's output to the batches' hidden states."""
-        for depth, name, block in self.model.blocks("Predictions", self.progress):
+        for depth, name, block in self.model.blocks("Predictions"):
             with torch.no_grad():
                 for batch in batches:
                     output = self.trace.calls[batch.number][depth].run(block, batch.hidden[-1].to(self.model.device))
@@ -158,7 +153,7 @@ class _Walk:
     def backward(self, batches: Sequence[_Batch]) -> None:
         """Consume the batches' hidden states, the last of which are gradients, block by block; fills `squares`."""
         device = self.model.device
-        for depth, name, block in self.model.blocks("Gradients", self.progress, backward=True):
+        for depth, name, block in self.model.blocks("Gradients", backward=True):
             for batch in batches:
                 gradient = batch.hidden.pop().to(device)
                 inputs = batch.hidden.pop().to(device).detach().requires_grad_()

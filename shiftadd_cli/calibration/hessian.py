@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.hidden_states import is_whole
 from shiftadd_cli.calibration.products import add_products
-from shiftadd_cli.distributed.team import ALONE, Team
+from shiftadd_cli.distributed.team import Team
 from shiftadd_cli.source.experts import place_in_mixture, tokens_of
 from shiftadd_cli.source.linear import linear_sizes
 
@@ -99,7 +99,6 @@ def gather_moments(
     groups: Sequence[tuple[str, ...]],
     original: Inputs | None = None,
     weights: Sequence[Tensor | None] | None = None,
-    team: Team = ALONE,
 ) -> list[Moments]:
     """Run all batches and gather the moments of the input of each group of linears (see `shared_inputs`).
 
@@ -111,6 +110,7 @@ def gather_moments(
     weight (GuidedQuant, arXiv:2505.07004, section 3). Inputs that do not contain every token, see `is_whole` (experts
     read some of them), are not weighted.
     """
+    team = stream.context.team
     names = [group[0] for group in groups]
     by_name = dict(zip(names, weights or (), strict=False))
     positions = {name: position for name in names if (position := place_in_mixture(stream.block, name)) is not None}

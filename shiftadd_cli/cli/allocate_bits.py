@@ -131,7 +131,6 @@ def allocate_bits(
     from shiftadd_cli.distributed.launch import join_team
     from shiftadd_cli.pipeline.allocate import AllocationJob, Request
     from shiftadd_cli.pipeline.memory import resident_bytes
-    from shiftadd_cli.progress import block_bar, silent
     from shiftadd_cli.sizes import size
     from shiftadd_cli.source import open_source
     from shiftadd_cli.storage.refusals import write_file
@@ -146,9 +145,9 @@ def allocate_bits(
             if plot is not None:
                 check_plot_output(plot, out, overwrite=overwrite)
         source = open_source(model, dtype=settings.dtype, trust_remote_code=trust_remote_code)
-        job = AllocationJob.prepare(source, settings, request)
+        job = AllocationJob.prepare(source, settings, request, team=team)
         others = [job.with_budget(point) for point in points]
-        sensitivities = job.sensitivities(block_bar if team.first else silent, team)
+        sensitivities = job.sensitivities()
     if not team.first:
         return
     plan = job.choose(sensitivities)

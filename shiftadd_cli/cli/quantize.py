@@ -85,16 +85,14 @@ def quantize(
             trust_remote_code=trust_remote_code,
             team=team,
         )
-        if not team.first:
-            if not dry_run:
-                with terminable():
-                    job.follow(team)
-            return
         if dry_run:
-            click.echo(describe_plan(job.plan))
+            if team.first:
+                click.echo(describe_plan(job.plan))
             return
-        show(job.plan)
+        if team.first:
+            show(job.plan)
         with terminable():
-            report = job.run(sys.argv[1:], announce=show, team=team)
-    tell()
-    click.echo(summarize(report, str(out)))
+            report = job.run(sys.argv[1:], announce=show if team.first else None)
+    if report is not None:
+        tell()
+        click.echo(summarize(report, str(out)))

@@ -76,6 +76,14 @@ class Team:
     def complete(self, totals: Sequence[Tensor]) -> None:
         """Distribute all rows of the totals to all processes."""
 
+    def wait_for_first(self, work: Callable[[Callable[[], object]], T]) -> T | None:
+        """The result of `work`, which the first process does alone while the others wait; they get None.
+
+        work: gets a function that it calls regularly, before an exchange would time out, so that the others know that
+        the first process is alive.
+        """
+        return work(lambda: None)
+
     def map(self, function: Callable[[T], Tensors], pieces: Sequence[T]) -> list[Tensors]:
         """The results of `function` for all pieces, in order. The processes share the work; each gets all results."""
         return map_pieces(function, pieces)

@@ -91,6 +91,15 @@ class TorchTeam(Team):
                 if rank != self.rank:
                     total[rows] = content
 
+    def wait_for_first(self, work: Callable[[Callable[[], object]], T]) -> T | None:
+        if not self.first:
+            while self.share(False):
+                continue
+            return None
+        result = work(lambda: self.share(True))
+        self.share(False)
+        return result
+
     def map(self, function: Callable[[T], Tensors], pieces: Sequence[T]) -> list[Tensors]:
         mine = range(self.rank, len(pieces), self.size)
         own = map_pieces(function, [pieces[index] for index in mine])

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from shiftadd_cli.allocation.front import lower_bound, uniform_points
+from shiftadd_cli.context import Context
 from shiftadd_cli.device import dtype_name
 from shiftadd_cli.pipeline.memory import resident_bytes
 from shiftadd_cli.pipeline.plan import Plan
@@ -110,8 +111,7 @@ def make_report(
     *,
     files_bytes: int,
     clock: PhaseClock,
-    device: torch.device,
-    processes: int,
+    context: Context,
     command: list[str],
 ) -> Report:
     """The content of report.json, except for the checksums of the files."""
@@ -156,9 +156,9 @@ def make_report(
         kept=[KeptReport(name=name, reason=reason) for name, reason in plan.kept_modules],
         seconds=clock.report(),
         machine=MachineReport(
-            device=str(device),
+            device=str(context.device),
             dtype=dtype_name(plan.running.dtype),
-            processes=processes,
+            processes=context.team.size,
             threads=torch.get_num_threads(),
             peak_memory_bytes=clock.spent().peak_memory_bytes,
             expected_memory_bytes=plan.peak_memory_bytes,

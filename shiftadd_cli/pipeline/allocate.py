@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
-
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.cache import SensitivityCache
 from shiftadd_cli.allocation.cost_table import CostLimit
@@ -31,12 +29,11 @@ from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.cache import cache_folder
-from shiftadd_cli.device import choose_device
+from shiftadd_cli.context import Context
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline.calibration import Calibration, CalibrationSet, samples_fingerprint
 from shiftadd_cli.pipeline.plan import Plan, PlannedLinear, make_plan
-from shiftadd_cli.progress import BlockProgress
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import Source
 
@@ -92,16 +89,19 @@ class AllocationJob:
     allowed: dict[str, tuple[Choice, ...]]
     tied: list[tuple[str, ...]]
     data: Calibration
-    device: torch.device
+    context: Context
 
     @classmethod
-    def prepare(cls, source: Source, recipe: Recipe, request: Request, *, memory: int | None = None) -> AllocationJob:
+    def prepare(
+        cls, source: Source, recipe: Recipe, request: Request, *, memory: int | None = None, team: Team = ALONE
+    ) -> AllocationJob:
         """Check everything that headers and the calibration text reveal.
+
+        team: its processes share the measuring; the first one reads the cache and chooses.
 
         Raises ShiftaddError, saying what to do, also for a budget that no choice of bits meets.
         """
         recipe = recipe.model_copy(update={"primitive": "bcq", "bit_plan": None})
-        device = choose_device(recipe.device)
         plan = make_plan(source, recipe, memory=memory)
         specs = [linear.spec for linear in plan.linears]
         pinned = pinned_bits(specs, request.keep)
@@ -120,7 +120,7 @@ class AllocationJob:
             )
         data = Calibration.of(plan)
         assert data is not None, "the plan is calibrated"
-        job = cls(source, plan.recipe, request, plan.linears, allowed, tied, data, device)
+        job = cls(source, plan.recipe, request, plan.linears, allowed, tied, data, Context.of(recipe.device, team))
         job.check_budget()
         return job
 
@@ -142,15 +142,12 @@ class AllocationJob:
                 "allow fewer bits with `candidates`."
             )
 
-    def run(self, show: BlockProgress, team: Team = ALONE) -> BitPlan:
+    def run(self) -> BitPlan:
         """Measure the sensitivities, or load them from the cache, and choose the bits.
-
-        show: wraps the block names, with a description, to show progress. team: its processes share the measuring; the
-        first one reads the cache and chooses.
 
         Raises AllocationError for layers that must but cannot have equal bits, and for a divergence that no bits reach.
         """
-        sensitivities = self.sensitivities(show, team)
+        sensitivities, team = self.sensitivities(), self.context.team
         return BitPlan.model_validate_json(team.share(self.choose(sensitivities).to_json() if team.first else ""))
 
     def choose(self, sensitivities: Sensitivities) -> BitPlan:
@@ -196,7 +193,7 @@ class AllocationJob:
     @property
     def running(self) -> Source:
         """The source in the compute dtype."""
-        return self.source.computed_on(self.device)
+        return self.source.computed_on(self.context.device)
 
     def with_budget(self, budget: Budget | CostLimit) -> AllocationJob:
         """The same job with another budget. Raises AllocationError if it is too small."""
@@ -204,9 +201,10 @@ class AllocationJob:
         other.check_budget()
         return other
 
-    def sensitivities(self, show: BlockProgress, team: Team = ALONE) -> Sensitivities:
+    def sensitivities(self) -> Sensitivities:
         """Sensitivities at all choices allowed for any layer, cached or measured. In the processes of a team other than
         the first, only the newly measured ones."""
+        team = self.context.team
         calibration = self.data.draw(team)
         required = ordered_choices(choice for choices in self.allowed.values() for choice in choices)
         cache = SensitivityCache(
@@ -223,7 +221,7 @@ class AllocationJob:
         missing = team.share([bits for bits in required if bits not in available])
         if cached is not None and not missing:
             return cached
-        measured = self.measure(missing, show, team) if missing else Sensitivities({}, ())
+        measured = self.measure(missing) if missing else Sensitivities({}, ())
         return cache.keep(measured) if team.first else measured
 
     def problem(self, sensitivities: Sensitivities) -> tuple[list[LayerOptions], list[tuple[str, ...]]]:
@@ -273,22 +271,20 @@ class AllocationJob:
         """Fingerprint of the fields that a sensitivity may depend on."""
         return self.recipe.fingerprint(without=_IRRELEVANT)
 
-    def measure(self, candidates: Sequence[Choice], show: BlockProgress, team: Team = ALONE) -> Sensitivities:
+    def measure(self, candidates: Sequence[Choice]) -> Sensitivities:
         """Sensitivities at these bits, measured without the cache."""
         source, recipe, samples = self.running, self.recipe, self.calibration.samples
         structure = make_plan(source, recipe).structure
-        model = BlockwiseModel(source, structure, self.device)
+        model = BlockwiseModel(source, structure, self.context)
         with model.outside():
             return measure_sensitivities(
                 self.request.sensitivity,
                 model,
                 samples,
-                trace_model(model, samples, recipe.batch_size, progress=show),
+                trace_model(model, samples, recipe.batch_size),
                 recipe.solver_options,
                 candidates,
                 seed=recipe.seed,
-                progress=show,
-                team=team,
             )
 
     def bit_plan(self, layers: Sequence[LayerOptions], chosen: Mapping[str, Choice]) -> BitPlan:

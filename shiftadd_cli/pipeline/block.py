@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.bcq.choices import Choice
+from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import Solution, quantize_matrices
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.input_cache import InputCache
-from shiftadd_cli.calibration.hessian import Inputs, Moments, gather_moments
+from shiftadd_cli.calibration.hessian import Moments, gather_moments
 from shiftadd_cli.calibration.mixtures import Group, enough_tokens, in_room, in_turns
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.pipeline.account import PhaseClock
@@ -52,47 +53,43 @@ class BlockQuantizer:
         """Quantize every linear separately, on its weights alone."""
         with self.clock.phase("solve"):
             for kind in self.specs:
-                self._solve((kind,), None)
+                self._solve([kind], self.options.at(self.bits[kind]), None)
 
-    def on(self, stream: BlockStream) -> None:
+    def on(self, stream: BlockStream, original: InputCache | None = None) -> None:
         """Quantize on the inputs of `stream`. Linears that get no input, or belong to an expert with too few tokens
-        (see `calibration.mixtures`), are quantized on their weights alone."""
-        self._in_order(stream, self._turns(stream), None)
+        (see `calibration.mixtures`), are quantized on their weights alone.
 
-    def towards(self, original: BlockStream, stream: BlockStream, name: str, recall: InputCache) -> None:
-        """Quantize like `on`, with asymmetric calibration. `original` is the unquantized block `name` with the hidden
-        states of the original model, which advance to its outputs; `recall` caches the inputs of its linears."""
+        original: of the unquantized block, for asymmetric calibration; its hidden states advance to its outputs.
+        """
         turns = self._turns(stream)
-        with self.clock.phase("forward"):
-            mixtures = {spec.experts for spec in self.specs.values() if spec.experts is not None}
-            names = [*sorted(mixtures), *(group[0] for turn in turns for group in turn)]
-            recall.advance(original, names, name, self.team)
-        self._in_order(stream, turns, recall)
-
-    def _turns(self, stream: BlockStream) -> list[list[Group]]:
-        with self.clock.phase("forward"):
-            groups = stream.shared_inputs(list(self.specs), self.team)
-        turns = in_turns(groups, list(self.specs.values()))
-        if not self.recipe.true_sequential:
-            return [[group for turn in turns for group in turn]]
-        cross = bool(self.recipe.asymmetric)
-        return [part for turn in turns for part in in_room(turn, list(self.specs.values()), cross=cross)]
-
-    def _in_order(self, stream: BlockStream, turns: list[list[Group]], original: Inputs | None) -> None:
+        if original is not None:
+            with self.clock.phase("forward"):
+                mixtures = {spec.experts for spec in self.specs.values() if spec.experts is not None}
+                original.advance([*sorted(mixtures), *(group[0] for turn in turns for group in turn)])
         for turn in turns:
             with self.clock.phase("forward"):
-                turn_moments = gather_moments(stream, turn, original, self._weights(turn), self.team)
+                turn_moments = gather_moments(stream, turn, original, self._weights(turn))
             with self.clock.phase("solve"):
                 for group, moments in zip(turn, turn_moments, strict=True):
                     self.tokens |= dict.fromkeys(group, moments.tokens)
                     if enough_tokens(self.specs[group[0]], moments.tokens):
-                        self._solve(group, moments)
+                        for kinds, options in self._alike(group):
+                            self._solve(kinds, options, moments)
             if stream.playback is not None:
                 stream.playback.finish(self.solutions)
         with self.clock.phase("solve"):
             for kind in self.specs:
                 if kind not in self.solutions:
-                    self._solve((kind,), None)
+                    self._solve([kind], self.options.at(self.bits[kind]), None)
+
+    def _turns(self, stream: BlockStream) -> list[list[Group]]:
+        with self.clock.phase("forward"):
+            groups = stream.shared_inputs(list(self.specs))
+        turns = in_turns(groups, list(self.specs.values()))
+        if not self.recipe.true_sequential:
+            return [[group for turn in turns for group in turn]]
+        cross = bool(self.recipe.asymmetric)
+        return [part for turn in turns for part in in_room(turn, list(self.specs.values()), cross=cross)]
 
     def _weights(self, groups: Sequence[Group]) -> list[Tensor | None] | None:
         """Token weights of each group. Linears that read one tensor share the mean of their weights, and so one moment.
@@ -106,8 +103,8 @@ class BlockQuantizer:
             weights.append(torch.stack(own).mean(0) if own else None)
         return weights
 
-    def reconstruct(self, name: str, stream: BlockStream, original: BlockStream) -> BlockReport | None:
-        """Tune the quantized block `name` towards `original`, which has advanced to its outputs, if that helps.
+    def reconstruct(self, stream: BlockStream, original: BlockStream) -> BlockReport | None:
+        """Tune the quantized block towards `original`, which has advanced to its outputs, if that helps.
 
         Every step needs the one before, so the first process of a team does it alone; the others return no report.
         """
@@ -127,7 +124,7 @@ class BlockQuantizer:
         if result is None:
             return None
         return BlockReport(
-            name=name, error_before=result.error_before, error_after=result.error_after, kept=result.kept
+            name=stream.name, error_before=result.error_before, error_after=result.error_after, kept=result.kept
         )
 
     def _reconstruction(self, stream: BlockStream, original: BlockStream) -> Reconstruction:
@@ -142,13 +139,13 @@ class BlockQuantizer:
             fixed=self.shared,
         )
 
-    def _solve(self, kinds: Sequence[str], moments: Moments | None) -> None:
-        """Quantize linears that read one input, and replace their weights by the decoded ones."""
-        for bits in dict.fromkeys(self.bits[kind] for kind in kinds):
-            self._solve_alike([kind for kind in kinds if self.bits[kind] == bits], moments, bits)
+    def _alike(self, group: Group) -> Iterator[tuple[list[str], SolverOptions]]:
+        """The linears of a group by their bits, with the options for these."""
+        for bits in dict.fromkeys(self.bits[kind] for kind in group):
+            yield [kind for kind in group if self.bits[kind] == bits], self.options.at(bits)
 
-    def _solve_alike(self, kinds: Sequence[str], moments: Moments | None, bits: Choice) -> None:
-        options = self.options.at(bits)
+    def _solve(self, kinds: Sequence[str], options: SolverOptions, moments: Moments | None) -> None:
+        """Quantize linears that read one input, and replace their weights by the decoded ones."""
         weights = [self.specs[kind].matrix(self.block) for kind in kinds]
         names = [self.specs[kind].name for kind in kinds]
         if moments is None:

@@ -49,7 +49,7 @@ class _Part(FilePart):
     model_config = ConfigDict(strict=True)
 
 
-class Asked(_Part):
+class RunInputs(_Part):
     """The inputs that determine the bytes of an artifact. `versions` are those of shiftadd, Python and the libraries;
     `code` is the SHA-256 of shiftadd's own modules, `tokens` of the calibration windows, `bit_plan` of the plan that
     the recipe names; `computed` is the compute dtype."""
@@ -63,7 +63,7 @@ class Asked(_Part):
     code: str
 
     @classmethod
-    def of(cls, plan: Plan, windows: Tensor | None) -> Asked:
+    def of(cls, plan: Plan, windows: Tensor | None) -> RunInputs:
         return cls(
             recipe=plan.recipe.model_dump(mode="json"),
             source=plan.source.fingerprint,
@@ -74,12 +74,12 @@ class Asked(_Part):
             code=code_fingerprint(),
         )
 
-    def other_field(self, other: Asked) -> str | None:
+    def other_field(self, other: RunInputs) -> str | None:
         """The first recipe field that differs in `other` but must not."""
         differing = (name for name, value in other.recipe.items() if self.recipe.get(name) != value)
         return next((name for name in differing if name not in MAY_CHANGE), None)
 
-    def difference(self, other: Asked) -> str | None:
+    def difference(self, other: RunInputs) -> str | None:
         """The first difference from `other` outside the recipe, in words."""
         if self.source != other.source:
             return "another model, or the model's files have changed"
@@ -151,35 +151,35 @@ class History:
 
     def _read_records(self) -> None:
         workspace = self.workspace
-        self.asked = self._read("run", Asked)
+        self.inputs = self._read("run", RunInputs)
         self.bits = self._read("bits", Bits)
         self.start = self._read("start", Start)
         names = workspace.journal.starting("block-")
         self.blocks = [block for name in names if (block := self._read(name, Block)) is not None]
         self.distilled = self._read("distilled", Distilled)
 
-    def begin(self, asked: Asked) -> None:
+    def begin(self, inputs: RunInputs) -> None:
         """Record the inputs; raises ResumeError if the unfinished run has other inputs.
 
         A failed run is never a reason to refuse: it starts over with the new inputs, and a line says so.
         """
-        if self.spent is not None and self.asked is None:
+        if self.spent is not None and self.inputs is None:
             raise damaged(self.workspace.journal.folder, "the record of its inputs is missing")
-        if self.spent is not None and self.asked is not None and (refusal := self._refusal(self.asked, asked)):
+        if self.spent is not None and self.inputs is not None and (refusal := self._refusal(self.inputs, inputs)):
             if self.workspace.failure is None:
                 raise ResumeError(refusal)
             tell(f"The previous run had other options and failed ({self.workspace.failure}): starting over.")
             self.workspace.start_anew()
             self._read_records()
         if self.spent is None:
-            self.workspace.journal.put("run", asked.model_dump(mode="json"))
-            self.asked = asked
+            self.workspace.journal.put("run", inputs.model_dump(mode="json"))
+            self.inputs = inputs
             return
         names = [block.name for block in self.blocks]
         if names != list(self.names[: len(names)]) or (names and self.start is None):
             raise damaged(self.workspace.journal.folder, "steps are missing")
 
-    def _refusal(self, before: Asked, now: Asked) -> str | None:
+    def _refusal(self, before: RunInputs, now: RunInputs) -> str | None:
         """Why the run cannot be resumed with the inputs `now`; None if it can."""
         start = f"The unfinished run of {self.workspace.out} was started with"
         if (field := before.other_field(now)) is not None:

@@ -6,26 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.artifact.output import check_output, check_space
-from shiftadd_cli.artifact.workspace import Workspace
-from shiftadd_cli.device import choose_device
+from shiftadd_cli.context import ALONE_ON_CPU, Context
 from shiftadd_cli.distributed.team import ALONE, Team
-from shiftadd_cli.errors import Interrupted, MemoryLimitError, OutputError, RecipeError, TeamError
+from shiftadd_cli.errors import MemoryLimitError
 from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
-from shiftadd_cli.pipeline.calibration import Calibration, CalibrationSet
-from shiftadd_cli.pipeline.history import Asked, History
+from shiftadd_cli.pipeline.calibration import Calibration
+from shiftadd_cli.pipeline.history import RunInputs
 from shiftadd_cli.pipeline.plan import Plan, least_memory, make_plan
-from shiftadd_cli.pipeline.run import run_plan
-from shiftadd_cli.pipeline.walk import follow
-from shiftadd_cli.progress import block_bar, silent
+from shiftadd_cli.pipeline.recorder import Recorder, recording
+from shiftadd_cli.pipeline.run import Run
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
-from shiftadd_cli.signals import Terminated
 from shiftadd_cli.sizes import parse_size
 from shiftadd_cli.source import open_source
 
@@ -34,14 +29,15 @@ from shiftadd_cli.source import open_source
 class Job:
     """A planned run; nothing has been written yet.
 
-    resume: continue an unfinished run, instead of starting over. allocation: the job that first chooses the bits of
-    every layer, if the recipe gives their average; `plan` then has the fewest possible bits.
+    overwrite: replace an existing checkpoint. resume: continue an unfinished run, instead of starting over. allocation:
+    the job that first chooses the bits of every layer, if the recipe gives their average; `plan` then has the fewest
+    possible bits.
     """
 
     plan: Plan
     out: Path
-    device: torch.device
-    overwrite: bool
+    context: Context = ALONE_ON_CPU
+    overwrite: bool = False
     resume: bool = True
     allocation: AllocationJob | None = None
 
@@ -69,7 +65,7 @@ class Job:
         local = Path(model) if Path(model).exists() else None
         if team.first:
             check_output(out, local, overwrite=overwrite)
-        device = choose_device(recipe.device)
+        context = Context.of(recipe.device, team)
         source = open_source(model, dtype=recipe.dtype, trust_remote_code=trust_remote_code)
         memory = None if max_memory is None else _memory_limit(max_memory)
         if recipe.avg_bits is None:
@@ -78,95 +74,57 @@ class Job:
             request = Request(
                 Budget.parse(recipe.avg_bits, None), candidates=recipe.candidates, tie_fused=recipe.tie_fused
             )
-            allocation = AllocationJob.prepare(source, recipe, request, memory=memory)
+            allocation = AllocationJob.prepare(source, recipe, request, memory=memory, team=team)
             plan = allocation.plan_at(min)
         if max_memory is not None and memory is not None:
             _check_memory(plan, max_memory, memory, plan.held_bytes(team))
         if team.first:
             check_output(out, local, overwrite=overwrite, expected_bytes=plan.most_bytes)
-        return cls(plan, out, device, overwrite, resume, allocation)
+        return cls(plan, out, context, overwrite, resume, allocation)
 
-    def run(
-        self, command: Sequence[str] = (), announce: Callable[[Plan], None] | None = None, team: Team = ALONE
-    ) -> Report:
-        """Run the job, or continue an earlier run of it; `command` is the command recorded in report.json.
+    def run(self, command: Sequence[str] = (), announce: Callable[[Plan], None] | None = None) -> Report | None:
+        """Do the job, or continue an earlier run of it; all processes of the team call this. The first one returns the
+        report.
 
-        announce: called with the plan and its chosen bits, if the recipe leaves the bits open. team: the team of which
-        this process is the first.
+        command: the command recorded in report.json. announce: called with the plan and its chosen bits, if the recipe
+        leaves the bits open.
 
-        Raises ResumeError before any work if the unfinished run has other inputs; Interrupted, saying how to resume, if
-        the run is stopped; TeamError if another process of the team fails.
+        Raises ResumeError before any work if the unfinished run has other inputs; RecipeError if the options, model,
+        text or software of this process differ from those of the first; Interrupted, saying how to resume, if the run
+        is stopped; TeamError if another process of the team fails.
         """
         clock = PhaseClock()
-        check_space(self.out, self.plan.most_bytes + self.plan.state_bytes)
+        if self.context.team.first:
+            check_space(self.out, self.plan.most_bytes + self.plan.state_bytes)
         with clock.phase("calibration"):
-            calibration = self._calibration(team)
-        with Workspace(self.out, resume=self.resume) as workspace:
-            history = History(workspace, self.plan.structure.blocks)
-            inputs = Asked.of(self.plan, None if calibration is None else calibration.samples)
-            history.begin(inputs)
-            team.share(inputs.model_dump(mode="json"))
-            if history.spent is not None:
-                clock.go_on_from(history.spent)
-            try:
-                plan = self._with_bits(history, clock, announce, team)
-                return run_plan(
-                    plan,
-                    calibration,
-                    self.out,
-                    device=self.device,
-                    overwrite=self.overwrite,
-                    command=command,
-                    progress=block_bar,
-                    clock=clock,
-                    history=history,
-                    team=team,
-                )
-            except KeyboardInterrupt as stop:
-                # torchrun terminates the other processes as soon as one has failed.
-                reason = team.fault() if isinstance(stop, Terminated) else None
-                if reason is not None:
-                    raise TeamError(f"{reason} {history.how_to_go_on()}") from stop
-                code = 143 if isinstance(stop, Terminated) else 130
-                raise Interrupted(f"Interrupted. {history.how_to_go_on()}", code) from stop
-            except (OutputError, TeamError) as failure:
-                raise type(failure)(f"{failure} {history.how_to_go_on()}") from failure
-
-    def follow(self, team: Team) -> None:
-        """Do the work of a process that is not the first of `team`; the first calls `run`.
-
-        Raises RecipeError if the options, model, text or software of this process differ from those of the first.
-        """
-        calibration = self._calibration(team)
+            data = Calibration.of(self.plan) if self.allocation is None else self.allocation.data
+            calibration = None if data is None else data.draw(self.context.team)
         samples = None if calibration is None else calibration.samples
-        own = Asked.of(self.plan, samples)
-        first = Asked.model_validate(team.share(own.model_dump(mode="json")))
-        field = own.other_field(first)
-        if difference := own.difference(first) if field is None else f"another {field}":
-            raise RecipeError(f"The first process of the team has {difference}; give the same to all.")
-        plan = self.plan
-        if self.allocation is not None:
-            chosen = team.share("")
-            bit_plan = BitPlan.model_validate_json(chosen) if chosen else self.allocation.run(silent, team)
-            plan = replace(plan.at(bit_plan.bits), bit_plan=bit_plan)
-        follow(plan, samples, self.device, team)
+        with recording(
+            self.out,
+            self.plan.structure.blocks,
+            RunInputs.of(self.plan, samples),
+            None if calibration is None else calibration.report(),
+            self.context,
+            clock,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            command=command,
+        ) as recorder:
+            plan = self._with_bits(recorder, clock, announce)
+            return Run(plan, samples, self.context, recorder, clock).execute()
 
-    def _calibration(self, team: Team) -> CalibrationSet | None:
-        data = Calibration.of(self.plan) if self.allocation is None else self.allocation.data
-        return None if data is None else data.draw(team)
-
-    def _with_bits(
-        self, history: History, clock: PhaseClock, announce: Callable[[Plan], None] | None, team: Team
-    ) -> Plan:
+    def _with_bits(self, recorder: Recorder, clock: PhaseClock, announce: Callable[[Plan], None] | None) -> Plan:
         """The plan with the bits that the allocation chooses, or that an earlier run recorded."""
         if self.allocation is None:
             return self.plan
-        bit_plan = history.bit_plan
-        team.share("" if bit_plan is None else bit_plan.to_json())
-        if bit_plan is None:
+        known = self.context.team.share("" if recorder.bit_plan is None else recorder.bit_plan.to_json())
+        if known:
+            bit_plan = BitPlan.model_validate_json(known)
+        else:
             with clock.phase("allocate"):
-                bit_plan = self.allocation.run(block_bar, team)
-            history.keep_bits(bit_plan, clock)
+                bit_plan = self.allocation.run()
+            recorder.keep_bits(bit_plan)
         # The expected memory stays that of the whole run, since its peak may have been the measuring.
         plan = replace(self.plan.at(bit_plan.bits), bit_plan=bit_plan, peak_memory_bytes=self.plan.peak_memory_bytes)
         if announce is not None:

@@ -1,272 +1,215 @@
-"""Run a plan: read, calibrate, quantize and write one block after another, with only one block in memory."""
+"""The work of a run, block after block: loaded, quantized on the samples that reach it, stored and released.
+
+Every process of a team runs this code. The first has all hidden states, the others those of the batches that they run;
+only the first one's recorder stores anything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+import operator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from math import isfinite
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from shiftadd_cli.artifact.workspace import Workspace
-from shiftadd_cli.artifact.writer import ArtifactWriter
-from shiftadd_cli.bcq.solver import Solution
-from shiftadd_cli.blockwise.stored_states import StoredStates
-from shiftadd_cli.device import dtype_name
-from shiftadd_cli.distributed.team import ALONE, Team
-from shiftadd_cli.errors import NumericalError
-from shiftadd_cli.pipeline.account import PhaseClock, make_report
+from shiftadd_cli.bcq.weight import QuantizedWeight
+from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.input_cache import InputCache
+from shiftadd_cli.blockwise.model import BlockwiseModel
+from shiftadd_cli.blockwise.output_cache import OutputCache
+from shiftadd_cli.blockwise.tensor_file import TensorFile
+from shiftadd_cli.blockwise.trace import Trace, trace_model
+from shiftadd_cli.calibration.gradients import squared_gradients
+from shiftadd_cli.context import Context
+from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.block import BlockQuantizer
-from shiftadd_cli.pipeline.calibration import CalibrationSet
-from shiftadd_cli.pipeline.final_check import check_checkpoint
-from shiftadd_cli.pipeline.history import Asked, History
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.pipeline.walk import Walk
-from shiftadd_cli.progress import BlockProgress
-from shiftadd_cli.report.card import CARD_FILE, render_card
-from shiftadd_cli.report.cost import model_cost
-from shiftadd_cli.report.page import PAGE_FILE, Run, render_page
-from shiftadd_cli.report.schema import (
-    BlockReport,
-    DistillationReport,
-    LayerReport,
-    Report,
-    TableReport,
-)
-from shiftadd_cli.report.unit_costs import load_unit_costs
-from shiftadd_cli.runtime.remote_code import code_entry, code_files
-from shiftadd_cli.source import LinearSpec
-
-
-def run_plan(
-    plan: Plan,
-    calibration: CalibrationSet | None,
-    out: Path,
-    *,
-    device: torch.device,
-    overwrite: bool,
-    command: Sequence[str],
-    progress: BlockProgress,
-    clock: PhaseClock | None = None,
-    history: History | None = None,
-    team: Team = ALONE,
-) -> Report:
-    """Do the work and write the artifact to `out`; returns the content of report.json.
-
-    progress: wraps the block names, with a description, to show progress. clock: accumulates the times of the run, and
-    may already be running. history: the run continues where it ends; it must be begun, in an entered workspace. By
-    default the run starts over. team: this process is its first; the others call `follow`.
-
-    Raises NumericalError naming a layer whose values cannot be quantized, or OutputError if writing fails; nothing is
-    written to `out` then.
-    """
-    samples = None if calibration is None else calibration.samples
-    with ExitStack() as stack:
-        if history is None:
-            history = History(stack.enter_context(Workspace(out, resume=False)), plan.structure.blocks)
-            history.begin(Asked.of(plan, samples))
-        writer = stack.enter_context(
-            ArtifactWriter(out, overwrite=overwrite, shard_bytes=plan.recipe.shard_bytes, workspace=history.workspace)
-        )
-        writer.plan(plan.tensors, history.written)
-        walk = Walk(plan, samples, device, clock or PhaseClock(), team, history.workspace.folder, read=writer.read)
-        return _Run(walk, calibration, writer, list(command), history).execute(progress)
+from shiftadd_cli.pipeline.recorder import Recorder
+from shiftadd_cli.pipeline.stored_model import StoredModel
+from shiftadd_cli.pipeline.tables import store_table
+from shiftadd_cli.report.schema import BlockReport, Report
 
 
 @dataclass
-class _Run:
-    walk: Walk
-    calibration: CalibrationSet | None
-    writer: ArtifactWriter
-    command: list[str]
-    history: History
-    layers: list[LayerReport] = field(default_factory=list)
-    blocks: list[BlockReport] = field(default_factory=list)
-    tables: list[TableReport] = field(default_factory=list)
-    states: dict[str, StoredStates] = field(default_factory=dict)
+class Run:
+    """A run of `plan`, whose bits are final, with `samples` (None for a run without data)."""
+
+    plan: Plan
+    samples: Tensor | None
+    context: Context
+    recorder: Recorder
+    clock: PhaseClock
+    trace: Trace | None = None
+    token_weights: dict[str, Tensor] | None = None
 
     @property
-    def plan(self) -> Plan:
-        return self.walk.plan
+    def model(self) -> BlockwiseModel:
+        """The model in the compute dtype."""
+        return BlockwiseModel(self.plan.running, self.plan.structure, self.context)
 
-    @property
-    def clock(self) -> PhaseClock:
-        return self.walk.clock
+    def execute(self) -> Report | None:
+        """Do the work; the first process returns the report.
 
-    def execute(self, progress: BlockProgress) -> Report:
-        plan, names, done = self.plan, self.plan.structure.blocks, self.history.done
-        for block in self.history.blocks:
-            self.layers += block.layers
-            self.blocks += block.blocks
-        # The remaining blocks need the samples, and so does distillation.
-        running = self.walk.samples is not None and (done < len(names) or self._to_distill)
-        self.walk.team.share([done, running])
-        self._start(progress, running)
-        text = f"Quantizing ({done} of {len(names)} blocks were done before)" if done else "Quantizing"
-        for depth, name in enumerate(progress(names[done:], text), done):
-            self._block(depth, name)
-        distillation = self._distill(progress) if plan.recipe.distill_epochs else None
-        with self.clock.phase("read_and_write"):
-            plan.source.save_companions(self.writer.folder)
-            files_bytes = self.writer.nbytes
-            report = make_report(
-                plan,
-                None if self.calibration is None else self.calibration.report(),
-                self.layers,
-                self.blocks,
-                distillation,
-                self.tables,
-                files_bytes=files_bytes,
-                clock=self.clock,
-                device=self.walk.device,
-                processes=self.walk.team.size,
-                command=self.command,
-            )
-            for name, text in checkpoint_pages(plan, report, self.writer.out.name).items():
-                self.writer.add_file(name, text)
-        with self.clock.phase("check"):
-            sample, expected = self.walk.predict_stored(self.writer.read, progress)
-        with self.clock.phase("read_and_write"):
-            self.writer.finish(
-                self._config(),
-                report.model_dump(mode="json"),
-                lambda folder: check_checkpoint(folder, sample, expected, remote_code=self.plan.source.remote_code),
-            )
-        return report
-
-    @property
-    def _to_distill(self) -> bool:
-        return bool(self.plan.recipe.distill_epochs) and self.history.distilled is None
-
-    def _start(self, progress: BlockProgress, running: bool) -> None:
-        """Write the parts outside the blocks, and run the samples up to the first block if `running`.
-
-        A resumed run already has everything except the arguments of the blocks.
+        Raises NumericalError naming a layer whose values cannot be quantized, or OutputError if writing fails; no
+        checkpoint is written then.
         """
-        history, walk, structure = self.history, self.walk, self.plan.structure
-        begun = history.start is not None
-        with self.clock.phase("read_and_write"):
-            self.plan.running.materialise(structure.outside)
-            blocks = tuple(f"{name}." for name in structure.blocks)
-            if not begun:
-                self._write_kept(name for name in self.plan.kept if not name.startswith(blocks))
-            self.tables += walk.store_tables((lambda name, tensor: None) if begun else self.writer.add)
-        if running:
-            assert walk.samples is not None, "there are samples to run"
-            history.drop_old_states()
-            self.states = history.states(len(walk.samples), self.plan.recipe.batch_size)
-            walk.trace_samples(self._place, self.states, progress)
-            walk.weigh_tokens(history.token_weights(), progress)
-        self.plan.running.release(structure.outside)
-        if not begun:
+        recorder, team, names = self.recorder, self.context.team, self.plan.structure.blocks
+        recorder.begin(self.plan)
+        done = team.share(recorder.done)
+        tuned = team.share(recorder.tuned or not self.plan.recipe.distill_epochs)
+        self._start(finished=done == len(names) and tuned)
+        text = f"Quantizing ({done} of {len(names)} blocks were done before)" if done else "Quantizing"
+        for depth, name in enumerate(self.context.progress(names[done:], text), done):
+            quantizer, report = self.quantize_block(depth, name)
+            recorder.keep_block(name, quantizer, report)
+            self.model.release(depth)
+        if not tuned:
+            self._distill()
+        sample = None if self.samples is None else self.samples[:1]
+        passage = None if self.trace is None else self.trace.passage
+        return recorder.finish(lambda: StoredModel(self.plan, self.model, recorder.read).predict(sample, passage))
+
+    def _start(self, *, finished: bool) -> None:
+        """Store the parts outside the blocks, and run the samples up to the first block unless the blocks are
+        `finished`.
+
+        The embeddings take their stored values before that, so that the first block calibrates on what they give.
+        """
+        with ExitStack() as stack:
             with self.clock.phase("read_and_write"):
-                history.keep_start(self.writer, self.states, walk.token_weights, self.clock)
+                stack.enter_context(self.model.outside())
+                self.recorder.add_outside()
+                skeleton, add = self.model.skeleton, self.recorder.add_table
+                tables = [store_table(table, skeleton, add) for table in self.plan.tables]
+            if self.samples is not None and not finished:
+                with self.clock.phase("trace"):
+                    self.trace = self._trace(self.samples)
+                    if self.plan.recipe.loss_aware:
+                        self.token_weights = self._token_weights(self.samples, self.trace)
+        self.recorder.keep_start(tables, self.token_weights)
 
-    def _place(self) -> StoredStates:
-        samples = self.walk.samples
-        assert samples is not None, "there are states to be kept"
-        return StoredStates(self.history.workspace.states, len(samples), self.plan.recipe.batch_size)
+    def _trace(self, samples: Tensor) -> Trace:
+        recipe, team = self.plan.recipe, self.context.team
+        hidden = self.recorder.hidden_states(len(samples), recipe.batch_size)
+        # The first process needs all batches, because it does the sequential steps, such as distillation, alone.
+        own = None if team.first else team.shards(len(hidden)).own()
+        trace = trace_model(self.model, samples, recipe.batch_size, hidden, batches=own, spill=self.recorder.spill)
+        if recipe.follows_original:
+            trace.original = self.recorder.original_states()
+        for hidden_states in (trace.hidden, trace.original):
+            if hidden_states is not None:
+                hidden_states.hand_out(team)
+        return trace
 
-    def _block(self, depth: int, name: str) -> None:
-        quantizer, report = self.walk.quantize(depth, name)
-        blocks = [] if report is None else [report]
-        last = depth + 1 == len(self.plan.structure.blocks)
-        if last:
-            # Distillation tunes the whole model towards the final outputs of the original.
-            needed = ["original"] if self.plan.recipe.distill_epochs else []
-            self.states = {name: self.states[name] for name in needed}
-        for states in self.states.values():
-            states.turn()
+    def _token_weights(self, samples: Tensor, trace: Trace) -> dict[str, Tensor]:
+        """Squared gradients to the power of the recipe, normalized to mean 1; those of a resumed run, if any."""
+        team, known = self.context.team, self.recorder.token_weights()
+        if team.share(known is not None):
+            return team.share_tensors(known)
+        gradients = squared_gradients(self.model, samples, trace, seed=self.plan.recipe.seed)
+        powers = {name: square**self.plan.recipe.loss_aware for name, square in gradients.token_weights().items()}
+        return {name: power / power.mean() for name, power in powers.items()}
+
+    def quantize_block(self, depth: int, name: str) -> tuple[BlockQuantizer, BlockReport | None]:
+        """Load and quantize a block, and run the samples through it; the caller releases it."""
+        recipe, trace = self.plan.recipe, self.trace
         with self.clock.phase("read_and_write"):
-            self._write_kept(path for path in self.plan.kept if path.startswith(f"{name}."))
-            layers = self._write_solutions(quantizer)
-        self.walk.model.release(depth)
-        self.layers += layers
-        self.blocks += blocks
-        with self.clock.phase("read_and_write"):
-            self.history.keep_block(name, layers, blocks, self.writer, self.states, self.clock)
+            block = self.model.load(depth)
+        quantizer = self._quantizer(depth, block)
+        if trace is None:
+            quantizer.without_data()
+            return quantizer, None
+        report = None
+        with TensorFile(self.recorder.spill) as waiting:
+            stream, original = self._streams(trace, depth, quantizer, waiting)
+            self._take_shared(depth)
+            if original is None or not recipe.asymmetric:
+                quantizer.on(stream)
+            else:
+                quantizer.on(stream, InputCache(original, waiting))
+            with self.clock.phase("forward"):
+                if original is not None and not recipe.asymmetric:
+                    original.advance()
+            if original is not None and recipe.reconstruct_epochs and quantizer.specs:
+                report = quantizer.reconstruct(stream, original)
+                stream = replace(stream, playback=None)
+            if self._round_kept(name):
+                stream = replace(stream, playback=None)
+            if depth + 1 < len(self.model.names):
+                with self.clock.phase("forward"):
+                    # The next block calibrates on the outputs of the quantized block.
+                    stream.advance()
+        return quantizer, report
 
-    def _distill(self, progress: BlockProgress) -> DistillationReport:
-        """Tune the whole model, or load the result of an earlier run, and overwrite the blocks' tensors with it."""
-        history = self.history
-        if self._to_distill:
-            result = self.walk.distill(self.writer.read, progress)
-            report = DistillationReport(
-                divergence_before=result.divergence_before,
-                divergence_after=result.divergence_after if isfinite(result.divergence_after) else None,
-                kept=result.kept,
-            )
-            history.keep_distilled(report, result.tensors, self.clock)
-        self.walk.team.share(False)
-        distilled, tensors = history.distilled, history.distilled_tensors()
-        assert distilled is not None, "it was kept"
-        assert tensors is not None, "it was kept"
-        with self.clock.phase("read_and_write"):
-            self.writer.withdraw(tensors)
-            for name, tensor in tensors.items():
-                self.writer.add(name, tensor)
-        return distilled.report
-
-    def _write_solutions(self, quantizer: BlockQuantizer) -> list[LayerReport]:
-        layers = []
-        for kind, spec in quantizer.specs.items():
-            solution = quantizer.solutions[kind]
-            for suffix, tensor in solution.weight.tensors.items():
-                self.writer.add(f"{spec.name}.{suffix}", tensor)
-            layers.append(_layer_report(spec, solution, quantizer.tokens[kind] if self.plan.calibrated else None))
-        return layers
-
-    def _write_kept(self, names: Iterable[str]) -> None:
-        state = self.plan.running.skeleton().state_dict()
-        for name in names:
-            tensor = state[name].to(self.plan.tensors[name][1])
-            _check_kept(name, tensor)
-            self.writer.add(name, tensor)
-
-    def _config(self) -> dict[str, Any]:
-        """The content of config.json: that of the source, with its dtype, its class, our quantization_config and code
-        file."""
-        source = self.plan.source
-        config = source.config_fields() | code_entry(source.config)
-        config["quantization_config"] = self.plan.artifact_format().to_dict()
-        return config
-
-
-def _check_kept(name: str, tensor: Tensor) -> None:
-    """Raise NumericalError unless all numbers are finite."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise NumericalError(
-            f"{name} holds values that are not finite in {dtype_name(tensor.dtype)}; "
-            + ("give `dtype` bfloat16 or float32, or " if tensor.dtype == torch.float16 else "")
-            + "fix the source."
+    def _quantizer(self, depth: int, block: nn.Module) -> BlockQuantizer:
+        linears = [linear for linear in self.plan.linears if linear.spec.block == depth]
+        prefix = f"{self.model.names[depth]}."
+        return BlockQuantizer(
+            block,
+            [linear.spec for linear in linears],
+            self.plan.recipe,
+            self.clock,
+            self.token_weights,
+            {linear.spec.name: linear.layout.format.choice for linear in linears},
+            self.context.team,
+            {path.removeprefix(prefix) for path in self.plan.structure.shared_in(depth)},
         )
 
+    def _streams(
+        self, trace: Trace, depth: int, quantizer: BlockQuantizer, waiting: TensorFile
+    ) -> tuple[BlockStream, BlockStream | None]:
+        """The block to quantize with the states that reach it, and the same of the original, if the recipe needs it.
+        waiting: for outputs of parts of the block."""
+        name, block = self.model.names[depth], quantizer.block
+        calls = {index: per_block[depth] for index, per_block in trace.calls.items()}
+        # Playback skips computation, so it is off if the block passes data on to later blocks.
+        hands_on = any(call.hands_on for call in calls.values())
+        playback = None if hands_on else OutputCache(block, quantizer.specs, waiting)
+        stream = BlockStream(name, block, trace.hidden, calls, self.context, playback)
+        if trace.original is None:
+            return stream, None
+        return stream, BlockStream(name, copy.deepcopy(block), trace.original, calls, self.context)
 
-def _layer_report(spec: LinearSpec, solution: Solution, tokens: int | None) -> LayerReport:
-    layout = solution.weight.layout
-    return LayerReport(
-        name=spec.name,
-        kind=spec.kind,
-        block=spec.block,
-        out_features=spec.out_features,
-        in_features=spec.in_features,
-        primitive=layout.format.primitive,
-        bits=layout.bits,
-        bits_per_weight=layout.bits_per_weight,
-        weight_error=solution.weight_error,
-        output_error=solution.output_error,
-        calibrated=solution.output_error is not None,
-        tokens=tokens,
-    )
+    def _take_shared(self, depth: int) -> None:
+        """Load the stored values of parameters that the block shares with earlier blocks."""
+        linears = {f"{linear.spec.name}.weight": linear for linear in self.plan.linears}
+        model: nn.Module = self.model.skeleton
+        for name, stored in self.plan.structure.shared_in(depth).items():
+            planned = linears.get(stored)
+            module = stored.rpartition(".")[0]
+            names = [stored] if planned is None else [f"{module}.{suffix}" for suffix in planned.layout.tensors()]
+            own = {part: self.recorder.read(part) for part in names} if self.context.team.first else None
+            tensors = self.context.team.share_tensors(own)
+            if planned is None:
+                value = tensors[stored]
+            else:
+                suffixes = {part.removeprefix(f"{module}."): tensor for part, tensor in tensors.items()}
+                value = planned.spec.turned(QuantizedWeight(planned.layout, suffixes).decode())
+            parameter = model.get_parameter(name)
+            parameter.data = value.to(parameter).contiguous()
 
+    def _round_kept(self, block: str) -> bool:
+        """Round norms and biases that were tuned in another dtype to their stored values; returns whether any value
+        changed."""
+        if self.plan.running is self.plan.source:
+            return False
+        model, changed = self.model.skeleton, False
+        for name in self.plan.kept:
+            if name.startswith(f"{block}."):
+                tensor = operator.attrgetter(name)(model)
+                rounded = tensor.to(self.plan.tensors[name][1]).to(tensor.dtype)
+                changed |= not torch.equal(rounded, tensor)
+                tensor.data = rounded
+        return changed
 
-def checkpoint_pages(plan: Plan, report: Report, name: str) -> dict[str, str]:
-    """The text files, by name, of a checkpoint whose folder is called `name`."""
-    layouts = {linear.spec.name: linear.layout for linear in plan.linears}
-    cost = model_cost(plan.source.skeleton(), layouts, plan.tensors, load_unit_costs())
-    run = Run(name, report, cost)
-    return {PAGE_FILE: render_page([run]), CARD_FILE: render_card(run), **code_files(plan.source.config)}
+    def _distill(self) -> None:
+        """Tune the whole model. Every step needs the one before, so the first process does it alone."""
+        samples, trace, stored = self.samples, self.trace, StoredModel(self.plan, self.model, self.recorder.read)
+        assert samples is not None, "the recipe has data"
+        assert trace is not None, "the samples were traced"
+        with self.clock.phase("distill"):
+            self.recorder.keep_distilled(
+                self.context.team.wait_for_first(lambda beat: stored.distill(trace, samples, beat))
+            )

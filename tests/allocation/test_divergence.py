@@ -16,6 +16,7 @@ from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.probe_model import ProbeModel
 from shiftadd_cli.blockwise.trace import trace_model
+from shiftadd_cli.context import Context
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.source import Source, find_structure, open_source
 from shiftadd_cli.source.experts import split_experts
@@ -29,35 +30,36 @@ def opened(path, skip=()):
     source = open_source(str(path))
     structure = find_structure(source.skeleton(), skip)
     source.materialise(structure.outside)
-    return source, structure, trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 4)
+    return source, structure, trace_model(BlockwiseModel(source, structure), WINDOWS, 4)
 
 
 def measure(path, bits=(2, 4), kind="divergence"):
     source, structure, trace = opened(path)
     return measure_sensitivities(
         kind,
-        BlockwiseModel(source, structure, CPU),
+        BlockwiseModel(source, structure),
         WINDOWS,
         trace,
         OPTIONS,
         bits,
         seed=0,
-        progress=lambda names, _: names,
     )
 
 
 def in_passes(path, memory_bytes, skip=(), bits=(2, 3)):
     """Divergences with so much memory for variants, and the measure that held them."""
     source, structure, trace = opened(path, skip)
-    replay = ProbeModel(BlockwiseModel(source, structure, CPU), probe_samples(WINDOWS), 4)
     held = []
 
     def progress(names, text):
-        held.append((text, len(measure._held)))
+        if text in ("Replaying", "Comparing"):
+            held.append((text, len(measure._held)))
         return names
 
-    measure = Divergence(replay, structure, OPTIONS, bits, progress=progress, memory_bytes=memory_bytes)
-    found = walk_blocks(BlockwiseModel(source, structure, CPU), trace, measure, progress=lambda names, _: names)
+    context = Context(torch.device("cpu"), progress=progress)
+    replay = ProbeModel(BlockwiseModel(source, structure, context), probe_samples(WINDOWS), 4)
+    measure = Divergence(replay, OPTIONS, bits, memory_bytes=memory_bytes)
+    found = walk_blocks(BlockwiseModel(source, structure), trace, measure)
     return measure.costs(found.costs), held, replay.hidden.nbytes
 
 
@@ -172,9 +174,9 @@ def test_the_original_is_left_as_it_was(tmp_path):
 def test_what_no_token_reached_counts_as_the_median_of_the_others(tmp_path):
     save_tiny("llama", tmp_path)
     source, structure, trace = opened(tmp_path)
-    replay = ProbeModel(BlockwiseModel(source, structure, CPU), probe_samples(WINDOWS), 4)
-    measure = Divergence(replay, structure, OPTIONS, (2, 3), progress=lambda names, _: names)
-    found = walk_blocks(BlockwiseModel(source, structure, CPU), trace, measure, progress=lambda names, _: names)
+    replay = ProbeModel(BlockwiseModel(source, structure), probe_samples(WINDOWS), 4)
+    measure = Divergence(replay, OPTIONS, (2, 3))
+    found = walk_blocks(BlockwiseModel(source, structure), trace, measure)
     costs = measure.costs({**found.costs, "expert": {2: 0.5, 3: 0.125}})
     for bits, error in ((2, 0.5), (3, 0.125)):
         ratios = torch.tensor([costs[name][bits] / each[bits] for name, each in found.costs.items()])
@@ -183,7 +185,7 @@ def test_what_no_token_reached_counts_as_the_median_of_the_others(tmp_path):
 
 def test_a_linear_that_breaks_the_model_is_named(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path)
-    monkeypatch.setattr(ProbeModel, "divergences", lambda _, __, others, ___: [float("nan")] * len(others))
+    monkeypatch.setattr(ProbeModel, "divergences", lambda _, __, others: [float("nan")] * len(others))
     with pytest.raises(NumericalError, match=r"model.layers.0.self_attn.q_proj has 2 bits.*`skip`"):
         measure(tmp_path, (2,))
 

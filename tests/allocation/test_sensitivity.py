@@ -17,6 +17,7 @@ from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration.gradients import squared_gradients
+from shiftadd_cli.context import Context
 from shiftadd_cli.source import find_structure, open_source
 from shiftadd_cli.source.experts import split_experts
 
@@ -29,16 +30,15 @@ def measure(path, kind, candidates=(2, 4), options=OPTIONS):
     source = open_source(str(path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 4)
+    trace = trace_model(BlockwiseModel(source, structure), WINDOWS, 4)
     return measure_sensitivities(
         kind,
-        BlockwiseModel(source, structure, CPU),
+        BlockwiseModel(source, structure),
         WINDOWS,
         trace,
         options,
         candidates,
         seed=0,
-        progress=lambda names, _: names,
     )
 
 
@@ -80,8 +80,8 @@ def test_output_costs_are_half_the_squared_gradient_times_the_squared_error(tmp_
     source = open_source(str(tmp_path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 4)
-    squares = squared_gradients(BlockwiseModel(source, structure, CPU), WINDOWS, trace, seed=0).means
+    trace = trace_model(BlockwiseModel(source, structure), WINDOWS, 4)
+    squares = squared_gradients(BlockwiseModel(source, structure), WINDOWS, trace, seed=0).means
     kinds = {spec.name: re.sub(r"\d+", "*", spec.kind) for spec in structure.linears}
     factors: dict[str, list[float]] = {}
     for name, (weight, hessian) in matrices(tmp_path).items():
@@ -181,24 +181,23 @@ def test_blocks_are_released_and_shared_inputs_are_told(tmp_path):
     source = open_source(str(tmp_path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 4)
+    trace = trace_model(BlockwiseModel(source, structure), WINDOWS, 4)
     held, walks = [], []
 
     def watch(names, text):
-        walks.append((text, names))
+        walks.append((text, list(names)))
         for name in names:
             blocks = [source.skeleton().get_submodule(each) for each in structure.blocks]
             held.append(sum(not each.is_meta for block in blocks for each in block.parameters()))
             yield name
 
-    found = measure_sensitivities(
-        "output", BlockwiseModel(source, structure, CPU), WINDOWS, trace, OPTIONS, (2,), seed=0, progress=watch
-    )
-    blocks, batches = structure.blocks, [f"batch {first}" for first in range(0, len(WINDOWS), 4)]
-    assert held == [0] * (7 + len(batches))
-    estimating = [("Predictions", blocks), ("Head gradients", batches), ("Gradients", blocks[::-1])]
-    estimating.append(("Measuring", blocks))
-    assert walks == [*estimating, ("Comparing", ["part 0"])]
+    model = BlockwiseModel(source, structure, Context(torch.device("cpu"), progress=watch))
+    found = measure_sensitivities("output", model, WINDOWS, trace, OPTIONS, (2,), seed=0)
+    blocks, batches = list(structure.blocks), [f"batch {first}" for first in range(0, len(WINDOWS), 4)]
+    tracing = [("Tracing", blocks), ("Checking", blocks)]
+    gradients = [("Predictions", blocks), ("Head gradients", batches), ("Gradients", blocks[::-1])]
+    assert walks == [*tracing, *gradients, *tracing, ("Measuring", blocks), ("Comparing", ["part 0"])]
+    assert not any(held), "a block that is shown as next is not loaded yet"
     first = [tuple(name.removeprefix("model.layers.0.") for name in names) for names in found.shared_inputs[:4]]
     assert first == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -265,8 +264,8 @@ def test_an_expert_that_read_too_few_tokens_is_measured_by_their_mean_power(tmp_
         forms.update({spec.name: hessian for spec in specs})
         return [{2: 1.0} for _ in specs]
 
-    trace = trace_model(BlockwiseModel(source, structure, CPU), windows, 4)
-    walk_blocks(BlockwiseModel(source, structure, CPU), trace, note, progress=lambda names, _: names)
+    trace = trace_model(BlockwiseModel(source, structure), windows, 4)
+    walk_blocks(BlockwiseModel(source, structure), trace, note)
     source = open_source(str(tmp_path))
     source.materialise([""])
     read = {}

@@ -36,7 +36,7 @@ def stream() -> BlockStream:
     for size in (2, 2, 1):
         hidden.append(torch.randn(size, 3, 4))
     calls = {index: BlockCall((2.0,), {"shift": float(size)}) for index, size in enumerate((2, 2, 1))}
-    return BlockStream(Block(), hidden, calls, CPU)
+    return BlockStream("model.layers.3", Block(), hidden, calls)
 
 
 def test_inputs_are_what_each_linear_reads(stream):
@@ -61,7 +61,7 @@ def test_linears_are_grouped_by_the_tensor_they_read(stream):
 
 def test_advance_replaces_the_inputs_by_the_outputs(stream):
     before = [batch.clone() for batch in stream.hidden]
-    stream.advance("block")
+    stream.advance()
     for index, batch in enumerate(before):
         expected = stream.block(batch, 2.0, shift=float(len(batch)))
         assert torch.equal(stream.hidden[index], expected)
@@ -70,12 +70,12 @@ def test_advance_replaces_the_inputs_by_the_outputs(stream):
 def test_outputs_that_are_not_finite_are_refused_by_name(stream):
     stream.block.down.weight.data.fill_(torch.inf)
     with pytest.raises(NumericalError, match=r"model\.layers\.3"):
-        stream.advance("model.layers.3")
+        stream.advance()
 
 
 def test_a_copy_of_hidden_states_goes_its_own_way(stream):
     twin = stream.hidden.copy()
     first = twin[0]
-    stream.advance("block")
+    stream.advance()
     assert twin[0] is first
     assert not torch.equal(stream.hidden[0], first)

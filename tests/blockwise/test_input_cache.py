@@ -34,16 +34,15 @@ def stream() -> BlockStream:
     hidden = HiddenStates(5, 2)
     for size in (2, 2, 1):
         hidden.append(torch.randn(size, 3, 4, dtype=torch.bfloat16))
-    return BlockStream(
-        Block().bfloat16(), hidden, {index: BlockCall((), {}) for index in range(3)}, torch.device("cpu")
-    )
+    calls = {index: BlockCall((), {}) for index in range(3)}
+    return BlockStream("model.layers.3", Block().bfloat16(), hidden, calls)
 
 
 def test_inputs_are_recalled_and_the_states_have_advanced(tmp_path: Path, stream: BlockStream) -> None:
     before = [batch.clone() for batch in stream.hidden]
     with TensorFile(tmp_path) as file:
-        recall = InputCache(file)
-        recall.advance(stream, ["second", "first"], "block")
+        recall = InputCache(stream, file)
+        recall.advance(["second", "first"])
         for _ in range(2):
             for index, batch in reversed(list(enumerate(before))):
                 found = recall.inputs(index, ["first", "second"])
@@ -58,4 +57,4 @@ def test_inputs_are_recalled_and_the_states_have_advanced(tmp_path: Path, stream
 def test_outputs_that_are_not_finite_are_refused_by_name(tmp_path: Path, stream: BlockStream) -> None:
     stream.block.second.weight.data.fill_(torch.inf)
     with TensorFile(tmp_path) as file, pytest.raises(NumericalError, match=r"model\.layers\.3"):
-        InputCache(file).advance(stream, ["first"], "model.layers.3")
+        InputCache(stream, file).advance(["first"])

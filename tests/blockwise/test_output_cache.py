@@ -63,7 +63,7 @@ def stream_of(block: nn.Module, playback: OutputCache | None) -> BlockStream:
     for size in (2, 2, 1):
         hidden.append(torch.randn(size, 3, WIDTH, generator=generator))
     calls = {index: BlockCall((), {}) for index in range(3)}
-    return BlockStream(block.eval(), hidden, calls, torch.device("cpu"), playback)
+    return BlockStream("block", block.eval(), hidden, calls, playback=playback)
 
 
 def counted(block: nn.Module) -> Counter[str]:
@@ -101,9 +101,9 @@ def test_every_turn_sees_what_it_would_without(file: TensorFile) -> None:
                 block.get_submodule(name).weight.mul_(0.9)
         playback.finish(turn)
     counts.clear()
-    playing.advance("block")
+    playing.advance()
     assert counts == {"mlp.down": 3}, "all else was known"
-    plain.advance("block")
+    plain.advance()
     assert all(torch.equal(one, other) for one, other in zip(playing.hidden, plain.hidden, strict=True))
 
 

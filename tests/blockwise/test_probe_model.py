@@ -29,7 +29,7 @@ def test_the_divergence_of_other_states_is_that_of_the_whole_model(tmp_path, fam
     """The first block's input is disturbed; in slices of seven tokens, which cut windows apart."""
     source = open_source(str(save_tiny(family, tmp_path)))
     structure = find_structure(source.skeleton())
-    replay = ProbeModel(BlockwiseModel(source, structure, CPU), WINDOWS, batch_size)
+    replay = ProbeModel(BlockwiseModel(source, structure), WINDOWS, batch_size)
     noise = 0.1 * torch.randn(replay.hidden.shape, generator=torch.Generator().manual_seed(2))
     blocks = len(structure.blocks)
     original, other = (to_the_end(replay, hidden, blocks) for hidden in (replay.hidden, replay.hidden + noise))
@@ -56,7 +56,7 @@ def test_the_divergence_of_other_states_is_that_of_the_whole_model(tmp_path, fam
 def test_all_is_in_float32_and_apart_from_the_source(tmp_path):
     source = open_source(str(save_tiny("llama", tmp_path, dtype=torch.bfloat16)))
     structure = find_structure(source.skeleton())
-    replay = ProbeModel(BlockwiseModel(source, structure, CPU), WINDOWS, 2)
+    replay = ProbeModel(BlockwiseModel(source, structure), WINDOWS, 2)
     block = replay.model.load(0)
     assert replay.hidden.dtype == replay.run(0, replay.hidden).dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in block.parameters())

@@ -29,7 +29,7 @@ def opened(family, folder):
 def test_blocks_run_one_by_one_give_the_hidden_states_of_the_model(tmp_path, family):
     source, structure = opened(family, tmp_path)
     # Five windows in batches of two: the last batch has a size, and for ALiBi and masks arguments, of its own.
-    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 2)
+    trace = trace_model(BlockwiseModel(source, structure), WINDOWS, 2)
     assert sorted(trace.calls) == [0, 1, 2]
     model = source.load_model(torch.float32)
     wanted = {}
@@ -67,7 +67,7 @@ def spilled(trace):
 
 def test_arguments_that_depend_on_tokens_are_kept_for_each_batch_and_others_once(tmp_path):
     source, structure = opened("gemma4", tmp_path)
-    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS[:4], 2, spill=tmp_path)
+    trace = trace_model(BlockwiseModel(source, structure), WINDOWS[:4], 2, spill=tmp_path)
     # The inputs of each layer, which are the first positional argument.
     assert spilled(trace) == {0: set(), 1: {(0,)}}
     masks = [call.kwargs["attention_mask"] for calls in trace.calls.values() for call in calls]
@@ -76,12 +76,12 @@ def test_arguments_that_depend_on_tokens_are_kept_for_each_batch_and_others_once
 
 def test_a_model_whose_arguments_are_masks_and_positions_keeps_nothing_for_each_batch(tmp_path):
     source, structure = opened("llama", tmp_path)
-    assert spilled(trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 2)) == {0: set(), 1: set(), 2: set()}
+    assert spilled(trace_model(BlockwiseModel(source, structure), WINDOWS, 2)) == {0: set(), 1: set(), 2: set()}
 
 
 def test_a_process_records_the_batches_it_runs(tmp_path):
     source, structure = opened("llama", tmp_path)
-    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 2, batches=iter([1]))
+    trace = trace_model(BlockwiseModel(source, structure), WINDOWS, 2, batches=iter([1]))
     assert list(trace.calls) == [1]
     assert len(trace.hidden) == 3
 
@@ -95,7 +95,7 @@ def test_a_model_that_changes_hidden_states_between_blocks_is_refused(tmp_path):
     # A model with something between its blocks, seen from the blocks: what leaves one is not what enters the next.
     changed(source, structure, 1, lambda _, args: (args[0] * 2, *args[1:]))
     with pytest.raises(SourceError, match=f"changes the hidden states before {structure.blocks[1]}"):
-        trace_model(BlockwiseModel(source, structure, CPU), torch.zeros(1, 4, dtype=torch.long), 1)
+        trace_model(BlockwiseModel(source, structure), torch.zeros(1, 4, dtype=torch.long), 1)
 
 
 def test_an_argument_computed_from_what_blocks_give_out_is_refused_by_name(tmp_path):
@@ -106,7 +106,7 @@ def test_an_argument_computed_from_what_blocks_give_out_is_refused_by_name(tmp_p
 
     changed(source, structure, 1, from_hidden, with_kwargs=True)
     with pytest.raises(SourceError, match=rf"argument attention_mask of {structure.blocks[1]} depends on the outputs"):
-        trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 2)
+        trace_model(BlockwiseModel(source, structure), WINDOWS, 2)
 
 
 def test_a_block_that_remembers_its_last_run_is_refused_by_name(tmp_path):
@@ -120,7 +120,7 @@ def test_a_block_that_remembers_its_last_run_is_refused_by_name(tmp_path):
 
     block.forward = forward
     with pytest.raises(SourceError, match=f"output of {structure.blocks[1]} differs by .* run one by one"):
-        trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 2)
+        trace_model(BlockwiseModel(source, structure), WINDOWS, 2)
 
 
 def test_a_block_that_is_called_twice_is_refused(tmp_path):
@@ -128,14 +128,14 @@ def test_a_block_that_is_called_twice_is_refused(tmp_path):
     first, second = (source.skeleton().get_submodule(name) for name in structure.blocks)
     second.forward = lambda *args, **kwargs: first(*args, **kwargs)
     with pytest.raises(SourceError, match=f"{structure.blocks[0]} more than once"):
-        trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 2)
+        trace_model(BlockwiseModel(source, structure), WINDOWS, 2)
 
 
 def test_a_head_that_mixes_tokens_is_refused(tmp_path):
     source, structure = opened("llama", tmp_path)
     source.skeleton().model.norm = Shifting(source.skeleton().model.norm)
     with pytest.raises(SourceError, match="output of the head differs"):
-        trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 2)
+        trace_model(BlockwiseModel(source, structure), WINDOWS, 2)
 
 
 class Shifting(nn.Module):
@@ -161,4 +161,4 @@ def test_a_model_that_computes_with_the_weight_of_a_linear_itself_is_refused_by_
     with pytest.raises(
         SourceError, match=r"weight of model\.layers\.0\.mlp\.up_proj itself.*`skip='\*\.mlp\.up_proj'`"
     ):
-        trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 2)
+        trace_model(BlockwiseModel(source, structure), WINDOWS, 2)

@@ -28,12 +28,12 @@ def prepare(path, windows, batch_size=2):
     source = open_source(str(path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    return source, structure, trace_model(BlockwiseModel(source, structure, CPU), windows, batch_size)
+    return source, structure, trace_model(BlockwiseModel(source, structure), windows, batch_size)
 
 
 def weights_of(path, windows, batch_size=2, **options):
     source, structure, trace = prepare(path, windows, batch_size)
-    return squared_gradients(BlockwiseModel(source, structure, CPU), windows, trace, **options).token_weights()
+    return squared_gradients(BlockwiseModel(source, structure), windows, trace, **options).token_weights()
 
 
 def plain_forward(path, windows):
@@ -146,7 +146,7 @@ def test_weights_do_not_depend_on_batches_groups_or_slices(tmp_path, loss, batch
     rows = []
     source.skeleton().get_output_embeddings().register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1]))
     found = squared_gradients(
-        BlockwiseModel(source, structure, CPU), windows, trace, loss=loss, memory_bytes=1
+        BlockwiseModel(source, structure), windows, trace, loss=loss, memory_bytes=1
     ).token_weights()
     assert max(rows) == (1, 7)
     for name, weights in found.items():
@@ -158,7 +158,7 @@ def test_means_are_those_of_a_plain_backward_pass(tmp_path, family):
     save_tiny(family, tmp_path)
     windows = random_windows()
     source, structure, trace = prepare(tmp_path, windows)
-    found = squared_gradients(BlockwiseModel(source, structure, CPU), windows, trace, loss="cross_entropy")
+    found = squared_gradients(BlockwiseModel(source, structure), windows, trace, loss="cross_entropy")
     logits, outputs = plain_forward(tmp_path, windows)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
     gradients = torch.autograd.grad(loss, list(outputs.values()))
@@ -173,7 +173,7 @@ def test_experts_have_means_over_all_predictions_and_no_weights_of_tokens(tmp_pa
     save_tiny(family, tmp_path)
     windows = random_windows(2, 20)
     source, structure, trace = prepare(tmp_path, windows)
-    found = squared_gradients(BlockwiseModel(source, structure, CPU), windows, trace, loss="cross_entropy")
+    found = squared_gradients(BlockwiseModel(source, structure), windows, trace, loss="cross_entropy")
     logits, outputs = plain_forward(tmp_path, windows)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
     gradients = torch.autograd.grad(loss, list(outputs.values()))
@@ -200,7 +200,7 @@ def test_tokens_that_a_linear_does_not_see_count_as_nothing_in_its_mean(tmp_path
         return mlp.down_proj(hidden.mean(-1, keepdim=True) + gate.mean(1, keepdim=True) + 0 * mlp.up_proj(hidden))
 
     mlp.forward = experts
-    found = squared_gradients(BlockwiseModel(source, structure, CPU), windows, trace)
+    found = squared_gradients(BlockwiseModel(source, structure), windows, trace)
     name = "model.layers.0.mlp.gate_proj"
     assert found.partial == {name}
     (gradient,) = seen
@@ -212,7 +212,7 @@ def test_the_trace_stays_as_it_is(tmp_path):
     windows = random_windows()
     source, structure, trace = prepare(tmp_path, windows)
     before = [batch.clone() for batch in trace.hidden]
-    squared_gradients(BlockwiseModel(source, structure, CPU), windows, trace).token_weights()
+    squared_gradients(BlockwiseModel(source, structure), windows, trace).token_weights()
     for batch, kept in zip(trace.hidden, before, strict=True):
         assert torch.equal(batch, kept)
         assert not batch.requires_grad
@@ -233,7 +233,7 @@ def test_one_block_is_in_memory_at_a_time_and_each_group_of_batches_reads_it_twi
     monkeypatch.setattr(source, "materialise", materialise)
     # Room for two of the three batches.
     room = 2 * len(blocks) * next(iter(trace.hidden)).nbytes
-    squared_gradients(BlockwiseModel(source, structure, CPU), windows, trace, memory_bytes=room).token_weights()
+    squared_gradients(BlockwiseModel(source, structure), windows, trace, memory_bytes=room).token_weights()
     assert read == 2 * [*structure.blocks, *reversed(structure.blocks)]
     assert all(each.is_meta for block in blocks for each in block.parameters())
     assert not any("forward" in vars(block) for block in blocks)
@@ -252,7 +252,7 @@ def test_linears_without_a_gradient_for_every_token_weigh_all_alike(tmp_path):
         return mlp.down_proj(gate + hidden.mean(-1, keepdim=True) + 0 * mlp.up_proj(hidden))
 
     mlp.forward = experts
-    found = squared_gradients(BlockwiseModel(source, structure, CPU), windows, trace).token_weights()
+    found = squared_gradients(BlockwiseModel(source, structure), windows, trace).token_weights()
     uniform = {name for name, weights in found.items() if torch.equal(weights, torch.ones(2, 8))}
     assert uniform == {"model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"}
 
@@ -268,11 +268,11 @@ def test_a_gradient_that_is_not_finite_is_refused_by_name(tmp_path):
 
     source.skeleton().get_submodule(f"{structure.blocks[1]}.mlp.act_fn").register_forward_hook(overflow)
     with pytest.raises(NumericalError, match=rf"input of {structure.blocks[1]} is not finite in float32"):
-        squared_gradients(BlockwiseModel(source, structure, CPU), windows, trace).token_weights()
+        squared_gradients(BlockwiseModel(source, structure), windows, trace).token_weights()
 
 
 def test_windows_must_be_those_of_the_trace(tmp_path):
     save_tiny("llama", tmp_path)
     source, structure, trace = prepare(tmp_path, random_windows(2, 8))
     with pytest.raises(ValueError, match="of 2 samples, not of 3"):
-        squared_gradients(BlockwiseModel(source, structure, CPU), random_windows(3, 8), trace).token_weights()
+        squared_gradients(BlockwiseModel(source, structure), random_windows(3, 8), trace).token_weights()

@@ -23,12 +23,12 @@ def first_block(path, batch_size):
     source = open_source(str(path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, batch_size)
+    trace = trace_model(BlockwiseModel(source, structure), WINDOWS, batch_size)
     source.materialise([structure.blocks[0]])
     block = source.skeleton().get_submodule(structure.blocks[0])
     calls = {index: each[0] for index, each in trace.calls.items()}
     kinds = [spec.kind for spec in structure.linears if spec.block == 0]
-    return BlockStream(block, trace.hidden, calls, CPU), kinds
+    return BlockStream("block", block, trace.hidden, calls), kinds
 
 
 def inputs_of(block, stream, kinds):
@@ -81,7 +81,7 @@ def test_cross_moments_pair_what_is_read_now_with_what_the_original_reads(tmp_pa
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.mul_(1.1)
-    now = BlockStream(changed, stream.hidden.copy(), stream.calls, CPU)
+    now = BlockStream("block", changed, stream.hidden.copy(), stream.calls)
     for index, batch in enumerate(now.hidden):
         now.hidden.replace(index, batch + 0.1)
     groups = now.shared_inputs(kinds)

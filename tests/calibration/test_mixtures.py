@@ -25,12 +25,12 @@ def last_block(path, batch_size=2):
     source = open_source(str(path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, batch_size)
+    trace = trace_model(BlockwiseModel(source, structure), WINDOWS, batch_size)
     depth = len(structure.blocks) - 1
     source.materialise([structure.blocks[depth]])
     block = source.skeleton().get_submodule(structure.blocks[depth])
     calls = {index: each[depth] for index, each in trace.calls.items()}
-    return BlockStream(block, trace.hidden, calls, CPU), [spec for spec in structure.linears if spec.block == depth]
+    return BlockStream("block", block, trace.hidden, calls), [spec for spec in structure.linears if spec.block == depth]
 
 
 def rows_by_token(stream, spec):
@@ -65,7 +65,7 @@ def changed(stream):
     """The stream of a block that routes some tokens to other experts."""
     block = copy.deepcopy(stream.block)
     generator = torch.Generator().manual_seed(3)
-    twin = BlockStream(block, stream.hidden.copy(), stream.calls, CPU)
+    twin = BlockStream("block", block, stream.hidden.copy(), stream.calls)
     for index, batch in enumerate(stream.hidden):
         twin.hidden.replace(index, batch + 0.3 * torch.randn(batch.shape, generator=generator))
     return twin

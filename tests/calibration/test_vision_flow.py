@@ -26,7 +26,7 @@ def traced(family, folder, batch_size=2):
     structure = find_structure(source.skeleton())
     flow = measure_flow(source, structure.blocks, 0)
     source.materialise(structure.outside)
-    return source, structure, trace_model(BlockwiseModel(source, structure, CPU), PIXELS, batch_size), flow
+    return source, structure, trace_model(BlockwiseModel(source, structure), PIXELS, batch_size), flow
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
@@ -59,7 +59,7 @@ def test_blocks_one_by_one_give_the_hidden_states_of_the_model(family, tmp_path)
 @pytest.mark.parametrize("family", ["vit", "swin", "clip-projection"])
 def test_divergences_are_those_of_the_whole_model(family, tmp_path):
     source, structure, _, _ = traced(family, tmp_path)
-    replay = ProbeModel(BlockwiseModel(source, structure, CPU), PIXELS, 2)
+    replay = ProbeModel(BlockwiseModel(source, structure), PIXELS, 2)
     noise = 0.1 * torch.randn(replay.hidden.shape, generator=torch.Generator().manual_seed(2))
 
     def to_the_end(hidden):
@@ -97,7 +97,7 @@ def test_divergences_are_those_of_the_whole_model(family, tmp_path):
 def test_squared_gradients_are_those_of_the_whole_model(family, tmp_path):
     """The slope at the predictions is taken from `EndLoss` by handing it the outputs of the last block."""
     source, structure, trace, _ = traced(family, tmp_path)
-    found = squared_gradients(BlockwiseModel(source, structure, CPU), PIXELS, trace, seed=3)
+    found = squared_gradients(BlockwiseModel(source, structure), PIXELS, trace, seed=3)
     model = source.load_model(torch.float32).requires_grad_(False)
     outputs, last = {}, []
 
@@ -114,7 +114,7 @@ def test_squared_gradients_are_those_of_the_whole_model(family, tmp_path):
         lambda _, __, output: last.append(hidden_of(output))
     )
     predict(model, PIXELS)
-    end = EndLoss(BlockwiseModel(source, structure, CPU), trace.forms, PIXELS, kind="divergence", seed=3)
+    end = EndLoss(BlockwiseModel(source, structure), trace.forms, PIXELS, kind="divergence", seed=3)
     slope = end.gradient(0, last[0].detach())
     gradients = torch.autograd.grad(last[0], list(outputs.values()), slope)
     assert found.partial == {name for name in outputs if name.endswith("reduction")}
@@ -131,7 +131,7 @@ def test_the_slope_of_features_has_the_curvature_of_their_angle(tmp_path):
     features = torch.tensor([[3.0, 0.0, -4.0]]).expand(len(PIXELS), 3)
     total = torch.zeros(3, 3)
     for seed in range(800):
-        end = EndLoss(BlockwiseModel(source, structure, CPU), trace.forms, PIXELS, kind="divergence", seed=seed)
+        end = EndLoss(BlockwiseModel(source, structure), trace.forms, PIXELS, kind="divergence", seed=seed)
         slope = end._turn(features, slice(0, len(PIXELS)))
         total += slope.T @ slope
     unit = features[0] / 5
@@ -142,9 +142,9 @@ def test_the_slope_of_features_has_the_curvature_of_their_angle(tmp_path):
 
 def test_batches_do_not_matter(tmp_path):
     source, structure, trace, _ = traced("swin", tmp_path)
-    one = squared_gradients(BlockwiseModel(source, structure, CPU), PIXELS, trace)
-    other = trace_model(BlockwiseModel(source, structure, CPU), PIXELS, 5)
-    two = squared_gradients(BlockwiseModel(source, structure, CPU), PIXELS, other)
+    one = squared_gradients(BlockwiseModel(source, structure), PIXELS, trace)
+    other = trace_model(BlockwiseModel(source, structure), PIXELS, 5)
+    two = squared_gradients(BlockwiseModel(source, structure), PIXELS, other)
     for name, value in one.tokens.items():
         torch.testing.assert_close(value, two.tokens[name], rtol=1e-3, atol=1e-10)
 

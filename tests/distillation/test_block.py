@@ -28,7 +28,7 @@ class Case:
         structure = find_structure(source.skeleton())
         source.materialise(structure.outside)
         windows = torch.randint(0, 256, (4, 20), generator=torch.Generator().manual_seed(1))
-        trace = trace_model(BlockwiseModel(source, structure, CPU), windows, 4)
+        trace = trace_model(BlockwiseModel(source, structure), windows, 4)
         self.hidden, self.call = trace.hidden[0], trace.calls[0][0]
         self.name = structure.blocks[0]
         self.module = source.skeleton().get_submodule(self.name)

@@ -17,6 +17,7 @@ from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.cli.summary import summarize
 from shiftadd_cli.data.text import load_text, sample_windows
 from shiftadd_cli.distillation import distill as module
+from shiftadd_cli.pipeline import stored_model
 from shiftadd_cli.source import open_source
 
 FIELDS = {"bits": 1, "samples": 64, "seq_len": 32, "batch_size": 4, "group_size": 16, "fit_rounds": 1}
@@ -100,13 +101,11 @@ def test_tuning_that_leaves_the_finite_numbers_loses_nothing(tmp_path, text, mon
 
 
 def test_blocks_that_do_not_stay_decoded_change_nothing(tmp_path, text, monkeypatch):
-    from shiftadd_cli.pipeline import walk
-
     model = save_tiny("bloom", tmp_path / "model", dtype=torch.bfloat16)
     given = FIELDS | {"calibration": str(text), "distill_epochs": 1}
     shiftadd_cli.quantize(str(model), tmp_path / "held", **given)
-    stack = walk.Stack
-    monkeypatch.setattr(walk, "Stack", lambda *arguments: stack(*arguments, memory_bytes=0))
+    stack = stored_model.Stack
+    monkeypatch.setattr(stored_model, "Stack", lambda *arguments: stack(*arguments, memory_bytes=0))
     shiftadd_cli.quantize(str(model), tmp_path / "anew", **given)
     weights = [Path(tmp_path / name / "model.safetensors").read_bytes() for name in ("held", "anew")]
     assert weights[0] == weights[1]

@@ -46,10 +46,10 @@ def test_gap_and_gradients_are_those_of_the_whole_model(tmp_path, family, monkey
     source = open_source(str(save_tiny(family, tmp_path) if text else save_tiny_vision(family, tmp_path)))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(BlockwiseModel(source, structure, CPU), samples, 4)
+    trace = trace_model(BlockwiseModel(source, structure), samples, 4)
     # Slices of five tokens, which cut windows apart.
     monkeypatch.setattr(module, "SLICE_BYTES", 5 * 32 * 320)
-    end = EndGap(BlockwiseModel(source, structure, CPU), trace.forms, samples, source.skeleton().get_parameter)
+    end = EndGap(BlockwiseModel(source, structure), trace.forms, samples, source.skeleton().get_parameter)
     generator = torch.Generator().manual_seed(2)
     shape = (2, *trace.forms[-1].shape)
     original = torch.randn(shape, generator=generator)
@@ -93,8 +93,8 @@ def test_no_distance_from_itself(tmp_path):
     source = open_source(str(save_tiny("llama", tmp_path)))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(BlockwiseModel(source, structure, CPU), TOKENS, 4)
-    end = EndGap(BlockwiseModel(source, structure, CPU), trace.forms, TOKENS, source.skeleton().get_parameter)
+    trace = trace_model(BlockwiseModel(source, structure), TOKENS, 4)
+    end = EndGap(BlockwiseModel(source, structure), trace.forms, TOKENS, source.skeleton().get_parameter)
     gap = end.gap(0, trace.hidden[0], trace.hidden[0], learn=True)
     assert gap.divergence == 0
     assert gap.gradient.abs().max() < 1e-5

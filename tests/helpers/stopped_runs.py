@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import shiftadd_cli
+from shiftadd_cli import context
 from shiftadd_cli.errors import Interrupted
-from shiftadd_cli.pipeline import job
 
 # Parts of report.json that no two runs have in common, and pages that are made of them and of the folder's name.
 _OF_THE_RUN = ("seconds", "machine", "command")
@@ -42,7 +42,7 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, step: int, failure: BaseExcepti
         if step >= len(names) and text.startswith("Quantizing"):
             raise failure or KeyboardInterrupt
 
-    monkeypatch.setattr(job, "block_bar", bar)
+    monkeypatch.setattr(context, "block_bar", bar)
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any, **fields: Any) -> None:

@@ -88,7 +88,7 @@ def command(rank: int, log: Path, arguments: Sequence[str], faults: dict[int, st
     faults: by rank, the name of a signal that the process sends itself before its second block, or `hang`.
     """
     from shiftadd_cli.cli import main
-    from shiftadd_cli.pipeline.walk import Walk
+    from shiftadd_cli.pipeline.run import Run
 
     stream = os.open(log.with_name(f"{log.name}{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
@@ -96,16 +96,16 @@ def command(rank: int, log: Path, arguments: Sequence[str], faults: dict[int, st
     # Or what one run has measured the next would remember.
     os.environ["SHIFTADD_CACHE"] = str(log.with_name("cache"))
     fault = (faults or {}).get(rank)
-    quantize = Walk.quantize
+    quantize = Run.quantize_block
 
-    def faulty(self: Walk, depth: int, name: str) -> Any:
+    def faulty(self: Run, depth: int, name: str) -> Any:
         if depth == 1 and fault == "hang":
             time.sleep(1000)
         elif depth == 1 and fault is not None:
             os.kill(os.getpid(), getattr(signal, fault))
         return quantize(self, depth, name)
 
-    Walk.quantize = faulty  # type: ignore[method-assign]
+    Run.quantize_block = faulty  # type: ignore[method-assign]
     try:
         main([*map(str, arguments)])
     finally:

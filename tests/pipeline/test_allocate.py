@@ -42,10 +42,6 @@ def job_for(model, bits=None, size=None, settings=None, nats=None, **request):
     return AllocationJob.prepare(open_source(model), settings or recipe(), Request(budget, **request))
 
 
-def quiet(names, _):
-    return names
-
-
 def brute_force(plan, groups, budget):
     """The least predicted loss over all choices for `groups`, by trying them."""
     best = None
@@ -60,7 +56,7 @@ def brute_force(plan, groups, budget):
 @pytest.mark.parametrize("tie_fused", [True, False])
 def test_the_plan_is_the_best_there_is_within_the_budget(model, tie_fused):
     job = job_for(model, bits=4.2, candidates=(2, 3), tie_fused=tie_fused)
-    plan = job.run(quiet)
+    plan = job.run()
     assert plan.bits_per_weight <= 4.2
     blocks = [f"model.layers.{number}" for number in range(2)]
     fused = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")]
@@ -81,16 +77,14 @@ def test_the_files_have_the_size_that_was_asked_and_never_more(model, tmp_path, 
     job = job_for(model, size=f"{asked / 1000:.3f}KB", tie_fused=False)
     assert job.request.budget.file_bytes == asked
     path = tmp_path / "plan.json"
-    path.write_text(job.run(quiet).to_json())
+    path.write_text(job.run().to_json())
     Job.prepare(model, tmp_path / "out", recipe(bit_plan=str(path))).run()
     stored = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert asked * 0.99 <= stored <= asked
 
 
 def test_kept_and_tied_layers_are_what_was_asked(model):
-    plan = job_for(model, bits=6, keep=("*.down_proj=2", "*.0.self_attn.q_proj=4"), tie=("*.o_proj,*.gate_proj",)).run(
-        quiet
-    )
+    plan = job_for(model, bits=6, keep=("*.down_proj=2", "*.0.self_attn.q_proj=4"), tie=("*.o_proj,*.gate_proj",)).run()
     for block in range(2):
         layers = {
             name.rpartition(".")[2]: layer.bits
@@ -106,13 +100,13 @@ def test_kept_and_tied_layers_are_what_was_asked(model):
 def test_layers_that_are_fused_and_kept_apart_are_refused(model):
     job = job_for(model, bits=6, keep=("*.q_proj=2", "*.k_proj=3"))
     with pytest.raises(AllocationError, match="`tie_fused=False`"):
-        job.run(quiet)
-    plan = job_for(model, bits=6, keep=("*.q_proj=2", "*.k_proj=3"), tie_fused=False).run(quiet)
+        job.run()
+    plan = job_for(model, bits=6, keep=("*.q_proj=2", "*.k_proj=3"), tie_fused=False).run()
     assert plan.layers["model.layers.0.self_attn.k_proj"].bits == 3
 
 
 def test_another_budget_measures_nothing_again(model, monkeypatch):
-    job_for(model, bits=4.2, candidates=(2, 3)).run(quiet)
+    job_for(model, bits=4.2, candidates=(2, 3)).run()
     measured = []
 
     def spy(*arguments, **options):
@@ -121,50 +115,48 @@ def test_another_budget_measures_nothing_again(model, monkeypatch):
 
     real = allocate_module.measure_sensitivities
     monkeypatch.setattr(allocate_module, "measure_sensitivities", spy)
-    job_for(model, bits=3.8, candidates=(2, 3)).run(quiet)
-    job_for(model, bits=3.8, candidates=(2, 3), settings=recipe(reconstruct_epochs=1, samples=4, shard_size="1GB")).run(
-        quiet
-    )
+    job_for(model, bits=3.8, candidates=(2, 3)).run()
+    job_for(
+        model, bits=3.8, candidates=(2, 3), settings=recipe(reconstruct_epochs=1, samples=4, shard_size="1GB")
+    ).run()
     assert measured == []
-    whole = job_for(model, bits=3.8, candidates=(2, 3, 4)).run(quiet)
+    whole = job_for(model, bits=3.8, candidates=(2, 3, 4)).run()
     assert measured == [(4,)]
     assert {tuple(layer.cost) for layer in whole.layers.values()} == {(2, 3, 4)}
     for settings in (recipe(seed=1), recipe(group_size=8), recipe(weight_error=0.1), recipe(samples=3)):
-        job_for(model, bits=5.8, candidates=(2, 3), settings=settings).run(quiet)
+        job_for(model, bits=5.8, candidates=(2, 3), settings=settings).run()
     for sensitivity in ("paper", "divergence", "divergence"):
-        job_for(model, bits=3.8, candidates=(2, 3), sensitivity=sensitivity).run(quiet)
+        job_for(model, bits=3.8, candidates=(2, 3), sensitivity=sensitivity).run()
     assert measured[1:] == [(2, 3)] * 6
 
 
 @pytest.mark.parametrize("sensitivity", ["output", "divergence"])
 def test_a_plan_measured_in_two_goes_is_that_of_one(model, cache, sensitivity):
-    job_for(model, bits=6, candidates=(3,), keep=("*.down_proj=2",), tie_fused=False, sensitivity=sensitivity).run(
-        quiet
-    )
-    twice = job_for(model, bits=4.4, sensitivity=sensitivity).run(quiet)
+    job_for(model, bits=6, candidates=(3,), keep=("*.down_proj=2",), tie_fused=False, sensitivity=sensitivity).run()
+    twice = job_for(model, bits=4.4, sensitivity=sensitivity).run()
     for file in (cache / "sensitivities").iterdir():
         file.unlink()
-    assert job_for(model, bits=4.4, sensitivity=sensitivity).run(quiet) == twice
+    assert job_for(model, bits=4.4, sensitivity=sensitivity).run() == twice
     # What was decided on is what the file says.
     assert BitPlan.model_validate_json(twice.to_json()) == twice
 
 
 def test_sensitivities_of_other_windows_are_not_remembered(model, tmp_path, monkeypatch):
     """The same model, text and recipe: with another tokenizer the windows are others."""
-    job_for(model, bits=4.2).run(quiet)
+    job_for(model, bits=4.2).run()
     monkeypatch.setattr(AllocationJob, "measure", lambda *_: pytest.fail("it was measured again"))
-    job_for(model, bits=4.0).run(quiet)
+    job_for(model, bits=4.0).run()
     begun = save_tiny("llama", tmp_path / "begun", before=("<|user|>",))
     job = job_for(str(begun), bits=4.2)
     assert job.source.fingerprint == open_source(model).fingerprint
     assert job.recipe_fingerprint == job_for(model, bits=4.2).recipe_fingerprint
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        job.run(quiet)
+        job.run()
 
 
 @pytest.mark.parametrize("before", [(), ("<|user|>",)])
 def test_a_plan_says_what_its_windows_begin_with(tmp_path, before):
-    plan = job_for(str(save_tiny("llama", tmp_path / "model", before=before)), bits=4.2).run(quiet)
+    plan = job_for(str(save_tiny("llama", tmp_path / "model", before=before)), bits=4.2).run()
     assert BitPlan.model_validate_json(plan.to_json()).made_by.calibration.window_start == "".join(before)
 
 
@@ -173,18 +165,18 @@ def test_a_budget_that_cannot_be_met_is_refused_before_any_work_with_the_range(m
     with pytest.raises(AllocationError) as caught:
         job_for(model, bits=bits, size=size)
     message = str(caught.value)
-    low, high = (job_for(model, bits=9.0, keep=(f"*={each}",)).run(quiet) for each in (2, 4))
+    low, high = (job_for(model, bits=9.0, keep=(f"*={each}",)).run() for each in (2, 4))
     unit = "bits per weight" if bits else "MB"
     assert unit in message
     if bits:
         assert f"from {low.bits_per_weight:.3f} {unit} to {high.bits_per_weight:.3f} {unit}" in message
     # Exactly the least that is said to be possible is possible.
-    assert job_for(model, bits=low.bits_per_weight).run(quiet).bits == low.bits
+    assert job_for(model, bits=low.bits_per_weight).run().bits == low.bits
 
 
 @pytest.mark.parametrize("sensitivity", ["output", "divergence"])
 def test_the_smallest_plan_for_a_loss_is_found_and_loses_no_more(model, sensitivity):
-    plan_of = lambda **asked: job_for(model, candidates=(2, 3), sensitivity=sensitivity, **asked).run(quiet)  # noqa: E731
+    plan_of = lambda **asked: job_for(model, candidates=(2, 3), sensitivity=sensitivity, **asked).run()  # noqa: E731
     most, least = (plan_of(bits=9.0, keep=(f"*={bits}",)).predicted_loss for bits in (2, 3))
     for part in (0.1, 0.5, 0.9):
         nats = least + part * (most - least)
@@ -201,12 +193,12 @@ def test_the_smallest_plan_for_a_loss_is_found_and_loses_no_more(model, sensitiv
 
 
 def test_a_loss_that_no_bits_reach_names_the_range(model):
-    low, high = (job_for(model, bits=9.0, keep=(f"*={bits}",)).run(quiet).predicted_loss for bits in (4, 2))
+    low, high = (job_for(model, bits=9.0, keep=(f"*={bits}",)).run().predicted_loss for bits in (4, 2))
     with pytest.raises(AllocationError, match=r"from .* to .*; raise `max_divergence`, or .*`candidates`") as caught:
-        job_for(model, nats=low * 0.99).run(quiet)
+        job_for(model, nats=low * 0.99).run()
     words = str(caught.value).split("from ")[1].split(";")[0].split(" to ")
     assert [float(word) for word in words] == pytest.approx([low, high], rel=1e-3)
-    assert job_for(model, nats=float(words[0])).run(quiet).predicted_loss <= float(words[0])
+    assert job_for(model, nats=float(words[0])).run().predicted_loss <= float(words[0])
 
 
 def test_a_loss_without_a_unit_is_no_budget(model):
@@ -221,7 +213,7 @@ def test_a_run_without_text_cannot_measure(model):
 
 def test_the_table_shows_bits_over_depth_and_both_averages(model):
     job = job_for(model, bits=4.2, candidates=(2, 3))
-    plan = job.run(quiet)
+    plan = job.run()
     text = describe_bit_plan(plan, [each.spec for each in job.linears])
     row = next(line for line in text.splitlines() if line.startswith("self_attn.q_proj"))
     assert row.split()[1] == "".join(str(plan.layers[f"model.layers.{i}.self_attn.q_proj"].bits) for i in range(2))
@@ -233,14 +225,14 @@ def test_the_table_shows_bits_over_depth_and_both_averages(model):
 
 def test_a_chain_of_ties_follows_the_layer_that_is_kept(model):
     """The query keeps five bits; so does the value, fused with it; so does the output, tied to the value."""
-    plan = job_for(model, bits=6, keep=("*.q_proj=5",), tie=("*.v_proj,*.o_proj",), candidates=(2, 3)).run(quiet)
+    plan = job_for(model, bits=6, keep=("*.q_proj=5",), tie=("*.v_proj,*.o_proj",), candidates=(2, 3)).run()
     kept = {name.rpartition(".")[2] for name, layer in plan.layers.items() if layer.bits == 5}
     assert kept == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_the_front_is_what_budgets_of_its_sizes_give(model):
     job = job_for(model, bits=6, candidates=(2, 3), keep=("*.0.self_attn.q_proj=3",))
-    sensitivities = job.sensitivities(quiet)
+    sensitivities = job.sensitivities()
     front = job.front(sensitivities, 5)
     for point in front:
         plan = job.with_budget(Budget.parse(point.bits_per_weight + 1e-9, None)).choose(sensitivities)
@@ -260,7 +252,7 @@ MIXTURE = (2, 3, "shift1-2", "shift2-3", "shift2-4")
 def test_a_mixture_of_primitives_is_the_best_there_is_and_is_written_as_planned(model, tmp_path):
     kept = "model.layers.0.self_attn.o_proj"
     job = job_for(model, bits=3.9, candidates=MIXTURE, keep=(f"{kept}=3",))
-    plan = job.run(quiet)
+    plan = job.run()
     assert plan.version == 2
     assert plan.bits_per_weight <= 3.9
     groups = {}
@@ -317,8 +309,8 @@ def test_the_criterion_of_the_paper_has_no_word_for_shifts(model):
 
 
 def test_shifts_are_measured_where_only_planes_are_remembered(model):
-    before = job_for(model, bits=4.2, candidates=(2, 3)).sensitivities(quiet)
-    after = job_for(model, bits=4.2, candidates=(2, 3, "shift2-4")).sensitivities(quiet)
+    before = job_for(model, bits=4.2, candidates=(2, 3)).sensitivities()
+    after = job_for(model, bits=4.2, candidates=(2, 3, "shift2-4")).sensitivities()
     for name, costs in before.costs.items():
         assert {choice: cost for choice, cost in after.costs[name].items() if choice != "shift2-4"} == costs
         assert 0 < after.costs[name]["shift2-4"] < costs[3]

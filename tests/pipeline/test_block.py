@@ -30,11 +30,11 @@ def first_block(path, family="llama"):
     source = open_source(str(path))
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
-    trace = trace_model(BlockwiseModel(source, structure, CPU), WINDOWS, 6)
+    trace = trace_model(BlockwiseModel(source, structure), WINDOWS, 6)
     source.materialise([structure.blocks[0]])
     block = source.skeleton().get_submodule(structure.blocks[0])
     calls = {index: each[0] for index, each in trace.calls.items()}
-    return BlockStream(block, trace.hidden, calls, CPU), [spec for spec in structure.linears if spec.block == 0]
+    return BlockStream("block", block, trace.hidden, calls), [spec for spec in structure.linears if spec.block == 0]
 
 
 def recipe(**fields):
@@ -85,9 +85,9 @@ def test_true_sequential_linears_see_the_quantized_ones_before_them(tmp_path, so
 
 def test_asymmetric_linears_aim_at_the_original(tmp_path, solved):
     stream, specs = first_block(tmp_path)
-    original = BlockStream(copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls, CPU)
+    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
     quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), PhaseClock())
-    quantizer.towards(original, stream, "block", InputCache(TensorFile(tmp_path)))
+    quantizer.on(stream, InputCache(original, TensorFile(tmp_path)))
     for spec in specs:
         now, before = read_by(stream.block, stream, spec.kind), read_by(original.block, stream, spec.kind)
         _, cross = solved[spec.name]
@@ -98,14 +98,14 @@ def test_asymmetric_calibration_brings_the_block_nearer_to_the_original(tmp_path
     errors = {}
     for strength in (0.0, 1.0):
         stream, specs = first_block(tmp_path / str(strength))
-        original = BlockStream(copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls, CPU)
+        original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
         # Layers before have spoilt what the block reads.
         noise = torch.randn(stream.hidden[0].shape, generator=torch.Generator().manual_seed(0))
         stream.hidden.replace(0, stream.hidden[0] + 0.3 * noise * stream.hidden[0].std())
         fields = {"bits": 4, "asymmetric": strength, "weight_error": 0.001}
         quantizer = BlockQuantizer(stream.block, specs, recipe(**fields), PhaseClock())
-        quantizer.towards(original, stream, "block", InputCache(TensorFile()))
-        stream.advance("block")
+        quantizer.on(stream, InputCache(original, TensorFile()))
+        stream.advance()
         errors[strength] = (stream.hidden[0] - original.hidden[0]).square().sum()
     assert errors[1.0] < errors[0.0]
 
@@ -165,11 +165,11 @@ def test_biases_take_over_the_mean_of_the_error(tmp_path):
 
 def test_biases_take_over_the_mean_of_what_asymmetric_calibration_aims_at(tmp_path):
     stream, specs = first_block(tmp_path, "opt")
-    original = BlockStream(copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls, CPU)
+    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
     stream.hidden.replace(0, 1.1 * stream.hidden[0] + 0.2)
     before = {spec.kind: read_by(original.block, original, spec.kind) for spec in specs}
     quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), PhaseClock())
-    quantizer.towards(original, stream, "block", InputCache(TensorFile(tmp_path)))
+    quantizer.on(stream, InputCache(original, TensorFile(tmp_path)))
     now = {spec.kind: read_by(stream.block, stream, spec.kind) for spec in specs}
     for spec in specs:
         first, last = original.block.get_submodule(spec.kind).double(), stream.block.get_submodule(spec.kind).double()

@@ -15,7 +15,7 @@ from tiny_vision import save_tiny_vision
 
 import shiftadd_cli
 from shiftadd_cli.errors import NumericalError
-from shiftadd_cli.pipeline import run
+from shiftadd_cli.pipeline import recorder
 from shiftadd_cli.pipeline.final_check import check_checkpoint
 
 QUICK: dict[str, Any] = {
@@ -65,8 +65,10 @@ def test_every_run_compares_what_it_wrote_with_its_own_tensors(
     source = save(family, tmp_path / "source")
     calibration = "builtin" if family == "vit" else str(counting_text(tmp_path / "text.txt"))
     differences = []
-    check = run.check_checkpoint
-    monkeypatch.setattr(run, "check_checkpoint", lambda *given, **options: differences.append(check(*given, **options)))
+    check = recorder.check_checkpoint
+    monkeypatch.setattr(
+        recorder, "check_checkpoint", lambda *given, **options: differences.append(check(*given, **options))
+    )
     shiftadd_cli.quantize(source, tmp_path / "out", **(QUICK | {"calibration": calibration} | fields))
     # Rounding of kernels with 16-bit tables.
     assert len(differences) == 1
@@ -77,8 +79,10 @@ def test_a_checkpoint_that_does_not_predict_what_it_stands_for_gets_no_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, text = save_tiny("llama", tmp_path / "source"), counting_text(tmp_path / "text.txt")
-    check = run.check_checkpoint
-    monkeypatch.setattr(run, "check_checkpoint", lambda folder, sample, expected, **_: check(folder, sample, -expected))
+    check = recorder.check_checkpoint
+    monkeypatch.setattr(
+        recorder, "check_checkpoint", lambda folder, sample, expected, **_: check(folder, sample, -expected)
+    )
     with pytest.raises(NumericalError, match="predicts something else"):
         shiftadd_cli.quantize(source, tmp_path / "out", calibration=str(text), **QUICK)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]

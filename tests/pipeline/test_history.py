@@ -28,7 +28,7 @@ from shiftadd_cli.errors import (
     ResumeError,
     ShiftaddError,
 )
-from shiftadd_cli.pipeline import history, job, walk
+from shiftadd_cli.pipeline import history, job, run, stored_model
 from shiftadd_cli.recipe import Recipe
 
 QUICK: dict[str, Any] = {
@@ -84,11 +84,14 @@ def test_a_run_stopped_at_any_step_ends_in_the_same_bytes(
 
 def test_finished_blocks_are_not_solved_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(monkeypatch, 1, str(model), tmp_path / "out", **QUICK)
-    begun = []
-    quantize = walk.Walk.quantize
-    monkeypatch.setattr(
-        walk.Walk, "quantize", lambda self, depth, name: (begun.append(name), quantize(self, depth, name))[1]
-    )
+    begun: list[str] = []
+    quantize_block = run.Run.quantize_block
+
+    def quantize(self: run.Run, depth: int, name: str) -> Any:
+        begun.append(name)
+        return quantize_block(self, depth, name)
+
+    monkeypatch.setattr(run.Run, "quantize_block", quantize)
     shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
     assert len(begun) == 1
 
@@ -122,7 +125,7 @@ def test_times_are_those_of_the_finished_steps(model: Path, tmp_path: Path, monk
 def test_a_run_that_ends_well_or_has_nothing_to_keep_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walk, "trace_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(run, "trace_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted, match="Nothing was finished"):
         shiftadd_cli.quantize(str(model), tmp_path / "deep" / "out", **QUICK)
     assert not list(tmp_path.iterdir())
@@ -372,6 +375,6 @@ def test_a_run_stopped_while_it_writes_what_was_distilled_goes_on(
             patch.setattr(ArtifactWriter, "add", stopping)
             with pytest.raises(Interrupted):
                 shiftadd_cli.quantize(str(model), out, **fields)
-    monkeypatch.setattr(walk.Walk, "distill", lambda *_: pytest.fail("it was distilled before"))
+    monkeypatch.setattr(stored_model.StoredModel, "distill", lambda *_: pytest.fail("it was distilled before"))
     shiftadd_cli.quantize(str(model), out, **fields)
     assert contents(out) == contents(tmp_path / "whole")

@@ -18,10 +18,11 @@ from shiftadd_cli.artifact.contents import Contents
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.cli.summary import summarize
+from shiftadd_cli.context import Context
 from shiftadd_cli.errors import CalibrationError, NumericalError
 from shiftadd_cli.pipeline.calibration import draw_calibration
+from shiftadd_cli.pipeline.job import Job
 from shiftadd_cli.pipeline.plan import make_plan
-from shiftadd_cli.pipeline.run import run_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import model as source_model
 from shiftadd_cli.source import open_source
@@ -35,15 +36,7 @@ def quantize(model, out, recipe="default", bits_of=None, **fields):
 
 
 def run(plan, out):
-    return run_plan(
-        plan,
-        draw_calibration(plan),
-        out,
-        device=CPU,
-        overwrite=False,
-        command=["quantize"],
-        progress=lambda names, _: names,
-    )
+    return Job(plan, out).run(["quantize"])
 
 
 def put_decoded(report, packed, dense):
@@ -203,15 +196,7 @@ def test_every_packaged_recipe_runs(tmp_path, recipe):
     save_tiny("opt", source)
     fields = {name: value for name, value in QUICK.items() if name != "group_size"}
     plan = make_plan(open_source(str(source)), Recipe.load(recipe, fields))
-    report = run_plan(
-        plan,
-        draw_calibration(plan),
-        tmp_path / "out",
-        device=CPU,
-        overwrite=False,
-        command=[],
-        progress=lambda names, _: names,
-    )
+    report = run(plan, tmp_path / "out")
     assert report.size.quantized_bytes == plan.quantized_bytes
     assert all(0 < layer.weight_error < 1 for layer in report.layers)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -257,7 +242,7 @@ def test_blocks_are_released_after_their_turn(tmp_path):
                 held.append(sum(p.numel() for p in opened.skeleton().parameters() if not p.is_meta))
             yield name
 
-    run_plan(plan, draw_calibration(plan), tmp_path / "out", device=CPU, overwrite=False, command=[], progress=watch)
+    Job(plan, tmp_path / "out", Context(CPU, progress=watch)).run()
     assert held == [0] * len(plan.structure.blocks)
 
 

@@ -18,10 +18,9 @@ from shiftadd_cli.artifact.contents import Contents
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.errors import NumericalError
-from shiftadd_cli.pipeline import walk as walk_module
-from shiftadd_cli.pipeline.calibration import draw_calibration
+from shiftadd_cli.pipeline import run as run_module
+from shiftadd_cli.pipeline.job import Job
 from shiftadd_cli.pipeline.plan import make_plan
-from shiftadd_cli.pipeline.run import run_plan
 from shiftadd_cli.pipeline.tables import plan_tables, store_table
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.runtime.opened import load_any
@@ -48,9 +47,7 @@ def planned(model, **fields):
 
 def quantize(model, out, recipe="fast", **fields):
     plan = make_plan(open_source(str(model)), Recipe.load(recipe, QUICK | fields))
-    calibration = draw_calibration(plan)
-    options = {"device": CPU, "overwrite": False, "command": [], "progress": lambda names, _: names}
-    return plan, run_plan(plan, calibration, out, **options)
+    return plan, Job(plan, out).run()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,13 +153,13 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
 def test_calibration_sees_the_decoded_embedding(tmp_path, family, monkeypatch):
     save_tiny(family, tmp_path / "source")
     seen = []
-    plain = walk_module.trace_model
+    plain = run_module.trace_model
 
     def spy(model, *rest, **options):
         seen.append(model.skeleton.get_input_embeddings().weight.detach().clone())
         return plain(model, *rest, **options)
 
-    monkeypatch.setattr(walk_module, "trace_model", spy)
+    monkeypatch.setattr(run_module, "trace_model", spy)
     quantize(tmp_path / "source", tmp_path / "out", "default")
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(seen[0], packed.get_input_embeddings().decode())

@@ -56,16 +56,16 @@ def quantized_block(path, family="llama", bits=2):
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
     windows = torch.randint(0, 256, (96, 64), generator=torch.Generator().manual_seed(1))
-    trace = trace_model(BlockwiseModel(source, structure, CPU), windows, 8)
+    trace = trace_model(BlockwiseModel(source, structure), windows, 8)
     source.materialise([structure.blocks[0]])
     block = source.skeleton().get_submodule(structure.blocks[0])
     calls = {index: each[0] for index, each in trace.calls.items()}
-    original = BlockStream(copy.deepcopy(block), trace.hidden.copy(), calls, CPU)
-    stream = BlockStream(block, trace.hidden, calls, CPU)
+    original = BlockStream("block", copy.deepcopy(block), trace.hidden.copy(), calls)
+    stream = BlockStream("block", block, trace.hidden, calls)
     recipe = Recipe.load("best", {"bits": bits, "group_size": 16, "samples": 96, "seq_len": 64})
     quantizer = BlockQuantizer(block, [spec for spec in structure.linears if spec.block == 0], recipe, PhaseClock())
     quantizer.on(stream)
-    original.advance("block")
+    original.advance()
     return Case(stream, original, quantizer)
 
 

@@ -10,8 +10,8 @@ import torch
 from tiny_models import VOCAB_SIZE, save_tiny, tiny_model
 
 from shiftadd_cli.errors import ArtifactError, SourceError
+from shiftadd_cli.pipeline.job import Job
 from shiftadd_cli.pipeline.plan import make_plan
-from shiftadd_cli.pipeline.run import run_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.runtime import opened as module
 from shiftadd_cli.runtime.linear import PackedLinear
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def compress(source: Path, out: Path) -> Path:
     plan = make_plan(open_source(str(source)), Recipe.load("fast", {"group_size": 16}))
-    run_plan(plan, None, out, device=CPU, overwrite=False, command=[], progress=lambda names, text: names)
+    Job(plan, out).run()
     return out
 
 

@@ -1,4 +1,4 @@
-"""The way through a model: what is played back changes nothing but the time."""
+"""Quantizing blocks: playing back finished parts changes nothing but the time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny_vision import save_pictures, save_tiny_vision
 
 import shiftadd_cli
 from shiftadd_cli.blockwise.output_cache import OutputCache
-from shiftadd_cli.pipeline import walk as walk_module
+from shiftadd_cli.pipeline import run as run_module
 
 QUICK: dict[str, Any] = {
     "recipe": "equal-bits",
@@ -24,7 +24,7 @@ QUICK: dict[str, Any] = {
 
 
 class Silent(OutputCache):
-    """Notes nothing, so everything is computed."""
+    """Records nothing, so everything is computed."""
 
     def _note(self, *_: Any) -> None:
         return
@@ -45,7 +45,7 @@ class Silent(OutputCache):
     ],
     ids=str,
 )
-def test_bytes_are_those_of_a_walk_that_computes_everything(
+def test_bytes_equal_those_of_a_run_that_computes_everything(
     family: str, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if family == "swin":
@@ -64,7 +64,7 @@ def test_bytes_are_those_of_a_walk_that_computes_everything(
     monkeypatch.setattr(OutputCache, "_noted", count)
     shiftadd_cli.quantize(str(source), tmp_path / "played", **QUICK | fields)
     assert played
-    monkeypatch.setattr(walk_module, "OutputCache", Silent)
+    monkeypatch.setattr(run_module, "OutputCache", Silent)
     played.clear()
     shiftadd_cli.quantize(str(source), tmp_path / "computed", **QUICK | fields)
     assert played == []
