@@ -141,42 +141,12 @@ def settle(
     extension = cpu_extension()
     if kernels == "torch" or extension is None or not goals.is_cpu:
         return _settle_by_torch(goals, coupling, tables, groups, values, descend)
-    columns, rows = goals.shape
     levels, midpoints = tables.levels.contiguous(), tables.midpoints.contiguous()
     if coupling.stride(1) != 1:
         coupling = coupling.contiguous()
-    # The extension sees only addresses, so a tensor with the wrong size, dtype or order must not reach it.
-    valid = (
-        all(tensor.dtype == torch.float32 for tensor in (goals, coupling, levels, midpoints, values))
-        and all(tensor.is_contiguous() for tensor in (goals, values, groups))
-        and values.shape == goals.shape
-        and coupling.shape == (columns, columns)
-        and groups.shape == (columns,)
-        and groups.dtype == torch.int64
-        and levels.shape[2] == rows
-        and midpoints.shape == (len(levels) - 1, *levels.shape[1:])
-    )
-    if not valid:
-        raise ValueError(f"The tensors do not fit goals of {list(goals.shape)}.")
     ranks, steps = torch.empty_like(goals, dtype=torch.uint8), torch.empty_like(goals)
-    extension.settle(
-        descend,
-        columns,
-        rows,
-        goals.data_ptr(),
-        coupling.data_ptr(),
-        coupling.stride(0),
-        levels.data_ptr(),
-        midpoints.data_ptr(),
-        len(levels),
-        levels.shape[1],
-        groups.data_ptr(),
-        values.data_ptr(),
-        ranks.data_ptr(),
-        steps.data_ptr(),
-        kernels,
-        torch.get_num_threads(),
-    )
+    threads = torch.get_num_threads()
+    extension.settle(descend, goals, coupling, levels, midpoints, groups, values, ranks, steps, kernels, threads)
     return ranks, steps
 
 

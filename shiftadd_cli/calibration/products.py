@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shiftadd_cli.native.extension import TYPES, address, cpu_extension, instruction_sets
+from shiftadd_cli.native.extension import TYPES, cpu_extension, instruction_sets
 
 # The kernel sets that are faster than torch; on other processors torch is faster.
 _FASTER = ("avx512_bf16", "avx512", "avx2")
@@ -29,33 +29,10 @@ def add_products(
     if kernels == "torch" or extension is None or not x.is_cpu:
         _add_by_torch(x, other, roots, hessian, cross)
         return
-    tokens, columns = x.shape
-    # The extension receives raw addresses, so it must not get a tensor of another size, dtype or order.
-    sums = [hessian] if cross is None else [hessian, cross]
-    fits = (
-        (other is None) == (cross is None)
-        and (other is None or (other.shape, other.dtype) == (x.shape, x.dtype))
-        and (roots is None or (roots.shape, roots.dtype) == ((tokens,), torch.float32))
-        and all((matrix.shape, matrix.dtype) == ((columns, columns), torch.float32) for matrix in sums)
-        and all(matrix.is_contiguous() for matrix in sums)
-    )
-    if not fits:
-        raise ValueError(f"The tensors do not match activations of shape {list(x.shape)}.")
     x = _ready(x)
     other = None if other is None else _ready(other)
     roots = None if roots is None else roots.contiguous()
-    extension.add_moments(
-        x.data_ptr(),
-        address(other),
-        TYPES[x.dtype],
-        tokens,
-        columns,
-        address(roots),
-        hessian.data_ptr(),
-        address(cross),
-        kernels,
-        torch.get_num_threads(),
-    )
+    extension.add_moments(x, other, roots, hessian, cross, kernels, torch.get_num_threads())
 
 
 def _ready(x: Tensor) -> Tensor:

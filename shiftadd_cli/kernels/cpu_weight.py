@@ -47,7 +47,7 @@ class CpuWeight:
         native = native_layout(grid.rows, grid.columns, grid.group_columns, layout.bits)
         words = _huge_pages(native.entries)
         codes = weight.tensors["weight_codes"].contiguous()
-        _extension().pack(native, codes.data_ptr(), words.data_ptr(), torch.get_num_threads())
+        _extension().pack(native, codes, words, torch.get_num_threads())
         ratios = weight.ratios()
         offsets = weight.offsets(ratios)
         scale_codes = _scale_codes(weight)
@@ -66,7 +66,7 @@ class CpuWeight:
         grid = layout.grid
         native = native_layout(grid.rows, grid.columns, grid.group_columns, layout.bits)
         codes = torch.empty(shape, dtype=kind, device="cpu")
-        _extension().unpack(native, self.words.data_ptr(), codes.data_ptr(), torch.get_num_threads())
+        _extension().unpack(native, self.words, codes, torch.get_num_threads())
         return codes
 
     def tensors(self) -> dict[str, Tensor | None]:
@@ -101,7 +101,7 @@ def _huge_pages(entries: int) -> Tensor:
     start = -memory.data_ptr() % _HUGE_PAGE // 4
     words = memory[start : start + entries]
     # This must precede any write, because a page gets its size when it is first touched.
-    _extension().advise_huge_pages(words.data_ptr(), entries * 4)
+    _extension().advise_huge_pages(words)
     return words
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shiftadd_cli.kernels.cpu_weight import native_layout
 from shiftadd_cli.kernels.triton_weight import TritonWeight
-from shiftadd_cli.native.extension import TYPES, address, cpu_extension
+from shiftadd_cli.native.extension import TYPES, cpu_extension
 
 METHODS = {"auto": 0, "look-up": 1, "multiply": 2}
 
@@ -126,77 +126,26 @@ def _lookup_linear(
     kernels: str,
 ) -> Tensor:
     rows, columns = row_scale.shape[0], x.shape[-1]
-    layout = native_layout(rows, columns, group_columns, bits)
     bias = None if bias is None else bias.float().contiguous()
-    _check(x, words, scale_codes, scales, offsets, row_scale, bias, signs, layout)
     activations = _ready(x)
     output = torch.empty(*x.shape[:-1], rows, dtype=activations.dtype)
-    _extension().linear(
-        layout,
-        words.data_ptr(),
-        address(scale_codes),
-        address(scales),
-        address(offsets),
-        row_scale.data_ptr(),
-        address(bias),
-        activations.data_ptr(),
-        TYPES[activations.dtype],
-        activations.numel() // columns,
-        address(signs),
-        columns & -columns,
-        output.data_ptr(),
-        fast,
-        METHODS[method],
-        kernels,
-        torch.get_num_threads(),
-    )
+    extension, layout = _extension(), native_layout(rows, columns, group_columns, bits)
+    projection = extension.Projection(layout, words, scale_codes, scales, offsets, row_scale, bias, signs)
+    extension.linear(projection, activations, output, fast, METHODS[method], kernels, torch.get_num_threads())
     return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
 def _rotate(x: Tensor, signs: Tensor) -> Tensor:
-    columns = x.shape[-1]
-    if signs.shape != (columns,) or signs.dtype != torch.float32:
-        raise RuntimeError(f"signs must be float32 [{columns}], not {signs.dtype} {list(signs.shape)}.")
     activations = _ready(x)
     output = torch.empty_like(activations)
-    _extension().rotate(
-        activations.data_ptr(),
-        TYPES[activations.dtype],
-        activations.numel() // columns,
-        columns,
-        signs.data_ptr(),
-        columns & -columns,
-        output.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _extension().rotate(activations, signs, output, torch.get_num_threads())
     return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
 def _codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    rows, columns = codes.shape
-    valid = (
-        codes.dtype == torch.int8
-        and scale.dtype in TYPES
-        and scale.shape == (rows,)
-        and x.shape[1:] == (columns,)
-        and codes.is_contiguous()
-    )
-    if not valid:
-        raise RuntimeError(f"The codes {list(codes.shape)} do not fit an input {list(x.shape)} or their scale.")
-    activations, factors = _ready(x), scale.contiguous()
-    output = torch.empty(x.shape[0], rows, dtype=activations.dtype)
-    _extension().codes_linear(
-        codes.data_ptr(),
-        factors.data_ptr(),
-        TYPES[factors.dtype],
-        rows,
-        columns,
-        activations.data_ptr(),
-        TYPES[activations.dtype],
-        x.shape[0],
-        output.data_ptr(),
-        torch.get_num_threads(),
-    )
+    activations = _ready(x)
+    output = torch.empty(x.shape[0], codes.shape[0], dtype=activations.dtype)
+    _extension().codes_linear(codes, scale.contiguous(), activations, output, torch.get_num_threads())
     return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
@@ -228,37 +177,6 @@ def _ready(x: Tensor) -> Tensor:
     if x.dtype not in TYPES:
         raise RuntimeError(f"Compressed layers take float32, bfloat16 or float16 activations, not {x.dtype}.")
     return x.contiguous()
-
-
-def _check(
-    x: Tensor,
-    words: Tensor,
-    scale_codes: Tensor | None,
-    scales: Tensor | None,
-    offsets: Tensor | None,
-    row_scale: Tensor,
-    bias: Tensor | None,
-    signs: Tensor | None,
-    layout: Any,
-) -> None:
-    """Raise RuntimeError if a tensor has the wrong size, dtype or order: the kernels see only addresses."""
-    groups, scale_set = layout.blocks * layout.groups * 32, scale_codes if scales is None else scales
-    floats = [tensor for tensor in (scales, offsets, row_scale, bias, signs) if tensor is not None]
-    tensors = [words, *floats] if scale_codes is None else [words, scale_codes, *floats]
-    valid = (
-        all(tensor.dtype == torch.float32 for tensor in floats)
-        and all(tensor.is_contiguous() for tensor in tensors)
-        and words.dtype == torch.int32
-        and words.numel() == layout.entries
-        and scale_set is not None
-        and scale_set.dtype == (torch.uint8 if scales is None else torch.float32)
-        and scale_set.numel() == groups * layout.bits
-        and (offsets is None or offsets.numel() == groups)
-        and (bias is None or bias.shape == (layout.rows,))
-        and (signs is None or signs.shape == x.shape[-1:])
-    )
-    if not valid:
-        raise RuntimeError(f"The packed tensors do not fit an input of {x.shape[-1]} columns.")
 
 
 def _extension() -> Any:

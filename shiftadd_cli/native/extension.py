@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-# The same numbers as `Number` in kernels.h.
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
+# The types of activations, as in tensor.h.
+TYPES = (torch.float32, torch.bfloat16)
 
 
 @cache
@@ -47,11 +46,6 @@ def _torchs_team() -> int | None:
     except (OSError, AttributeError):
         return None
     return ctypes.cast(function, ctypes.c_void_p).value
-
-
-def address(tensor: Tensor | None) -> int:
-    """The address of a tensor, as the extension takes it; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def instruction_sets() -> tuple[str, ...]:

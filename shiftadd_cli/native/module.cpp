@@ -1,6 +1,7 @@
-// Python's view of the kernels. Tensors come as addresses: the extension is built without torch, and so serves every
-// version of it. The Python side (ops.py) checks shapes, dtypes and contiguity before it passes any.
+// Python's view of the kernels. Arguments that are tensors have the types of tensor.h, which check them; sizes are
+// checked here. An object keeps the tensors alive that it was made of.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -13,236 +14,343 @@
 #include "pool.h"
 #include "settle.h"
 #include "stack.h"
+#include "tensor.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 using namespace shiftadd;
 
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+using Floats = Tensor<const float>;
 
 const Kernels& kernels_named(const std::string& name) {
-    const Kernels* found = name.empty() ? *available_kernels() : find_kernels(name.c_str());
-    if (!found) throw nb::value_error("this processor or build has no such kernels");
-    return *found;
+    const Kernels* kernels = name.empty() ? *available_kernels() : find_kernels(name.c_str());
+    if (!kernels) throw nb::value_error("this processor or build has no such kernels");
+    return *kernels;
 }
 
-Matrix matrix_at(const Layout& layout, uintptr_t words, uintptr_t scale_codes, uintptr_t scales, uintptr_t offsets,
-                 uintptr_t row_scale, uintptr_t bias) {
-    return {layout,
-            at<const uint32_t>(words),
-            at<const uint8_t>(scale_codes),
-            at<const float>(scales),
-            at<const float>(offsets),
-            at<const float>(row_scale),
-            at<const float>(bias)};
+void check(bool fits, const char* message) {
+    if (!fits) throw nb::value_error(message);
 }
 
-void check_rows(int rows) {
-    if (rows < 1 || rows > kTileRows) throw nb::value_error("rows must be 1 to 8");
+// A block of the Hadamard rotation has as many columns as the largest power of two that divides their number.
+Rotation rotation(const std::optional<Floats>& signs, int64_t columns) {
+    check(!signs || signs->size == columns, "the signs of a rotation have one number a column");
+    return {values_or_null(signs), columns & -columns};
 }
 
-Number number(int type) { return type == 0 ? Number::kFloat32 : Number::kBFloat16; }
+// A matrix with the rotation of its input.
+Projection projection(const Layout& layout, const Tensor<const uint32_t>& words,
+                      const std::optional<Tensor<const uint8_t>>& scale_codes, const std::optional<Floats>& scales,
+                      const std::optional<Floats>& offsets, const Floats& row_scale, const std::optional<Floats>& bias,
+                      const std::optional<Floats>& signs) {
+    const int64_t groups = layout.blocks() * layout.groups() * kBlockRows;
+    const bool valid = words.size == layout.entries() && scale_codes.has_value() != scales.has_value() &&
+                       (scales ? scales->size : scale_codes->size) == groups * layout.bits &&
+                       (!offsets || offsets->size == groups) && row_scale.size == layout.rows &&
+                       (!bias || bias->size == layout.rows);
+    check(valid, "the packed tensors do not fit the layout");
+    const Matrix matrix{layout,
+                        words.values(),
+                        values_or_null(scale_codes),
+                        values_or_null(scales),
+                        values_or_null(offsets),
+                        row_scale.values(),
+                        values_or_null(bias)};
+    return {matrix, rotation(signs, layout.columns)};
+}
+
+Activations activations(const ActivationTensor& x, const Rotation& rotation) {
+    return {x.data, x.type(), x.rows(), rotation};
+}
+
+void check_output(const ActivationTensor& x, const ActivationTensor& output, int64_t columns) {
+    check(output.type() == x.type() && output.rows() == x.rows() && output.columns() == columns,
+          "the output does not fit the input");
+}
+
+Hidden hidden_state(const DecoderBlock& block, const ActivationTensor& hidden) {
+    check(hidden.columns() == block.columns(), "the hidden states have another width");
+    check(hidden.rows() >= 1 && hidden.rows() <= kTileRows, "there are 1 to 8 rows");
+    return {hidden.data, hidden.type(), static_cast<int>(hidden.rows())};
+}
+
+Positions positions(const DecoderBlock& block, const ActivationTensor& cosines, const ActivationTensor& sines,
+                    int rows) {
+    check(cosines.type() == sines.type() && cosines.size == sines.size && cosines.columns() == block.head_size &&
+              (cosines.rows() == 1 || cosines.rows() == rows),
+          "cosines and sines have the size of a head, for one row or for all");
+    return {cosines.data, sines.data, cosines.type(), cosines.rows() > 1 ? block.head_size : 0};
+}
+
+// Keys or values [rows][heads][tokens][size].
+Cached cached(const DecoderBlock& block, const StridedActivations& heads, const Hidden& hidden) {
+    check(heads.axes == 4 && heads.type() == hidden.type && heads.shape[0] == hidden.rows &&
+              heads.shape[1] == block.key_heads() && heads.shape[3] == block.head_size,
+          "keys and values have the heads of the block");
+    return {heads.data, heads.strides[0], heads.strides[1], heads.strides[2]};
+}
+
+Fresh fresh(const DecoderBlock& block, const ActivationTensor& heads, const Hidden& hidden) {
+    const int64_t width = block.key_heads() * block.head_size;
+    check(heads.type() == hidden.type && heads.size == hidden.rows * width, "keys and values have the block's heads");
+    return {heads.data, width, block.head_size};
+}
+
+// Buffers [rows][heads][capacity][size] of the keys and values of all blocks.
+struct Caches {
+    std::vector<ActivationTensor> keys, values;
+};
+
+std::vector<BlockCache> block_caches(const DecoderStack& stack, const Caches& caches, const Hidden& hidden,
+                                     int64_t tokens) {
+    check(caches.keys.size() == stack.blocks.size() && caches.values.size() == stack.blocks.size(),
+          "every block has keys and values");
+    std::vector<BlockCache> result;
+    for (size_t i = 0; i < caches.keys.size(); ++i) {
+        const ActivationTensor &keys = caches.keys[i], &values = caches.values[i];
+        cached(*stack.blocks[i], keys, hidden);
+        cached(*stack.blocks[i], values, hidden);
+        check(keys.shape[2] == values.shape[2] && tokens >= 0 && tokens < keys.shape[2], "a cache is full");
+        result.push_back({keys.data, values.data, keys.shape[2]});
+    }
+    return result;
+}
 
 }  // namespace
 
 NB_MODULE(_native, m) {
     // Python keeps layouts in a cache until the interpreter is gone; that is no leak.
     nb::set_leak_warnings(false);
+    const nb::call_guard<nb::gil_scoped_release> without_gil;
+
     nb::class_<Layout>(m, "Layout")
         .def(
             "__init__",
             [](Layout* self, int64_t rows, int64_t columns, int64_t group_columns, int bits) {
-                if (rows < 1 || columns < 1 || group_columns < 1 || bits < 1 || bits > 8)
-                    throw nb::value_error("sizes must be positive, and bits 1 to 8");
+                check(rows >= 1 && columns >= 1 && group_columns >= 1 && bits >= 1 && bits <= 8,
+                      "sizes must be positive, and bits 1 to 8");
                 new (self) Layout{rows, columns, group_columns < columns ? group_columns : columns, bits};
             },
-            nb::arg("rows"), nb::arg("columns"), nb::arg("group_columns"), nb::arg("bits"))
-        .def_prop_ro("entries", &Layout::entries)
-        .def_prop_ro("blocks", &Layout::blocks)
-        .def_prop_ro("groups", &Layout::groups)
-        .def_ro("bits", &Layout::bits)
-        .def_ro("rows", &Layout::rows);
+            "rows"_a, "columns"_a, "group_columns"_a, "bits"_a)
+        .def_prop_ro("entries", &Layout::entries);
 
     m.def("available", [] {
         std::vector<std::string> names;
-        for (const Kernels* const* each = available_kernels(); *each; ++each) names.emplace_back((*each)->name);
+        for (const Kernels* const* set = available_kernels(); *set; ++set) names.emplace_back((*set)->name);
         return names;
     });
 
     // The address of GOMP_parallel in the OpenMP runtime that torch uses, see pool.h.
     m.def("use_team", [](uintptr_t address) { Pool::use_team(reinterpret_cast<Team>(address)); });
 
-    m.def("advise_huge_pages", [](uintptr_t memory, size_t bytes) { advise_huge_pages(at<void>(memory), bytes); });
+    m.def("advise_huge_pages",
+          [](const Tensor<uint32_t>& memory) { advise_huge_pages(memory.data, memory.size * sizeof(uint32_t)); });
 
     m.def(
         "pack",
-        [](const Layout& layout, uintptr_t codes, uintptr_t words, int threads) {
+        [](const Layout& layout, const Tensor<const uint8_t>& codes, const Tensor<uint32_t>& words, int threads) {
+            check(codes.size == layout.rows * layout.bits * ((layout.columns + 7) / 8) &&
+                      words.size == layout.entries(),
+                  "the codes or words do not fit the layout");
             Pool::shared().run(layout.stripes(), threads, [&](int64_t stripe) {
-                pack_stripe(layout, at<const uint8_t>(codes), at<uint32_t>(words), stripe);
+                pack_stripe(layout, codes.values(), words.values(), stripe);
             });
         },
-        nb::call_guard<nb::gil_scoped_release>());
+        without_gil);
 
     m.def(
         "unpack",
-        [](const Layout& layout, uintptr_t words, uintptr_t codes, int threads) {
+        [](const Layout& layout, const Tensor<const uint32_t>& words, const Tensor<uint8_t>& codes, int threads) {
+            check(codes.size == layout.rows * layout.bits * ((layout.columns + 7) / 8) &&
+                      words.size == layout.entries(),
+                  "the codes or words do not fit the layout");
             Pool::shared().run(layout.stripes(), threads, [&](int64_t stripe) {
-                unpack_stripe(layout, at<const uint32_t>(words), at<uint8_t>(codes), stripe);
+                unpack_stripe(layout, words.values(), codes.values(), stripe);
             });
         },
-        nb::call_guard<nb::gil_scoped_release>());
+        without_gil);
 
     m.def(
         "rotate",
-        [](uintptr_t x, int type, int64_t rows, int64_t columns, uintptr_t signs, int64_t order, uintptr_t output,
-           int threads) {
-            const Activations input{at<const void>(x), number(type), rows, {at<const float>(signs), order}};
-            rotate_rows(**available_kernels(), input, columns, at<void>(output), threads);
+        [](const ActivationTensor& x, const Floats& signs, const ActivationTensor& output, int threads) {
+            check_output(x, output, x.columns());
+            rotate_rows(**available_kernels(), activations(x, rotation(signs, x.columns())), x.columns(), output.data,
+                        threads);
         },
-        nb::call_guard<nb::gil_scoped_release>());
+        without_gil);
+
+    nb::class_<Projection>(m, "Projection")
+        .def(
+            "__init__",
+            [](Projection* self, const Layout& layout, const Tensor<const uint32_t>& words,
+               const std::optional<Tensor<const uint8_t>>& scale_codes, const std::optional<Floats>& scales,
+               const std::optional<Floats>& offsets, const Floats& row_scale, const std::optional<Floats>& bias,
+               const std::optional<Floats>& signs) {
+                new (self) Projection(projection(layout, words, scale_codes, scales, offsets, row_scale, bias, signs));
+            },
+            "layout"_a, "words"_a, "scale_codes"_a, "scales"_a, "offsets"_a, "row_scale"_a, "bias"_a, "signs"_a,
+            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
+            nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>());
 
     m.def(
         "linear",
-        [](const Layout& layout, uintptr_t words, uintptr_t scale_codes, uintptr_t scales, uintptr_t offsets,
-           uintptr_t row_scale, uintptr_t bias, uintptr_t x, int type, int64_t rows, uintptr_t signs, int64_t order,
-           uintptr_t output, bool fast, int method, const std::string& kernels, int threads) {
-            const Matrix matrix = matrix_at(layout, words, scale_codes, scales, offsets, row_scale, bias);
-            const Activations input{at<const void>(x), number(type), rows, {at<const float>(signs), order}};
-            linear(kernels_named(kernels), matrix, input, at<void>(output), fast, static_cast<Method>(method), threads);
+        [](const Projection& self, const ActivationTensor& x, const ActivationTensor& output, bool fast, int method,
+           const std::string& kernels, int threads) {
+            check(x.columns() == self.matrix.layout.columns, "the input has another width");
+            check_output(x, output, self.matrix.layout.rows);
+            linear(kernels_named(kernels), self.matrix, activations(x, self.rotation), output.data, fast,
+                   static_cast<Method>(method), threads);
         },
-        nb::call_guard<nb::gil_scoped_release>());
+        without_gil);
 
     m.def(
         "codes_linear",
-        [](uintptr_t codes, uintptr_t scale, int scale_type, int64_t code_rows, int64_t columns, uintptr_t x, int type,
-           int64_t rows, uintptr_t output, int threads) {
+        [](const Tensor<const int8_t>& codes, const ActivationTensor& scale, const ActivationTensor& x,
+           const ActivationTensor& output, int threads) {
+            check(codes.axes == 2 && scale.size == codes.shape[0] && x.columns() == codes.shape[1],
+                  "the codes do not fit the input or their scale");
+            check_output(x, output, codes.shape[0]);
             multiply_codes(**available_kernels(),
-                           {at<const int8_t>(codes), at<const void>(scale), number(scale_type), code_rows, columns},
-                           {at<const void>(x), number(type), rows, {nullptr, 1}}, at<void>(output), threads);
+                           {codes.values(), scale.data, scale.type(), codes.shape[0], codes.shape[1]},
+                           activations(x, {nullptr, 1}), output.data, threads);
         },
-        nb::call_guard<nb::gil_scoped_release>());
+        without_gil);
 
     m.def(
         "add_moments",
-        [](uintptr_t x, uintptr_t other, int type, int64_t tokens, int64_t columns, uintptr_t roots, uintptr_t hessian,
-           uintptr_t cross, const std::string& kernels, int threads) {
-            add_moments(kernels_named(kernels), {at<const void>(x), number(type), columns, at<const float>(roots), 0, tokens},
-                        at<const void>(other), at<float>(hessian), at<float>(cross), threads);
+        [](const ActivationTensor& x, const std::optional<ActivationTensor>& other, const std::optional<Floats>& roots,
+           const Tensor<float>& hessian, const std::optional<Tensor<float>>& cross, const std::string& kernels,
+           int threads) {
+            const int64_t squared = x.columns() * x.columns();
+            check(other.has_value() == cross.has_value() &&
+                      (!other || (other->type() == x.type() && other->size == x.size)) &&
+                      (!roots || roots->size == x.rows()) && hessian.size == squared &&
+                      (!cross || cross->size == squared),
+                  "the sums do not fit the activations");
+            add_moments(kernels_named(kernels), {x.data, x.type(), x.columns(), values_or_null(roots), 0, x.rows()},
+                        other ? other->data : nullptr, hessian.values(), values_or_null(cross), threads);
         },
-        nb::call_guard<nb::gil_scoped_release>());
+        "x"_a, "other"_a, "roots"_a, "hessian"_a, "cross"_a, "kernels"_a, "threads"_a, without_gil);
 
     m.def(
         "settle",
-        [](bool descend, int64_t columns, int64_t rows, uintptr_t goals, uintptr_t coupling, int64_t coupling_stride,
-           uintptr_t levels, uintptr_t midpoints, int64_t level_count, int64_t group_count, uintptr_t groups,
-           uintptr_t values, uintptr_t ranks, uintptr_t steps, const std::string& kernels, int threads) {
-            const Stretch stretch{descend, columns, rows, at<const float>(goals), at<const float>(coupling),
-                                  coupling_stride, at<const float>(levels), at<const float>(midpoints), level_count,
-                                  group_count, at<const int64_t>(groups), at<float>(values), at<uint8_t>(ranks),
-                                  at<float>(steps)};
+        [](bool descend, const Floats& goals, const FloatRows& coupling, const Floats& levels, const Floats& midpoints,
+           const Tensor<const int64_t>& groups, const Tensor<float>& values, const Tensor<uint8_t>& ranks,
+           const Tensor<float>& steps, const std::string& kernels, int threads) {
+            check(goals.axes == 2 && levels.axes == 3 && midpoints.axes == 3, "goals and levels have too few axes");
+            const int64_t columns = goals.shape[0], rows = goals.shape[1];
+            check(coupling.shape[0] == columns && coupling.shape[1] == columns && groups.size == columns &&
+                      levels.shape[2] == rows && midpoints.shape[0] == levels.shape[0] - 1 &&
+                      midpoints.size == (levels.shape[0] - 1) * levels.shape[1] * rows && values.size == goals.size &&
+                      ranks.size == goals.size && steps.size == goals.size,
+                  "the tensors do not fit the goals");
+            const Stretch stretch{descend,           columns,          rows,
+                                  goals.values(),    coupling.values(), coupling.strides[0],
+                                  levels.values(),   midpoints.values(), levels.shape[0],
+                                  levels.shape[1],   groups.values(),  values.values(),
+                                  ranks.values(),    steps.values()};
             settle(kernels_named(kernels), stretch, threads);
         },
-        nb::call_guard<nb::gil_scoped_release>());
-
-    nb::class_<Projection>(m, "Projection")
-        .def("__init__", [](Projection* self, const Layout& layout, uintptr_t words, uintptr_t scale_codes,
-                            uintptr_t scales, uintptr_t offsets, uintptr_t row_scale, uintptr_t bias, uintptr_t signs) {
-            new (self) Projection{matrix_at(layout, words, scale_codes, scales, offsets, row_scale, bias),
-                                  {at<const float>(signs), layout.columns & -layout.columns}};
-        });
+        "descend"_a, "goals"_a, "coupling"_a, "levels"_a, "midpoints"_a, "groups"_a, "values"_a, "ranks"_a, "steps"_a,
+        "kernels"_a, "threads"_a, without_gil);
 
     nb::class_<DecoderBlock>(m, "DecoderBlock")
-        .def("__init__",
-             [](DecoderBlock* self, const Projection& query, const Projection& key, const Projection& value,
-                const Projection& output, const Projection& gate, const Projection& up, const Projection& down,
-                const std::vector<uintptr_t>& norms, bool joint, float epsilon, bool gelu, int64_t head_size,
-                float scale, float residual, bool turned) {
-                 if (norms.size() != 6) throw nb::value_error("a block has six norms, or zeros for them");
-                 new (self) DecoderBlock{query,
-                                         key,
-                                         value,
-                                         output,
-                                         gate,
-                                         up,
-                                         down,
-                                         {at<const float>(norms[0]), at<const float>(norms[1]),
-                                          at<const float>(norms[2]), at<const float>(norms[3]),
-                                          at<const float>(norms[4]), at<const float>(norms[5]), joint},
-                                         epsilon,
-                                         gelu ? Activation::kGeluTanh : Activation::kSilu,
-                                         head_size,
-                                         scale,
-                                         residual,
-                                         turned};
-             })
+        .def(
+            "__init__",
+            [](DecoderBlock* self, const std::vector<const Projection*>& linears,
+               const std::vector<std::optional<Floats>>& norms, bool joint, float epsilon, bool gelu,
+               int64_t head_size, float scale, float residual, bool turned) {
+                check(linears.size() == 7, "a block has seven linears");
+                check(norms.size() == 6, "a block has six norms, or None for them");
+                const float* weights[6];
+                for (int i = 0; i < 6; ++i) weights[i] = values_or_null(norms[i]);
+                new (self) DecoderBlock{*linears[0],
+                                        *linears[1],
+                                        *linears[2],
+                                        *linears[3],
+                                        *linears[4],
+                                        *linears[5],
+                                        *linears[6],
+                                        {weights[0], weights[1], weights[2], weights[3], weights[4], weights[5], joint},
+                                        epsilon,
+                                        gelu ? Activation::kGeluTanh : Activation::kSilu,
+                                        head_size,
+                                        scale,
+                                        residual,
+                                        turned};
+            },
+            "linears"_a, "norms"_a, "joint"_a, "epsilon"_a, "gelu"_a, "head_size"_a, "scale"_a, "residual"_a,
+            "turned"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def(
             "heads",
-            [](const DecoderBlock& self, uintptr_t hidden, int type, int rows, uintptr_t cosines, uintptr_t sines,
-               int position_type, int64_t position_stride, uintptr_t queries, uintptr_t keys, uintptr_t values,
-               bool fast, int threads) {
-                check_rows(rows);
-                const int64_t width = self.key_heads() * self.head_size;
-                decode_heads({**available_kernels(), fast, threads}, self, {at<const void>(hidden), number(type), rows},
-                             {at<const void>(cosines), at<const void>(sines), number(position_type), position_stride},
-                             at<float>(queries),
-                             {at<void>(keys), width, self.head_size}, {at<void>(values), width, self.head_size});
+            [](const DecoderBlock& self, const ActivationTensor& hidden, const ActivationTensor& cosines,
+               const ActivationTensor& sines, const Tensor<float>& queries, const ActivationTensor& keys,
+               const ActivationTensor& values, bool fast, int threads) {
+                const Hidden state = hidden_state(self, hidden);
+                check(queries.size == state.rows * self.query_heads() * self.head_size, "queries have the block's heads");
+                decode_heads({**available_kernels(), fast, threads}, self, state,
+                             positions(self, cosines, sines, state.rows), queries.values(), fresh(self, keys, state),
+                             fresh(self, values, state));
             },
-            nb::call_guard<nb::gil_scoped_release>())
+            without_gil)
         .def(
             "rest",
-            [](const DecoderBlock& self, uintptr_t hidden, int type, int rows, uintptr_t queries, uintptr_t keys,
-               int64_t key_row, int64_t key_head, int64_t key_token, uintptr_t values, int64_t value_row,
-               int64_t value_head, int64_t value_token, int64_t tokens, uintptr_t output, bool fast, int threads) {
-                check_rows(rows);
-                decode_rest({**available_kernels(), fast, threads}, self, {at<const void>(hidden), number(type), rows},
-                            at<const float>(queries), {at<const void>(keys), key_row, key_head, key_token},
-                            {at<const void>(values), value_row, value_head, value_token}, tokens, at<void>(output));
+            [](const DecoderBlock& self, const ActivationTensor& hidden, const Floats& queries,
+               const StridedActivations& keys, const StridedActivations& values, const ActivationTensor& output,
+               bool fast, int threads) {
+                const Hidden state = hidden_state(self, hidden);
+                const Cached all_keys = cached(self, keys, state), all_values = cached(self, values, state);
+                check(queries.size == state.rows * self.query_heads() * self.head_size, "queries have the block's heads");
+                check(keys.shape[2] == values.shape[2], "there are as many keys as values");
+                check_output(hidden, output, hidden.columns());
+                decode_rest({**available_kernels(), fast, threads}, self, state, queries.values(), all_keys,
+                            all_values, keys.shape[2], output.data);
             },
-            nb::call_guard<nb::gil_scoped_release>());
+            without_gil);
 
     nb::class_<Dictionaries>(m, "Dictionaries")
         .def("__init__",
              [](Dictionaries* self, const nb::tuple& holders, const nb::tuple& names, const nb::tuple& objects,
                 const nb::tuple& empty, const nb::tuple& plain) {
-                 const std::vector<PyObject*> found = borrowed(holders);
-                 if (names.size() != found.size() || objects.size() != found.size())
-                     throw nb::value_error("every place has a holder, a name and an object");
+                 const std::vector<PyObject*> dictionaries = borrowed(holders);
+                 check(names.size() == dictionaries.size() && objects.size() == dictionaries.size(),
+                       "every place has a holder, a name and an object");
                  new (self) Dictionaries{{}, borrowed(empty), borrowed(plain)};
-                 for (size_t i = 0; i < found.size(); ++i)
-                     self->standing.push_back({found[i], names[i].ptr(), objects[i].ptr()});
+                 for (size_t i = 0; i < dictionaries.size(); ++i)
+                     self->standing.push_back({dictionaries[i], names[i].ptr(), objects[i].ptr()});
              })
         .def("hold", &Dictionaries::hold)
         .def("silent", [](const Dictionaries& self, const nb::str& forward) { return self.silent(forward.ptr()); });
 
-    // Its blocks must live as long: whoever makes it keeps them.
+    nb::class_<Caches>(m, "Caches")
+        .def(
+            "__init__",
+            [](Caches* self, std::vector<ActivationTensor> keys, std::vector<ActivationTensor> values) {
+                new (self) Caches{std::move(keys), std::move(values)};
+            },
+            "keys"_a, "values"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>());
+
     nb::class_<DecoderStack>(m, "DecoderStack")
-        .def("__init__",
-             [](DecoderStack* self, const std::vector<const DecoderBlock*>& blocks) {
-                 if (blocks.empty()) throw nb::value_error("a stack has a block at least");
-                 new (self) DecoderStack{blocks};
-             })
+        .def(
+            "__init__",
+            [](DecoderStack* self, const std::vector<const DecoderBlock*>& blocks) {
+                check(!blocks.empty(), "a stack has at least one block");
+                new (self) DecoderStack{blocks};
+            },
+            "blocks"_a, nb::keep_alive<1, 2>())
         .def(
             "decode",
-            [](const DecoderStack& self, uintptr_t hidden, int type, int rows, uintptr_t cosines, uintptr_t sines,
-               int position_type, int64_t position_stride, const std::vector<uintptr_t>& keys,
-               const std::vector<uintptr_t>& values, const std::vector<int64_t>& capacities, int64_t tokens,
-               uintptr_t output, bool fast, int threads) {
-                check_rows(rows);
-                const size_t count = self.blocks.size();
-                if (keys.size() != count || values.size() != count || capacities.size() != count)
-                    throw nb::value_error("every block has keys and values");
-                std::vector<BlockCache> caches;
-                for (size_t i = 0; i < count; ++i) {
-                    if (tokens < 0 || tokens >= capacities[i]) throw nb::value_error("a cache is full");
-                    caches.push_back({at<void>(keys[i]), at<void>(values[i]), capacities[i]});
-                }
-                decode_stack({**available_kernels(), fast, threads}, self, {at<const void>(hidden), number(type), rows},
-                             {at<const void>(cosines), at<const void>(sines), number(position_type), position_stride},
-                             caches, tokens, at<void>(output));
+            [](const DecoderStack& self, const ActivationTensor& hidden, const ActivationTensor& cosines,
+               const ActivationTensor& sines, const Caches& caches, int64_t tokens, const ActivationTensor& output,
+               bool fast, int threads) {
+                const DecoderBlock& first = *self.blocks.front();
+                const Hidden state = hidden_state(first, hidden);
+                check_output(hidden, output, hidden.columns());
+                decode_stack({**available_kernels(), fast, threads}, self, state,
+                             positions(first, cosines, sines, state.rows), block_caches(self, caches, state, tokens),
+                             tokens, output.data);
             },
-            nb::call_guard<nb::gil_scoped_release>());
+            without_gil);
 }

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from shiftadd_cli.native.extension import cpu_extension
+
 ROOM = "_shiftadd_room"
 # Room added at a time: a quarter of the present tokens, and at least 64.
 _SHARE, _LEAST = 4, 64
@@ -126,8 +128,8 @@ _ROOMS = "_shiftadd_rooms"
 class Rooms:
     """Buffers of cache layers that are equally full.
 
-    layers: these layers; keys, values: addresses of their buffers, contiguous `[rows, heads, capacity, size]`;
-    capacities: of the buffers; tokens: the number filled.
+    layers: these layers; native: their buffers `[rows, heads, capacity, size]`, as the kernels take them; tokens: the
+    number filled.
     """
 
     def __init__(self, layers: Sequence[Any], tokens: int) -> None:
@@ -140,10 +142,9 @@ class Rooms:
             # Frees the old tensors before the next layer gets its room.
             layer.keys = layer.values = None
             layer.__class__ = RoomLayer
-        self.keys = [keys.data_ptr() for keys, _ in self._buffers]
-        self.values = [values.data_ptr() for _, values in self._buffers]
-        self.capacities = [keys.shape[2] for keys, _ in self._buffers]
-        self._capacity = min(self.capacities)
+        keys, values = map(list, zip(*self._buffers, strict=True))
+        self.native = cpu_extension().Caches(keys, values)
+        self._capacity = min(tensor.shape[2] for tensor in keys)
         rows, heads, _, size = self._buffers[0][0].shape
         self._kind = ((rows, heads, size), self._buffers[0][0].dtype, torch.is_inference_mode_enabled())
 

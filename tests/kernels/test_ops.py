@@ -226,7 +226,7 @@ def test_a_backward_pass_is_refused() -> None:
      {"row_scale": torch.ones(80)[::2]}, {"offsets": torch.ones(2, 2, 32).half()}],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_refused(change: dict[str, object]) -> None:
-    with pytest.raises(RuntimeError, match="do not fit"):
+    with pytest.raises((TypeError, ValueError), match="do not fit|incompatible|one number a column"):
         ops.lookup_linear(**{**arguments(torch.randn(3, 64)), **change})
 
 

@@ -1,4 +1,4 @@
-"""A decoder block in the form that the CPU kernels take: tensor addresses, tensors kept alive; see native/block.h."""
+"""A decoder block in the form that the CPU kernels take, see native/block.h."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shiftadd_cli.kernels.cpu_weight import CpuWeight, native_layout
 from shiftadd_cli.kernels.select import Kernel
-from shiftadd_cli.native.extension import TYPES, address, cpu_extension
+from shiftadd_cli.native.extension import TYPES, cpu_extension
 from shiftadd_cli.runtime.fused_decode.module_watch import Place, Watch
 from shiftadd_cli.runtime.linear import PackedLinear
 
@@ -78,22 +78,17 @@ class BlockPlan:
             tensors=[tensor for _, _, tensor in numbers],
             modules=[module for holder, name in places if (module := holder.get(name)) is not None],
         )
-        # Keeps alive the tensors whose addresses are taken.
-        self._references: list[Any] = []
         self._signs: list[Tensor] = []
-        weights = [0 if norms[name] is None else self._number(norms[name].weight, form.unit) for name in NORMS]
-        projections = [self._projection(linears[name]) for name in LINEARS]
-        extension = cpu_extension()
-        self.native = extension.DecoderBlock(
-            *projections,
-            weights,
-            form.joint,
-            form.epsilon,
-            form.gelu,
-            form.head_size,
-            form.scale,
-            form.residual,
-            form.turned,
+        self.native = cpu_extension().DecoderBlock(
+            linears=[self._projection(linears[name]) for name in LINEARS],
+            norms=[None if norms[name] is None else _float32(norms[name].weight) + form.unit for name in NORMS],
+            joint=form.joint,
+            epsilon=form.epsilon,
+            gelu=form.gelu,
+            head_size=form.head_size,
+            scale=form.scale,
+            residual=form.residual,
+            turned=form.turned,
         )
 
     def heads(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,20 +102,8 @@ class BlockPlan:
         queries = torch.empty(rows, form.heads, form.head_size, dtype=torch.float32)
         keys = torch.empty(rows, form.key_heads, 1, form.head_size, dtype=hidden.dtype)
         values = torch.empty_like(keys)
-        self.native.heads(
-            hidden.data_ptr(),
-            TYPES[hidden.dtype],
-            rows,
-            cosines.data_ptr(),
-            sines.data_ptr(),
-            TYPES[cosines.dtype],
-            form.head_size if cosines.shape[0] > 1 else 0,
-            queries.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            self.precision.is_fast(hidden.dtype),
-            torch.get_num_threads(),
-        )
+        fast, threads = self.precision.is_fast(hidden.dtype), torch.get_num_threads()
+        self.native.heads(hidden, cosines, sines, queries, keys, values, fast, threads)
         return queries, keys, values
 
     def rest(self, hidden: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -137,51 +120,36 @@ class BlockPlan:
         ):
             raise RuntimeError(f"The cache gives {list(keys.shape)} and {list(values.shape)}, not {list(expected)}.")
         output = torch.empty_like(hidden)
-        self.native.rest(
-            hidden.data_ptr(),
-            TYPES[hidden.dtype],
-            hidden.shape[0],
-            queries.data_ptr(),
-            keys.data_ptr(),
-            *keys.stride()[:3],
-            values.data_ptr(),
-            *values.stride()[:3],
-            keys.shape[2],
-            output.data_ptr(),
-            self.precision.is_fast(hidden.dtype),
-            torch.get_num_threads(),
-        )
+        fast, threads = self.precision.is_fast(hidden.dtype), torch.get_num_threads()
+        self.native.rest(hidden, queries, keys, values, output, fast, threads)
         return output
-
-    def _number(self, tensor: Tensor, unit: float = 0.0) -> int:
-        """Address of the numbers in float32, with `unit` added; keeps them alive."""
-        numbers = tensor.detach().float().contiguous() + unit
-        self._references.append(numbers)
-        return numbers.data_ptr()
 
     def _projection(self, linear: PackedLinear) -> Any:
         weight, layout = linear.on_cpu(), linear.layout
-        self._references.append(weight)
-        native = native_layout(linear.out_features, linear.in_features, layout.grid.group_columns, layout.bits)
-        extension = cpu_extension()
-        return extension.Projection(
-            native,
-            weight.words.data_ptr(),
-            *map(address, (weight.scale_codes, weight.scales, weight.offsets)),
-            weight.row_scale.data_ptr(),
-            0 if linear.bias is None else self._number(linear.bias),
-            self._sign_address(weight),
+        return cpu_extension().Projection(
+            native_layout(linear.out_features, linear.in_features, layout.grid.group_columns, layout.bits),
+            weight.words,
+            weight.scale_codes,
+            weight.scales,
+            weight.offsets,
+            weight.row_scale,
+            None if linear.bias is None else _float32(linear.bias),
+            self._shared_signs(weight),
         )
 
-    def _sign_address(self, weight: CpuWeight) -> int:
-        """Address of the signs, one for all equal signs: the kernels rotate an input once per address."""
+    def _shared_signs(self, weight: CpuWeight) -> Tensor | None:
+        """The signs, one tensor for all equal signs: the kernels rotate an input once per tensor."""
         if weight.signs is None:
-            return 0
+            return None
         for signs in self._signs:
             if torch.equal(signs, weight.signs):
-                return signs.data_ptr()
+                return signs
         self._signs.append(weight.signs)
-        return weight.signs.data_ptr()
+        return weight.signs
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous()
 
 
 def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], form: Form) -> TypeGuard[Mapping[str, PackedLinear]]:

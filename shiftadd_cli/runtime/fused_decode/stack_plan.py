@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from shiftadd_cli.native.extension import TYPES, cpu_extension
+from shiftadd_cli.native.extension import cpu_extension
 from shiftadd_cli.runtime.fused_decode.block_plan import BlockPlan
 from shiftadd_cli.runtime.fused_decode.module_watch import Watch
 from shiftadd_cli.runtime.kv_cache import Rooms
@@ -24,7 +24,6 @@ class StackPlan:
         self.first = first
         self.form, self._precision = plans[0].form, plans[0].precision
         self.watch = Watch.over([watch, *(plan.watch for plan in plans)])
-        # Keeps alive the tensors whose addresses were taken.
         self.plans = tuple(plans)
         self._stack = cpu_extension().DecoderStack([plan.native for plan in plans])
 
@@ -35,22 +34,8 @@ class StackPlan:
         the token. Returns `[rows, 1, in]`.
         """
         output = torch.empty_like(hidden)
-        self._stack.decode(
-            hidden.data_ptr(),
-            TYPES[hidden.dtype],
-            hidden.shape[0],
-            cosines.data_ptr(),
-            sines.data_ptr(),
-            TYPES[cosines.dtype],
-            self.form.head_size if cosines.shape[0] > 1 else 0,
-            rooms.keys,
-            rooms.values,
-            rooms.capacities,
-            rooms.tokens,
-            output.data_ptr(),
-            self._precision.is_fast(hidden.dtype),
-            torch.get_num_threads(),
-        )
+        fast = self._precision.is_fast(hidden.dtype)
+        self._stack.decode(hidden, cosines, sines, rooms.native, rooms.tokens, output, fast, torch.get_num_threads())
         rooms.tokens += 1
         return output
 
