@@ -94,10 +94,21 @@ def _has_room(room: _Room, tokens: int) -> bool:
     return all(buffer.shape[2] >= tokens and buffer.is_inference() == mode for buffer in room.buffers)
 
 
+def grown_capacity(tokens: int) -> int:
+    """The tokens that a buffer has room for once a sequence that began with one token has grown to `tokens`."""
+    capacity = 1
+    while capacity < tokens:
+        capacity = _capacity(capacity, 1)
+    return capacity
+
+
+def _capacity(tokens: int, added: int) -> int:
+    return tokens + added + max(_LEAST, tokens // _SHARE)
+
+
 def _with_room(old: Tensor, added: int) -> Tensor:
     rows, heads, tokens, size = old.shape
-    capacity = tokens + added + max(_LEAST, tokens // _SHARE)
-    buffer = torch.empty(rows, heads, capacity, size, dtype=old.dtype, device=old.device)
+    buffer = torch.empty(rows, heads, _capacity(tokens, added), size, dtype=old.dtype, device=old.device)
     buffer.narrow(2, 0, tokens).copy_(old)
     return buffer
 

@@ -20,6 +20,7 @@ from shiftadd_cli.data.mixture import KINDS, Kind, parse_mixture, parts_with_win
 from shiftadd_cli.errors import CalibrationError, NumericalError, first_line
 from shiftadd_cli.progress import no_library_bar, progress
 from shiftadd_cli.recipe import NO_CALIBRATION, Recipe
+from shiftadd_cli.runtime.kv_cache import grown_capacity
 from shiftadd_cli.self_text.authors import Author, ChatAuthor, ChatForm, DocumentAuthor, Vocabulary
 from shiftadd_cli.self_text.decode import Sampler, write_rows
 from shiftadd_cli.self_text.repetition import is_degenerate
@@ -33,7 +34,7 @@ SPARE = 1 / 32
 ROUNDS = 6
 # Upper limit for the keys, values and logits of pieces written at once. A larger limit would be faster, but writing
 # would then need more memory than any other step of a small model.
-ROOM_BYTES = 1 << 30
+ROOM_BYTES = 900 << 20
 # Copies of the logits of a step: as computed, in float32, summed up, and with one token left.
 _LOGIT_COPIES = 4
 # Increased whenever the same request yields another text.
@@ -102,13 +103,13 @@ def without_self(calibration: str) -> str:
 
 
 def row_bytes(source: Source, length: int) -> int:
-    """Bytes that a piece of `length` tokens needs while it is written: keys and values with reserve, and logits."""
+    """Bytes that a piece of `length` tokens needs while it is written: buffers of keys and values, and logits."""
     config = source.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     width = (getattr(config, "num_key_value_heads", None) or heads) * size
-    cache_bytes = 2 * config.num_hidden_layers * width * length * source.dtype.itemsize
-    return int(1.25 * cache_bytes) + 4 * _LOGIT_COPIES * config.vocab_size
+    cache_bytes: int = 2 * config.num_hidden_layers * width * grown_capacity(length) * source.dtype.itemsize
+    return cache_bytes + 4 * _LOGIT_COPIES * config.vocab_size
 
 
 def writing_bytes(source: Source, request: Request) -> int:
