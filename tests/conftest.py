@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports torch or huggingface_hub, and inherited by the commands that tests start: no test may reach
-# out, and on two shared cores one thread is the fastest for tiny models.
+# Set before anything imports torch or huggingface_hub, and inherited by the commands that tests start. No test may use
+# the network, and on two shared cores one thread is the fastest for tiny models.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Triton decides when it is imported whether kernels are interpreted, on the CPU; 0 runs their tests on a GPU.
+# Triton decides at import whether to interpret kernels on the CPU; 0 runs their tests on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# What is remembered between runs stays apart from what the user's own runs remember.
+# The tests' cache stays apart from the user's own.
 os.environ["SHIFTADD_CACHE"] = tempfile.mkdtemp(prefix="shiftadd-cache-")
 atexit.register(shutil.rmtree, os.environ["SHIFTADD_CACHE"], ignore_errors=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ import shiftadd_cli
 from shiftadd_cli.cli import main
 from shiftadd_cli.errors import ArtifactError
 
-QUICK = {"samples": 4, "seq_len": 32, "group_size": 16, "recipe": "equal-bits"}
+QUICK: dict[str, Any] = {"samples": 4, "seq_len": 32, "group_size": 16, "recipe": "equal-bits"}
 
 
-def test_quantize_load_evaluate(tmp_path: Path) -> None:
+def test_quantized_model_loads_and_evaluates(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
     report = shiftadd_cli.quantize(str(source), tmp_path / "out", bits=2, **QUICK)
     assert {layer.bits for layer in report.layers} == {2}
@@ -32,20 +33,20 @@ def test_quantize_load_evaluate(tmp_path: Path) -> None:
     assert row["kl"] > 0
 
 
-def test_a_model_in_memory_comes_out_as_its_folder_does(tmp_path: Path) -> None:
+def test_model_in_memory_gives_the_same_files_as_its_folder(tmp_path: Path) -> None:
     source = save_tiny("qwen2", tmp_path / "source")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report = shiftadd_cli.quantize(model, tmp_path / "from_memory", processor=tokenizer, **QUICK)
     assert report.source.name == type(model).__name__
     shiftadd_cli.quantize(source, tmp_path / "from_folder", **QUICK)
-    files = [(tmp_path / each / "model.safetensors").read_bytes() for each in ("from_memory", "from_folder")]
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("from_memory", "from_folder")]
     assert files[0] == files[1]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["from_folder", "from_memory", "source"]
 
 
-def test_a_vision_model_in_memory(tmp_path: Path) -> None:
+def test_vision_model_in_memory_is_quantized(tmp_path: Path) -> None:
     source = save_tiny_vision("vit", tmp_path / "source")
     model, processor = (
         AutoModelForImageClassification.from_pretrained(source),
@@ -55,24 +56,22 @@ def test_a_vision_model_in_memory(tmp_path: Path) -> None:
     assert report.source.reads_images
 
 
-def test_a_model_in_memory_without_its_tokenizer_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+def test_model_in_memory_without_tokenizer_is_refused_and_leaves_no_files(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with pytest.raises(shiftadd_cli.ShiftaddError, match="tokenizer"):
         shiftadd_cli.quantize(model, tmp_path / "out", **QUICK)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_allocated_bits_are_those_of_the_command_and_fit_quantize(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_allocate_bits_matches_the_command_and_feeds_quantize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
     source = str(save_tiny("llama", tmp_path / "source"))
     plan = shiftadd_cli.allocate_bits(source, 4.5, keep=["*.o_proj=2"], candidates=[3, 2], fit_rounds=1, **QUICK)
     assert isinstance(plan, shiftadd_cli.BitPlan)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
     command = ["allocate-bits", source, "-o", str(tmp_path / "plan.json"), "--avg-bits=4.5", "--fit-rounds=1"]
-    made = CliRunner().invoke(main, [*command, "--keep=*.o_proj=2", "--candidates=2,3", *options])
-    assert made.exit_code == 0, made.output
+    result = CliRunner().invoke(main, [*command, "--keep=*.o_proj=2", "--candidates=2,3", *options])
+    assert result.exit_code == 0, result.output
     assert (tmp_path / "plan.json").read_text() == plan.to_json()
     report = shiftadd_cli.quantize(
         source, tmp_path / "out", fit_rounds=1, bit_plan=str(tmp_path / "plan.json"), **QUICK
@@ -84,14 +83,14 @@ def test_allocated_bits_are_those_of_the_command_and_fit_quantize(
         shiftadd_cli.allocate_bits(source)
 
 
-def test_a_recipe_object_and_fields_on_top_of_it(tmp_path: Path) -> None:
+def test_fields_override_a_recipe_object(tmp_path: Path) -> None:
     source = save_tiny("gpt2", tmp_path / "source")
     recipe = shiftadd_cli.Recipe.load("fast", {"group_size": 12})
     report = shiftadd_cli.quantize(str(source), tmp_path / "out", recipe, bits=4)
     assert (report.recipe["group_size"], report.recipe["bits"], report.calibration) == (12, 4, None)
 
 
-def test_bits_on_top_of_a_recipe_object_replace_its_average_as_on_top_of_a_file(tmp_path: Path) -> None:
+def test_bits_override_the_average_of_a_recipe_object(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
     recipe = shiftadd_cli.Recipe.load("best", {"reconstruct_epochs": 0, "distill_epochs": 0})
     report = shiftadd_cli.quantize(str(source), tmp_path / "out", recipe, bits=2, samples=8, seq_len=32)
@@ -100,7 +99,7 @@ def test_bits_on_top_of_a_recipe_object_replace_its_average_as_on_top_of_a_file(
         shiftadd_cli.quantize(str(source), tmp_path / "more", recipe, bits=9)
 
 
-def test_errors_are_of_one_family(tmp_path: Path) -> None:
+def test_errors_share_one_base_class(tmp_path: Path) -> None:
     with pytest.raises(shiftadd_cli.ShiftaddError, match="nowhere"):
         shiftadd_cli.quantize(str(tmp_path / "nowhere"), tmp_path / "out")
 
@@ -116,10 +115,10 @@ def test_importing_the_package_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     "folder", ["./missing", "~/missing", "/a/missing", "a/missing/", "a/b/c", "missing", Path("a/b")]
 )
-def test_a_missing_folder_is_refused_without_asking_the_hub(
-    folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_missing_folder_is_refused_without_asking_the_hub(
+    folder: str | Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("something was asked"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the hub was asked"))
     with pytest.raises(ArtifactError, match=r"is not a folder; give one that `shiftadd quantize` wrote, or a hub id"):
         shiftadd_cli.load(folder)

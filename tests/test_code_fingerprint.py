@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from shiftadd_cli import code_fingerprint as module
 
 
-def test_it_changes_with_the_text_and_the_name_of_a_module_and_with_nothing_else(tmp_path, monkeypatch):
+def test_fingerprint_depends_only_on_the_text_and_names_of_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_PACKAGE", tmp_path)
     (tmp_path / "part").mkdir()
     file = tmp_path / "part" / "one.py"

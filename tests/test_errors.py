@@ -1,6 +1,8 @@
-"""The words for what pydantic refuses."""
+"""Messages for values that pydantic refuses."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError, field_validator
@@ -13,7 +15,7 @@ class Layer(BaseModel):
 
     @field_validator("bits")
     @classmethod
-    def _even(cls, bits):
+    def _even(cls, bits: int) -> int:
         if bits % 2:
             raise ValueError("must be even")
         return bits
@@ -30,13 +32,13 @@ class Plan(BaseModel):
         ({}, Fault(("layers",), "Field required")),
     ],
 )
-def test_the_first_fault_has_its_place_and_our_own_words(values, fault):
+def test_first_fault_has_its_path_and_our_message(values: dict[str, Any], fault: Fault) -> None:
     with pytest.raises(ValidationError) as caught:
         Plan.model_validate(values)
     assert first_fault(caught.value) == fault
 
 
-def test_a_fault_of_the_whole_has_no_place():
+def test_fault_of_the_top_level_value_has_no_path() -> None:
     with pytest.raises(ValidationError) as caught:
         Plan.model_validate(3)
     assert first_fault(caught.value).place == ()

@@ -1,6 +1,6 @@
-"""Whatever a file holds, its loader loads it or refuses it in words: no crash, no hang, no giant allocation.
+"""Loaders load a damaged file or refuse it with a message: no crash, no hang, no giant allocation.
 
-SHIFTADD_FUZZ is the number of mutations tried for each file; a longer run than the suite's:
+SHIFTADD_FUZZ is the number of mutations tried per file. For a longer run than the suite's:
 
     SHIFTADD_FUZZ=20000 make check TESTS=tests/test_hostile_files.py
 """
@@ -41,7 +41,7 @@ from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import DistillationReport
 from shiftadd_cli.source.safetensors_folder import SafetensorsFolder, read_index
 
-# Memory that no loader of a small file may take beyond what the process had.
+# No loader of a small file may take more memory than this.
 ROOM = 300_000_000
 BLOCKS = ("model.layers.0", "model.layers.1")
 
@@ -52,7 +52,7 @@ FUZZ = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-VALUES = st.sampled_from(
+VALUES: st.SearchStrategy[Any] = st.sampled_from(
     [
         *(0, 1, -1, 9, 2**31, 2**63, 10**30, 10**4000, 0.5, -1e308, float("nan"), float("inf")),
         *(None, True, "", "all", "1/0", "1/99999999999", "1/2", "../../etc/passwd", "/dev/zero", "\0", "x" * 10_000),
@@ -62,7 +62,7 @@ VALUES = st.sampled_from(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("files")
 
 
@@ -73,7 +73,7 @@ def little_memory() -> Iterator[None]:
     assert resident_bytes() - before < ROOM
 
 
-def look_at_artifact(folder: Path) -> None:
+def read_artifact(folder: Path) -> None:
     artifact = Artifact.open(folder)
     json.dumps(Contents.of(artifact).to_dict())
     verify(artifact)
@@ -120,7 +120,7 @@ def unfinished_run(folder: Path) -> Path:
 
 
 def distilled_run(folder: Path) -> Path:
-    """The folder of a run that has nothing left but to write what was distilled."""
+    """The folder of a run that only has to write its distilled tensors."""
     unfinished_run(folder)
     with Workspace(folder / "out") as workspace:
         report = DistillationReport(divergence_before=0.2, divergence_after=0.1, kept=True)
@@ -128,7 +128,7 @@ def distilled_run(folder: Path) -> Path:
     return folder
 
 
-def look_at_run(folder: Path) -> None:
+def read_run(folder: Path) -> None:
     with Workspace(folder / "out") as workspace:
         history = History(workspace, BLOCKS)
         if history.inputs is not None:
@@ -154,12 +154,12 @@ def recipe_file(folder: Path) -> Path:
     return folder
 
 
-# Name → (making a good one, what to mutate, loading it).
+# Name → (function that writes good files, file to mutate, function that loads them).
 CASES: dict[str, tuple[Callable[[Path], Path], str, Callable[[Path], object]]] = {
-    "artifact config": (artifact_of_one_file, "config.json", look_at_artifact),
-    "artifact report": (artifact_of_one_file, "report.json", look_at_artifact),
-    "artifact tensors": (artifact_of_one_file, "model.safetensors", look_at_artifact),
-    "artifact index": (artifact_of_shards, "model.safetensors.index.json", look_at_artifact),
+    "artifact config": (artifact_of_one_file, "config.json", read_artifact),
+    "artifact report": (artifact_of_one_file, "report.json", read_artifact),
+    "artifact tensors": (artifact_of_one_file, "model.safetensors", read_artifact),
+    "artifact index": (artifact_of_shards, "model.safetensors.index.json", read_artifact),
     "source index": (
         lambda folder: save_tiny("llama", folder, sharded=True),
         "model.safetensors.index.json",
@@ -169,39 +169,39 @@ CASES: dict[str, tuple[Callable[[Path], Path], str, Callable[[Path], object]]] =
     "bit plan": (bit_plan, "plan.json", lambda folder: load_plan(folder / "plan.json")),
     "recipe": (recipe_file, "recipe.yaml", lambda folder: Recipe.load(str(folder / "recipe.yaml"))),
     **{
-        f"unfinished run, {name}": (unfinished_run, f".out.partial/{name}", look_at_run)
+        f"unfinished run, {name}": (unfinished_run, f".out.partial/{name}", read_run)
         for name in (
             *("journal/run.json", "journal/bits.json", "journal/start.json", "journal/block-00000.json"),
             *("states/quantized-00001.safetensors", "states/token_weights.safetensors", "artifact/model.safetensors"),
         )
     },
     **{
-        f"distilled run, {name}": (distilled_run, f".out.partial/{name}", look_at_run)
+        f"distilled run, {name}": (distilled_run, f".out.partial/{name}", read_run)
         for name in ("journal/distilled.json", "states/distilled.safetensors")
     },
 }
 
 
 def load(case: str, folder: Path) -> None:
-    """Load, or be refused in one sentence."""
-    said = "."
+    """Load the files, or check that the refusal is one sentence."""
+    message = "."
     try:
         CASES[case][2](folder)
     except ShiftaddError as refusal:
-        said = str(refusal)
-    assert said.endswith(".")
-    assert len(said) < 20_000
+        message = str(refusal)
+    assert message.endswith(".")
+    assert len(message) < 20_000
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_good_files_load(place: Path, case: str) -> None:
-    make, _, look = CASES[case]
-    look(make(place / f"good {case.replace('/', ' ')}"))
+def test_good_files_load(root: Path, case: str) -> None:
+    make, _, read = CASES[case]
+    read(make(root / f"good {case.replace('/', ' ')}"))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_changed_bytes(place: Path, case: str) -> None:
-    folder = CASES[case][0](place / f"bytes {case.replace('/', ' ')}")
+def test_changed_bytes_load_or_are_refused(root: Path, case: str) -> None:
+    folder = CASES[case][0](root / f"bytes {case.replace('/', ' ')}")
     path = folder / CASES[case][1]
     good = path.read_bytes()
     position = st.integers(0, min(len(good), 20_000))
@@ -211,21 +211,21 @@ def test_changed_bytes(place: Path, case: str) -> None:
     def mutate(start: int, length: int, new: bytes, cut: int | None) -> None:
         path.write_bytes((good[:start] + new + good[start + length :])[:cut])
         load(case, folder)
-        restore(case, place, folder)
+        restore(case, root, folder)
 
     mutate()
 
 
-def restore(case: str, place: Path, folder: Path) -> None:
-    """A run that has lost its journal is cleared away; begin another."""
+def restore(case: str, root: Path, folder: Path) -> None:
+    """Start another run if the loader cleared this one away, as it does without a journal."""
     if case.startswith("unfinished") and not (folder / CASES[case][1]).exists():
         shutil.rmtree(folder)
         CASES[case][0](folder)
 
 
 @pytest.mark.parametrize("case", [case for case, (_, file, _) in CASES.items() if not file.endswith(".safetensors")])
-def test_changed_values(place: Path, case: str) -> None:
-    folder = CASES[case][0](place / f"values {case.replace('/', ' ')}")
+def test_changed_values_load_or_are_refused(root: Path, case: str) -> None:
+    folder = CASES[case][0](root / f"values {case.replace('/', ' ')}")
     path = folder / CASES[case][1]
     good = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(path.read_text())
 
@@ -239,28 +239,28 @@ def test_changed_values(place: Path, case: str) -> None:
             changed = signed(changed)
         path.write_text(json.dumps(changed))
         load(case, folder)
-        restore(case, place, folder)
+        restore(case, root, folder)
 
     mutate()
 
 
-def with_another_value(whole: Any, data: st.DataObject) -> Any:
-    """Replace or remove something somewhere inside."""
-    if not isinstance(whole, (dict, list)) or not whole:
+def with_another_value(value: Any, data: st.DataObject) -> Any:
+    """Replace or remove a random value, at any depth."""
+    if not isinstance(value, (dict, list)) or not value:
         return copy.deepcopy(data.draw(VALUES))
-    key = data.draw(st.sampled_from(list(whole) if isinstance(whole, dict) else list(range(len(whole)))))
-    what = data.draw(st.sampled_from(["inside", "inside", "replace", "remove"]))
-    if what == "inside":
-        whole[key] = with_another_value(whole[key], data)
-    elif what == "replace":
-        whole[key] = copy.deepcopy(data.draw(VALUES))
+    key = data.draw(st.sampled_from(list(value) if isinstance(value, dict) else list(range(len(value)))))
+    action = data.draw(st.sampled_from(["inside", "inside", "replace", "remove"]))
+    if action == "inside":
+        value[key] = with_another_value(value[key], data)
+    elif action == "replace":
+        value[key] = copy.deepcopy(data.draw(VALUES))
     else:
-        del whole[key]
-    return whole
+        del value[key]
+    return value
 
 
 def signed(record: dict[str, Any]) -> dict[str, Any]:
-    """With a checksum that fits, so that what reads the record must look."""
+    """The record with a matching checksum, so that its reader looks inside."""
     from shiftadd_cli.storage.record_file import _sum
 
     inner = record.get("record")
@@ -268,8 +268,8 @@ def signed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", [case for case, (_, file, _) in CASES.items() if not file.endswith(".safetensors")])
-def test_deep_nesting(place: Path, case: str) -> None:
-    folder = CASES[case][0](place / f"deep {case.replace('/', ' ')}")
+def test_deep_nesting_is_refused(root: Path, case: str) -> None:
+    folder = CASES[case][0](root / f"deep {case.replace('/', ' ')}")
     (folder / CASES[case][1]).write_text("[" * 200_000)
     with pytest.raises(ShiftaddError):
         CASES[case][2](folder)

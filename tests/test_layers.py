@@ -1,4 +1,4 @@
-"""Rooms of the package import only rooms of lower layers, as docs/architecture.md lists them, and no module itself."""
+"""Rooms of the package import only rooms in lower layers of docs/architecture.md, and no imports form a cycle."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ PACKAGE = "shiftadd_cli"
 
 
 def modules() -> dict[str, Path]:
-    """Files of the package by dotted name, without the package's own; "" is its `__init__`."""
-    found = {}
+    """Files of the package by dotted name, without the package's name; "" is its `__init__`."""
+    paths = {}
     for path in (ROOT / PACKAGE).rglob("*.py"):
         parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 MODULES = modules()
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Modules of the package that a file imports anywhere: at the top, inside functions, and for types alone."""
+    """Modules of the package that a file imports anywhere: at the top, inside functions, or only for types."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
@@ -33,14 +33,14 @@ def imported(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE]
         for name in names:
-            inner = name.removeprefix(PACKAGE).removeprefix(".")
-            while inner not in MODULES:
-                inner = inner.rpartition(".")[0]
-            yield inner
+            target = name.removeprefix(PACKAGE).removeprefix(".")
+            while target not in MODULES:
+                target = target.rpartition(".")[0]
+            yield target
 
 
 def documented_layers() -> list[set[str]]:
-    """Rooms of every layer, the lowest first."""
+    """Rooms of every layer, the lowest layer first."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     block = text.split("<!-- layers -->\n\n```text\n")[1].split("\n```")[0]
     return [set(line.split()) for line in reversed(block.splitlines())]
@@ -50,7 +50,7 @@ def room(module: str) -> str:
     return module.split(".")[0] or "__init__"
 
 
-def test_every_room_imports_only_those_below() -> None:
+def test_rooms_import_only_lower_layers() -> None:
     depth = {name: number for number, names in enumerate(documented_layers()) for name in names}
     assert depth.keys() == {room(module) for module in MODULES}
     upwards = [
@@ -62,9 +62,9 @@ def test_every_room_imports_only_those_below() -> None:
     assert upwards == []
 
 
-def test_no_module_imports_itself_through_others() -> None:
+def test_imports_have_no_cycles() -> None:
     graph: dict[str, set[str]] = defaultdict(set)
     for module, path in MODULES.items():
-        # The __init__ of a folder is run before its modules, and may name them.
+        # A folder's __init__ runs before its modules, and may name them.
         graph[module] |= {target for target in imported(path) if target not in (module, "")}
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)

@@ -20,19 +20,21 @@ else:
 
 
 def build_wheel(sources: Path, folder: Path, **environment: str) -> Path:
-    """A wheel of a copy of the sources, built with what is installed here."""
+    """Build a wheel of a copy of the sources with the packages installed here."""
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
-    # A folder of its own: CMake remembers the compiler it found before.
+    # CMake remembers the compiler it found, so every build has its own folder.
     build += [f"-Cbuild-dir={folder / 'build'}", str(sources)]
-    done = subprocess.run(build, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(
+        build, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
     (path,) = folder.glob("*.whl")
     return path
 
 
 @pytest.fixture(scope="module")
 def sources(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a source distribution: what CMake found out about this machine must not leak into a build."""
+    """The files of a source distribution. CMake's findings about this machine must not leak into a build."""
     folder = tmp_path_factory.mktemp("sources") / "shiftadd"
     unwanted = shutil.ignore_patterns(
         "*.so",
@@ -53,16 +55,16 @@ def sources(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As on a machine without a compiler, which is the quickest to build."""
+    """A wheel as built without a compiler, which is the quickest."""
     return build_wheel(sources, tmp_path_factory.mktemp("wheel"), CC="/bin/false", CXX="/bin/false")
 
 
-def test_without_a_compiler_the_wheel_is_pure_python(wheel: Path) -> None:
+def test_wheel_without_a_compiler_is_pure_python(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
-def test_with_a_compiler_the_wheel_holds_the_kernels(sources: Path, tmp_path: Path) -> None:
+def test_wheel_with_a_compiler_holds_the_kernels(sources: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(build_wheel(sources, tmp_path)).namelist()
     kernels = [name for name in names if name.startswith("shiftadd_cli/native/_native")]
     assert len(kernels) == 1
@@ -83,8 +85,8 @@ def test_recipes_load_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> No
     zipfile.ZipFile(wheel).extractall(tmp_path)
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        # That of a development install comes before the path.
-        "sys.meta_path[:] = [each for each in sys.meta_path if 'ScikitBuild' not in type(each).__name__]\n"
+        # The finder of a development install takes precedence over the path.
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'ScikitBuild' not in type(finder).__name__]\n"
         "import shiftadd_cli, shiftadd_cli.recipe_file as files\n"
         "from shiftadd_cli import Recipe\n"
         "print(shiftadd_cli.__file__, files.configs_folder(), *files.packaged_names(), Recipe.load('rtn').fit)\n"
@@ -99,7 +101,7 @@ def test_recipes_load_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> No
     ]
 
 
-def test_version_is_the_newest_of_the_changelog(repository: Path) -> None:
+def test_version_is_the_newest_in_the_changelog(repository: Path) -> None:
     headings = re.findall(r"^## (\S+)", (repository / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert headings[0] == shiftadd_cli.__version__
 

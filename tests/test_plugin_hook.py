@@ -1,4 +1,4 @@
-"""The order of imports must not matter, so every case runs in an interpreter of its own."""
+"""The plugin registers itself in any order of imports, so every case runs in its own interpreter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(program: str) -> str:
         "import transformers; import shiftadd_cli; transformers.AutoModelForCausalLM",
     ],
 )
-def test_plugin_is_registered_whichever_is_imported_first(imports: str) -> None:
+def test_plugin_is_registered_in_any_order_of_imports(imports: str) -> None:
     assert run(imports + REPORT) == "True"
 
 

@@ -1,4 +1,4 @@
-"""Loops pass every item on, and say how far they are without flooding a log."""
+"""Progress loops yield every item, and say how far they are without flooding a log."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
     return clock
 
 
 @pytest.mark.parametrize("total", [1, 3, 10, 97, 1000])
-def test_a_log_gets_about_a_line_per_tenth_and_every_item_passes(capsys, clock, total):
-    seen = []
+def test_log_gets_a_line_per_tenth_and_every_item_is_yielded(
+    capsys: pytest.CaptureFixture[str], clock: Clock, total: int
+) -> None:
+    items = []
     for item in progress(range(total), total, "Work"):
-        seen.append(item)
+        items.append(item)
         clock.now += 250 / total
-    assert seen == list(range(total))
+    assert items == list(range(total))
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == ""
@@ -42,12 +44,14 @@ def test_a_log_gets_about_a_line_per_tenth_and_every_item_passes(capsys, clock, 
     assert lines[-1].startswith(f"Work: {total}/{total} (100%)")
 
 
-def test_a_loop_that_is_over_in_a_moment_is_one_line(capsys, clock):
+def test_quick_loop_logs_one_line(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     assert list(progress(range(50), 50, "Work")) == list(range(50))
     assert capsys.readouterr().err == "Work: 50/50 (100%), 0 s in all\n"
 
 
-def test_slow_steps_get_a_line_each_half_minute_with_the_time_left(capsys, clock):
+def test_slow_steps_log_a_line_every_half_minute_with_the_time_left(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
     for _ in progress(range(100), 100, "Work"):
         clock.now += 31
     lines = capsys.readouterr().err.splitlines()
@@ -56,7 +60,7 @@ def test_slow_steps_get_a_line_each_half_minute_with_the_time_left(capsys, clock
     assert lines[-1] == "Work: 100/100 (100%), 51 min 40 s in all"
 
 
-def test_a_terminal_gets_a_bar(monkeypatch):
+def test_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -71,5 +75,5 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     ("seconds", "text"),
     [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (3599.7, "1 h 00 min"), (7620, "2 h 07 min")],
 )
-def test_durations_carry_over(seconds, text):
+def test_durations_carry_over(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -22,13 +22,13 @@ def test_every_packaged_recipe_is_listed_and_linked(readme: str) -> None:
     assert tuple(sorted(re.findall(r"\(configs/([a-z-]+)\.yaml\)", readme))) == packaged_names()
 
 
-def test_links_to_files_lead_somewhere(readme: str, repository: Path) -> None:
+def test_links_to_files_are_not_broken(readme: str, repository: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", readme)
     assert links
     assert [link for link in links if not (repository / link).exists()] == []
 
 
-def test_commands_of_make_exist(readme: str, repository: Path) -> None:
-    told = readme + (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
+def test_documented_make_targets_exist(readme: str, repository: Path) -> None:
+    text = readme + (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", (repository / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert {"demo", "test"} <= set(re.findall(r"^    make ([a-z]+)", told, flags=re.MULTILINE)) <= targets
+    assert {"demo", "test"} <= set(re.findall(r"^    make ([a-z]+)", text, flags=re.MULTILINE)) <= targets

@@ -1,4 +1,4 @@
-"""The fields of a recipe, what they may be together, and the packaged recipes."""
+"""Recipe fields, their valid combinations, and the packaged recipes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def test_packaged_recipes_are_the_documented_ones() -> None:
 
 
 @pytest.mark.parametrize("name", packaged_names())
-def test_packaged_recipe_loads_and_says_what_it_is(name: str) -> None:
+def test_packaged_recipe_loads_and_describes_itself(name: str) -> None:
     Recipe.load(name)
     header = (configs_folder() / f"{name}.yaml").read_text()
     for heading in ("# What: ", "# Source: ", "# Use it: "):
         assert heading in header
 
 
-def test_default_states_every_field_but_the_other_ways_to_give_bits() -> None:
+def test_default_states_every_field_except_alternatives_to_avg_bits() -> None:
     stated = yaml.safe_load((configs_folder() / "default.yaml").read_text())
     assert [*stated] == [name for name in Recipe.model_fields if name not in ("bits", "bit_plan")]
 
@@ -47,22 +47,22 @@ def test_default_states_every_field_but_the_other_ways_to_give_bits() -> None:
         ("primitive: shift2\nbits: 5\n", {"bits": 5}),
     ],
 )
-def test_a_file_gives_bits_in_its_own_way_or_as_default(tmp_path: Path, text: str, ways: dict[str, Any]) -> None:
+def test_file_sets_bits_in_its_own_way_or_gets_the_default(tmp_path: Path, text: str, ways: dict[str, Any]) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     recipe = Recipe.load(str(tmp_path / "mine.yaml"))
     assert {name: getattr(recipe, name) for name in BITS if getattr(recipe, name) is not None} == ways
 
 
-def test_shifts_keep_the_bits_that_were_given() -> None:
+def test_shift_primitives_keep_explicit_bits() -> None:
     assert recipe_of(bits=2).changed({"primitive": "shift1"}).bits == 2
     assert recipe_of(avg_bits=2.5).changed({"primitive": "shift1"}).bits == 3
 
 
-def test_a_recipe_that_is_not_named_is_the_default() -> None:
+def test_unnamed_recipe_is_the_default() -> None:
     assert Recipe.load() == Recipe.load("default")
 
 
-def test_best_is_the_default_and_tuning() -> None:
+def test_best_is_the_default_with_tuning() -> None:
     best, default = Recipe.load("best"), Recipe.load()
     changed = {name for name in Recipe.model_fields if getattr(best, name) != getattr(default, name)}
     assert changed == {"reconstruct_epochs", "distill_epochs"}
@@ -72,7 +72,7 @@ def test_best_is_the_default_and_tuning() -> None:
     ("name", "shape", "fit", "sweep"),
     [("shiftaddllm-acc", (768, 1), "greedy", "dynamic"), ("shiftaddllm-lat", (96, 8), "greedy", "dynamic")],
 )
-def test_recipes_of_the_paper_have_its_block_shapes(name: str, shape: tuple[int, int], fit: str, sweep: str) -> None:
+def test_recipes_of_the_paper_have_its_group_shapes(name: str, shape: tuple[int, int], fit: str, sweep: str) -> None:
     recipe = Recipe.load(name)
     grid = ScaleGrid.resolve(768, 3072, recipe.group_rows, recipe.group_size)
     assert (grid.group_rows, grid.group_columns) == shape
@@ -81,15 +81,15 @@ def test_recipes_of_the_paper_have_its_block_shapes(name: str, shape: tuple[int,
     assert not recipe.row_scale
 
 
-def test_the_mixture_of_primitives_is_equal_bits_but_for_what_layers_may_be() -> None:
-    recipe, same = Recipe.load("shiftaddvit"), Recipe.load("equal-bits")
-    changed = {name for name in Recipe.model_fields if getattr(recipe, name) != getattr(same, name)}
+def test_shiftaddvit_is_equal_bits_with_other_candidates() -> None:
+    recipe, equal_bits = Recipe.load("shiftaddvit"), Recipe.load("equal-bits")
+    changed = {name for name in Recipe.model_fields if getattr(recipe, name) != getattr(equal_bits, name)}
     assert changed == {"bits", "avg_bits", "candidates"}
     assert {parts_of_choice(choice)[0] for choice in recipe.candidates} == set(CODE_BITS)
 
 
 @pytest.mark.parametrize("name", ["fast", "rtn"])
-def test_recipes_without_data_need_none(name: str) -> None:
+def test_data_free_recipes_need_no_calibration(name: str) -> None:
     recipe = Recipe.load(name)
     assert (recipe.calibration, recipe.sweep, recipe.refine_rounds) == ("none", "none", 0)
 
@@ -102,12 +102,12 @@ def test_recipes_without_data_need_none(name: str) -> None:
         ({"avg_bits": 2.5, "calibration": "none", "sweep": "none", "refine_rounds": 0}, ["avg_bits", "calibration"]),
     ],
 )
-def test_fields_that_exclude_each_other_are_refused(tmp_path: Path, fields: dict[str, Any], words: list[str]) -> None:
+def test_exclusive_fields_are_refused(tmp_path: Path, fields: dict[str, Any], words: list[str]) -> None:
     message = refusal(tmp_path, "", **fields)
     assert all(word in message for word in words)
 
 
-def test_a_file_that_says_the_bits_of_layers_in_two_ways_is_refused(tmp_path: Path) -> None:
+def test_file_that_sets_bits_in_two_ways_is_refused(tmp_path: Path) -> None:
     assert "give one of them" in refusal(tmp_path, "avg_bits: 2.5\nbit_plan: plan.json\n")
 
 
@@ -165,7 +165,7 @@ def test_a_file_that_says_the_bits_of_layers_in_two_ways_is_refused(tmp_path: Pa
         ("device", "null"),
     ],
 )
-def test_value_of_wrong_type_or_range_is_refused_by_field(tmp_path: Path, field: str, text: str) -> None:
+def test_value_of_wrong_type_or_range_is_refused_with_its_field(tmp_path: Path, field: str, text: str) -> None:
     assert f"field '{field}'" in refusal(tmp_path, f"{field}: {text}\n")
 
 
@@ -183,7 +183,7 @@ def test_value_of_wrong_type_or_range_is_refused_by_field(tmp_path: Path, field:
         ({"primitive": "shift2", "bit_plan": "plan.json"}, ("bits in place of bit_plan",)),
     ],
 )
-def test_fields_that_do_not_fit_together_are_refused_with_the_cure(fields: dict[str, Any], cures: tuple) -> None:
+def test_incompatible_fields_are_refused_with_the_cure(fields: dict[str, Any], cures: tuple[str, ...]) -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.load("default", fields)
     message = str(caught.value)
@@ -191,17 +191,17 @@ def test_fields_that_do_not_fit_together_are_refused_with_the_cure(fields: dict[
     assert all(f"`{name}`" in message for name in fields)
 
 
-def test_following_the_cure_cures() -> None:
+def test_suggested_cures_work() -> None:
     Recipe.load("default", {"group_rows": 2, "refine_rounds": 0, "row_scale": False})
     Recipe.load("default", {"calibration": "none", "bits": 3, "sweep": "none", "refine_rounds": 0})
 
 
-def test_shifts_for_all_layers_take_the_place_of_bits_for_each() -> None:
+def test_shift_primitive_replaces_the_average() -> None:
     recipe = Recipe.load("default", {"primitive": "shift2"})
     assert (recipe.avg_bits, recipe.bits) == (None, 3)
 
 
-def test_candidates_are_sorted_and_told_once(tmp_path: Path) -> None:
+def test_candidates_are_sorted_and_unique(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("candidates: [4, 2, 3, 2]\n")
     assert Recipe.load(str(path)).candidates == (2, 3, 4)
@@ -215,7 +215,7 @@ def test_recipe_is_immutable() -> None:
         recipe.bits = 2
 
 
-def test_fingerprint_is_a_function_of_every_field() -> None:
+def test_fingerprint_depends_on_every_field() -> None:
     others = {
         "primitive": "shift1",
         "bits": 2,
@@ -260,16 +260,16 @@ def test_fingerprint_is_a_function_of_every_field() -> None:
     }
     assert others.keys() == Recipe.model_fields.keys()
     base = Recipe.load("equal-bits")
-    prints = {recipe_of(**{name: value}).fingerprint() for name, value in others.items() if name != "group_rows"}
-    prints.add(recipe_of(row_scale=False, refine_rounds=0, group_rows=2).fingerprint())
-    prints.add(recipe_of(row_scale=False, refine_rounds=0, group_rows="all").fingerprint())
-    assert len(prints) == len(others) + 1
-    assert base.fingerprint() not in prints
+    fingerprints = {recipe_of(**{name: value}).fingerprint() for name, value in others.items() if name != "group_rows"}
+    fingerprints.add(recipe_of(row_scale=False, refine_rounds=0, group_rows=2).fingerprint())
+    fingerprints.add(recipe_of(row_scale=False, refine_rounds=0, group_rows="all").fingerprint())
+    assert len(fingerprints) == len(others) + 1
+    assert base.fingerprint() not in fingerprints
     assert len(base.fingerprint()) == 64
     assert Recipe(**base.model_dump()).fingerprint() == base.fingerprint()
 
 
-def test_fingerprint_without_a_field_does_not_hang_on_it() -> None:
+def test_fingerprint_ignores_excluded_fields() -> None:
     ours, other, more = recipe_of(), recipe_of(bits=2), recipe_of(bits=2, seed=1)
     assert ours.fingerprint(["bits"]) == other.fingerprint(["bits"]) != more.fingerprint(["bits"])
     assert ours.fingerprint(["bits"]) != ours.fingerprint()

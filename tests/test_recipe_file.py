@@ -1,4 +1,4 @@
-"""Recipes read from files, with options on top, and the sentence for every fault in them."""
+"""Recipes read from files, with overrides, and the message for every fault in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     assert (recipe.bits, recipe.group_size) == (4, 128)
 
 
-def test_overrides_may_cure_a_file(tmp_path: Path) -> None:
+def test_overrides_can_fix_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("group_rows: all\nrow_scale: false\n")
     with pytest.raises(RecipeError, match="refine_rounds to 0"):
@@ -36,7 +36,7 @@ def test_packaged_name_wins_over_a_file_of_that_name(tmp_path: Path, monkeypatch
     assert Recipe.load("./fast").bits == 7
 
 
-def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
+def test_empty_file_is_the_default_recipe(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("# nothing yet\n")
     assert Recipe.load(str(path)) == Recipe.load("default")
@@ -50,18 +50,18 @@ def test_exponents_are_numbers_and_lists_are_tuples(tmp_path: Path) -> None:
     assert recipe.skip == ("lm_head", "*.k_proj")
 
 
-def test_unknown_field_names_file_field_and_the_nearest(tmp_path: Path) -> None:
+def test_unknown_field_is_refused_with_its_file_and_the_nearest_name(tmp_path: Path) -> None:
     message = refusal(tmp_path, "group-sise: 64\n")
     assert str(tmp_path / "mine.yaml") in message
     assert "'group-sise'" in message
     assert "did you mean 'group_size'?" in message
 
 
-def test_unknown_field_like_no_other_gets_no_suggestion(tmp_path: Path) -> None:
+def test_unknown_field_without_a_near_match_gets_no_suggestion(tmp_path: Path) -> None:
     assert "did you mean" not in refusal(tmp_path, "zzzz: 1\n")
 
 
-def test_bits_said_in_one_way_on_the_command_line_replace_what_the_file_says_in_another(tmp_path: Path) -> None:
+def test_bits_in_overrides_replace_other_bits_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("avg_bits: 2.5\n")
     assert Recipe.load(str(path)).avg_bits == 2.5
@@ -77,14 +77,14 @@ def test_fault_of_an_override_names_the_option(tmp_path: Path) -> None:
     assert message.startswith("Option `group_size`: 0 is not valid")
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     message = refusal(tmp_path, "bits: 9\nfit: best\n")
     assert "'bits'" in message
     assert "'fit'" in message
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "excerpt"),
     [
         ("bits: 3\nbits: 4\n", "line 2, column 1: field 'bits' is given twice"),
         ("bits: [\n", "line 2"),
@@ -102,18 +102,18 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_malformed_file_is_refused_in_one_sentence(tmp_path: Path, content: str | bytes, said: str) -> None:
+def test_malformed_file_is_refused_in_one_sentence(tmp_path: Path, content: str | bytes, excerpt: str) -> None:
     message = refusal(tmp_path, content)
-    assert said in message
+    assert excerpt in message
     assert str(tmp_path / "mine.yaml") in message
     assert len(message) < 400
 
 
-def test_long_values_are_not_repeated_whole(tmp_path: Path) -> None:
+def test_long_values_are_shortened_in_the_message(tmp_path: Path) -> None:
     assert len(refusal(tmp_path, f"fit: {'x' * 5000}\n")) < 400
 
 
-def test_unknown_recipe_lists_the_packaged_ones(tmp_path: Path) -> None:
+def test_unknown_recipe_is_refused_with_the_packaged_names(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'shiftaddllm-acc'") as caught:
         Recipe.load("shiftaddlm-acc")
     assert all(name in str(caught.value) for name in packaged_names())

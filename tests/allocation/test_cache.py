@@ -1,4 +1,4 @@
-"""What was measured is found again by its fingerprints, and only by them."""
+"""Cached sensitivities are found by their fingerprints, and only by them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import pwd
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,40 +14,42 @@ from shiftadd_cli.allocation.cache import SensitivityCache
 from shiftadd_cli.allocation.sensitivity import Sensitivities
 from shiftadd_cli.cache import cache_folder
 
-FOUND = Sensitivities({"a.q": {2: 0.5, 3: 0.1}, "a.k": {2: 1e-9, 3: 0.0}}, (("a.q", "a.k"),))
+SENSITIVITIES = Sensitivities({"a.q": {2: 0.5, 3: 0.1}, "a.k": {2: 1e-9, 3: 0.0}}, (("a.q", "a.k"),))
 
 
-def test_what_is_kept_is_loaded_again(tmp_path):
-    SensitivityCache(tmp_path, "output", "model").keep(FOUND)
-    assert SensitivityCache(tmp_path, "output", "model").load() == FOUND
+def test_stored_sensitivities_are_loaded_again(tmp_path: Path) -> None:
+    SensitivityCache(tmp_path, "output", "model").keep(SENSITIVITIES)
+    assert SensitivityCache(tmp_path, "output", "model").load() == SENSITIVITIES
     assert len(list((tmp_path / "sensitivities").iterdir())) == 1
 
 
 @pytest.mark.parametrize("other", [("paper", "model"), ("output", "another"), ("output", "model", "")])
-def test_other_fingerprints_find_nothing(tmp_path, other):
-    SensitivityCache(tmp_path, "output", "model").keep(FOUND)
+def test_other_fingerprints_find_nothing(tmp_path: Path, other: tuple[Any, ...]) -> None:
+    SensitivityCache(tmp_path, "output", "model").keep(SENSITIVITIES)
     assert SensitivityCache(tmp_path, *other).load() is None
 
 
-def test_later_candidates_join_those_that_are_there(tmp_path):
+def test_later_candidates_are_merged_with_earlier_ones(tmp_path: Path) -> None:
     cache = SensitivityCache(tmp_path, "paper", "x")
-    cache.keep(FOUND)
-    whole = cache.keep(Sensitivities({"a.q": {4: 0.02}, "a.k": {4: 0.03}}, FOUND.shared_inputs))
-    assert whole.costs == {"a.q": {2: 0.5, 3: 0.1, 4: 0.02}, "a.k": {2: 1e-9, 3: 0.0, 4: 0.03}}
-    whole = cache.keep(Sensitivities({"a.q": {"shift2-4": 0.5}, "a.k": {"shift2-4": 0.25}}, FOUND.shared_inputs))
-    assert whole.costs["a.k"] == {2: 1e-9, 3: 0.0, 4: 0.03, "shift2-4": 0.25}
-    assert cache.load() == whole
+    cache.keep(SENSITIVITIES)
+    merged = cache.keep(Sensitivities({"a.q": {4: 0.02}, "a.k": {4: 0.03}}, SENSITIVITIES.shared_inputs))
+    assert merged.costs == {"a.q": {2: 0.5, 3: 0.1, 4: 0.02}, "a.k": {2: 1e-9, 3: 0.0, 4: 0.03}}
+    merged = cache.keep(
+        Sensitivities({"a.q": {"shift2-4": 0.5}, "a.k": {"shift2-4": 0.25}}, SENSITIVITIES.shared_inputs)
+    )
+    assert merged.costs["a.k"] == {2: 1e-9, 3: 0.0, 4: 0.03, "shift2-4": 0.25}
+    assert cache.load() == merged
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"costs": 3}', '{"costs": {"a": {"x": 1}}}', "\x00"])
-def test_a_damaged_file_is_as_none(tmp_path, text):
+def test_a_damaged_file_counts_as_missing(tmp_path: Path, text: str) -> None:
     cache = SensitivityCache(tmp_path, "paper", "x")
     cache.path.write_text(text)
     assert cache.load() is None
-    assert cache.keep(FOUND) == FOUND == cache.load()
+    assert cache.keep(SENSITIVITIES) == SENSITIVITIES == cache.load()
 
 
-def test_the_folder_is_that_of_the_environment(monkeypatch):
+def test_the_environment_gives_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHIFTADD_CACHE", "/some/where")
     assert cache_folder() == Path("/some/where")
     monkeypatch.delenv("SHIFTADD_CACHE")
@@ -62,11 +65,13 @@ def unusable(tmp_path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["a file", "below a file", "no home"])
-def test_a_folder_that_cannot_be_used_is_warned_of_once_and_stops_nothing(tmp_path, monkeypatch, capsys, kind):
+def test_an_unusable_folder_gives_one_warning_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     cache = SensitivityCache(unusable(tmp_path, kind), "output", "model")
     assert cache.load() is None
-    assert cache.keep(FOUND) == FOUND == cache.keep(FOUND)
+    assert cache.keep(SENSITIVITIES) == SENSITIVITIES == cache.keep(SENSITIVITIES)
     assert cache.load() is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("Warning: sensitivities cannot be kept in ")
@@ -74,23 +79,27 @@ def test_a_folder_that_cannot_be_used_is_warned_of_once_and_stops_nothing(tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
-def test_a_folder_that_goes_away_meanwhile_is_warned_of(tmp_path, capsys):
+def test_a_folder_that_disappears_gives_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = SensitivityCache(tmp_path / "cache", "output", "model")
     assert not capsys.readouterr().err
     shutil.rmtree(tmp_path / "cache")
-    assert cache.keep(FOUND) == FOUND
+    assert cache.keep(SENSITIVITIES) == SENSITIVITIES
     assert capsys.readouterr().err.count("Warning: ") == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the root user may write anywhere")
-def test_a_folder_without_permission_is_warned_of(tmp_path, capsys):
+def test_a_folder_without_permission_gives_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tmp_path.chmod(0o500)
-    assert SensitivityCache(tmp_path, "output", "model").keep(FOUND) == FOUND
+    assert SensitivityCache(tmp_path, "output", "model").keep(SENSITIVITIES) == SENSITIVITIES
     assert "Permission denied" in capsys.readouterr().err
 
 
-def test_without_any_home_there_is_a_folder_to_be_warned_of(monkeypatch):
+def test_without_a_home_the_folder_keeps_its_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SHIFTADD_CACHE", raising=False)
     monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["nobody"])  # as for a user without an entry
+
+    def no_entry(_: int) -> None:
+        raise KeyError("nobody")
+
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
     assert cache_folder() == Path("~/.cache/shiftadd")

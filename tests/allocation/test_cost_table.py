@@ -1,38 +1,42 @@
-"""Costs of layers as a user measured them: what is read, what is refused, and the best choice within a limit."""
+"""Measured costs of layers: tables are read or refused, and the best choice within a limit is found."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shiftadd_cli.allocation.cost_table import CostLimit, CostTable, load_cost_table, parse_budget
 from shiftadd_cli.allocation.solve import LayerOptions, allocate
+from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.errors import AllocationError
 
 HEAD = {"format": "shiftadd cost table", "version": 1, "cost": "latency", "unit": "ms"}
 MEASURED = [{"shape": [4, 8], "bits": 2, "cost": 0.5}, {"shape": [4, 8], "bits": 3, "cost": 0.75}]
 
 
-def table(**values):
+def table(**values: Any) -> CostTable:
     return CostTable.model_validate(HEAD | values)
 
 
-def test_a_cost_per_weight_and_measured_shapes_are_read():
+def test_costs_per_weight_and_of_measured_shapes_are_read() -> None:
     per_weight = table(per_weight={"2": 0.25, "3": 0.5})
     assert per_weight.of("layer", (4, 8), 3) == 16.0
     measured = table(measured=MEASURED)
     assert measured.of("layer", (4, 8), 3) == 0.75
     with pytest.raises(AllocationError, match=r"no latency of 4 bits, which blocks\.0\.up may get"):
         per_weight.of("blocks.0.up", (4, 8), 4)
-    # A matrix lying down is another shape.
+    # A transposed matrix has another shape.
     with pytest.raises(AllocationError, match=r"no latency of the shape 8 x 4 at 2 bits, which blocks\.0\.up may"):
         measured.of("blocks.0.up", (8, 4), 2)
 
 
-def test_shift_layers_have_costs_under_their_words():
+def test_shift_layers_have_costs_under_their_words() -> None:
     per_weight = table(per_weight={"2": 0.25, "shift2": 0.5})
     assert per_weight.of("layer", (4, 8), "shift2-4") == 16.0
     measured = table(measured=[*MEASURED, {"shape": [4, 8], "bits": "shift1-2", "cost": 0.125}])
@@ -44,33 +48,33 @@ def test_shift_layers_have_costs_under_their_words():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_choice_is_the_best_within_the_limit(seed):
-    """Against trying all of them; costs are of no round numbers and do not grow with the bits."""
-    random_ = random.Random(seed)
+def test_the_choice_is_the_best_within_the_limit(seed: int) -> None:
+    """All choices are tried. Costs are not round numbers and do not grow with the bits."""
+    rng = random.Random(seed)
     shapes = {f"layer{index}": (index + 1, 3) for index in range(6)}
     measured = [
-        {"shape": list(shape), "bits": bits, "cost": random_.uniform(1e-7, 1e-5)}
+        {"shape": list(shape), "bits": bits, "cost": rng.uniform(1e-7, 1e-5)}
         for shape in shapes.values()
         for bits in (2, 3, 4)
     ]
     costs = table(measured=measured)
-    layers = [LayerOptions(name, {2: 2, 3: 3, 4: 4}, {bits: random_.random() for bits in (2, 3, 4)}) for name in shapes]
-    options = [dict(zip(shapes, bits, strict=True)) for bits in itertools.product((2, 3, 4), repeat=6)]
-    spent = [CostLimit(costs, 1.0).spent(bits, shapes) for bits in options]
-    for part in (0.0, 0.2, 0.6):
-        limit = CostLimit(costs, min(spent) + part * (max(spent) - min(spent)))
+    layers = [LayerOptions(name, {2: 2, 3: 3, 4: 4}, {bits: rng.random() for bits in (2, 3, 4)}) for name in shapes]
+    assignments = [dict(zip(shapes, bits, strict=True)) for bits in itertools.product((2, 3, 4), repeat=6)]
+    totals = [CostLimit(costs, 1.0).spent(bits, shapes) for bits in assignments]
+    for share in (0.0, 0.2, 0.6):
+        limit = CostLimit(costs, min(totals) + share * (max(totals) - min(totals)))
         limit.check(dict.fromkeys(shapes, (2, 3, 4)), shapes)
-        chosen = allocate([limit.priced(each, shapes[each.name]) for each in layers], [], limit.steps)
+        chosen = allocate([limit.priced(layer, shapes[layer.name]) for layer in layers], [], limit.steps)
         assert limit.spent(chosen, shapes) <= limit.limit * (1 + 2e-6)
 
-        def loss(bits):
+        def loss(bits: Mapping[str, Choice]) -> float:
             return sum(layer.costs[bits[layer.name]] for layer in layers)
 
-        best = min(loss(bits) for bits, each in zip(options, spent, strict=True) if each <= limit.limit)
+        best = min(loss(bits) for bits, total in zip(assignments, totals, strict=True) if total <= limit.limit)
         assert loss(chosen) <= best + 1e-9
 
 
-def test_a_limit_that_cannot_be_met_is_refused_with_what_can():
+def test_an_unreachable_limit_is_refused_with_the_range() -> None:
     costs, shapes = table(measured=MEASURED), {"a": (4, 8), "b": (4, 8)}
     allowed = {"a": (2, 3), "b": (3,)}
     CostLimit(costs, 1.25).check(allowed, shapes)
@@ -93,16 +97,16 @@ FAULTY = [
 ]
 
 
-@pytest.mark.parametrize(("text", "part"), FAULTY)
-def test_a_faulty_table_is_refused_in_a_sentence(tmp_path, text, part):
+@pytest.mark.parametrize(("text", "message"), FAULTY)
+def test_a_faulty_table_is_refused_in_one_sentence(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "table.json"
     path.write_text(text)
-    with pytest.raises(AllocationError, match=part) as caught:
+    with pytest.raises(AllocationError, match=message) as caught:
         load_cost_table(path)
     assert str(path) in str(caught.value)
 
 
-def test_a_table_of_another_cost_is_refused(tmp_path):
+def test_a_table_of_another_cost_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(json.dumps({**HEAD, "measured": MEASURED}))
     with pytest.raises(AllocationError, match="is of latency"):

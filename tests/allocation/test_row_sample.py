@@ -15,28 +15,30 @@ OPTIONS = solver_options(bits=2, group_size=16, refine_rounds=0)
 
 @pytest.mark.parametrize("with_data", [True, False])
 @pytest.mark.parametrize("massive", [0, 3])
-def test_the_sample_tells_the_error_of_the_whole(with_data: bool, massive: int) -> None:
-    """Also where a few rows have nearly all of the output, and are much finer than the others."""
+def test_the_sample_estimates_the_error_of_all_rows(with_data: bool, massive: int) -> None:
+    """This holds even where a few rows produce nearly all of the output and have much smaller errors."""
     weights = random_weights(1000, 32)
     hessian = random_hessian(32) if with_data else None
     if massive:
-        # Rows of two values: two planes hold them exactly, but for the rotation, which is off.
+        # Rows of two values. Without a rotation, two planes represent them exactly.
         weights[100 : 100 + massive] = 20 * torch.sign(weights[100 : 100 + massive])
     options = changed(OPTIONS, rotation="none")
     options = options if with_data else options.without_data()
     sample = RowSample.of(weights, hessian)
     assert len(sample.rows) == 256
     assert float(sample.factors.sum()) == pytest.approx(1000)
-    (of_all,) = quantize_matrices([weights], ["layer"], hessian, options)
-    (of_some,) = quantize_matrices([sample.rows], ["layer"], hessian, options)
-    expected = of_all.output_error if with_data else of_all.weight_error
-    assert sample.relative_error(of_some) == pytest.approx(expected, rel=0.15)
+    (full,) = quantize_matrices([weights], ["layer"], hessian, options)
+    (sampled,) = quantize_matrices([sample.rows], ["layer"], hessian, options)
+    expected = full.output_error if with_data else full.weight_error
+    assert expected is not None
+    assert sample.relative_error(sampled) == pytest.approx(expected, rel=0.15)
     if massive:
-        told = of_some.output_error if with_data else of_some.weight_error
-        assert abs(told / expected - 1) > 0.5, "the error of the rows taken says nothing of the whole"
+        sampled_error = sampled.output_error if with_data else sampled.weight_error
+        assert sampled_error is not None
+        assert abs(sampled_error / expected - 1) > 0.5, "the error of the sampled rows alone would be wrong"
 
 
-def test_a_few_rows_are_taken_as_they_are() -> None:
+def test_small_and_whole_matrices_are_not_sampled() -> None:
     weights, hessian = random_weights(20, 32), random_hessian(32)
     sample = RowSample.of(weights, hessian)
     assert torch.equal(sample.rows, weights)

@@ -1,4 +1,4 @@
-"""What is counted adds up to the bytes of the files."""
+"""The counted parts add up to the bytes of the files."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def test_everything_stored_is_counted_once(family: str, tables: bool, tmp_path: 
         headers += 8 + int.from_bytes(path.read_bytes()[:8], "little")
     assert contents.packed_bytes + contents.table_bytes + contents.kept_bytes + headers == contents.file_bytes
     assert bool(contents.tables) == tables
-    rows = sum(each.weights for each in contents.tables)
-    assert contents.table_bytes == rows + 2 * sum(each.rows for each in contents.tables)
+    rows = sum(table.weights for table in contents.tables)
+    assert contents.table_bytes == rows + 2 * sum(table.rows for table in contents.tables)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert contents.packed_weights + rows + sum(each.stored_bytes // 4 for each in contents.kept) == parameters
+    assert contents.packed_weights + rows + sum(module.stored_bytes // 4 for module in contents.kept) == parameters
     assert contents.file_bits_per_weight == pytest.approx(8 * contents.file_bytes / parameters)
 
 
-def test_kinds_sum_up_layers_that_are_alike(tmp_path: Path) -> None:
+def test_kinds_group_similar_layers(tmp_path: Path) -> None:
     own = {"1.mlp.up_proj": matrix_format(5, 8, 1, "pot", True, True)}
     contents = Contents.of(Artifact.open(write_checkpoint(tiny_model("qwen3"), tmp_path / "out", own=own).folder))
     kinds = [kind for kind in contents.kinds if kind.name == "model.layers.*.mlp.up_proj"]
@@ -45,8 +45,11 @@ def test_kinds_sum_up_layers_that_are_alike(tmp_path: Path) -> None:
     assert kinds[0].stored_bytes == 2 * layout.nbytes
 
 
-def test_json_is_plain(tmp_path: Path) -> None:
+def test_contents_become_plain_json(tmp_path: Path) -> None:
     contents = Contents.of(Artifact.open(write_checkpoint(tiny_model("gpt2"), tmp_path / "out").folder))
-    told = json.loads(json.dumps(contents.to_dict()))
-    assert told["packed_bytes"] == sum(layer["stored_bytes"] for layer in told["layers"])
-    assert {layer["name"] for layer in told["layers"]} >= {"transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"}
+    values = json.loads(json.dumps(contents.to_dict()))
+    assert values["packed_bytes"] == sum(layer["stored_bytes"] for layer in values["layers"])
+    assert {layer["name"] for layer in values["layers"]} >= {
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.1.mlp.c_proj",
+    }

@@ -1,4 +1,4 @@
-"""Opening folders: ours with all parts, and everything else refused in words."""
+"""Checkpoints are opened with all their parts, and other folders are refused with a reason."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def test_all_tensors_are_found_in_one_file_or_many(tmp_path: Path, shard_bytes: 
     for module, layout in artifact.layouts.items():
         for suffix, shape in layout.tensors().items():
             assert artifact.tensors[f"{module}.{suffix}"] == shape
+    assert artifact.report is not None
     assert artifact.report["schema_version"] == 1
 
 
-def test_what_is_not_a_checkpoint_of_ours(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is not a folder"):
         Artifact.open(tmp_path / "gone")
     with pytest.raises(ArtifactError, match=r"has no config\.json"):
@@ -39,7 +40,7 @@ def test_what_is_not_a_checkpoint_of_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [None, [], {"a": 3}, {"a": "../../etc/x.safetensors"}, {"a": "/x.safetensors"}])
-def test_index_that_is_no_table_or_leads_elsewhere(tmp_path: Path, names: object) -> None:
+def test_an_index_that_is_malformed_or_leads_elsewhere_is_refused(tmp_path: Path, names: object) -> None:
     folder, _ = write_checkpoint(tiny_model("qwen2"), tmp_path / "out")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     with pytest.raises(ArtifactError, match="no table of tensors and files"):

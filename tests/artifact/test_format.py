@@ -1,4 +1,4 @@
-"""quantization_config: what is written is read back the same, and everything ill-formed is refused by name."""
+"""quantization_config survives being written and read, and everything ill-formed is refused by name."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ VALID = ArtifactFormat(COMMON, MODULES).to_dict()
 TABLES = {"embed": (49152, 576), "head": (49152, 576)}
 
 
-def test_reads_back_what_it_writes() -> None:
+def test_a_configuration_survives_being_written_and_read() -> None:
     assert ArtifactFormat.from_dict(json.loads(json.dumps(VALID))) == ArtifactFormat(COMMON, MODULES)
 
 
-def test_modules_show_only_what_differs() -> None:
+def test_modules_list_only_their_differences() -> None:
     assert VALID["modules"]["a"] == {"shape": [576, 576]}
     assert VALID["modules"]["b"] == {"shape": [1536, 576], "bits": 2, "offset": True}
 
@@ -42,7 +42,7 @@ def test_layouts_resolve_the_words_of_the_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"quant_method": "gptq"}, "'gptq'"),
         ({"format_version": FORMAT_VERSION + 1}, "upgrade"),
@@ -71,8 +71,8 @@ def test_layouts_resolve_the_words_of_the_recipe() -> None:
         ({"tables": {"a": {"shape": [3, 0]}}}, "no shape for a"),
     ],
 )
-def test_ill_formed_configurations_are_refused(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ArtifactError, match=said):
+def test_ill_formed_configurations_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
         ArtifactFormat.from_dict(VALID | change)
 
 
@@ -85,7 +85,7 @@ def test_tables_are_listed_if_there_are_any() -> None:
     assert ArtifactFormat.from_dict(VALID).tables == {}
 
 
-def test_split_experts_are_said_if_there_are_any() -> None:
+def test_split_experts_are_declared_if_there_are_any() -> None:
     split = ArtifactFormat(COMMON, MODULES, split_experts=True)
     assert split.to_dict()["split_experts"] is True
     assert ArtifactFormat.from_dict(json.loads(json.dumps(split.to_dict()))) == split
@@ -95,16 +95,16 @@ def test_split_experts_are_said_if_there_are_any() -> None:
 
 
 @pytest.mark.parametrize("key", sorted(VALID.keys() - {"rotation", "outlier_columns"}))
-def test_every_key_is_needed(key: str) -> None:
+def test_every_other_key_is_required(key: str) -> None:
     with pytest.raises(ArtifactError, match=key):
         ArtifactFormat.from_dict({name: value for name, value in VALID.items() if name != key})
 
 
-def test_what_is_not_said_is_not_there() -> None:
+def test_missing_fields_mean_no_rotation_and_no_outliers() -> None:
     short = {name: value for name, value in VALID.items() if name not in ("rotation", "outlier_columns")}
-    found = ArtifactFormat.from_dict(short)
-    assert found == ArtifactFormat(COMMON, MODULES)
-    assert (found.common.rotation, found.common.outlier_columns) == ("none", 0.0)
+    parsed = ArtifactFormat.from_dict(short)
+    assert parsed == ArtifactFormat(COMMON, MODULES)
+    assert (parsed.common.rotation, parsed.common.outlier_columns) == ("none", 0.0)
 
 
 def test_unknown_keys_are_ignored() -> None:
@@ -114,7 +114,7 @@ def test_unknown_keys_are_ignored() -> None:
 SHIFT = COMMON.replaced(primitive="shift2", bits=4)
 
 
-def test_shift_layers_say_so_and_need_the_second_version() -> None:
+def test_shift_layers_are_declared_and_need_version_two() -> None:
     mixed = ArtifactFormat(COMMON, {**MODULES, "s": PackedLayout(SHIFT, 576, 576)})
     written = json.loads(json.dumps(mixed.to_dict()))
     assert written["format_version"] == 2
@@ -124,7 +124,7 @@ def test_shift_layers_say_so_and_need_the_second_version() -> None:
     assert (layout.format.choice, layout.grid.column_groups, layout.scales.scale_format) == ("shift2-4", 1, "none")
 
 
-def test_tables_of_convolutions_need_the_third_version() -> None:
+def test_tables_of_convolutions_need_version_three() -> None:
     tables = {"patches": (384, 3, 14, 14)}
     with_images = ArtifactFormat(COMMON, MODULES, tables)
     written = json.loads(json.dumps(with_images.to_dict()))
@@ -136,14 +136,14 @@ def test_tables_of_convolutions_need_the_third_version() -> None:
             ArtifactFormat.from_dict(written | {"tables": {"patches": {"shape": sides}}})
 
 
-def test_planes_among_shift_layers_say_so() -> None:
+def test_planes_among_shift_layers_are_declared() -> None:
     mixed = ArtifactFormat(SHIFT, {"a": PackedLayout(SHIFT, 8, 8), "b": PackedLayout(COMMON, 8, 8)})
     written = json.loads(json.dumps(mixed.to_dict()))
     assert (written["primitive"], written["modules"]["b"]["primitive"]) == ("shift2", "bcq")
     assert ArtifactFormat.from_dict(written) == mixed
 
 
-def test_without_shift_layers_nothing_is_written_of_them() -> None:
+def test_no_primitive_is_written_without_shift_layers() -> None:
     assert VALID["format_version"] == 1
     assert "primitive" not in json.dumps(VALID)
 

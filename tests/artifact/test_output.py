@@ -1,4 +1,4 @@
-"""Places that must not or cannot be written are refused before any work, with the cure."""
+"""Folders that must not or cannot be written are refused before any work, with a remedy."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_good_places(tmp_path: Path, model: Path) -> None:
+def test_usable_folders_are_accepted(tmp_path: Path, model: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for place in ("out", "a/b/c", "empty", "model-out"):
-        check_output(tmp_path / place, model, overwrite=False, expected_bytes=1000)
+    for name in ("out", "a/b/c", "empty", "model-out"):
+        check_output(tmp_path / name, model, overwrite=False, expected_bytes=1000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model"]
 
 
-def test_existing_folder(tmp_path: Path) -> None:
+def test_an_existing_folder_needs_overwrite(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "shiftadd"}}))
@@ -52,7 +52,7 @@ def test_existing_folder(tmp_path: Path) -> None:
         '{"quantization_config": {"quant_method": "gptq"}}',
     ],
 )
-def test_overwriting_what_is_not_ours_is_refused(tmp_path: Path, content: str | None) -> None:
+def test_overwriting_other_folders_is_refused(tmp_path: Path, content: str | None) -> None:
     out = tmp_path / "precious"
     out.mkdir()
     (out / "thesis.tex").write_text("x")
@@ -65,12 +65,12 @@ def test_overwriting_what_is_not_ours_is_refused(tmp_path: Path, content: str | 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("name", "message"),
     [("model", "is the model itself"), ("model/out", "is inside the model's folder"), (".", "is inside")],
 )
-def test_output_and_model_do_not_overlap(tmp_path: Path, model: Path, place: str, said: str, overwrite: bool) -> None:
-    with pytest.raises(OutputError, match=said):
-        check_output(tmp_path / place, model, overwrite=overwrite)
+def test_output_and_model_do_not_overlap(tmp_path: Path, model: Path, name: str, message: str, overwrite: bool) -> None:
+    with pytest.raises(OutputError, match=message):
+        check_output(tmp_path / name, model, overwrite=overwrite)
 
 
 def test_links_are_followed(tmp_path: Path, model: Path) -> None:
@@ -79,7 +79,7 @@ def test_links_are_followed(tmp_path: Path, model: Path) -> None:
         check_output(tmp_path / "link" / "out", model, overwrite=False)
 
 
-def test_file_model_in_the_output_folder(tmp_path: Path) -> None:
+def test_a_model_file_in_the_output_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_text("x")
     with pytest.raises(OutputError, match="is inside"):
         check_output(tmp_path, tmp_path / "m.gguf", overwrite=True)
@@ -87,7 +87,7 @@ def test_file_model_in_the_output_folder(tmp_path: Path) -> None:
         check_output(tmp_path / "m.gguf", tmp_path / "m.gguf", overwrite=True)
 
 
-def test_files_in_the_way(tmp_path: Path) -> None:
+def test_files_in_the_way_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file; give a folder"):
         check_output(tmp_path / "file", None, overwrite=True)
@@ -95,15 +95,15 @@ def test_files_in_the_way(tmp_path: Path) -> None:
         check_output(tmp_path / "file" / "out", None, overwrite=False)
 
 
-def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Root may write everywhere, so the system's answer is put in its place.
+def test_a_lack_of_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Root may write everywhere, so the system's answer is replaced.
     monkeypatch.setattr(output.os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(OutputError, match="No permission to write in"):
         check_output(tmp_path / "a" / "out", None, overwrite=False)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_permission_for_real(tmp_path: Path) -> None:
+def test_a_real_lack_of_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match="No permission to write in"):
         check_output(tmp_path / "out", None, overwrite=False)
@@ -115,7 +115,7 @@ def test_too_little_space_says_how_much(tmp_path: Path) -> None:
         check_output(tmp_path / "out", None, overwrite=False, expected_bytes=2 * free + 10**9)
 
 
-def test_what_an_unfinished_run_takes_is_there_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_of_an_unfinished_run_is_available_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial = partial_folder(tmp_path / "out")
     partial.mkdir()
     (partial / "states").write_bytes(bytes(1_000_000))
@@ -128,7 +128,7 @@ def test_what_an_unfinished_run_takes_is_there_for_the_next(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "message"),
     [
         (errno.ENOSPC, "No space left"),
         (errno.EDQUOT, "No space left"),
@@ -137,14 +137,14 @@ def test_what_an_unfinished_run_takes_is_there_for_the_next(tmp_path: Path, monk
         (errno.EIO, "cannot be written"),
     ],
 )
-def test_refusals_of_the_system_name_path_and_cure(number: int, said: str) -> None:
+def test_system_errors_name_the_path_and_a_remedy(number: int, message: str) -> None:
     with (
-        pytest.raises(OutputError, match=f"{said}.*/somewhere.*; .*choose another|/somewhere {said}.*; choose"),
+        pytest.raises(OutputError, match=f"{message}.*/somewhere.*; .*choose another|/somewhere {message}.*; choose"),
         refusals(Path("/somewhere")),
     ):
         raise OSError(number, os.strerror(number))
 
 
-def test_other_errors_pass() -> None:
+def test_other_errors_pass_through() -> None:
     with pytest.raises(ValueError, match="ours"), refusals(Path("/somewhere")):
         raise ValueError("ours")

@@ -1,4 +1,4 @@
-"""Planned files against the safetensors library, which is the reader everyone has."""
+"""Planned files against the safetensors library, which everyone reads with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from shiftadd_cli.artifact.shards import nbytes, plan_shards, read_header
+from shiftadd_cli.artifact.shards import TensorShape, nbytes, plan_shards, read_header
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.storage.safetensors_names import INDEX_FILE, SINGLE_FILE
 
@@ -24,7 +24,9 @@ SHAPES = st.dictionaries(
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(SHAPES, st.integers(1, 300))
-def test_plans_place_every_tensor_once_aligned_and_within_the_limit(tensors, limit: int) -> None:
+def test_plans_place_every_tensor_once_aligned_and_within_the_limit(
+    tensors: dict[str, TensorShape], limit: int
+) -> None:
     shards = plan_shards(tensors, limit)
     placed = [name for shard in shards for name in shard.entries]
     assert sorted(placed) == sorted(tensors)
@@ -53,11 +55,11 @@ def test_names_are_those_of_transformers() -> None:
     assert INDEX_FILE == "model.safetensors.index.json"
 
 
-def test_header_of_a_file_by_the_library(tmp_path: Path) -> None:
+def test_the_header_of_a_library_file_is_read(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.zeros(2, i, dtype=dtype) for i, dtype in enumerate(DTYPES)}
     save_file(tensors, tmp_path / "x.safetensors")
     assert read_header(tmp_path / "x.safetensors") == {
-        name: (tuple(each.shape), each.dtype) for name, each in tensors.items()
+        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
     }
 
 
@@ -70,6 +72,6 @@ def test_any_other_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, c
         read_header(path)
 
 
-def test_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"gone\.safetensors is missing"):
         read_header(tmp_path / "gone.safetensors")

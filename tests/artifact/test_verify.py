@@ -35,8 +35,8 @@ def sharded(tmp_path: Path) -> Path:
     return write_checkpoint(tiny_model("qwen2"), tmp_path / "out").folder
 
 
-def refused(folder: Path, said: str) -> None:
-    with pytest.raises(ArtifactError, match=said):
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
         verify(Artifact.open(folder))
 
 
@@ -52,7 +52,7 @@ def test_sound_checkpoints_of_every_format_pass(form: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 48], [-1, 0, 3], [5, 5, 6], [7, 2, 9]])
-def test_outlier_columns_must_be_there_and_in_order(tmp_path: Path, ids: list[int]) -> None:
+def test_outlier_columns_must_exist_and_be_in_order(tmp_path: Path, ids: list[int]) -> None:
     common = COMMON.replaced(outlier_columns=0.06)
     folder = write_checkpoint(tiny_model("llama"), tmp_path / "out", common=common, shard_bytes=10**9).folder
     verify(Artifact.open(folder))
@@ -61,14 +61,14 @@ def test_outlier_columns_must_be_there_and_in_order(tmp_path: Path, ids: list[in
     refused(folder, "names columns that are not there, or not in order")
 
 
-def test_saved_again_by_transformers_it_passes(sharded: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_saved_again_by_transformers_passes(sharded: Path, tmp_path: Path) -> None:
     register()
     AutoModelForCausalLM.from_pretrained(sharded).save_pretrained(tmp_path / "again")
     verify(Artifact.open(tmp_path / "again"))
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         (f"{NAME}.weight_exponents", None, f"{NAME}.weight_exponents is missing"),
         (f"{NAME}.weight_codes", torch.zeros(84, 3, 5, dtype=torch.uint8), r"weight_codes is torch.uint8 \[84, 3, 5\]"),
@@ -81,9 +81,9 @@ def test_saved_again_by_transformers_it_passes(sharded: Path, tmp_path: Path) ->
         ("model.norm.weight", torch.full((32,), torch.inf), "model.norm.weight holds values that are not finite"),
     ],
 )
-def test_tensors(single: Path, name: str, value: torch.Tensor | None, said: str) -> None:
+def test_faulty_tensors_are_refused(single: Path, name: str, value: torch.Tensor | None, message: str) -> None:
     edit_tensors(single, {name: value})
-    refused(single, said)
+    refused(single, message)
 
 
 EMBED = "model.embed_tokens"
@@ -95,7 +95,7 @@ def test_sound_tables_pass(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         (f"{EMBED}.weight_int8", None, f"{EMBED}.weight_int8 is missing"),
         (f"{EMBED}.weight_int8", torch.zeros(320, 32, dtype=torch.uint8), r"weight_int8 is torch.uint8 \[320, 32\]"),
@@ -107,11 +107,11 @@ def test_sound_tables_pass(family: str, tmp_path: Path) -> None:
         ("lm_head.weight_int8", torch.zeros(320, 32, dtype=torch.int8), "lm_head.weight_int8 belongs to no module"),
     ],
 )
-def test_tables(tmp_path: Path, name: str, value: torch.Tensor | None, said: str) -> None:
+def test_faulty_tables_are_refused(tmp_path: Path, name: str, value: torch.Tensor | None, message: str) -> None:
     folder = write_checkpoint(tiny_model("qwen2"), tmp_path / "out", shard_bytes=10**9, tables=True).folder
     (folder / "report.json").unlink()
     edit_tensors(folder, {name: value})
-    refused(folder, said)
+    refused(folder, message)
 
 
 def test_further_faults_are_counted(single: Path) -> None:
@@ -134,7 +134,7 @@ def append(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (flip, "model-00002-of-.* differs from its checksum"),
         (cut, "model-00002-of-.* is truncated or damaged"),
@@ -142,12 +142,12 @@ def append(path: Path) -> None:
         (Path.unlink, "model-00002-of-.* is missing"),
     ],
 )
-def test_files(sharded: Path, damage: Callable[[Path], None], said: str) -> None:
+def test_damaged_files_are_refused(sharded: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(next(sharded.glob("model-00002-of-*")))
-    refused(sharded, said)
+    refused(sharded, message)
 
 
-def test_index_and_files_that_disagree(sharded: Path) -> None:
+def test_an_index_that_contradicts_the_files_is_refused(sharded: Path) -> None:
     path = sharded / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     moved = f"{NAME}.weight_codes"
@@ -157,25 +157,25 @@ def test_index_and_files_that_disagree(sharded: Path) -> None:
     refused(sharded, f"{moved} is in .*, but the index says {other}")
 
 
-def test_tensor_in_two_files(sharded: Path) -> None:
+def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
-    twice = next(iter(load_file(first).items()))
-    save_file(load_file(second) | dict([twice]), second, {"format": "pt"})
-    refused(sharded, f"{twice[0]} is both in")
+    duplicate = next(iter(load_file(first).items()))
+    save_file(load_file(second) | dict([duplicate]), second, {"format": "pt"})
+    refused(sharded, f"{duplicate[0]} is both in")
 
 
-def test_file_beside_the_index(sharded: Path) -> None:
+def test_a_file_outside_the_index_is_refused(sharded: Path) -> None:
     save_file({"x": torch.zeros(1)}, sharded / "stray.safetensors")
     refused(sharded, "stray.safetensors is not named in the index")
 
 
-def test_module_the_files_know_nothing_of(single: Path) -> None:
+def test_a_module_without_tensors_is_refused(single: Path) -> None:
     config = json.loads((single / "config.json").read_text())
     edit_config(single, modules=config["quantization_config"]["modules"] | {"model.extra": {"shape": [8, 8]}})
     refused(single, "model.extra.weight_codes is missing")
 
 
 @pytest.mark.parametrize("files", [[], {}, {"model.safetensors": {}}, {"model.safetensors": {"sha256": "0"}}, "x"])
-def test_report_of_other_files(single: Path, files: object) -> None:
+def test_a_report_of_other_files_is_refused(single: Path, files: object) -> None:
     (single / "report.json").write_text(json.dumps({"files": files}))
     refused(single, "report.json")

@@ -1,4 +1,4 @@
-"""The folder of an unfinished run: one run at a time, kept while there is something to keep."""
+"""The folder of an unfinished run: it serves one run at a time, and is kept while it is worth resuming."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def begin(out: Path, *records: str) -> Path:
     return workspace.folder
 
 
-def test_it_is_kept_while_more_than_its_beginning_is_known(tmp_path: Path) -> None:
+def test_a_folder_is_kept_after_the_start_record(tmp_path: Path) -> None:
     assert not begin(tmp_path / "deep" / "out", "run").exists()
     assert not list(tmp_path.iterdir())
     folder = begin(tmp_path / "out", "run", "start")
@@ -45,8 +45,8 @@ def test_it_is_kept_while_more_than_its_beginning_is_known(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_left_of_a_killed_run_that_had_finished_nothing(tmp_path: Path) -> None:
-    """Its files might be laid out in another way than those of the next run."""
+def test_nothing_is_left_of_a_killed_run_without_a_start_record(tmp_path: Path) -> None:
+    """Its files might have another layout than those of the next run."""
     begin(tmp_path / "out", "run", "start")
     folder = tmp_path / ".out.partial"
     (folder / "journal" / "start.json").unlink()
@@ -56,14 +56,14 @@ def test_nothing_is_left_of_a_killed_run_that_had_finished_nothing(tmp_path: Pat
         assert list(workspace.artifact.iterdir()) == []
 
 
-def test_what_would_fail_again_is_removed(tmp_path: Path) -> None:
+def test_a_run_that_would_fail_again_is_removed(tmp_path: Path) -> None:
     begin(tmp_path / "out", "run", "start")
     with pytest.raises(NumericalError), Workspace(tmp_path / "out"):
         raise NumericalError("not finite")
     assert not list(tmp_path.iterdir())
 
 
-def test_one_run_at_a_time_until_it_ends_in_whatever_way(tmp_path: Path) -> None:
+def test_only_one_run_writes_until_it_ends_or_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -80,7 +80,7 @@ def test_one_run_at_a_time_until_it_ends_in_whatever_way(tmp_path: Path) -> None
         assert workspace.journal.get("start") == {}
 
 
-def test_what_was_left_to_remove_of_a_finished_run_is_no_unfinished_run(tmp_path: Path) -> None:
+def test_remains_of_a_finished_run_are_not_resumed(tmp_path: Path) -> None:
     folder = begin(tmp_path / "out", "run", "start")
     shutil.rmtree(folder / "artifact")
     with Workspace(tmp_path / "out") as workspace:
@@ -95,7 +95,7 @@ def test_the_old_artifact_comes_back_when_the_swap_was_cut_short(tmp_path: Path)
         assert (tmp_path / "out" / "config.json").read_text() == "old"
 
 
-def test_publishing_replaces_only_what_it_may(tmp_path: Path) -> None:
+def test_publishing_overwrites_only_on_request(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
@@ -118,7 +118,7 @@ def test_a_damaged_record_is_refused_and_stays(tmp_path: Path, content: bytes) -
     assert (folder / "journal" / "start.json").read_bytes() == content
 
 
-def test_a_record_that_was_not_finished_does_not_count(tmp_path: Path) -> None:
+def test_an_unfinished_record_does_not_count(tmp_path: Path) -> None:
     folder = begin(tmp_path / "out", "run", "start")
     (folder / "journal" / "block-00000.json.new").write_text('{"rec')
     with Workspace(tmp_path / "out") as workspace:
@@ -126,7 +126,7 @@ def test_a_record_that_was_not_finished_does_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the root user may write anywhere")
-def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(OutputError, match="No permission"), Workspace(tmp_path / "locked" / "out"):
         pass

@@ -41,28 +41,28 @@ def write(out: Path, *, shard_bytes: int = 10**9, order: list[str] | None = None
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 100, 200, 10**9])
-def test_the_library_reads_what_was_added(tmp_path: Path, shard_bytes: int) -> None:
+def test_the_library_reads_every_added_tensor(tmp_path: Path, shard_bytes: int) -> None:
     out = write(tmp_path / "out", shard_bytes=shard_bytes)
-    found = {}
+    stored: dict[str, torch.Tensor] = {}
     for path in sorted(out.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             assert file.metadata() == {"format": "pt"}
         part = load_file(path)
-        assert not found.keys() & part.keys()
-        found |= part
-    assert found.keys() == TENSORS.keys()
+        assert not stored.keys() & part.keys()
+        stored |= part
+    assert stored.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        assert stored[name].dtype == tensor.dtype
+        assert torch.equal(stored[name], tensor)
     if shard_bytes == 10**9:
         assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]
     else:
         index = json.loads((out / INDEX_FILE).read_text())
         assert all(name in load_file(out / file) for name, file in index["weight_map"].items())
-        assert index["metadata"]["total_size"] == sum(each.nbytes for each in TENSORS.values())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
 
 
-def test_report_and_config(tmp_path: Path) -> None:
+def test_report_and_config_are_written(tmp_path: Path) -> None:
     out = write(tmp_path / "out", shard_bytes=100)
     assert json.loads((out / "config.json").read_text()) == CONFIG
     report = json.loads((out / "report.json").read_text())
@@ -72,13 +72,13 @@ def test_report_and_config(tmp_path: Path) -> None:
     }
 
 
-def test_bytes_depend_neither_on_time_nor_on_the_order_of_adding(tmp_path: Path) -> None:
+def test_bytes_depend_neither_on_time_nor_on_order(tmp_path: Path) -> None:
     one = write(tmp_path / "one", shard_bytes=150)
     other = write(tmp_path / "other", shard_bytes=150, order=list(reversed(TENSORS)))
     assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in other.iterdir()}
 
 
-def test_nothing_is_left_after_an_error_and_nothing_was_visible_before_the_end(tmp_path: Path) -> None:
+def test_output_is_invisible_until_the_end_and_removed_after_an_error(tmp_path: Path) -> None:
     out = tmp_path / "new" / "deep" / "out"
 
     def interrupted() -> None:
@@ -94,7 +94,7 @@ def test_nothing_is_left_after_an_error_and_nothing_was_visible_before_the_end(t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lacking_tensor_is_a_defect_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with ArtifactWriter(tmp_path / "x") as writer:
         writer.plan({"a": ((3,), torch.float32), "b": ((), torch.uint8)})
         writer.add("a", torch.zeros(3))
@@ -104,7 +104,7 @@ def test_a_lacking_tensor_is_a_defect_and_leaves_nothing(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 10**9])
-def test_what_was_added_can_be_read_and_added_anew(tmp_path: Path, shard_bytes: int) -> None:
+def test_added_tensors_can_be_read_and_replaced(tmp_path: Path, shard_bytes: int) -> None:
     with ArtifactWriter(tmp_path / "out", shard_bytes=shard_bytes) as writer:
         writer.plan({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()})
         with pytest.raises(ValueError, match="scalar was not added"):
@@ -120,23 +120,25 @@ def test_what_was_added_can_be_read_and_added_anew(tmp_path: Path, shard_bytes: 
             writer.seal()
         writer.add("halves", TENSORS["halves"])
         writer.finish(CONFIG)
-    found = {name: each for path in (tmp_path / "out").glob("*.safetensors") for name, each in load_file(path).items()}
+    stored: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        stored |= load_file(path)
     for name, tensor in (TENSORS | {"scalar": torch.tensor(1.25)}).items():
-        assert torch.equal(found[name], tensor)
+        assert torch.equal(stored[name], tensor)
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor", "said"),
+    ("name", "tensor", "message"),
     [
         ("b", torch.zeros(3), "b is not planned"),
         ("a", torch.zeros(4), r"not torch.float32 \(3,\)"),
         ("a", torch.zeros(3, dtype=torch.float64), "a is torch.float64"),
     ],
 )
-def test_tensors_off_the_plan_are_refused(tmp_path: Path, name: str, tensor: torch.Tensor, said: str) -> None:
+def test_unplanned_tensors_are_refused(tmp_path: Path, name: str, tensor: torch.Tensor, message: str) -> None:
     with ArtifactWriter(tmp_path / "x") as writer:
         writer.plan({"a": ((3,), torch.float32)})
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             writer.add(name, tensor)
         writer.add("a", torch.zeros(3))
         with pytest.raises(ValueError, match="already written"):
@@ -202,7 +204,7 @@ except OutputError as failure:
 
 
 @pytest.mark.parametrize(("tensor", "extra"), [(100_000, 10), (1000, 100_000)])
-def test_full_disk_as_the_system_tells_it(tmp_path: Path, tensor: int, extra: int) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, tensor: int, extra: int) -> None:
     """A limit on file sizes fails in the system's own calls, as a full disk does."""
     command = [sys.executable, "-c", FULL, str(tmp_path / "out"), str(tensor), str(extra)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -212,7 +214,7 @@ def test_full_disk_as_the_system_tells_it(tmp_path: Path, tensor: int, extra: in
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_shows_when_planning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_when_planning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -223,7 +225,7 @@ def test_full_disk_shows_when_planning(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("number", [None, errno.EOPNOTSUPP])
-def test_file_systems_that_cannot_reserve_space(
+def test_file_systems_that_cannot_reserve_space_are_supported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
 ) -> None:
     def refuse(descriptor: int, offset: int, length: int) -> None:
@@ -252,8 +254,8 @@ print((peak() - before) * (1 if sys.platform == "darwin" else 1024))
 """
 
 
-def test_memory_holds_no_shard(tmp_path: Path) -> None:
-    """200 MB are written through tensors of 2 MB, in a process of its own."""
+def test_a_shard_is_never_held_in_memory(tmp_path: Path) -> None:
+    """A separate process writes 200 MB in tensors of 2 MB."""
     command = [sys.executable, "-c", STREAM, str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert int(result.stdout) < 40e6

@@ -15,31 +15,34 @@ from shiftadd_cli.bcq.choices import (
     parts_of_choice,
 )
 
-EVERY = [choice_of(primitive, bits) for primitive, widths in CODE_BITS.items() for bits in widths]
+ALL = [choice_of(primitive, bits) for primitive, widths in CODE_BITS.items() for bits in widths]
 
 
-@pytest.mark.parametrize("choice", EVERY)
+@pytest.mark.parametrize("choice", ALL)
 def test_a_choice_survives_its_parts_and_its_text(choice: Choice) -> None:
     assert choice_of(*parts_of_choice(choice)) == choice
     assert parse_choice(choice) == choice == parse_choice(f" {choice} ")
 
 
-def test_the_short_words_stand_for_usual_widths() -> None:
+def test_short_words_stand_for_usual_widths() -> None:
     assert (parse_choice("shift1"), parse_choice("shift2")) == ("shift1-3", "shift2-4")
 
 
 @pytest.mark.parametrize("value", [0, 9, True, 3.0, None, "", "9", "-3", "shift3", "shift1-5", "shift2-", "shift1-03"])
-def test_what_is_none_is_refused_with_what_there_is(value: object) -> None:
+def test_other_values_are_refused_with_the_valid_ones(value: object) -> None:
     with pytest.raises(ValueError, match=r"planes from 1 to 8.*shift1, shift2"):
         parse_choice(value)
 
 
-@given(st.lists(st.sampled_from(EVERY)))
-def test_their_order_does_not_depend_on_the_order_they_come_in(choices: list[Choice]) -> None:
+@given(st.lists(st.sampled_from(ALL)))
+def test_ordered_choices_do_not_depend_on_their_input_order(choices: list[Choice]) -> None:
     ordered = ordered_choices(choices)
     assert ordered == ordered_choices(reversed(choices))
     assert set(ordered) == set(choices)
-    assert sorted(each for each in ordered if isinstance(each, int)) == list(ordered)[: len(ordered) - _words(ordered)]
+    assert (
+        sorted(choice for choice in ordered if isinstance(choice, int))
+        == list(ordered)[: len(ordered) - _words(ordered)]
+    )
     symbols = choice_symbols(choices)
     assert list(symbols) == list(ordered)
     assert len(set(symbols.values())) == len(ordered)
@@ -47,7 +50,7 @@ def test_their_order_does_not_depend_on_the_order_they_come_in(choices: list[Cho
 
 
 def _words(choices: tuple[Choice, ...]) -> int:
-    return sum(isinstance(each, str) for each in choices)
+    return sum(isinstance(choice, str) for choice in choices)
 
 
 @pytest.mark.parametrize(
@@ -59,5 +62,5 @@ def _words(choices: tuple[Choice, ...]) -> int:
         (["shift1-3", "shift2-4"] * 2, "shift1-3, shift2-4"),
     ],
 )
-def test_several_layers_are_told_in_a_few_words(choices: list[Choice], text: str) -> None:
+def test_several_choices_are_described_in_a_few_words(choices: list[Choice], text: str) -> None:
     assert choices_in_words(choices) == text

@@ -27,7 +27,7 @@ def textbook(weights: Tensor, form: Tensor, order: Tensor, levels: list[Tensor])
         error = (w[:, j] - result[:, j]) / inverse[j, j]
         w -= error.unsqueeze(1) * inverse[j]
         inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
-        # What rounding leaves of a column that is out must not come back.
+        # The rounding residue of an eliminated column must not return.
         inverse[j], inverse[:, j], inverse[j, j] = 0.0, 0.0, 1.0
     return result
 
@@ -56,7 +56,7 @@ def static_problem(
     ("columns", "width", "bits"),
     [(1, 1, 3), (13, 5, 2), (40, 64, 3), (128, 32, 2), (150, 50, 3), (300, 7, 1), (300, 300, 3), (280, 140, 5)],
 )
-def test_static_sweep_is_the_textbook_one(columns: int, width: int, bits: int, order: str) -> None:
+def test_static_sweep_equals_the_textbook(columns: int, width: int, bits: int, order: str) -> None:
     weights, objective, tables, levels = static_problem(6, columns, min(width, columns), bits, order)
     width = min(width, columns)
     expected = textbook(weights, objective.damped, objective.order, levels)
@@ -66,8 +66,8 @@ def test_static_sweep_is_the_textbook_one(columns: int, width: int, bits: int, o
     # A weight on a midpoint may fall either way in float32 and change what follows in its row.
     same = ((values.T.double() - expected).abs() < 1e-5).all(-1)
     assert same.float().mean() >= 0.8
-    found, reference = (quadratic_error(weights - v, objective.damped).sum() for v in (values.T, expected))
-    assert abs(float(found / reference) - 1) < 0.02
+    error, reference = (quadratic_error(weights - v, objective.damped).sum() for v in (values.T, expected))
+    assert abs(float(error / reference) - 1) < 0.02
 
 
 def test_a_sweep_beats_rounding_in_the_norm_it_compensates() -> None:
@@ -79,7 +79,7 @@ def test_a_sweep_beats_rounding_in_the_norm_it_compensates() -> None:
 
 
 def fitted_levels(current: Tensor) -> LevelTable:
-    """Levels of a group `[columns, out]`, one set per row; the weight of a group of one is not midway of two."""
+    """Levels of a group `[columns, out]`, one set per row; the weight of a group of one is not midway between two."""
     size = current.abs().mean(0)
     return LevelTable.build(torch.stack((0.9 * size, 0.5 * size), dim=-1), None)
 
@@ -121,8 +121,8 @@ def test_dynamic_sweep_fits_each_group_once_on_arrival(columns: int, width: int,
     expected = textbook_dynamic(weights, objective.damped, objective.order, width)
     same = ((values.T.double() - expected).abs() < 1e-4).all(-1)
     assert same.float().mean() >= 0.6
-    found, reference = (quadratic_error(weights - v, objective.damped).sum() for v in (values.T, expected))
-    assert abs(float(found / reference) - 1) < 0.05
+    error, reference = (quadratic_error(weights - v, objective.damped).sum() for v in (values.T, expected))
+    assert abs(float(error / reference) - 1) < 0.05
 
 
 def problem(out: int, columns: int, width: int, bits: int, seed: int = 0) -> tuple[Tensor, Tensor, LevelTable]:
@@ -144,7 +144,9 @@ def problem(out: int, columns: int, width: int, bits: int, seed: int = 0) -> tup
     passes=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
-def test_never_raises_the_objective(out: int, columns: int, width: int, bits: int, passes: int, seed: int) -> None:
+def test_descent_never_raises_the_objective(
+    out: int, columns: int, width: int, bits: int, passes: int, seed: int
+) -> None:
     weights, hessian, tables = problem(out, columns, width, bits, seed)
     start = torch.randint(0, 2**bits, (columns, out), generator=generator(seed)).to(torch.uint8)
     untouched = start.clone()
@@ -158,7 +160,7 @@ def test_never_raises_the_objective(out: int, columns: int, width: int, bits: in
 
 
 @pytest.mark.parametrize(("columns", "width", "bits"), [(1, 1, 2), (20, 7, 3), (150, 64, 2), (300, 100, 1), (20, 8, 5)])
-def test_at_rest_no_single_weight_can_be_better(columns: int, width: int, bits: int) -> None:
+def test_no_single_weight_can_improve_at_rest(columns: int, width: int, bits: int) -> None:
     weights, hessian, tables = problem(3, columns, width, bits)
     start, rounded = nearest_ranks(weights, tables, width)
     ranks, values = descend_codes(weights, hessian, tables, width, start, 200)
@@ -175,23 +177,23 @@ def test_at_rest_no_single_weight_can_be_better(columns: int, width: int, bits: 
         assert quadratic_error(wide.T, form).sum() < quadratic_error((weights - rounded).T, form).sum()
 
 
-def test_blocks_do_not_show() -> None:
-    # One pass over 300 columns, against a pass that refreshes the whole gradient after every single weight.
+def test_blocks_do_not_change_results() -> None:
+    # One pass over 300 columns is compared with a pass that refreshes the whole gradient after every weight.
     weights, hessian, tables = problem(4, 300, 50, 3)
     start, values = nearest_ranks(weights, tables, 50)
-    _, found = descend_codes(weights, hessian, tables, 50, start, 1)
+    _, descended = descend_codes(weights, hessian, tables, 50, start, 1)
     expected, form = values.double(), hessian.double()
     for column in range(300):
         goal = expected[column] + (form[column] @ (weights.double() - expected)) / form[column, column]
         levels = tables.levels[:, column // 50].double()
         expected[column] = levels.gather(0, (levels - goal).abs().argmin(0, keepdim=True)).squeeze(0)
-    same = ((found.double() - expected).abs() < 1e-6).all(0)
+    same = ((descended.double() - expected).abs() < 1e-6).all(0)
     assert same.float().mean() >= 0.5
-    ratio = quadratic_error((weights - found).T, form).sum() / quadratic_error((weights - expected).T, form).sum()
+    ratio = quadratic_error((weights - descended).T, form).sum() / quadratic_error((weights - expected).T, form).sum()
     assert abs(float(ratio) - 1) < 0.01
 
 
-def test_diagonal_hessian_gives_nearest_levels_in_one_pass() -> None:
+def test_a_diagonal_hessian_gives_nearest_levels_in_one_pass() -> None:
     weights, _, tables = problem(5, 60, 20, 3)
     start = torch.randint(0, 8, (60, 5), generator=generator(1)).to(torch.uint8)
     hessian = torch.diag(torch.rand(60, generator=generator(2)) + 0.1)
@@ -209,11 +211,11 @@ def columns_problem(
     """Goals, coupling (part of a larger matrix, as in a sweep), tables, groups and values."""
     g = generator(seed)
     goals = torch.randn(columns, rows, generator=g)
-    whole = 0.3 * torch.randn(columns + 3, columns + 5, generator=g) / columns**0.5
-    coupling = whole[1 : columns + 1, 2 : columns + 2]
+    matrix = 0.3 * torch.randn(columns + 3, columns + 5, generator=g) / columns**0.5
+    coupling = matrix[1 : columns + 1, 2 : columns + 2]
     coupling.diagonal().copy_(0.5 + torch.rand(columns, generator=g))
     scales = torch.rand(groups, rows, bits, generator=g) * 2.0 ** -torch.arange(bits)
-    # Two planes alike, and so levels alike.
+    # Two planes are equal, so some levels are too.
     scales[0, :, -1] = scales[0, :, 0]
     tables = LevelTable.build(scales, 0.1 * torch.randn(groups, rows, generator=g))
     of_column = torch.randint(0, groups, (columns,), generator=g)
@@ -238,7 +240,7 @@ def test_every_column_takes_the_level_nearest_to_its_goal(
     ranks, steps = settle(goals.clone(), coupling, tables, of_column, values, descend=descend, kernels=way)
     levels = tables.levels.movedim(1, 0)[of_column].double()
     assert torch.equal(levels.gather(1, ranks.long().unsqueeze(1)).squeeze(1), values.double())
-    # What columns before moved, by the steps as they were returned: an error does not grow from column to column.
+    # The effect of earlier columns comes from the returned steps, so errors do not grow from column to column.
     moved = coupling.double().triu(1).T @ steps.double()
     left, diagonal = goals.double() - moved, coupling.diagonal().double().unsqueeze(1)
     goal = before.double() + left / diagonal if descend else left
@@ -264,12 +266,12 @@ def test_a_goal_on_a_midpoint_takes_the_lower_level(way: str) -> None:
 @pytest.mark.parametrize("descend", [False, True])
 def test_threads_change_no_bit(descend: bool) -> None:
     goals, coupling, tables, of_column, before = columns_problem(128, 300, 3, 3, 1)
-    threads, found = torch.get_num_threads(), []
+    threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             values = before.clone()
-            found.append((*settle(goals.clone(), coupling, tables, of_column, values, descend=descend), values))
+            results.append((*settle(goals.clone(), coupling, tables, of_column, values, descend=descend), values))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -68,15 +68,15 @@ def test_no_round_raises_the_weighted_error(bits: int, offset: bool, seed: int, 
 )
 def test_search_is_never_worse_than_greedy(bits: int, offset: bool, rounds: int, limit: float, seed: int) -> None:
     weights, importance = groups(seed)
-    found = [
+    search, greedy = (
         errors(
             weights,
             importance,
             fit_groups(weights, importance, bits, method=method, rounds=rounds, offset=offset, offset_limit=limit),
         )
         for method in ("search", "greedy")
-    ]
-    assert (found[0] <= found[1] * (1 + 1e-4) + 1e-6).all()
+    )
+    assert (search <= greedy * (1 + 1e-4) + 1e-6).all()
 
 
 def test_search_is_much_better_than_greedy_at_three_bits() -> None:
@@ -91,7 +91,7 @@ def test_search_is_much_better_than_greedy_at_three_bits() -> None:
 @pytest.mark.parametrize(
     ("bits", "offset"), [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True), (4, False)]
 )
-def test_a_matrix_that_is_binary_coded_is_recovered(bits: int, offset: bool) -> None:
+def test_a_binary_coded_matrix_is_recovered(bits: int, offset: bool) -> None:
     g = generator(bits)
     scales = 0.5 ** torch.arange(bits) * (0.9 + 0.2 * torch.rand(30, bits, generator=g))
     offsets = 0.3 * torch.randn(30, generator=g) if offset else torch.zeros(30)
@@ -110,9 +110,9 @@ def test_padding_has_no_influence(method: FitMethod, offset: bool) -> None:
     padded = torch.nn.functional.pad(weights, (0, 9)), torch.nn.functional.pad(importance, (0, 9))
     alone = fit_groups(weights, importance, 3, method=method, offset=offset, offset_limit=0.875)
     beside = fit_groups(*padded, 3, method=method, offset=offset, offset_limit=0.875)
-    # Errors, not scales: where planes are equal, rounding decides how they share.
-    found = errors(weights, importance, beside)
-    torch.testing.assert_close(found, errors(weights, importance, alone), rtol=1e-4, atol=0)
+    # Errors are compared, not scales: between equal planes, rounding decides how they share.
+    padded_errors = errors(weights, importance, beside)
+    torch.testing.assert_close(padded_errors, errors(weights, importance, alone), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -157,7 +157,7 @@ def test_offsets_stay_within_their_limit(bits: int, mean: float, method: FitMeth
 
 
 def test_on_the_limit_no_feasible_scales_are_better() -> None:
-    # For fixed signs and a given largest plane the bound is exact, so no other point of it may have a lower error.
+    # For fixed signs and a fixed largest plane the bound is exact, so no other point on it may have a lower error.
     bits, limit, g = 3, 0.875, generator(7)
     signs = torch.randn(50, bits, 32, generator=g).sign()
     weights = 3 + 0.3 * torch.randn(50, 32, generator=g) + 0.2 * signs[:, 1]
@@ -177,7 +177,7 @@ def test_on_the_limit_no_feasible_scales_are_better() -> None:
     def error(x: Tensor) -> Tensor:
         return (importance * (weights - (x.unsqueeze(-1) * basis).sum(1)).square()).sum(-1)
 
-    # `_solve` gives sizes; a plane may stand for its inverse, so the best of all sign choices is the error it claims.
+    # `_solve` returns sizes, and a plane may stand for its inverse, so its error is the best over all signs.
     candidates = []
     for code in range(2**bits):
         flips = torch.tensor([1.0 if code >> b & 1 else -1.0 for b in range(bits)])
@@ -199,18 +199,18 @@ def test_scales_rounded_in_every_round_lie_on_the_format(name: str) -> None:
     assert torch.isin(fit.scales, form.values).all()
     start = greedy_start(weights, importance, 3)
     rounded = GroupFit(form.round(start.scales), None, fit.curvature)
-    found, before = errors(weights, importance, fit), errors(weights, importance, rounded)
-    assert (found <= before * (1 + 1e-5)).all()
-    assert found.sum() < before.sum()
+    after, before = errors(weights, importance, fit), errors(weights, importance, rounded)
+    assert (after <= before * (1 + 1e-5)).all()
+    assert after.sum() < before.sum()
 
 
-def test_pieces_do_not_show() -> None:
+def test_pieces_do_not_change_results() -> None:
     weights, importance = groups(9, count=5000)
-    whole = fit_groups(weights, importance, 3, offset=True)
+    full = fit_groups(weights, importance, 3, offset=True)
     part = fit_groups(weights[4990:], importance[4990:], 3, offset=True)
-    torch.testing.assert_close(whole.scales[4990:], part.scales, rtol=1e-3, atol=1e-5)
-    assert whole.offsets is not None
-    assert len(whole.offsets) == 5000
+    torch.testing.assert_close(full.scales[4990:], part.scales, rtol=1e-3, atol=1e-5)
+    assert full.offsets is not None
+    assert len(full.offsets) == 5000
 
 
 def test_times_scales_everything_but_the_curvature() -> None:

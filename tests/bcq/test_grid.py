@@ -58,7 +58,7 @@ def test_selected_rows_are_those_of_the_expansion(grid: ScaleGrid, data: st.Data
 
 @quick
 @given(grids())
-def test_blocks_hold_each_weight_once_in_its_group_and_zeros_beside(grid: ScaleGrid) -> None:
+def test_blocks_have_each_weight_once_and_zeros_for_padding(grid: ScaleGrid) -> None:
     matrix = torch.arange(1, grid.rows * grid.columns + 1).float().view(grid.rows, grid.columns)
     blocks = grid.blocks(matrix)
     assert blocks.shape == (grid.row_groups, grid.column_groups, grid.group_rows * grid.group_columns)
@@ -67,8 +67,8 @@ def test_blocks_hold_each_weight_once_in_its_group_and_zeros_beside(grid: ScaleG
             rows = slice(r * grid.group_rows, (r + 1) * grid.group_rows)
             columns = slice(c * grid.group_columns, (c + 1) * grid.group_columns)
             inside = sorted(matrix[rows, columns].flatten().tolist())
-            held = sorted(blocks[r, c].tolist())
-            assert held == [0.0] * (len(held) - len(inside)) + inside
+            values = sorted(blocks[r, c].tolist())
+            assert values == [0.0] * (len(values) - len(inside)) + inside
 
 
 def test_blocks_take_expanded_and_transposed_matrices() -> None:

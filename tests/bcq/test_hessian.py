@@ -28,7 +28,7 @@ def check_factor(form: Tensor, order: Tensor, factor: Tensor, tolerance: float =
 
 @pytest.mark.parametrize("columns", [1, 2, 13, 150])
 @pytest.mark.parametrize("order", ["hessian", "natural"])
-def test_factor_is_that_of_the_inverse(columns: int, order: str) -> None:
+def test_the_factor_inverts_the_form(columns: int, order: str) -> None:
     hessian = random_hessian(columns)
     objective = build_objective(hessian, 0.01, "x", order=order, group_columns=8, whole_groups=False)
     check_factor(objective.damped, objective.order, objective.inverse_factor)
@@ -60,7 +60,7 @@ def _factorised(damped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return form, order, factor
 
 
-def test_inputs_that_never_fired_measure_weight_error() -> None:
+def test_inputs_that_never_fired_leave_the_weight_error() -> None:
     objective = build_objective(torch.zeros(5, 5), 0.01, "x", order="hessian", group_columns=2, whole_groups=False)
     torch.testing.assert_close(objective.damped, 0.01 * torch.eye(5))
     check_factor(objective.damped, objective.order, objective.inverse_factor)
@@ -75,14 +75,14 @@ def test_one_sample_is_enough_to_factorise(weight_error: float) -> None:
 
 
 @pytest.mark.parametrize("smallest", [-1e-4, -0.02, -0.5])
-def test_a_form_that_is_not_positive_definite_is_damped_until_it_is(smallest: float) -> None:
+def test_an_indefinite_form_is_damped_until_it_is_positive_definite(smallest: float) -> None:
     hessian = random_hessian(24)
     mean = float(hessian.diagonal().mean())
     bad = with_eigenvalue(hessian, smallest * mean)
     objective = build_objective(bad, 0.0, "x", order="natural", group_columns=4, whole_groups=False)
     assert float(torch.linalg.eigvalsh(objective.damped.double())[0]) > 0
     check_factor(objective.damped, objective.order, objective.inverse_factor, 0.1)
-    # What is measured is what was factorised: the given form plus a multiple of the identity, no more than needed.
+    # The objective is the factorised form: the original plus a multiple of the identity, no more than needed.
     extra = objective.damped - bad
     torch.testing.assert_close(extra, extra[0, 0] * torch.eye(24), rtol=1e-3, atol=1e-5 * mean)
     assert abs(smallest) * mean < float(extra[0, 0]) < 20 * abs(smallest) * mean
@@ -102,7 +102,7 @@ def test_inputs_that_are_not_finite_are_refused_by_name(value: float) -> None:
         build_objective(hessian, 0.01, "model.layers.3.mlp", order="hessian", group_columns=4, whole_groups=False)
 
 
-def test_orders() -> None:
+def test_orders_sort_columns_or_groups() -> None:
     diagonal = torch.tensor([1.0, 5.0, 3.0, 0.0, 9.0, 2.0, 20.0])
     assert column_order(diagonal, 3, "natural", whole_groups=True).tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert column_order(diagonal, 3, "hessian", whole_groups=False).tolist() == [6, 4, 1, 2, 5, 0, 3]
@@ -112,7 +112,7 @@ def test_orders() -> None:
 
 @pytest.mark.parametrize("whole_groups", [False, True])
 @pytest.mark.parametrize("width", [1, 4, 7, 100])
-def test_orders_are_permutations_and_ties_keep_their_place(whole_groups: bool, width: int) -> None:
+def test_orders_are_permutations_and_ties_keep_their_order(whole_groups: bool, width: int) -> None:
     diagonal = torch.randint(0, 3, (45,), generator=generator(0)).float()
     order = column_order(diagonal, width, "hessian", whole_groups)
     assert sorted(order.tolist()) == list(range(45))
@@ -128,12 +128,12 @@ def test_the_corrected_target_minimises_the_distance_from_the_original_output(st
     g = generator(4)
     weights = torch.randn(6, 20, generator=g, dtype=torch.float64)
     original = torch.randn(200, 20, generator=g, dtype=torch.float64)
-    now = original + 0.3 * torch.randn(200, 20, generator=g, dtype=torch.float64)
-    hessian, cross = now.T @ now / 200, original.T @ now / 200
+    current = original + 0.3 * torch.randn(200, 20, generator=g, dtype=torch.float64)
+    hessian, cross = current.T @ current / 200, original.T @ current / 200
     target = corrected_target(weights, hessian, cross, 0.05, strength, "layer")
     ridge = 0.05 * float(hessian.diagonal().mean())
-    # The same as one least-squares problem: the outputs of the original, and a pull towards the weights.
-    rows = torch.cat((now / 200**0.5, ridge**0.5 * torch.eye(20, dtype=torch.float64)))
+    # This is one least-squares problem: the outputs of the original, and a pull towards the weights.
+    rows = torch.cat((current / 200**0.5, ridge**0.5 * torch.eye(20, dtype=torch.float64)))
     goal = torch.cat((original @ weights.T / 200**0.5, ridge**0.5 * weights.T))
     best = torch.linalg.lstsq(rows, goal).solution.T
     torch.testing.assert_close(target, weights + strength * (best - weights))

@@ -18,7 +18,7 @@ def nearest_values(fit: Scales, weights: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("offset", [False, True])
-def test_uniform_grid_is_round_to_nearest(bits: int, offset: bool) -> None:
+def test_the_uniform_grid_is_round_to_nearest(bits: int, offset: bool) -> None:
     weights = torch.randn(30, 64, generator=generator(bits)) + 0.3
     fit = uniform_grid(weights, torch.ones_like(weights), bits, offset, math.inf)
     values = nearest_values(fit, weights)
@@ -39,7 +39,7 @@ def test_uniform_grid_is_round_to_nearest(bits: int, offset: bool) -> None:
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_uniform_grid_within_a_limit_covers_the_range(bits: int) -> None:
+def test_a_uniform_grid_within_a_limit_covers_the_range(bits: int) -> None:
     limit = 0.875
     weights = torch.randn(50, 64, generator=generator(bits)) + torch.linspace(-5, 5, 50).view(-1, 1)
     fit = uniform_grid(weights, torch.ones_like(weights), bits, True, limit)
@@ -51,7 +51,7 @@ def test_uniform_grid_within_a_limit_covers_the_range(bits: int) -> None:
     assert (error <= step * (1 + 1e-4)).all()
 
 
-def test_greedy_start_by_hand() -> None:
+def test_the_greedy_start_matches_a_computation_by_hand() -> None:
     weights = torch.tensor([[4.0, -2.0, 1.0, 1.0]])
     fit = greedy_start(weights, torch.tensor([[1.0, 1.0, 1.0, 1.0]]), 2)
     # Mean |w| = 2 leaves residuals 2, 0, −1, −1, whose mean size is 1.
@@ -61,7 +61,7 @@ def test_greedy_start_by_hand() -> None:
 
 
 @pytest.mark.parametrize("offset", [False, True])
-def test_what_has_no_importance_has_no_influence(offset: bool) -> None:
+def test_weights_without_importance_have_no_influence(offset: bool) -> None:
     weights = 2 + torch.rand(8, 10, generator=generator(0))
     h = torch.rand(8, 10, generator=generator(1)) + 0.1
     stray = torch.cat((weights, torch.zeros(8, 1), 100 * torch.ones(8, 1)), dim=1)
@@ -73,12 +73,13 @@ def test_what_has_no_importance_has_no_influence(offset: bool) -> None:
     ]
     for alone, beside in pairs:
         torch.testing.assert_close(alone.scales, beside.scales)
+        assert (alone.offsets is None) == (beside.offsets is None)
         if alone.offsets is not None and beside.offsets is not None:
             torch.testing.assert_close(alone.offsets, beside.offsets)
 
 
 @pytest.mark.parametrize("offset", [False, True])
-def test_nothing_gives_zero(offset: bool) -> None:
+def test_zero_weights_give_zero_scales(offset: bool) -> None:
     nothing = torch.zeros(2, 5)
     for h in (nothing, torch.ones(2, 5)):
         fits = [greedy_start(nothing, h, 3), uniform_grid(nothing, h, 3, offset, 0.875)]

@@ -33,7 +33,7 @@ def test_every_weight_is_within_half_a_step(rows: int, columns: int, seed: int) 
     for row, code, scale in zip(weight.double(), codes.double(), scales.double(), strict=True):
         assert scale == (row.float().abs().max() / 127).bfloat16()
         assert code.abs().max() == 127
-        # Half a step, and at the ends what rounding the scale down to eight bits costs the largest weight.
+        # Half a step is enough at the ends too, where rounding the scale down to eight bits costs the most.
         assert ((row - scale * code).abs() <= scale / 2 * (1 + 1e-6)).all()
 
 
@@ -45,7 +45,7 @@ def test_codes_make_up_for_the_rounding_of_the_scale() -> None:
     assert ((weight - decode_table(codes, scales)).norm(dim=1) < (weight - naive).norm(dim=1)).all()
 
 
-def test_rows_of_zeros_and_of_almost_nothing() -> None:
+def test_rows_of_zeros_and_of_tiny_values_stay_accurate() -> None:
     weight = torch.stack((torch.zeros(5), torch.full((5,), 1e-42), torch.full((5,), 1e-38), torch.ones(5)))
     codes, scales = encode_table(weight, "x")
     decoded = decode_table(codes, scales)
@@ -56,7 +56,7 @@ def test_rows_of_zeros_and_of_almost_nothing() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_refused_by_name(value: float) -> None:
+def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
     weight = matrix()
     weight[7, 3] = value
     with pytest.raises(NumericalError, match=r"weight of model\.embed is not finite"):
@@ -64,15 +64,15 @@ def test_what_is_not_finite_is_refused_by_name(value: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tiles_are_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = matrix().to(dtype)
-    whole = encode_table(weight, "x")
+    table = encode_table(weight, "x")
     monkeypatch.setattr(int8, "_TILE_WEIGHTS", 2 * 21)
-    assert all(torch.equal(one, other) for one, other in zip(encode_table(weight, "x"), whole, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(encode_table(weight, "x"), table, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_in_place_tells_the_error(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_in_place_returns_the_error(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "_TILE_WEIGHTS", 4 * 21)
     weight = matrix().to(dtype)
     before, table = weight.clone().double(), encode_table(weight, "x")

@@ -47,7 +47,7 @@ def test_levels_are_all_signed_sums_in_order_with_their_codes(bits: int, offset:
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("offset", [False, True])
-def test_nearest_agrees_with_looking_at_all_levels(bits: int, offset: bool) -> None:
+def test_nearest_agrees_with_a_search_of_all_levels(bits: int, offset: bool) -> None:
     _, _, table = tables(bits, offset)
     for seed in range(20):
         weights = torch.randn(2, 5, generator=generator(seed)) * bits / 2
@@ -58,7 +58,7 @@ def test_nearest_agrees_with_looking_at_all_levels(bits: int, offset: bool) -> N
 
 
 @pytest.mark.parametrize("bits", [2, 5])
-def test_on_a_midpoint_the_lower_level_wins(bits: int) -> None:
+def test_the_lower_level_wins_on_a_midpoint(bits: int) -> None:
     table = LevelTable.build(2.0 ** torch.arange(bits).view(1, bits), None)
     for j in range(2**bits - 1):
         rank, _ = table.nearest(table.midpoints[j])

@@ -8,7 +8,7 @@ from shiftadd_cli.bcq.linalg import solve_floats, solve_small
 
 
 @pytest.mark.parametrize("n", range(1, 11))
-def test_solves_like_float64(n: int) -> None:
+def test_solutions_agree_with_float64(n: int) -> None:
     matrix = random_spd(n, seed=n, batch=(50,)) + 0.1 * torch.eye(n)
     rhs = torch.randn(50, n, generator=generator(n))
     expected = torch.linalg.solve(matrix.double(), rhs.double())
@@ -26,7 +26,7 @@ def test_two_equal_planes_share_the_solution() -> None:
     torch.testing.assert_close(solution.sum(-1), alone, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_to_solve_gives_zero() -> None:
+def test_a_zero_system_gives_zero() -> None:
     assert torch.equal(solve_small(torch.zeros(3, 4, 4), torch.zeros(3, 4)), torch.zeros(3, 4))
 
 
@@ -37,9 +37,9 @@ def test_one_system_in_floats_is_a_batch_of_one(n: int) -> None:
     torch.testing.assert_close(torch.tensor(solve_floats(matrix.tolist(), rhs.tolist()), dtype=torch.float64), expected)
     # Singular: all rows are equal.
     flat = solve_small(torch.ones(n, n).double(), torch.ones(n).double())
-    found = solve_floats([[1.0] * n] * n, [1.0] * n)
-    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), flat)
+    solution = solve_floats([[1.0] * n] * n, [1.0] * n)
+    torch.testing.assert_close(torch.tensor(solution, dtype=torch.float64), flat)
 
 
-def test_nothing_to_solve_in_floats_gives_zero() -> None:
+def test_a_zero_system_in_floats_gives_zero() -> None:
     assert solve_floats([[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0]) == [0.0, 0.0]

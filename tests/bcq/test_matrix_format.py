@@ -37,7 +37,7 @@ def test_every_choice_has_a_format_and_every_primitive_a_class() -> None:
         ({"offset": 1}, "offset"),
     ],
 )
-def test_values_that_no_matrix_has_are_refused(fields: dict[str, Any], field: str) -> None:
+def test_invalid_values_are_refused(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(ValidationError, match=field):
         matrix_format(**fields)
 
@@ -45,7 +45,7 @@ def test_values_that_no_matrix_has_are_refused(fields: dict[str, Any], field: st
 def test_a_format_cannot_be_changed_in_place_or_have_other_fields() -> None:
     form = matrix_format()
     with pytest.raises(ValidationError):
-        form.bits = 2  # type: ignore[misc]
+        form.bits = 2
     with pytest.raises(ValidationError, match="levels"):
         form.replaced(levels=3)
     with pytest.raises(ValidationError, match="bits"):

@@ -11,7 +11,7 @@ from shiftadd_cli.recipe_file import packaged_names
 
 
 @pytest.mark.parametrize("name", packaged_names())
-def test_packaged_recipes_are_options(name: str) -> None:
+def test_packaged_recipes_give_solver_options(name: str) -> None:
     recipe = Recipe.load(name)
     options = recipe.solver_options
     assert options.part(FitOptions) == recipe.part(FitOptions)
@@ -29,6 +29,6 @@ def test_the_choice_of_a_matrix_changes_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(("refine_rounds", "row_scale"), [(1, False), (0, True)])
-def test_rows_that_share_scales_are_not_treated_one_by_one(refine_rounds: int, row_scale: bool) -> None:
+def test_rows_that_share_scales_cannot_be_treated_one_by_one(refine_rounds: int, row_scale: bool) -> None:
     with pytest.raises(ValidationError, match="share scales"):
         solver_options(group_rows="all", refine_rounds=refine_rounds, row_scale=row_scale)

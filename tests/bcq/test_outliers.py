@@ -1,4 +1,4 @@
-"""Columns kept at 16 bits: which they are, and that they are the best there could be beside the planes."""
+"""Columns kept at 16 bits: the choice of columns, and the best values beside the planes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shiftadd_cli.bcq.solver import quantize_matrices
 
 
 @pytest.mark.parametrize(("columns", "share", "count"), [(576, 0, 0), (576, 0.005, 3), (576, 1e-9, 1), (3, 1.0, 3)])
-def test_a_share_of_the_columns_and_one_at_least(columns: int, share: float, count: int) -> None:
+def test_a_positive_share_gives_at_least_one_column(columns: int, share: float, count: int) -> None:
     assert outlier_count(columns, share) == count
 
 
@@ -24,7 +24,7 @@ def test_the_columns_that_carry_most_of_all_outputs_are_chosen() -> None:
     assert choose_outliers([first, second], hessian, 3).tolist() == expected
 
 
-def test_taking_columns_out_is_setting_their_inputs_to_zero() -> None:
+def test_removing_columns_sets_their_inputs_to_zero() -> None:
     inputs = torch.randn(50, 8, generator=generator(0))
     ids = torch.tensor([1, 6])
     quiet = inputs.clone()
@@ -37,32 +37,32 @@ def test_taking_columns_out_is_setting_their_inputs_to_zero() -> None:
 def test_corrections_are_the_least_squares_solution_over_the_inputs() -> None:
     inputs = torch.randn(200, 10, generator=generator(2)) @ torch.randn(10, 10, generator=generator(3))
     difference, ids = random_weights(5, 10), torch.tensor([0, 4, 9])
-    found = corrections(difference, inputs.T @ inputs / len(inputs), ids)
+    result = corrections(difference, inputs.T @ inputs / len(inputs), ids)
     outputs = inputs.double() @ difference.double().T
     expected = torch.linalg.lstsq(inputs[:, ids].double(), outputs).solution.T
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_copies_of_one_input_and_dead_inputs_leave_corrections_finite() -> None:
     hessian = torch.ones(4, 4)
     hessian[3] = hessian[:, 3] = 0
-    found = corrections(torch.ones(2, 4), hessian, torch.tensor([0, 1, 3]))
-    assert torch.isfinite(found).all()
+    result = corrections(torch.ones(2, 4), hessian, torch.tensor([0, 1, 3]))
+    assert torch.isfinite(result).all()
     assert torch.isfinite(corrections(torch.ones(2, 4), torch.zeros(4, 4), torch.tensor([0, 3]))).all()
 
 
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("with_data", [False, True])
-def test_the_solver_stores_them_beside_its_planes(rotation: str, with_data: bool) -> None:
+def test_the_solver_stores_outliers_beside_its_planes(rotation: str, with_data: bool) -> None:
     weights, hessian = [random_weights(12, 64), random_weights(8, 64, seed=1)], random_hessian(64)
-    given = hessian if with_data else None
+    moment = hessian if with_data else None
     plain = solver_options(bits=2, group_size=16, rotation=rotation, refine_rounds=1)
     if not with_data:
         plain = plain.without_data()
     options = changed(plain, outlier_columns=0.05)
     names = ["one", "other"]
-    before = quantize_matrices(weights, names, given, plain)
-    after = quantize_matrices(weights, names, given, options)
+    before = quantize_matrices(weights, names, moment, plain)
+    after = quantize_matrices(weights, names, moment, options)
     form = hessian if with_data else torch.eye(64)
     for weight, without, beside in zip(weights, before, after, strict=True):
         declared = beside.weight.layout.tensors()
@@ -72,8 +72,8 @@ def test_the_solver_stores_them_beside_its_planes(rotation: str, with_data: bool
             float(quadratic_error(weight - matrix, form).sum() / quadratic_error(weight, form).sum())
             for matrix in (beside.weight.decode(), beside.weight.decode_planes(), without.weight.decode())
         ]
-        told = beside.output_error if with_data else beside.weight_error
-        assert told == pytest.approx(errors[0], rel=1e-3)
+        reported = beside.output_error if with_data else beside.weight_error
+        assert reported == pytest.approx(errors[0], rel=1e-3)
         assert errors[0] < errors[1]
         if with_data and rotation == "hadamard":
             # Two of 64 inputs carry much more than the others, and the rotation mixes them with all.

@@ -19,7 +19,7 @@ shapes = st.tuples(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 35)).
 
 @quick
 @given(shapes, st.integers(0, 99))
-def test_planes_come_back(shape: tuple[int, ...], seed: int) -> None:
+def test_planes_survive_packing(shape: tuple[int, ...], seed: int) -> None:
     planes = torch.rand(shape, generator=generator(seed)) > 0.5
     packed = pack_planes(planes)
     assert packed.dtype == torch.uint8
@@ -42,12 +42,12 @@ def test_lowest_column_is_the_least_significant_bit_and_padding_is_zero(plane: l
 
 @quick
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 35), st.integers(0, 99))
-def test_codes_come_back_from_their_bits(rows: int, bits: int, columns: int, seed: int) -> None:
+def test_codes_survive_packing_as_planes(rows: int, bits: int, columns: int, seed: int) -> None:
     codes = torch.randint(0, 2**bits, (rows, columns), generator=generator(seed))
     planes = torch.stack([codes >> bit & 1 for bit in range(bits)], dim=1).bool()
-    found = unpack_codes(pack_planes(planes), columns)
-    assert found.dtype == torch.int32
-    assert torch.equal(found.long(), codes)
+    unpacked = unpack_codes(pack_planes(planes), columns)
+    assert unpacked.dtype == torch.int32
+    assert torch.equal(unpacked.long(), codes)
 
 
 def test_planes_pack_from_any_memory_order() -> None:
@@ -58,7 +58,7 @@ def test_planes_pack_from_any_memory_order() -> None:
 
 @quick
 @given(shapes, st.integers(0, 99))
-def test_nibbles_come_back(shape: tuple[int, ...], seed: int) -> None:
+def test_nibbles_survive_packing(shape: tuple[int, ...], seed: int) -> None:
     nibbles = torch.randint(0, 16, shape, generator=generator(seed))
     packed = pack_nibbles(nibbles)
     assert packed.dtype == torch.uint8
@@ -70,6 +70,6 @@ def test_nibbles_come_back(shape: tuple[int, ...], seed: int) -> None:
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=20))
 def test_first_nibble_is_the_low_half_and_padding_is_zero(nibbles: list[int]) -> None:
     expected = [0] * -(-len(nibbles) // 2)
-    for place, nibble in enumerate(nibbles):
-        expected[place // 2] += nibble * (1 if place % 2 == 0 else 16)
+    for index, nibble in enumerate(nibbles):
+        expected[index // 2] += nibble * (1 if index % 2 == 0 else 16)
     assert pack_nibbles(torch.tensor(nibbles)).tolist() == expected

@@ -47,7 +47,7 @@ def values(codes: Tensor, scales: Tensor, offsets: Tensor | None, width: int) ->
 
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize(("columns", "width", "bits"), [(1, 1, 1), (24, 8, 3), (45, 16, 2), (30, 30, 4), (20, 3, 1)])
-def test_equals_dense_least_squares(columns: int, width: int, bits: int, offset: bool) -> None:
+def test_refit_equals_dense_least_squares(columns: int, width: int, bits: int, offset: bool) -> None:
     weights, hessian, codes, scales, offsets = problem(5, columns, width, bits, offset)
     new_scales, new_offsets, curvature = refit_scales(weights, hessian, codes, scales, offsets, width)
     terms = bits + offset
@@ -78,7 +78,9 @@ def test_equals_dense_least_squares(columns: int, width: int, bits: int, offset:
     offset=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_never_raises_the_objective(out: int, columns: int, width: int, bits: int, offset: bool, seed: int) -> None:
+def test_refit_never_raises_the_objective(
+    out: int, columns: int, width: int, bits: int, offset: bool, seed: int
+) -> None:
     width = min(width, columns)
     weights, hessian, codes, scales, offsets = problem(out, columns, width, bits, offset, seed)
     before = quadratic_error(weights - values(codes, scales, offsets, width), hessian)
@@ -87,7 +89,7 @@ def test_never_raises_the_objective(out: int, columns: int, width: int, bits: in
     assert (after <= before * (1 + 1e-4) + 1e-9).all()
 
 
-def test_undetermined_scales_stay_where_they_are() -> None:
+def test_undetermined_scales_do_not_move_apart() -> None:
     # Two planes that are equal everywhere: only the sum of their scales matters.
     weights, hessian, _, scales, _ = problem(3, 16, 8, 2, False)
     codes = torch.where(weights > 0, 3, 0).to(torch.uint8)
@@ -96,21 +98,21 @@ def test_undetermined_scales_stay_where_they_are() -> None:
     torch.testing.assert_close(moved[..., 0], moved[..., 1], rtol=1e-2, atol=1e-4)
 
 
-def test_a_matrix_that_is_binary_coded_is_recovered() -> None:
+def test_a_binary_coded_matrix_is_recovered() -> None:
     _, hessian, codes, scales, offsets = problem(4, 60, 20, 3, True)
     weights = values(codes, scales, offsets, 20)
     assert offsets is not None
     wrong = scales + 0.01 * torch.randn(scales.shape, generator=generator(3))
-    found, found_offsets, _ = refit_scales(weights, hessian, codes, wrong, offsets * 0.5, 20)
+    refitted, refitted_offsets, _ = refit_scales(weights, hessian, codes, wrong, offsets * 0.5, 20)
     before = quadratic_error(weights - values(codes, wrong, offsets * 0.5, 20), hessian)
-    after = quadratic_error(weights - values(codes, found, found_offsets, 20), hessian)
+    after = quadratic_error(weights - values(codes, refitted, refitted_offsets, 20), hessian)
     assert (after < 1e-2 * before).all()
 
 
-def test_pieces_of_rows_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_rows_do_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = problem(9, 40, 8, 3, True)
     weights, hessian, codes, scales, offsets = arguments
-    whole = refit_scales(weights, hessian, codes, scales, offsets, 8)
+    full = refit_scales(weights, hessian, codes, scales, offsets, 8)
     monkeypatch.setattr(refit, "_PIECE_ELEMENTS", 2000)
-    for one, other in zip(whole, refit_scales(weights, hessian, codes, scales, offsets, 8), strict=True):
+    for one, other in zip(full, refit_scales(weights, hessian, codes, scales, offsets, 8), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

@@ -38,7 +38,7 @@ def dense_rotation(signs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("columns", WIDTHS[:-2])
-def test_equals_the_dense_matrix(columns: int) -> None:
+def test_rotation_equals_the_dense_matrix(columns: int) -> None:
     signs = random_signs(columns, seed=3)
     dense = dense_rotation(signs)
     x = torch.randn(3, 2, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -50,7 +50,7 @@ def test_equals_the_dense_matrix(columns: int) -> None:
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_products_and_the_way_back_lose_nothing_but_rounding(columns: int) -> None:
+def test_products_and_restored_weights_lose_only_rounding(columns: int) -> None:
     signs = random_signs(columns, seed=0)
     generator = torch.Generator().manual_seed(2)
     weight, x = torch.randn(4, columns, generator=generator), torch.randn(6, columns, generator=generator)
@@ -71,15 +71,15 @@ def test_length_is_kept_up_to_a_factor_of_two_in_power(columns: int, seed: int) 
     assert gain == pytest.approx(2.0 if odd_power else 1.0)
 
 
-def test_integers_come_back_exactly() -> None:
-    """Additions and powers of two only: on integers nothing is rounded."""
+def test_integers_are_restored_exactly() -> None:
+    """There are only additions and powers of two, so integers are not rounded."""
     signs = random_signs(96, seed=5)
     x = torch.randint(-100, 100, (4, 96), generator=torch.Generator().manual_seed(0)).float()
     assert torch.equal(restore_weight(rotate_weight(x, signs), signs), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_keeps_the_dtype_and_rounds_once(dtype: torch.dtype) -> None:
+def test_rotation_keeps_the_dtype_and_rounds_once(dtype: torch.dtype) -> None:
     signs = random_signs(64, seed=0)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     rotated = rotate_input(x, signs)
@@ -89,7 +89,7 @@ def test_keeps_the_dtype_and_rounds_once(dtype: torch.dtype) -> None:
     assert (error <= torch.finfo(dtype).eps * exact.abs() + 64 * torch.finfo(torch.float32).eps).all()
 
 
-def test_signs_depend_on_seed_alone() -> None:
+def test_signs_depend_only_on_the_seed() -> None:
     torch.manual_seed(1)
     first = random_signs(1000, seed=7)
     torch.manual_seed(2)

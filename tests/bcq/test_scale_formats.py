@@ -16,13 +16,13 @@ def scalar_value(code: int, terms: int) -> float:
     exponent = code & 15
     if exponent == 15:
         return 0.0
-    value, place = 2.0**-exponent, exponent
+    value, term_exponent = 2.0**-exponent, exponent
     for k in range(1, terms):
         nibble = code >> 4 * k & 15
         distance = nibble & 7
-        place += distance
+        term_exponent += distance
         if distance:
-            value += (-1.0 if nibble & 8 else 1.0) * 2.0**-place
+            value += (-1.0 if nibble & 8 else 1.0) * 2.0**-term_exponent
     return value
 
 
@@ -34,12 +34,12 @@ def test_every_code_decodes_to_the_formula(name: str, terms: int) -> None:
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_every_representable_value_comes_back_exactly(name: str) -> None:
+def test_every_representable_value_survives_exactly(name: str) -> None:
     form = scale_format(name)
-    everything = form.decode(torch.arange(16**form.nibbles))
-    assert torch.equal(form.decode(form.encode(everything)), everything)
-    assert torch.equal(form.round(everything), everything)
-    assert sorted(set(everything.tolist())) == form.values.tolist()
+    all_values = form.decode(torch.arange(16**form.nibbles))
+    assert torch.equal(form.decode(form.encode(all_values)), all_values)
+    assert torch.equal(form.round(all_values), all_values)
+    assert sorted(set(all_values.tolist())) == form.values.tolist()
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -89,7 +89,7 @@ def test_half_precision_rounds_clamps_and_keeps_zero() -> None:
     assert [form.round_one(ratio) for ratio in ratios.tolist()] == expected.tolist()
 
 
-def test_formats_grow_finer() -> None:
+def test_longer_sums_are_finer_formats() -> None:
     x = torch.exp2(-10 * torch.rand(2000, generator=generator(3)))
     errors = [float(((scale_format(name).round(x) - x) / x).square().mean().sqrt()) for name in SUMS]
     assert errors[0] < 0.2
@@ -105,12 +105,12 @@ def test_offsets_are_twos_complement_eighths() -> None:
     assert torch.equal(decode_offsets(nibbles), multiples * OFFSET_STEP)
 
 
-def test_offset_limit_is_what_both_signs_reach() -> None:
+def test_the_offset_limit_is_reached_by_both_signs() -> None:
     assert scale_format("apot2").offset_limit == 7 / 8
     assert scale_format("float").offset_limit == float("inf")
 
 
-def test_tables_are_usable_when_first_built_under_the_meta_device():
+def test_tables_are_usable_when_first_built_under_the_meta_device() -> None:
     """transformers builds models under that device, and there the first packed layer may ask for its format."""
     scale_format.cache_clear()
     with torch.device("meta"):

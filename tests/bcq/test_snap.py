@@ -72,7 +72,7 @@ def test_results_are_representable(name: str, problem: tuple[int, int, int, bool
 @pytest.mark.parametrize("name", SUMS)
 @quick
 @given(problem=problems)
-def test_never_dearer_than_rounding_each_by_itself(name: str, problem: tuple[int, int, int, bool, int]) -> None:
+def test_snapping_costs_no_more_than_separate_rounding(name: str, problem: tuple[int, int, int, bool, int]) -> None:
     scales, offsets, curvature = targets(*problem)
     form = scale_format(name)
     snapped = snap_scales(scales, offsets, curvature, form)
@@ -89,8 +89,8 @@ def test_never_dearer_than_rounding_each_by_itself(name: str, problem: tuple[int
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 @pytest.mark.parametrize("name", SUMS)
-def test_no_single_scale_can_be_better(name: str, bits: int) -> None:
-    # Many groups: in a few of them rounding each by itself wins over descent from the optimum.
+def test_no_single_scale_can_improve(name: str, bits: int) -> None:
+    # With many groups, separate rounding beats descent from the optimum in a few of them.
     scales, _, curvature = targets(60, 8, bits, False, seed=bits)
     form = scale_format(name)
     snapped = snap_scales(scales, None, curvature, form)
@@ -104,17 +104,17 @@ def test_no_single_scale_can_be_better(name: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
-def test_no_single_offset_can_be_better(bits: int) -> None:
+def test_no_single_offset_can_improve(bits: int) -> None:
     scales, offsets, curvature = targets(6, 4, bits, True, seed=bits)
     snapped = snap_scales(scales, offsets, curvature, scale_format("apot2"))
     reached = cost(snapped, scales, offsets, curvature)
-    # A stored offset is the best of the sixteen beside its scales, or no worse than the plain rounding it won over.
+    # A stored offset is the best of the sixteen for its scales, or no worse than the plain rounding that it beat.
     for multiple in range(-8, 8):
         other = SnappedScales(snapped.ratios, multiple / 8 * snapped.ratios.amax(-1), snapped.row_scale)
         assert (reached <= cost(other, scales, offsets, curvature) * (1 + 1e-3) + 1e-9).all()
 
 
-def test_joint_choice_is_close_to_the_best_of_all() -> None:
+def test_the_joint_choice_is_close_to_the_best_of_all() -> None:
     scales, _, curvature = targets(20, 1, 3, False, seed=5)
     form = scale_format("pot")
     snapped = snap_scales(scales, None, curvature, form)
@@ -131,21 +131,21 @@ def test_joint_choice_is_close_to_the_best_of_all() -> None:
 @pytest.mark.parametrize(("name", "factor"), [("pot", 1.15), ("apot2", 2.0), ("apot3", 3.0)])
 @pytest.mark.parametrize("offset", [False, True])
 def test_row_scale_is_nearly_the_best_of_its_octave(name: str, factor: float, offset: bool) -> None:
-    # The finer the format, the lower and the more rugged the cost, and the less is to gain from the best place.
+    # A finer format has a lower and more rugged cost, and the best row scale gains less.
     scales, offsets, curvature = targets(40, 4, 3, offset, seed=9)
     form = scale_format(name)
     reached = cost(snap_scales(scales, offsets, curvature, form), scales, offsets, curvature).sum(1)
-    found = []
+    costs_by_step = []
     for step in range(32):
         row_scale = (scales.amax((1, 2)) * 2.0 ** (step / 32 - 0.5)).bfloat16().float()
         other = snap_scales(scales, offsets, curvature, form, fixed_row_scale=row_scale)
-        found.append(cost(other, scales, offsets, curvature).sum(1))
-    costs = torch.stack(found)
+        costs_by_step.append(cost(other, scales, offsets, curvature).sum(1))
+    costs = torch.stack(costs_by_step)
     assert reached.sum() < costs.mean(0).sum()
     assert reached.sum() < factor * costs.amin(0).sum()
 
 
-def test_representable_scales_stay() -> None:
+def test_representable_scales_are_kept() -> None:
     ratios = torch.tensor([[[1.0, 0.5, 0.25], [0.75, 0.3125, 0.0]]])
     curvature = random_spd(3, 1, (1, 2))
     snapped = snap_scales(ratios, None, curvature, scale_format("apot2"), fixed_row_scale=torch.ones(1))
@@ -164,7 +164,7 @@ def test_zero_scales_and_singular_curvature_stay_finite(name: str, offset: bool)
     assert not snapped.ratios[0].any()
 
 
-def test_where_takes_rows() -> None:
+def test_where_selects_rows() -> None:
     first = SnappedScales(torch.ones(3, 2, 1), torch.ones(3, 2), torch.tensor([1.0, 2.0, 4.0]))
     other = SnappedScales(torch.zeros(3, 2, 1), torch.zeros(3, 2), torch.tensor([8.0, 8.0, 8.0]))
     mixed = first.where(torch.tensor([True, False, True]), other)

@@ -90,7 +90,7 @@ def test_reported_errors_are_those_of_the_stored_tensors(scale_format: str, hess
 
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("hessian", [None, random_hessian(48)], ids=["no data", "data"])
-def test_rotated_or_not_the_stored_tensors_stand_for_the_weights(rotation: Any, hessian: Tensor | None) -> None:
+def test_stored_tensors_represent_the_weights_with_or_without_rotation(rotation: Any, hessian: Tensor | None) -> None:
     weights = random_weights(9, 48)
     options = changed(QUICK, bits=6, rotation=rotation)
     solution = solve(weights, hessian, options if hessian is not None else options.without_data())
@@ -116,7 +116,7 @@ def test_the_seed_chooses_the_signs() -> None:
 
 
 @pytest.mark.parametrize("options", [QUICK, changed(QUICK, row_scale=False), solver_options(**ACC)], ids=str)
-def test_matrices_solved_together_are_those_solved_alone(options: SolverOptions) -> None:
+def test_matrices_solved_together_equal_those_solved_alone(options: SolverOptions) -> None:
     matrices = [random_weights(rows, 48, seed=rows) for rows in (7, 1, 12)]
     hessian = random_hessian(48)
     together = quantize_matrices(matrices, ["q", "k", "v"], hessian, options)
@@ -148,7 +148,7 @@ def test_two_runs_give_the_same_bytes_whatever_the_memory_order(options: SolverO
     assert same_bytes(first, solve(weights.T.contiguous().T, hessian, options))
 
 
-def test_inputs_are_left_as_they_were() -> None:
+def test_inputs_are_not_changed() -> None:
     weights, hessian = random_weights(6, 30), random_hessian(30)
     before = weights.clone(), hessian.clone()
     for options in (QUICK, solver_options(**LAT)):
@@ -158,7 +158,7 @@ def test_inputs_are_left_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_weights_of_any_type(dtype: torch.dtype) -> None:
+def test_weights_of_any_type_are_accepted(dtype: torch.dtype) -> None:
     weights, hessian = random_weights(6, 30), random_hessian(30)
     solution = solve(weights.to(dtype), hessian.double(), QUICK)
     assert relative_errors(weights, solution, hessian)[1] < 0.05
@@ -188,7 +188,7 @@ def test_more_bits_have_less_error() -> None:
 
 @pytest.mark.parametrize("recipe", [ACC, LAT, {**LAT, "group_rows": 3, "group_size": 5}], ids=["acc", "lat", "3x5"])
 @pytest.mark.parametrize(("out", "columns"), [(10, 13), (1, 1), (3, 130), (17, 64)])
-def test_shared_scales_of_the_paper(recipe: dict[str, Any], out: int, columns: int) -> None:
+def test_shared_scales_of_the_paper_improve_with_data(recipe: dict[str, Any], out: int, columns: int) -> None:
     weights, hessian = random_weights(out, columns), random_hessian(columns)
     options = solver_options(**recipe)
     swept = solve(weights, hessian, options)
@@ -237,7 +237,7 @@ def test_constant_rows_and_large_means_survive_an_offset(options: SolverOptions)
     weights = torch.full((4, 32), 0.7)
     weights[1] = -0.1
     weights[2:] += 0.2 * torch.randn(2, 32, generator=generator(0))
-    # The rotation turns a constant into spikes; what is tried here is the offset.
+    # The rotation would turn a constant into spikes, but this test is about the offset.
     solution = solve(weights, torch.eye(32), changed(options, rotation="none"))
     decoded = solution.weight.decode()
     if options.format.bits > 1 and options.format.group_rows == 1:
@@ -254,12 +254,12 @@ def test_dead_inputs_do_no_harm(options: SolverOptions) -> None:
     solution = solve(weights, hessian, options)
     assert solution.output_error is not None
     assert solution.output_error < (0.15 if options.format.bits > 1 else 0.5)
-    # Only the weight error speaks for their weights, and it keeps them near.
+    # Only the weight error constrains their weights, and it keeps them close.
     assert solution.weight.decode().abs().max() < 3 * weights.abs().max()
 
 
 @pytest.mark.parametrize("options", EDGE_OPTIONS, ids=str)
-def test_inputs_that_never_fired_leave_the_weight_error(options: SolverOptions) -> None:
+def test_inputs_that_never_fired_leave_only_the_weight_error(options: SolverOptions) -> None:
     weights = random_weights(8, 40)
     solution = solve(weights, torch.zeros(40, 40), options)
     assert solution.output_error == 0.0
@@ -268,7 +268,7 @@ def test_inputs_that_never_fired_leave_the_weight_error(options: SolverOptions) 
 
 
 @pytest.mark.parametrize("smallest", [-1e-5, -0.05])
-def test_a_hessian_that_is_not_positive_definite_is_handled(smallest: float) -> None:
+def test_an_indefinite_hessian_is_handled(smallest: float) -> None:
     weights, hessian = random_weights(8, 40), random_hessian(40)
     values, vectors = torch.linalg.eigh(hessian.double())
     values[0] = smallest * float(values.mean())

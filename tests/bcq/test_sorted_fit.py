@@ -62,7 +62,7 @@ def test_a_weight_on_a_midpoint_goes_to_the_lower_level() -> None:
     seed=st.integers(0, 999),
     size=st.integers(60, 200),
 )
-def test_one_by_one_is_as_good_as_all_at_once(
+def test_fitting_one_by_one_is_as_good_as_all_at_once(
     name: str | None, bits: int, rounds: int, count: int, seed: int, size: int
 ) -> None:
     pairs = [group(seed + i, size) for i in range(count)]
@@ -78,23 +78,23 @@ def test_one_by_one_is_as_good_as_all_at_once(
         together = fit_groups(weights, importance, bits, **options)
     for i in range(count):
         energy = float((weights[i].square() * importance[i]).sum())
-        found, expected = (
+        error, expected = (
             float(((weights[i] - nearest_planes(weights[i], s[i].tolist())[1]).square() * importance[i]).sum())
             for s in (scales, together.scales)
         )
         # Where a weight lies on a midpoint, the last digit decides which minimum the rounds end in.
-        assert found <= 1.2 * expected + 1e-4 * energy
+        assert error <= 1.2 * expected + 1e-4 * energy
 
 
-def test_fit_groups_hands_few_groups_over() -> None:
+def test_few_groups_are_fitted_one_by_one() -> None:
     weights, importance = torch.stack([group(seed, 700)[0] for seed in range(3)]), torch.ones(3, 700)
     form = scale_format("apot3")
-    found = fit_groups(weights, importance, 3, method="greedy", rounds=20, rounding=form)
-    assert isinstance(found, GroupFit)
+    fit = fit_groups(weights, importance, 3, method="greedy", rounds=20, rounding=form)
+    assert isinstance(fit, GroupFit)
     scales, curvature = fit_sorted(weights, importance, 3, 20, form)
-    assert torch.equal(found.scales, scales)
-    assert torch.equal(found.curvature, curvature)
-    assert found.offsets is None
+    assert torch.equal(fit.scales, scales)
+    assert torch.equal(fit.curvature, curvature)
+    assert fit.offsets is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_module, "_FEW_GROUPS", 0)
         together = fit_groups(weights, importance, 3, method="greedy", rounds=20, rounding=form)
@@ -102,7 +102,7 @@ def test_fit_groups_hands_few_groups_over() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
-def test_nothing_gives_zero(bits: int) -> None:
+def test_zero_weights_give_zero_scales(bits: int) -> None:
     nothing = torch.zeros(2, 5)
     importance = torch.tensor([[0.0] * 5, [1.0] * 5])
     scales, curvature = fit_sorted(nothing, importance, bits, 20, scale_format("apot3"))
@@ -126,29 +126,29 @@ def test_sums_over_intervals_of_all_groups_are_sums_over_weights(
     importance = torch.rand(count, size, generator=g) - 0.1
     importance = importance.clamp_min(0)
     offsets = torch.randn(count, generator=g) if offset else None
-    found = SortedGroups(weights, importance).normal_equations(Scales(scales, offsets))
+    sums = SortedGroups(weights, importance).normal_equations(Scales(scales, offsets))
     for i in range(count):
         planes, values = nearest_planes(weights[i], scales[i].tolist(), 0.0 if offsets is None else float(offsets[i]))
         terms = torch.cat((planes, torch.ones(int(offset), size, dtype=torch.float64)))
         h, w = importance[i].double(), weights[i].double()
-        torch.testing.assert_close(found.matrix[i].double(), (terms * h) @ terms.T, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found.rhs[i].double(), (terms * h) @ w, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found.error[i], ((w - values).square() * h).sum(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(sums.matrix[i].double(), (terms * h) @ terms.T, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums.rhs[i].double(), (terms * h) @ w, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums.error[i], ((w - values).square() * h).sum(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_weight_of_a_group_on_a_midpoint_goes_to_the_lower_level() -> None:
+def test_a_weight_on_a_midpoint_of_its_group_goes_to_the_lower_level() -> None:
     weights, importance = torch.tensor([[0.5, 0.0, -0.5]]), torch.tensor([[4.0, 2.0, 1.0]])
     # Levels ±0.25 and ±0.75, with midpoints on all three weights.
-    found = SortedGroups(weights, importance).normal_equations(Scales(torch.tensor([[0.5, 0.25]]), None))
+    sums = SortedGroups(weights, importance).normal_equations(Scales(torch.tensor([[0.5, 0.25]]), None))
     planes = torch.tensor([[1.0, -1.0, -1.0], [-1.0, 1.0, -1.0]])
-    assert torch.equal(found.matrix[0], (planes * importance) @ planes.T)
-    assert torch.equal(found.rhs[0], (planes * importance) @ weights[0])
-    assert found.error.tolist() == [7 * 0.0625]
+    assert torch.equal(sums.matrix[0], (planes * importance) @ planes.T)
+    assert torch.equal(sums.rhs[0], (planes * importance) @ weights[0])
+    assert sums.error.tolist() == [7 * 0.0625]
 
 
 def test_small_errors_do_not_drown_in_large_weights() -> None:
     weights = 1000 + torch.tensor([[0.0, 2**-10, 0.5]])
-    found = SortedGroups(weights, torch.ones(1, 3)).normal_equations(
+    sums = SortedGroups(weights, torch.ones(1, 3)).normal_equations(
         Scales(torch.tensor([[0.25]]), torch.tensor([1000.25]))
     )
-    torch.testing.assert_close(found.error, torch.tensor([2.0**-20], dtype=torch.float64))
+    torch.testing.assert_close(sums.error, torch.tensor([2.0**-20], dtype=torch.float64))

@@ -40,20 +40,20 @@ def random_parts(layout: PackedLayout, seed: int) -> dict[str, Any]:
     return {"planes": planes, "ratios": ratios, "row_scale": row_scale, "offsets": offsets}
 
 
-def nibble_at(stream: Tensor, place: int) -> int:
-    return int(stream[place // 2]) >> (4 * (place % 2)) & 15
+def nibble_at(stream: Tensor, index: int) -> int:
+    return int(stream[index // 2]) >> (4 * (index % 2)) & 15
 
 
 def scalar_ratio(nibbles: list[int]) -> float:
     """Σ of the signed powers of two that the nibbles of one scale stand for."""
     if nibbles[0] == 15:
         return 0.0
-    place = nibbles[0]
-    value = 2.0**-place
+    exponent = nibbles[0]
+    value = 2.0**-exponent
     for nibble in nibbles[1:]:
-        place += nibble & 7
+        exponent += nibble & 7
         if nibble & 7:
-            value += (-1.0 if nibble & 8 else 1.0) * 2.0**-place
+            value += (-1.0 if nibble & 8 else 1.0) * 2.0**-exponent
     return value
 
 
@@ -107,12 +107,14 @@ def check_decode(layout: PackedLayout, seed: int) -> None:
     assert decoded.dtype == torch.float32
     torch.testing.assert_close(decoded.double(), slow, rtol=1e-5, atol=1e-6)
     assert torch.equal(weight.ratios(), parts["ratios"])
-    # The same from the parts that were packed: nothing is lost on the way into the bytes.
+    # The parts before packing give the same matrix, so the bytes lose nothing.
     grid = layout.grid
     scales = grid.expand_columns(grid.expand_rows(parts["ratios"]).transpose(1, 2))
     dense = ((parts["planes"].double() * 2 - 1) * scales.double()).sum(1)
     if parts["offsets"] is not None:
-        assert torch.equal(weight.offsets(weight.ratios()), parts["offsets"])
+        offsets = weight.offsets(weight.ratios())
+        assert offsets is not None
+        assert torch.equal(offsets, parts["offsets"])
         dense += grid.expand_columns(grid.expand_rows(parts["offsets"])).double()
     torch.testing.assert_close(dense * parts["row_scale"].double().view(-1, 1), slow, rtol=1e-5, atol=1e-6)
 
@@ -165,18 +167,18 @@ def test_decode_equals_the_formula_for_any_size(
 
 @pytest.mark.parametrize(("group_rows", "row_scale"), [(1, True), ("1/2", False)])
 @pytest.mark.parametrize("height", [1, 3, 4, 11, 100])
-def test_tiles_are_the_rows_of_the_whole_bit_for_bit(group_rows: int | str, row_scale: bool, height: int) -> None:
+def test_tiles_equal_the_decoded_rows_bit_for_bit(group_rows: int | str, row_scale: bool, height: int) -> None:
     layout = layout_on(ScaleGrid.resolve(11, 37, group_rows, 8), 3, "apot2", row_scale, True)
     weight = QuantizedWeight.pack(layout, **random_parts(layout, 2))
-    whole, next_row = weight.decode(), 0
+    decoded, next_row = weight.decode(), 0
     for rows, tile in weight.tiles(height):
         assert rows.start == next_row
-        assert torch.equal(tile, whole[rows])
+        assert torch.equal(tile, decoded[rows])
         next_row = rows.stop
     assert next_row == 11
 
 
-def test_layout_counts_every_stored_bit() -> None:
+def test_the_layout_counts_every_stored_bit() -> None:
     # 3 planes, 9 groups of 3 scales of 8 bits and an offset of 4 bits to 576 weights, 16 bits of row scale.
     layout = layout_on(ScaleGrid.resolve(960, 576, 1, 64), 3, "apot2", True, True)
     assert layout.bits_per_weight == 3 + (9 * 3 * 8 + 40 + 16) / 576
@@ -204,9 +206,9 @@ def test_shift_layers_decode_to_the_levels_that_were_packed(
     signs = torch.ones(columns) if rotation == "hadamard" else None
     weight = QuantizedWeight.pack(layout, planes, torch.zeros(rows, 1, 0), row_scale, None, signs)
     check_layout(weight)
-    # Nothing but codes and row scales is stored, whatever the fields on scales say.
+    # Only codes and row scales are stored, whatever the scale fields say.
     assert layout.nbytes == rows * (bits * -(-columns // 8) + 2) + (-(-columns // 8) if signs is not None else 0)
-    # The highest bit is the sign, the others are the place of a magnitude, whose unit is a power of two.
+    # The highest bit is the sign, and the others are the index of a magnitude, whose unit is a power of two.
     magnitudes = MAGNITUDES[kind]
     unit = 2.0 ** -(magnitudes[-1].bit_length() - 1)
     for o in range(rows):

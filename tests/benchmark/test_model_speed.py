@@ -1,8 +1,9 @@
-"""Whole models are timed at the right moments, and compared so that more is better."""
+"""Full models are timed at the right moments; in comparisons, more is better."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from shiftadd_cli.benchmark.model_speed import Candidate, ModelSpeed, measure_models, weight_bytes
 from shiftadd_cli.benchmark.timing import Clock, Span, Spread, Timed
 from shiftadd_cli.benchmark.work import Work
-from shiftadd_cli.runtime.opened import ModelInfo, Opened, open_any
+from shiftadd_cli.runtime.opened import Loaded, ModelInfo, Opened, open_any
 
 
 def speed(name: str, seconds: float, *, memory: int = 100, disk: int = 50) -> ModelSpeed:
@@ -25,30 +26,30 @@ def speed(name: str, seconds: float, *, memory: int = 100, disk: int = 50) -> Mo
     return ModelSpeed(name, info, timed(1), "tokens", work, memory, Spread((5.0, 7.0)))
 
 
-def test_tensors_count_once_wherever_they_are_held():
-    class Held(nn.Module):
+def test_each_tensor_of_a_model_counts_once() -> None:
+    class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.one = nn.Linear(10, 10, bias=False)
             self.two = nn.Linear(10, 10, bias=False)
             self.two.weight = self.one.weight
-            self.register_buffer("kept", torch.zeros(3, dtype=torch.int8), persistent=False)
+            self.register_buffer("buffer", torch.zeros(3, dtype=torch.int8), persistent=False)
             self.repacked = torch.zeros(5, dtype=torch.bfloat16)
 
-    assert weight_bytes(Held()) == 400 + 3 + 10
+    assert weight_bytes(Model()) == 400 + 3 + 10
 
 
-def test_tied_embeddings_count_once():
+def test_tied_embeddings_count_once() -> None:
     model = tiny_model("qwen2")
-    parameters = sum(each.numel() for each in model.parameters())
-    buffers = {each.data_ptr(): each.numel() for each in model.buffers()}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    buffers = {buffer.data_ptr(): buffer.numel() for buffer in model.buffers()}
     assert weight_bytes(model) == 4 * (parameters + sum(buffers.values()))
 
 
-def test_gains_are_above_1_where_the_first_is_better():
+def test_gains_are_above_1_if_the_first_is_better() -> None:
     fast, slow = speed("fast", 1.0, memory=20, disk=25), speed("slow", 3.0)
     gains = fast.gains_over(slow)
-    assert {what: gain.values for what, gain in gains.items()} == {
+    assert {name: gain.values for name, gain in gains.items()} == {
         "prefill of 8": (3.0, 3.0),
         "decode": (3.0, 3.0),
         "load": (3.0, 3.0),
@@ -58,13 +59,13 @@ def test_gains_are_above_1_where_the_first_is_better():
     assert slow.gains_over(fast)["load"].median == pytest.approx(1 / 3)
 
 
-def test_a_speed_is_json_with_rates_and_times():
-    told = speed("m", 2.0).to_dict()
-    assert told["tokens_per_second"]["decode"]["rounds"] == [5.0, 2.5]
-    assert told["tokens_per_second"]["prefill of 8"]["rounds"] == [2.0, 1.0]
-    assert told["load_seconds"]["median"] == 3.0
-    assert told["times"]["decode"]["cpu_seconds"]["rounds"] == [2.0, 2.0]
-    assert (told["name"], told["file_bytes"], told["resident_bytes"]["max"]) == ("m", 50, 7.0)
+def test_a_speed_is_json_with_rates_and_times() -> None:
+    table = speed("m", 2.0).to_dict()
+    assert table["tokens_per_second"]["decode"]["rounds"] == [5.0, 2.5]
+    assert table["tokens_per_second"]["prefill of 8"]["rounds"] == [2.0, 1.0]
+    assert table["load_seconds"]["median"] == 3.0
+    assert table["times"]["decode"]["cpu_seconds"]["rounds"] == [2.0, 2.0]
+    assert (table["name"], table["file_bytes"], table["resident_bytes"]["max"]) == ("m", 50, 7.0)
 
 
 @pytest.fixture(scope="module")
@@ -72,22 +73,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("models") / "one")
 
 
-def test_candidates_take_turns_at_loading_and_working(folder, monkeypatch):
-    loaded: list[str] = []
+def test_candidates_take_turns_at_loading_and_working(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded_dtypes: list[str] = []
     load = Opened.load
 
-    def note(self: Opened, dtype: str) -> object:
-        loaded.append(dtype)
+    def record(self: Opened, dtype: str) -> Loaded:
+        loaded_dtypes.append(dtype)
         return load(self, dtype)
 
-    monkeypatch.setattr(Opened, "load", note)
+    monkeypatch.setattr(Opened, "load", record)
     opened = open_any(str(folder))
     candidates = [Candidate(dtype, opened, dtype) for dtype in ("float32", "bfloat16")]
-    worked: list[torch.dtype] = []
-    touched: list[torch.dtype] = []
+    run_dtypes: list[torch.dtype] = []
+    touched_dtypes: list[torch.dtype] = []
 
-    def run(model: object, clock: Clock) -> list[Span]:
-        worked.append(model.dtype)
+    def run(model: Any, clock: Clock) -> list[Span]:
+        run_dtypes.append(model.dtype)
         start = clock.now()
         return [clock.now() - start, clock.now() - start]
 
@@ -95,22 +96,22 @@ def test_candidates_take_turns_at_loading_and_working(folder, monkeypatch):
         candidates,
         [Work(run, (("one", 6), ("two", 10))), Work(run, (("three", 1),))],
         "things",
-        lambda model: touched.append(model.dtype),
+        lambda model: touched_dtypes.append(model.dtype),
         rounds=2,
         clock=ticking(cores=2),
         show_progress=False,
     )
-    assert loaded == ["float32", "bfloat16", "bfloat16", "float32", "float32", "bfloat16"]
-    assert [str(each).removeprefix("torch.") for each in touched] == loaded
-    assert len(worked) == 2 * 2 * 3
-    assert [each.name for each in speeds] == ["float32", "bfloat16"]
+    assert loaded_dtypes == ["float32", "bfloat16", "bfloat16", "float32", "float32", "bfloat16"]
+    assert [str(dtype).removeprefix("torch.") for dtype in touched_dtypes] == loaded_dtypes
+    assert len(run_dtypes) == 2 * 2 * 3
+    assert [measured.name for measured in speeds] == ["float32", "bfloat16"]
     assert first.info.dtype == "float32"
-    for each in speeds:
-        assert each.load.spans == (Span(1.0, 2.0),) * 2
-        assert {n: timed.rate.values for n, timed in each.work.items()} == {
+    for measured in speeds:
+        assert measured.load.spans == (Span(1.0, 2.0),) * 2
+        assert {part: timed.rate.values for part, timed in measured.work.items()} == {
             "one": (6.0, 6.0),
             "two": (5.0, 5.0),
             "three": (1.0, 1.0),
         }
-        assert each.work["one"].cores.median == 2.0
+        assert measured.work["one"].cores.median == 2.0
     assert speeds[0].weight_bytes > 1.9 * speeds[1].weight_bytes - 1000

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.calls import BlockCall
 from shiftadd_cli.blockwise.hidden_states import HiddenStates
 from shiftadd_cli.errors import NumericalError
-
-CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
@@ -22,7 +20,7 @@ class Block(nn.Module):
         self.idle, self.down, self.up, self.gate = (nn.Linear(4, 4, bias=False) for _ in range(4))
         self.runs = 0
 
-    def forward(self, hidden, scale, *, shift):
+    def forward(self, hidden: Tensor, scale: float, *, shift: float) -> Tensor:
         inner = hidden * scale
         result = hidden + self.down(self.gate(inner) * self.up(inner)) + shift
         self.runs += 1
@@ -39,15 +37,16 @@ def stream() -> BlockStream:
     return BlockStream("model.layers.3", Block(), hidden, calls)
 
 
-def test_inputs_are_what_each_linear_reads(stream):
+def test_inputs_are_those_that_the_linears_read(stream: BlockStream) -> None:
     block, batch = stream.block, stream.hidden[1]
-    seen = stream.inputs(1, ["down", "gate", "idle"])
-    assert list(seen) == ["gate", "down"], "in the order they run, without what does not run"
-    assert torch.equal(seen["gate"], batch * 2)
-    assert torch.equal(seen["down"], block.gate(batch * 2) * block.up(batch * 2))
+    assert isinstance(block, Block)
+    inputs = stream.inputs(1, ["down", "gate", "idle"])
+    assert list(inputs) == ["gate", "down"], "in the order they run, without those that do not run"
+    assert torch.equal(inputs["gate"], batch * 2)
+    assert torch.equal(inputs["down"], block.gate(batch * 2) * block.up(batch * 2))
 
 
-def test_the_forward_is_left_as_soon_as_all_have_been_seen(stream):
+def test_the_forward_stops_after_the_last_input(stream: BlockStream) -> None:
     stream.inputs(0, ["gate", "up"])
     assert stream.block.runs == 0
     stream.inputs(0, ["gate", "idle"])
@@ -55,11 +54,11 @@ def test_the_forward_is_left_as_soon_as_all_have_been_seen(stream):
     assert not any(module._forward_pre_hooks for module in stream.block.modules())
 
 
-def test_linears_are_grouped_by_the_tensor_they_read(stream):
+def test_linears_are_grouped_by_the_tensor_they_read(stream: BlockStream) -> None:
     assert stream.shared_inputs(["idle", "down", "up", "gate"]) == [("up", "gate"), ("down",)]
 
 
-def test_advance_replaces_the_inputs_by_the_outputs(stream):
+def test_advance_replaces_the_inputs_by_the_outputs(stream: BlockStream) -> None:
     before = [batch.clone() for batch in stream.hidden]
     stream.advance()
     for index, batch in enumerate(before):
@@ -67,13 +66,14 @@ def test_advance_replaces_the_inputs_by_the_outputs(stream):
         assert torch.equal(stream.hidden[index], expected)
 
 
-def test_outputs_that_are_not_finite_are_refused_by_name(stream):
+def test_outputs_that_are_not_finite_are_refused_by_name(stream: BlockStream) -> None:
+    assert isinstance(stream.block, Block)
     stream.block.down.weight.data.fill_(torch.inf)
     with pytest.raises(NumericalError, match=r"model\.layers\.3"):
         stream.advance()
 
 
-def test_a_copy_of_hidden_states_goes_its_own_way(stream):
+def test_a_copy_of_hidden_states_is_independent(stream: BlockStream) -> None:
     twin = stream.hidden.copy()
     first = twin[0]
     stream.advance()

@@ -1,4 +1,4 @@
-"""What is recalled of a block is what its linears read."""
+"""Cached inputs are the tensors that a block's linears read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.calls import BlockCall
@@ -23,7 +23,7 @@ class Block(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
         inner = self.first(hidden)
         return self.second(inner) if len(hidden) > 1 else hidden
 
@@ -38,23 +38,25 @@ def stream() -> BlockStream:
     return BlockStream("model.layers.3", Block().bfloat16(), hidden, calls)
 
 
-def test_inputs_are_recalled_and_the_states_have_advanced(tmp_path: Path, stream: BlockStream) -> None:
+def test_inputs_are_cached_while_the_states_advance(tmp_path: Path, stream: BlockStream) -> None:
+    assert isinstance(stream.block, Block)
     before = [batch.clone() for batch in stream.hidden]
     with TensorFile(tmp_path) as file:
-        recall = InputCache(stream, file)
-        recall.advance(["second", "first"])
+        cache = InputCache(stream, file)
+        cache.advance(["second", "first"])
         for _ in range(2):
             for index, batch in reversed(list(enumerate(before))):
-                found = recall.inputs(index, ["first", "second"])
-                assert torch.equal(found["first"], batch)
+                inputs = cache.inputs(index, ["first", "second"])
+                assert torch.equal(inputs["first"], batch)
                 if len(batch) > 1:
-                    assert torch.equal(found["second"], stream.block.first(batch))
+                    assert torch.equal(inputs["second"], stream.block.first(batch))
                     assert torch.equal(stream.hidden[index], stream.block(batch))
                 else:
-                    assert "second" not in found, "it did not run"
+                    assert "second" not in inputs, "it did not run"
 
 
 def test_outputs_that_are_not_finite_are_refused_by_name(tmp_path: Path, stream: BlockStream) -> None:
+    assert isinstance(stream.block, Block)
     stream.block.second.weight.data.fill_(torch.inf)
     with TensorFile(tmp_path) as file, pytest.raises(NumericalError, match=r"model\.layers\.3"):
         InputCache(stream, file).advance(["first"])

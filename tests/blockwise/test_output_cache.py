@@ -1,4 +1,4 @@
-"""A block that plays back gives what one that computes everything gives, and computes less."""
+"""A block that plays back finished outputs gives the results of one that computes everything, with less work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TURNS = (("attention.q", "attention.k"), ("attention.o",), ("mlp.up",), ("mlp.do
 
 
 class Attention(nn.Module):
-    """As in transformers, a tuple with weights that are not there."""
+    """As in transformers, the output is a tuple, here without attention weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,15 +46,15 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         attended, _ = self.attention(self.norm(hidden))
-        # In place: what was noted must not change with it.
+        # This is in place, and must not change the recorded outputs.
         attended += hidden
         return attended + self.mlp(self.norm(attended))
 
 
 @pytest.fixture
 def file() -> Iterator[TensorFile]:
-    with TensorFile() as found:
-        yield found
+    with TensorFile() as tensor_file:
+        yield tensor_file
 
 
 def stream_of(block: nn.Module, playback: OutputCache | None) -> BlockStream:
@@ -66,8 +66,8 @@ def stream_of(block: nn.Module, playback: OutputCache | None) -> BlockStream:
     return BlockStream("block", block.eval(), hidden, calls, playback=playback)
 
 
-def counted(block: nn.Module) -> Counter[str]:
-    """How often the linears of a block compute."""
+def count_calls(block: nn.Module) -> Counter[str]:
+    """Count how often each linear of a block computes."""
     counts: Counter[str] = Counter()
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
@@ -76,40 +76,40 @@ def counted(block: nn.Module) -> Counter[str]:
                 counts[name] += 1
                 return nn.functional.linear(input, module.weight, module.bias)
 
-            module.forward = forward
+            module.forward = forward  # type: ignore[method-assign]
     return counts
 
 
-def test_every_turn_sees_what_it_would_without(file: TensorFile) -> None:
+def test_inputs_equal_those_without_playback(file: TensorFile) -> None:
     torch.manual_seed(0)
     block = Block()
-    counts = counted(block)
+    counts = count_calls(block)
     playback = OutputCache(block, [name for turn in TURNS for name in turn], file)
     playing, plain = stream_of(block, playback), stream_of(block, None)
     for turn in TURNS:
         for index in range(3):
             counts.clear()
-            found = playing.inputs(index, turn)
-            spent = counts.copy()
+            inputs = playing.inputs(index, turn)
+            computed = counts.copy()
             expected = plain.inputs(index, turn)
-            assert found.keys() == expected.keys() == set(turn)
-            assert all(torch.equal(found[name], expected[name]) for name in turn)
+            assert inputs.keys() == expected.keys() == set(turn)
+            assert all(torch.equal(inputs[name], expected[name]) for name in turn)
             if turn == ("mlp.down",):
-                assert spent == {"mlp.up": 1}, "attention was played back as a whole"
+                assert computed == {"mlp.up": 1}, "attention was played back as a whole"
         for name in turn:
             with torch.no_grad():
-                block.get_submodule(name).weight.mul_(0.9)
+                block.get_parameter(f"{name}.weight").mul_(0.9)
         playback.finish(turn)
     counts.clear()
     playing.advance()
-    assert counts == {"mlp.down": 3}, "all else was known"
+    assert counts == {"mlp.down": 3}, "all other outputs were played back"
     plain.advance()
     assert all(torch.equal(one, other) for one, other in zip(playing.hidden, plain.hidden, strict=True))
 
 
-def test_the_block_is_left_as_it_was(file: TensorFile) -> None:
+def test_playback_leaves_the_block_unchanged(file: TensorFile) -> None:
     block = Block()
-    own = block.attention.q.forward = block.attention.q.forward
+    own = block.attention.q.forward = block.attention.q.forward  # type: ignore[method-assign]
     playback = OutputCache(block, ["attention.q", "attention.k", "attention.o"], file)
     stream = stream_of(block, playback)
     playback.finish(["attention.q", "attention.k"])
@@ -121,7 +121,7 @@ def test_the_block_is_left_as_it_was(file: TensorFile) -> None:
 
 
 class Twice(nn.Module):
-    """The same linear on two tensors, and one whose output is no tensor."""
+    """Runs one linear on two tensors, and has a module whose output is not a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,20 +132,21 @@ class Twice(nn.Module):
         return self.last(self.shared(once) + self.pair(once)["first"])
 
 
-class Heard(nn.Linear):
-    """Gives nothing out."""
+class Silent(nn.Linear):
+    """A linear that returns nothing."""
 
     def forward(self, input: Tensor) -> None:  # type: ignore[override]
         super().forward(input)
 
 
-def test_what_gives_nothing_out_is_computed(file: TensorFile) -> None:
+def test_a_module_without_an_output_is_computed(file: TensorFile) -> None:
+    silent, last = Silent(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
     block = nn.Sequential()
-    block.add_module("heard", Heard(WIDTH, WIDTH))
-    block.add_module("last", nn.Linear(WIDTH, WIDTH))
-    block.forward = lambda hidden: block.last(hidden) if block.heard(hidden) is None else None  # type: ignore[method-assign]
-    playback = OutputCache(block, ["heard", "last"], file)
-    playback.finish(["heard"])
+    block.add_module("silent", silent)
+    block.add_module("last", last)
+    block.forward = lambda hidden: last(hidden) if silent(hidden) is None else None  # type: ignore[method-assign]
+    playback = OutputCache(block, ["silent", "last"], file)
+    playback.finish(["silent"])
     stream = stream_of(block, playback)
     for _ in range(2):
         assert torch.equal(stream.inputs(0, ["last"])["last"], stream.hidden[0])
@@ -160,16 +161,16 @@ class Pair(nn.Module):
         return {"first": self.inner(hidden)}
 
 
-def test_calls_after_the_first_are_computed_and_of_what_is_no_tensor_the_parts_are_played(file: TensorFile) -> None:
+def test_later_calls_are_computed_and_parts_of_other_outputs_are_played_back(file: TensorFile) -> None:
     torch.manual_seed(0)
     block = Twice()
-    counts = counted(block)
+    counts = count_calls(block)
     playback = OutputCache(block, ["shared", "pair.inner", "last"], file)
     playing, plain = stream_of(block, playback), stream_of(block, None)
     playback.finish(["shared", "pair.inner"])
     for _ in range(3):
         counts.clear()
-        found = playing.inputs(0, ["last"])["last"]
-        spent = counts.copy()
-        assert torch.equal(found, plain.inputs(0, ["last"])["last"])
-    assert spent == {"shared": 1}
+        inputs = playing.inputs(0, ["last"])["last"]
+        computed = counts.copy()
+        assert torch.equal(inputs, plain.inputs(0, ["last"])["last"])
+    assert computed == {"shared": 1}

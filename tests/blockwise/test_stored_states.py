@@ -21,7 +21,7 @@ def batches(seed: int, samples: int = 8, dtype: torch.dtype = torch.bfloat16, wi
     return torch.randn(samples, 4, width, generator=generator).to(dtype).split(BATCH)
 
 
-def both(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[HiddenStates, StoredStates]:
+def memory_and_disk(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[HiddenStates, StoredStates]:
     memory, disk = HiddenStates(8, BATCH), StoredStates(folder / "states", 8, BATCH)
     for batch in batches(0, dtype=dtype):
         memory.append(batch)
@@ -37,11 +37,11 @@ def assert_alike(one: HiddenStates, other: HiddenStates) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_they_are_appended_replaced_and_copied_as_in_memory(tmp_path: Path, dtype: torch.dtype) -> None:
-    memory, disk = both(tmp_path, dtype)
+def test_stored_states_are_appended_replaced_and_copied_as_in_memory(tmp_path: Path, dtype: torch.dtype) -> None:
+    memory, disk = memory_and_disk(tmp_path, dtype)
     assert_alike(disk, memory)
     twins = memory.copy(), disk.copy()
-    # Another width: what a block gives need not be as wide as what it was given.
+    # Another width, since a block's output may be wider than its input.
     for index, batch in enumerate(batches(1, dtype=dtype, width=7)):
         memory.replace(index, batch)
         disk.replace(index, batch)
@@ -50,23 +50,23 @@ def test_they_are_appended_replaced_and_copied_as_in_memory(tmp_path: Path, dtyp
     disk.turn()
     assert_alike(disk, memory)
     for index, batch in enumerate(batches(2, dtype=dtype)):
-        for each in twins:
-            each.replace(index, batch)
+        for twin in twins:
+            twin.replace(index, batch)
     assert_alike(*twins)
     assert_alike(disk, memory)
     with pytest.raises(IndexError):
         disk[3]
 
 
-def test_they_are_opened_again_as_they_were(tmp_path: Path) -> None:
-    _, disk = both(tmp_path)
+def test_reopened_states_are_unchanged(tmp_path: Path) -> None:
+    _, disk = memory_and_disk(tmp_path)
     for index, batch in enumerate(batches(1)):
         disk.replace(index, batch)
     disk.turn()
     file, sums = disk.sync()
     assert file == "quantized-00001.safetensors"
-    again = StoredStates.reopen(tmp_path / "states", 8, BATCH, "quantized", 1, file, sums)
-    assert_alike(again, disk)
+    reopened = StoredStates.reopen(tmp_path / "states", 8, BATCH, "quantized", 1, file, sums)
+    assert_alike(reopened, disk)
     assert torch.equal(load_file(tmp_path / "states" / file)["hidden_states"], torch.cat(batches(1)))
     for arguments in ((8, 2), (7, BATCH)):
         with pytest.raises(ResumeError, match="damaged"):
@@ -82,15 +82,15 @@ def test_they_are_opened_again_as_they_were(tmp_path: Path) -> None:
         StoredStates.reopen(tmp_path / "states", 8, BATCH, "quantized", 1, file, sums)
 
 
-def test_a_block_that_is_not_finished_does_not_turn(tmp_path: Path) -> None:
-    _, disk = both(tmp_path)
+def test_states_cannot_turn_before_the_block_is_finished(tmp_path: Path) -> None:
+    _, disk = memory_and_disk(tmp_path)
     disk.replace(0, batches(1)[0])
     with pytest.raises(AssertionError):
         disk.turn()
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    _, disk = both(tmp_path)
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    _, disk = memory_and_disk(tmp_path)
     path = tmp_path / "states" / "quantized-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert torch.equal(disk[0], batches(0)[0])
@@ -98,8 +98,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         disk[2]
 
 
-def test_batches_of_other_shapes_or_types_are_defects(tmp_path: Path) -> None:
-    _, disk = both(tmp_path)
+def test_batches_of_other_shapes_or_types_are_refused(tmp_path: Path) -> None:
+    _, disk = memory_and_disk(tmp_path)
     disk.replace(0, batches(1)[0])
     with pytest.raises(ValueError, match="hidden states are"):
         disk.replace(1, batches(1)[1].float())

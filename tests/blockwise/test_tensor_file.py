@@ -1,4 +1,4 @@
-"""What is put into the file comes out of it, and the file is gone."""
+"""Tensors come back unchanged from a file without a name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shiftadd_cli.blockwise.tensor_file import TensorFile
 from shiftadd_cli.errors import OutputError
 
 
-def test_tensors_come_back_as_they_were_put(tmp_path: Path) -> None:
+def test_tensors_come_back_unchanged(tmp_path: Path) -> None:
     tensors = {
         "matrix": torch.randn(3, 5).T,
         (0, "x"): torch.randn(2, 2, 2).bfloat16(),
@@ -35,6 +35,6 @@ def test_tensors_come_back_as_they_were_put(tmp_path: Path) -> None:
             file["other"]
 
 
-def test_a_folder_that_takes_no_file_is_named(tmp_path: Path) -> None:
+def test_an_unusable_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="missing"):
         TensorFile(tmp_path / "missing")

@@ -1,26 +1,28 @@
-"""Experts side by side: their turns, their room, and moments against sums over the tokens that each was sent."""
+"""Experts side by side: their turns, their memory, and their moments against sums over the tokens sent to each."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import MIXTURES, save_tiny
+from torch import Tensor, nn
 
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration import mixtures
 from shiftadd_cli.calibration.hessian import gather_moments
-from shiftadd_cli.calibration.mixtures import enough_tokens, expert_bytes, in_room, in_turns
+from shiftadd_cli.calibration.mixtures import Group, enough_tokens, expert_bytes, in_room, in_turns
 from shiftadd_cli.source import LinearSpec, find_structure, open_source
 
-CPU = torch.device("cpu")
 WINDOWS = torch.randint(0, 256, (5, 16), generator=torch.Generator().manual_seed(1))
 
 
-def last_block(path, batch_size=2):
+def last_block(path: Path, batch_size: int = 2) -> tuple[BlockStream, list[LinearSpec]]:
     """The last block as a stream, and the linears in it."""
     source = open_source(str(path))
     structure = find_structure(source.skeleton())
@@ -29,26 +31,27 @@ def last_block(path, batch_size=2):
     depth = len(structure.blocks) - 1
     source.materialise([structure.blocks[depth]])
     block = source.skeleton().get_submodule(structure.blocks[depth])
-    calls = {index: each[depth] for index, each in trace.calls.items()}
+    calls = {index: block_calls[depth] for index, block_calls in trace.calls.items()}
     return BlockStream("block", block, trace.hidden, calls), [spec for spec in structure.linears if spec.block == depth]
 
 
-def rows_by_token(stream, spec):
-    """By sample and token, what the linear reads of it, by a hook on the experts' own forward."""
-    found = {}
+def rows_by_token(stream: BlockStream, spec: LinearSpec) -> dict[tuple[int, int], Tensor]:
+    """Rows that the linear reads, by batch and token, from hooks on the experts' own forward."""
+    assert spec.experts is not None
+    row_of_token: dict[tuple[int, int], Tensor] = {}
     block = stream.block
     experts = block.get_submodule(spec.experts)
     expert = int(spec.kind.removeprefix(f"{spec.experts}.").partition(".")[0])
-    sent = {}
+    sent: dict[str, list[int]] = {}
 
-    def route(_, args):
-        sent["tokens"] = [row for row, each in enumerate(args[1].tolist()) if expert in each]
+    def route(_: nn.Module, args: tuple[Any, ...]) -> None:
+        sent["tokens"] = [row for row, chosen in enumerate(args[1].tolist()) if expert in chosen]
 
     for index, batch in enumerate(stream.hidden):
 
-        def note(_, args, index=index):
+        def note(_: nn.Module, args: tuple[Any, ...], index: int = index) -> None:
             for token, row in zip(sent["tokens"], args[0].double(), strict=True):
-                found[index, token] = row
+                row_of_token[index, token] = row
 
         handles = [
             experts.register_forward_pre_hook(route),
@@ -58,10 +61,10 @@ def rows_by_token(stream, spec):
             stream.calls[index].run(block, batch)
         for handle in handles:
             handle.remove()
-    return found
+    return row_of_token
 
 
-def changed(stream):
+def changed(stream: BlockStream) -> BlockStream:
     """The stream of a block that routes some tokens to other experts."""
     block = copy.deepcopy(stream.block)
     generator = torch.Generator().manual_seed(3)
@@ -72,12 +75,13 @@ def changed(stream):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_experts_take_their_turns_together(tmp_path, family):
+def test_experts_share_their_turns(tmp_path: Path, family: str) -> None:
     stream, specs = last_block(save_tiny(family, tmp_path))
     turns = in_turns(stream.shared_inputs([spec.kind for spec in specs]), specs)
     assert sorted(kind for turn in turns for group in turn for kind in group) == sorted(spec.kind for spec in specs)
     mixture = next(spec.experts for spec in specs if spec.experts is not None)
-    experts = range(stream.block.get_submodule(mixture).num_experts)
+    module: Any = stream.block.get_submodule(mixture)
+    experts = range(module.num_experts)
     together = [turn for turn in turns if len(turn) > 1]
     assert together == [
         [(f"{mixture}.{index}.gate_proj", f"{mixture}.{index}.up_proj") for index in experts],
@@ -85,13 +89,13 @@ def test_experts_take_their_turns_together(tmp_path, family):
     ]
 
 
-def test_experts_that_were_not_seen_and_linears_that_are_skipped():
-    def spec(kind, experts="mlp.experts"):
+def test_unseen_experts_take_part_and_skipped_linears_do_not() -> None:
+    def spec(kind: str, experts: str | None = "mlp.experts") -> LinearSpec:
         return LinearSpec(f"b.{kind}", kind, 0, 4, 4, False, False, experts)
 
     kinds = ("0.up_proj", "0.down_proj", "1.gate_proj", "1.up_proj", "1.down_proj", "2.gate_proj", "2.up_proj")
     specs = [spec("q", None), *(spec(f"mlp.experts.{kind}") for kind in kinds)]
-    groups = [("q",), ("mlp.experts.0.up_proj",), ("mlp.experts.0.down_proj",)]
+    groups: list[Group] = [("q",), ("mlp.experts.0.up_proj",), ("mlp.experts.0.down_proj",)]
     groups += [("mlp.experts.1.gate_proj", "mlp.experts.1.up_proj"), ("mlp.experts.1.down_proj",)]
     assert in_turns(groups, specs) == [
         [("q",)],
@@ -105,7 +109,7 @@ def test_experts_that_were_not_seen_and_linears_that_are_skipped():
     assert in_turns([("q",)], specs[:1]) == [[("q",)]]
 
 
-def test_no_more_experts_at_once_than_there_is_room_for(monkeypatch):
+def test_parts_have_as_many_experts_as_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = [LinearSpec("b.q", "q", 0, 8, 1000, False, False)]
     specs += [LinearSpec(f"b.e.{i}.up", f"e.{i}.up", 0, 8, 10, False, False, "e") for i in range(5)]
     groups = [(spec.kind,) for spec in specs]
@@ -118,55 +122,64 @@ def test_no_more_experts_at_once_than_there_is_room_for(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_moments_are_of_the_tokens_that_an_expert_was_sent(tmp_path, family):
+def test_moments_cover_the_tokens_sent_to_an_expert(tmp_path: Path, family: str) -> None:
     stream, specs = last_block(save_tiny(family, tmp_path))
-    mine = [spec for spec in specs if spec.experts is not None]
-    for spec, moments in zip(mine, gather_moments(stream, [(spec.kind,) for spec in mine]), strict=True):
+    expert_specs = [spec for spec in specs if spec.experts is not None]
+    for spec, moments in zip(
+        expert_specs, gather_moments(stream, [(spec.kind,) for spec in expert_specs]), strict=True
+    ):
         rows = torch.stack(list(rows_by_token(stream, spec).values()))
         assert moments.tokens == len(rows)
         torch.testing.assert_close(moments.hessian.double(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(moments.mean.double(), rows.mean(0), rtol=1e-4, atol=1e-5)
-    k = stream.block.mlp.router.top_k if family == "gpt_oss" else stream.block.mlp.gate.top_k
-    ups = [
-        moments.tokens for moments in gather_moments(stream, [(s.kind,) for s in mine if s.kind.endswith("up_proj")])
+    mlp: Any = stream.block.get_submodule("mlp")
+    k = mlp.router.top_k if family == "gpt_oss" else mlp.gate.top_k
+    up_tokens = [
+        moments.tokens
+        for moments in gather_moments(stream, [(s.kind,) for s in expert_specs if s.kind.endswith("up_proj")])
     ]
-    assert sum(ups) == k * WINDOWS.numel()
+    assert sum(up_tokens) == k * WINDOWS.numel()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_a_token_is_compared_with_itself_in_the_original_whatever_else_the_expert_read_there(tmp_path, family):
+def test_cross_moments_pair_each_token_with_itself_in_the_original(tmp_path: Path, family: str) -> None:
     original, specs = last_block(save_tiny(family, tmp_path))
-    now = changed(original)
-    mine = [spec for spec in specs if spec.experts is not None]
+    current = changed(original)
+    expert_specs = [spec for spec in specs if spec.experts is not None]
     rerouted = 0
-    for spec, moments in zip(mine, gather_moments(now, [(spec.kind,) for spec in mine], original), strict=True):
-        rows, before = rows_by_token(now, spec), rows_by_token(original, spec)
-        rerouted += len(rows.keys() ^ before.keys())
-        # Nothing is known of a token that the original sends elsewhere.
-        pairs = [(before.get(token, row), row) for token, row in rows.items()]
-        cross = sum(torch.outer(unspoilt, row) for unspoilt, row in pairs) / len(pairs)
+    for spec, moments in zip(
+        expert_specs, gather_moments(current, [(spec.kind,) for spec in expert_specs], original), strict=True
+    ):
+        rows, original_rows = rows_by_token(current, spec), rows_by_token(original, spec)
+        rerouted += len(rows.keys() ^ original_rows.keys())
+        # A token that the original sends to another expert is paired with itself.
+        pairs = [(original_rows.get(token, row), row) for token, row in rows.items()]
+        cross = sum(torch.outer(reference, row) for reference, row in pairs) / len(pairs)
+        assert moments.cross is not None
         torch.testing.assert_close(moments.cross.double(), cross, rtol=1e-4, atol=1e-5)
     assert rerouted > 0
 
 
-def test_experts_that_no_token_is_sent_to_have_moments_of_nothing(tmp_path):
+def test_experts_without_tokens_have_zero_moments(tmp_path: Path) -> None:
     stream, specs = last_block(save_tiny("olmoe", tmp_path))
 
-    def route(_, __, output):
+    def route(_: nn.Module, __: Any, output: Any) -> tuple[Any, ...]:
         return (*output[:2], torch.tensor([0, 1]).expand_as(output[2]))
 
-    stream.block.mlp.gate.register_forward_hook(route)
+    stream.block.get_submodule("mlp.gate").register_forward_hook(route)
     kinds = [spec.kind for spec in specs]
     turns = [turn for turn in in_turns(stream.shared_inputs(kinds), specs) if len(turn) > 1]
     for turn in turns:
         moments = gather_moments(stream, turn, stream)
-        assert [each.tokens for each in moments] == [WINDOWS.numel()] * 2 + [0] * 3
-        for each in moments:
-            assert all(torch.isfinite(part).all() for part in (each.hessian, each.mean, each.cross, each.cross_mean))
-            assert bool(each.hessian.any()) == (each.tokens > 0)
+        assert [expert_moments.tokens for expert_moments in moments] == [WINDOWS.numel()] * 2 + [0] * 3
+        for expert_moments in moments:
+            for part in (expert_moments.hessian, expert_moments.mean, expert_moments.cross, expert_moments.cross_mean):
+                assert part is not None
+                assert torch.isfinite(part).all()
+            assert bool(expert_moments.hessian.any()) == (expert_moments.tokens > 0)
 
 
-def test_an_expert_needs_as_many_tokens_as_inputs():
+def test_an_expert_needs_as_many_tokens_as_inputs() -> None:
     expert = LinearSpec("b.e.0.up", "e.0.up", 0, 8, 16, False, False, "e")
     assert enough_tokens(expert, 16)
     assert not enough_tokens(expert, 15)

@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def activations(tokens: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Random, one column a thousand times as large as the others, as in models."""
+    """Random values; one column is a thousand times as large as the others, as in real models."""
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
     x[:, columns // 2] *= 1000
     return x.to(dtype)
@@ -33,7 +33,7 @@ def activations(tokens: int, columns: int, dtype: torch.dtype, seed: int) -> Ten
     weighted=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_sums_are_those_of_the_formula(
+def test_sums_equal_the_formula(
     way: str, tokens: int, columns: int, dtype: torch.dtype, crossed: bool, weighted: bool, seed: int
 ) -> None:
     x, other = activations(tokens, columns, dtype, seed), activations(tokens, columns, dtype, seed + 1)
@@ -44,37 +44,37 @@ def test_sums_are_those_of_the_formula(
 
     squares = torch.ones(tokens, 1).double() if roots is None else roots.double().square().unsqueeze(1)
     size = x.double().square().mean(0).sqrt()
-    for left, found, start in ((x, hessian.triu(), before[0].triu()), (other, cross, before[1])):
+    for left, total, start in ((x, hessian.triu(), before[0].triu()), (other, cross, before[1])):
         expected = start.double()
         if left is x or crossed:
             product = (squares * left.double()).T @ x.double()
             expected = expected + (product.triu() if left is x else product)
         bound = 1 + tokens * torch.outer(left.double().square().mean(0).sqrt(), size)
-        assert ((found.double() - expected).abs() <= 1e-5 * bound).all()
+        assert ((total.double() - expected).abs() <= 1e-5 * bound).all()
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     x, other = activations(700, 150, dtype, 1), activations(700, 150, dtype, 2)
-    found = []
+    results = []
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             sums = torch.zeros(2, 150, 150)
             add_products(x, other, None, sums[0], sums[1])
-            found.append(sums)
+            results.append(sums)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_columns_of_a_larger_tensor_are_taken(way: str) -> None:
-    whole = activations(50, 40, torch.bfloat16, 3)
-    part = whole[:, ::2]
+def test_columns_of_a_larger_tensor_are_accepted(way: str) -> None:
+    tensor = activations(50, 40, torch.bfloat16, 3)
+    part = tensor[:, ::2]
     assert not part.is_contiguous()
     sums = torch.zeros(20, 20)
     add_products(part, None, None, sums, None, way)

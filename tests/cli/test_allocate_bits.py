@@ -1,4 +1,4 @@
-"""`shiftadd allocate-bits` from the command line, and what `quantize` makes of its plan."""
+"""`shiftadd allocate-bits` from the command line, and `quantize` with its plan."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def shiftadd(*arguments: object) -> Result:
     return CliRunner().invoke(main, list(map(str, arguments)))
 
 
-def test_a_plan_is_made_shown_and_used(model: Path, tmp_path: Path) -> None:
+def test_plan_is_written_shown_and_used(model: Path, tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out"
-    made = shiftadd("allocate-bits", model, "-o", plan, "--avg-bits", "5", *QUICK)
-    assert made.exit_code == 0, made.output
+    allocated = shiftadd("allocate-bits", model, "-o", plan, "--avg-bits", "5", *QUICK)
+    assert allocated.exit_code == 0, allocated.output
     for part in (
         "self_attn.q_proj",
         "uniform 3",
@@ -41,23 +41,23 @@ def test_a_plan_is_made_shown_and_used(model: Path, tmp_path: Path) -> None:
         "Peak memory",
         str(plan),
     ):
-        assert part in made.stdout
-    used = shiftadd("quantize", model, "-o", out, "--bit-plan", plan, *QUICK)
-    assert used.exit_code == 0, used.output
+        assert part in allocated.stdout
+    quantized = shiftadd("quantize", model, "-o", out, "--bit-plan", plan, *QUICK)
+    assert quantized.exit_code == 0, quantized.output
     bits = {name: layer["bits"] for name, layer in json.loads(plan.read_text())["layers"].items()}
     report = json.loads((out / "report.json").read_text())
     assert {layer["name"]: layer["bits"] for layer in report["layers"]} == bits
     assert report["size"]["bits_per_weight"] <= 5
     shown = json.loads(shiftadd("inspect", out, "--verify", "--json").stdout)
     assert {layer["name"]: layer["bits"] for layer in shown["layers"]} == bits
-    assert f"{shown['bits_per_weight']:.3f} stored bits per weight" in made.stdout
+    assert f"{shown['bits_per_weight']:.3f} stored bits per weight" in allocated.stdout
     again = shiftadd("allocate-bits", model, "-o", plan, "--avg-bits", "5", *QUICK)
     assert again.exit_code == 2
     assert "--overwrite" in again.stderr
     assert shiftadd("allocate-bits", model, "-o", plan, "--avg-bits", "5", "--overwrite", *QUICK).exit_code == 0
 
 
-def test_a_curve_shows_less_predicted_loss_for_more_bits(model: Path, tmp_path: Path) -> None:
+def test_curve_shows_less_predicted_loss_for_more_bits(model: Path, tmp_path: Path) -> None:
     result = shiftadd("allocate-bits", model, "-o", tmp_path / "p", "--avg-bits", "5", "--curve", "4.5:6:0.5", *QUICK)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -67,16 +67,16 @@ def test_a_curve_shows_less_predicted_loss_for_more_bits(model: Path, tmp_path: 
     assert all(float(row[5]) <= float(row[0]) for row in rows)
     losses = [float(row[-1]) for row in rows]
     assert losses == sorted(losses, reverse=True)
-    # Measured once.
+    # The sensitivities are measured once.
     assert result.stderr.count("Measuring: 2/2 (100%)") == 1
 
 
-def test_a_plan_is_drawn(model: Path, tmp_path: Path) -> None:
+def test_plan_is_drawn(model: Path, tmp_path: Path) -> None:
     plan, picture = tmp_path / "plan.json", tmp_path / "plan.svg"
     options = ["-o", plan, "--avg-bits", "5", "--plot", picture, *QUICK]
-    made = shiftadd("allocate-bits", model, *options)
-    assert made.exit_code == 0, made.output
-    assert str(picture) in made.stdout
+    allocated = shiftadd("allocate-bits", model, *options)
+    assert allocated.exit_code == 0, allocated.output
+    assert str(picture) in allocated.stdout
     first = picture.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.svg"]
     plan.unlink()
@@ -87,8 +87,8 @@ def test_a_plan_is_drawn(model: Path, tmp_path: Path) -> None:
     assert picture.read_bytes() == first
 
 
-def test_a_budget_of_what_a_table_says(model: Path, tmp_path: Path) -> None:
-    """Half as much again for every further bit, which bytes with their scales are not."""
+def test_plan_keeps_to_a_budget_in_units_of_a_cost_table(model: Path, tmp_path: Path) -> None:
+    """Costs in the table are proportional to the bits, unlike bytes, which include scales."""
     table, plan = tmp_path / "table.json", tmp_path / "plan.json"
     costs = {"2": 1.0, "3": 1.5, "4": 2.0}
     table.write_text(
@@ -98,12 +98,12 @@ def test_a_budget_of_what_a_table_says(model: Path, tmp_path: Path) -> None:
     )
     weights = sum(rows * columns for rows, columns in shapes_of(model, tmp_path))
     options = ["-o", plan, "--cost", "latency", "--cost-table", table, *QUICK]
-    made = shiftadd("allocate-bits", model, *options, "--max-cost", 1.4 * weights)
-    assert made.exit_code == 0, made.output
+    allocated = shiftadd("allocate-bits", model, *options, "--max-cost", 1.4 * weights)
+    assert allocated.exit_code == 0, allocated.output
     layers = json.loads(plan.read_text())["layers"].values()
     spent = sum(costs[str(layer["bits"])] * layer["shape"][0] * layer["shape"][1] for layer in layers)
     assert 1.3 * weights < spent <= 1.4 * weights * (1 + 1e-6)
-    assert f"Latency       {spent:.6g} ms" in made.stdout
+    assert f"Latency       {spent:.6g} ms" in allocated.stdout
     few = shiftadd("allocate-bits", model, *options, "--overwrite", "--max-cost", 0.9 * weights)
     assert few.exit_code == 2
     assert f"from {weights:.7g} to {2.0 * weights:.7g} ms" in few.stderr
@@ -111,46 +111,46 @@ def test_a_budget_of_what_a_table_says(model: Path, tmp_path: Path) -> None:
     assert (lacking.exit_code, "no latency of 5 bits" in lacking.stderr) == (2, True)
 
 
-def test_a_mixture_of_primitives_within_an_energy_of_a_table(model: Path, tmp_path: Path) -> None:
-    """Shift layers are given where the table says that they cost less, and the plan is one that quantize takes."""
+def test_mixture_of_primitives_keeps_to_an_energy_budget(model: Path, tmp_path: Path) -> None:
+    """Shift layers are chosen because they cost less in the table, and `quantize` accepts the plan."""
     table, plan, out = tmp_path / "table.json", tmp_path / "plan.json", tmp_path / "out"
     costs = {"2": 1.0, "3": 1.5, "shift1": 0.5, "shift2": 0.75}
     head = {"format": "shiftadd cost table", "version": 1, "cost": "energy", "unit": "pJ"}
     table.write_text(json.dumps(head | {"per_weight": costs}))
     weights = sum(rows * columns for rows, columns in shapes_of(model, tmp_path))
     options = ["--cost", "energy", "--cost-table", table, "--candidates", "2,3,shift1,shift2", *QUICK]
-    made = shiftadd("allocate-bits", model, "-o", plan, *options, "--max-cost", 0.7 * weights)
-    assert made.exit_code == 0, made.output
+    allocated = shiftadd("allocate-bits", model, "-o", plan, *options, "--max-cost", 0.7 * weights)
+    assert allocated.exit_code == 0, allocated.output
     layers = json.loads(plan.read_text())["layers"].values()
     assert {layer["bits"] for layer in layers} == {"shift1-3", "shift2-4"}
-    assert "a is shift1-3, b is shift2-4" in made.stdout
-    done = shiftadd("quantize", model, "-o", out, "--bit-plan", plan, *QUICK)
-    assert done.exit_code == 0, done.output
-    told = shiftadd("inspect", out, "--verify", "--layers").stdout
-    assert "format version 2" in told
-    assert all(sum(name in line.split() for line in told.splitlines()) for name in ("shift1", "shift2"))
+    assert "a is shift1-3, b is shift2-4" in allocated.stdout
+    quantized = shiftadd("quantize", model, "-o", out, "--bit-plan", plan, *QUICK)
+    assert quantized.exit_code == 0, quantized.output
+    listing = shiftadd("inspect", out, "--verify", "--layers").stdout
+    assert "format version 2" in listing
+    assert all(sum(name in line.split() for line in listing.splitlines()) for name in ("shift1", "shift2"))
 
 
 def shapes_of(model: Path, folder: Path) -> list[list[int]]:
-    """`[out, in]` of every layer, from a plan of enough bits."""
+    """`[out, in]` of every layer, from a plan with an ample budget."""
     plan = folder / "shapes.json"
     assert shiftadd("allocate-bits", model, "-o", plan, "--avg-bits", "9", *QUICK).exit_code == 0
     return [layer["shape"] for layer in json.loads(plan.read_text())["layers"].values()]
 
 
-def test_the_smallest_plan_for_a_measured_divergence(model: Path, tmp_path: Path) -> None:
+def test_plan_is_the_smallest_within_a_divergence(model: Path, tmp_path: Path) -> None:
     options = ["--sensitivity", "divergence", "--candidates", "2,3", *QUICK]
-    made = shiftadd("allocate-bits", model, "-o", tmp_path / "all", "--max-divergence", "1e9", *options)
-    assert made.exit_code == 0, made.output
-    whole = json.loads((tmp_path / "all").read_text())
-    assert {layer["bits"] for layer in whole["layers"].values()} == {2}
-    asked = 0.6 * sum(layer["cost"]["2"] for layer in whole["layers"].values())
-    made = shiftadd("allocate-bits", model, "-o", tmp_path / "plan", "--max-divergence", asked, *options)
-    assert made.exit_code == 0, made.output
-    assert f"Budget        {asked:g} nats/token of predicted loss" in made.stdout
-    assert "(nats/token), from the sensitivity 'divergence'" in made.stdout
+    allocated = shiftadd("allocate-bits", model, "-o", tmp_path / "all", "--max-divergence", "1e9", *options)
+    assert allocated.exit_code == 0, allocated.output
+    smallest = json.loads((tmp_path / "all").read_text())
+    assert {layer["bits"] for layer in smallest["layers"].values()} == {2}
+    limit = 0.6 * sum(layer["cost"]["2"] for layer in smallest["layers"].values())
+    allocated = shiftadd("allocate-bits", model, "-o", tmp_path / "plan", "--max-divergence", limit, *options)
+    assert allocated.exit_code == 0, allocated.output
+    assert f"Budget        {limit:g} nats/token of predicted loss" in allocated.stdout
+    assert "(nats/token), from the sensitivity 'divergence'" in allocated.stdout
     plan = json.loads((tmp_path / "plan").read_text())
-    assert sum(layer["cost"][str(layer["bits"])] for layer in plan["layers"].values()) <= asked
+    assert sum(layer["cost"][str(layer["bits"])] for layer in plan["layers"].values()) <= limit
     refused = shiftadd("allocate-bits", model, "-o", tmp_path / "none", "--max-divergence", "1e-9", *options)
     assert refused.exit_code == 2
     assert refused.stderr.strip().splitlines()[-1].startswith("Error: A predicted loss of at most 1e-09 cannot be met")
@@ -189,7 +189,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "part"), BAD)
-def test_bad_input_is_one_line_before_any_work(model: Path, tmp_path: Path, options: list[str], part: str) -> None:
+def test_bad_input_is_refused_in_one_line_before_any_work(
+    model: Path, tmp_path: Path, options: list[str], part: str
+) -> None:
     result = shiftadd("allocate-bits", model, "-o", tmp_path / "plan.json", *QUICK, *options)
     assert result.exit_code == 2, result.output
     line = result.stderr.strip().splitlines()[-1]
@@ -199,12 +201,12 @@ def test_bad_input_is_one_line_before_any_work(model: Path, tmp_path: Path, opti
     assert not list(tmp_path.iterdir())
 
 
-def test_the_options_are_those_of_a_recipe_without_bits() -> None:
+def test_options_are_those_of_a_recipe_without_bits() -> None:
     text = shiftadd("allocate-bits", "--help").stdout
     assert "--group-size" in text
     assert "--bits" not in text.replace("--avg-bits", "")
 
 
-def test_no_option_of_its_own_hides_one_of_the_recipe() -> None:
+def test_own_options_hide_none_of_the_recipe() -> None:
     names = [name for parameter in allocate_bits.params for name in (*parameter.opts, *parameter.secondary_opts)]
     assert len(names) == len(set(names))

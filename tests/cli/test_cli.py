@@ -4,8 +4,8 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -15,8 +15,8 @@ from shiftadd_cli import __version__, cli
 from shiftadd_cli.errors import ArtifactError, RecipeError, ShiftaddError
 
 
-def run_verb(monkeypatch: pytest.MonkeyPatch, body: Any) -> Result:
-    """What the group makes of a verb whose body is `body`."""
+def run_verb(monkeypatch: pytest.MonkeyPatch, body: Callable[[], None]) -> Result:
+    """Run a verb with this body in the command group."""
 
     @click.command()
     def quantize() -> None:
@@ -26,7 +26,7 @@ def run_verb(monkeypatch: pytest.MonkeyPatch, body: Any) -> Result:
     return CliRunner().invoke(cli.main, ["quantize"])
 
 
-def raiser(failure: BaseException) -> Any:
+def raiser(failure: BaseException) -> Callable[[], None]:
     def body() -> None:
         raise failure
 
@@ -41,7 +41,7 @@ def test_user_errors_are_one_line_on_stderr_and_exit_2(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [
         (errno.ENOSPC, "the disk is full"),
         (errno.EDQUOT, "quota"),
@@ -49,13 +49,11 @@ def test_user_errors_are_one_line_on_stderr_and_exit_2(monkeypatch: pytest.Monke
         (errno.EROFS, "read-only"),
     ],
 )
-def test_what_the_system_refuses_is_a_sentence_with_the_place(
-    monkeypatch: pytest.MonkeyPatch, code: int, said: str
-) -> None:
+def test_system_errors_are_one_sentence_with_the_path(monkeypatch: pytest.MonkeyPatch, code: int, message: str) -> None:
     result = run_verb(monkeypatch, raiser(OSError(code, os.strerror(code), "/out/model.safetensors")))
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: /out/model.safetensors: ")
-    assert said in result.stderr
+    assert message in result.stderr
     assert result.stderr.count("\n") == 1
 
 
@@ -72,22 +70,22 @@ def test_interruption_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [(["quantise"], "No such command 'quantise'"), (["--bits"], "No such option"), ([], "Usage:")],
 )
-def test_misuse_exits_2_with_the_usage(arguments: list[str], said: str) -> None:
+def test_misuse_exits_2_with_the_usage(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(cli.main, arguments)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
 
 
-def test_version() -> None:
+def test_version_is_printed() -> None:
     result = CliRunner().invoke(cli.main, ["--version"])
     assert result.exit_code == 0
     assert result.stdout == f"shiftadd, version {__version__}\n"
 
 
-def test_module_and_command_are_the_same() -> None:
+def test_module_runs_as_the_command_does() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "shiftadd_cli", "--version"], capture_output=True, text=True, timeout=60
     )
@@ -96,7 +94,7 @@ def test_module_and_command_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in cli.VERBS)], ids=" ".join)
-def test_help_is_quick_because_it_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
+def test_help_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from shiftadd_cli.cli import main\n"
@@ -118,12 +116,12 @@ def test_every_verb_is_in_the_help_with_a_summary() -> None:
     assert {line.split()[0] for line in listed if len(line.split()) > 1} >= set(cli.VERBS)
 
 
-def test_errors_that_name_fields_show_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_flags_instead_of_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RecipeError("Give `seq_len=64`, `resume=False`, `allow_partial=True` or `out`; see `pip install x`, `y`.")
 
     monkeypatch.setattr("shiftadd_cli.pipeline.job.Job.prepare", refuse)
     result = CliRunner().invoke(cli.main, ["quantize", "demo", "-o", str(tmp_path / "out")])
     assert result.exit_code == 2
-    told = "Error: Give --seq-len 64, --no-resume, --allow-partial or `out`; see `pip install x`, `y`.\n"
-    assert result.stderr == told
+    expected = "Error: Give --seq-len 64, --no-resume, --allow-partial or `out`; see `pip install x`, `y`.\n"
+    assert result.stderr == expected

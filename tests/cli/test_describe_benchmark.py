@@ -1,4 +1,4 @@
-"""What is printed is what was measured: ratios first, medians with their ends, and how it was measured."""
+"""The printed benchmark: ratios first, then medians with their ranges, and the conditions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shiftadd_cli.runtime.opened import ModelInfo
 
 
 def timed(*seconds: float, amount: int = 1) -> Timed:
-    return Timed(tuple(Span(each, 2 * each) for each in seconds), amount)
+    return Timed(tuple(Span(wall, 2 * wall) for wall in seconds), amount)
 
 
 def model(spec: str, dtype: str, factor: float) -> ModelSpeed:
@@ -70,7 +70,7 @@ def row(text: str, label: str) -> list[str]:
     return cells(next(line for line in text.splitlines() if line.startswith(label)))
 
 
-def test_ratios_stand_before_medians_and_their_ends(result):
+def test_ratios_come_before_medians_and_ranges(result: Benchmark) -> None:
     text = describe_benchmark(result)
     assert cells(text.splitlines()[0]) == [
         *("x original, bfloat16", "x original, float32", "out, float32", "original, bfloat16", "original, float32")
@@ -86,7 +86,7 @@ def test_ratios_stand_before_medians_and_their_ends(result):
     assert row(text, "cores busy, decode")[1] == "2.00 (2.00 - 2.00)"
 
 
-def test_layers_stand_beside_dense_ones_and_the_roof(result):
+def test_layers_are_compared_with_dense_ones_and_the_roof(result: Benchmark) -> None:
     text = describe_benchmark(result)
     one, many = [cells(line) for line in text.splitlines() if line.startswith(", 64 x 128")]
     # 10 kB in 10 us are 1 GB/s, half of the roof.
@@ -101,7 +101,7 @@ def test_layers_stand_beside_dense_ones_and_the_roof(result):
     assert "In cache      the copies" in cached
 
 
-def test_it_says_how_it_was_measured(result):
+def test_conditions_are_described(result: Benchmark) -> None:
     text = describe_benchmark(result)
     assert "a/out in float32, batch of 1; 61 new ones" in text
     assert "Original      b/original, stored in bfloat16" in text
@@ -111,7 +111,7 @@ def test_it_says_how_it_was_measured(result):
     assert "last-level cache unknown" in describe_benchmark(replace(result, machine=Machine("CPU", 1, 2, None)))
 
 
-def test_what_was_not_measured_is_not_told(result):
+def test_unmeasured_parts_are_left_out(result: Benchmark) -> None:
     alone = describe_benchmark(replace(result, models=result.models[:1], roof=None, layers=()))
     assert "Original" not in alone
     assert "Ratios" not in alone
@@ -119,27 +119,27 @@ def test_what_was_not_measured_is_not_told(result):
     assert "none: the model has no compressed linear layer" in describe_benchmark(replace(result, layers=()))
 
 
-def test_specs_are_shortened_only_where_they_stay_apart(result):
+def test_specs_are_shortened_only_if_they_stay_distinct(result: Benchmark) -> None:
     first, second, _ = result.models
     same = replace(first, info=replace(first.info, spec="c/original"))
     header = cells(describe_benchmark(replace(result, models=(same, second))).splitlines()[0])
     assert header == ["x b/original, bfloat16", "c/original, float32", "b/original, bfloat16"]
 
 
-def test_json_has_every_round_and_the_gains(result):
-    told = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert told["gains"]["b/original in float32"]["decode"]["rounds"] == [4.0, 4.0, 4.0]
-    assert told["models"][0]["tokens_per_second"]["decode"] == {
+def test_json_has_every_round_and_the_gains(result: Benchmark) -> None:
+    document = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert document["gains"]["b/original in float32"]["decode"]["rounds"] == [4.0, 4.0, 4.0]
+    assert document["models"][0]["tokens_per_second"]["decode"] == {
         "median": 30.0,
         "min": 15.0,
         "max": 60.0,
         "rounds": [30.0, 60.0, 15.0],
     }
-    assert (told["batch"], told["new_tokens"]) == (1, 61)
-    assert told["models"][1]["spec"] == "b/original"
-    (found,) = told["layers"]
-    assert found["gains_over_dense"]["float32"]["1"]["median"] == pytest.approx(8.0)
-    assert found["ways"]["compressed"]["rows"]["1"]["roof_share"] == pytest.approx(0.5)
-    assert found["ways"]["bfloat16"]["rows"]["64"]["cpu_seconds"]["median"] == pytest.approx(2.4e-4)
-    assert (told["roof"]["bytes_per_second"], told["machine"]["cache_bytes"]) == (2e9, 32 << 20)
+    assert (document["batch"], document["new_tokens"]) == (1, 61)
+    assert document["models"][1]["spec"] == "b/original"
+    (entry,) = document["layers"]
+    assert entry["gains_over_dense"]["float32"]["1"]["median"] == pytest.approx(8.0)
+    assert entry["ways"]["compressed"]["rows"]["1"]["roof_share"] == pytest.approx(0.5)
+    assert entry["ways"]["bfloat16"]["rows"]["64"]["cpu_seconds"]["median"] == pytest.approx(2.4e-4)
+    assert (document["roof"]["bytes_per_second"], document["machine"]["cache_bytes"]) == (2e9, 32 << 20)
     assert replace(result, roof=None, layers=()).to_dict()["layers"] == []

@@ -46,8 +46,8 @@ def test_quantize_writes_a_verified_folder(out: Path) -> None:
     shiftadd("inspect", out, "--verify")
 
 
-def test_evaluate_tells_what_it_cost(model: Path, out: Path, text: Path) -> None:
-    options = ["--dataset", text, "--context", "64", "--max-tokens", "640", "--json"]
+def test_evaluate_reports_the_loss_of_quality(model: Path, out: Path, text: Path) -> None:
+    options: list[str | Path] = ["--dataset", text, "--context", "64", "--max-tokens", "640", "--json"]
     compared = json.loads(shiftadd("evaluate", out, "--against", model, *options).stdout)
     alone = json.loads(shiftadd("evaluate", out, *options).stdout)
     measured = compared["models"][0]
@@ -68,7 +68,7 @@ def test_transformers_loads_the_result(out: Path) -> None:
     assert result.stdout.strip() == "PackedLinear"
 
 
-def test_same_command_twice_gives_the_same_bytes(model: Path, out: Path, tmp_path: Path) -> None:
+def test_same_command_gives_the_same_bytes(model: Path, out: Path, tmp_path: Path) -> None:
     shiftadd("quantize", model, "-o", tmp_path / "again", "--bits", "4", *QUICK)
     weights = sorted(path.name for path in out.glob("*.safetensors"))
     assert weights
@@ -89,7 +89,7 @@ def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--bits", "9"], "Option --bits"),
         (["--group-size", "0"], "Option --group-size"),
@@ -97,11 +97,11 @@ def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
         (["--calibration", "none"], "sweep to none"),
     ],
 )
-def test_bad_options_are_one_line_and_write_nothing(
-    model: Path, tmp_path: Path, arguments: list[str], said: str
+def test_bad_options_are_refused_in_one_line_and_write_nothing(
+    model: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     result = shiftadd("quantize", model, "-o", tmp_path / "out", *arguments, expect=2)
     assert result.stderr.startswith("Error: ")
-    assert said in result.stderr
+    assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

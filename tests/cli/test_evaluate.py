@@ -1,4 +1,4 @@
-"""`shiftadd evaluate` as a user types it: what is printed where, and how bad input ends."""
+"""`shiftadd evaluate` as a user types it: what goes to each output stream, and the refusal of bad input."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from tiny_models import save_tiny
 
 from shiftadd_cli.cli import main
@@ -25,7 +25,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny("llama", tmp_path_factory.mktemp("models") / "two", seed=1))
 
 
-def evaluate(*arguments: str):
+def evaluate(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["evaluate", *arguments])
 
 
@@ -33,7 +33,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("  ") if cell.strip()]
 
 
-def test_the_table_has_a_row_per_model_and_says_how_it_was_measured(one, two):
+def test_table_has_a_row_per_model_and_the_conditions(one: str, two: str) -> None:
     result = evaluate(two, one, "--against", one, *SHORT)
     assert result.exit_code == 0, result.output
     header, original, first, second = result.stdout.splitlines()[:4]
@@ -51,7 +51,7 @@ def test_the_table_has_a_row_per_model_and_says_how_it_was_measured(one, two):
     assert "in float32 on cpu" in result.stdout
 
 
-def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(tmp_path):
+def test_windows_begin_with_the_special_tokens_of_the_tokenizer(tmp_path: Path) -> None:
     model = str(save_tiny("llama", tmp_path / "model", before=("<|user|>",)))
     result = evaluate(model, *SHORT)
     assert "4 of 64 tokens (context), not overlapping, which begin with <|user|>; 200 tokens scored" in result.stdout
@@ -61,12 +61,12 @@ def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(tmp_path):
     assert f"tokenizer of {model} puts <|user|> before a text and that of {other} nothing" in refused.stderr
 
 
-def test_a_context_that_nobody_asked_for_is_shortened_to_the_positions(one):
+def test_default_context_is_limited_to_the_positions(one: str) -> None:
     result = evaluate(one, "--max-tokens", "600", "--device", "cpu")
     assert "2 of 512 tokens (context, as many as there are positions for), not overlapping" in result.stdout
 
 
-def test_json_is_all_there_is_on_standard_output(one, two):
+def test_standard_output_holds_only_the_json(one: str, two: str) -> None:
     result = evaluate(two, "--against", one, "--json", *SHORT)
     assert result.exit_code == 0, result.output
     table = json.loads(result.stdout)
@@ -76,13 +76,13 @@ def test_json_is_all_there_is_on_standard_output(one, two):
     assert "Evaluating" in result.stderr
 
 
-def test_a_dtype_can_be_asked_for(one):
+def test_dtype_can_be_chosen(one: str) -> None:
     result = evaluate(one, "--dtype", "bfloat16", *SHORT)
     assert result.exit_code == 0, result.output
     assert "in bfloat16 (stored as float32) on cpu" in result.stdout
 
 
-def test_a_model_calibrated_on_the_test_text_draws_a_warning(one, monkeypatch):
+def test_model_calibrated_on_the_test_text_gets_a_warning(one: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = compare._measured
     monkeypatch.setattr(
         compare,
@@ -110,7 +110,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_with_one_sentence_and_code_2(case, one, tmp_path, monkeypatch):
+def test_bad_input_is_refused_in_one_sentence(
+    case: str, one: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     arguments, message = BAD[case]
     result = evaluate(*(argument.format(one=one) for argument in arguments))

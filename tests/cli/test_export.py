@@ -18,9 +18,9 @@ def export(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_checkpoint(tiny_model("llama"), tmp_path_factory.mktemp("export") / "packed").folder
-    tiny_tokenizer().save_pretrained(made)
-    return made
+    checkpoint = write_checkpoint(tiny_model("llama"), tmp_path_factory.mktemp("export") / "packed")
+    tiny_tokenizer().save_pretrained(checkpoint.folder)
+    return checkpoint.folder
 
 
 @pytest.mark.parametrize(
@@ -32,14 +32,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--format", "gguf", "--dtype", "q8_0"], "packed-q8_0.gguf"),
     ],
 )
-def test_what_was_asked_for_is_written(folder: Path, tmp_path: Path, options: list[str], file: str) -> None:
+def test_requested_format_is_written(folder: Path, tmp_path: Path, options: list[str], file: str) -> None:
     result = export(folder, "-o", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / file).is_file()
     assert result.stdout.startswith("Written to ")
 
 
-def test_faults_are_one_line(folder: Path, tmp_path: Path) -> None:
+def test_faults_are_reported_in_one_line(folder: Path, tmp_path: Path) -> None:
     original = save_tiny("llama", tmp_path / "original")
     for arguments, part in (
         ((folder, "-o", tmp_path / "out", "--format", "dense", "--dtype", "q8_0"), "--format gguf"),

@@ -1,9 +1,10 @@
-"""`shiftadd generate` as a user types it: the text alone on standard output, and how bad input ends."""
+"""`shiftadd generate` as a user types it: only the text on standard output, and the refusal of bad input."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from artifacts import write_checkpoint
@@ -23,7 +24,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """No token ends its texts, and it has no chat template."""
+    """A compressed model without an end-of-text token and without a chat template."""
     model = tiny_model("llama")
     model.config.eos_token_id = None
     folder = write_checkpoint(model, tmp_path_factory.mktemp("models") / "packed", tables=True).folder
@@ -37,52 +38,57 @@ def generate(*arguments: str, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(main, ["generate", *arguments, "--device", "cpu"], input=stdin)
 
 
-def test_the_text_is_all_there_is_on_standard_output(packed):
+def test_standard_output_holds_only_the_text(packed: str) -> None:
     result = generate(packed, "--prompt", "The for statement", "--max-new-tokens", "8")
     assert result.exit_code == 0, result.output
-    told = json.loads(generate(packed, "--prompt", "The for statement", "--max-new-tokens", "8", "--json").stdout)
-    assert result.stdout == told["text"].removesuffix("\n") + "\n"
+    document = json.loads(generate(packed, "--prompt", "The for statement", "--max-new-tokens", "8", "--json").stdout)
+    assert result.stdout == document["text"].removesuffix("\n") + "\n"
     assert re.fullmatch(
-        rf"Prompt {told['prompt_tokens']} tokens at [\d.]+ tokens/s; new 8 tokens at [\d.]+ tokens/s; "
+        rf"Prompt {document['prompt_tokens']} tokens at [\d.]+ tokens/s; new 8 tokens at [\d.]+ tokens/s; "
         r"loaded in [\d.]+ s; peak memory [\d.]+ [MG]B\n",
         result.stderr,
     )
 
 
-def test_the_same_command_gives_the_same_text(packed):
-    drawn = (packed, "--prompt", "A", "--temperature", "1.2", "--top-p", "0.95", "--max-new-tokens", "20")
-    texts = [generate(*drawn, "--seed", seed).stdout for seed in ("7", "7", "8")]
+def test_same_command_gives_the_same_text(packed: str) -> None:
+    arguments = (packed, "--prompt", "A", "--temperature", "1.2", "--top-p", "0.95", "--max-new-tokens", "20")
+    texts = [generate(*arguments, "--seed", seed).stdout for seed in ("7", "7", "8")]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_json_says_what_was_done(original):
+def test_json_describes_the_run(original: str) -> None:
     result = generate(original, "--prompt", "hello", "--json", "--max-new-tokens", "3", "--dtype", "bfloat16")
     assert (result.exit_code, result.stderr) == (0, "")
-    told = json.loads(result.stdout)
-    assert (told["model"], told["dtype"], told["device"], told["chat"]) == (original, "bfloat16", "cpu", True)
-    assert told["new_tokens"] <= 3
-    assert told["peak_memory_bytes"] > 1e7
+    document = json.loads(result.stdout)
+    assert (document["model"], document["dtype"], document["device"], document["chat"]) == (
+        original,
+        "bfloat16",
+        "cpu",
+        True,
+    )
+    assert document["new_tokens"] <= 3
+    assert document["peak_memory_bytes"] > 1e7
 
 
-def test_a_prompt_can_come_from_standard_input(packed):
+def test_prompt_can_come_from_standard_input(packed: str) -> None:
     typed = generate(packed, "--prompt", "two\nlines", "--json", "--max-new-tokens", "4")
     for piped in ("two\nlines", "two\nlines\n", "two\nlines\r\n"):
-        told = json.loads(generate(packed, "--prompt", "-", "--json", "--max-new-tokens", "4", stdin=piped).stdout)
-        assert told["text"] == json.loads(typed.stdout)["text"]
-        assert told["prompt_tokens"] == json.loads(typed.stdout)["prompt_tokens"]
+        document = json.loads(generate(packed, "--prompt", "-", "--json", "--max-new-tokens", "4", stdin=piped).stdout)
+        assert document["text"] == json.loads(typed.stdout)["text"]
+        assert document["prompt_tokens"] == json.loads(typed.stdout)["prompt_tokens"]
 
 
-def test_the_chat_template_can_be_switched_off(original):
-    asked = (original, "--prompt", "hello", "--json", "--max-new-tokens", "1")
+def test_chat_template_can_be_switched_off(original: str) -> None:
+    arguments = (original, "--prompt", "hello", "--json", "--max-new-tokens", "1")
     default, chat, plain = (
-        json.loads(generate(*asked, *switch).stdout) for switch in ((), ("--chat",), ("--no-chat",))
+        json.loads(generate(*arguments, *switch).stdout) for switch in ((), ("--chat",), ("--no-chat",))
     )
-    assert [each["chat"] for each in (default, chat, plain)] == [True, True, False]
+    assert [document["chat"] for document in (default, chat, plain)] == [True, True, False]
     # The template of the tiny tokenizer puts one token before the message and one after it.
     assert default["prompt_tokens"] == chat["prompt_tokens"] == plain["prompt_tokens"] + 2
 
 
-def test_the_text_ends_where_the_context_does(packed):
+def test_text_ends_with_the_context(packed: str) -> None:
     prompt = "if " * 250
     tokens = len(tiny_tokenizer()(prompt)["input_ids"])
     assert 490 < tokens < 512
@@ -92,7 +98,7 @@ def test_the_text_ends_where_the_context_does(packed):
     assert "tokens/s, where the context ended;" in result.stderr
 
 
-def test_an_interruption_leaves_the_text_and_ends_with_130(packed, monkeypatch):
+def test_interruption_keeps_the_text_and_exits_130(packed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     show, shown = verb._show, []
 
     def stop_at_the_third(piece: str) -> None:
@@ -108,7 +114,7 @@ def test_an_interruption_leaves_the_text_and_ends_with_130(packed, monkeypatch):
     assert result.stderr == "\nInterrupted.\n"
 
 
-def test_threads_can_be_chosen(packed, monkeypatch):
+def test_threads_can_be_chosen(packed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     chosen: list[int] = []
@@ -134,7 +140,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_with_one_sentence_before_a_model_is_loaded(case, packed, tmp_path, monkeypatch):
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    case: str, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Opened, "load", lambda *_: pytest.fail("a model was loaded"))
     encoder = save_tiny_vision("vit-bare", tmp_path / "encoder")
     names = {"packed": packed, "empty": tmp_path, "encoder": encoder, "long": "long " * 600}
@@ -146,7 +154,7 @@ def test_bad_input_ends_with_one_sentence_before_a_model_is_loaded(case, packed,
     assert result.stdout == ""
 
 
-def test_bytes_that_are_no_text_are_refused(packed):
+def test_prompt_that_is_not_utf8_is_refused(packed: str) -> None:
     result = generate(packed, "--prompt", "-", stdin=b"\xff\xfe\x00")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "not valid UTF-8 text" in result.stderr

@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     return write_checkpoint(tiny_model("qwen2"), tmp_path / "out").folder
 
 
-def test_table_and_totals(folder: Path) -> None:
+def test_table_and_totals_are_shown(folder: Path) -> None:
     result = inspect(folder)
     assert result.exit_code == 0
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -35,24 +35,24 @@ def test_table_and_totals(folder: Path) -> None:
     assert "Verified" not in result.output
 
 
-def test_tables_have_a_list_of_their_own(tmp_path: Path) -> None:
+def test_embedding_tables_are_listed_separately(tmp_path: Path) -> None:
     folder = write_checkpoint(tiny_model("qwen2"), tmp_path / "rows", tables=True).folder
     result = inspect(folder, "--verify")
     assert re.search(r"model\.embed_tokens +320 x 32 +8\.500 +10\.9 kB", result.output)
     assert "8-bit rows    10.9 kB" in result.output
     assert "model.embed_tokens.weight" not in result.output
-    told = json.loads(inspect(folder, "--json").output)
-    assert told["tables"] == [{"name": "model.embed_tokens", "rows": 320, "columns": 32, "stored_bytes": 320 * 34}]
-    assert told["table_bytes"] == 320 * 34
+    document = json.loads(inspect(folder, "--json").output)
+    assert document["tables"] == [{"name": "model.embed_tokens", "rows": 320, "columns": 32, "stored_bytes": 320 * 34}]
+    assert document["table_bytes"] == 320 * 34
 
 
-def test_layers(folder: Path) -> None:
+def test_layers_are_listed_one_by_one(folder: Path) -> None:
     result = inspect(folder, "--layers")
     assert "model.layers.1.mlp.up_proj" in result.output
     assert "*" not in result.output
 
 
-def test_verify(folder: Path) -> None:
+def test_verify_compares_checksums(folder: Path) -> None:
     result = inspect(folder, "--verify")
     assert result.exit_code == 0
     assert "checksums as in report.json" in result.output
@@ -60,14 +60,14 @@ def test_verify(folder: Path) -> None:
     assert "no checksums to compare" in inspect(folder, "--verify").output
 
 
-def test_json(folder: Path) -> None:
-    told = json.loads(inspect(folder, "--json", "--verify").output)
-    assert told["verified"] is True
-    assert told["file_bytes"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def test_json_has_the_size_and_whether_it_is_verified(folder: Path) -> None:
+    document = json.loads(inspect(folder, "--json", "--verify").output)
+    assert document["verified"] is True
+    assert document["file_bytes"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert json.loads(inspect(folder, "--json").output)["verified"] is False
 
 
-def test_damage_is_one_line_and_leaves_with_2(folder: Path) -> None:
+def test_damage_is_reported_in_one_line_and_exits_2(folder: Path) -> None:
     path = sorted(folder.glob("*.safetensors"))[0]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -80,10 +80,10 @@ def test_damage_is_one_line_and_leaves_with_2(folder: Path) -> None:
     assert path.name in result.output
 
 
-def test_what_cannot_be_inspected(folder: Path, tmp_path: Path) -> None:
-    for place, said in ((tmp_path / "gone", "is not a folder"), (tmp_path, "has no config.json")):
-        result = inspect(place)
-        assert (result.exit_code, said in result.output) == (2, True)
+def test_other_folders_and_newer_formats_are_refused(folder: Path, tmp_path: Path) -> None:
+    for path, message in ((tmp_path / "gone", "is not a folder"), (tmp_path, "has no config.json")):
+        result = inspect(path)
+        assert (result.exit_code, message in result.output) == (2, True)
     edit_config(folder, format_version=99)
     result = inspect(folder)
     assert (result.exit_code, "upgrade it" in result.output) == (2, True)

@@ -72,18 +72,18 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
 
     @click.command()
     @recipe_choice
     @recipe_options
     def command(**options: Any) -> None:
-        seen.update(overrides_from(options))
-        seen["recipe given"] = options["recipe"]
+        overrides.update(overrides_from(options))
+        overrides["recipe given"] = options["recipe"]
 
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
-    return seen
+    return overrides
 
 
 def options_of_an_empty_command() -> dict[str, click.Option]:
@@ -111,7 +111,7 @@ def test_fields_left_out_have_no_option() -> None:
     ]
 
 
-def test_quantize_offers_every_recipe_field_and_nothing_else_shapes_the_result() -> None:
+def test_only_recipe_fields_affect_the_result_of_quantize() -> None:
     quantize = main.get_command(click.Context(main), "quantize")
     assert quantize is not None
     options = {option.name: option for option in quantize.params if isinstance(option, click.Option)}
@@ -121,21 +121,21 @@ def test_quantize_offers_every_recipe_field_and_nothing_else_shapes_the_result()
     assert set(options) - set(Recipe.model_fields) == about_the_call
 
 
-def test_every_field_has_a_case_below() -> None:
+def test_every_field_has_a_case() -> None:
     assert OTHER_VALUES.keys() == Recipe.model_fields.keys()
 
 
 @pytest.mark.parametrize("field", OTHER_VALUES)
 def test_option_reaches_its_field_with_the_right_type(field: str) -> None:
     arguments, expected = OTHER_VALUES[field]
-    seen = parse(arguments)
-    assert seen == {field: expected, "recipe given": "default"}
-    assert type(seen[field]) is type(expected)
+    overrides = parse(arguments)
+    assert overrides == {field: expected, "recipe given": "default"}
+    assert type(overrides[field]) is type(expected)
     together = {"group_rows": {"row_scale": False, "refine_rounds": 0}}.get(field, {})
-    assert getattr(Recipe.load("default", {**together, field: seen[field]}), field) == expected
+    assert getattr(Recipe.load("default", {**together, field: overrides[field]}), field) == expected
 
 
-def test_options_not_given_leave_the_recipe_alone() -> None:
+def test_absent_options_leave_the_recipe_alone() -> None:
     assert parse(["--recipe", "fast"]) == {"recipe given": "fast"}
 
 
@@ -162,59 +162,64 @@ def test_help_gives_description_and_default_of_every_field() -> None:
         assert text.endswith(f"[default: {default_text(name)}]")
 
 
-def test_defaults_are_those_of_the_default_recipe_as_they_would_be_typed() -> None:
-    said = {name: default_text(name) for name in Recipe.model_fields}
-    assert (said["avg_bits"], said["bits"], said["bit_plan"], said["skip"]) == ("3.25", "none", "none", "none")
-    assert (said["row_scale"], said["offset"], said["candidates"], said["group_size"]) == (
+def test_defaults_in_the_help_are_those_of_the_default_recipe() -> None:
+    defaults = {name: default_text(name) for name in Recipe.model_fields}
+    assert (defaults["avg_bits"], defaults["bits"], defaults["bit_plan"], defaults["skip"]) == (
+        "3.25",
+        "none",
+        "none",
+        "none",
+    )
+    assert (defaults["row_scale"], defaults["offset"], defaults["candidates"], defaults["group_size"]) == (
         "on",
         "off",
         "2,3,4,5",
         "all",
     )
     numbers = {name: value for name, value in Recipe.load() if type(value) in (int, float) and name != "bits"}
-    assert {name: type(value)(said[name]) for name, value in numbers.items()} == numbers
+    assert {name: type(value)(defaults[name]) for name, value in numbers.items()} == numbers
 
 
-def offered(*words: str) -> list[tuple[str, str]]:
-    """Kinds and values that bash is given for the last of these words."""
+def completions(*words: str) -> list[tuple[str, str]]:
+    """Kinds and values of the completions in bash for the last of these words."""
     program = (
         "import sys\nfrom shiftadd_cli.cli import main\nmain(prog_name='shiftadd', complete_var='_SHIFTADD_COMPLETE')"
     )
-    told = {
+    variables = {
         "_SHIFTADD_COMPLETE": "bash_complete",
         "COMP_WORDS": " ".join(("shiftadd", *words)),
         "COMP_CWORD": str(len(words)),
     }
-    ended = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", program],
-        env=os.environ | told,
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert "| torch" not in ended.stderr
-    kinds = (line.split(",", 1) for line in ended.stdout.splitlines())
+    assert "| torch" not in result.stderr
+    kinds = (line.split(",", 1) for line in result.stdout.splitlines())
     return [(kind, value) for kind, value in kinds]
 
 
-def test_verbs_are_offered() -> None:
-    assert {value for _, value in offered("")} == set(VERBS)
-    assert offered("qu") == [("plain", "quantize")]
+def test_verbs_complete() -> None:
+    assert {value for _, value in completions("")} == set(VERBS)
+    assert completions("qu") == [("plain", "quantize")]
 
 
-def test_options_are_offered() -> None:
-    assert ("plain", "--recipe") in offered("quantize", "demo", "--re")
+def test_options_complete() -> None:
+    assert ("plain", "--recipe") in completions("quantize", "demo", "--re")
 
 
 @pytest.mark.parametrize("verb", ["quantize", "allocate-bits", "evaluate", "generate", "benchmark"])
-def test_models_are_the_demo_and_what_is_on_the_disk(verb: str) -> None:
-    assert offered(verb, "de") == [("plain", "demo"), ("file", "de")]
+def test_models_complete_to_the_demo_and_files(verb: str) -> None:
+    assert completions(verb, "de") == [("plain", "demo"), ("file", "de")]
 
 
-def test_recipes_are_offered_by_name_and_as_files() -> None:
-    found = offered("quantize", "demo", "--recipe", "shift")
+def test_recipes_complete_to_names_and_files() -> None:
+    completed = completions("quantize", "demo", "--recipe", "shift")
     names = [name for name in packaged_names() if name.startswith("shift")]
-    assert found == [*(("plain", name) for name in names), ("file", "shift")]
+    assert completed == [*(("plain", name) for name in names), ("file", "shift")]
 
 
 TRUST = "--trust-remote-code"
@@ -222,8 +227,8 @@ QUICK = ("--samples", "4", "--seq-len", "16", "--batch-size", "2", "--group-size
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the model, a text, and what `quantize` makes of them."""
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model, a text, and the output of `quantize`."""
     folder = tmp_path_factory.mktemp("place")
     save_remote_model(folder / "model")
     counting_text(folder / "text.txt")
@@ -251,23 +256,25 @@ def run(*arguments: str) -> Result:
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
-def test_code_runs_when_it_is_asked_to_and_never_otherwise(
-    place: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+def test_remote_code_runs_only_if_it_is_trusted(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("SHIFTADD_CACHE", str(place / "cache"))
-    (place / MARK).unlink(missing_ok=True)
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("SHIFTADD_CACHE", str(workspace / "cache"))
+    (workspace / MARK).unlink(missing_ok=True)
     refused = run(*arguments)
     assert refused.exit_code == 2
     assert f"runs only with {TRUST}." in refused.output
-    assert not (place / MARK).exists()
-    taken = run(*arguments, TRUST)
-    assert taken.exit_code == 0, taken.output
+    assert not (workspace / MARK).exists()
+    accepted = run(*arguments, TRUST)
+    assert accepted.exit_code == 0, accepted.output
 
 
 @pytest.mark.parametrize("verb", ["generate", "benchmark"])
-def test_a_class_that_cannot_write_is_refused_by_name(place: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
-    monkeypatch.chdir(place)
+def test_class_that_cannot_generate_is_refused_by_name(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.chdir(workspace)
     options = {
         "generate": ("--prompt", "1 is", "--max-new-tokens", "2", "--no-chat"),
         "benchmark": ("--no-layers", "--rounds", "1", "--prompt-tokens", "4", "--new-tokens", "2"),
@@ -278,28 +285,28 @@ def test_a_class_that_cannot_write_is_refused_by_name(place: Path, monkeypatch: 
     assert "runs only with" in run(verb, "out", *options[verb]).output
 
 
-def test_the_code_goes_with_the_checkpoint_and_the_export(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def test_code_is_copied_to_the_checkpoint_and_the_export(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
     assert run("export", "out", "-o", "dense-too", "--format", "dense", TRUST).exit_code == 0
     for folder in ("out", "dense-too"):
         for name in ("configuration_mine.py", "modeling_mine.py", "tokenizer.json"):
-            assert (place / folder / name).read_bytes() == (place / "model" / name).read_bytes()
+            assert (workspace / folder / name).read_bytes() == (workspace / "model" / name).read_bytes()
     tokens = torch.arange(8)[None]
     packed = shiftadd_cli.load("out", trust_remote_code=True)(tokens).logits
     decoded = shiftadd_cli.load("out", trust_remote_code=True).dequantize()(tokens).logits
     torch.testing.assert_close(packed, decoded, rtol=1e-4, atol=1e-4)
 
 
-def test_python_does_not_run_the_code_unasked(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    (place / MARK).unlink(missing_ok=True)
+def test_python_runs_no_untrusted_code(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    (workspace / MARK).unlink(missing_ok=True)
     with pytest.raises(ArtifactError, match="trust_remote_code=True"):
         shiftadd_cli.load("out")
-    assert not (place / MARK).exists()
+    assert not (workspace / MARK).exists()
 
 
-def test_other_verbs_say_what_else_a_model_of_its_own_code_cannot(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+def test_model_with_its_own_code_cannot_be_exported_to_gguf(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
     refused = run("export", "out", "-o", "gguf", "--format", "gguf", TRUST)
     assert refused.exit_code == 2
     assert "Models of type mine-alone cannot be exported to GGUF" in refused.output

@@ -1,41 +1,43 @@
-"""The picture of a plan: what is on it, that it is the same every time, and what is refused before any work."""
+"""The picture of a plan: its contents, that it is the same every time, and paths that are refused before any work."""
 
 from __future__ import annotations
 
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from bit_plans import plan_for
 from tiny_models import save_tiny
 
+from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.cli.plot_bits import check_plot_output, draw_bit_plan
 from shiftadd_cli.errors import OutputError
 from shiftadd_cli.pipeline.allocate import FrontPoint
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.recipe import Recipe
-from shiftadd_cli.source import open_source
+from shiftadd_cli.source import LinearSpec, open_source
 
 FRONT = [FrontPoint(2.5, 0.3), FrontPoint(3.0, 0.1), FrontPoint(4.5, 0.02)]
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """A plan and the linears it is for."""
+def plan_and_linears(tmp_path_factory: pytest.TempPathFactory) -> tuple[BitPlan, list[LinearSpec]]:
+    """A plan and its linears."""
     model = save_tiny("llama", tmp_path_factory.mktemp("plot") / "model")
     recipe = Recipe.load("default", {"group_size": 16})
-    linears = [each.spec for each in make_plan(open_source(str(model)), recipe).linears]
+    linears = [linear.spec for linear in make_plan(open_source(str(model)), recipe).linears]
     return plan_for(model, recipe), linears
 
 
-def test_every_layer_and_the_curve_are_on_the_picture(drawn):
-    """By the texts and paths of the figure itself."""
+def test_picture_shows_every_layer_and_the_curve(plan_and_linears: tuple[BitPlan, list[LinearSpec]]) -> None:
+    """Checks the texts and paths of the figure itself."""
     from matplotlib.figure import Figure
 
     from shiftadd_cli.cli import plot_bits
 
-    plan, linears = drawn
+    plan, linears = plan_and_linears
     upper, lower = Figure().subplots(2)
     plot_bits._draw_grid(upper, plan, linears, (0.5, 0.5))
     plot_bits._draw_front(lower, plan, FRONT)
@@ -54,17 +56,21 @@ def test_every_layer_and_the_curve_are_on_the_picture(drawn):
     assert "bits per weight" in lower.get_xlabel()
 
 
-def test_shift_layers_are_letters_with_a_legend(drawn):
+def test_shift_layers_are_shown_as_letters_with_a_legend(plan_and_linears: tuple[BitPlan, list[LinearSpec]]) -> None:
     from matplotlib.figure import Figure
 
     from shiftadd_cli.cli import plot_bits
 
-    plan, linears = drawn
+    plan, linears = plan_and_linears
     layers = {
-        name: each.model_copy(
-            update={"bytes": {**each.bytes, "shift2-4": 9}, "cost": {**each.cost, "shift2-4": 0.25}, "bits": "shift2-4"}
+        name: layer.model_copy(
+            update={
+                "bytes": {**layer.bytes, "shift2-4": 9},
+                "cost": {**layer.cost, "shift2-4": 0.25},
+                "bits": "shift2-4",
+            }
         )
-        for name, each in plan.layers.items()
+        for name, layer in plan.layers.items()
     }
     upper, lower = Figure().subplots(2)
     mixed = plan.model_copy(update={"version": 2, "layers": layers})
@@ -77,31 +83,33 @@ def test_shift_layers_are_letters_with_a_legend(drawn):
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".svg", b"<?xml"), (".png", b"\x89PNG"), (".PDF", b"%PDF")])
-def test_the_same_plan_gives_the_same_bytes_and_no_setting_is_left_changed(drawn, suffix, start):
+def test_same_plan_gives_the_same_bytes_and_settings_are_restored(
+    plan_and_linears: tuple[BitPlan, list[LinearSpec]], suffix: str, start: bytes
+) -> None:
     import matplotlib
 
     matplotlib.rcParams["font.size"] = 31.0
     before = dict(matplotlib.rcParams)
-    picture = draw_bit_plan(*drawn, FRONT, suffix)
+    picture = draw_bit_plan(*plan_and_linears, FRONT, suffix)
     assert dict(matplotlib.rcParams) == before
-    # A setting of the user's does not show.
+    # The user's settings do not affect the picture.
     matplotlib.rcParams["font.size"] = 10.0
-    assert draw_bit_plan(*drawn, FRONT, suffix) == picture
+    assert draw_bit_plan(*plan_and_linears, FRONT, suffix) == picture
     assert picture.startswith(start)
 
 
-def test_no_window_system_is_loaded():
+def test_module_imports_no_matplotlib() -> None:
     program = "import sys, shiftadd_cli.cli.plot_bits; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["plan.jpeg", "plan"])
-def test_an_unknown_kind_of_picture_is_refused(tmp_path, name):
+def test_unknown_kind_of_picture_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(OutputError, match=r"\.svg, \.png, \.pdf\.$"):
         check_plot_output(tmp_path / name, tmp_path / "plan.json", overwrite=False)
 
 
-def test_places_that_cannot_be_written_are_refused(tmp_path):
+def test_unwritable_paths_are_refused(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     (tmp_path / "folder.svg").mkdir()
     (tmp_path / "there.svg").touch()
@@ -113,7 +121,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path):
         check_plot_output(tmp_path / "new.svg", tmp_path / "new.svg", overwrite=False)
 
 
-def test_without_matplotlib_the_cure_is_named(tmp_path, monkeypatch):
+def test_missing_matplotlib_is_reported_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OutputError, match=r"pip install matplotlib"):
         check_plot_output(tmp_path / "plan.svg", tmp_path / "plan.json", overwrite=False)

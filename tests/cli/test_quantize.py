@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -67,25 +68,25 @@ def test_bad_options_are_refused(model: Path, tmp_path: Path, options: list[str]
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_recipe_field_names_file_and_nearest_field(model: Path, tmp_path: Path) -> None:
+def test_unknown_recipe_field_is_refused_with_its_file_and_the_nearest_field(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("bitz: 3\n")
     assert_refused(quantize(model, "-o", tmp_path / "out", "--recipe", recipe), "mine.yaml", "bitz", "bits")
 
 
 @pytest.mark.parametrize("name", ["no/such/model", "no-such-folder/", "missing.gguf"])
-def test_a_model_that_is_not_there(tmp_path: Path, name: str) -> None:
+def test_missing_model_is_refused(tmp_path: Path, name: str) -> None:
     assert_refused(quantize(name, "-o", tmp_path / "out"), name.rstrip("/"))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_configuration(tmp_path: Path) -> None:
+def test_folder_without_configuration_is_refused(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert_refused(quantize(empty, "-o", tmp_path / "out"), "config.json")
 
 
-def test_a_truncated_checkpoint(model: Path, tmp_path: Path) -> None:
+def test_truncated_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     file = broken / "model.safetensors"
@@ -94,24 +95,24 @@ def test_a_truncated_checkpoint(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_artifact_of_ours_is_not_a_source(model: Path, tmp_path: Path) -> None:
-    done = tmp_path / "done"
-    assert quantize(model, "-o", done, "--recipe", "fast").exit_code == 0
-    assert_refused(quantize(done, "-o", tmp_path / "again"), "already")
+def test_artifact_is_refused_as_a_source(model: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "done"
+    assert quantize(model, "-o", artifact, "--recipe", "fast").exit_code == 0
+    assert_refused(quantize(artifact, "-o", tmp_path / "again"), "already")
 
 
-def test_text_that_is_too_short_says_how_many_tokens(model: Path, tmp_path: Path) -> None:
+def test_short_text_is_refused_with_the_required_tokens(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("just a few words")
     assert_refused(quantize(model, "-o", tmp_path / "out", "--calibration", text), "tokens", "65536")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_dataset_without_network_says_how_to_pass_a_file(model: Path, tmp_path: Path) -> None:
+def test_dataset_without_network_is_refused_with_the_cure(model: Path, tmp_path: Path) -> None:
     assert_refused(quantize(model, "-o", tmp_path / "out", "--calibration", "wikitext2"), "wikitext2", ".txt")
 
 
-def test_an_existing_output_needs_overwrite(model: Path, tmp_path: Path) -> None:
+def test_existing_output_needs_overwrite(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert quantize(model, "-o", out, "--recipe", "fast").exit_code == 0
     before = (out / "config.json").read_bytes()
@@ -121,7 +122,7 @@ def test_an_existing_output_needs_overwrite(model: Path, tmp_path: Path) -> None
     assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 2
 
 
-def test_overwrite_never_deletes_what_is_not_ours(model: Path, tmp_path: Path) -> None:
+def test_overwrite_never_deletes_foreign_files(model: Path, tmp_path: Path) -> None:
     precious = tmp_path / "thesis"
     precious.mkdir()
     (precious / "thesis.txt").write_text("four years")
@@ -135,29 +136,31 @@ def test_output_inside_the_model_is_refused(model: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the root user may write anywhere")
-def test_a_folder_without_write_permission_as_the_system_sees_it(model: Path, tmp_path: Path) -> None:
+def test_folder_that_the_system_protects_is_refused(model: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     assert_refused(quantize(model, "-o", locked / "out", "--recipe", "fast"), "permission")
 
 
-def test_a_folder_without_write_permission(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_without_write_permission_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert_refused(quantize(model, "-o", tmp_path / "out", "--recipe", "fast"), "permission")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("after", "kept"), [(0, False), (3, False), (50, True)])
-def test_a_disk_that_fills_up(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, kept: bool
+@pytest.mark.parametrize(("after", "resumable"), [(0, False), (3, False), (50, True)])
+def test_full_disk_is_reported_and_the_run_can_be_repeated(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, resumable: bool
 ) -> None:
-    """Writing fails, with the system's error for a full disk, at the start and in the middle of the work."""
+    """Writing fails with the system's error for a full disk, at the start and in the middle of the work."""
     from shiftadd_cli.storage import durable
 
     written = []
     plain = durable.write_all
 
-    def fill_up(file: object, data: memoryview) -> None:
+    def fill_up(file: BinaryIO, data: memoryview) -> None:
         written.append(len(data))
         if len(written) > after:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -166,13 +169,13 @@ def test_a_disk_that_fills_up(
     with monkeypatch.context() as patch:
         patch.setattr(durable, "write_all", fill_up)
         result = quantize(model, "-o", tmp_path / "out", "--recipe", "fast")
-    assert_refused(result, "space", "the same command continues" if kept else "Nothing was finished")
-    assert [path.name for path in tmp_path.iterdir()] == ([".out.partial"] if kept else [])
+    assert_refused(result, "space", "the same command continues" if resumable else "Nothing was finished")
+    assert [path.name for path in tmp_path.iterdir()] == ([".out.partial"] if resumable else [])
     assert quantize(model, "-o", tmp_path / "out", "--recipe", "fast").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_bit_plan_of_another_model_or_format_is_refused(model: Path, tmp_path: Path) -> None:
+def test_bit_plan_of_another_model_or_format_is_refused(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(plan_for(save_tiny("llama", tmp_path / "other", seed=1), recipe_of(group_size=16)).to_json())
     assert_refused(quantize(model, "-o", tmp_path / "out", "--bit-plan", path), "another model")
@@ -184,7 +187,7 @@ def test_a_bit_plan_of_another_model_or_format_is_refused(model: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_bits_of_a_plan_are_shown_before_the_run(model: Path, tmp_path: Path) -> None:
+def test_dry_run_shows_the_bits_of_a_plan(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(plan_for(model, recipe_of(group_size=16)).to_json())
     result = quantize(
@@ -195,10 +198,10 @@ def test_the_bits_of_a_plan_are_shown_before_the_run(model: Path, tmp_path: Path
     assert "planes" in result.output
 
 
-def test_the_bits_of_layers_are_chosen_in_the_same_run(
+def test_bits_of_layers_are_allocated_in_the_same_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `allocate-bits` and then `quantize --bit-plan` would, to the byte."""
+    """The result is that of `allocate-bits` and then `quantize --bit-plan`, to the byte."""
     monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
     quick = ("--group-size", "16", "--samples", "4", "--seq-len", "24", "--calibration", "builtin")
     one = quantize(model, "-o", tmp_path / "one", "--avg-bits", "4", *quick)
@@ -210,19 +213,19 @@ def test_the_bits_of_layers_are_chosen_in_the_same_run(
     assert report["seconds"]["allocate"] > 0
     assert len({layer["bits"] for layer in report["layers"]}) > 1
     plan = tmp_path / "plan.json"
-    made = CliRunner().invoke(main, ["allocate-bits", str(model), "-o", str(plan), "--avg-bits", "4", *quick])
-    assert made.exit_code == 0
+    allocated = CliRunner().invoke(main, ["allocate-bits", str(model), "-o", str(plan), "--avg-bits", "4", *quick])
+    assert allocated.exit_code == 0
     assert quantize(model, "-o", tmp_path / "two", "--bit-plan", plan, *quick).exit_code == 0
     name = "model.safetensors"
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_an_average_that_cannot_be_met_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+def test_unreachable_average_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
     assert_refused(quantize(model, "-o", tmp_path / "out", "--avg-bits", "1.5"), "1.5", "cannot be met")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_of_an_average_says_that_bits_are_still_to_be_chosen(model: Path, tmp_path: Path) -> None:
+def test_dry_run_of_an_average_shows_the_least_size(model: Path, tmp_path: Path) -> None:
     result = quantize(model, "-o", tmp_path / "out", "--avg-bits", "8", "--group-size", "16", "--dry-run")
     assert result.exit_code == 0
     assert "above is the least" in result.output
@@ -230,7 +233,7 @@ def test_a_dry_run_of_an_average_says_that_bits_are_still_to_be_chosen(model: Pa
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_a_type_that_the_processor_has_no_instructions_for_is_computed_in_float32_and_stored(
+def test_dtype_without_instructions_is_computed_in_float32_but_stored(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool
 ) -> None:
     monkeypatch.setattr(source_model, "computes_in", lambda _, dtype: able or dtype == torch.float32)
@@ -239,8 +242,8 @@ def test_a_type_that_the_processor_has_no_instructions_for_is_computed_in_float3
     assert ("Computed      in float32, since this processor has no instructions for bfloat16" in result.stderr) is not (
         able
     )
-    kept = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
-    assert kept.dtype == torch.bfloat16
+    norm = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
+    assert norm.dtype == torch.bfloat16
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     computed = json.loads((tmp_path / "out" / "report.json").read_text())["machine"]["dtype"]
     assert computed == ("bfloat16" if able else "float32")
@@ -253,14 +256,14 @@ def test_dry_run_shows_the_plan_and_writes_nothing(model: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_does_not_let_the_model_write(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_does_not_load_the_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Source, "load_model", lambda *_: pytest.fail("a model was loaded"))
     result = quantize(model, "-o", tmp_path / "out", "--dry-run", *QUICK)
     assert result.exit_code == 0
     assert "Calibration   self, 4 x 32 tokens" in result.stdout
 
 
-def test_the_summary_names_calibration_size_and_place(model: Path, tmp_path: Path) -> None:
+def test_summary_names_calibration_size_and_folder(model: Path, tmp_path: Path) -> None:
     result = quantize(model, "-o", tmp_path / "out", *QUICK)
     assert result.exit_code == 0
     for part in (
@@ -273,9 +276,7 @@ def test_the_summary_names_calibration_size_and_place(model: Path, tmp_path: Pat
         assert part in result.stdout
 
 
-def test_a_run_that_needs_more_memory_than_allowed_is_refused_with_a_figure_that_will_do(
-    model: Path, tmp_path: Path
-) -> None:
+def test_run_beyond_the_allowed_memory_is_refused_with_the_cure(model: Path, tmp_path: Path) -> None:
     options = (model, "-o", tmp_path / "out", "--recipe", "fast")
     refused = quantize(*options, "--max-memory", "10MB")
     assert_refused(refused, "--max-memory allows 10MB", "the minimum is")

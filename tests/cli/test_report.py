@@ -1,4 +1,4 @@
-"""`shiftadd report` and `shiftadd cost` as a user runs them, on what `quantize` and `evaluate --save` wrote."""
+"""`shiftadd report` and `shiftadd cost` as a user runs them, on the output of `quantize` and `evaluate --save`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from shiftadd_cli.cli import main
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(each) for each in arguments])
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `source`, and `out` made of it by a bit plan."""
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `source`, and with `out` quantized from it by a bit plan."""
     folder = tmp_path_factory.mktemp("made")
     source = save_tiny("llama", folder / "source")
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
@@ -45,47 +45,47 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_quantize_writes_page_and_card_and_report_the_same_page_again(made: Path) -> None:
-    page, card = made / "out" / "report.html", made / "out" / "README.md"
+def test_quantize_writes_page_and_card_and_report_writes_the_same_page(workspace: Path) -> None:
+    page, card = workspace / "out" / "report.html", workspace / "out" / "README.md"
     written = page.read_bytes()
     assert b"<h2>Bits against loss</h2>" in written
     assert yaml.safe_load(card.read_text().split("---\n")[1])["license"] == "apache-2.0"
-    assert json.loads((made / "out" / "report.json").read_text())["source"]["license"] == "apache-2.0"
+    assert json.loads((workspace / "out" / "report.json").read_text())["source"]["license"] == "apache-2.0"
     page.unlink()
-    result = run("report", made / "out")
+    result = run("report", workspace / "out")
     assert result.exit_code == 0, result.output
     assert page.read_bytes() == written
 
 
-def test_a_saved_evaluation_shows(made: Path, tmp_path: Path) -> None:
+def test_saved_evaluation_is_shown(workspace: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shutil.copytree(made / "out", out)
+    shutil.copytree(workspace / "out", out)
     measured = run(
-        "evaluate", out, "--against", made / "source", "--context", 32, "--max-tokens", 100, "--save", "--json"
+        "evaluate", out, "--against", workspace / "source", "--context", 32, "--max-tokens", 100, "--save", "--json"
     )
     assert measured.exit_code == 0, measured.output
     perplexity = json.loads(measured.stdout)["models"][0]["perplexity"]
     assert run("report", out, "-o", tmp_path / "page.html").exit_code == 0
     assert f"perplexity {perplexity:.3f}" in (tmp_path / "page.html").read_text()
-    refused = run("evaluate", made / "source", "--save")
+    refused = run("evaluate", workspace / "source", "--save")
     assert refused.exit_code == 2
     assert "leave it out" in refused.stderr
 
 
-def test_several_runs_need_a_file(made: Path, tmp_path: Path) -> None:
-    refused = run("report", made / "out", made / "out")
+def test_several_runs_need_a_file(workspace: Path, tmp_path: Path) -> None:
+    refused = run("report", workspace / "out", workspace / "out")
     assert refused.exit_code == 2
     assert "-o" in refused.stderr
-    assert run("report", made / "out", made / "out", "-o", tmp_path / "both.html").exit_code == 0
+    assert run("report", workspace / "out", workspace / "out", "-o", tmp_path / "both.html").exit_code == 0
     assert "2 compressed models side by side" in (tmp_path / "both.html").read_text()
-    refused = run("report", made / "out", "-o", tmp_path)
+    refused = run("report", workspace / "out", "-o", tmp_path)
     assert refused.exit_code == 2
     assert "is a folder" in refused.stderr
 
 
 @pytest.mark.parametrize("verb", ["report", "cost"])
-def test_what_is_no_checkpoint_is_refused(made: Path, verb: str) -> None:
-    for folder in (made / "source", made / "absent"):
+def test_other_folders_are_refused(workspace: Path, verb: str) -> None:
+    for folder in (workspace / "source", workspace / "absent"):
         refused = run(verb, folder)
         assert refused.exit_code == 2
         assert refused.stderr.startswith("Error: ")
@@ -93,9 +93,9 @@ def test_what_is_no_checkpoint_is_refused(made: Path, verb: str) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "{", '{"schema_version": 1}'])
-def test_a_report_that_is_missing_or_damaged_is_refused(made: Path, tmp_path: Path, text: str | None) -> None:
+def test_missing_or_damaged_report_is_refused(workspace: Path, tmp_path: Path, text: str | None) -> None:
     out = tmp_path / "out"
-    shutil.copytree(made / "out", out)
+    shutil.copytree(workspace / "out", out)
     (out / "report.json").unlink()
     if text is not None:
         (out / "report.json").write_text(text)
@@ -106,14 +106,14 @@ def test_a_report_that_is_missing_or_damaged_is_refused(made: Path, tmp_path: Pa
     assert (out / "report.html").read_bytes() == before
 
 
-def test_cost_tells_bytes_and_energy(made: Path, tmp_path: Path) -> None:
-    result = run("cost", made / "out")
+def test_cost_shows_bytes_and_energy(workspace: Path, tmp_path: Path) -> None:
+    result = run("cost", workspace / "out")
     assert result.exit_code == 0, result.output
     assert "planes, by additions and shifts" in result.stdout
-    told = json.loads(run("cost", made / "out", "--json", "--cost-table", tmp_path / "energy.json").stdout)
-    assert told["layers"]["fp16"]["total_pj"] > told["layers"]["look-ups"]["total_pj"] > 0
+    document = json.loads(run("cost", workspace / "out", "--json", "--cost-table", tmp_path / "energy.json").stdout)
+    assert document["layers"]["fp16"]["total_pj"] > document["layers"]["look-ups"]["total_pj"] > 0
     table = json.loads((tmp_path / "energy.json").read_text())
     assert (table["cost"], table["unit"]) == ("energy", "nJ")
-    refused = run("cost", made / "out", "--unit-costs", tmp_path / "energy.json")
+    refused = run("cost", workspace / "out", "--unit-costs", tmp_path / "energy.json")
     assert refused.exit_code == 2
     assert "unit costs" in refused.stderr

@@ -1,4 +1,4 @@
-"""--quiet leaves results, warnings and errors; --verbose adds what helps to find a fault."""
+"""--quiet leaves only results, warnings and errors; --verbose adds details that help to find a fault."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shiftadd(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.main, [str(each) for each in arguments])
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
 
 
 def talkative(monkeypatch: pytest.MonkeyPatch, failure: Exception | None = None) -> None:
-    """In place of every verb one that says something in each way there is."""
+    """Replace every verb by one that writes in every way there is."""
 
     @click.command()
     def quantize() -> None:
@@ -52,7 +52,7 @@ def test_quiet_leaves_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "A plan." in loud.stderr
     assert "Working: 3/3" in loud.stderr
     assert quiet.stderr == ""
-    assert shiftadd("quantize").stderr == loud.stderr, "what one command was asked must not hold for the next"
+    assert shiftadd("quantize").stderr == loud.stderr, "--quiet must not carry over to the next command"
 
 
 def test_quiet_leaves_errors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_quiet_leaves_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, result.stderr) == (2, "Error: It is damaged; copy it again.\n")
 
 
-def test_verbose_shows_where_an_error_arose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verbose_shows_the_traceback_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     talkative(monkeypatch, ArtifactError("It is damaged; copy it again."))
     result = shiftadd("quantize", "-v")
     assert result.exit_code == 2
@@ -79,32 +79,32 @@ def test_quiet_and_verbose_together_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_verb_has_both(verb: str) -> None:
-    said = shiftadd(verb, "--help").stdout
-    assert "-q, --quiet" in said
-    assert "-v, --verbose" in said
+def test_every_verb_has_both_options(verb: str) -> None:
+    text = shiftadd(verb, "--help").stdout
+    assert "-q, --quiet" in text
+    assert "-v, --verbose" in text
 
 
-def test_a_quiet_run_says_nothing_but_what_came_out(model: Path, tmp_path: Path) -> None:
-    """As a process of its own, whose libraries may speak up too."""
+def test_quiet_run_prints_only_the_summary(model: Path, tmp_path: Path) -> None:
+    """In a process of its own, where libraries may write messages too."""
     command = [sys.executable, "-m", "shiftadd_cli", "quantize", model, "-o", tmp_path / "out", "--quiet", *QUICK]
-    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, timeout=240)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Bits/weight" in done.stdout
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=240)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Bits/weight" in result.stdout
 
 
-def test_of_a_dry_run_the_plan_is_the_result(model: Path, tmp_path: Path) -> None:
+def test_quiet_dry_run_prints_the_plan(model: Path, tmp_path: Path) -> None:
     result = shiftadd("quantize", model, "-o", tmp_path / "out", "--dry-run", "--quiet")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "14 linear layers to quantize" in result.stdout
 
 
-def test_verbose_asks_libraries_to_speak_and_only_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_verbose_raises_the_verbosity_of_libraries_for_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = []
 
     @click.command()
     def quantize() -> None:
-        seen.append((os.environ.get("TRANSFORMERS_VERBOSITY"), os.environ.get("HF_HUB_VERBOSITY")))
+        levels.append((os.environ.get("TRANSFORMERS_VERBOSITY"), os.environ.get("HF_HUB_VERBOSITY")))
 
     cli.add_talk_options(quantize)
     monkeypatch.setattr(cli._Group, "get_command", lambda self, ctx, name: quantize)
@@ -112,4 +112,4 @@ def test_verbose_asks_libraries_to_speak_and_only_meanwhile(monkeypatch: pytest.
     monkeypatch.setenv("HF_HUB_VERBOSITY", "error")
     for arguments in ([], ["-v"], []):
         assert shiftadd("quantize", *arguments).exit_code == 0
-    assert seen == [(None, "error"), ("info", "error"), (None, "error")]
+    assert levels == [(None, "error"), ("info", "error"), (None, "error")]

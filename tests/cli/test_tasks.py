@@ -1,4 +1,4 @@
-"""`shiftadd evaluate --tasks` as a user types it; what is scored is tested in tests/evaluation/test_tasks.py."""
+"""`shiftadd evaluate --tasks` as a user types it; tests/evaluation/test_tasks.py tests the scores."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def evaluate(*arguments: str) -> Result:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    place = tmp_path_factory.mktemp("tasks")
+    root = tmp_path_factory.mktemp("tasks")
     lines = [{"question": "One", "choices": ["and two", "or"], "label": label} for label in (0, 1)]
-    (place / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    (place / "task.yaml").write_text(TASK.replace("DATA", str(place / "data.jsonl")))
-    save_tiny("llama", place / "model")
-    return str(place)
+    (root / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (root / "task.yaml").write_text(TASK.replace("DATA", str(root / "data.jsonl")))
+    save_tiny("llama", root / "model")
+    return str(root)
 
 
-def test_a_column_per_model_the_original_first(folder: str) -> None:
+def test_table_has_a_column_per_model_with_the_original_first(folder: str) -> None:
     model = f"{folder}/model"
     arguments = (model, "--against", model, "--tasks", "shiftadd_twins", "--task-path", folder, "--device", "cpu")
     result = evaluate(*arguments)
@@ -49,7 +49,7 @@ def test_a_column_per_model_the_original_first(folder: str) -> None:
     assert row.count("0.5000 ± 0.5000") == 2
 
     document = json.loads(evaluate(*arguments, "--json").stdout)
-    assert [each["scores"][0]["value"] for each in document["models"]] == [0.5, 0.5]
+    assert [entry["scores"][0]["value"] for entry in document["models"]] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -63,14 +63,14 @@ def test_a_column_per_model_the_original_first(folder: str) -> None:
         (("--tasks", "piqa", "--task-path", "/nowhere/at/all"), "does not exist"),
     ],
 )
-def test_bad_input_is_one_sentence(folder: str, arguments: tuple[str, ...], message: str) -> None:
+def test_bad_input_is_refused_in_one_sentence(folder: str, arguments: tuple[str, ...], message: str) -> None:
     result = evaluate(f"{folder}/model", *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
 
 
-def test_without_the_harness_the_cure_is_named(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_harness_is_reported_with_the_cure(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import PackageNotFoundError
 
     from shiftadd_cli.evaluation import tasks

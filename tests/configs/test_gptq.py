@@ -1,4 +1,4 @@
-"""The recipe `gptq` against GPTQ as its paper and code say it, column by column in float64."""
+"""The recipe `gptq` compared with GPTQ as its paper and code define it, column by column in float64."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DAMPING = 0.01
 
 
 def reference(weights: Tensor, hessian: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Weights `[out, in]` as GPTQ decodes them, and how near each row came to a tie, in steps `[out]`. Float64.
+    """Weights `[out, in]` as GPTQ decodes them, and the distance of each row from its nearest tie, in steps `[out]`.
 
-    act_order, static_groups, asymmetric grid with an integer zero point; the inverse Hessian is kept up to date by
-    eliminating one column after the other.
+    In float64, with act_order, static_groups and an asymmetric grid with an integer zero point. The inverse Hessian is
+    updated by eliminating one column after another.
     """
     w, form = weights.double().clone(), hessian.double().clone()
     rows, columns = w.shape
@@ -31,29 +31,29 @@ def reference(weights: Tensor, hessian: Tensor, bits: int, group_size: int) -> t
     nearest_tie = torch.full((rows,), torch.inf, dtype=torch.float64)
     for j in order.tolist():
         step, zero = grids[j // group_size]
-        place = w[:, j] / step + zero
-        code = place.round().clamp(0, 2**bits - 1)
+        level = w[:, j] / step + zero
+        code = level.round().clamp(0, 2**bits - 1)
         decoded[:, j] = step * (code - zero)
-        inside = (place > 0) & (place < 2**bits - 1)
-        tie = (place - place.floor() - 0.5).abs()
+        inside = (level > 0) & (level < 2**bits - 1)
+        tie = (level - level.floor() - 0.5).abs()
         nearest_tie = torch.where(inside, torch.minimum(nearest_tie, tie), nearest_tie)
         error = (w[:, j] - decoded[:, j]) / inverse[j, j]
         w -= error.unsqueeze(1) * inverse[j]
         inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
-        # What rounding leaves of a column that is out must not come back.
+        # Rounding errors in an eliminated column must not come back.
         inverse[j], inverse[:, j], inverse[j, j] = 0.0, 0.0, 1.0
     return decoded, nearest_tie
 
 
 def grid(group: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Step and integer zero point `[out]` of the min-max grid over a group `[out, columns]`; it holds zero."""
+    """Step and integer zero point `[out]` of the min-max grid over a group `[out, columns]`, which includes zero."""
     low, high = group.amin(1).clamp_max(0), group.amax(1).clamp_min(0)
     step = (high - low) / (2**bits - 1)
     return step, (-low / step).round()
 
 
 def on_half_precision_grids(rows: int, columns: int, group_size: int, bits: int) -> Tensor:
-    """Random weights whose min-max grids lose nothing in float16: steps of five bits, ends on whole steps."""
+    """Random weights whose min-max grids are exact in float16: steps have five bits, and ends lie on levels."""
     g = generator(columns + bits)
     top = 2**bits - 1
     weights = random_weights(rows, columns, seed=bits)
@@ -74,18 +74,18 @@ def options(bits: int, group_size: int) -> SolverOptions:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(("columns", "group_size"), [(64, 64), (96, 32), (150, 40), (200, 128)])
-def test_decodes_to_what_gptq_decodes_to(columns: int, group_size: int, bits: int) -> None:
+def test_decoded_weights_equal_those_of_gptq(columns: int, group_size: int, bits: int) -> None:
     weights, hessian = on_half_precision_grids(40, columns, group_size, bits), random_hessian(columns, seed=bits)
     expected, nearest_tie = reference(weights, hessian, bits, group_size)
     (solution,) = quantize_matrices([weights], ["x"], hessian, options(bits, group_size))
-    # In float32 a weight that near to a tie may fall to the other side, and then the rest of its row differs too.
+    # In float32, a weight this close to a tie may round the other way, and then the rest of its row differs too.
     clear = nearest_tie > 2e-5
     assert clear.float().mean() > 0.9
     assert torch.equal(solution.weight.decode().double()[clear], expected[clear])
 
 
 @pytest.mark.parametrize("change", [{"sweep_order": "natural"}, {"sweep": "none"}, {"weight_error": 0.1}])
-def test_the_reference_tells_other_settings_apart(change: dict[str, object]) -> None:
+def test_other_settings_differ_from_the_reference(change: dict[str, object]) -> None:
     weights, hessian = on_half_precision_grids(40, 96, 32, 3), random_hessian(96, seed=3)
     expected, _ = reference(weights, hessian, 3, 32)
     (solution,) = quantize_matrices([weights], ["x"], hessian, changed(options(3, 32), **change))
@@ -94,15 +94,17 @@ def test_the_reference_tells_other_settings_apart(change: dict[str, object]) -> 
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_half_precision_scales_cost_next_to_nothing(bits: int) -> None:
+def test_half_precision_scales_cost_almost_nothing(bits: int) -> None:
     weights, hessian = random_weights(60, 150, seed=bits), random_hessian(150, seed=bits)
     expected, _ = reference(weights, hessian, bits, 64)
     (solution,) = quantize_matrices([weights], ["x"], hessian, options(bits, 64))
-    found, ideal = (quadratic_error(weights - each, hessian).sum() for each in (solution.weight.decode(), expected))
-    assert float(found / ideal) == pytest.approx(1, abs=0.02)
-    # A half has eleven significant bits, and no level lies further than 2^bits steps from the offset.
+    error, ideal_error = (
+        quadratic_error(weights - decoded, hessian).sum() for decoded in (solution.weight.decode(), expected)
+    )
+    assert float(error / ideal_error) == pytest.approx(1, abs=0.02)
+    # A float16 has eleven significant bits, and every level lies within 2^bits steps of the offset.
     steps = torch.cat([grid(group.double(), bits)[0].unsqueeze(1) for group in weights.split(64, dim=1)], dim=1)
     width = steps.repeat_interleave(64, dim=1)[:, :150]
     zeros = torch.cat([grid(group.double(), bits)[1].unsqueeze(1) for group in weights.split(64, dim=1)], dim=1)
-    place = solution.weight.decode().double() / width + zeros.repeat_interleave(64, dim=1)[:, :150]
-    assert (place - place.round()).abs().max() < 2**bits * 2.0**-10
+    levels = solution.weight.decode().double() / width + zeros.repeat_interleave(64, dim=1)[:, :150]
+    assert (levels - levels.round()).abs().max() < 2**bits * 2.0**-10

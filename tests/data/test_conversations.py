@@ -1,14 +1,16 @@
-"""Conversations are what the model's own chat template makes of them, and refused clearly where it does not."""
+"""Conversations are rendered by the model's own chat template, and refused by file and line where it rejects them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny_models import tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from shiftadd_cli.data.text import load_text, tokenise
 from shiftadd_cli.errors import CalibrationError
@@ -24,9 +26,14 @@ def write_lines(path: Path, *records: object) -> str:
     return str(path)
 
 
-def test_both_kinds_of_files_give_what_the_template_makes(tmp_path: Path) -> None:
+def rendered(tokenizer: PreTrainedTokenizerFast, chats: list[Any]) -> str:
+    """The conversations in the tokenizer's chat template, one after another."""
+    return "".join(str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats)
+
+
+def test_jsonl_and_parquet_files_are_rendered_by_the_template(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    expected = "".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS)
+    expected = rendered(tokenizer, CHATS)
     assert "slice" in expected
     assert "brief" in expected
     lines = write_lines(tmp_path / "a.jsonl", *({"messages": chat, "id": 1} for chat in CHATS))
@@ -48,16 +55,16 @@ def test_special_tokens_of_the_template_are_tokens(tmp_path: Path) -> None:
     assert tokenise(data.text, tokenizer).tolist().count(tokenizer.eos_token_id) == len(CHATS[0])
 
 
-def test_text_and_conversations_may_stand_in_one_file(tmp_path: Path) -> None:
+def test_one_file_may_contain_text_and_conversations(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     spec = write_lines(
         tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"}, {"messages": CHATS[0]}, {"text": "three"}
     )
-    chat = tokenizer.apply_chat_template(CHATS[0], tokenize=False)
+    chat = rendered(tokenizer, [CHATS[0]])
     assert load_text(spec, split="test", tokenizer=tokenizer).text == f"one\n\ntwo{chat}three"
 
 
-def test_what_a_template_does_not_take_is_named_by_its_line(tmp_path: Path) -> None:
+def test_conversations_that_the_template_rejects_are_refused_by_line(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}-"
@@ -96,7 +103,7 @@ BOTH = (
 def test_parts_are_joined_for_templates_that_take_strings(tmp_path: Path, template: str) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    expected = "".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in JOINED)
+    expected = rendered(tokenizer, JOINED)
     spec = write_lines(tmp_path / "a.jsonl", *({"messages": chat} for chat in PARTS))
     text = load_text(spec, split="calibration", tokenizer=tokenizer).text
     assert text == expected
@@ -112,10 +119,10 @@ def test_a_template_that_drops_strings_gets_parts(tmp_path: Path) -> None:
     )
 
 
-def test_parts_of_a_parquet_file_are_those_of_a_list(tmp_path: Path) -> None:
+def test_parts_in_parquet_files_are_joined_too(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     chats = [[{"role": "user", "content": [{"type": "text", "text": "a", "image": None}]}]]
-    kind = pa.list_(
+    column_type = pa.list_(
         pa.struct(
             {
                 "role": pa.string(),
@@ -124,13 +131,13 @@ def test_parts_of_a_parquet_file_are_those_of_a_list(tmp_path: Path) -> None:
         )
     )
     table = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"messages": pa.array(chats, kind)}), table)
-    expected = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    pq.write_table(pa.table({"messages": pa.array(chats, column_type)}), table)
+    expected = rendered(tokenizer, [[{"role": "user", "content": "a"}]])
     assert load_text(str(table), split="test", tokenizer=tokenizer).text == expected
 
 
 @pytest.mark.parametrize(
-    ("part", "named"),
+    ("part", "description"),
     [
         ({"type": "image", "image": "a.png"}, "a part of type 'image'"),
         ({"type": "image_url", "image_url": {"url": "a.png"}}, "a part of type 'image_url'"),
@@ -140,20 +147,20 @@ def test_parts_of_a_parquet_file_are_those_of_a_list(tmp_path: Path) -> None:
         (3, "a part without a type"),
     ],
 )
-def test_a_part_that_is_no_text_is_refused_with_file_and_line(tmp_path: Path, part: object, named: str) -> None:
+def test_parts_other_than_text_are_refused_by_file_and_line(tmp_path: Path, part: object, description: str) -> None:
     chat = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, part]}]
     spec = write_lines(tmp_path / "a.jsonl", {"messages": PARTS[0]}, {"messages": chat})
-    with pytest.raises(CalibrationError, match=rf"a\.jsonl, line 2, holds a message with {named}, and only text"):
+    with pytest.raises(CalibrationError, match=rf"a\.jsonl, line 2, holds a message with {description}, and only text"):
         load_text(spec, split="calibration", tokenizer=tiny_tokenizer())
 
 
-def test_a_content_of_another_type_is_refused(tmp_path: Path) -> None:
+def test_content_of_another_type_is_refused(tmp_path: Path) -> None:
     spec = write_lines(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": {"text": "a"}}]})
     with pytest.raises(CalibrationError, match=r"a\.jsonl, line 1, holds a message whose content is neither .* a dict"):
         load_text(spec, split="calibration", tokenizer=tiny_tokenizer())
 
 
-def test_a_column_of_other_things_is_refused(tmp_path: Path) -> None:
+def test_messages_without_a_role_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"messages": [CHATS[0], [{"role": None, "content": "a"}]]}), path)
     with pytest.raises(CalibrationError, match=r"a\.parquet, row 2, has no messages with a role"):

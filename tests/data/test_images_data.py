@@ -1,45 +1,47 @@
-"""Which set of pictures is which."""
+"""Fingerprints tell sets of pictures apart."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
+import pytest
 from tiny_vision import save_pictures
 
 from shiftadd_cli.data.images import load_images
 from shiftadd_cli.data.images_data import spread
 
 
-def fingerprint(spec):
+def fingerprint(spec: str | Path) -> str:
     return load_images(str(spec), split="test").fingerprint
 
 
-def test_a_folder_is_the_same_however_its_path_is_typed_and_wherever_it_lies(tmp_path, monkeypatch):
+def test_a_folders_fingerprint_does_not_depend_on_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_pictures(tmp_path / "set", 8, layout="folders")
-    whole = fingerprint(folder)
+    expected = fingerprint(folder)
     monkeypatch.chdir(tmp_path)
-    assert fingerprint("set") == fingerprint("../" + tmp_path.name + "/set/") == whole
+    assert fingerprint("set") == fingerprint("../" + tmp_path.name + "/set/") == expected
     shutil.copytree(folder, tmp_path / "elsewhere" / "other")
-    assert fingerprint(tmp_path / "elsewhere" / "other") == whole
+    assert fingerprint(tmp_path / "elsewhere" / "other") == expected
     os.symlink(folder, tmp_path / "link")
-    assert fingerprint("link") == whole
+    assert fingerprint("link") == expected
 
 
-def test_other_pictures_and_other_names_are_another_set(tmp_path):
+def test_changed_pictures_and_names_change_the_fingerprint(tmp_path: Path) -> None:
     folder = save_pictures(tmp_path / "set", 4)
-    found = {fingerprint(folder)}
+    fingerprints = {fingerprint(folder)}
     first, second = sorted(folder.iterdir())[:2]
     first.rename(first.with_name("zzz.png"))
-    found.add(fingerprint(folder))
+    fingerprints.add(fingerprint(folder))
     second.write_bytes((folder / "zzz.png").read_bytes())
-    found.add(fingerprint(folder))
+    fingerprints.add(fingerprint(folder))
     second.unlink()
-    found.add(fingerprint(folder))
-    assert len(found) == 4
+    fingerprints.add(fingerprint(folder))
+    assert len(fingerprints) == 4
 
 
-def test_a_table_is_the_same_under_another_name(tmp_path):
+def test_a_tables_fingerprint_does_not_depend_on_its_name(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -52,7 +54,7 @@ def test_a_table_is_the_same_under_another_name(tmp_path):
     assert fingerprint(tmp_path / "one.parquet") != fingerprint(tmp_path / "other.parquet")
 
 
-def test_a_few_of_many_are_spread_evenly():
+def test_a_selection_is_evenly_spread() -> None:
     assert spread(5, None) == spread(5, 9) == [0, 1, 2, 3, 4]
     assert spread(9, 3) == [0, 4, 8]
     assert len(spread(1000, 256)) == 256

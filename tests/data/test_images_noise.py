@@ -1,12 +1,14 @@
-"""Scenes of random shapes: made alike every time, and like photographs in their statistics."""
+"""Scenes of random shapes are reproducible and have the statistics of photographs."""
 
 from __future__ import annotations
 
 from io import BytesIO
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from tiny_vision import IMAGE_SIZE, write_processor
 
@@ -14,9 +16,11 @@ from shiftadd_cli.data import images_noise
 from shiftadd_cli.data.images import ImageReader, draw_images, load_images
 from shiftadd_cli.source.image_processor import load_image_processor
 
+Array = NDArray[numpy.float64]
+
 
 @pytest.fixture(scope="module")
-def scenes():
+def scenes() -> Array:
     """Colours from 0 to 1, `[scenes, height, width, 3]`."""
     data = load_images("noise", split="calibration")
     pictures = [Image.open(BytesIO(data.read(number))) for number in range(24)]
@@ -24,11 +28,10 @@ def scenes():
     return numpy.stack([numpy.asarray(picture) for picture in pictures]) / 255
 
 
-def power_falloff(greys):
+def power_falloff(greys: Array) -> float:
     """The exponent a of the mean power spectrum frequency**-a of pictures `[pictures, side, side]`.
 
-    A window keeps what the borders cut off from counting as edges. Fine detail is left out, since a lens out of
-    focus takes it away.
+    A window keeps the borders from counting as edges. Fine detail is left out, since defocus removes it.
     """
     side = greys.shape[-1]
     window = numpy.hanning(side)[:, None] * numpy.hanning(side)
@@ -40,21 +43,21 @@ def power_falloff(greys):
     return -slope
 
 
-def kurtosis(values):
+def kurtosis(values: Array) -> float:
     centred = values - values.mean()
     return (centred**4).mean() / (centred**2).mean() ** 2
 
 
-def test_spectra_fall_off_as_those_of_photographs(scenes):
+def test_spectra_fall_off_like_those_of_photographs(scenes: Array) -> None:
     """Field, "Relations between the statistics of natural images and the response properties of cortical cells", 1987:
-    the power falls with the square of the frequency, or somewhat faster. That of a single edge falls with its cube."""
+    the power falls with the square of the frequency, or somewhat faster. For a single edge, it falls with the cube."""
     assert 2 < power_falloff(scenes.mean(-1)) < 4
     white = numpy.random.default_rng(0).uniform(size=scenes.shape[:-1])
     assert abs(power_falloff(white)) < 0.2
 
 
-def test_steps_between_pixels_are_rare_and_large_as_at_the_edges_of_things(scenes):
-    """Noise of the same spectrum, but with random phases, has the kurtosis of a normal distribution, 3."""
+def test_steps_between_pixels_are_rare_and_large_as_at_edges(scenes: Array) -> None:
+    """Noise with the same spectrum but random phases has the kurtosis of a normal distribution, 3."""
     greys = scenes.mean(-1)
     assert kurtosis(numpy.diff(greys, axis=-1)) > 10
     waves = numpy.abs(numpy.fft.fft2(greys))
@@ -64,10 +67,10 @@ def test_steps_between_pixels_are_rare_and_large_as_at_the_edges_of_things(scene
     assert kurtosis(steps / steps.std((1, 2), keepdims=True)) < 3.5
 
 
-def test_colours_go_together_and_brightness_and_contrast_differ(scenes):
+def test_colours_correlate_and_brightness_and_contrast_vary(scenes: Array) -> None:
     pixels = scenes.reshape(len(scenes), -1, 3)
-    within = [numpy.corrcoef(picture.T)[numpy.triu_indices(3, 1)].mean() for picture in pixels]
-    assert 0.7 < numpy.mean(within) < 0.99
+    correlations = [numpy.asarray(numpy.corrcoef(picture.T))[numpy.triu_indices(3, 1)].mean() for picture in pixels]
+    assert 0.7 < numpy.mean(correlations) < 0.99
     assert 0.3 < pixels.mean() < 0.6
     assert pixels.mean((1, 2)).std() > 0.05
     contrasts = pixels.mean(-1).std(1)
@@ -75,7 +78,7 @@ def test_colours_go_together_and_brightness_and_contrast_differ(scenes):
     assert contrasts.max() > 2 * contrasts.min()
 
 
-def test_a_scene_depends_on_its_split_and_number_alone():
+def test_a_scene_depends_only_on_its_split_and_number() -> None:
     one, other = (load_images("noise", split="calibration") for _ in range(2))
     assert one.read(7) == other.read(7)
     other.read(3)
@@ -88,18 +91,23 @@ def test_a_scene_depends_on_its_split_and_number_alone():
     assert one.labels is test.labels is None
 
 
-def test_only_the_scenes_that_are_drawn_are_made(tmp_path, monkeypatch):
-    made = []
+def test_only_drawn_scenes_are_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generated: list[numpy.random.Generator] = []
     scene = images_noise._scene
-    monkeypatch.setattr(images_noise, "_scene", lambda rng: made.append(rng) or scene(rng))
+
+    def recorded(rng: numpy.random.Generator) -> NDArray[numpy.uint8]:
+        generated.append(rng)
+        return scene(rng)
+
+    monkeypatch.setattr(images_noise, "_scene", recorded)
     write_processor(tmp_path)
     reader = ImageReader(load_image_processor(tmp_path), 3, "the model")
     data = load_images("noise", split="calibration")
     drawn = draw_images(data, reader, samples=5, seed=1)
-    assert len(made) == 5
+    assert len(generated) == 5
     assert drawn.inputs.shape == (5, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert not set(drawn.indices) & set(draw_images(data, reader, samples=5, seed=2).indices)
     assert torch.isfinite(drawn.inputs).all()
-    made.clear()
+    generated.clear()
     assert data.fingerprint
-    assert len(made) < 20
+    assert len(generated) < 20

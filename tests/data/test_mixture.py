@@ -1,4 +1,4 @@
-"""A mixture of texts is read as it is written, and every window belongs to one part."""
+"""Mixtures of texts are parsed, and their windows are divided among the parts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ SHARES = st.lists(st.floats(min_value=0.01, max_value=100), min_size=2, max_size
 
 
 @pytest.mark.parametrize("spec", ["builtin", "self", "notes.txt", "a,b.txt", "C:/texts/notes.txt", "folder/a:b.txt"])
-def test_a_text_by_itself_is_one_part(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_text_is_one_part(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if "," in spec:
-        Path(spec).write_text("one file, whatever its name looks like")
+        Path(spec).write_text("a single file despite its name")
     assert parse_mixture(spec) == (Part(spec, 1.0),)
 
 
-def test_parts_keep_their_order_and_shares_count_in_proportion() -> None:
-    assert parse_mixture("self:0.7, builtin:.2,notes.txt:0.1") == (
-        Part("self", pytest.approx(0.7)),
-        Part("builtin", pytest.approx(0.2)),
-        Part("notes.txt", pytest.approx(0.1)),
-    )
+def test_parts_keep_their_order_and_shares_are_relative() -> None:
+    parts = parse_mixture("self:0.7, builtin:.2,notes.txt:0.1")
+    assert [part.spec for part in parts] == ["self", "builtin", "notes.txt"]
+    assert [part.share for part in parts] == pytest.approx([0.7, 0.2, 0.1])
     assert parse_mixture("self:3,builtin:1") == (Part("self", 0.75), Part("builtin", 0.25))
     assert parse_mixture("self:1") == (Part("self", 1.0),)
 
@@ -44,26 +42,26 @@ def test_parts_keep_their_order_and_shares_count_in_proportion() -> None:
         ("self:1,", "'' in the calibration text .* has no share"),
     ],
 )
-def test_what_is_no_mixture_is_refused(spec: str, message: str) -> None:
+def test_invalid_mixtures_are_refused(spec: str, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         parse_mixture(spec)
 
 
 @given(SHARES)
-def test_a_mixture_that_is_written_out_is_read_as_it_was(shares: list[float]) -> None:
+def test_a_mixture_written_as_text_is_parsed_back(shares: list[float]) -> None:
     total = sum(shares)
-    named = {f"text{number}.txt": share / total for number, share in enumerate(shares)}
-    for part, (name, share) in zip(parse_mixture(text_of_shares(named)), named.items(), strict=True):
+    share_of = {f"text{number}.txt": share / total for number, share in enumerate(shares)}
+    for part, (name, share) in zip(parse_mixture(text_of_shares(share_of)), share_of.items(), strict=True):
         assert part.spec == name
         assert part.share == pytest.approx(share, abs=1e-5)
 
 
 @given(SHARES, st.integers(min_value=1, max_value=2000))
-def test_counts_add_up_and_are_the_shares_rounded(shares: list[float], samples: int) -> None:
+def test_window_counts_add_up_and_are_rounded_shares(shares: list[float], samples: int) -> None:
     total = sum(shares)
     parts = tuple(Part(str(number), share / total) for number, share in enumerate(shares))
     if any(part.share * samples < 1 for part in parts):
-        # A part of less than a window may still get one, where its remainder is among the largest.
+        # A part with a share below one window may still get one, if its remainder is among the largest.
         with suppress(CalibrationError):
             assert all(window_counts(parts, samples))
         return

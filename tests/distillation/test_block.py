@@ -1,10 +1,15 @@
-"""A tuned block against the dense block that the tensors to be written stand for."""
+"""A tuned block against the dense block that its tensors, as written, stand for."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import save_tiny
+from torch import Tensor
 from torch.func import functional_call
 
 from shiftadd_cli.bcq.weight import QuantizedWeight
@@ -21,9 +26,9 @@ FAMILIES = ("llama", "qwen2", "gpt2", "opt", "bloom", "gemma3", "mixtral", "gpt_
 
 
 class Case:
-    """Block 0 of a tiny model, quantized, `stored` as an artifact has it; nothing of the block is left in memory."""
+    """Block 0 of a tiny model, quantized and released from memory; `stored` has its tensors as an artifact does."""
 
-    def __init__(self, path, family, **fields):
+    def __init__(self, path: Path, family: str, **fields: Any) -> None:
         source = open_source(str(save_tiny(family, path)))
         structure = find_structure(source.skeleton())
         source.materialise(structure.outside)
@@ -38,42 +43,44 @@ class Case:
         quantizer = BlockQuantizer(self.module, specs, recipe, PhaseClock())
         quantizer.without_data()
         self.specs = quantizer.specs
-        self.layouts = {kind: each.weight.layout for kind, each in quantizer.solutions.items()}
-        self.stored = {f"{self.name}.{path}": each.clone() for path, each in self.module.named_parameters()}
-        for kind, each in quantizer.solutions.items():
+        self.layouts = {kind: solution.weight.layout for kind, solution in quantizer.solutions.items()}
+        self.stored = {f"{self.name}.{path}": parameter.clone() for path, parameter in self.module.named_parameters()}
+        for kind, solution in quantizer.solutions.items():
             del self.stored[f"{self.name}.{kind}.weight"]
-            self.stored |= {f"{self.name}.{kind}.{suffix}": tensor for suffix, tensor in each.weight.tensors.items()}
+            self.stored |= {
+                f"{self.name}.{kind}.{suffix}": tensor for suffix, tensor in solution.weight.tensors.items()
+            }
         source.release([self.name])
         source.materialise([f"{self.name}.{path}" for path, _ in self.module.named_buffers()])
         linears = [(spec, self.layouts[kind]) for kind, spec in self.specs.items()]
         self.block = TunedBlock(self.name, self.module, linears, self.stored.__getitem__, CPU)
 
-    def dense(self, stored):
+    def dense(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The block's parameters, decoded from stored tensors."""
-        found = {}
+        parameters = {}
         for path, _ in self.module.named_parameters():
             kind = path.removesuffix(".weight")
             if kind in self.layouts:
-                tensors = {each: stored[f"{self.name}.{kind}.{each}"] for each in self.layouts[kind].tensors()}
-                found[path] = self.specs[kind].turned(QuantizedWeight(self.layouts[kind], tensors).decode())
+                tensors = {suffix: stored[f"{self.name}.{kind}.{suffix}"] for suffix in self.layouts[kind].tensors()}
+                parameters[path] = self.specs[kind].turned(QuantizedWeight(self.layouts[kind], tensors).decode())
             else:
-                found[path] = stored[f"{self.name}.{path}"]
-        return found
+                parameters[path] = stored[f"{self.name}.{path}"]
+        return parameters
 
-    def run_dense(self, parameters):
+    def run_dense(self, parameters: dict[str, Tensor]) -> Tensor:
         return self.call.run(lambda *args, **named: functional_call(self.module, parameters, args, named), self.hidden)
 
-    def disturb(self):
-        """Other values of all that is tuned."""
+    def disturb(self) -> None:
+        """Change the values of all tunable parameters."""
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
-            for each in self.block.parameters():
-                each.mul_(1 + 0.2 * torch.randn(each.shape, generator=generator)).add_(0.01)
+            for parameter in self.block.parameters():
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator)).add_(0.01)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fields", [{}, {"primitive": "shift2"}, {"row_scale": False, "rotation": "none"}], ids=str)
-def test_it_computes_what_the_tensors_to_be_written_stand_for(tmp_path, family, fields):
+def test_block_computes_what_its_written_tensors_stand_for(tmp_path: Path, family: str, fields: dict[str, Any]) -> None:
     case = Case(tmp_path, family, **fields)
     decoded = case.block.decoded()
     with torch.no_grad():
@@ -84,14 +91,14 @@ def test_it_computes_what_the_tensors_to_be_written_stand_for(tmp_path, family, 
         written = case.block.tensors()
         torch.testing.assert_close(after, case.run_dense(case.dense(case.stored | written)), rtol=1e-4, atol=1e-4)
     assert (after - before).abs().max() > 0.01
-    assert all((each.shape, each.dtype) == (case.stored[name].shape, case.stored[name].dtype)
-               for name, each in written.items())  # fmt: skip
+    assert all((tensor.shape, tensor.dtype) == (case.stored[name].shape, case.stored[name].dtype)
+               for name, tensor in written.items())  # fmt: skip
     scales = [name for name in written if name.endswith("weight_row_scale")]
     assert len(scales) == (0 if fields.get("row_scale") is False else len(case.layouts))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_scaled_rows_and_of_the_vectors(tmp_path, family):
+def test_gradients_match_those_of_scaled_rows_and_vectors(tmp_path: Path, family: str) -> None:
     """Against automatic differentiation through the dense matrices, where a factor multiplies rows of the weight."""
     case = Case(tmp_path, family)
     case.disturb()
@@ -101,13 +108,13 @@ def test_gradients_are_those_of_scaled_rows_and_of_the_vectors(tmp_path, family)
     gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
     entering = case.block.backward(case.call, case.hidden, gradient, decoded)
 
-    # The factors after rounding: what the block computes with.
+    # The block computes with the rounded factors.
     rounded = {
         kind: (case.block.tensors()[f"{case.name}.{kind}.weight_row_scale"].float()
                / case.stored[f"{case.name}.{kind}.weight_row_scale"].float()).requires_grad_()
         for kind in case.block.factors
     }  # fmt: skip
-    vectors = {path: each.detach().clone().requires_grad_() for path, each in case.block.vectors.free.items()}
+    vectors = {path: vector.detach().clone().requires_grad_() for path, vector in case.block.vectors.free.items()}
     hidden = case.hidden.clone().requires_grad_()
     parameters = dict(decoded) | vectors
     for kind, factor in rounded.items():
@@ -123,7 +130,7 @@ def test_gradients_are_those_of_scaled_rows_and_of_the_vectors(tmp_path, family)
         torch.testing.assert_close(case.block.vectors.free[path].grad, vector.grad, rtol=1e-3, atol=1e-3)
 
 
-def test_a_row_of_zeros_stays_one(tmp_path):
+def test_row_of_zeros_stays_zero(tmp_path: Path) -> None:
     case = Case(tmp_path, "llama")
     name = f"{case.name}.mlp.up_proj.weight_row_scale"
     case.stored[name][3] = 0
@@ -131,5 +138,7 @@ def test_a_row_of_zeros_stays_one(tmp_path):
     block = TunedBlock(case.name, case.module, linears, case.stored.__getitem__, CPU)
     gradient = torch.ones_like(case.hidden)
     block.backward(case.call, case.hidden, gradient, block.decoded())
-    assert torch.isfinite(block.factors["mlp.up_proj"].grad).all()
+    factor_gradient = block.factors["mlp.up_proj"].grad
+    assert factor_gradient is not None
+    assert torch.isfinite(factor_gradient).all()
     assert block.tensors()[name][3] == 0

@@ -17,15 +17,15 @@ def workers(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def test_results_come_in_order_from_workers_with_one_thread_each(workers: int) -> None:
-    seen = map_pieces(lambda i: (i, torch.get_num_threads(), threading.current_thread().name), range(20))
-    assert [i for i, _, _ in seen] == list(range(20))
-    assert {threads for _, threads, _ in seen} == {1}
-    assert len({name for _, _, name in seen}) <= workers
+def test_results_are_in_order_from_workers_with_one_thread_each(workers: int) -> None:
+    results = map_pieces(lambda i: (i, torch.get_num_threads(), threading.current_thread().name), range(20))
+    assert [i for i, _, _ in results] == list(range(20))
+    assert {threads for _, threads, _ in results} == {1}
+    assert len({name for _, _, name in results}) <= workers
     assert torch.get_num_threads() == workers
 
 
-def test_an_error_is_the_callers_and_the_threads_are_given_back(workers: int) -> None:
+def test_error_reaches_the_caller_and_threads_are_restored(workers: int) -> None:
     def fail(i: int) -> int:
         if i == 3:
             raise ArithmeticError("piece 3")

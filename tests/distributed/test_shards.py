@@ -1,4 +1,4 @@
-"""Every batch is run once, whoever runs it."""
+"""Every batch is run exactly once, by whichever process."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def test_every_batch_has_one_owner_who_runs_it(batches: int, size: int) -> None:
 
 
 @given(BATCHES, SIZES)
-def test_the_shards_of_all_rounds_are_those_of_one_process_in_order(batches: int, size: int) -> None:
-    alone = [found for _, found in Shards(batches).rounds()]
+def test_rounds_give_the_shards_of_one_process_in_order(batches: int, size: int) -> None:
+    alone = [indices for _, indices in Shards(batches).rounds()]
     by_rank = [list(Shards(batches, rank, size).rounds()) for rank in range(size)]
     together = []
     for parts in zip(*by_rank, strict=True):
         (count,) = {len(shards) for shards, _ in parts}
-        assert all(not found for _, found in parts[count:])
-        together += [found for _, found in parts[:count]]
+        assert all(not indices for _, indices in parts[count:])
+        together += [indices for _, indices in parts[:count]]
     assert together == alone
-    assert [index for found in alone for index in found] == list(range(batches))
+    assert [index for indices in alone for index in indices] == list(range(batches))
     assert len(alone) == min(batches, MOST_SHARDS)
     assert max(map(len, alone)) - min(map(len, alone)) <= 1

@@ -1,4 +1,4 @@
-"""The code on pages that is meant to be run is run, on a tiny model in place of `demo`."""
+"""Runs the code on the documentation pages, with a tiny model in place of `demo`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The empty folder in which everything runs."""
     monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -25,9 +25,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(page: Path, demo: str, model: str) -> int:
-    """Run the blocks of a page one after another, in this process; returns how many commands and programs there were.
+    """Run the blocks of a page in order, in this process, and return the number of commands and programs.
 
-    A line of a shell sets a variable or starts `shiftadd`; anything else is refused, since no shell is here to run it.
+    A shell line sets a variable or starts `shiftadd`. Anything else is refused, because there is no shell to run it.
     """
     text = page.read_text(encoding="utf-8")
     assert demo in text
@@ -50,16 +50,16 @@ def run(page: Path, demo: str, model: str) -> int:
     return count
 
 
-def test_the_tutorial(repository: Path, place: Path) -> None:
-    model = save_tiny("llama", place / "model")
+def test_tutorial_runs(repository: Path, work: Path) -> None:
+    model = save_tiny("llama", work / "model")
     assert run(repository / "docs" / "tutorial.md", "MODEL=demo\n", f"MODEL={model}\n") > 10
     for folder in ("first", "budget", "planned", "dense"):
-        assert (place / "out" / folder / "config.json").is_file()
-    assert "KL" in (place / "out" / "first" / "report.html").read_text(encoding="utf-8")
+        assert (work / "out" / folder / "config.json").is_file()
+    assert "KL" in (work / "out" / "first" / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_python_page(repository: Path, place: Path) -> None:
-    model = save_tiny("llama", place / "model")
+def test_python_page_runs(repository: Path, work: Path) -> None:
+    model = save_tiny("llama", work / "model")
     assert run(repository / "docs" / "python.md", '"demo"', f'"{model}"') == 2
-    assert (place / "out" / "in-python" / "config.json").is_file()
-    assert (place / "plan.json").is_file()
+    assert (work / "out" / "in-python" / "config.json").is_file()
+    assert (work / "plan.json").is_file()

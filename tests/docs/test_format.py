@@ -1,7 +1,7 @@
 """The format specification suffices: a reader written from it alone decodes what `shiftadd` writes to the same numbers.
 
-Without a rotation all matrices are equal to the bit, rotated ones before the rotation is folded back. Folded back they
-are equal up to rounding: the reader sums in float64.
+Matrices are equal to the bit without a rotation, and before a rotation is folded back. After that they are equal up to
+rounding, because the reader sums in float64.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from shiftadd_cli.bcq.primitives.shift_levels import MAGNITUDES
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.runtime.linear import PackedLinear
 
-# Of the largest magnitude: float32 sums of up to 64 terms, some passes of them.
+# Relative to the largest magnitude, for several passes of float32 sums of up to 64 terms.
 ROUNDING = 1e-5
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,15 +70,14 @@ def test_every_kind_of_run_is_read(
     monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SHIFTADD_KERNEL", "reference")
     family, fields = RUNS[name]
-    shiftadd_cli.quantize(
-        models[family], tmp_path / "out", **({"recipe": "equal-bits", "samples": 4, "seq_len": 32} | fields)
-    )
+    options: dict[str, Any] = {"recipe": "equal-bits", "samples": 4, "seq_len": 32, **fields}
+    shiftadd_cli.quantize(models[family], tmp_path / "out", **options)
     check(tmp_path / "out")
     reader, model = Reader(tmp_path / "out"), shiftadd_cli.load(tmp_path / "out")
     for module, packed in model.named_modules():
         if isinstance(packed, PackedLinear):
             close(reader.matrix(module), packed.decode())
-    packed_names = {module for module, each in model.named_modules() if isinstance(each, PackedLinear)}
+    packed_names = {module for module, packed in model.named_modules() if isinstance(packed, PackedLinear)}
     assert packed_names == set(reader.modules)
 
 
@@ -101,7 +100,7 @@ def test_every_kind_of_run_is_read(
 def test_every_byte_means_what_the_page_says(
     tmp_path_factory: pytest.TempPathFactory, form: MatrixFormat, tables: bool
 ) -> None:
-    """Random bytes: codes that no run happens to write are in them too."""
+    """Random bytes also contain codes that no run happens to write."""
     folder = tmp_path_factory.mktemp("random") / "out"
     check(write_checkpoint(tiny_model("llama"), folder, common=form, tables=tables).folder)
 
@@ -113,7 +112,7 @@ def test_every_code_of_shift_layers_means_what_the_page_says(primitive: Any, bit
 
 
 def check(folder: Path) -> None:
-    """The reader's numbers are those of `shiftadd`."""
+    """Compare the reader's numbers with those of `shiftadd`."""
     reader, artifact = Reader(folder), Artifact.open(folder)
     stored = _tensors(artifact)
     assert set(reader.modules) == set(artifact.layouts)
@@ -126,36 +125,36 @@ def check(folder: Path) -> None:
         equal(reader.table(name), decode_table(stored[f"{name}.weight_int8"], stored[f"{name}.weight_int8_scale"]))
 
 
-def equal(read: Any, ours: torch.Tensor) -> None:
-    assert read.dtype == np.float32
-    assert np.array_equal(read, ours.numpy())
+def equal(decoded: Any, ours: torch.Tensor) -> None:
+    assert decoded.dtype == np.float32
+    assert np.array_equal(decoded, ours.numpy())
 
 
-def close(read: Any, ours: torch.Tensor) -> None:
-    assert read.shape == tuple(ours.shape)
-    assert np.abs(read - ours.numpy()).max() <= ROUNDING * np.abs(read).max()
+def close(decoded: Any, ours: torch.Tensor) -> None:
+    assert decoded.shape == tuple(ours.shape)
+    assert np.abs(decoded - ours.numpy()).max() <= ROUNDING * np.abs(decoded).max()
 
 
 def _tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
-    found = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in artifact.headers:
         with safe_open(artifact.folder / file, framework="pt") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return found
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
 
 
-def test_the_reader_knows_nothing_of_ours(repository: Path) -> None:
+def test_reader_imports_nothing_of_the_package(repository: Path) -> None:
     tree = ast.parse((repository / "tests" / "helpers" / "format_reader.py").read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     assert {str(name).partition(".")[0] for name in imported} - {"numpy"} <= sys.stdlib_module_names
 
 
-def test_the_page_names_every_tensor_key_and_version(repository: Path) -> None:
+def test_page_names_every_tensor_key_and_version(repository: Path) -> None:
     page = (repository / "docs" / "format.md").read_text(encoding="utf-8")
-    told = set(re.findall(r"^\| `(\w+)`", page, flags=re.MULTILINE))
-    assert set(SUFFIXES) <= told
-    assert {*MatrixFormat.model_fields, "quant_method", "format_version"} <= told
+    names = set(re.findall(r"^\| `(\w+)`", page, flags=re.MULTILINE))
+    assert set(SUFFIXES) <= names
+    assert {*MatrixFormat.model_fields, "quant_method", "format_version"} <= names
     assert FORMAT_VERSION == 3, "the page speaks of versions 1 to 3"
     example = json.loads(re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)[0])
     assert {*MatrixFormat.model_fields} - {"primitive"} <= example.keys()

@@ -1,4 +1,4 @@
-"""Pages agree with the code and the measured rows, link to what is there, and make a site without a warning."""
+"""Pages agree with the code and the measured rows, and build into a site without warnings."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_generated_parts_are_current(repository: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_what_is_stale_is_made_anew_and_the_rest_is_left() -> None:
+def test_stale_parts_are_regenerated_and_the_rest_is_kept() -> None:
     page = "Before.\n<!-- generated: errors -->\nstale words\n<!-- end of generated -->\nAfter.\n"
-    made = generate_docs.regenerated(page)
-    assert made.startswith("Before.\n<!-- generated: errors -->\n| error |")
-    assert made.endswith("<!-- end of generated -->\nAfter.\n")
-    assert "stale words" not in made
-    assert generate_docs.regenerated(made) == made
+    updated = generate_docs.regenerated(page)
+    assert updated.startswith("Before.\n<!-- generated: errors -->\n| error |")
+    assert updated.endswith("<!-- end of generated -->\nAfter.\n")
+    assert "stale words" not in updated
+    assert generate_docs.regenerated(updated) == updated
     with pytest.raises(SystemExit, match="no end"):
         generate_docs.regenerated("<!-- generated: errors -->\n")
 
@@ -57,14 +57,16 @@ def test_every_field_has_its_row(docs: dict[str, str]) -> None:
 
 
 def test_options_named_on_pages_exist(docs: dict[str, str]) -> None:
-    told = {name for page in docs.values() for name in re.findall(r"shiftadd [a-z-]+[^`\n]*?(--[a-z][a-z-]+)", page)}
-    known = set(re.findall(r"--[a-z][a-z-]+", docs["commands.md"]))
-    known |= {f"--no-{name.removeprefix('--')}" for name in known}
-    assert told - known - {"--help"} == set()
+    mentioned = {
+        name for page in docs.values() for name in re.findall(r"shiftadd [a-z-]+[^`\n]*?(--[a-z][a-z-]+)", page)
+    }
+    existing = set(re.findall(r"--[a-z][a-z-]+", docs["commands.md"]))
+    existing |= {f"--no-{name.removeprefix('--')}" for name in existing}
+    assert mentioned - existing - {"--help"} == set()
 
 
-def test_rows_are_named_by_what_gives_them_today() -> None:
-    """Defaults change while rows stay: a row of another default says so."""
+def test_rows_are_named_by_the_command_that_gives_them_now() -> None:
+    """Defaults change while rows stay, so a row with another default names it."""
     fields = Recipe.load("equal-bits").model_dump(mode="json")
     row = {"method": "equal-bits", "bits": 3, "settings": {"artifact": {"recipe": fields}}}
     assert command_of(row) == "`equal-bits --bits 3`"
@@ -74,11 +76,11 @@ def test_rows_are_named_by_what_gives_them_today() -> None:
     assert command_of(row) == "`equal-bits --avg-bits 2.25 --candidates 2,3`"
 
 
-def test_exit_codes_are_those_of_the_code(docs: dict[str, str]) -> None:
+def test_documented_exit_codes_match_the_code(docs: dict[str, str]) -> None:
     from shiftadd_cli import cli
 
-    told = set(re.findall(r"^\| (\d+) \|", docs["running.md"], flags=re.MULTILINE))
-    assert told == {"0", "1", "2", "3", "130", "143"}
+    documented = set(re.findall(r"^\| (\d+) \|", docs["running.md"], flags=re.MULTILINE))
+    assert documented == {"0", "1", "2", "3", "130", "143"}
     assert {"0", "2", "3", "130", "143"} <= set(re.findall(r"\d+", cli.__doc__ or ""))
 
 
@@ -87,12 +89,12 @@ def test_every_page_is_in_the_navigation(docs: dict[str, str], repository: Path)
     assert sorted(listed) == sorted(docs)
 
 
-def test_pictures_are_there_and_used(docs: dict[str, str], repository: Path) -> None:
+def test_pictures_exist_and_are_used(docs: dict[str, str], repository: Path) -> None:
     used = {name for page in docs.values() for name in re.findall(r"\]\(pictures/([a-z-]+\.svg)\)", page)}
     assert used == {path.name for path in (repository / "docs" / "pictures").iterdir()}
 
 
-def test_the_site_builds_without_a_warning(repository: Path, tmp_path: Path) -> None:
+def test_site_builds_without_a_warning(repository: Path, tmp_path: Path) -> None:
     """Broken links, anchors and pages outside the navigation are warnings."""
     if importlib.util.find_spec("material") is None:
         pytest.skip("mkdocs-material is not installed: pip install '.[docs]'")

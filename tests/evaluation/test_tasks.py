@@ -1,9 +1,10 @@
-"""Tasks of lm-evaluation-harness on local files, against log-likelihoods that transformers alone gives."""
+"""Tasks of lm-evaluation-harness on local files, compared with log-likelihoods from transformers alone."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from shiftadd_cli.errors import CalibrationError
 from shiftadd_cli.evaluation.tasks import PAPER_TASKS, evaluate_tasks, harness_tasks, task_names
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question": "The colour of the sky is", "choices": ["blue", "a number", "two"], "label": 0},
     {"question": "A statement ends with", "choices": ["the module", "a newline", "nothing at all"], "label": 1},
     {"question": "Names are bound by", "choices": ["rain", "assignment", "colour"], "label": 1},
@@ -32,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     data = folder / "questions.jsonl"
-    data.write_text("\n".join(json.dumps(each) for each in QUESTIONS))
+    data.write_text("\n".join(json.dumps(question) for question in QUESTIONS))
     (folder / "questions.yaml").write_text(
         f"""
 task: shiftadd_questions
@@ -53,27 +54,27 @@ metadata: {{version: 3.0}}
 
 
 @torch.no_grad()
-def log_likelihood(model, tokenizer, question: str, answer: str) -> float:
-    start = tokenizer(question, return_tensors="pt").input_ids
-    whole = tokenizer(f"{question} {answer}", return_tensors="pt").input_ids
-    chances = model(whole).logits[0, :-1].double().log_softmax(-1)
-    targets = whole[0, 1:]
-    return float(chances.gather(1, targets[:, None])[start.shape[1] - 1 :].sum())
+def log_likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
+    prompt = tokenizer(question, return_tensors="pt").input_ids
+    full = tokenizer(f"{question} {answer}", return_tensors="pt").input_ids
+    chances = model(full).logits[0, :-1].double().log_softmax(-1)
+    targets = full[0, 1:]
+    return float(chances.gather(1, targets[:, None])[prompt.shape[1] - 1 :].sum())
 
 
-def test_accuracy_is_that_of_the_likeliest_answers(model: Path, tasks: Path) -> None:
+def test_accuracy_counts_the_likeliest_answers(model: Path, tasks: Path) -> None:
     original = AutoModelForCausalLM.from_pretrained(model).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     right = []
-    for each in QUESTIONS:
-        scores = [log_likelihood(original, tokenizer, each["question"], choice) for choice in each["choices"]]
-        right.append(scores.index(max(scores)) == each["label"])
-    assert 0 < sum(right) < len(right), "the questions must tell something"
+    for question in QUESTIONS:
+        scores = [log_likelihood(original, tokenizer, question["question"], choice) for choice in question["choices"]]
+        right.append(scores.index(max(scores)) == question["label"])
+    assert 0 < sum(right) < len(right), "some answers must be right and some wrong"
 
     result = evaluate_tasks([str(model), str(model)], ["shiftadd_questions"], task_path=tasks, fewshot=0)
-    assert [each.info.spec for each in result.models] == [str(model)] * 2
-    for each in result.models:
-        (score,) = each.scores
+    assert [measured.info.spec for measured in result.models] == [str(model)] * 2
+    for measured in result.models:
+        (score,) = measured.scores
         assert (score.task, score.metric, score.filter) == ("shiftadd_questions", "acc", "none")
         assert score.value == pytest.approx(sum(right) / len(right))
         assert score.error is not None
@@ -82,21 +83,21 @@ def test_accuracy_is_that_of_the_likeliest_answers(model: Path, tasks: Path) -> 
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["tasks"] == ["shiftadd_questions"]
 
 
-def test_a_text_begins_once_as_its_tokenizer_begins_it(
+def test_leading_tokens_come_once_at_the_start_of_a_text(
     tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = save_tiny("llama", tmp_path / "begun", before=("<|user|>",))
+    model = save_tiny("llama", tmp_path / "begun", before=("<|user|>",))
     seen: list[torch.Tensor] = []
     forward = LlamaForCausalLM.forward
 
-    def watch(self, input_ids, **options):
+    def watch(self: LlamaForCausalLM, input_ids: torch.Tensor, **options: Any) -> Any:
         seen.extend(input_ids)
         return forward(self, input_ids, **options)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", watch)
-    evaluate_tasks([str(begun)], ["shiftadd_questions"], task_path=tasks, fewshot=0)
+    evaluate_tasks([str(model)], ["shiftadd_questions"], task_path=tasks, fewshot=0)
     user = tiny_tokenizer().convert_tokens_to_ids("<|user|>")
-    # The harness tries batches of one token before.
+    # The harness first tries inputs that repeat a single token.
     questions = [ids.tolist() for ids in seen if len(set(ids.tolist())) > 1]
     assert questions
     assert all(ids[0] == user and ids.count(user) == 1 for ids in questions)
@@ -119,12 +120,12 @@ def test_a_limit_takes_the_first_documents(model: Path, tasks: Path) -> None:
     assert result.limit == 2
 
 
-def test_unknown_tasks_are_refused_by_name_before_a_model_is_read(model: Path, tasks: Path) -> None:
+def test_unknown_tasks_are_refused_by_name(model: Path, tasks: Path) -> None:
     with pytest.raises(CalibrationError, match=r"knows no task 'no_such_task' and no task file in .* defines it"):
         evaluate_tasks([str(model)], ["no_such_task"], task_path=tasks)
 
 
-def test_data_that_cannot_be_had_is_named_by_its_task(model: Path, tmp_path: Path) -> None:
+def test_missing_data_is_reported_with_its_task(model: Path, tmp_path: Path) -> None:
     (tmp_path / "lost.yaml").write_text(
         f"task: shiftadd_lost\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/no.jsonl}}}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: c\ndoc_to_target: t\n"
@@ -133,8 +134,8 @@ def test_data_that_cannot_be_had_is_named_by_its_task(model: Path, tmp_path: Pat
         evaluate_tasks([str(model)], ["shiftadd_lost"], task_path=tmp_path)
 
 
-def test_presets_stand_for_their_tasks_once() -> None:
-    assert task_names("piqa, paper ,mmlu") == ("piqa", *(each for each in PAPER_TASKS if each != "piqa"))
+def test_presets_expand_to_their_tasks_without_repetition() -> None:
+    assert task_names("piqa, paper ,mmlu") == ("piqa", *(task for task in PAPER_TASKS if task != "piqa"))
     with pytest.raises(CalibrationError, match="names no task"):
         task_names(" , ")
 

@@ -1,16 +1,19 @@
+"""A dense export has the decoded weights of the checkpoint, and loads without this package."""
+
 from __future__ import annotations
 
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from artifacts import COMMON, edit_tensors, write_checkpoint
 from safetensors import safe_open
 from tiny_models import FAMILIES, MIXTURES, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import shiftadd_cli  # noqa: F401 - registers the format with transformers
 from shiftadd_cli.errors import ArtifactError, ExportError, OutputError
@@ -20,21 +23,21 @@ TOKENS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(
 ROTATED = COMMON.replaced(rotation="hadamard", outlier_columns=0.05)
 
 
-def logits(model):
+def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=TOKENS).logits
 
 
-def tensors_of(folder):
-    found = {}
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
 
 
 @pytest.mark.parametrize("family", FAMILIES + MIXTURES)
-def test_it_is_the_model_that_dequantize_gives(tmp_path, family):
+def test_the_export_equals_the_dequantized_model(tmp_path: Path, family: str) -> None:
     checkpoint = write_checkpoint(tiny_model(family), tmp_path / "packed", common=ROTATED, tables=family != "gemma3")
     out = tmp_path / "dense"
     written = export_dense(checkpoint.folder, out)
@@ -45,16 +48,16 @@ def test_it_is_the_model_that_dequantize_gives(tmp_path, family):
     assert plain.dtype == torch.float32
     state = plain.state_dict()
     assert state.keys() == expected.state_dict().keys()
-    assert all(torch.equal(state[name], each) for name, each in expected.state_dict().items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
     assert torch.equal(logits(plain), logits(expected))
     tied = bool(plain.all_tied_weights_keys)
     assert (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight) == tied
-    if family not in MIXTURES:  # their files hold experts in another form, see test_original_names.py
+    if family not in MIXTURES:  # their files store experts in another form, see test_original_names.py
         assert len(tensors_of(out)) == len(state) - len(plain.all_tied_weights_keys)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
-def test_it_loads_where_this_package_is_not(tmp_path, family):
+def test_the_export_loads_without_this_package(tmp_path: Path, family: str) -> None:
     checkpoint = write_checkpoint(tiny_model(family), tmp_path / "packed")
     tiny_tokenizer().save_pretrained(checkpoint.folder)
     export_dense(checkpoint.folder, tmp_path / "dense")
@@ -71,7 +74,7 @@ def test_it_loads_where_this_package_is_not(tmp_path, family):
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
 
 
-def test_another_dtype_is_rounded_once(tmp_path):
+def test_another_dtype_is_rounded_once(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tiny_model("gpt2"), tmp_path / "packed", tables=True)
     export_dense(checkpoint.folder, tmp_path / "dense", torch.bfloat16)
     state = checkpoint.dense.state_dict()
@@ -80,7 +83,7 @@ def test_another_dtype_is_rounded_once(tmp_path):
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_numbers_too_large_for_float16_are_refused_and_nothing_is_left(tmp_path):
+def test_values_too_large_for_float16_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.model.norm.weight.data[0] = 1e6
     checkpoint = write_checkpoint(model, tmp_path / "packed")
@@ -89,7 +92,7 @@ def test_numbers_too_large_for_float16_are_refused_and_nothing_is_left(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
-def test_equal_checkpoints_give_equal_bytes_and_only_what_is_true_of_them(tmp_path):
+def test_equal_checkpoints_give_equal_bytes_without_the_checkpoints_reports(tmp_path: Path) -> None:
     folder = write_checkpoint(tiny_model("llama"), tmp_path / "packed").folder
     for name in ("README.md", "report.html", "evaluation.json", "generation_config.json"):
         (folder / name).write_text("{}")
@@ -100,7 +103,7 @@ def test_equal_checkpoints_give_equal_bytes_and_only_what_is_true_of_them(tmp_pa
     assert set(one) == {"config.json", "generation_config.json", "model.safetensors"}
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
     folder = write_checkpoint(tiny_model("llama"), tmp_path / "packed").folder
     out = tmp_path / "dense"
     out.mkdir()
@@ -122,7 +125,9 @@ def test_nothing_is_overwritten(tmp_path):
         {"model.more.weight": torch.zeros(3)},
     ],
 )
-def test_other_tensors_than_the_model_has_are_refused(tmp_path, change):
+def test_missing_extra_and_misshapen_tensors_are_refused(
+    tmp_path: Path, change: dict[str, torch.Tensor | None]
+) -> None:
     folder = write_checkpoint(tiny_model("llama"), tmp_path / "packed", shard_bytes=10_000_000).folder
     edit_tensors(folder, change)
     with pytest.raises(ArtifactError, match=next(iter(change))):

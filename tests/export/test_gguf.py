@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from artifacts import Checkpoint, write_checkpoint
 from tiny_models import tiny_config, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shiftadd_cli.errors import ExportError, OutputError
 from shiftadd_cli.export.gguf import export_gguf
 from shiftadd_cli.runtime.opened import load_any
 
 TOKENS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
-# Largest part of the logits that rounding may take: half a unit in the last place of a weight, some of them added up.
+# Largest relative error of the logits: half a unit in the last place of each weight, accumulated.
 ROUNDING = {"float32": 0.0, "float16": 2e-3, "bfloat16": 2e-2, "q8_0": 3e-2}
 
 
-def logits(model):
+def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=TOKENS).logits
 
 
 def checkpoint_of(family: str, folder: Path) -> Checkpoint:
     if family == "qwen3":
-        # What transformers takes the heads of any Qwen3 in a GGUF file to be.
+        # transformers assumes heads of this size for any Qwen3 in a GGUF file.
         config = tiny_config(family)
         config.head_dim = 128
         torch.manual_seed(0)
@@ -46,7 +47,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_it_computes_what_the_decoded_weights_compute(tmp_path, family, dtype):
+def test_the_file_computes_the_same_as_the_decoded_weights(tmp_path: Path, family: str, dtype: str) -> None:
     checkpoint = checkpoint_of(family, tmp_path / "packed")
     path, written = export_gguf(checkpoint.folder, tmp_path / "out", dtype)
     assert path == tmp_path / "out" / f"packed-{dtype}.gguf"
@@ -56,11 +57,11 @@ def test_it_computes_what_the_decoded_weights_compute(tmp_path, family, dtype):
     error = (logits(loaded) - expected).norm() / expected.norm()
     if dtype == "float32":
         state = checkpoint.dense.state_dict()
-        assert all(torch.equal(each, state[name]) for name, each in loaded.state_dict().items())
+        assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
     assert error <= ROUNDING[dtype]
 
 
-def test_text_is_split_as_before(tmp_path, llama):
+def test_the_tokenizer_splits_text_as_before(tmp_path: Path, llama: Checkpoint) -> None:
     path, _ = export_gguf(llama.folder, tmp_path / "out", "float16")
     before, after = tiny_tokenizer(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in ("Hello 1234, world's", "<|user|>hi<|endoftext|>", "  two\n\n\tthree é 漢", ""):
@@ -69,12 +70,12 @@ def test_text_is_split_as_before(tmp_path, llama):
     assert (after.bos_token, after.eos_token, after.pad_token) == (before.bos_token, before.eos_token, before.pad_token)
 
 
-def test_it_can_be_compressed_and_measured_again(tmp_path, llama):
+def test_the_file_can_be_opened_as_a_model(tmp_path: Path, llama: Checkpoint) -> None:
     path, _ = export_gguf(llama.folder, tmp_path / "out", "float32")
     assert torch.equal(logits(load_any(str(path)).model), logits(llama.dense))
 
 
-def test_equal_checkpoints_give_equal_bytes(tmp_path, llama):
+def test_equal_checkpoints_give_equal_bytes(tmp_path: Path, llama: Checkpoint) -> None:
     one, two = (export_gguf(llama.folder, tmp_path / out, "q8_0")[0].read_bytes() for out in ("one", "two"))
     assert one == two
 
@@ -88,7 +89,7 @@ def test_equal_checkpoints_give_equal_bytes(tmp_path, llama):
         ("qwen2", {"use_sliding_window": True}, "sliding window"),
     ],
 )
-def test_what_would_compute_something_else_is_refused(tmp_path, family, changes, part):
+def test_unsupported_settings_are_refused(tmp_path: Path, family: str, changes: dict[str, Any], part: str) -> None:
     folder = checkpoint_of(family, tmp_path / "packed").folder
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -97,7 +98,7 @@ def test_what_would_compute_something_else_is_refused(tmp_path, family, changes,
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
-def test_numbers_too_large_are_refused_and_nothing_is_left(tmp_path):
+def test_values_too_large_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.model.embed_tokens.weight.data[0] = 1e6
     folder = write_checkpoint(model, tmp_path / "packed").folder
@@ -107,7 +108,7 @@ def test_numbers_too_large_are_refused_and_nothing_is_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
-def test_nothing_is_overwritten(tmp_path, llama):
+def test_nothing_is_overwritten(tmp_path: Path, llama: Checkpoint) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="not empty"):

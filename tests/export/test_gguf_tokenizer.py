@@ -1,3 +1,5 @@
+"""Tokenizers as metadata of GGUF files."""
+
 from __future__ import annotations
 
 import json
@@ -16,7 +18,9 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BARE_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
-def with_splitter(splitter, normalizer=None):
+def with_splitter(
+    splitter: pre_tokenizers.PreTokenizer, normalizer: normalizers.Normalizer | None = None
+) -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = splitter
     if normalizer is not None:
@@ -24,7 +28,7 @@ def with_splitter(splitter, normalizer=None):
     return tokenizer
 
 
-def by_pattern(pattern):
+def by_pattern(pattern: str) -> pre_tokenizers.Sequence:
     from tokenizers import Regex
 
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), BARE_BYTES])
@@ -39,7 +43,7 @@ def by_pattern(pattern):
         (by_pattern(GGUF_PRE_TOKENIZER_SPLITS["qwen2"]), "qwen2"),
     ],
 )
-def test_rules_for_splitting_have_names(splitter, name):
+def test_known_splitting_rules_have_names(splitter: pre_tokenizers.PreTokenizer, name: str) -> None:
     assert GgufTokenizer.read(with_splitter(splitter), VOCAB_SIZE).split == name
 
 
@@ -53,29 +57,32 @@ def test_rules_for_splitting_have_names(splitter, name):
         (BYTES, normalizers.Lowercase()),
     ],
 )
-def test_rules_without_a_name_are_refused(splitter, normalizer):
+def test_other_splitting_rules_are_refused(
+    splitter: pre_tokenizers.PreTokenizer, normalizer: normalizers.Normalizer | None
+) -> None:
     with pytest.raises(ExportError, match="tokenizer"):
         GgufTokenizer.read(with_splitter(splitter, normalizer), VOCAB_SIZE)
 
 
-def test_another_kind_of_tokenizer_is_refused():
+def test_tokenizers_other_than_byte_level_bpe_are_refused() -> None:
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
     with pytest.raises(ExportError, match="not byte-level BPE"):
         GgufTokenizer.read(words, 2)
 
 
-def test_ids_are_the_tokenizer_s_and_the_rest_is_filled_up():
+def test_ids_are_the_tokenizers_and_the_rest_is_padded() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<own>"])
-    found = GgufTokenizer.read(tokenizer, VOCAB_SIZE + 10)
-    assert len(found.tokens) == len(found.types) == VOCAB_SIZE + 10
-    for text, index in tokenizer.get_vocab().items():
-        assert found.tokens[index] == text
-    kinds = {text: found.types[tokenizer.convert_tokens_to_ids(text)] for text in ("<|user|>", "<own>", "a")}
+    exported = GgufTokenizer.read(tokenizer, VOCAB_SIZE + 10)
+    assert len(exported.tokens) == len(exported.types) == VOCAB_SIZE + 10
+    ids = tokenizer.get_vocab()
+    for text, index in ids.items():
+        assert exported.tokens[index] == text
+    kinds = {text: exported.types[ids[text]] for text in ("<|user|>", "<own>", "a")}
     control, own, normal = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.NORMAL
     assert kinds == {"<|user|>": control, "<own>": own, "a": normal}
-    assert found.types[-1] == gguf.TokenType.UNUSED
+    assert exported.types[-1] == gguf.TokenType.UNUSED
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    assert len(found.merges) == len(merges)
+    assert len(exported.merges) == len(merges)
     with pytest.raises(ExportError, match="the model knows"):
         GgufTokenizer.read(tokenizer, VOCAB_SIZE)

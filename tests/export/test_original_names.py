@@ -1,7 +1,8 @@
-"""Names and shapes of the dense export are those of the source's own files, and each tensor is the source's own."""
+"""The dense export has the names, shapes and tensors of the source's own files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers.core_model_loading import GroupWeightRename
 import shiftadd_cli  # noqa: F401 - registers the format with transformers
 from shiftadd_cli.export.dense import export_dense
 from shiftadd_cli.export.original_names import OriginalNames
+from shiftadd_cli.export.stacks import StackedModel
 from shiftadd_cli.source.experts import join_experts
 
 _SMALL = {
@@ -28,11 +30,11 @@ _MORE = {
                  "first_k_dense_replace": 1},
     "minimax": {**_SMALL, "num_local_experts": 4},
     "ernie4_5_moe": {**_SMALL, "moe_num_experts": 4, "moe_intermediate_size": 20, "moe_k": 2},
-    # No mixture, but a model of which transformers 5 renames a tensor.
+    # Not a mixture, but transformers 5 renames one of its tensors.
     "gpt_neox": _SMALL,
 }  # fmt: skip
-# As the hub's own files have them.
-_KNOWN = {
+# A tensor in the hub's files of each family, and its shape.
+_HUB_TENSORS = {
     "mixtral": ("model.layers.0.block_sparse_moe.experts.3.w2.weight", (32, 44)),
     "qwen3_moe": ("model.layers.0.mlp.experts.3.gate_proj.weight", (20, 32)),
     "deepseek_v3": ("model.layers.1.mlp.experts.3.up_proj.weight", (20, 32)),
@@ -60,7 +62,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", [*MIXTURES, *_MORE, "vit"])
 def test_names_and_shapes_are_those_of_the_source(family: str, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(_model(family), tmp_path / "packed", common=COMMON, tables=family in MIXTURES)
-    # transformers itself writes the same model, and with it the names of the family's files.
+    # transformers itself writes the same model with the names of the family's files.
     join_experts(checkpoint.dense)
     checkpoint.dense.save_pretrained(tmp_path / "source")
     export_dense(checkpoint.folder, tmp_path / "dense")
@@ -68,26 +70,27 @@ def test_names_and_shapes_are_those_of_the_source(family: str, tmp_path: Path) -
     assert dense.keys() == source.keys()
     for name, tensor in source.items():
         assert torch.equal(dense[name], tensor), name
-    if family in _KNOWN:
-        name, shape = _KNOWN[family]
+    if family in _HUB_TENSORS:
+        name, shape = _HUB_TENSORS[family]
         assert shape is None or dense[name].shape == shape
         assert name in dense
 
 
-class _Decoded:
-    """Two tensors, in the order in which a checkpoint may have them."""
+class _Decoded(StackedModel):
+    """Three tensors, in an order in which a checkpoint may have them."""
 
-    tensors = dict.fromkeys(("a.norm1.weight", "a.norm0.weight", "b.weight"), ((2,), torch.float32))
+    def __init__(self) -> None:
+        self.tensors = dict.fromkeys(("a.norm1.weight", "a.norm0.weight", "b.weight"), ((2,), torch.float32))
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, torch.full((2,), float(index))) for index, name in enumerate(self.tensors))
 
 
-def test_a_rule_that_needs_to_see_all_tensors_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The second renaming acts only where the first did: two tensors turned back one by one would end under one name.
+def test_a_rule_that_depends_on_all_tensors_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second renaming acts only after the first: reverted one by one, two tensors would get the same name.
     rule = GroupWeightRename(["norm1", "norm2"], ["norm0", "norm1"])
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *_, **__: [rule])
-    found = OriginalNames(_Decoded(), tiny_model("llama"))
-    assert set(found.tensors) == {"a.norm1.weight", "a.norm2.weight", "b.weight"}
-    values = {name: tensor[0].item() for name, tensor in found}
+    originals = OriginalNames(_Decoded(), tiny_model("llama"))
+    assert set(originals.tensors) == {"a.norm1.weight", "a.norm2.weight", "b.weight"}
+    values = {name: tensor[0].item() for name, tensor in originals}
     assert values == {"a.norm1.weight": 1.0, "a.norm2.weight": 0.0, "b.weight": 2.0}

@@ -1,9 +1,10 @@
-"""Texts are those of the model's likeliest tokens or of seeded draws, and the measurements are of the right moments."""
+"""Texts consist of the likeliest tokens or of seeded draws, and are timed at the right moments."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,60 +42,62 @@ def likeliest(loaded: Loaded, ids: tuple[int, ...], count: int) -> list[int]:
 
 
 def without_ends(loaded: Loaded) -> Loaded:
-    """No token ends a text, so that lengths are what was asked for."""
+    """The same model without end tokens, so that texts have the requested length."""
     loaded.model.generation_config.eos_token_id = None
     loaded.tokenizer.eos_token = None
     return loaded
 
 
-def test_temperature_0_takes_the_likeliest_tokens(loaded):
+def test_temperature_0_takes_the_likeliest_tokens(loaded: Loaded) -> None:
     prompt = prompt_of(without_ends(loaded))
     tokens = likeliest(loaded, prompt.ids, 12)
     decode = loaded.tokenizer.decode
     shown: list[str] = []
-    found = generate_text(loaded, prompt, Sampling(max_new_tokens=12), write=shown.append)
-    assert decode(prompt.ids, skip_special_tokens=True) + found.text == decode(tokens, skip_special_tokens=True)
-    assert "".join(shown) == found.text
+    result = generate_text(loaded, prompt, Sampling(max_new_tokens=12), write=shown.append)
+    assert decode(prompt.ids, skip_special_tokens=True) + result.text == decode(tokens, skip_special_tokens=True)
+    assert "".join(shown) == result.text
     assert len(shown) > 3
-    assert (found.prompt_tokens, found.new_tokens, found.stopped) == (len(prompt.ids), 12, "length")
+    assert (result.prompt_tokens, result.new_tokens, result.stopped) == (len(prompt.ids), 12, "length")
 
 
-def test_what_the_checkpoint_brings_along_changes_nothing(loaded):
+def test_generation_settings_of_the_checkpoint_are_ignored(loaded: Loaded) -> None:
     prompt = prompt_of(without_ends(loaded))
     plain = generate_text(loaded, prompt, Sampling(max_new_tokens=12))
     loaded.model.generation_config = GenerationConfig(do_sample=True, repetition_penalty=5.0, max_length=3)
     assert generate_text(loaded, prompt, Sampling(max_new_tokens=12)).text == plain.text
 
 
-def test_the_seed_decides_the_draws(loaded):
+def test_the_seed_determines_the_draws(loaded: Loaded) -> None:
     prompt = prompt_of(without_ends(loaded))
 
-    def text(**fields: object) -> str:
+    def text(**fields: Any) -> str:
         return generate_text(loaded, prompt, Sampling(max_new_tokens=16, **fields)).text
 
     assert text(temperature=1.0, seed=1) == text(temperature=1.0, seed=1)
     assert text(temperature=1.0, seed=1) != text(temperature=1.0, seed=2)
-    # So narrow a choice leaves the likeliest token alone, and so cold a temperature gives it all the probability.
+    # This top_p leaves only the likeliest token, and this temperature gives it all the probability.
     assert text(temperature=1.0, top_p=1e-6) == text() == text(temperature=1e-4)
     assert text(temperature=1.0, seed=1) != text()
 
 
-def test_draws_are_among_all_tokens(loaded, monkeypatch):
-    seen = {}
+def test_all_tokens_can_be_drawn(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[GenerationConfig] = []
     prompt = prompt_of(loaded)
-    monkeypatch.setattr(
-        type(loaded.model),
-        "generate",
-        lambda self, ids, streamer, **_: (seen.update(config=self.generation_config), streamer.put(ids),
-                                          streamer.put(torch.tensor([5])), streamer.end()),
-    )  # fmt: skip
+
+    def generate(self: Any, ids: torch.Tensor, streamer: Any, **_: Any) -> None:
+        configs.append(self.generation_config)
+        streamer.put(ids)
+        streamer.put(torch.tensor([5]))
+        streamer.end()
+
+    monkeypatch.setattr(type(loaded.model), "generate", generate)
     generate_text(loaded, prompt, Sampling(temperature=0.5, top_p=0.9))
-    config = seen["config"]
+    (config,) = configs
     assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.5, 0.9, 0)
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "tokenizer"])
-def test_tokens_that_end_a_text_end_it(loaded, where):
+def test_end_tokens_end_the_text(loaded: Loaded, where: str) -> None:
     prompt = prompt_of(without_ends(loaded))
     tokens = likeliest(loaded, prompt.ids, 12)[len(prompt.ids) :]
     last = tokens[6]
@@ -102,42 +105,42 @@ def test_tokens_that_end_a_text_end_it(loaded, where):
         loaded.model.generation_config.eos_token_id = [319, last]
     else:
         loaded.tokenizer.eos_token = loaded.tokenizer.convert_ids_to_tokens(last)
-    found = generate_text(loaded, prompt, Sampling(max_new_tokens=12))
-    assert (found.new_tokens, found.stopped) == (tokens.index(last) + 1, "end")
+    result = generate_text(loaded, prompt, Sampling(max_new_tokens=12))
+    assert (result.new_tokens, result.stopped) == (tokens.index(last) + 1, "end")
 
 
-def test_the_end_of_the_context_ends_a_text(loaded):
-    found = generate_text(without_ends(loaded), prompt_of(loaded), Sampling(max_new_tokens=12), room=5)
-    assert (found.new_tokens, found.stopped) == (5, "context")
-    enough = generate_text(without_ends(loaded), prompt_of(loaded), Sampling(max_new_tokens=5), room=5)
-    assert (enough.new_tokens, enough.stopped) == (5, "length")
+def test_the_end_of_the_context_ends_the_text(loaded: Loaded) -> None:
+    cut_off = generate_text(without_ends(loaded), prompt_of(loaded), Sampling(max_new_tokens=12), room=5)
+    assert (cut_off.new_tokens, cut_off.stopped) == (5, "context")
+    complete = generate_text(without_ends(loaded), prompt_of(loaded), Sampling(max_new_tokens=5), room=5)
+    assert (complete.new_tokens, complete.stopped) == (5, "length")
 
 
-def test_prefill_ends_with_the_first_token_and_decoding_with_the_last(loaded):
+def test_prefill_ends_with_the_first_token_and_decode_with_the_last(loaded: Loaded) -> None:
     ticks = itertools.count(100)
     prompt = prompt_of(without_ends(loaded))
-    found = generate_text(loaded, prompt, Sampling(max_new_tokens=9), now=lambda: float(next(ticks)))
+    result = generate_text(loaded, prompt, Sampling(max_new_tokens=9), now=lambda: float(next(ticks)))
     # One reading at the start and one per token.
-    assert (found.prefill_seconds, found.decode_seconds) == (1.0, 8.0)
-    assert found.prefill_rate == len(prompt.ids)
-    assert found.decode_rate == 1.0
+    assert (result.prefill_seconds, result.decode_seconds) == (1.0, 8.0)
+    assert result.prefill_rate == len(prompt.ids)
+    assert result.decode_rate == 1.0
 
 
-def test_rates_are_tokens_over_seconds():
-    found = Generated("text", 30, 11, prefill_seconds=0.5, decode_seconds=2.0, stopped="length")
-    assert (found.prefill_rate, found.decode_rate) == (60.0, 5.0)
-    assert found.to_dict()["decode_tokens_per_second"] == 5.0
+def test_rates_are_tokens_over_seconds() -> None:
+    result = Generated("text", 30, 11, prefill_seconds=0.5, decode_seconds=2.0, stopped="length")
+    assert (result.prefill_rate, result.decode_rate) == (60.0, 5.0)
+    assert result.to_dict()["decode_tokens_per_second"] == 5.0
     assert Generated("t", 30, 1, 0.5, 0.0, "length").decode_rate is None
 
 
-def test_logits_that_are_no_numbers_are_refused(loaded):
+def test_nan_logits_are_refused(loaded: Loaded) -> None:
     loaded.model.model.norm.weight.data[0] = torch.nan
     for temperature in (0.0, 1.0):
         with pytest.raises(NumericalError, match="not finite in float32"):
             generate_text(loaded, prompt_of(loaded), Sampling(temperature=temperature))
 
 
-def test_an_interruption_leaves_what_was_shown(loaded):
+def test_an_interruption_stops_the_text_at_once(loaded: Loaded) -> None:
     shown: list[str] = []
 
     def write(piece: str) -> None:
@@ -150,7 +153,7 @@ def test_an_interruption_leaves_what_was_shown(loaded):
     assert len(shown) == 3
 
 
-def test_compressed_models_write_what_their_decoded_selves_write(tmp_path: Path):
+def test_compressed_models_write_the_same_as_decoded_ones(tmp_path: Path) -> None:
     from artifacts import write_checkpoint
     from tiny_models import tiny_model, tiny_tokenizer
 
@@ -158,7 +161,7 @@ def test_compressed_models_write_what_their_decoded_selves_write(tmp_path: Path)
     tiny_tokenizer().save_pretrained(checkpoint.folder)
     loaded = without_ends(load_any(str(checkpoint.folder)))
     prompt = prompt_of(loaded)
-    found = generate_text(loaded, prompt, Sampling(max_new_tokens=10)).text
+    text = generate_text(loaded, prompt, Sampling(max_new_tokens=10)).text
     tokens = likeliest(loaded._replace(model=checkpoint.dense), prompt.ids, 10)
     decode = loaded.tokenizer.decode
-    assert decode(prompt.ids) + found == decode(tokens)
+    assert decode(prompt.ids) + text == decode(tokens)

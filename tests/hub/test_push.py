@@ -1,4 +1,4 @@
-"""Uploads, against a stand-in of the hub's HTTP API."""
+"""Uploads to a stand-in for the hub's HTTP API."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from shiftadd_cli.cli import main
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with running_hub() as found:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", found.address)
+    with running_hub() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield found
+        yield server
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = write_checkpoint(tiny_model("llama"), tmp_path_factory.mktemp("models") / "out", tables=True).folder
-    (found / "README.md").write_text("---\nlibrary_name: transformers\n---\n# A model\n")
-    (found / ".cache").mkdir()
-    (found / ".cache" / "other").write_text("not of the checkpoint")
-    return found
+    checkpoint = write_checkpoint(tiny_model("llama"), tmp_path_factory.mktemp("models") / "out", tables=True).folder
+    (checkpoint / "README.md").write_text("---\nlibrary_name: transformers\n---\n# A model\n")
+    (checkpoint / ".cache").mkdir()
+    (checkpoint / ".cache" / "other").write_text("not part of the checkpoint")
+    return checkpoint
 
 
 def push(*arguments: str | Path) -> Result:
@@ -57,7 +57,7 @@ def test_every_file_arrives_in_a_private_repository(hub: Hub, folder: Path) -> N
     assert repo["branches"] == {"main": contents(folder)}
 
 
-def test_public_and_branches_are_as_asked(hub: Hub, folder: Path) -> None:
+def test_visibility_and_branch_follow_the_options(hub: Hub, folder: Path) -> None:
     for _ in range(2):
         result = push(folder, "team/tiny", "--public", "--revision", "3-bit")
         assert result.exit_code == 0, result.output
@@ -66,7 +66,7 @@ def test_public_and_branches_are_as_asked(hub: Hub, folder: Path) -> None:
     assert repo["branches"] == {"main": {}, "3-bit": contents(folder)}
 
 
-def test_an_upload_that_was_broken_off_goes_on(hub: Hub, folder: Path) -> None:
+def test_an_interrupted_upload_continues(hub: Hub, folder: Path) -> None:
     hub.refuse_large = True
     result = push(folder, "tiny")
     assert result.exit_code == 2
@@ -76,7 +76,7 @@ def test_an_upload_that_was_broken_off_goes_on(hub: Hub, folder: Path) -> None:
     assert push(folder, "tiny").exit_code == 0
     hub.sent.clear()
     assert push(folder, "tiny").exit_code == 0
-    assert not [path for path in hub.sent if path.startswith("/large/")], "the hub has it"
+    assert not [path for path in hub.sent if path.startswith("/large/")], "the hub already has the large files"
 
 
 def test_a_dry_run_sends_nothing(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,26 +89,26 @@ def test_a_dry_run_sends_nothing(hub: Hub, folder: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("token", "said"),
+    ("token", "message"),
     [
         (None, "Uploading needs a hub token; log in with `hf auth login`, or set HF_TOKEN."),
         ("hf_unknown", "The hub does not accept the token"),
         (READ_ONLY, "The token may not write to tiny"),
     ],
 )
-def test_a_token_that_does_not_do_is_said(
-    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, said: str
+def test_an_unusable_token_is_reported(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, message: str
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
     result = push(folder, "tiny")
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.output
 
 
-def test_a_hub_that_cannot_be_reached_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -117,7 +117,7 @@ def test_a_hub_that_cannot_be_reached_is_said(folder: Path, monkeypatch: pytest.
     assert "The upload to tiny was interrupted" in result.stderr
 
 
-def test_what_is_wrong_is_refused_before_anything_is_sent(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_bad_names_and_checkpoints_are_refused_before_anything_is_sent(hub: Hub, folder: Path, tmp_path: Path) -> None:
     for name in ("a/b/c", "with space", "-x/y"):
         result = push(folder, "--", name)
         assert result.exit_code == 2

@@ -1,6 +1,6 @@
-"""Compiles the kernels for NVIDIA GPUs, which takes no GPU, and prints what became of them as JSON.
+"""Compiles the kernels for NVIDIA GPUs, which needs no GPU, and prints properties of the binaries as JSON.
 
-Run by test_triton_compile.py, in a process of its own because the tests beside it interpret the kernels. A variant is
+Run by test_triton_compile.py in a process of its own, because the tests beside it interpret the kernels. A variant is
 named by its kernel, compute capability, bits, nibbles of a scale, lanes of a word and dtype of the activations.
 """
 
@@ -22,14 +22,14 @@ from triton.compiler import ASTSource
 from shiftadd_cli.kernels import triton_gemm, triton_gemv, triton_passes
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-# Whatever is not a pointer is an integer.
+# All other arguments are integers.
 POINTERS = {"row_scale": "*fp32", "bias": "*fp32", "partial": "*fp32"}
 
 
 def build(
     kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any], warps: int = 4
 ) -> dict[str, int]:
-    """Compile one kernel; pointers and sizes are taken to be multiples of 16, as those of large matrices are."""
+    """Compile one kernel. Pointers and sizes are assumed to be multiples of 16, as for large matrices."""
     names = kernel.arg_names
     types = dict.fromkeys(names, "i32") | POINTERS | pointers | dict.fromkeys(constants, "constexpr")
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if types[name] != "constexpr"}
@@ -45,7 +45,7 @@ def build(
 
 
 def stack_bytes(binary: bytes) -> int:
-    """Bytes of local memory of each thread: what did not fit into registers."""
+    """Bytes of local memory per thread, which hold the values that did not fit into registers."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
@@ -68,7 +68,7 @@ def matrix(bits: int, nibbles: int, lanes: int, offset: bool) -> tuple[dict[str,
 
 
 def main() -> None:
-    found = {}
+    variants = {}
     for capability in (80, 90):
         for bits, nibbles, lanes, offset in ((3, 1, 32, False), (8, 3, 32, True), (4, 0, 8, False)):
             if capability == 90 and bits != 3:
@@ -78,22 +78,22 @@ def main() -> None:
             words = triton_gemv._BLOCKS_OF_WORDS[0 if bits == 3 else 1]
             tile = {"BLOCK_PLANES": triton_gemv._BLOCK // words, "BLOCK_WORDS": words}
             types = pointers | {"x": "*fp32"}
-            # Triton compiles a kernel anew where an integer is 1, as these are when one token is decoded.
+            # Triton compiles a separate kernel if an integer is 1, as these are when one token is decoded.
             one = {"rows": 1, "tiles_per_split": 1} if bits == 3 else {}
-            found[f"gemv-{kind}"] = build(triton_gemv._gemv_kernel, capability, types, constants | tile | one)
+            variants[f"gemv-{kind}"] = build(triton_gemv._gemv_kernel, capability, types, constants | tile | one)
             for dtype in (torch.float32, torch.float16) if bits == 3 else (torch.bfloat16,):
                 rows = triton_gemm._MOST_ROWS[dtype]
                 tile = {"BLOCK_OUT": triton_gemm._BLOCK_OUT, "BLOCK_WORDS": triton_gemm._BLOCK_WORDS}
                 types, warps = pointers | {"x": TYPES[dtype]}, triton_gemm.warps(rows)
                 name = f"gemm-{kind}-{str(dtype)[6:]}"
                 constants |= tile | {"BLOCK_ROWS": rows}
-                found[name] = build(triton_gemm._gemm_kernel, capability, types, constants, warps)
+                variants[name] = build(triton_gemm._gemm_kernel, capability, types, constants, warps)
         blocks = {"LANES": 32, "JOINED": 4, "BLOCK": 64}
         types = {"x": "*bf16", "spread": "*bf16"}
-        found[f"spread-{capability}"] = build(triton_passes._spread_kernel, capability, types, blocks)
+        variants[f"spread-{capability}"] = build(triton_passes._spread_kernel, capability, types, blocks)
         sums: dict[str, Any] = {"PLANES": 3, "SCALED": True, "BIASED": True, "BLOCK": 256, "splits": 1}
-        found[f"sum-{capability}"] = build(triton_passes._sum_kernel, capability, {"y": "*fp16"}, sums)
-    json.dump(found, sys.stdout)
+        variants[f"sum-{capability}"] = build(triton_passes._sum_kernel, capability, {"y": "*fp16"}, sums)
+    json.dump(variants, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -17,24 +17,24 @@ from shiftadd_cli.kernels.cpu_weight import CpuWeight, supports
 @needs_kernels
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(supported_layouts(), st.integers(0, 2**31))
-def test_planes_come_back(layout: PackedLayout, seed: int) -> None:
+def test_packed_planes_give_back_the_stored_codes(layout: PackedLayout, seed: int) -> None:
     weight = random_weight(layout, seed)
     stored = weight.tensors["weight_codes"]
     columns = layout.grid.columns
-    meant = pack_planes(unpack_planes(stored, columns))
-    assert torch.equal(CpuWeight.pack(weight).codes(layout), meant)
+    expected = pack_planes(unpack_planes(stored, columns))
+    assert torch.equal(CpuWeight.pack(weight).codes(layout), expected)
 
 
 @needs_kernels
 def test_words_hold_two_rows_of_sixteen_columns() -> None:
-    """One word against the description in native/layout.h, bit by bit."""
+    """One word, compared bit by bit with the description in native/layout.h."""
     layout = layout_on(ScaleGrid.resolve(70, 300, 1, 100), 3, "pot", True, False)
     weight = random_weight(layout)
     planes = unpack_planes(weight.tensors["weight_codes"], 300)
     words = CpuWeight.pack(weight).words
     # Groups of 100 columns are 7 words; 70 rows are one stripe of 3 blocks.
     group, block, word, plane, pair = 1, 2, 6, 2, 4
-    entry = words[(((group * 3 + block) * 7 + word) * 3 + plane) * 16 + pair].item()
+    entry = int(words[(((group * 3 + block) * 7 + word) * 3 + plane) * 16 + pair].item())
     row = block * 32 + pair
     for column in range(16):
         inside = word * 16 + column < 100
@@ -50,12 +50,14 @@ def test_scales_of_at_most_two_terms_stay_codes(form: str, coded: bool) -> None:
     packed = CpuWeight.pack(random_weight(layout))
     scales = packed.scale_codes if coded else packed.scales
     assert (packed.scale_codes is None) != coded
+    assert scales is not None
+    assert packed.offsets is not None
     assert scales.shape == (2, 2, 2, 32)
     assert packed.offsets.shape == (2, 2, 32)
 
 
 @needs_kernels
-def test_large_matrices_begin_a_huge_page() -> None:
+def test_large_matrices_start_on_a_huge_page() -> None:
     layout = layout_on(ScaleGrid.resolve(2048, 4096, 1, "all"), 3, "pot", True, False)
     assert CpuWeight.pack(random_weight(layout)).words.data_ptr() % (2 << 20) == 0
 

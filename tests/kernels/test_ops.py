@@ -1,8 +1,9 @@
-"""The CPU kernels, every instruction set of this machine, against products with the decoded matrix in float64."""
+"""The CPU kernels in every instruction set of this machine, compared with float64 products of the decoded matrix."""
 
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -36,10 +37,10 @@ def run(
     method: str = "auto",
     kernels: str = "",
 ) -> Tensor:
-    packed = CpuWeight.pack(weight)
+    stored: dict[str, Any] = CpuWeight.pack(weight).tensors()
     return ops.lookup_linear(
         x,
-        **packed.tensors(),
+        **stored,
         bias=bias,
         group_columns=weight.layout.grid.group_columns,
         bits=weight.layout.bits,
@@ -54,7 +55,7 @@ def exact_product(x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     signs = weight.signs()
     rotated = x.double() if signs is None else rotate_input(x.double(), signs.double())
     decoded = weight.decode_stored().double()
-    # Terms are those of single planes, which may cancel in a weight.
+    # Terms belong to single planes, and may cancel in a weight.
     layout = weight.layout
     ratios = layout.grid.expand_columns(layout.grid.expand_rows(weight.ratios()).sum(-1))
     offsets = weight.offsets(weight.ratios())
@@ -108,7 +109,7 @@ def test_half_precision_rounds_once(kernels: str, fast: bool, dtype: torch.dtype
 
 @pytest.mark.parametrize("kernels", instruction_sets())
 @pytest.mark.parametrize("fast", [False, True])
-def test_zeros_denormals_and_bias(kernels: str, fast: bool) -> None:
+def test_zeros_and_denormals_leave_only_the_bias(kernels: str, fast: bool) -> None:
     weight = random_weight(LAYOUT)
     bias = torch.arange(150.0)
     x = torch.zeros(2, 320)
@@ -119,7 +120,7 @@ def test_zeros_denormals_and_bias(kernels: str, fast: bool) -> None:
 
 
 @pytest.mark.parametrize("kernels", instruction_sets())
-def test_shapes_are_those_of_a_linear(kernels: str) -> None:
+def test_shapes_are_those_of_a_linear_layer(kernels: str) -> None:
     weight = random_weight(LAYOUT)
     x = torch.randn(2, 3, 320)
     assert run(x[0, 0], weight, kernels=kernels).shape == (150,)
@@ -136,16 +137,16 @@ def test_threads_change_no_bit(method: str, fast: bool) -> None:
     x = torch.randn(20, 1024).bfloat16()
     before = torch.get_num_threads()
     try:
-        found = []
+        results = []
         for threads in range(1, 5):
             torch.set_num_threads(threads)
-            found.append(run(x, weight, fast=fast, method=method))
+            results.append(run(x, weight, fast=fast, method=method))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(each, found[0]) for each in found)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_calls_from_several_threads_at_once() -> None:
+def test_concurrent_calls_do_not_interfere() -> None:
     weight = random_weight(layout_on(ScaleGrid.resolve(700, 1024, 1, 128), 3, "apot2", True, False))
     inputs = [torch.randn(1 + 9 * index, 1024) for index in range(4)]
     alone = [run(x, weight) for x in inputs]
@@ -173,7 +174,7 @@ def test_rotate_is_the_reference(columns: int, batch: int) -> None:
     assert torch.equal(ops.rotate(x.bfloat16(), signs), ops.rotate(x.bfloat16().float(), signs).bfloat16())
 
 
-def arguments(x: Tensor) -> dict[str, object]:
+def arguments(x: Tensor) -> dict[str, Any]:
     weight = random_weight(layout_on(ScaleGrid.resolve(40, 64, 1, 32), 2, "apot2", True, True, True))
     return {
         "x": x,
@@ -187,32 +188,34 @@ def arguments(x: Tensor) -> dict[str, object]:
     }
 
 
-def test_torchs_own_checks_pass() -> None:
-    given_x = arguments(torch.randn(3, 64))
-    torch.library.opcheck(torch.ops.shiftadd.lookup_linear.default, (), given_x)
-    torch.library.opcheck(torch.ops.shiftadd.rotate.default, (torch.randn(3, 64), given_x["signs"]))
+def test_operators_pass_the_checks_of_torch() -> None:
+    fields = arguments(torch.randn(3, 64))
+    torch.library.opcheck(torch.ops.shiftadd.lookup_linear.default, (), fields)
+    torch.library.opcheck(torch.ops.shiftadd.rotate.default, (torch.randn(3, 64), fields["signs"]))
     codes = torch.randint(-127, 128, (30, 64), dtype=torch.int8)
     torch.library.opcheck(torch.ops.shiftadd.codes_linear.default, (torch.randn(3, 64), codes, torch.rand(30)))
 
 
-def test_compiles_into_one_graph() -> None:
-    given_x = arguments(torch.randn(3, 64))
+def test_operator_compiles_into_one_graph() -> None:
+    fields = arguments(torch.randn(3, 64))
 
     def step(x: Tensor) -> Tensor:
-        return ops.lookup_linear(**{**given_x, "x": x * 2}) + 1
+        return ops.lookup_linear(**{**fields, "x": x * 2}) + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(given_x["x"]), step(given_x["x"]))
+    torch.testing.assert_close(compiled(fields["x"]), step(fields["x"]))
 
 
 def test_meta_tensors_get_shapes() -> None:
-    on_meta = {name: each.to("meta") if isinstance(each, Tensor) else each for name, each in arguments(
-        torch.randn(2, 5, 64)).items()}  # fmt: skip
+    on_meta: dict[str, Any] = {
+        name: value.to("meta") if isinstance(value, Tensor) else value
+        for name, value in arguments(torch.randn(2, 5, 64)).items()
+    }
     result = ops.lookup_linear(**on_meta)
     assert (result.shape, result.device.type) == ((2, 5, 40), "meta")
 
 
-def test_a_backward_pass_is_refused() -> None:
+def test_backward_pass_is_refused() -> None:
     result = ops.lookup_linear(**arguments(torch.randn(3, 64, requires_grad=True)))
     with pytest.raises(RuntimeError, match="no gradient; load the model with SHIFTADD_KERNEL=reference"):
         result.sum().backward()
@@ -225,8 +228,8 @@ def test_a_backward_pass_is_refused() -> None:
      {"bias": torch.ones(3)}, {"signs": torch.ones(64).bfloat16()}, {"row_scale": torch.ones(40).bfloat16()},
      {"row_scale": torch.ones(80)[::2]}, {"offsets": torch.ones(2, 2, 32).half()}],
 )  # fmt: skip
-def test_tensors_that_do_not_fit_are_refused(change: dict[str, object]) -> None:
-    with pytest.raises((TypeError, ValueError), match="do not fit|incompatible|one number a column"):
+def test_mismatched_tensors_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"do not fit|incompatible|one number a column"):
         ops.lookup_linear(**{**arguments(torch.randn(3, 64)), **change})
 
 
@@ -240,7 +243,7 @@ def test_unknown_kernels_are_refused() -> None:
         ops.lookup_linear(**{**arguments(torch.randn(3, 64)), "kernels": "mmx"})
 
 
-def test_what_torch_watches_goes_through_torch() -> None:
+def test_only_plain_tensors_bypass_torch() -> None:
     x = torch.randn(3, 8)
     assert not ops.is_plain(x), "gradients may be wanted"
     with torch.no_grad():
@@ -256,8 +259,8 @@ def test_what_torch_watches_goes_through_torch() -> None:
 
 
 @pytest.mark.parametrize("rotated", [False, True])
-def test_both_ways_give_the_same_bits(rotated: bool) -> None:
-    given_x = arguments(torch.randn(3, 64))
-    given_x["signs"] = given_x["signs"] if rotated else None
+def test_direct_and_dispatched_calls_give_the_same_bits(rotated: bool) -> None:
+    fields = arguments(torch.randn(3, 64))
+    fields["signs"] = fields["signs"] if rotated else None
     with torch.no_grad():
-        assert torch.equal(ops.lookup_linear(**given_x), torch.ops.shiftadd.lookup_linear.default(**given_x))
+        assert torch.equal(ops.lookup_linear(**fields), torch.ops.shiftadd.lookup_linear.default(**fields))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from formats import layout_on, matrix_format
@@ -11,29 +13,31 @@ from shiftadd_cli.kernels import select as choice
 from shiftadd_cli.kernels.select import Kernel, Precision, chosen_kernel, chosen_precision, suited_kernel
 
 
-def test_nothing_said_is_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_settings_mean_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SHIFTADD_KERNEL", raising=False)
     monkeypatch.setenv("SHIFTADD_PRECISION", " ")
     assert chosen_kernel() is Kernel.AUTO
     assert chosen_precision() is Precision.AUTO
 
 
-def test_values_are_read_whatever_their_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_are_case_insensitive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHIFTADD_KERNEL", "Reference")
     monkeypatch.setenv("SHIFTADD_PRECISION", "FAST")
     assert chosen_kernel() is Kernel.REFERENCE
     assert chosen_precision() is Precision.FAST
 
 
-@pytest.mark.parametrize(("variable", "ask"), [("SHIFTADD_KERNEL", chosen_kernel),
+@pytest.mark.parametrize(("variable", "read"), [("SHIFTADD_KERNEL", chosen_kernel),
                                                ("SHIFTADD_PRECISION", chosen_precision)])  # fmt: skip
-def test_other_values_are_refused_with_the_choices(variable: str, ask: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_values_are_refused_with_the_choices(
+    variable: str, read: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(variable, "quick")
     with pytest.raises(RuntimeChoiceError, match=f"{variable} is 'quick'; give one of auto, "):
-        ask()
+        read()
 
 
-def test_kernels_that_are_not_there_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_kernels_cannot_be_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHIFTADD_KERNEL", "cpu")
     monkeypatch.setattr(choice, "cpu_extension", lambda: None)
     with pytest.raises(RuntimeChoiceError, match="install a C\\+\\+ compiler"):
@@ -47,7 +51,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("wish", "layout", "device", "compiled", "gpu", "expected"),
+    ("setting", "layout", "device", "compiled", "gpu", "expected"),
     [
         ("auto", LAYOUT, CPU, True, False, Kernel.CPU),
         ("auto", LAYOUT, CPU, False, False, Kernel.REFERENCE),
@@ -67,8 +71,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("triton", LAYOUT, CUDA, True, True, Kernel.TRITON),
     ],
 )
-def test_each_device_gets_what_suits_it(
-    wish: str,
+def test_each_device_gets_a_suitable_kernel(
+    setting: str,
     layout: PackedLayout,
     device: torch.device,
     compiled: bool,
@@ -76,7 +80,7 @@ def test_each_device_gets_what_suits_it(
     expected: Kernel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("SHIFTADD_KERNEL", wish)
+    monkeypatch.setenv("SHIFTADD_KERNEL", setting)
     monkeypatch.setattr(choice, "cpu_extension", lambda: compiled or None)
     monkeypatch.setattr(choice, "triton_runs", lambda: gpu)
     assert suited_kernel(layout, device) is expected

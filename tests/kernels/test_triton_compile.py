@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the kernels, for NVIDIA GPUs that this machine need not have."""
+"""Properties of the kernels as Triton compiles them for NVIDIA GPUs, which this machine need not have."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ pytestmark = [
     pytest.mark.skipif(platform.system() != "Linux", reason="triton's compiler is for Linux"),
 ]
 
-# Bytes that a program can have of every GPU since compute capability 8.0.
+# Bytes of shared memory that a program can use on every GPU since compute capability 8.0.
 SHARED_MEMORY = 99 << 10
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
-    """Numbers of the compiled kernels by variant; see `compile_kernels`."""
+    """Properties of the compiled kernels by variant; see `compile_kernels`."""
     program = Path(__file__).with_name("compile_kernels.py")
     cache = str(tmp_path_factory.mktemp("triton"))
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
@@ -36,19 +36,19 @@ def test_kernels_compile_into_registers_and_fit_the_shared_memory(compiled: dict
         kinds = {name.split("-")[0] for name in compiled if f"-{capability}" in name}
         assert kinds == {"gemv", "gemm", "spread", "sum"}
     # Two registers may be spilled: the compiler stops at a round number of them.
-    assert {name: found["stack"] for name, found in compiled.items() if found["stack"] > 8} == {}
-    assert max(found["shared"] for found in compiled.values()) <= SHARED_MEMORY
+    assert {name: properties["stack"] for name, properties in compiled.items() if properties["stack"] > 8} == {}
+    assert max(properties["shared"] for properties in compiled.values()) <= SHARED_MEMORY
 
 
 def test_activations_of_the_gemv_do_not_go_through_shared_memory(compiled: dict[str, dict[str, int]]) -> None:
-    """They would with two barriers for each of eight lanes. Sums, scales and offsets of a tile take a few."""
-    barriers = {name: found["barriers"] for name, found in compiled.items() if name.startswith("gemv")}
+    """That would take two barriers for each of eight lanes. Sums, scales and offsets of a tile take a few."""
+    barriers = {name: properties["barriers"] for name, properties in compiled.items() if name.startswith("gemv")}
     assert max(barriers.values()) <= 8, barriers
 
 
-def test_the_gemm_runs_on_tensor_cores_in_half_precision_and_not_in_float32(
+def test_gemm_runs_on_tensor_cores_in_half_precision_but_not_in_float32(
     compiled: dict[str, dict[str, int]],
 ) -> None:
-    for name, found in compiled.items():
+    for name, properties in compiled.items():
         if name.startswith("gemm"):
-            assert bool(found["tensor_cores"]) is not name.endswith("-float32"), name
+            assert bool(properties["tensor_cores"]) is not name.endswith("-float32"), name

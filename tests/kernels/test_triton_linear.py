@@ -1,13 +1,14 @@
-"""The Triton kernels against products in float64.
+"""The Triton kernels, compared with products in float64.
 
-Interpreted, on the CPU: that proves what the kernels compute, not how they are compiled (`test_triton_compile` does the
-latter). TRITON_INTERPRET=0 runs the same tests on a GPU.
+They are interpreted on the CPU. That checks the results of the kernels but not their compilation, which
+`test_triton_compile` does. TRITON_INTERPRET=0 runs the same tests on a GPU.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ WEIGHTS = [
     row_wise(10, 256, 128, 2, "apot2", offset=True),
     row_wise(17, 192, 64, 4, "apot3", offset=True, row_scale=False),
     row_wise(7, 96, "all", 6, "float"),
-    # The last word and the last group are not whole, and there is more than one tile.
+    # The last word and the last group are partial, and there is more than one tile.
     row_wise(3, 2136, 64, 2, "apot2"),
     row_wise(65, 62, "all", 1, "pot", row_scale=False),
     # Bytes.
@@ -60,7 +61,7 @@ def on_device(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def inputs(rows: int, weight: QuantizedWeight, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-    """Normal activations, one in sixteen columns of them much larger."""
+    """Normal activations, with one in sixteen columns much larger."""
     columns = weight.layout.grid.columns
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     x[:, ::16] *= 50
@@ -69,7 +70,7 @@ def inputs(rows: int, weight: QuantizedWeight, dtype: torch.dtype = torch.float3
 
 @pytest.fixture(autouse=True)
 def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter keeps bfloat16 as the integers of its bits, and multiplies these where it should not."""
+    """Widen bfloat16 before products: Triton's interpreter stores it as integers of its bits, and multiplies those."""
     if not INTERPRETED:
         return
     import triton.language as tl
@@ -90,7 +91,7 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("kernel", "rows"), [(gemv, 1), (gemv, 3), (gemm, 3)])
 @pytest.mark.parametrize("weight", WEIGHTS, ids=name)
-def test_products_are_those_of_the_decoded_matrix(kernel: Callable[..., Tensor], rows: int, weight) -> None:
+def test_products_match_the_decoded_matrix(kernel: Callable[..., Tensor], rows: int, weight: QuantizedWeight) -> None:
     weight = on_device(weight)
     x = inputs(rows, weight)
     assert_product(kernel(x, prepare(weight)), x, weight, rounded=kernel is gemm)
@@ -99,7 +100,9 @@ def test_products_are_those_of_the_decoded_matrix(kernel: Callable[..., Tensor],
 @KERNELS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weight", [WEIGHTS[1], WEIGHTS[8]], ids=name)
-def test_products_of_half_precision(kernel: Callable[..., Tensor], dtype: torch.dtype, weight: QuantizedWeight) -> None:
+def test_products_in_half_precision_match_the_decoded_matrix(
+    kernel: Callable[..., Tensor], dtype: torch.dtype, weight: QuantizedWeight
+) -> None:
     weight = on_device(weight)
     x = inputs(2, weight, dtype)
     bias = torch.linspace(-50, 50, weight.layout.grid.rows, device=DEVICE).to(dtype)
@@ -109,7 +112,7 @@ def test_products_of_half_precision(kernel: Callable[..., Tensor], dtype: torch.
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(8, torch.float32), (65, torch.float32), (130, torch.float16)])
-def test_products_of_many_rows(rows: int, dtype: torch.dtype) -> None:
+def test_products_of_many_rows_match_the_decoded_matrix(rows: int, dtype: torch.dtype) -> None:
     weight = on_device(WEIGHTS[6])
     x = inputs(rows, weight, dtype)
     kernel = gemv if rows == 8 else gemm
@@ -117,36 +120,36 @@ def test_products_of_many_rows(rows: int, dtype: torch.dtype) -> None:
 
 
 @KERNELS
-def test_every_column_meets_its_weights(kernel: Callable[..., Tensor]) -> None:
-    """One input at a time, and 2^100 of it: nothing else is there to hide a weight of another column."""
+def test_every_column_uses_its_own_weights(kernel: Callable[..., Tensor]) -> None:
+    """Each row has a single input, 2^100, so that no other input can hide a weight of another column."""
     weight = on_device(row_wise(3, 45, 16, 2, "pot", offset=True))
     x = torch.eye(45, device=DEVICE) * 2.0**100
     values, sizes = decode_exactly(weight)
-    found = kernel(x, prepare(weight)).double() / 2.0**100
-    assert ((found - values.T).abs() <= 4 * torch.finfo(torch.float32).eps * sizes.T).all()
+    product = kernel(x, prepare(weight)).double() / 2.0**100
+    assert ((product - values.T).abs() <= 4 * torch.finfo(torch.float32).eps * sizes.T).all()
 
 
 @KERNELS
 @pytest.mark.parametrize(("form", "zero"), [("pot", 0xFF), ("apot2", 0x3F), ("apot3", 0xFF), ("float", 0)])
 def test_zero_scales_and_zero_inputs_give_zeros(kernel: Callable[..., Tensor], form: str, zero: int) -> None:
     weight = on_device(row_wise(6, 64, 32, 3, form))
-    still = torch.zeros(2, 64, device=DEVICE)
-    assert (kernel(still, prepare(weight)) == 0).all()
+    zeros = torch.zeros(2, 64, device=DEVICE)
+    assert (kernel(zeros, prepare(weight)) == 0).all()
     weight.tensors["weight_scales" if form == "float" else "weight_exponents"].fill_(zero)
     assert (kernel(inputs(2, weight), prepare(weight)) == 0).all()
 
 
 def test_every_scale_code_is_decoded() -> None:
-    """Rows whose only scale is one code each: all of those of one and two nibbles, and every 7th of those of three."""
+    """Every row has one code as its only scale: all codes of one and two nibbles, and every 7th of three."""
     for nibbles, form in enumerate(("pot", "apot2", "apot3"), start=1):
         codes = torch.arange(0, 16**nibbles, 7 if nibbles == 3 else 1)
-        # Both planes have the same code, and for an odd number of nibbles that of the second begins inside a byte.
+        # Both planes have the same code. For an odd number of nibbles, the second one begins inside a byte.
         weight = row_wise(len(codes), 8, "all", 2, form, row_scale=False)
         weight.tensors["weight_codes"].fill_(255)
-        whole = codes | codes << (4 * nibbles)
+        both_planes = codes | codes << (4 * nibbles)
         stored = weight.tensors["weight_exponents"]
         for byte in range(stored.shape[1]):
-            stored[:, byte] = (whole >> (8 * byte) & 255).to(torch.uint8)
+            stored[:, byte] = (both_planes >> (8 * byte) & 255).to(torch.uint8)
         weight = on_device(weight)
         values, sizes = decode_exactly(weight)
         x = torch.zeros(1, 8, device=DEVICE)
@@ -156,7 +159,7 @@ def test_every_scale_code_is_decoded() -> None:
         assert values[:, 5].unique().numel() >= 16
 
 
-def test_a_row_has_the_same_bits_whatever_its_neighbours() -> None:
+def test_neighbours_do_not_change_the_bits_of_a_row() -> None:
     weight = prepare(on_device(WEIGHTS[4]))
     x = inputs(2, WEIGHTS[4])
     together = gemv(x, weight)
@@ -175,7 +178,7 @@ def test_multiply_keeps_leading_axes_and_the_dtype(leading: tuple[int, ...], dty
     assert_product(y.reshape(-1, 10), x.reshape(-1, 64), weight, bias, rounded=True)
 
 
-def test_multiply_takes_activations_that_are_not_contiguous() -> None:
+def test_multiply_accepts_activations_that_are_not_contiguous() -> None:
     weight = on_device(row_wise(4, 64, 32, 2, "pot"))
     x = inputs(6, weight)
     for view in (x[::3], x.T.contiguous().T, x[:, None].expand(6, 2, 64)):
@@ -183,19 +186,26 @@ def test_multiply_takes_activations_that_are_not_contiguous() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_multiply_chooses_by_the_number_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multiply_chooses_the_kernel_by_the_number_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = prepare(on_device(row_wise(4, 64, 32, 1, "pot")))
     called: list[str] = []
+
+    def spy_on(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def spy(x: Tensor, *others: Any) -> Tensor:
+            called.append(kernel.__name__)
+            return kernel(x, *others)
+
+        return spy
+
     for kernel in (gemv, gemm):
-        spy = lambda x, *others, kernel=kernel: called.append(kernel.__name__) or kernel(x, *others)  # noqa: E731
-        monkeypatch.setattr(triton_linear, kernel.__name__, spy)
+        monkeypatch.setattr(triton_linear, kernel.__name__, spy_on(kernel))
     limit = triton_linear.GEMV_ROWS[dtype]
     for rows in (limit, limit + 1):
         multiply(torch.ones(rows, 64, device=DEVICE, dtype=dtype), weight)
     assert called == ["gemv", "gemm"]
 
 
-def test_multiply_refuses_what_there_is_no_kernel_for() -> None:
+def test_multiply_refuses_unsupported_activations() -> None:
     weight = prepare(on_device(row_wise(4, 64, 32, 1, "pot")))
     with pytest.raises(TypeError, match="float64"):
         multiply(torch.ones(1, 64, dtype=torch.float64, device=DEVICE), weight)
@@ -216,7 +226,10 @@ def test_prepare_copies_neither_codes_nor_scales(weight: QuantizedWeight) -> Non
     scales = stored["weight_exponents"] if ready.nibbles else stored["weight_scales"]
     assert ready.scales.data_ptr() == scales.data_ptr()
     if weight.layout.scales.offset:
-        assert torch.equal(ready.offsets.float(), weight.offsets(weight.ratios()))
+        expected = weight.offsets(weight.ratios())
+        assert expected is not None
+        assert ready.offsets is not None
+        assert torch.equal(ready.offsets.float(), expected)
         assert ready.offsets.dtype == (torch.float32 if weight.layout.scales.scale_format == "apot3" else torch.float16)
 
 
@@ -235,7 +248,9 @@ def test_codes_that_begin_inside_a_word_are_read_as_bytes() -> None:
     [(1, 64, True), (1, 8, True), (1, "all", True), (1, 12, False), (2, 64, False), ("all", 1, False),
      (1, 1000, True)],
 )  # fmt: skip
-def test_supported_layouts(group_rows: int | str, group_size: int | str, expected: bool) -> None:
+def test_only_groups_of_whole_bytes_along_rows_are_supported(
+    group_rows: int | str, group_size: int | str, expected: bool
+) -> None:
     grid = ScaleGrid.resolve(16, 100, group_rows, group_size)
     assert supports(layout_on(grid, 3, "pot", True, False)) is expected
 
@@ -243,6 +258,6 @@ def test_supported_layouts(group_rows: int | str, group_size: int | str, expecte
 def test_splits_cover_all_tiles_and_none_is_empty() -> None:
     for tiles in range(1, 40):
         for programs in (1, 7, 100, 5000):
-            splits, each = choose_splits(tiles, programs, 1024)
-            assert (splits - 1) * each < tiles <= splits * each
+            splits, tiles_per_split = choose_splits(tiles, programs, 1024)
+            assert (splits - 1) * tiles_per_split < tiles <= splits * tiles_per_split
             assert splits == 1 or programs < 1024

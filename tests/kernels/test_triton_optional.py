@@ -1,4 +1,4 @@
-"""Triton is optional: only the modules named after it import it, and only functions import those."""
+"""Triton is optional: only the modules named after it import it, and others import those only inside functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def imported_at_the_top(file: Path) -> Iterator[str]:
-    """Full names of what a module imports when it is imported itself: all but the imports inside functions."""
+    """Full names of the imports outside functions, which run when the module itself is imported."""
     pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
@@ -21,18 +21,18 @@ def imported_at_the_top(file: Path) -> Iterator[str]:
 
 
 def needs_triton(file: Path) -> list[str]:
-    """What a module imports at the top of triton, or of ours after it but for the tensors of a weight."""
-    found = []
+    """Imports at the top of a module from triton, or from our modules named after it except `triton_weight`."""
+    names = []
     for name in imported_at_the_top(file):
         parts = name.split(".")
         if any(part.startswith("triton") for part in parts) and "triton_weight" not in parts:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
-def test_nothing_else_imports_triton_at_the_top(repository: Path) -> None:
+def test_no_other_module_imports_triton_at_the_top(repository: Path) -> None:
     files = set((repository / "shiftadd_cli").rglob("*.py"))
     kernels = set((repository / "shiftadd_cli/kernels").glob("triton_*.py"))
-    # Else the search itself is broken: but for the tensors of a weight all of these use it.
+    # This checks the search itself: all of these modules but `triton_weight` use triton.
     assert {file.name for file in kernels if not needs_triton(file)} == {"triton_weight.py"}
     assert {str(file): needs_triton(file) for file in files - kernels if needs_triton(file)} == {}

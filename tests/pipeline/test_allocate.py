@@ -1,15 +1,19 @@
-"""From model and budget to a plan, and from the plan to files of the promised size."""
+"""From a model and a budget to a plan, and from the plan to files of the promised size."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import save_tiny
 
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.plan_file import BitPlan
-from shiftadd_cli.bcq.choices import parts_of_choice
+from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind
+from shiftadd_cli.bcq.choices import Choice, parts_of_choice
 from shiftadd_cli.cli.describe_bits import describe_bit_plan
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline import allocate as allocate_module
@@ -19,42 +23,49 @@ from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source
 
-QUICK = {"samples": 4, "seq_len": 24, "batch_size": 3, "group_size": 16, "fit_rounds": 1}
+QUICK: dict[str, Any] = {"samples": 4, "seq_len": 24, "batch_size": 3, "group_size": 16, "fit_rounds": 1}
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny("llama", tmp_path_factory.mktemp("allocate") / "model"))
 
 
-def recipe(**fields):
+def recipe(**fields: Any) -> Recipe:
     return Recipe.load("equal-bits", QUICK | fields)
 
 
-def job_for(model, bits=None, size=None, settings=None, nats=None, **request):
+def job_for(
+    model: str,
+    bits: float | None = None,
+    size: str | None = None,
+    settings: Recipe | None = None,
+    nats: float | None = None,
+    **request: Any,
+) -> AllocationJob:
     budget = Budget.parse(bits, size, nats)
     return AllocationJob.prepare(open_source(model), settings or recipe(), Request(budget, **request))
 
 
-def brute_force(plan, groups, budget):
+def brute_force(plan: BitPlan, groups: Sequence[tuple[str, ...]], budget: int) -> float | None:
     """The least predicted loss over all choices for `groups`, by trying them."""
     best = None
-    for choice in itertools.product((2, 3), repeat=len(groups)):
-        bits = {name: each for names, each in zip(groups, choice, strict=True) for name in names}
-        if sum(plan.layers[name].bytes[each] for name, each in bits.items()) <= budget:
-            cost = sum(plan.layers[name].cost[each] for name, each in bits.items())
+    for choices in itertools.product((2, 3), repeat=len(groups)):
+        bits = {name: choice for names, choice in zip(groups, choices, strict=True) for name in names}
+        if sum(plan.layers[name].bytes[choice] for name, choice in bits.items()) <= budget:
+            cost = sum(plan.layers[name].cost[choice] for name, choice in bits.items())
             best = cost if best is None else min(best, cost)
     return best
 
 
 @pytest.mark.parametrize("tie_fused", [True, False])
-def test_the_plan_is_the_best_there_is_within_the_budget(model, tie_fused):
+def test_plan_is_optimal_within_the_budget(model: str, tie_fused: bool) -> None:
     job = job_for(model, bits=4.2, candidates=(2, 3), tie_fused=tie_fused)
     plan = job.run()
     assert plan.bits_per_weight <= 4.2
@@ -69,21 +80,23 @@ def test_the_plan_is_the_best_there_is_within_the_budget(model, tie_fused):
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.8])
-def test_the_files_have_the_size_that_was_asked_and_never_more(model, tmp_path, part):
-    """From the smallest that is possible upwards."""
+def test_files_fill_the_requested_size_and_never_exceed_it(model: str, tmp_path: Path, part: float) -> None:
+    """From the smallest possible size upwards."""
     generous = job_for(model, bits=9.0)
     low, high = (file_bytes(generous.plan_at(choose)) for choose in (min, max))
-    asked = low + round(part * (high - low))
-    job = job_for(model, size=f"{asked / 1000:.3f}KB", tie_fused=False)
-    assert job.request.budget.file_bytes == asked
+    target = low + round(part * (high - low))
+    job = job_for(model, size=f"{target / 1000:.3f}KB", tie_fused=False)
+    budget = job.request.budget
+    assert isinstance(budget, Budget)
+    assert budget.file_bytes == target
     path = tmp_path / "plan.json"
     path.write_text(job.run().to_json())
     Job.prepare(model, tmp_path / "out", recipe(bit_plan=str(path))).run()
     stored = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
-    assert asked * 0.99 <= stored <= asked
+    assert target * 0.99 <= stored <= target
 
 
-def test_kept_and_tied_layers_are_what_was_asked(model):
+def test_keep_and_tie_options_are_respected(model: str) -> None:
     plan = job_for(model, bits=6, keep=("*.down_proj=2", "*.0.self_attn.q_proj=4"), tie=("*.o_proj,*.gate_proj",)).run()
     for block in range(2):
         layers = {
@@ -97,7 +110,7 @@ def test_kept_and_tied_layers_are_what_was_asked(model):
     assert plan.layers["model.layers.0.self_attn.v_proj"].bits == 4
 
 
-def test_layers_that_are_fused_and_kept_apart_are_refused(model):
+def test_fused_layers_kept_at_different_bits_are_refused(model: str) -> None:
     job = job_for(model, bits=6, keep=("*.q_proj=2", "*.k_proj=3"))
     with pytest.raises(AllocationError, match="`tie_fused=False`"):
         job.run()
@@ -105,11 +118,11 @@ def test_layers_that_are_fused_and_kept_apart_are_refused(model):
     assert plan.layers["model.layers.0.self_attn.k_proj"].bits == 3
 
 
-def test_another_budget_measures_nothing_again(model, monkeypatch):
+def test_another_budget_reuses_the_measurements(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     job_for(model, bits=4.2, candidates=(2, 3)).run()
-    measured = []
+    measured: list[tuple[Choice, ...]] = []
 
-    def spy(*arguments, **options):
+    def spy(*arguments: Any, **options: Any) -> Sensitivities:
         measured.append(tuple(arguments[5]))
         return real(*arguments, **options)
 
@@ -120,9 +133,9 @@ def test_another_budget_measures_nothing_again(model, monkeypatch):
         model, bits=3.8, candidates=(2, 3), settings=recipe(reconstruct_epochs=1, samples=4, shard_size="1GB")
     ).run()
     assert measured == []
-    whole = job_for(model, bits=3.8, candidates=(2, 3, 4)).run()
+    plan = job_for(model, bits=3.8, candidates=(2, 3, 4)).run()
     assert measured == [(4,)]
-    assert {tuple(layer.cost) for layer in whole.layers.values()} == {(2, 3, 4)}
+    assert {tuple(layer.cost) for layer in plan.layers.values()} == {(2, 3, 4)}
     for settings in (recipe(seed=1), recipe(group_size=8), recipe(weight_error=0.1), recipe(samples=3)):
         job_for(model, bits=5.8, candidates=(2, 3), settings=settings).run()
     for sensitivity in ("paper", "divergence", "divergence"):
@@ -131,23 +144,23 @@ def test_another_budget_measures_nothing_again(model, monkeypatch):
 
 
 @pytest.mark.parametrize("sensitivity", ["output", "divergence"])
-def test_a_plan_measured_in_two_goes_is_that_of_one(model, cache, sensitivity):
+def test_measuring_in_two_steps_gives_the_same_plan(model: str, cache: Path, sensitivity: SensitivityKind) -> None:
     job_for(model, bits=6, candidates=(3,), keep=("*.down_proj=2",), tie_fused=False, sensitivity=sensitivity).run()
-    twice = job_for(model, bits=4.4, sensitivity=sensitivity).run()
+    plan = job_for(model, bits=4.4, sensitivity=sensitivity).run()
     for file in (cache / "sensitivities").iterdir():
         file.unlink()
-    assert job_for(model, bits=4.4, sensitivity=sensitivity).run() == twice
-    # What was decided on is what the file says.
-    assert BitPlan.model_validate_json(twice.to_json()) == twice
+    assert job_for(model, bits=4.4, sensitivity=sensitivity).run() == plan
+    # The plan survives a round trip through its file.
+    assert BitPlan.model_validate_json(plan.to_json()) == plan
 
 
-def test_sensitivities_of_other_windows_are_not_remembered(model, tmp_path, monkeypatch):
-    """The same model, text and recipe: with another tokenizer the windows are others."""
+def test_other_windows_are_measured_again(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model, text and recipe are the same, but another tokenizer gives other windows."""
     job_for(model, bits=4.2).run()
     monkeypatch.setattr(AllocationJob, "measure", lambda *_: pytest.fail("it was measured again"))
     job_for(model, bits=4.0).run()
-    begun = save_tiny("llama", tmp_path / "begun", before=("<|user|>",))
-    job = job_for(str(begun), bits=4.2)
+    other = save_tiny("llama", tmp_path / "other", before=("<|user|>",))
+    job = job_for(str(other), bits=4.2)
     assert job.source.fingerprint == open_source(model).fingerprint
     assert job.recipe_fingerprint == job_for(model, bits=4.2).recipe_fingerprint
     with pytest.raises(pytest.fail.Exception, match="measured again"):
@@ -155,28 +168,33 @@ def test_sensitivities_of_other_windows_are_not_remembered(model, tmp_path, monk
 
 
 @pytest.mark.parametrize("before", [(), ("<|user|>",)])
-def test_a_plan_says_what_its_windows_begin_with(tmp_path, before):
+def test_plan_records_the_window_start(tmp_path: Path, before: tuple[str, ...]) -> None:
     plan = job_for(str(save_tiny("llama", tmp_path / "model", before=before)), bits=4.2).run()
     assert BitPlan.model_validate_json(plan.to_json()).made_by.calibration.window_start == "".join(before)
 
 
 @pytest.mark.parametrize(("bits", "size"), [(2.0, None), (None, "20KB")])
-def test_a_budget_that_cannot_be_met_is_refused_before_any_work_with_the_range(model, cache, bits, size):
+def test_impossible_budget_is_refused_before_any_work_with_the_range(
+    model: str, cache: Path, bits: float | None, size: str | None
+) -> None:
     with pytest.raises(AllocationError) as caught:
         job_for(model, bits=bits, size=size)
+    assert not list(cache.rglob("*.json")), "nothing was measured"
     message = str(caught.value)
-    low, high = (job_for(model, bits=9.0, keep=(f"*={each}",)).run() for each in (2, 4))
+    low, high = (job_for(model, bits=9.0, keep=(f"*={bits_kept}",)).run() for bits_kept in (2, 4))
     unit = "bits per weight" if bits else "MB"
     assert unit in message
     if bits:
         assert f"from {low.bits_per_weight:.3f} {unit} to {high.bits_per_weight:.3f} {unit}" in message
-    # Exactly the least that is said to be possible is possible.
+    # The lower end of that range can be met.
     assert job_for(model, bits=low.bits_per_weight).run().bits == low.bits
 
 
 @pytest.mark.parametrize("sensitivity", ["output", "divergence"])
-def test_the_smallest_plan_for_a_loss_is_found_and_loses_no_more(model, sensitivity):
-    plan_of = lambda **asked: job_for(model, candidates=(2, 3), sensitivity=sensitivity, **asked).run()  # noqa: E731
+def test_loss_budget_gives_the_smallest_plan_that_meets_it(model: str, sensitivity: SensitivityKind) -> None:
+    def plan_of(**request: Any) -> BitPlan:
+        return job_for(model, candidates=(2, 3), sensitivity=sensitivity, **request).run()
+
     most, least = (plan_of(bits=9.0, keep=(f"*={bits}",)).predicted_loss for bits in (2, 3))
     for part in (0.1, 0.5, 0.9):
         nats = least + part * (most - least)
@@ -187,12 +205,12 @@ def test_the_smallest_plan_for_a_loss_is_found_and_loses_no_more(model, sensitiv
         fused = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")]
         kinds = [*fused, ("self_attn.o_proj",), ("mlp.down_proj",)]
         groups = [tuple(f"{block}.{kind}" for kind in names) for block in blocks for names in kinds]
-        # One byte less, and nothing loses so little.
+        # With one byte less, every choice loses more.
         assert brute_force(plan, groups, plan.stored_bytes) == pytest.approx(plan.predicted_loss, rel=1e-9)
         assert (brute_force(plan, groups, plan.stored_bytes - 1) or most) > nats
 
 
-def test_a_loss_that_no_bits_reach_names_the_range(model):
+def test_unreachable_loss_budget_names_the_range(model: str) -> None:
     low, high = (job_for(model, bits=9.0, keep=(f"*={bits}",)).run().predicted_loss for bits in (4, 2))
     with pytest.raises(AllocationError, match=r"from .* to .*; raise `max_divergence`, or .*`candidates`") as caught:
         job_for(model, nats=low * 0.99).run()
@@ -201,20 +219,20 @@ def test_a_loss_that_no_bits_reach_names_the_range(model):
     assert job_for(model, nats=float(words[0])).run().predicted_loss <= float(words[0])
 
 
-def test_a_loss_without_a_unit_is_no_budget(model):
+def test_loss_budget_needs_a_sensitivity_with_a_unit(model: str) -> None:
     with pytest.raises(AllocationError, match=r"nats per token.*`sensitivity` output or divergence"):
         Request(Budget.parse(None, None, 0.1), sensitivity="paper")
 
 
-def test_a_run_without_text_cannot_measure(model):
+def test_recipe_without_calibration_cannot_measure(model: str) -> None:
     with pytest.raises(AllocationError, match="`calibration`"):
         job_for(model, bits=4.0, settings=Recipe.load("fast", {"group_size": 16}))
 
 
-def test_the_table_shows_bits_over_depth_and_both_averages(model):
+def test_table_shows_bits_over_depth_and_both_averages(model: str) -> None:
     job = job_for(model, bits=4.2, candidates=(2, 3))
     plan = job.run()
-    text = describe_bit_plan(plan, [each.spec for each in job.linears])
+    text = describe_bit_plan(plan, [linear.spec for linear in job.linears])
     row = next(line for line in text.splitlines() if line.startswith("self_attn.q_proj"))
     assert row.split()[1] == "".join(str(plan.layers[f"model.layers.{i}.self_attn.q_proj"].bits) for i in range(2))
     assert f"{plan.bits_per_weight:.3f} stored bits per weight, {plan.planes_per_weight:.3f} planes" in text
@@ -223,14 +241,14 @@ def test_the_table_shows_bits_over_depth_and_both_averages(model):
     assert f"{uniform:.4g}" in next(line for line in text.splitlines() if line.startswith("uniform 3"))
 
 
-def test_a_chain_of_ties_follows_the_layer_that_is_kept(model):
-    """The query keeps five bits; so does the value, fused with it; so does the output, tied to the value."""
+def test_chain_of_ties_follows_the_kept_layer(model: str) -> None:
+    """The query keeps five bits. The value is fused with it, and the output is tied to the value."""
     plan = job_for(model, bits=6, keep=("*.q_proj=5",), tie=("*.v_proj,*.o_proj",), candidates=(2, 3)).run()
-    kept = {name.rpartition(".")[2] for name, layer in plan.layers.items() if layer.bits == 5}
-    assert kept == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    kinds = {name.rpartition(".")[2] for name, layer in plan.layers.items() if layer.bits == 5}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-def test_the_front_is_what_budgets_of_its_sizes_give(model):
+def test_front_matches_the_plans_at_its_sizes(model: str) -> None:
     job = job_for(model, bits=6, candidates=(2, 3), keep=("*.0.self_attn.q_proj=3",))
     sensitivities = job.sensitivities()
     front = job.front(sensitivities, 5)
@@ -239,76 +257,80 @@ def test_the_front_is_what_budgets_of_its_sizes_give(model):
         assert plan.predicted_loss == pytest.approx(point.predicted_loss)
     losses = [point.predicted_loss for point in front]
     assert losses == sorted(losses, reverse=True)
-    whole = job.choose(sensitivities)
-    assert front[-1] == pytest.approx((whole.bits_per_weight, whole.predicted_loss))
-    # Nothing smaller is possible: the kept query takes the key and the value along.
-    smallest = sum(min(layer.bytes.values()) for layer in whole.layers.values())
-    assert front[0].bits_per_weight == pytest.approx(8 * smallest / whole.weights)
+    best = job.choose(sensitivities)
+    assert front[-1] == pytest.approx((best.bits_per_weight, best.predicted_loss))
+    # Nothing smaller is possible: the key and the value follow the kept query.
+    smallest = sum(min(layer.bytes.values()) for layer in best.layers.values())
+    assert front[0].bits_per_weight == pytest.approx(8 * smallest / best.weights)
 
 
-MIXTURE = (2, 3, "shift1-2", "shift2-3", "shift2-4")
+MIXTURE: tuple[Choice, ...] = (2, 3, "shift1-2", "shift2-3", "shift2-4")
 
 
-def test_a_mixture_of_primitives_is_the_best_there_is_and_is_written_as_planned(model, tmp_path):
-    kept = "model.layers.0.self_attn.o_proj"
-    job = job_for(model, bits=3.9, candidates=MIXTURE, keep=(f"{kept}=3",))
+def test_mixture_of_primitives_is_optimal_and_written_as_planned(model: str, tmp_path: Path) -> None:
+    pinned = "model.layers.0.self_attn.o_proj"
+    job = job_for(model, bits=3.9, candidates=MIXTURE, keep=(f"{pinned}=3",))
     plan = job.run()
     assert plan.version == 2
     assert plan.bits_per_weight <= 3.9
-    groups = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for name in plan.layers:
         kind = name.rpartition(".")[2]
-        fused = "qkv" if kind in ("q_proj", "k_proj", "v_proj") else "up" if kind in ("gate_proj", "up_proj") else kind
-        groups.setdefault((name.split(".")[2], fused), []).append(name)
+        kind_group = (
+            "qkv" if kind in ("q_proj", "k_proj", "v_proj") else "up" if kind in ("gate_proj", "up_proj") else kind
+        )
+        groups.setdefault((name.split(".")[2], kind_group), []).append(name)
     budget, best = int(3.9 * plan.weights / 8), float("inf")
-    allowed = [(3,) if kept in names else MIXTURE for names in groups.values()]
+    allowed: list[tuple[Choice, ...]] = [(3,) if pinned in names else MIXTURE for names in groups.values()]
     for choices in itertools.product(*allowed):
-        chosen = [(name, choice) for names, choice in zip(groups.values(), choices, strict=True) for name in names]
-        if sum(plan.layers[name].bytes[choice] for name, choice in chosen) <= budget:
-            best = min(best, sum(plan.layers[name].cost[choice] for name, choice in chosen))
+        assignment = [(name, choice) for names, choice in zip(groups.values(), choices, strict=True) for name in names]
+        if sum(plan.layers[name].bytes[choice] for name, choice in assignment) <= budget:
+            best = min(best, sum(plan.layers[name].cost[choice] for name, choice in assignment))
     assert plan.predicted_loss == pytest.approx(best, rel=1e-6)
     for names in groups.values():
         assert len({plan.layers[name].bits for name in names}) == 1
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json())
     report = Job.prepare(model, tmp_path / "out", recipe(bit_plan=str(path))).run()
+    assert report is not None
     assert report.size.quantized_bytes == plan.stored_bytes
     chosen = {layer.name: (layer.primitive, layer.bits) for layer in report.layers}
     assert chosen == {name: parts_of_choice(choice) for name, choice in plan.bits.items()}
     assert {"bcq", "shift2"} <= {primitive for primitive, _ in chosen.values()}
-    text = describe_bit_plan(plan, [each.spec for each in job.linears])
+    text = describe_bit_plan(plan, [linear.spec for linear in job.linears])
     assert "a is shift1-2, b is shift2-3, c is shift2-4" in text
-    letters = {2: "2", 3: "3", "shift1-2": "a", "shift2-3": "b", "shift2-4": "c"}
+    letters: dict[Choice, str] = {2: "2", 3: "3", "shift1-2": "a", "shift2-3": "b", "shift2-4": "c"}
     o_proj = "".join(letters[plan.layers[f"model.layers.{block}.self_attn.o_proj"].bits] for block in range(2))
     assert any(line.split()[:2] == ["self_attn.o_proj", o_proj] for line in text.splitlines())
 
 
-def test_quantize_takes_shifts_among_its_candidates(model, tmp_path):
+def test_quantize_accepts_shift_candidates(model: str, tmp_path: Path) -> None:
     settings = recipe(avg_bits=4.5, candidates=[2, "shift2-4"], shard_size="1GB")
     job = Job.prepare(model, tmp_path / "out", settings)
     report = job.run()
+    assert report is not None
     assert report.size.bits_per_weight <= 4.5
     assert {layer.primitive for layer in report.layers} <= {"bcq", "shift2"}
     assert "shift2" in {layer.primitive for layer in report.layers}
 
 
-def test_the_smallest_and_the_largest_choice_go_by_what_they_store(model):
-    """Two planes in groups of 16 columns take more than two bits of a shift layer with one scale a row."""
+def test_smallest_and_largest_choices_are_by_stored_size(model: str) -> None:
+    """Two planes in groups of 16 columns take more space than two-bit shifts with one scale per row."""
     job = job_for(model, bits=3.9, candidates=MIXTURE)
     assert {linear.layout.format.choice for linear in job.plan_at(min).linears} == {"shift1-2"}
     sizes = {choice: make_plan(job.source, job.recipe, dict.fromkeys(job.allowed, choice)) for choice in MIXTURE}
-    assert job.plan_at(min).quantized_bytes == min(each.quantized_bytes for each in sizes.values())
-    assert job.plan_at(max).quantized_bytes == max(each.quantized_bytes for each in sizes.values())
+    assert job.plan_at(min).quantized_bytes == min(plan.quantized_bytes for plan in sizes.values())
+    assert job.plan_at(max).quantized_bytes == max(plan.quantized_bytes for plan in sizes.values())
 
 
-def test_the_criterion_of_the_paper_has_no_word_for_shifts(model):
+def test_paper_sensitivity_refuses_shifts(model: str) -> None:
     with pytest.raises(AllocationError, match=r"supports only numbers of bits, not shift2-4; use `sensitivity` output"):
         job_for(model, bits=4.5, candidates=(2, "shift2-4"), sensitivity="paper")
     with pytest.raises(AllocationError, match="not shift1-3"):
         job_for(model, bits=4.5, candidates=(2, 3), keep=("*.o_proj=shift1",), sensitivity="paper")
 
 
-def test_shifts_are_measured_where_only_planes_are_remembered(model):
+def test_shifts_are_measured_when_only_planes_are_cached(model: str) -> None:
     before = job_for(model, bits=4.2, candidates=(2, 3)).sensitivities()
     after = job_for(model, bits=4.2, candidates=(2, 3, "shift2-4")).sensitivities()
     for name, costs in before.costs.items():

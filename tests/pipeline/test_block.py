@@ -1,30 +1,37 @@
-"""What each linear of a block is calibrated on, against forward passes by hand."""
+"""The calibration data of each linear of a block, against manual forward passes."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import save_tiny
+from torch import Tensor, nn
 
+from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.solver import Solution
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.input_cache import InputCache
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.tensor_file import TensorFile
 from shiftadd_cli.blockwise.trace import trace_model
-from shiftadd_cli.distributed.team import ALONE
+from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.pipeline import block as block_module
 from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.recipe import Recipe
-from shiftadd_cli.source import find_structure, open_source
+from shiftadd_cli.source import LinearSpec, find_structure, open_source
 
 CPU = torch.device("cpu")
+Moments = dict[str, tuple[Tensor | None, Tensor | None]]
 WINDOWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(1))
 
 
-def first_block(path, family="llama"):
+def first_block(path: Path, family: str = "llama") -> tuple[BlockStream, list[LinearSpec]]:
     path.mkdir(exist_ok=True)
     save_tiny(family, path)
     source = open_source(str(path))
@@ -33,57 +40,71 @@ def first_block(path, family="llama"):
     trace = trace_model(BlockwiseModel(source, structure), WINDOWS, 6)
     source.materialise([structure.blocks[0]])
     block = source.skeleton().get_submodule(structure.blocks[0])
-    calls = {index: each[0] for index, each in trace.calls.items()}
+    calls = {index: block_calls[0] for index, block_calls in trace.calls.items()}
     return BlockStream("block", block, trace.hidden, calls), [spec for spec in structure.linears if spec.block == 0]
 
 
-def recipe(**fields):
+def recipe(**fields: Any) -> Recipe:
     return Recipe.load("default", {"bits": 2, "group_size": 16, "rotation": "none"} | fields)
 
 
 @pytest.fixture
-def solved(monkeypatch):
-    """Hessian and cross moment that each linear is solved with, by name."""
-    seen = {}
+def solved(monkeypatch: pytest.MonkeyPatch) -> Moments:
+    """The Hessian and the cross moment that each linear is solved with, by name."""
+    moments: Moments = {}
     real = block_module.quantize_matrices
 
-    def spy(weights, names, hessian, options, cross=None, team=ALONE):
-        seen.update(dict.fromkeys(names, (hessian, cross)))
+    def spy(
+        weights: Sequence[Tensor],
+        names: Sequence[str],
+        hessian: Tensor | None,
+        options: SolverOptions,
+        cross: Tensor | None = None,
+        team: Team = ALONE,
+    ) -> list[Solution]:
+        moments.update(dict.fromkeys(names, (hessian, cross)))
         return real(weights, names, hessian, options, cross, team)
 
     monkeypatch.setattr(block_module, "quantize_matrices", spy)
-    return seen
+    return moments
 
 
-def read_by(block, stream, kind):
-    """Rows the linear reads in a plain pass, float64."""
-    rows = []
-    handle = block.get_submodule(kind).register_forward_pre_hook(lambda _, args: rows.append(args[0].double()))
+def read_by(block: nn.Module, stream: BlockStream, kind: str) -> Tensor:
+    """Float64 rows that the linear reads in a plain forward pass."""
+    rows: list[Tensor] = []
+
+    def record(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        rows.append(arguments[0].double())
+
+    handle = block.get_submodule(kind).register_forward_pre_hook(record)
     with torch.no_grad():
         stream.calls[0].run(block, stream.hidden[0])
     handle.remove()
     return rows[0].reshape(-1, rows[0].shape[-1])
 
 
-def second_moment(rows):
+def second_moment(rows: Tensor) -> Tensor:
     return (rows.T @ rows / len(rows)).float()
 
 
 @pytest.mark.parametrize("true_sequential", [True, False])
-def test_true_sequential_linears_see_the_quantized_ones_before_them(tmp_path, solved, true_sequential):
+def test_true_sequential_linears_read_quantized_predecessors(
+    tmp_path: Path, solved: Moments, true_sequential: bool
+) -> None:
     stream, specs = first_block(tmp_path)
     untouched = copy.deepcopy(stream.block)
     BlockQuantizer(stream.block, specs, recipe(true_sequential=true_sequential), PhaseClock()).on(stream)
     for kind in ("self_attn.o_proj", "mlp.down_proj"):
         hessian, cross = solved[next(spec.name for spec in specs if spec.kind == kind)]
         assert cross is None
-        # The block is quantized by now, and what runs after a linear does not change what it reads.
-        seen, other = (stream.block, untouched) if true_sequential else (untouched, stream.block)
-        torch.testing.assert_close(hessian, second_moment(read_by(seen, stream, kind)), rtol=1e-3, atol=1e-5)
+        assert hessian is not None
+        # The block is fully quantized by now. Linears that run later do not change the input of this one.
+        expected, other = (stream.block, untouched) if true_sequential else (untouched, stream.block)
+        torch.testing.assert_close(hessian, second_moment(read_by(expected, stream, kind)), rtol=1e-3, atol=1e-5)
         assert not torch.allclose(hessian, second_moment(read_by(other, stream, kind)), rtol=1e-3, atol=1e-5)
 
 
-def test_asymmetric_linears_aim_at_the_original(tmp_path, solved):
+def test_asymmetric_linears_aim_at_the_original(tmp_path: Path, solved: Moments) -> None:
     stream, specs = first_block(tmp_path)
     original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
     quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), PhaseClock())
@@ -94,12 +115,12 @@ def test_asymmetric_linears_aim_at_the_original(tmp_path, solved):
         torch.testing.assert_close(cross, (before.T @ now / len(now)).float(), rtol=1e-3, atol=1e-5)
 
 
-def test_asymmetric_calibration_brings_the_block_nearer_to_the_original(tmp_path):
+def test_asymmetric_calibration_brings_the_block_closer_to_the_original(tmp_path: Path) -> None:
     errors = {}
     for strength in (0.0, 1.0):
         stream, specs = first_block(tmp_path / str(strength))
         original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
-        # Layers before have spoilt what the block reads.
+        # The noise stands in for the errors of earlier blocks.
         noise = torch.randn(stream.hidden[0].shape, generator=torch.Generator().manual_seed(0))
         stream.hidden.replace(0, stream.hidden[0] + 0.3 * noise * stream.hidden[0].std())
         fields = {"bits": 4, "asymmetric": strength, "weight_error": 0.001}
@@ -110,52 +131,54 @@ def test_asymmetric_calibration_brings_the_block_nearer_to_the_original(tmp_path
     assert errors[1.0] < errors[0.0]
 
 
-def test_linears_of_one_input_are_solved_with_bits_of_their_own(tmp_path):
-    """Rows do not depend on each other, so each comes out as it does where all have its bits."""
+def test_linears_that_share_an_input_keep_their_own_bits(tmp_path: Path) -> None:
+    """Rows are independent, so each linear matches the solution in which all linears have its bits."""
     solutions = {}
-    for bits in (2, 3, {"self_attn.q_proj": 2, "self_attn.k_proj": 3, "self_attn.v_proj": 2}):
+    mixed_bits = {"self_attn.q_proj": 2, "self_attn.k_proj": 3, "self_attn.v_proj": 2}
+    choices: list[int | dict[str, int]] = [2, 3, mixed_bits]
+    for choice in choices:
         stream, specs = first_block(tmp_path)
-        given = {spec.name: bits if isinstance(bits, int) else bits.get(spec.kind, 3) for spec in specs}
-        quantizer = BlockQuantizer(stream.block, specs, recipe(), PhaseClock(), bits=given)
+        layer_bits = {spec.name: choice if isinstance(choice, int) else choice.get(spec.kind, 3) for spec in specs}
+        quantizer = BlockQuantizer(stream.block, specs, recipe(), PhaseClock(), bits=layer_bits)
         quantizer.on(stream)
-        solutions[str(bits)] = quantizer.solutions
+        solutions[str(choice)] = quantizer.solutions
     *uniform, mixed = solutions.values()
-    for kind, bits in (("self_attn.q_proj", 2), ("self_attn.k_proj", 3), ("self_attn.v_proj", 2)):
+    for kind, bits in mixed_bits.items():
         own, other = uniform[bits - 2][kind], mixed[kind]
         assert other.weight.layout.bits == bits
         torch.testing.assert_close(other.weight.decode(), own.weight.decode())
         assert other.output_error == pytest.approx(own.output_error, rel=1e-4)
 
 
-def test_the_block_computes_with_the_decoded_weights(tmp_path):
+def test_block_computes_with_the_decoded_weights(tmp_path: Path) -> None:
     for family in ("llama", "gpt2"):
         stream, specs = first_block(tmp_path / family, family)
         quantizer = BlockQuantizer(stream.block, specs, recipe(), PhaseClock())
         quantizer.without_data()
         for spec in specs:
-            weight = stream.block.get_submodule(spec.kind).weight
+            weight = stream.block.get_parameter(f"{spec.kind}.weight")
             decoded = quantizer.solutions[spec.kind].weight.decode()
             assert torch.equal(weight, decoded.T if spec.transposed else decoded)
             assert quantizer.solutions[spec.kind].output_error is None
 
 
-def squared_output_errors(tmp_path, **fields):
-    """Mean over the calibration inputs of ‖(Wx + b) − (Ŵx + b̂)‖² and of the size of its mean, by kind of linear."""
+def squared_output_errors(tmp_path: Path, **fields: Any) -> dict[str, tuple[float, float]]:
+    """Mean of ‖(Wx + b) − (Ŵx + b̂)‖² over the calibration inputs, and norm of the mean difference, by linear."""
     stream, specs = first_block(tmp_path, "opt")
     untouched = copy.deepcopy(stream.block)
     inputs = {spec.kind: read_by(untouched, stream, spec.kind) for spec in specs}
     quantizer = BlockQuantizer(stream.block, specs, recipe(true_sequential=False, **fields), PhaseClock())
     quantizer.on(stream)
-    found = {}
+    errors = {}
     for kind, rows in inputs.items():
         before, after = untouched.get_submodule(kind).double(), stream.block.get_submodule(kind).double()
         with torch.no_grad():
             difference = before(rows) - after(rows)
-        found[kind] = float(difference.square().sum(-1).mean()), float(difference.mean(0).norm())
-    return found
+        errors[kind] = float(difference.square().sum(-1).mean()), float(difference.mean(0).norm())
+    return errors
 
 
-def test_biases_take_over_the_mean_of_the_error(tmp_path):
+def test_biases_absorb_the_mean_error(tmp_path: Path) -> None:
     plain = squared_output_errors(tmp_path / "plain", bias_correction=False)
     corrected = squared_output_errors(tmp_path / "corrected")
     for kind, (error, mean) in corrected.items():
@@ -163,7 +186,7 @@ def test_biases_take_over_the_mean_of_the_error(tmp_path):
         assert error < plain[kind][0]
 
 
-def test_biases_take_over_the_mean_of_what_asymmetric_calibration_aims_at(tmp_path):
+def test_biases_absorb_the_mean_error_of_asymmetric_calibration(tmp_path: Path) -> None:
     stream, specs = first_block(tmp_path, "opt")
     original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
     stream.hidden.replace(0, 1.1 * stream.hidden[0] + 0.2)
@@ -178,10 +201,10 @@ def test_biases_take_over_the_mean_of_what_asymmetric_calibration_aims_at(tmp_pa
         assert error.norm() < 1e-4 * first(before[spec.kind]).mean(0).norm()
 
 
-def test_without_biases_their_correction_changes_nothing(tmp_path):
+def test_bias_correction_changes_nothing_without_biases(tmp_path: Path) -> None:
     states = []
     for name, correct in (("a", True), ("b", False)):
         stream, specs = first_block(tmp_path / name)
         BlockQuantizer(stream.block, specs, recipe(bias_correction=correct), PhaseClock()).on(stream)
         states.append(stream.block.state_dict())
-    assert all(torch.equal(each, states[1][name]) for name, each in states[0].items())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())

@@ -1,4 +1,4 @@
-"""Calibration data of a plan: each text its share, the model's own where it can write one, and the plan says which."""
+"""Calibration data of a plan: every text has its share, and the plan says whether the model writes its own."""
 
 from __future__ import annotations
 
@@ -40,43 +40,43 @@ def planned(source: Source, calibration: str, memory: int | None = None, **field
 
 
 def drawn(plan: Plan) -> CalibrationSet:
-    found = draw_calibration(plan)
-    assert found is not None
-    return found
+    calibration = draw_calibration(plan)
+    assert calibration is not None
+    return calibration
 
 
 def rows(windows: Tensor) -> set[tuple[int, ...]]:
     return {tuple(window) for window in windows.tolist()}
 
 
-def test_one_text_gives_the_windows_that_are_drawn_from_it(source: Source) -> None:
-    found = drawn(planned(source, "builtin"))
+def test_single_text_gives_the_windows_sampled_from_it(source: Source) -> None:
+    data = drawn(planned(source, "builtin"))
     text = load_text("builtin", split="calibration")
     expected = sample_windows(text, source.load_tokenizer(), samples=8, seq_len=32, seed=0)
-    assert torch.equal(found.samples, expected)
-    assert (found.name, found.fingerprint, found.parts) == (text.name, text.fingerprint, ())
+    assert torch.equal(data.samples, expected)
+    assert (data.name, data.fingerprint, data.parts) == (text.name, text.fingerprint, ())
 
 
-def test_every_part_of_a_mixture_has_its_share_of_the_windows(source: Source, tmp_path: Path) -> None:
+def test_every_part_of_a_mixture_gets_its_share_of_windows(source: Source, tmp_path: Path) -> None:
     notes = tmp_path / "notes.txt"
     notes.write_text("".join(f"note {number} on something else\n" for number in range(500)))
     plan = planned(source, f"self:0.5,builtin:0.25,{notes}:0.25")
-    found = drawn(plan)
-    assert [part.samples for part in found.parts] == [4, 2, 2]
-    assert [part.share for part in found.parts] == [0.5, 0.25, 0.25]
+    data = drawn(plan)
+    assert [part.samples for part in data.parts] == [4, 2, 2]
+    assert [part.share for part in data.parts] == [0.5, 0.25, 0.25]
     builtin, own = (drawn(planned(source, spec, samples=2)) for spec in ("builtin", str(notes)))
     written = drawn(planned(source, "self", samples=4))
-    assert rows(found.samples) == rows(torch.cat([builtin.samples, own.samples, written.samples]))
-    assert len(rows(found.samples)) == 8
-    # The parts do not stand one behind the other.
-    assert not torch.equal(found.samples[:4], written.samples)
-    assert "notes.txt" in found.name
-    assert torch.equal(drawn(plan).samples, found.samples)
+    assert rows(data.samples) == rows(torch.cat([builtin.samples, own.samples, written.samples]))
+    assert len(rows(data.samples)) == 8
+    # The parts are shuffled, not concatenated.
+    assert not torch.equal(data.samples[:4], written.samples)
+    assert "notes.txt" in data.name
+    assert torch.equal(drawn(plan).samples, data.samples)
     other = drawn(planned(source, f"self:0.5,builtin:0.25,{notes}:0.25", seed=1))
-    assert not torch.equal(other.samples, found.samples)
+    assert not torch.equal(other.samples, data.samples)
 
 
-def test_report_and_card_name_the_parts_and_evaluation_knows_them(source: Source, tmp_path: Path) -> None:
+def test_report_card_and_evaluation_know_the_parts(source: Source, tmp_path: Path) -> None:
     notes = tmp_path / "notes.txt"
     notes.write_text("".join(f"note {number} on something else\n" for number in range(500)))
     report = quantize(source.spec, tmp_path / "out", "equal-bits", calibration=f"self:1,{notes}:1", **SIZES)
@@ -87,15 +87,15 @@ def test_report_and_card_name_the_parts_and_evaluation_knows_them(source: Source
     card = (tmp_path / "out" / "README.md").read_text()
     assert "0.5 self (documents and conversations that the model wrote" in card
     assert "0.5 notes.txt" in card
-    on_it, on_another = (
+    on_notes, on_builtin = (
         evaluate([str(tmp_path / "out")], dataset=dataset, max_tokens=64, context=32, show_progress=False)
         for dataset in (str(notes), "builtin")
     )
-    assert on_it.models[0].calibrated_on_test
-    assert not on_another.models[0].calibrated_on_test
+    assert on_notes.models[0].calibrated_on_test
+    assert not on_builtin.models[0].calibrated_on_test
 
 
-def test_the_model_writes_when_the_work_begins_and_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_writes_its_text_on_demand_and_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[object] = []
     load_model = Source.load_model
 
@@ -113,59 +113,57 @@ def test_the_model_writes_when_the_work_begins_and_once(source: Source, monkeypa
 
 
 class _Follower(Team):
-    """Another process than the first, which is told these tensors."""
+    """A process other than the first, which receives these tensors."""
 
     rank, size = 1, 2
 
-    def __init__(self, told: Tensors) -> None:
-        self._told = told
+    def __init__(self, received: Tensors) -> None:
+        self._received = received
 
     def share_tensors(self, tensors: Tensors | None) -> Tensors:
-        return self._told
+        return self._received
 
 
-def test_other_processes_of_a_team_are_told_what_the_first_wrote(
-    source: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_processes_receive_the_text_of_the_first(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     class First(Team):
         def share_tensors(self, tensors: Tensors | None) -> Tensors:
-            told.update(tensors or {})
+            sent.update(tensors or {})
             return super().share_tensors(tensors)
 
-    told: Tensors = {}
+    sent: Tensors = {}
     first, other = (Calibration.of(planned(source, "self:1,builtin:1")) for _ in range(2))
     assert first is not None
     assert other is not None
     expected = first.draw(First())
     monkeypatch.setattr(Source, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    assert torch.equal(other.draw(_Follower(told)).samples, expected.samples)
+    assert torch.equal(other.draw(_Follower(sent)).samples, expected.samples)
     third = Calibration.of(planned(source, "self-chat"))
     assert third is not None
     with pytest.raises(RecipeError, match="The first process of the team has another calibration"):
-        third.draw(_Follower(told))
+        third.draw(_Follower(sent))
 
 
-def test_a_model_too_large_to_be_loaded_whole_is_calibrated_on_the_builtin_text_and_says_so(source: Source) -> None:
+def test_model_too_large_to_load_uses_the_builtin_text_and_says_so(source: Source) -> None:
     plan = planned(source, "self", memory=1000)
     assert plan.recipe.calibration == "builtin"
-    told = " ".join(describe_plan(plan).split())
-    assert "does not write its own calibration text: the whole model would be in memory" in told
-    assert "Calibration builtin, 8 x 32 tokens" in told
+    description = " ".join(describe_plan(plan).split())
+    assert "does not write its own calibration text: the whole model would be in memory" in description
+    assert "Calibration builtin, 8 x 32 tokens" in description
     assert drawn(plan).name.startswith("builtin")
     assert planned(source, "self:3,builtin:1", memory=1000).recipe.calibration == "builtin"
 
 
-def test_a_plan_warns_of_the_builtin_text_and_of_no_other(source: Source) -> None:
+def test_plan_warns_only_about_the_builtin_text(source: Source) -> None:
     for calibration in ("builtin", "self:0.5,builtin:0.5"):
         assert "the builtin text is the documentation of Python" in describe_plan(planned(source, calibration))
     for calibration in ("self", "self-plain"):
-        told = describe_plan(planned(source, calibration))
-        assert "Warning" not in told
-        assert f"Calibration   {calibration}, 8 x 32 tokens" in told
+        description = describe_plan(planned(source, calibration))
+        assert "Warning" not in description
+        assert f"Calibration   {calibration}, 8 x 32 tokens" in description
 
 
-def test_writing_counts_in_the_memory_of_a_plan(source: Source) -> None:
-    # So many windows at once that nothing else takes as much.
+def test_planned_memory_includes_writing(source: Source) -> None:
+    # So many windows are written at once that nothing else needs as much.
     few, many = (
         planned(source, "self", samples=samples, writing_length=256, seq_len=256).peak_memory_bytes
         for samples in (8, 4000)
@@ -175,7 +173,7 @@ def test_writing_counts_in_the_memory_of_a_plan(source: Source) -> None:
     assert many > plain
 
 
-def test_conversations_without_a_chat_template_are_refused_before_any_work(tmp_path: Path) -> None:
+def test_conversations_without_a_chat_template_are_refused_early(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
@@ -187,7 +185,7 @@ def test_conversations_without_a_chat_template_are_refused_before_any_work(tmp_p
 
 
 @pytest.mark.parametrize("spec", ["self:1,none:1", "self:1,nothing:1", "self:1,/no/such.txt:1"])
-def test_a_part_that_is_no_text_is_refused_before_the_model_writes(
+def test_invalid_part_is_refused_before_the_model_writes(
     source: Source, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Source, "load_model", lambda *_: pytest.fail("a model was loaded"))

@@ -1,4 +1,4 @@
-"""Faults at file operations of a real process: whatever happens, the same command then ends in the same bytes."""
+"""Faults at file operations of a real process: the same command, run again, ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ QUICK = (
     "--refine-rounds=1",
 )
 KILLS = 5
-Whole = tuple[dict[str, Any], int, int]
+Undisturbed = tuple[dict[str, Any], int, int]
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[str]]:
-    place = tmp_path_factory.mktemp("source")
-    model, text = save_tiny("llama", place / "model"), counting_text(place / "text.txt")
+    folder = tmp_path_factory.mktemp("source")
+    model, text = save_tiny("llama", folder / "model"), counting_text(folder / "text.txt")
     return lambda out: ["quantize", str(model), f"--output={out}", f"--calibration={text}", "--asymmetric=0.5", *QUICK]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, command: Callable[[Path], list[str]]) -> Whole:
-    """The artifact of an undisturbed run, its number of file operations, and which of them kept the first block."""
-    place = tmp_path_factory.mktemp("whole")
-    code, said = disturbed("", 0, command(place / "out"), place / "log")
-    assert code == 0, said
-    operations, kept = map(int, said.splitlines()[-1].split())
-    return contents(place / "out"), operations, kept
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, command: Callable[[Path], list[str]]) -> Undisturbed:
+    """The artifact of an undisturbed run, its number of file operations, and the one that kept the first block."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, output = disturbed("", 0, command(folder / "out"), folder / "log")
+    assert code == 0, output
+    operations, block_kept = map(int, output.splitlines()[-1].split())
+    return contents(folder / "out"), operations, block_kept
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
-def test_a_killed_run_goes_on_to_the_same_bytes(
-    tmp_path: Path, command: Callable[[Path], list[str]], whole: Whole, kill: int
+def test_killed_run_resumes_to_the_same_bytes(
+    tmp_path: Path, command: Callable[[Path], list[str]], undisturbed: Undisturbed, kill: int
 ) -> None:
-    expected, operations, _ = whole
-    # One moment in each fifth of the run, the last of which renames and removes.
+    expected, operations, _ = undisturbed
+    # One moment in each fifth of the run. The last fifth renames and removes files.
     moment = random.Random(kill).randint(1 + operations * kill // KILLS, operations * (kill + 1) // KILLS)
-    code, said = disturbed("SIGKILL", moment, command(tmp_path / "out"), tmp_path / "log")
-    assert code == -9, said
+    code, output = disturbed("SIGKILL", moment, command(tmp_path / "out"), tmp_path / "log")
+    assert code == -9, output
     if not (tmp_path / "out").exists():
-        code, said = disturbed("", 0, command(tmp_path / "out"), tmp_path / "log")
-        assert code == 0, said
+        code, output = disturbed("", 0, command(tmp_path / "out"), tmp_path / "log")
+        assert code == 0, output
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert contents(tmp_path / "out") == expected
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "said"),
+    ("fault", "code", "message"),
     [
         ("SIGINT", 130, "blocks are finished"),
         ("SIGTERM", 143, "blocks are finished"),
@@ -66,22 +66,22 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         ("EACCES", 2, "No permission"),
     ],
 )
-def test_a_run_that_is_stopped_says_how_to_go_on_and_does(
+def test_stopped_run_says_how_to_resume_and_does(
     tmp_path: Path,
     command: Callable[[Path], list[str]],
-    whole: Whole,
+    undisturbed: Undisturbed,
     fault: str,
     code: int,
-    said: str,
+    message: str,
 ) -> None:
-    expected, _, kept = whole
-    found, text = disturbed(fault, kept + 1, command(tmp_path / "out"), tmp_path / "log")
-    assert found == code, text
-    assert said in text
-    assert "the same command continues" in text
-    assert "Traceback" not in text
+    expected, _, block_kept = undisturbed
+    exit_code, output = disturbed(fault, block_kept + 1, command(tmp_path / "out"), tmp_path / "log")
+    assert exit_code == code, output
+    assert message in output
+    assert "the same command continues" in output
+    assert "Traceback" not in output
     assert not (tmp_path / "out").exists()
-    found, text = disturbed("", 0, command(tmp_path / "out"), tmp_path / "log")
-    assert found == 0, text
-    assert "were done before" in text
+    exit_code, output = disturbed("", 0, command(tmp_path / "out"), tmp_path / "log")
+    assert exit_code == 0, output
+    assert "were done before" in output
     assert contents(tmp_path / "out") == expected

@@ -1,4 +1,4 @@
-"""What a run writes is loaded and compared before it gets its name."""
+"""A checkpoint is loaded and compared before it gets its final name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def predictions(folder: Path) -> torch.Tensor:
         return shiftadd_cli.load(folder).dequantize()(input_ids=TOKENS).logits
 
 
-def test_what_decoded_weights_predict_is_what_the_checkpoint_predicts(checkpoint: Path) -> None:
+def test_checkpoint_predicts_what_its_decoded_weights_predict(checkpoint: Path) -> None:
     assert check_checkpoint(checkpoint, TOKENS, predictions(checkpoint)) < 1e-3
 
 
@@ -46,7 +46,7 @@ def test_other_predictions_are_refused(checkpoint: Path) -> None:
         check_checkpoint(checkpoint, TOKENS, predictions(checkpoint).roll(1, 1))
 
 
-def test_predictions_that_are_not_finite_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_non_finite_predictions_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     expected = predictions(checkpoint)
     shutil.copytree(checkpoint, tmp_path / "broken")
     edit_tensors(tmp_path / "broken", {"model.norm.weight": torch.full((48,), torch.nan)})
@@ -58,26 +58,24 @@ def test_predictions_that_are_not_finite_are_refused(checkpoint: Path, tmp_path:
     "fields", [{}, {"calibration": "none", "sweep": "none", "refine_rounds": 0}, {"distill_epochs": 1}], ids=str
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "vit"])
-def test_every_run_compares_what_it_wrote_with_its_own_tensors(
+def test_every_run_compares_its_checkpoint_with_its_tensors(
     tmp_path: Path, family: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = save_tiny_vision if family == "vit" else save_tiny
     source = save(family, tmp_path / "source")
     calibration = "builtin" if family == "vit" else str(counting_text(tmp_path / "text.txt"))
-    differences = []
+    differences: list[float] = []
     check = recorder.check_checkpoint
     monkeypatch.setattr(
-        recorder, "check_checkpoint", lambda *given, **options: differences.append(check(*given, **options))
+        recorder, "check_checkpoint", lambda *arguments, **options: differences.append(check(*arguments, **options))
     )
     shiftadd_cli.quantize(source, tmp_path / "out", **(QUICK | {"calibration": calibration} | fields))
-    # Rounding of kernels with 16-bit tables.
+    # Kernels with 16-bit tables round.
     assert len(differences) == 1
     assert differences[0] < 5e-3
 
 
-def test_a_checkpoint_that_does_not_predict_what_it_stands_for_gets_no_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_with_wrong_predictions_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, text = save_tiny("llama", tmp_path / "source"), counting_text(tmp_path / "text.txt")
     check = recorder.check_checkpoint
     monkeypatch.setattr(

@@ -1,11 +1,11 @@
-"""A run that was stopped goes on where it was, to the same bytes; and not where it was asked for something else."""
+"""A stopped run resumes where it was and ends in the same bytes, unless the new request differs."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,7 @@ QUICK: dict[str, Any] = {
     "fit_rounds": 1,
     "refine_rounds": 1,
 }
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "default": {},
     "asymmetric": {"asymmetric": 0.5},
     "loss_aware": {"loss_aware": 1.0},
@@ -65,14 +65,14 @@ def partial(out: Path) -> Path:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_stopped_at_any_step_ends_in_the_same_bytes(
+def test_run_stopped_at_any_step_ends_in_the_same_bytes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     fields = QUICK | {"shard_size": "20KB"} | WAYS[way]
     shiftadd_cli.quantize(str(model), tmp_path / "whole", **fields)
     expected = contents(tmp_path / "whole")
     out = tmp_path / "out"
-    # Stopped before the first block, before the second, before the end; going on each time.
+    # Stopped before the first block, before the second, and before the end, and resumed each time.
     for step in (0, 1, 1):
         stopped(monkeypatch, step, str(model), out, **fields)
         assert not out.exists()
@@ -84,19 +84,19 @@ def test_a_run_stopped_at_any_step_ends_in_the_same_bytes(
 
 def test_finished_blocks_are_not_solved_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(monkeypatch, 1, str(model), tmp_path / "out", **QUICK)
-    begun: list[str] = []
+    started: list[str] = []
     quantize_block = run.Run.quantize_block
 
     def quantize(self: run.Run, depth: int, name: str) -> Any:
-        begun.append(name)
+        started.append(name)
         return quantize_block(self, depth, name)
 
     monkeypatch.setattr(run.Run, "quantize_block", quantize)
     shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
-    assert len(begun) == 1
+    assert len(started) == 1
 
 
-def test_the_inputs_of_the_next_block_alone_are_kept(
+def test_only_the_inputs_of_the_next_block_are_kept(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = QUICK | {"asymmetric": 1.0, "loss_aware": 0.5}
@@ -106,14 +106,14 @@ def test_the_inputs_of_the_next_block_alone_are_kept(
     names = ["quantized-00000.safetensors", "token_weights.safetensors"]
     assert sorted(path.name for path in states.iterdir()) == names, "both streams begin alike"
     stopped(monkeypatch, 1, str(model), out, **fields)
-    kept = sorted(path.name for path in states.iterdir())
-    assert kept == ["original-00001.safetensors", "quantized-00001.safetensors", "token_weights.safetensors"]
-    hidden = [load_file(states / name)["hidden_states"] for name in kept[:2]]
-    assert all(each.shape[:2] == (QUICK["samples"], QUICK["seq_len"]) for each in hidden)
+    files = sorted(path.name for path in states.iterdir())
+    assert files == ["original-00001.safetensors", "quantized-00001.safetensors", "token_weights.safetensors"]
+    hidden = [load_file(states / name)["hidden_states"] for name in files[:2]]
+    assert all(batch.shape[:2] == (QUICK["samples"], QUICK["seq_len"]) for batch in hidden)
     assert not torch.equal(*hidden)
 
 
-def test_times_are_those_of_the_finished_steps(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_include_the_finished_steps(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(monkeypatch, 1, str(model), tmp_path / "out", **QUICK)
     record = json.loads((partial(tmp_path / "out") / "journal" / "block-00000.json").read_text())["record"]
     report = shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
@@ -122,16 +122,14 @@ def test_times_are_those_of_the_finished_steps(model: Path, tmp_path: Path, monk
     assert report.machine.peak_memory_bytes >= record["spent"]["peak_memory_bytes"]
 
 
-def test_a_run_that_ends_well_or_has_nothing_to_keep_leaves_nothing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_with_nothing_to_keep_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "trace_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted, match="Nothing was finished"):
         shiftadd_cli.quantize(str(model), tmp_path / "deep" / "out", **QUICK)
     assert not list(tmp_path.iterdir())
 
 
-def test_there_must_be_space_for_hidden_states_too(
+def test_disk_space_must_also_fit_the_hidden_states(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = dict(QUICK)
@@ -144,7 +142,7 @@ def test_there_must_be_space_for_hidden_states_too(
 
 
 @pytest.mark.parametrize("kind", [NumericalError, CalibrationError, AllocationError])
-def test_what_would_fail_again_is_not_kept(
+def test_runs_that_would_fail_again_are_not_kept(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[ShiftaddError]
 ) -> None:
     stop_before(monkeypatch, 1, kind("a layer is not finite"))
@@ -154,7 +152,7 @@ def test_what_would_fail_again_is_not_kept(
 
 
 def failed(monkeypatch: pytest.MonkeyPatch, model: Path, out: Path) -> None:
-    """Leave a run that a defect ended before its second block."""
+    """Leave behind a run that a defect ended before its second block."""
     with monkeypatch.context() as patch:
         stop_before(patch, 1, RuntimeError("sizes of tensors\ndo not match"))
         with pytest.raises(RuntimeError, match="sizes of tensors"):
@@ -162,7 +160,7 @@ def failed(monkeypatch: pytest.MonkeyPatch, model: Path, out: Path) -> None:
     assert partial(out).is_dir()
 
 
-def test_a_run_that_failed_does_not_block_one_with_other_options(
+def test_failed_run_does_not_block_other_options(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, fields = tmp_path / "out", QUICK | {"bits": 2}
@@ -174,7 +172,7 @@ def test_a_run_that_failed_does_not_block_one_with_other_options(
     assert contents(out) == contents(tmp_path / "clean")
 
 
-def test_a_run_that_failed_goes_on_with_the_same_options(
+def test_failed_run_resumes_with_the_same_options(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failed(monkeypatch, model, tmp_path / "out")
@@ -182,7 +180,7 @@ def test_a_run_that_failed_goes_on_with_the_same_options(
     assert "1 of 2 blocks were done before" in capsys.readouterr().err
 
 
-def test_a_run_that_failed_and_was_then_interrupted_is_an_interrupted_one(
+def test_failed_run_that_is_then_interrupted_counts_as_interrupted(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed(monkeypatch, model, tmp_path / "out")
@@ -195,7 +193,7 @@ def test_a_run_that_failed_and_was_then_interrupted_is_an_interrupted_one(
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"bits": 2}, "bits = 3, and this one has 2"),
         ({"batch_size": 4}, "batch_size = 3"),
@@ -204,18 +202,18 @@ def test_a_run_that_failed_and_was_then_interrupted_is_an_interrupted_one(
     ],
 )
 def test_other_options_are_refused_by_name(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, object], said: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], message: str
 ) -> None:
     out = tmp_path / "out"
     stopped(monkeypatch, 1, str(model), out, **QUICK)
     before = {path: path.stat().st_size for path in partial(out).rglob("*")}
-    with pytest.raises(ResumeError, match=said) as refusal:
+    with pytest.raises(ResumeError, match=message) as refusal:
         shiftadd_cli.quantize(str(model), out, **QUICK | fields)
     assert "`resume=False`" in str(refusal.value)
     assert {path: path.stat().st_size for path in partial(out).rglob("*")} == before
 
 
-def test_without_resuming_a_run_starts_anew(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_without_resume_starts_over(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     stopped(monkeypatch, 1, str(model), out, **QUICK)
     report = shiftadd_cli.quantize(str(model), out, resume=False, **QUICK | {"bits": 2})
@@ -224,12 +222,12 @@ def test_without_resuming_a_run_starts_anew(model: Path, tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_another_device_may_go_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_device_may_resume(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(monkeypatch, 1, str(model), tmp_path / "out", **QUICK)
     assert shiftadd_cli.quantize(str(model), tmp_path / "out", device="cpu", **QUICK).recipe["device"] == "cpu"
 
 
-def test_a_changed_model_text_or_code_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_model_text_or_code_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out"
     shutil.copytree(model, source)
     counting_text(text)
@@ -243,44 +241,40 @@ def test_a_changed_model_text_or_code_is_refused(model: Path, tmp_path: Path, mo
     with pytest.raises(ResumeError, match="calibration text"):
         shiftadd_cli.quantize(str(source), out, **fields)
     text.write_text(text.read_text().replace("cipher", "number"))
-    for name, other, said in (
+    for name, other, message in (
         ("versions", {"torch": "0.1"}, "another version of"),
         ("code_fingerprint", "0", "shiftadd's own code"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(history, name, lambda other=other: other)
-            with pytest.raises(ResumeError, match=said):
+            with pytest.raises(ResumeError, match=message):
                 shiftadd_cli.quantize(str(source), out, **fields)
     shiftadd_cli.quantize(str(source), out, **fields)
 
 
 @pytest.mark.parametrize("when", [0, 2**33])
-def test_what_the_clock_says_does_not_matter(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
-) -> None:
+def test_file_times_do_not_matter(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int) -> None:
     out = tmp_path / "out"
     stopped(monkeypatch, 1, str(model), out, **QUICK)
     for path in partial(out).rglob("*"):
         os.utime(path, (when, when))
-    begun = []
-    monkeypatch.setattr(history.History, "states", _noting(history.History.states, begun))
+    blocks_done: list[int] = []
+    monkeypatch.setattr(history.History, "states", _recording(history.History.states, blocks_done))
     shiftadd_cli.quantize(str(model), out, **QUICK)
-    assert begun == [1]
+    assert blocks_done == [1]
 
 
-def _noting(states: Callable[..., object], begun: list[int]) -> Callable[..., object]:
-    """`History.states`, that notes how many blocks were done."""
+def _recording(states: Callable[..., object], blocks_done: list[int]) -> Callable[..., object]:
+    """`History.states`, which also records how many blocks were done."""
 
-    def noted(self: history.History, *given: int) -> object:
-        begun.append(self.done)
-        return states(self, *given)
+    def recorded(self: history.History, *arguments: int) -> object:
+        blocks_done.append(self.done)
+        return states(self, *arguments)
 
-    return noted
+    return recorded
 
 
-def test_bits_that_were_chosen_are_not_chosen_again(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chosen_bits_are_not_chosen_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
     fields = QUICK | {"avg_bits": 4.5}
     shiftadd_cli.quantize(str(model), tmp_path / "whole", **fields)
@@ -290,14 +284,14 @@ def test_bits_that_were_chosen_are_not_chosen_again(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 16
+    data[offset] ^= 16
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
-    ("file", "place"),
+    ("file", "offset"),
     [
         ("journal/start.json", 120),
         ("journal/block-00000.json", -60),
@@ -307,20 +301,20 @@ def flip(path: Path, place: int) -> None:
         ("artifact/model.safetensors", 20),
     ],
 )
-def test_a_flipped_bit_is_found_and_named(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, place: int
+def test_flipped_bit_is_detected_and_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, offset: int
 ) -> None:
     out = tmp_path / "out"
     fields = QUICK | {"loss_aware": 1.0}
     stopped(monkeypatch, 1, str(model), out, **fields)
-    flip(partial(out) / file, place)
+    flip(partial(out) / file, offset)
     with pytest.raises(ResumeError, match="is damaged") as failure:
         shiftadd_cli.quantize(str(model), out, **fields)
     assert Path(file).name in str(failure.value)
     assert "`resume=False`" in str(failure.value)
 
 
-def test_a_flipped_bit_in_a_finished_block_is_found(
+def test_flipped_bit_in_a_finished_block_is_detected(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -335,18 +329,16 @@ def test_a_flipped_bit_in_a_finished_block_is_found(
         shiftadd_cli.quantize(str(model), out, **QUICK)
 
 
-@pytest.mark.parametrize("lacking", ["block-00000.json", "start.json", "run.json"])
-def test_a_step_that_is_lacking_is_noticed(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
-) -> None:
+@pytest.mark.parametrize("missing", ["block-00000.json", "start.json", "run.json"])
+def test_missing_step_is_detected(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     out = tmp_path / "out"
     stopped(monkeypatch, 2, str(model), out, **QUICK)
-    (partial(out) / "journal" / lacking).unlink()
+    (partial(out) / "journal" / missing).unlink()
     with pytest.raises(ResumeError, match="`resume=False`"):
         shiftadd_cli.quantize(str(model), out, **QUICK)
 
 
-def test_a_second_run_into_the_folder_is_refused(model: Path, tmp_path: Path) -> None:
+def test_second_run_into_the_same_folder_is_refused(model: Path, tmp_path: Path) -> None:
     with (
         Workspace(tmp_path / "out"),
         pytest.raises(OutputError, match="Another run is writing"),
@@ -354,21 +346,24 @@ def test_a_second_run_into_the_folder_is_refused(model: Path, tmp_path: Path) ->
         shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
 
 
-def test_a_run_stopped_while_it_writes_what_was_distilled_goes_on(
+def test_run_stopped_while_writing_tuned_tensors_resumes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the first tensor, between two, and after the last: the tuning itself is not repeated."""
+    """Stopped before the first tensor, and then between two. The tuning itself is not repeated."""
     fields = QUICK | WAYS["distill"]
-    whole = shiftadd_cli.quantize(str(model), tmp_path / "whole", **fields)
-    assert whole.distillation.kept
+    report = shiftadd_cli.quantize(str(model), tmp_path / "whole", **fields)
+    assert report.distillation is not None
+    assert report.distillation.kept
     out, add = tmp_path / "out", ArtifactWriter.add
     stopped(monkeypatch, 2, str(model), out, **fields)
     for allowed in (0, 3):
         with monkeypatch.context() as patch:
-            left = iter(range(allowed))
+            remaining = iter(range(allowed))
 
-            def stopping(self: ArtifactWriter, name: str, tensor: torch.Tensor, left: Any = left) -> None:
-                if next(left, None) is None:
+            def stopping(
+                self: ArtifactWriter, name: str, tensor: torch.Tensor, remaining: Iterator[int] = remaining
+            ) -> None:
+                if next(remaining, None) is None:
                     raise KeyboardInterrupt
                 add(self, name, tensor)
 

@@ -1,4 +1,4 @@
-"""Memory of a run: the plan against a measured peak, and a peak of each process by itself."""
+"""Memory of a run: the planned peak against a measured one, and a peak per process."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from tiny_models import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+def test_peak_memory_excludes_the_parent_process() -> None:
     child = "from shiftadd_cli.pipeline.memory import resident_bytes; print(resident_bytes())"
     parent = (
-        "import subprocess, sys; kept = bytearray(b'x') * (1 << 30); "
+        "import subprocess, sys; ballast = bytearray(b'x') * (1 << 30); "
         "subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
     )
-    done = subprocess.run([sys.executable, "-c", parent, child], capture_output=True, text=True, check=True)
-    assert 10e6 < int(done.stdout) < 1e9
+    process = subprocess.run([sys.executable, "-c", parent, child], capture_output=True, text=True, check=True)
+    assert 10e6 < int(process.stdout) < 1e9
 
 
-def test_the_planned_peak_is_within_a_fifth_of_the_measured_one(tmp_path: Path) -> None:
+def test_planned_peak_is_within_a_fifth_of_the_measured_one(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=768,
         intermediate_size=2048,
@@ -35,7 +35,7 @@ def test_the_planned_peak_is_within_a_fifth_of_the_measured_one(tmp_path: Path) 
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     counting_text(tmp_path / "text.txt")
-    # In a process of its own, whose peak no other test has raised.
+    # In a separate process, so that no other test has raised its peak.
     child = (
         "from pathlib import Path\n"
         "from shiftadd_cli.pipeline.job import Job\n"
@@ -46,6 +46,6 @@ def test_the_planned_peak_is_within_a_fifth_of_the_measured_one(tmp_path: Path) 
         "job.run()\n"
         "print(job.plan.peak_memory_bytes, resident_bytes())\n"
     )
-    done = subprocess.run([sys.executable, "-c", child], cwd=tmp_path, capture_output=True, text=True, check=True)
-    planned, measured = map(int, done.stdout.split())
+    process = subprocess.run([sys.executable, "-c", child], cwd=tmp_path, capture_output=True, text=True, check=True)
+    planned, measured = map(int, process.stdout.split())
     assert measured / 1.2 <= planned <= 1.2 * measured

@@ -1,4 +1,4 @@
-"""Mixtures of experts through the whole of a run."""
+"""Mixtures of experts through whole runs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from shiftadd_cli.export.dense import export_dense
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
+from shiftadd_cli.runtime.linear import PackedLinear
+from shiftadd_cli.runtime.table import Table
 from shiftadd_cli.source import open_source
 from shiftadd_cli.source.experts import split_experts
 
@@ -58,18 +60,27 @@ def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+def packed_linear(model: PreTrainedModel, name: str) -> PackedLinear:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, PackedLinear)
+    return linear
+
+
 def decoded(source: Path, packed: PreTrainedModel, report: Report) -> PreTrainedModel:
-    """transformers' own model with the weights that the packed one decodes to, in its stacks too."""
+    """transformers' own model with the decoded weights of the packed one, stacked experts included."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, experts_implementation="eager")
     split_experts(model)
     for layer in report.layers:
-        module, other = model.get_submodule(layer.name), packed.get_submodule(layer.name)
-        module.weight.data = other.decode()
+        module, linear = model.get_submodule(layer.name), packed_linear(packed, layer.name)
+        module.weight.data = linear.decode()
         if module.bias is not None:
-            module.bias.data = other.bias.data
+            assert linear.bias is not None
+            module.bias.data = linear.bias.data
     for table in report.tables:
         for name in table.modules:
-            model.get_submodule(name).weight.data = packed.get_submodule(name).decode()
+            table_module = packed.get_submodule(name)
+            assert isinstance(table_module, Table)
+            model.get_submodule(name).weight.data = table_module.decode()
     for name, module in model.named_modules():
         if (joined := getattr(module, "joined", None)) is not None:
             model.set_submodule(name, joined())
@@ -77,30 +88,30 @@ def decoded(source: Path, packed: PreTrainedModel, report: Report) -> PreTrained
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_what_is_written_loads_and_computes_with_the_decoded_weights(tmp_path: Path, text: str, family: str) -> None:
+def test_checkpoint_loads_and_computes_with_the_decoded_weights(tmp_path: Path, text: str, family: str) -> None:
     source, out = save_tiny(family, tmp_path / "source"), tmp_path / "out"
     report = shiftadd_cli.quantize(source, out, calibration=text, bits=4, **QUICK_RUN)
     verify(Artifact.open(out))
     packed = load(out)
     dense = decoded(source, packed, report)
     torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-4, atol=1e-4)
-    kept = {each.name: each.reason for each in report.kept}
-    routers = [name for name, reason in kept.items() if reason == "router"]
+    reasons = {module.name: module.reason for module in report.kept}
+    routers = [name for name, reason in reasons.items() if reason == "router"]
     assert routers
     original = load(source)
     for name in routers:
-        assert torch.equal(packed.get_submodule(name).weight, original.get_submodule(name).weight)
-    every = QUICK["samples"] * QUICK["seq_len"]
+        assert torch.equal(packed.get_parameter(f"{name}.weight"), original.get_parameter(f"{name}.weight"))
+    tokens = QUICK["samples"] * QUICK["seq_len"]
     sent = Counter[str]()
     for layer in report.layers:
         if ".experts." not in layer.name:
-            assert layer.tokens == every
+            assert layer.tokens == tokens
             continue
         assert layer.tokens is not None
         assert layer.calibrated == (layer.tokens >= layer.in_features)
         sent[layer.name.rpartition(".experts.")[0] + layer.name.rpartition(".")[2]] += layer.tokens
-    # Each token is sent to two.
-    assert set(sent.values()) == {2 * every}
+    # Each token is sent to two experts.
+    assert set(sent.values()) == {2 * tokens}
     assert "experts.*.down_proj" in summarize(report, "out")
     export_dense(out, tmp_path / "dense")
     torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(dense), rtol=1e-4, atol=1e-4)
@@ -120,7 +131,7 @@ def test_what_is_written_loads_and_computes_with_the_decoded_weights(tmp_path: P
     ],
     ids=str,
 )
-def test_every_way_to_calibrate_writes_what_loads(
+def test_every_way_to_calibrate_writes_a_loadable_checkpoint(
     tmp_path: Path, text: str, family: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
@@ -136,7 +147,7 @@ def test_every_way_to_calibrate_writes_what_loads(
         assert all(bits[gate] == bits[up] for gate, up in pairs)
 
 
-def test_experts_that_read_too_few_tokens_are_fitted_by_weights_alone_and_named(
+def test_experts_with_too_few_tokens_are_fitted_without_data_and_named(
     tmp_path: Path, text: str, mixtral: Path
 ) -> None:
     fields = QUICK | {"samples": 1, "seq_len": 24, "bits": 2, "rotation": "none"}
@@ -153,19 +164,19 @@ def test_experts_that_read_too_few_tokens_are_fitted_by_weights_alone_and_named(
             assert layer.output_error is None
             assert layer.tokens is not None
             assert layer.tokens < layer.in_features
-            weight = source.skeleton().get_submodule(layer.name).weight
+            weight = source.skeleton().get_parameter(f"{layer.name}.weight")
             (alone,) = quantize_matrices([weight], [layer.name], None, options)
-            assert torch.equal(packed.get_submodule(layer.name).decode(), alone.weight.decode())
-    said = next(line for line in summarize(report, "out").splitlines() if line.startswith("Few tokens"))
+            assert torch.equal(packed_linear(packed, layer.name).decode(), alone.weight.decode())
+    warning = next(line for line in summarize(report, "out").splitlines() if line.startswith("Few tokens"))
     first = next(layer for layer in report.layers if layer.name in starved)
-    assert f"{len(starved)} of {len(report.layers)} layers" in said
-    assert f"{first.name} ({first.tokens})" in said
+    assert f"{len(starved)} of {len(report.layers)} layers" in warning
+    assert f"{first.name} ({first.tokens})" in warning
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"{len(starved)} layers read too few calibration tokens" in page
     assert all(name in page for name in starved)
 
 
-def test_the_room_for_moments_changes_nothing(
+def test_room_for_moments_changes_nothing(
     tmp_path: Path, text: str, mixtral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shiftadd_cli.quantize(mixtral, tmp_path / "one", calibration=text, **QUICK_RUN)
@@ -176,7 +187,7 @@ def test_the_room_for_moments_changes_nothing(
     assert one["report.json"]["layers"] == other["report.json"]["layers"]
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(
+def test_stopped_run_resumes_to_the_same_bytes(
     tmp_path: Path, text: str, mixtral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = QUICK_RUN | {"loss_aware": 0.5, "calibration": text}
@@ -187,7 +198,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("skip", ["*.experts", "*.experts.1", "*.down_proj"])
-def test_skipped_experts_are_stored_one_by_one_as_they_were(
+def test_skipped_experts_are_stored_separately_and_unchanged(
     tmp_path: Path, text: str, mixtral: Path, skip: str
 ) -> None:
     report = shiftadd_cli.quantize(mixtral, tmp_path / "out", calibration=text, skip=[skip], **QUICK_RUN)
@@ -197,39 +208,41 @@ def test_skipped_experts_are_stored_one_by_one_as_they_were(
     split_experts(original)
     name = "model.layers.0.mlp.experts.1.down_proj"
     assert isinstance(packed.get_submodule(name), nn.Linear)
-    assert torch.equal(packed.get_submodule(name).weight, original.get_submodule(name).weight)
+    assert torch.equal(packed.get_parameter(f"{name}.weight"), original.get_parameter(f"{name}.weight"))
     export_dense(tmp_path / "out", tmp_path / "dense")
     torch.testing.assert_close(logits(load(tmp_path / "dense")), logits(packed), rtol=1e-4, atol=1e-4)
 
 
-def test_the_plan_of_a_mixture_is_of_what_its_experts_read(mixtral: Path) -> None:
+def test_plan_counts_the_tokens_that_experts_read(mixtral: Path) -> None:
     plan = make_plan(open_source(str(mixtral)), Recipe.load("equal-bits", QUICK))
     assert plan.artifact_format().split_experts
     (line,) = (line for line in describe_plan(plan).splitlines() if "gate_proj" in line)
     assert line.split()[:6] == ["mlp.experts.*.gate_proj", "8", "44", "x", "32", "3"]
-    assert plan.parameters == sum(each.numel() for each in load(mixtral).parameters())
-    # Experts read half of the tokens each, as they are sent two of four.
-    read = 4 * 32 + (2 * 32 + 44) * 4 // 2
-    given = sum(each.spec.out_features for each in plan.linears if each.spec.block == 0 and not each.spec.experts)
-    given += (2 * 44 + 32) * 4 // 2
-    waiting = QUICK["samples"] * QUICK["seq_len"] * 4 * (read + given)
+    assert plan.parameters == sum(parameter.numel() for parameter in load(mixtral).parameters())
+    # Each expert reads half of the tokens, because every token is sent to two of four.
+    inputs = 4 * 32 + (2 * 32 + 44) * 4 // 2
+    outputs = sum(
+        linear.spec.out_features for linear in plan.linears if linear.spec.block == 0 and not linear.spec.experts
+    )
+    outputs += (2 * 44 + 32) * 4 // 2
+    waiting = QUICK["samples"] * QUICK["seq_len"] * 4 * (inputs + outputs)
     states = 2 * 2 * QUICK["samples"] * QUICK["seq_len"] * 32 * 4
     assert plan.state_bytes == states + waiting
 
 
-def test_a_bit_plan_shows_the_bits_that_most_experts_of_a_block_have(mixtral: Path) -> None:
+def test_bit_plan_shows_the_most_common_bits_of_experts(mixtral: Path) -> None:
     recipe = Recipe.load("equal-bits", QUICK)
     plan = plan_for(mixtral, recipe, lambda _: 3)
     layers = dict(plan.layers)
     name = "model.layers.1.mlp.experts.3.up_proj"
     layers[name] = layers[name].model_copy(update={"bits": 2})
     linears = make_plan(open_source(str(mixtral)), recipe).structure.linears
-    shown = describe_bit_plan(plan.model_copy(update={"layers": layers}), linears)
-    (line,) = (line for line in shown.splitlines() if "up_proj" in line)
+    description = describe_bit_plan(plan.model_copy(update={"layers": layers}), linears)
+    (line,) = (line for line in description.splitlines() if "up_proj" in line)
     assert line.split()[:3] == ["mlp.experts.*.up_proj", "33", "2.875"]
 
 
-def test_experts_of_a_form_that_is_not_known_are_refused(tmp_path: Path, text: str) -> None:
+def test_unknown_kinds_of_experts_are_refused(tmp_path: Path, text: str) -> None:
     save_tiny("dbrx", tmp_path / "model")
     result = CliRunner().invoke(
         main, ["quantize", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--calibration", text]
@@ -241,7 +254,7 @@ def test_experts_of_a_form_that_is_not_known_are_refused(tmp_path: Path, text: s
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_of_before_tokens_were_counted_is_read(tmp_path: Path, text: str, mixtral: Path) -> None:
+def test_older_report_without_token_counts_is_read(tmp_path: Path, text: str, mixtral: Path) -> None:
     shiftadd_cli.quantize(mixtral, tmp_path / "out", calibration=text, **QUICK_RUN)
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     del written["files"]

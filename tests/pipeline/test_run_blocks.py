@@ -1,4 +1,4 @@
-"""Quantizing blocks: playing back finished parts changes nothing but the time."""
+"""Quantizing blocks: playing back finished parts changes only the time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK: dict[str, Any] = {
 
 
 class Silent(OutputCache):
-    """Records nothing, so everything is computed."""
+    """Records nothing, so that everything is computed."""
 
     def _note(self, *_: Any) -> None:
         return
@@ -45,7 +45,7 @@ class Silent(OutputCache):
     ],
     ids=str,
 )
-def test_bytes_equal_those_of_a_run_that_computes_everything(
+def test_playback_gives_the_bytes_of_a_full_computation(
     family: str, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if family == "swin":
@@ -55,11 +55,11 @@ def test_bytes_equal_those_of_a_run_that_computes_everything(
     else:
         source = save_tiny(family, tmp_path / "source")
     played: list[str] = []
-    noted = OutputCache._noted
+    original = OutputCache._noted
 
     def count(self: OutputCache, index: int, name: str) -> Any:
         played.append(name)
-        return noted(self, index, name)
+        return original(self, index, name)
 
     monkeypatch.setattr(OutputCache, "_noted", count)
     shiftadd_cli.quantize(str(source), tmp_path / "played", **QUICK | fields)

@@ -1,4 +1,4 @@
-"""Decoders of an unusual build through whole runs: Gemma 3n and 4, Zamba 2, Mamba, Jamba, Falcon, Llama 4."""
+"""Decoders with unusual architectures through whole runs: Gemma 3n and 4, Zamba 2, Mamba, Jamba, Falcon, Llama 4."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("family", UNUSUAL)
-def test_what_is_written_computes_what_its_dense_export_computes_in_transformers(
-    tmp_path: Path, text: str, family: str
-) -> None:
+def test_checkpoint_computes_what_its_dense_export_computes(tmp_path: Path, text: str, family: str) -> None:
     source, out = save_tiny(family, tmp_path / "source"), tmp_path / "out"
     report = shiftadd_cli.quantize(source, out, calibration=text, bits=8, embedding_bits=16, **QUICK)
     verify(Artifact.open(out))
@@ -55,7 +53,7 @@ def test_what_is_written_computes_what_its_dense_export_computes_in_transformers
     dense = load(tmp_path / "dense")
     assert bool(torch.isfinite(logits(packed)).all())
     torch.testing.assert_close(logits(packed), logits(dense), rtol=1e-4, atol=1e-4)
-    # Eight bits keep a model close to what it was, and wrong inputs or weights would not.
+    # Eight bits keep the model close to the original. Wrong inputs or weights would not.
     original = logits(load(source))
     assert float((logits(packed) - original).norm() / original.norm()) < 0.3
     assert type(packed) is type(load(source))
@@ -76,7 +74,7 @@ def test_what_is_written_computes_what_its_dense_export_computes_in_transformers
     ],
     ids=str,
 )
-def test_every_way_to_calibrate_goes_on_to_the_same_bytes(
+def test_every_way_to_calibrate_resumes_to_the_same_bytes(
     tmp_path: Path, text: str, family: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHIFTADD_CACHE", str(tmp_path / "cache"))
@@ -87,7 +85,7 @@ def test_every_way_to_calibrate_goes_on_to_the_same_bytes(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_linears_that_blocks_share_are_stored_and_computed_once(tmp_path: Path, text: str) -> None:
+def test_linears_shared_by_blocks_are_stored_and_computed_once(tmp_path: Path, text: str) -> None:
     source = save_tiny("zamba2", tmp_path / "source")
     report = shiftadd_cli.quantize(source, tmp_path / "out", calibration=text, **QUICK)
     shared = [layer.name for layer in report.layers if "shared_transformer" in layer.name]
@@ -112,15 +110,15 @@ def test_shared_weights_cannot_be_distilled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["mamba", "jamba"])
-def test_linears_whose_weight_is_read_by_other_code_are_kept_and_named_in_the_plan(tmp_path: Path, family: str) -> None:
+def test_linears_read_by_other_code_are_kept_and_named_in_the_plan(tmp_path: Path, family: str) -> None:
     plan = make_plan(open_source(str(save_tiny(family, tmp_path))), Recipe.load("equal-bits", {}))
-    read = [name for name, reason in plan.kept_modules if reason == "weight read by other code"]
-    assert read
-    assert all(name.endswith(".dt_proj") for name in read)
-    assert f"{len(read)} x weight read by other code" in describe_plan(plan)
+    names = [name for name, reason in plan.kept_modules if reason == "weight read by other code"]
+    assert names
+    assert all(name.endswith(".dt_proj") for name in names)
+    assert f"{len(names)} x weight read by other code" in describe_plan(plan)
 
 
-def test_a_model_that_would_be_compressed_in_small_part_needs_the_option(tmp_path: Path) -> None:
+def test_mostly_uncompressed_model_needs_allow_partial(tmp_path: Path) -> None:
     source = open_source(str(save_tiny("dbrx", tmp_path)))
     with pytest.raises(SourceError, match=r"Only \d+% of the weights of DbrxForCausalLM.*`allow_partial=True`"):
         make_plan(source, Recipe.load("equal-bits", {}))

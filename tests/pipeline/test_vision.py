@@ -1,9 +1,10 @@
-"""Vision models of every family from the checkpoint to the packed model, and what is measured of them on the way."""
+"""Vision models of every family, from the checkpoint to the packed model and its report."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ import shiftadd_cli
 from shiftadd_cli.blockwise.forward import predict
 from shiftadd_cli.source import open_source
 
-QUICK = {"samples": 6, "batch_size": 4, "group_size": 16, "fit_rounds": 1, "refine_rounds": 1, "device": "cpu"}
+QUICK: dict[str, Any] = {
+    "samples": 6,
+    "batch_size": 4,
+    "group_size": 16,
+    "fit_rounds": 1,
+    "refine_rounds": 1,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +30,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_quantized_loaded_and_decoded_predict_alike(family, tmp_path, pictures):
+def test_packed_and_decoded_models_predict_alike(family: str, tmp_path: Path, pictures: Path) -> None:
     source = save_tiny_vision(family, tmp_path / "model")
     report = shiftadd_cli.quantize(str(source), tmp_path / "out", bits=3, calibration=str(pictures), **QUICK)
+    assert report.calibration is not None
     assert report.calibration.image_shape == (3, 16, 16)
     assert report.calibration.seq_len is None
     assert all(layer.calibrated for layer in report.layers)
@@ -36,21 +45,21 @@ def test_quantized_loaded_and_decoded_predict_alike(family, tmp_path, pictures):
     dense = dense.dequantize()
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found, expected = predict(packed, pixels), predict(dense, pixels)
+        prediction, expected = predict(packed, pixels), predict(dense, pixels)
         original = predict(open_source(str(source)).load_model(), pixels)
     assert torch.isfinite(expected.values).all()
-    torch.testing.assert_close(found.values, expected.values, rtol=1e-3, atol=1e-4)
-    # Three planes change what it predicts, but not wholly.
+    torch.testing.assert_close(prediction.values, expected.values, rtol=1e-3, atol=1e-4)
+    # Three planes change the predictions, but only in part.
     cosine = torch.cosine_similarity(expected.values, original.values, dim=-1)
     assert 0.5 < cosine.min() < cosine.max() < 0.99999
-    assert ("classifier" in {each.reason for each in report.kept}) == found.is_logits
-    # The convolution that makes patches is stored as 8-bit rows.
+    assert ("classifier" in {module.reason for module in report.kept}) == prediction.is_logits
+    # The convolution of the patches is stored as 8-bit rows.
     (table,) = report.tables
-    (place,) = table.modules
-    convolution = open_source(str(source)).load_model().get_submodule(place)
-    assert (table.rows, table.columns) == (len(convolution.weight), convolution.weight[0].numel())
-    scale = convolution.weight.flatten(1).abs().amax(1) / 127
-    error = (dense.get_submodule(place).weight - convolution.weight).flatten(1).abs().amax(1)
-    # Half a step, and what rounding the scale to bfloat16 adds at the ends.
+    (name,) = table.modules
+    weight = open_source(str(source)).load_model().get_parameter(f"{name}.weight")
+    assert (table.rows, table.columns) == (len(weight), weight[0].numel())
+    scale = weight.flatten(1).abs().amax(1) / 127
+    error = (dense.get_parameter(f"{name}.weight") - weight).flatten(1).abs().amax(1)
+    # Half a step, plus the error at the ends from rounding the scale to bfloat16.
     assert (error <= scale * (0.5 + 127 * 2**-8)).all()
     assert 0 < table.weight_error < 1e-4

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ class Case:
         return self.original.hidden
 
     def original_matrix(self, kind: str) -> torch.Tensor:
-        weight = self.original.block.get_submodule(kind).weight
+        weight = self.original.block.get_parameter(f"{kind}.weight")
         return weight.T if self.quantizer.specs[kind].transposed else weight
 
     def reconstruct(self, epochs: int = 4, seed: int = 0) -> Reconstruction:
@@ -42,7 +44,7 @@ class Case:
         return reconstruct_block(
             self.stream,
             self.targets,
-            {kind: each.weight for kind, each in quantizer.solutions.items()},
+            {kind: solution.weight for kind, solution in quantizer.solutions.items()},
             {kind: self.original_matrix(kind) for kind in quantizer.solutions},
             [kind for kind, spec in quantizer.specs.items() if spec.transposed],
             epochs=epochs,
@@ -50,7 +52,7 @@ class Case:
         )
 
 
-def quantized_block(path, family="llama", bits=2):
+def quantized_block(path: Path, family: str = "llama", bits: int = 2) -> Case:
     save_tiny(family, path)
     source = open_source(str(path))
     structure = find_structure(source.skeleton())
@@ -59,7 +61,7 @@ def quantized_block(path, family="llama", bits=2):
     trace = trace_model(BlockwiseModel(source, structure), windows, 8)
     source.materialise([structure.blocks[0]])
     block = source.skeleton().get_submodule(structure.blocks[0])
-    calls = {index: each[0] for index, each in trace.calls.items()}
+    calls = {index: block_calls[0] for index, block_calls in trace.calls.items()}
     original = BlockStream("block", copy.deepcopy(block), trace.hidden.copy(), calls)
     stream = BlockStream("block", block, trace.hidden, calls)
     recipe = Recipe.load("best", {"bits": bits, "group_size": 16, "samples": 96, "seq_len": 64})
@@ -69,7 +71,7 @@ def quantized_block(path, family="llama", bits=2):
     return Case(stream, original, quantizer)
 
 
-def relative_error(case, batches):
+def relative_error(case: Case, batches: Sequence[int]) -> float:
     """Mean over tokens of ‖y − ŷ‖² / ‖y‖², float64."""
     errors = []
     for index in batches:
@@ -81,18 +83,20 @@ def relative_error(case, batches):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3"])
-def test_lowers_the_error_of_the_block_on_text_held_back(tmp_path, family, monkeypatch):
-    # A block of a few dozen columns hangs on every weight: its codes take smaller steps.
+def test_reconstruction_lowers_the_error_on_held_out_text(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A block with a few dozen columns depends on every weight, so its codes take smaller steps.
     monkeypatch.setattr(module, "_LATENT_RATE", 0.003)
     case = quantized_block(tmp_path, family)
     before = relative_error(case, [11])
-    state = {name: each.clone() for name, each in case.stream.block.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in case.stream.block.state_dict().items()}
     result = case.reconstruct()
-    assert all(torch.equal(each, state[name]) for name, each in case.stream.block.state_dict().items())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in case.stream.block.state_dict().items())
     assert result.error_before == pytest.approx(before, rel=1e-3)
     assert result.kept
     assert result.error_after < 0.97 * result.error_before
-    # What is returned is what was measured.
+    # The returned tensors give the measured error.
     block = case.stream.block
     for kind, weight in result.weights.items():
         decoded = weight.decode()
@@ -102,7 +106,7 @@ def test_lowers_the_error_of_the_block_on_text_held_back(tmp_path, family, monke
     assert relative_error(case, [11]) == pytest.approx(result.error_after, rel=1e-3)
 
 
-def test_what_makes_it_worse_is_not_kept(tmp_path, monkeypatch):
+def test_reconstruction_that_raises_the_error_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LATENT_RATE", 10.0)
     result = quantized_block(tmp_path).reconstruct(epochs=1)
     assert result.error_after > result.error_before
@@ -110,7 +114,7 @@ def test_what_makes_it_worse_is_not_kept(tmp_path, monkeypatch):
     assert result.parameters == {}
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path):
+def test_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     case = quantized_block(tmp_path)
     first, second, other = (case.reconstruct(epochs=2, seed=seed) for seed in (0, 0, 1))
     for kind, weight in first.weights.items():
@@ -119,8 +123,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     assert first.error_after != other.error_after
 
 
-def test_a_token_of_huge_hidden_states_does_not_decide(tmp_path):
-    """Errors are relative to each token's own size: one of 64 tokens adds at most its share."""
+def test_token_with_huge_hidden_states_does_not_dominate(tmp_path: Path) -> None:
+    """Errors are relative to the size of each token, so that one of 64 tokens adds at most its share."""
     case = quantized_block(tmp_path)
     plain = case.reconstruct(epochs=1).error_before
     for index in range(len(case.targets)):

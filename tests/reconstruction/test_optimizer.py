@@ -8,7 +8,7 @@ from torch import nn
 from shiftadd_cli.reconstruction.optimizer import FactoredDescent, hold_back, rising_and_falling
 
 
-def test_finds_the_minimum_of_a_quadratic_of_uneven_scales() -> None:
+def test_descent_finds_the_minimum_of_an_unevenly_scaled_quadratic() -> None:
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(5, 7, generator=generator)
     curvature = torch.exp(3 * torch.randn(5, 1, generator=generator) + 2 * torch.randn(1, 7, generator=generator))
@@ -23,7 +23,7 @@ def test_finds_the_minimum_of_a_quadratic_of_uneven_scales() -> None:
     assert (matrix - target).abs().max() < 0.05
 
 
-def test_the_first_step_is_the_gradient_over_its_rank_one_root_mean_square() -> None:
+def test_first_step_is_the_gradient_over_its_rank_one_root_mean_square() -> None:
     gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     matrix = nn.Parameter(torch.zeros(4, 6))
     matrix.grad = gradient.clone()
@@ -33,7 +33,7 @@ def test_the_first_step_is_the_gradient_over_its_rank_one_root_mean_square() -> 
     torch.testing.assert_close(matrix.double(), -0.5 * gradient.double() / root, rtol=1e-4, atol=1e-6)
 
 
-def test_units_of_the_loss_do_not_matter_and_no_gradient_means_no_step() -> None:
+def test_loss_units_do_not_matter_and_zero_gradients_mean_no_step() -> None:
     steps = []
     for factor in (1.0, 1e-12):
         matrix, idle = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(2, 2))
@@ -50,7 +50,7 @@ def test_units_of_the_loss_do_not_matter_and_no_gradient_means_no_step() -> None
 
 
 @given(st.integers(2, 500))
-def test_every_batch_is_on_one_side_and_neither_side_is_empty(batches):
+def test_batches_are_split_into_two_nonempty_sides(batches: int) -> None:
     train, held_back = hold_back(batches)
     assert train + held_back == list(range(batches))
     assert train
@@ -59,7 +59,7 @@ def test_every_batch_is_on_one_side_and_neither_side_is_empty(batches):
 
 
 @given(st.integers(1, 200))
-def test_rates_rise_to_their_own_at_most_and_fall_to_almost_nothing(steps):
+def test_rates_rise_to_at_most_one_and_fall_to_almost_zero(steps: int) -> None:
     rate = rising_and_falling(steps)
     rates = [rate(step) for step in range(steps)]
     assert all(0 < rate <= 1 for rate in rates)

@@ -1,4 +1,4 @@
-"""The differentiable weight against the stored one it stands for."""
+"""The tunable weight against the stored weight that it stands for."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def solved(rows: int = 6, columns: int = 40, **options: Any) -> tuple[torch.Tens
     columns=st.sampled_from([5, 16, 24, 40]),
     outlier_columns=st.sampled_from([0.0, 0.1]),
 )
-def test_starts_as_the_stored_weight_bit_for_bit(**options: Any) -> None:
+def test_weight_starts_as_the_stored_one_bit_for_bit(**options: Any) -> None:
     weights, quantized = solved(**options)
     tunable = TunableWeight(quantized, weights)
     again = tunable.quantized()
@@ -47,7 +47,7 @@ def test_starts_as_the_stored_weight_bit_for_bit(**options: Any) -> None:
 
 @pytest.mark.parametrize(("primitive", "bits"), sorted(MAGNITUDES))
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
-def test_shift_layers_start_as_stored_and_are_what_would_be_stored_wherever_they_go(
+def test_shift_layers_match_their_stored_form_before_and_after_changes(
     primitive: str, bits: int, rotation: str
 ) -> None:
     weights, quantized = solved(primitive=primitive, bits=bits, rotation=rotation)
@@ -56,7 +56,7 @@ def test_shift_layers_start_as_stored_and_are_what_would_be_stored_wherever_they
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in tunable.parameters():
-            parameter += 0.5 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.5 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator))
     stored = tunable.quantized()
     assert not torch.equal(stored.tensors["weight_codes"], quantized.tensors["weight_codes"])
     torch.testing.assert_close(tunable(), stored.decode(), rtol=1e-4, atol=1e-5)
@@ -67,16 +67,14 @@ def test_shift_layers_start_as_stored_and_are_what_would_be_stored_wherever_they
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("outlier_columns", [0.0, 0.1])
-def test_the_forward_is_what_would_be_stored_wherever_the_parameters_go(
-    scale_format: str, offset: bool, outlier_columns: float
-) -> None:
+def test_forward_matches_the_stored_form_after_changes(scale_format: str, offset: bool, outlier_columns: float) -> None:
     weights, quantized = solved(scale_format=scale_format, offset=offset, bits=3, outlier_columns=outlier_columns)
     tunable = TunableWeight(quantized, weights)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in tunable.parameters():
             spread = parameter.abs().mean()
-            parameter += 0.5 * spread * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.5 * spread * torch.randn(parameter.shape, generator=generator))
     stored = tunable.quantized()
     assert not torch.equal(stored.decode(), quantized.decode())
     torch.testing.assert_close(tunable(), stored.decode(), rtol=1e-4, atol=1e-5)
@@ -84,21 +82,25 @@ def test_the_forward_is_what_would_be_stored_wherever_the_parameters_go(
     assert {n: (tuple(t.shape), t.dtype) for n, t in stored.tensors.items()} == declared
 
 
-def test_outlier_columns_get_the_gradient_of_their_columns_and_planes_only_what_is_left() -> None:
+def test_outlier_columns_get_their_gradient_and_planes_fit_the_remainder() -> None:
     weights, quantized = solved(columns=32, outlier_columns=0.1)
     tunable = TunableWeight(quantized, weights)
     upstream = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
     (tunable() * upstream).sum().backward()
-    columns, ids = quantized.outliers()
+    outliers, signs = quantized.outliers(), quantized.signs()
+    assert outliers is not None
+    assert signs is not None
+    columns, ids = outliers
+    assert tunable.columns is not None
     torch.testing.assert_close(tunable.columns.grad, upstream[:, ids])
-    left = weights.clone()
-    left[:, ids] -= columns.float()
-    nearer = (rotate_weight(left, quantized.signs()) - tunable.latent.detach()).norm()
-    assert nearer < (rotate_weight(weights, quantized.signs()) - tunable.latent.detach()).norm()
+    remainder = weights.clone()
+    remainder[:, ids] -= columns.float()
+    distance = (rotate_weight(remainder, signs) - tunable.latent.detach()).norm()
+    assert distance < (rotate_weight(weights, signs) - tunable.latent.detach()).norm()
 
 
-def test_gradients_are_those_of_the_unrounded_formula() -> None:
-    """Codes fixed, W = r · (Σ s·B + o): d/ds, d/do and d/dr by hand; the latent weights get the rotated gradient."""
+def test_gradients_match_the_unrounded_formula() -> None:
+    """With fixed codes, W = r · (Σ s·B + o): d/ds, d/do and d/dr by hand. Latent weights get the rotated gradient."""
     weights, quantized = solved(columns=32, offset=True, rotation="none")
     tunable = TunableWeight(quantized, weights)
     upstream = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
@@ -108,16 +110,18 @@ def test_gradients_are_those_of_the_unrounded_formula() -> None:
     signs = signs.float() * 2 - 1
     by_group = (upstream * rows.unsqueeze(-1)).view(6, 1, 2, 16)
     expected = (by_group * signs.view(6, 2, 2, 16)).sum(-1).transpose(1, 2)
+    assert tunable.ratios is not None
     torch.testing.assert_close(tunable.ratios.grad, expected, rtol=1e-4, atol=1e-5)
     assert tunable.offsets is not None
     torch.testing.assert_close(tunable.offsets.grad, by_group[:, 0].sum(-1), rtol=1e-4, atol=1e-5)
     inner = quantized.decode_stored() / rows.unsqueeze(-1)
     torch.testing.assert_close(tunable.row_scale.grad, (upstream * inner).sum(-1), rtol=1e-3, atol=1e-4)
+    assert tunable.latent.grad is not None
     assert torch.equal(tunable.latent.grad, upstream)
     assert ratios.shape == tunable.ratios.shape
 
 
-def test_a_latent_weight_that_crosses_a_midpoint_changes_its_code() -> None:
+def test_latent_weight_that_crosses_a_midpoint_changes_its_code() -> None:
     weights, quantized = solved(rotation="none")
     tunable = TunableWeight(quantized, weights)
     before = quantized.decode()
@@ -130,7 +134,7 @@ def test_a_latent_weight_that_crosses_a_midpoint_changes_its_code() -> None:
     assert torch.equal(after[0, 1:], before[0, 1:])
 
 
-def test_one_power_of_two_for_a_matrix_is_not_tuned() -> None:
+def test_single_power_of_two_per_matrix_is_not_tuned() -> None:
     weights, quantized = solved(row_scale=False)
     tunable = TunableWeight(quantized, weights)
     tunable().sum().backward()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from artifacts import write_checkpoint
@@ -9,7 +10,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from tiny_vision import save_pictures, tiny_vision_model, write_processor
 
 from shiftadd_cli.errors import ArtifactError, OutputError
-from shiftadd_cli.evaluation.compare import evaluate
+from shiftadd_cli.evaluation.compare import Evaluation, evaluate
 from shiftadd_cli.report.evaluation_file import (
     EVALUATION_FILE,
     EvaluationReport,
@@ -23,39 +24,47 @@ from shiftadd_cli.report.evaluation_file import (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_checkpoint(tiny_model("llama"), tmp_path_factory.mktemp("saved") / "out").folder
-    tiny_tokenizer().save_pretrained(made)
-    return made
+    checkpoint = write_checkpoint(tiny_model("llama"), tmp_path_factory.mktemp("saved") / "out")
+    tiny_tokenizer().save_pretrained(checkpoint.folder)
+    return checkpoint.folder
 
 
-def measure(folder: Path, tokens: int = 60):
-    return evaluate([str(folder)], against=str(folder), context=16, max_tokens=tokens, show_progress=False)
+def measure(folder: Path, tokens: int = 60) -> Evaluation:
+    result = evaluate([str(folder)], against=str(folder), context=16, max_tokens=tokens, show_progress=False)
+    assert isinstance(result, Evaluation)
+    return result
 
 
-def test_what_was_measured_is_read_again_and_the_same_measurement_kept_once(folder):
+def test_measurement_is_read_back_and_saved_only_once(folder: Path) -> None:
     assert load_evaluations(folder) == ()
     result = measure(folder)
     assert save_evaluations(result) == [folder / EVALUATION_FILE]
     first = (folder / EVALUATION_FILE).read_bytes()
     (entry,) = load_evaluations(folder)
+    assert isinstance(entry, EvaluationReport)
+    assert entry.original is not None
+    assert result.original is not None
     assert entry.model.perplexity == result.models[0].score.perplexity
     assert entry.original.perplexity == result.original.score.perplexity
     assert entry.model.kl == result.models[0].score.kl
     save_evaluations(measure(folder))
     assert (folder / EVALUATION_FILE).read_bytes() == first
     save_evaluations(measure(folder, 40))
-    assert [each.tokens for each in load_evaluations(folder)] == [60, 40]
+    entry, other = load_evaluations(folder)
+    assert isinstance(entry, EvaluationReport)
+    assert isinstance(other, EvaluationReport)
+    assert (entry.tokens, other.tokens) == (60, 40)
     assert not list(folder.glob("*partial*"))
 
 
-def test_originals_have_no_place_for_it(folder, tmp_path):
+def test_originals_cannot_store_evaluations(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="leave it out"):
         check_saving(["demo", str(tmp_path), "some/model"])
     check_saving(["demo", str(folder)])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 2, "evaluations": []}', '{"evaluations": [{}]}'])
-def test_a_damaged_file_is_refused_before_anything_is_measured(tmp_path, text):
+def test_damaged_file_is_refused_before_measuring(tmp_path: Path, text: str) -> None:
     folder = write_checkpoint(tiny_model("llama"), tmp_path / "out").folder
     (folder / EVALUATION_FILE).write_text(text)
     with pytest.raises(ArtifactError, match=r"evaluation\.json"):
@@ -64,12 +73,12 @@ def test_a_damaged_file_is_refused_before_anything_is_measured(tmp_path, text):
 
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_checkpoint(tiny_vision_model("vit"), tmp_path_factory.mktemp("saved") / "vit").folder
-    write_processor(made)
-    return made
+    checkpoint = write_checkpoint(tiny_vision_model("vit"), tmp_path_factory.mktemp("saved") / "vit")
+    write_processor(checkpoint.folder)
+    return checkpoint.folder
 
 
-def test_measurements_on_images_are_kept_too(vision, tmp_path):
+def test_measurements_on_images_are_saved_too(vision: Path, tmp_path: Path) -> None:
     pictures = save_pictures(tmp_path / "pictures", 12)
     result = evaluate([str(vision)], against=str(vision), dataset=str(pictures), batch_size=4, show_progress=False)
     check_saving([str(vision)])
@@ -78,8 +87,8 @@ def test_measurements_on_images_are_kept_too(vision, tmp_path):
     assert isinstance(entry, ImageEvaluationReport)
     assert (entry.images, entry.model.top1, entry.model.agreement) == (12, None, 1.0)
     assert entry.model.kl == result.models[0].score.kl
-    told = entry.quality
-    assert (told.what, told.value, told.original, told.unit) == (
+    quality = entry.quality
+    assert (quality.what, quality.value, quality.original, quality.unit) == (
         "same top class",
         "100.0 ± 0.0%",
         None,
@@ -90,7 +99,7 @@ def test_measurements_on_images_are_kept_too(vision, tmp_path):
 
 
 def scored(**values: float) -> ImageScoreReport:
-    empty = dict.fromkeys(ImageScoreReport.model_fields) | {
+    empty: dict[str, Any] = dict.fromkeys(ImageScoreReport.model_fields) | {
         "spec": "m",
         "dtype": "float32",
         "calibrated_on_test": False,
@@ -98,20 +107,20 @@ def scored(**values: float) -> ImageScoreReport:
     return ImageScoreReport(**empty | values)
 
 
-def test_windows_that_begin_otherwise_are_another_measurement():
+def test_start_of_windows_distinguishes_measurements() -> None:
     plain = sample_evaluation()
-    begun = plain.model_copy(update={"window_start": "<bos>"})
-    assert plain.key != begun.key
-    assert begun.quality.on.endswith("context 64, windows begin with <bos>")
+    with_start = plain.model_copy(update={"window_start": "<bos>"})
+    assert plain.key != with_start.key
+    assert with_start.quality.on.endswith("context 64, windows begin with <bos>")
     assert plain.quality.on.endswith("context 64")
-    # Files of before had no such field.
+    # Older files lack this field.
     fields = plain.model_dump(mode="json")
     del fields["window_start"]
     assert EvaluationReport.model_validate(fields) == plain
 
 
 @pytest.mark.parametrize(
-    ("values", "what", "value", "original"),
+    ("values", "measure", "value", "original"),
     [
         ({"top1": 0.676, "top1_error": 0.0148, "kl": 0.1}, "top-1", "67.6 ± 1.5%", "50.0%"),
         ({"neighbours": 0.9, "cosine": 0.99}, "nearest neighbours", "90.0%", "50.0%"),
@@ -119,7 +128,9 @@ def test_windows_that_begin_otherwise_are_another_measurement():
         ({"agreement": 0.875, "kl": 0.1}, "same top class", "87.5%", None),
     ],
 )
-def test_the_best_known_measure_of_images_is_shown(values, what, value, original):
+def test_best_known_measure_of_images_is_shown(
+    values: dict[str, float], measure: str, value: str, original: str | None
+) -> None:
     entry = ImageEvaluationReport(
         data="pictures",
         data_fingerprint="d" * 64,
@@ -128,7 +139,7 @@ def test_the_best_known_measure_of_images_is_shown(values, what, value, original
         original=scored(top1=0.5, neighbours=0.5),
         model=scored(**values),
     )
-    told = entry.quality
-    assert (told.what, told.value, told.original) == (what, value, original)
-    assert told.on == "pictures, 1,000 images"
-    assert (told.divergence is None) == ("kl" not in values)
+    quality = entry.quality
+    assert (quality.what, quality.value, quality.original) == (measure, value, original)
+    assert quality.on == "pictures, 1,000 images"
+    assert (quality.divergence is None) == ("kl" not in values)

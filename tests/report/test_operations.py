@@ -1,8 +1,9 @@
-"""Operation counts against machines that compute with counted numbers, one operation at a time."""
+"""Operation counts, compared with a machine that counts each operation as it computes."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +11,18 @@ from artifacts import random_weight
 from formats import matrix_format
 
 from shiftadd_cli.bcq.packing import unpack_signs
+from shiftadd_cli.bcq.primitives.base import Operation
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.report import operations
 
 
-def layout_of(rows: int, columns: int, **fields: object) -> PackedLayout:
-    common = {"bits": 2, "group_size": 8, "row_scale": False}
+def layout_of(rows: int, columns: int, **fields: Any) -> PackedLayout:
+    common: dict[str, Any] = {"bits": 2, "group_size": 8, "row_scale": False}
     return PackedLayout(matrix_format(**(common | fields)), rows, columns)
 
 
 class Machine:
-    """Adds, shifts and multiplies, and counts."""
+    """Adds, shifts, multiplies and looks up numbers, and counts these operations."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -44,9 +46,9 @@ class Machine:
         return -table[tuple(-sign for sign in signs)]
 
     def make_table(self, inputs: list[float]) -> dict[tuple[float, ...], float]:
-        """Signed sums of 4 inputs with a plus first; what is stored is counted as it is written."""
+        """Signed sums of 4 inputs with a plus first; every entry is counted as it is written."""
         a, b, c, d = inputs
-        table = {}
+        table: dict[tuple[float, ...], float] = {}
         halves = [(s, self.add(a, s * b)) for s in (1.0, -1.0)]
         others = [(s, self.add(c, s * d)) for s in (1.0, -1.0)]
         for second, left in halves:
@@ -58,14 +60,14 @@ class Machine:
 
 
 def by_machine(layout: PackedLayout, *, tables: bool) -> tuple[Machine, torch.Tensor, torch.Tensor]:
-    """What a machine computes and what it should, for groups in rows, of whole fours."""
+    """A machine, its outputs and the expected ones, for groups along rows whose widths are multiples of four."""
     weight, machine, grid = random_weight(layout), Machine(), layout.grid
     x = torch.randn(grid.columns, dtype=torch.float64).tolist()
     planes = unpack_signs(weight.tensors["weight_codes"], grid.columns)
     ratios = weight.ratios()
     machine.counts["sram_16_bits"] += grid.columns + grid.rows
     machine.counts["dram_byte"] += layout.nbytes
-    made = [machine.make_table(x[at : at + 4]) for at in range(0, grid.columns, 4)] if tables else []
+    sums = [machine.make_table(x[start : start + 4]) for start in range(0, grid.columns, 4)] if tables else []
     outputs = []
     for row in range(grid.rows):
         total = 0.0
@@ -75,12 +77,12 @@ def by_machine(layout: PackedLayout, *, tables: bool) -> tuple[Machine, torch.Te
                 part = 0.0
                 columns = range(group * grid.group_columns, (group + 1) * grid.group_columns)
                 if tables:
-                    for at in columns[::4]:
-                        part = machine.add(part, machine.look_up(made[at // 4], tuple(signs[at : at + 4])))
+                    for start in columns[::4]:
+                        part = machine.add(part, machine.look_up(sums[start // 4], tuple(signs[start : start + 4])))
                 else:
                     for column in columns:
                         part = machine.add(part, signs[column] * x[column])
-                # Two terms of one scale: each shifts the sum and is added to the output. How it splits changes nothing.
+                # Each of the two terms of a scale shifts the sum, which is added to the output. Any split is right.
                 scale = float(ratios[row, group, plane])
                 for term in (scale / 2, scale / 2):
                     total = machine.add(total, machine.shift(part, term))
@@ -92,34 +94,35 @@ def by_machine(layout: PackedLayout, *, tables: bool) -> tuple[Machine, torch.Te
 
 @pytest.mark.parametrize("tables", [False, True])
 @pytest.mark.parametrize("row_scale", [False, True])
-def test_planes_take_what_a_machine_takes_that_computes_the_product(tables, row_scale):
+def test_counts_of_planes_are_those_of_a_counting_machine(tables: bool, row_scale: bool) -> None:
     layout = layout_of(3, 24, row_scale=row_scale)
-    machine, found, expected = by_machine(layout, tables=tables)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    machine, outputs, expected = by_machine(layout, tables=tables)
+    torch.testing.assert_close(outputs, expected, rtol=1e-6, atol=1e-6)
     assert dict(machine.counts) == {
         name: count for name, count in operations.compressed(layout, tables=tables).items() if count
     }
 
 
-def test_dense_and_integer_ways_take_one_multiplication_and_one_addition_a_weight():
-    for counts, multiplied, added, nbytes in (
+def test_dense_and_integer_weights_take_one_multiplication_and_one_addition() -> None:
+    cases: list[tuple[Counter[Operation], Operation, Operation, int]] = [
         (operations.dense(6, 256), "fp16_multiply", "fp32_add", 2 * 6 * 256),
         (operations.int8(6, 256), "int8_multiply", "int32_add", 6 * 256 + 6 * 2),
         (operations.int4(6, 256), "int8_multiply", "int32_add", 6 * 128 + 6 * 2 * 2),
-    ):
+    ]
+    for counts, multiplied, added, nbytes in cases:
         assert counts[multiplied] == counts[added] == 6 * 256
         assert counts["dram_byte"] == nbytes
         assert counts["sram_16_bits"] == 6 + 256
 
 
-def test_scales_that_rows_share_are_put_on_the_inputs():
+def test_scales_shared_by_rows_are_applied_to_the_inputs() -> None:
     shared = operations.compressed(layout_of(64, 32, group_size=1, group_rows="all"), tables=False)
-    assert shared["shift"] == 2 * 2 * 32 + 64  # terms, planes, inputs; and the one factor of the matrix
+    assert shared["shift"] == 2 * 2 * 32 + 64  # terms, planes, inputs; and the factor of the matrix for every row
     alone = operations.compressed(layout_of(64, 32, group_size=32), tables=False)
     assert alone["shift"] == 2 * 2 * 64 + 64
 
 
-def test_every_part_of_a_form_is_charged():
+def test_every_part_of_a_format_is_charged() -> None:
     plain = operations.compressed(layout_of(8, 64), tables=False)
     rotated = operations.compressed(layout_of(8, 64, rotation="hadamard"), tables=False)
     assert rotated["fp32_add"] - plain["fp32_add"] == 64 * 6

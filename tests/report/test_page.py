@@ -1,4 +1,4 @@
-"""report.html as those read it who look at it, listen to it, print it, or try to break it."""
+"""report.html for those who look at it, listen to it, print it, or try to break it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,19 @@ STYLE = Path(shiftadd_cli.__file__).parent / "report" / "templates" / "style.css
 
 
 def parse(page: str) -> ElementTree.Element:
-    """The page by a parser that forgives nothing: it is written so that it is XML too."""
+    """Parse the page strictly: it is also valid XML."""
     assert page.startswith("<!DOCTYPE html>\n")
     return ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
 
 
+def child(element: ElementTree.Element, path: str) -> ElementTree.Element:
+    result = element.find(path)
+    assert result is not None
+    return result
+
+
 def texts(element: ElementTree.Element, tag: str) -> list[str]:
-    return ["".join(each.itertext()).strip() for each in element.iter(tag)]
+    return ["".join(tagged.itertext()).strip() for tagged in element.iter(tag)]
 
 
 @pytest.fixture(params=PAGES, scope="module")
@@ -45,55 +51,55 @@ def page(request: pytest.FixtureRequest) -> ElementTree.Element:
     return parse(render_page(PAGES[request.param]()))
 
 
-def test_headings_are_one_first_and_then_in_order(page: ElementTree.Element) -> None:
-    levels = [int(each.tag[1]) for each in page.iter() if re.fullmatch("h[1-6]", each.tag)]
+def test_headings_start_with_the_only_h1_and_skip_no_level(page: ElementTree.Element) -> None:
+    levels = [int(element.tag[1]) for element in page.iter() if re.fullmatch("h[1-6]", element.tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-def test_drawings_have_words(page: ElementTree.Element) -> None:
-    ids = [each.attrib["id"] for each in page.iter() if "id" in each.attrib]
+def test_drawings_have_titles_and_descriptions(page: ElementTree.Element) -> None:
+    ids = [element.attrib["id"] for element in page.iter() if "id" in element.attrib]
     assert len(ids) == len(set(ids))
-    drawings = [each for each in page.iter("svg") if each.get("aria-hidden") != "true"]
+    drawings = [drawing for drawing in page.iter("svg") if drawing.get("aria-hidden") != "true"]
     assert drawings
     for drawing in drawings:
         assert drawing.get("role") == "img"
         title, description = drawing.attrib["aria-labelledby"].split()
-        assert drawing.find(f"title[@id='{title}']").text
-        assert drawing.find(f"desc[@id='{description}']").text
+        assert child(drawing, f"title[@id='{title}']").text
+        assert child(drawing, f"desc[@id='{description}']").text
 
 
-def test_tables_have_captions_and_every_heading_its_scope(page: ElementTree.Element) -> None:
+def test_tables_have_captions_and_headings_with_a_scope(page: ElementTree.Element) -> None:
     tables = list(page.iter("table"))
     assert tables
     for table in tables:
-        assert table.find("caption").text
-        assert {each.get("scope") for each in table.find("thead").iter("th")} == {"col"}
-        assert {each.get("scope") for each in table.find("tbody").iter("th")} == {"row"}
+        assert child(table, "caption").text
+        assert {heading.get("scope") for heading in child(table, "thead").iter("th")} == {"col"}
+        assert {heading.get("scope") for heading in child(table, "tbody").iter("th")} == {"row"}
         widths = {len(row) for row in table.iter("tr")}
         assert len(widths) == 1
 
 
-def test_a_phone_scrolls_tables_and_not_the_page(page: ElementTree.Element) -> None:
-    scrolled = [each for each in page.iter("div") if each.get("class") == "scroll"]
-    assert sum(len(each.findall("table")) for each in scrolled) == len(list(page.iter("table")))
-    assert all(each.get("tabindex") == "0" and each.get("aria-label") for each in scrolled)
-    assert any(each.get("name") == "viewport" for each in page.iter("meta"))
+def test_tables_scroll_instead_of_the_page(page: ElementTree.Element) -> None:
+    scrolled = [division for division in page.iter("div") if division.get("class") == "scroll"]
+    assert sum(len(division.findall("table")) for division in scrolled) == len(list(page.iter("table")))
+    assert all(division.get("tabindex") == "0" and division.get("aria-label") for division in scrolled)
+    assert any(meta.get("name") == "viewport" for meta in page.iter("meta"))
 
 
-def test_nothing_is_asked_for_outside_the_page(page: ElementTree.Element) -> None:
-    for each in page.iter():
-        assert each.tag not in {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
-        assert not {"src", "href", "style"} & each.attrib.keys()
-        assert not [name for name in each.attrib if name.startswith("on")]
+def test_page_requests_nothing_from_outside(page: ElementTree.Element) -> None:
+    for element in page.iter():
+        assert element.tag not in {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+        assert not {"src", "href", "style"} & element.attrib.keys()
+        assert not [name for name in element.attrib if name.startswith("on")]
     (style,) = texts(page, "style")
     assert not re.search(r"url\(|@import|@font-face|https?:", style)
 
 
 def test_lines_differ_by_more_than_colour() -> None:
     page = parse(render_page([sample_run(f"run {index}") for index in range(5)]))
-    (drawing,) = (each for each in page.iter("svg") if each.get("role") == "img")
+    (drawing,) = (svg for svg in page.iter("svg") if svg.get("role") == "img")
     shapes = set()
     for mark in drawing.iter():
         if mark.get("class", "").startswith("mark"):
@@ -107,15 +113,15 @@ HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=y>{{ 7 * 7 }}]]>"
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_what_names_hold_is_text(count: int) -> None:
-    text = render_page([sample_run(HOSTILE)] * count)
-    page = parse(text)
+def test_names_are_escaped(count: int) -> None:
+    source = render_page([sample_run(HOSTILE)] * count)
+    page = parse(source)
     assert not list(page.iter("script"))
     assert not list(page.iter("img"))
-    assert "<script" not in text
-    assert "<img" not in text
-    assert any(HOSTILE in each for each in texts(page, "th"))
-    assert HOSTILE in "".join(page.find("body").itertext())
+    assert "<script" not in source
+    assert "<img" not in source
+    assert any(HOSTILE in text for text in texts(page, "th"))
+    assert HOSTILE in "".join(child(page, "body").itertext())
 
 
 def test_equal_runs_give_equal_pages() -> None:
@@ -123,7 +129,7 @@ def test_equal_runs_give_equal_pages() -> None:
     assert render_page([sample_run()]) != render_page([sample_run(mixed=False)])
 
 
-def test_headline_layers_and_command() -> None:
+def test_page_shows_headline_layers_and_command() -> None:
     page = parse(render_page([sample_run()]))
     (title,) = texts(page, "h1")
     assert title == "sample at 3.250 bits per weight"
@@ -133,14 +139,16 @@ def test_headline_layers_and_command() -> None:
     assert "perplexity 20.000 ± 0.500 the original has 15.000" in headline
     assert "nats a token from it" in headline
     assert "shiftadd quantize sample -o 'out dir'" in texts(page, "pre")
-    worst = next(table for table in page.iter("table") if "highest output error" in table.find("caption").text)
-    names = texts(worst.find("tbody"), "th")
+    worst = next(
+        table for table in page.iter("table") if "highest output error" in (child(table, "caption").text or "")
+    )
+    names = texts(child(worst, "tbody"), "th")
     assert names == ["sample.1.q", "sample.1.v", "sample.0.q", "sample.0.v"]
     grid = next(table for table in page.iter("table") if table.get("class") == "grid")
-    assert texts(grid.find("tbody"), "td") == ["2", "3", "2", "3"]
+    assert texts(child(grid, "tbody"), "td") == ["2", "3", "2", "3"]
 
 
-def test_what_is_not_there_is_not_shown() -> None:
+def test_absent_parts_are_not_shown() -> None:
     sections = texts(parse(render_page(PAGES["mixed"]())), "h2")
     optional = {"Quality", "Bits against loss", "Block reconstruction", "Distillation"}
     assert optional <= set(sections)
@@ -151,16 +159,16 @@ def test_what_is_not_there_is_not_shown() -> None:
 
 def test_numbered_parts_of_a_block_share_a_chart() -> None:
     layers = [
-        each.model_copy(update={"kind": f"experts.{index % 2}.up", "block": 0, "bits": 2 + index % 2})
-        for index, each in enumerate(sample_report().layers)
+        layer.model_copy(update={"kind": f"experts.{index % 2}.up", "block": 0, "bits": 2 + index % 2})
+        for index, layer in enumerate(sample_report().layers)
     ]
     page = parse(render_page([Run("out", sample_report(layers=layers), sample_run().cost)]))
     assert texts(page, "figcaption").count("experts.*.up") == 1
     grid = next(table for table in page.iter("table") if table.get("class") == "grid")
-    assert texts(grid.find("tbody"), "td") == ["2-3"]
+    assert texts(child(grid, "tbody"), "td") == ["2-3"]
 
 
-def test_a_run_from_python_is_told_as_a_call_that_gives_the_same_recipe() -> None:
+def test_run_from_python_is_shown_as_an_equivalent_call() -> None:
     run = Run(
         "out",
         sample_report(command=[], recipe=recipe_of(bits=2, skip=("*.q",)).model_dump(mode="json")),
@@ -187,7 +195,7 @@ def schemes(style: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 def luminance(colour: str) -> float:
     """WCAG 2.2, relative luminance."""
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 

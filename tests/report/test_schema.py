@@ -20,7 +20,7 @@ def layer(kind: str, rows: int, bits: float, error: float | None) -> LayerReport
     )
 
 
-def test_kinds_weigh_bits_by_weights_and_leave_uncalibrated_layers_out_of_the_output_error():
+def test_kinds_average_bits_over_weights_and_output_errors_over_calibrated_layers() -> None:
     rows = average_kinds([layer("q", 10, 3.0, 0.2), layer("q", 30, 4.0, None), layer("v", 10, 3.0, None)])
     assert [row.kind for row in rows] == ["q", "v"]
     assert rows[0].bits_per_weight == pytest.approx((10 * 3 + 30 * 4) / 40)
@@ -28,7 +28,7 @@ def test_kinds_weigh_bits_by_weights_and_leave_uncalibrated_layers_out_of_the_ou
     assert rows[1].output_error is None
 
 
-def test_every_field_of_the_schema_that_needs_words_has_them():
+def test_parts_of_the_schema_have_descriptions() -> None:
     schema = Report.model_json_schema()
     for part in ("SizeReport", "LayerReport", "TimeReport"):
         assert any("description" in field for field in schema["$defs"][part]["properties"].values())

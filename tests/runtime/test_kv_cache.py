@@ -1,4 +1,4 @@
-"""A cache that grows in place against transformers' own, whatever else is done to it."""
+"""A cache that grows in place, compared with transformers' own after any sequence of operations."""
 
 from __future__ import annotations
 
@@ -23,23 +23,36 @@ def numbers(rows: int, tokens: int, seed: int, size: int = 4) -> tuple[Tensor, T
     return torch.randn(rows, 2, tokens, size, generator=generator), torch.randn(rows, 2, tokens, 6, generator=generator)
 
 
+def dynamic_layers(cache: DynamicCache) -> list[DynamicLayer]:
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    assert len(layers) == len(cache.layers)
+    return layers
+
+
+def layer_keys(cache: DynamicCache) -> list[Tensor]:
+    """The keys of every layer, none of which is empty."""
+    keys = [layer.keys for layer in dynamic_layers(cache) if layer.keys is not None]
+    assert len(keys) == len(cache.layers)
+    return keys
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(st.sampled_from(["append", "append", "append", "crop", "reorder", "copy", "inference"]), max_size=60)
 )
-def test_it_holds_what_the_plain_cache_holds(steps: list[str]) -> None:
+def test_appended_cache_equals_the_plain_cache(steps: list[str]) -> None:
     mine, plain = DynamicCache(), DynamicCache()
-    seen: list[tuple[Tensor, Tensor]] = []
+    returned: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for number, step in enumerate(["append", *steps]):
             if step in ("append", "inference"):
                 with torch.inference_mode(step == "inference"):
                     for layer in range(2):
                         new = numbers(3, 1 + number % 4, 10 * number + layer)
-                        found = append(mine, *new, layer)
+                        result = append(mine, *new, layer)
                         expected = plain.update(*new, layer)
-                        assert all(map(torch.equal, found, expected))
-                        seen += zip(found, expected, strict=True)
+                        assert all(map(torch.equal, result, expected))
+                        returned += zip(result, expected, strict=True)
             elif step == "crop":
                 crop((mine, plain))
             elif step == "reorder":
@@ -47,46 +60,48 @@ def test_it_holds_what_the_plain_cache_holds(steps: list[str]) -> None:
             else:
                 mine = copy.deepcopy(mine)
     assert_same(mine, plain)
-    # What was given out before is still what it was.
-    assert all(torch.equal(*pair) for pair in seen)
+    # Tensors returned earlier have not changed.
+    assert all(torch.equal(*pair) for pair in returned)
 
 
-def test_most_tokens_move_nothing() -> None:
+def test_most_appended_tokens_move_no_buffer() -> None:
     cache = DynamicCache()
-    places = []
+    addresses = []
     with torch.no_grad():
         for number in range(400):
             keys, _ = append(cache, *numbers(1, 1, number), 0)
-            places.append(keys.data_ptr())
-    assert len(set(places)) <= 8
+            addresses.append(keys.data_ptr())
+    assert len(set(addresses)) <= 8
 
 
-def test_two_caches_of_the_same_tensors_do_not_write_into_each_other() -> None:
+def test_caches_that_share_tensors_do_not_overwrite_each_other() -> None:
     first, second = DynamicCache(), DynamicCache()
     with torch.no_grad():
         append(first, *numbers(1, 3, 0), 0)
         append(first, *numbers(1, 1, 1), 0)
         second.update(*numbers(1, 3, 0), 0)
-        second.layers[0].keys, second.layers[0].values = first.layers[0].keys, first.layers[0].values
+        (source,), (target,) = dynamic_layers(first), dynamic_layers(second)
+        target.keys, target.values = source.keys, source.values
         one = append(first, *numbers(1, 1, 2), 0)[0]
         other = append(second, *numbers(1, 1, 3), 0)[0]
     assert torch.equal(one[:, :, -1:], numbers(1, 1, 2)[0])
     assert torch.equal(other[:, :, -1:], numbers(1, 1, 3)[0])
 
 
-def test_what_does_not_go_together_is_left_to_the_cache() -> None:
+def test_mismatched_tensors_are_left_to_the_cache() -> None:
     cache = DynamicCache()
     append(cache, *numbers(1, 3, 0), 0)
     with pytest.raises(RuntimeError, match=r"[Ss]izes of tensors must match"):
         append(cache, *numbers(2, 1, 1), 0)
-    # Numbers of another type are promoted, as by `torch.cat`.
-    keys, _ = append(cache, *(tensor.double() for tensor in numbers(1, 1, 1)), 0)
+    # Tensors of another dtype are promoted, as by `torch.cat`.
+    new_keys, new_values = (tensor.double() for tensor in numbers(1, 1, 1))
+    keys, _ = append(cache, new_keys, new_values, 0)
     assert keys.dtype == torch.float64
 
 
 @settings(max_examples=30, deadline=None)
 @given(lengths=st.lists(st.integers(min_value=1, max_value=40), min_size=1, max_size=30))
-def test_a_cache_that_grows_by_itself_gives_what_the_plain_one_gives(lengths: list[int]) -> None:
+def test_growing_cache_equals_the_plain_cache(lengths: list[int]) -> None:
     growing = growing_cache(tiny_model("llama"))
     assert growing is not None
     plain = DynamicCache()
@@ -94,18 +109,18 @@ def test_a_cache_that_grows_by_itself_gives_what_the_plain_one_gives(lengths: li
         for number, tokens in enumerate(lengths):
             for layer in range(2):
                 new = numbers(3, tokens, 10 * number + layer)
-                found, expected = growing.update(*new, layer), plain.update(*new, layer)
-                assert all(map(torch.equal, found, expected))
+                result, expected = growing.update(*new, layer), plain.update(*new, layer)
+                assert all(map(torch.equal, result, expected))
     assert_same(growing, plain)
 
 
-def test_layers_of_a_sliding_window_stay_what_they_are() -> None:
+def test_sliding_window_layers_stay_unchanged() -> None:
     cache = growing_cache(tiny_model("gemma3"))
     assert cache is not None
-    assert [layer.is_sliding for layer in cache.layers] == [True, False, True]
+    assert [layer.is_sliding for layer in dynamic_layers(cache)] == [True, False, True]
 
 
-def test_a_model_with_a_state_of_its_own_makes_its_own() -> None:
+def test_model_with_its_own_state_gets_no_growing_cache() -> None:
     assert growing_cache(tiny_model("mamba")) is None
 
 
@@ -125,9 +140,9 @@ def filled(tokens: int = 5) -> DynamicCache:
 
 
 def put(rooms: Rooms, seed: int) -> None:
-    """What the kernels do: one token behind those held."""
-    for place, (keys, values) in enumerate(rooms._buffers):
-        fresh = keys_and_values(1, 10 * seed + place)
+    """Write one token after the others, as the kernels do."""
+    for layer, (keys, values) in enumerate(rooms._buffers):
+        fresh = keys_and_values(1, 10 * seed + layer)
         keys[:, :, rooms.tokens], values[:, :, rooms.tokens] = (tensor[:, :, 0] for tensor in fresh)
     rooms.tokens += 1
 
@@ -137,9 +152,9 @@ STEPS = ["put", "put", "put", "append", "update", "crop", "reorder", "copy", "pi
 
 @settings(max_examples=80, deadline=None)
 @given(steps=st.lists(st.sampled_from(STEPS), max_size=40))
-def test_all_layers_hold_what_the_plain_cache_holds(steps: list[str]) -> None:
+def test_cache_with_rooms_equals_the_plain_cache(steps: list[str]) -> None:
     mine, plain = filled(), filled()
-    seen: list[tuple[Tensor, Tensor]] = []
+    returned: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for number, step in enumerate(steps, 1):
             if step in ("put", "inference"):
@@ -170,25 +185,25 @@ def test_all_layers_hold_what_the_plain_cache_holds(steps: list[str]) -> None:
                 mine = torch.load(file, weights_only=False)
                 assert all(type(layer) is DynamicLayer for layer in mine.layers)
             else:
-                # What was given out stays what it was.
-                seen += [(layer.keys, layer.keys.clone()) for layer in mine.layers]
+                # Tensors returned earlier must not change.
+                returned += [(keys, keys.clone()) for keys in layer_keys(mine)]
     assert_same(mine, plain)
-    assert all(torch.equal(*pair) for pair in seen)
+    assert all(torch.equal(*pair) for pair in returned)
 
 
-def test_most_tokens_move_nothing_in_any_layer() -> None:
+def test_most_tokens_in_rooms_move_no_buffer() -> None:
     cache = filled()
     addresses = set()
     for number in range(400):
         rooms = open_rooms(cache, LAYERS, SHAPE, torch.float32)
         assert rooms is not None
         put(rooms, number)
-        addresses.add(tuple(layer.values.data_ptr() for layer in cache.layers))
+        addresses.add(tuple(keys.data_ptr() for keys in layer_keys(cache)))
     assert len(addresses) <= 8
     assert cache.get_seq_length() == 405
 
 
-def test_one_token_behind_another_does_not_touch_what_a_copy_holds() -> None:
+def test_new_token_does_not_change_a_copy() -> None:
     cache = filled()
     rooms = open_rooms(cache, LAYERS, SHAPE, torch.float32)
     assert rooms is not None
@@ -197,12 +212,12 @@ def test_one_token_behind_another_does_not_touch_what_a_copy_holds() -> None:
     other = open_rooms(twin, LAYERS, SHAPE, torch.float32)
     assert other is not None
     put(other, 2)
-    assert not torch.equal(cache.layers[0].keys, twin.layers[0].keys)
-    assert torch.equal(cache.layers[0].keys[:, :, :5], twin.layers[0].keys[:, :, :5])
+    assert not torch.equal(layer_keys(cache)[0], layer_keys(twin)[0])
+    assert torch.equal(layer_keys(cache)[0][:, :, :5], layer_keys(twin)[0][:, :, :5])
 
 
 @pytest.mark.parametrize("case", ["few layers", "rows", "type", "unequal", "empty", "other cache"])
-def test_what_does_not_go_together_gets_no_room(case: str) -> None:
+def test_mismatched_cache_gets_no_rooms(case: str) -> None:
     cache, shape, dtype, count = filled(), SHAPE, torch.float32, LAYERS
     if case == "few layers":
         count = LAYERS + 1
@@ -223,7 +238,7 @@ def test_what_does_not_go_together_gets_no_room(case: str) -> None:
         for layer in range(LAYERS):
             cache.update(*keys_and_values(5, layer), layer)
     assert open_rooms(cache, count, shape, dtype) is None
-    # It is then as it was, also where it had room.
+    # The cache is then unchanged, even if it had rooms.
     if case in ("rows", "type"):
         assert open_rooms(cache, LAYERS, SHAPE, torch.float32) is not None
         assert open_rooms(cache, count, shape, dtype) is None

@@ -1,9 +1,10 @@
-"""PackedLinear against a slow decoder that follows the format's description byte by byte."""
+"""PackedLinear, compared with a slow decoder that follows the format's description byte by byte."""
 
 from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def layout(
 
 def slow_decode(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     """The matrix in float64, one weight at a time, and the sum of the absolute values of its terms."""
-    lay, stored = weight.layout, {name: each.tolist() for name, each in weight.tensors.items()}
+    lay, stored = weight.layout, {name: tensor.tolist() for name, tensor in weight.tensors.items()}
     nibbles = {"pot": 1, "apot2": 2, "apot3": 3, "float": 0}[lay.scales.scale_format]
 
     def nibble(row: list[int], index: int) -> int:
@@ -55,11 +56,11 @@ def slow_decode(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
         exponent, *terms = (nibble(stored["weight_exponents"][r], first + k) for k in range(nibbles))
         if exponent == 15:
             return 0.0
-        value, place = 2.0**-exponent, exponent
+        value, power = 2.0**-exponent, exponent
         for term in terms:
-            place += term % 8
+            power += term % 8
             if term % 8:
-                value += (-1 if term >= 8 else 1) * 2.0**-place
+                value += (-1 if term >= 8 else 1) * 2.0**-power
         return value
 
     def offset(r: int, c: int) -> float:
@@ -87,10 +88,8 @@ def slow_decode(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
 
 @st.composite
 def layouts(draw: st.DrawFn) -> PackedLayout:
-    group_rows, group_size = draw(
-        st.sampled_from([(1, 8), (1, "all"), ("all", 1), ("1/8", 8), ("all", "all")])
-        | st.tuples(st.integers(1, 9), st.integers(1, 20))
-    )
+    shapes: list[tuple[int | str, int | str]] = [(1, 8), (1, "all"), ("all", 1), ("1/8", 8), ("all", "all")]
+    group_rows, group_size = draw(st.sampled_from(shapes) | st.tuples(st.integers(1, 9), st.integers(1, 20)))
     return layout(
         draw(st.integers(1, 9)),
         draw(st.integers(1, 27)),
@@ -115,17 +114,17 @@ def test_decode_follows_the_format(lay: PackedLayout, seed: int) -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(layouts(), st.integers(1, 10))
-def test_tiles_are_the_same_bits(lay: PackedLayout, height: int) -> None:
+def test_tiles_equal_the_decoded_matrix(lay: PackedLayout, height: int) -> None:
     weight = random_weight(lay)
-    whole = weight.decode_stored()
+    decoded = weight.decode_stored()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_module, "_CACHED_WEIGHTS", 3 * lay.grid.columns)
-        assert torch.equal(weight.decode_stored(), whole)
+        assert torch.equal(weight.decode_stored(), decoded)
     covered = 0
     for rows, tile in weight.tiles(height):
         assert rows.start == covered
         assert tile.shape[0] <= height
-        assert torch.equal(tile, whole[rows])
+        assert torch.equal(tile, decoded[rows])
         covered = rows.stop
     assert covered == lay.grid.rows
 
@@ -141,6 +140,7 @@ def test_forward_is_the_dense_product(
     layer = PackedLinear.from_weight(random_weight(layout()), torch.randn(24, generator=g), dtype=torch.float32)
     x = torch.randn(*leading, 40, generator=g).to(dtype)
     dense = layer.decode().to(dtype)
+    assert layer.bias is not None
     bias = layer.bias.to(dtype)
     result = layer(x)
     assert result.dtype == dtype
@@ -156,26 +156,28 @@ def test_forward_is_the_dense_product(
 @pytest.mark.parametrize("rotation", [False, True])
 @pytest.mark.parametrize("outliers", [0, 3])
 def test_forward_rotates_the_input_and_adds_outlier_columns(dtype: torch.dtype, rotation: bool, outliers: int) -> None:
-    """In exact arithmetic the product is that of the decoded matrix and the input as it comes."""
+    """In exact arithmetic the output is the product of the decoded matrix and the input before rotation."""
     weight = random_weight(layout(columns=48, rotation=rotation, outliers=outliers))
     layer = PackedLinear.from_weight(weight, torch.ones(24))
     assert (layer.decode() == weight.decode_planes()).all(0).sum() == 48 - outliers
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
+    assert layer.bias is not None
     exact = functional.linear(x.double(), layer.decode().double(), layer.bias.double())
     bound = x.double().abs().amax() * 48 * layer.decode().double().abs().amax()
     assert ((layer(x).double() - exact).abs() <= 4 * bound * max(torch.finfo(dtype).eps, 1e-6)).all()
 
 
-def test_one_tile_is_exactly_the_dense_layer() -> None:
+def test_single_tile_equals_the_dense_layer_exactly() -> None:
     layer = PackedLinear.from_weight(random_weight(layout()))
     x = torch.randn(6, 40)
     assert torch.equal(layer(x), functional.linear(x, layer.decode()))
 
 
-def test_gradients_reach_the_input_and_nothing_stored() -> None:
+def test_gradients_reach_the_input_but_no_stored_tensor() -> None:
     layer = PackedLinear.from_weight(random_weight(layout()))
     x = torch.randn(3, 40, requires_grad=True)
     layer(x).sum().backward()
+    assert x.grad is not None
     assert torch.allclose(x.grad, layer.decode().sum(0).expand(3, -1), rtol=1e-5, atol=1e-6)
     assert all(parameter.grad is None for parameter in layer.parameters())
 
@@ -185,9 +187,11 @@ def test_gradients_reach_the_input_and_nothing_stored() -> None:
 @pytest.mark.parametrize("outliers", [0, 2])
 @pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu", torch.float16),
                                   lambda m: m.type(torch.float16)])  # fmt: skip
-def test_dtype_moves_leave_stored_tensors(form: str, offset: bool, outliers: int, move) -> None:
+def test_dtype_moves_leave_stored_tensors_alone(
+    form: str, offset: bool, outliers: int, move: Callable[[nn.Module], PackedLinear]
+) -> None:
     weight = random_weight(layout(form=form, offset=offset, outliers=outliers))
-    # A row scale that float16 turns into infinity.
+    # This row scale overflows in float16.
     weight.tensors["weight_row_scale"][3] = 2.0**20
     layer = PackedLinear.from_weight(weight, torch.ones(24))
     before = layer.decode()
@@ -195,16 +199,17 @@ def test_dtype_moves_leave_stored_tensors(form: str, offset: bool, outliers: int
     assert torch.equal(moved.decode(), before)
     for name, (_, dtype) in weight.layout.tensors().items():
         assert moved.get_parameter(name).dtype == dtype
+    assert moved.bias is not None
     assert moved.bias.dtype == moved.weight.dtype != torch.float32
 
 
-def test_dtype_of_a_layer_without_bias_follows_too() -> None:
+def test_dtype_of_a_layer_without_bias_changes_too() -> None:
     layer = PackedLinear.from_weight(random_weight(layout()))
     assert layer.weight.dtype == torch.float32
     assert nn.Sequential(layer).to(torch.bfloat16)[0].weight.dtype == torch.bfloat16
 
 
-def test_stand_in_weight_has_shape_dtype_and_device_and_no_memory() -> None:
+def test_stand_in_weight_has_shape_dtype_and_device_but_no_memory() -> None:
     layer = PackedLinear(layout(), bias=False, device="meta", dtype=torch.bfloat16)
     assert (layer.weight.shape, layer.weight.dtype, layer.weight.device.type) == ((24, 40), torch.bfloat16, "meta")
     layer = PackedLinear.from_weight(random_weight(layout()))
@@ -214,11 +219,11 @@ def test_stand_in_weight_has_shape_dtype_and_device_and_no_memory() -> None:
     assert "weight" not in layer.state_dict()
     assert "weight" not in dict(layer.named_parameters())
     with pytest.raises(KeyError):
-        layer.weight = nn.Parameter(torch.zeros(24, 40))
+        layer.weight = nn.Parameter(torch.zeros(24, 40))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_state_dict_is_what_is_stored(form: str) -> None:
+def test_state_dict_holds_the_stored_tensors(form: str) -> None:
     weight = random_weight(layout(form=form, offset=True))
     layer = PackedLinear.from_weight(weight, torch.ones(24))
     assert layer.state_dict().keys() == weight.tensors.keys() | {"bias"}
@@ -248,7 +253,7 @@ def test_decoding_ignores_the_default_dtype() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 @pytest.mark.parametrize(("primitive", "bits"), [("shift1", 4), ("shift2", 5)])
-def test_shift_layers_are_decoded_in_every_dtype_and_pass_gradients_on(
+def test_shift_layers_compute_in_every_dtype_and_pass_gradients_on(
     primitive: Primitive, bits: int, rotation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = matrix_format(bits, scale_format="pot", rotation=rotation, outlier_columns=0.1, primitive=primitive)
@@ -261,6 +266,7 @@ def test_shift_layers_are_decoded_in_every_dtype_and_pass_gradients_on(
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
     output = layer(x)
     assert output.dtype == dtype
+    assert layer.bias is not None
     expected = functional.linear(x.double(), weight.decode().double(), layer.bias.double())
     rounding = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     assert (output - expected).norm() <= rounding * expected.norm()

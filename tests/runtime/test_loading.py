@@ -1,4 +1,4 @@
-"""Damaged checkpoints are refused by name on loading, and never filled with random values."""
+"""Damaged checkpoints are refused on loading with the tensor's name, and never filled with random values."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         (CODES, None, f"lacks the tensor {CODES}"),
         (SCALE, None, f"lacks the tensor {SCALE}"),
@@ -45,11 +46,11 @@ def folder(tmp_path: Path) -> Path:
         ("model.decoder.final_layer_norm.weight", torch.ones(41), r"final_layer_norm\.weight .* \[41\]"),
     ],
 )
-def test_lacking_and_ill_shaped_tensors_are_named(
-    folder: Path, name: str, value: torch.Tensor | None, said: str
+def test_missing_and_misshapen_tensors_are_named(
+    folder: Path, name: str, value: torch.Tensor | None, message: str
 ) -> None:
     edit_tensors(folder, {name: value})
-    with pytest.raises(ArtifactError, match=said):
+    with pytest.raises(ArtifactError, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -57,7 +58,7 @@ SCALES = "model.decoder.layers.0.fc1.weight_row_scale"
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_scales_that_are_not_finite_are_named(folder: Path, value: float) -> None:
+def test_non_finite_scales_are_named(folder: Path, value: float) -> None:
     scales = load_file(folder / "model.safetensors")[SCALES].clone()
     scales[-1] = value
     edit_tensors(folder, {SCALES: scales})
@@ -65,7 +66,7 @@ def test_scales_that_are_not_finite_are_named(folder: Path, value: float) -> Non
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_table_whose_scales_are_not_finite_is_named(tmp_path: Path) -> None:
+def test_non_finite_scales_of_a_table_are_named(tmp_path: Path) -> None:
     folder = write_checkpoint(tiny_model("llama"), tmp_path / "out", shard_bytes=10**9, tables=True).folder
     name = "model.embed_tokens.weight_int8_scale"
     edit_tensors(folder, {name: torch.full_like(load_file(folder / "model.safetensors")[name], torch.nan)})
@@ -74,7 +75,7 @@ def test_a_table_whose_scales_are_not_finite_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ids", [[40, 41], [-1, 3], [3, 3], [5, 4], [0, 2**31 - 1]])
-def test_outlier_columns_that_are_not_there_are_never_read(tmp_path: Path, ids: list[int]) -> None:
+def test_invalid_outlier_columns_are_never_read(tmp_path: Path, ids: list[int]) -> None:
     common = COMMON.replaced(outlier_columns=0.05)
     folder = write_checkpoint(tiny_model("opt"), tmp_path / "out", shard_bytes=10**9, common=common).folder
     name = "model.decoder.layers.0.fc1.weight_column_ids"
@@ -84,20 +85,20 @@ def test_outlier_columns_that_are_not_there_are_never_read(tmp_path: Path, ids: 
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_index_that_leaves_its_folder_is_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tiny_model("opt"), tmp_path / "out").folder
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     file = min(index["weight_map"].values())
     (folder / file).rename(tmp_path / file)
     index["weight_map"] = {
-        name: f"../{file}" if where == file else where for name, where in index["weight_map"].items()
+        name: f"../{file}" if shard == file else shard for name, shard in index["weight_map"].items()
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ArtifactError, match="outside its folder"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_truncated_file(folder: Path) -> None:
+def test_truncated_file_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match=r"model\.safetensors is truncated or damaged"):
@@ -112,14 +113,14 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_names_without_the_prefix_of_the_body_still_load(folder: Path) -> None:
-    """transformers adds or removes `model.` on loading; the checks must not mistake that for a lack."""
+def test_names_without_the_prefix_of_the_body_load(folder: Path) -> None:
+    """transformers adds or removes `model.` on loading, which the checks must not mistake for missing tensors."""
     path = folder / "model.safetensors"
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    tensors = {name.removeprefix("model."): each.clone() for name, each in load_file(path).items()}
+    tensors = {name.removeprefix("model."): tensor.clone() for name, tensor in load_file(path).items()}
     save_file(tensors, path, {"format": "pt"})
-    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(expected[name], state[name]) for name in expected)
 
 
 TIED = ("qwen2", "qwen3", "gemma3", "opt", "gpt2", "bloom")
@@ -133,20 +134,29 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
 
 
 def ends(model: PreTrainedModel) -> tuple[Int8Embedding, Int8Linear]:
-    found = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(found[0], Int8Embedding)
-    assert isinstance(found[1], Int8Linear)
-    return found
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, Int8Embedding)
+    assert isinstance(head, Int8Linear)
+    return embedding, head
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """`model.to(dtype)`, which transformers decorates in a way that mypy does not understand."""
+    return model.to(dtype)
+
+
+def generate(model: Any) -> torch.Tensor:
+    return model.generate(IDS, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS))
 
 
 def is_one_table(model: PreTrainedModel) -> bool:
-    body, head = ends(model)
-    shared = body.weight_int8 is head.weight_int8
-    assert shared == (body.weight_int8_scale is head.weight_int8_scale)
+    embedding, head = ends(model)
+    shared = embedding.weight_int8 is head.weight_int8
+    assert shared == (embedding.weight_int8_scale is head.weight_int8_scale)
     return shared
 
 
-def test_the_families_are_of_both_kinds() -> None:
+def test_families_include_tied_and_untied_embeddings() -> None:
     assert {*TIED, *UNTIED} == {*FAMILIES}
     for family in FAMILIES:
         assert bool(tiny_model(family).all_tied_weights_keys) == (family in TIED)
@@ -164,7 +174,7 @@ def test_loaded_model_computes_with_the_decoded_rows(checkpoints: dict[str, Chec
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_again_it_reloads_equal(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
+def test_resaved_model_reloads_equal(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
     model = load(checkpoints[family].folder)
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     verify(Artifact.open(tmp_path / "again"))
@@ -176,16 +186,16 @@ def test_saved_again_it_reloads_equal(checkpoints: dict[str, Checkpoint], family
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "phi"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_load_dtype_leaves_what_is_stored(
+def test_load_dtype_leaves_stored_tensors_alone(
     checkpoints: dict[str, Checkpoint], family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     folder, dense = checkpoints[family]
-    model, moved = load(folder, dtype=dtype), load(folder, dtype=torch.float32).to(dtype)
+    model, moved = load(folder, dtype=dtype), in_dtype(load(folder, dtype=torch.float32), dtype)
     assert model.dtype == moved.dtype == dtype
     assert_same_state(model, moved)
     assert is_one_table(model) == is_one_table(moved) == (family in TIED)
-    exact, rounded = logits(dense), logits(copy.deepcopy(dense).to(dtype)).float()
-    # Kernels sum in another order and may round in other places, but no more than the dense model does.
+    exact, rounded = logits(dense), logits(in_dtype(copy.deepcopy(dense), dtype)).float()
+    # Kernels sum in another order and may round in other places, but not much more than the dense model does.
     assert (logits(model).float() - exact).abs().max() <= 2 * (rounded - exact).abs().max()
     model.save_pretrained(tmp_path / "half")
     assert_same_state(load(tmp_path / "half", dtype=dtype), model)
@@ -193,21 +203,26 @@ def test_load_dtype_leaves_what_is_stored(
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
-def test_device_maps(checkpoints: dict[str, Checkpoint], family: str, device_map: str | dict[str, str]) -> None:
+def test_device_maps_do_not_change_the_logits(
+    checkpoints: dict[str, Checkpoint], family: str, device_map: str | dict[str, str]
+) -> None:
     folder, dense = checkpoints[family]
     assert_close(logits(load(folder, device_map=device_map)), logits(dense))
 
 
-# transformers itself cannot load a dense model of which one of two tied modules alone is on disk.
+# transformers itself cannot load a dense model with only one of two tied modules on disk.
 @pytest.mark.parametrize(
-    ("family", "away"), [("llama", "model.embed_tokens"), ("llama", "lm_head"), ("llama", "both"), ("qwen2", "both")]
+    ("family", "offloaded"),
+    [("llama", "model.embed_tokens"), ("llama", "lm_head"), ("llama", "both"), ("qwen2", "both")],
 )
-def test_partly_on_disk(checkpoints: dict[str, Checkpoint], family: str, away: str, tmp_path: Path) -> None:
+def test_offloaded_model_computes_but_cannot_be_dequantized(
+    checkpoints: dict[str, Checkpoint], family: str, offloaded: str, tmp_path: Path
+) -> None:
     folder, dense = checkpoints[family]
     device_map = dict.fromkeys(
         ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
     )
-    for name in ("model.embed_tokens", "lm_head") if away == "both" else (away,):
+    for name in ("model.embed_tokens", "lm_head") if offloaded == "both" else (offloaded,):
         device_map[name] = "disk"
     model = load(folder, device_map=device_map, offload_folder=tmp_path)
     assert_close(logits(model), logits(dense))
@@ -216,7 +231,7 @@ def test_partly_on_disk(checkpoints: dict[str, Checkpoint], family: str, away: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dequantized_it_is_the_dense_model(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
+def test_dequantized_model_is_the_dense_model(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
     folder, dense = checkpoints[family]
     model = load(folder).dequantize()
     assert_same_state(model, dense)
@@ -230,7 +245,7 @@ def test_dequantized_it_is_the_dense_model(checkpoints: dict[str, Checkpoint], f
     assert torch.equal(logits(load(tmp_path / "dense")), logits(model))
 
 
-def test_dequantized_under_a_device_map(checkpoints: dict[str, Checkpoint]) -> None:
+def test_model_with_a_device_map_can_be_dequantized(checkpoints: dict[str, Checkpoint]) -> None:
     folder, dense = checkpoints["gemma3"]
     model = load(folder, device_map={"": "cpu"}).dequantize(torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} <= {torch.bfloat16, torch.float32}
@@ -239,14 +254,13 @@ def test_dequantized_under_a_device_map(checkpoints: dict[str, Checkpoint]) -> N
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_generates(checkpoints: dict[str, Checkpoint], family: str) -> None:
+def test_generated_tokens_are_those_of_the_dense_model(checkpoints: dict[str, Checkpoint], family: str) -> None:
     folder, dense = checkpoints[family]
-    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
-    assert torch.equal(load(folder).generate(IDS, **options), dense.generate(IDS, **options))
+    assert torch.equal(generate(load(folder)), generate(dense))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
-def test_body_alone_and_body_with_another_head(checkpoints: dict[str, Checkpoint], family: str) -> None:
+def test_body_loads_alone_and_with_another_head(checkpoints: dict[str, Checkpoint], family: str) -> None:
     folder, dense = checkpoints[family]
     with torch.no_grad():
         expected = dense.base_model(IDS).last_hidden_state
@@ -257,7 +271,7 @@ def test_body_alone_and_body_with_another_head(checkpoints: dict[str, Checkpoint
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_resizing_is_refused_until_it_is_dense(checkpoints: dict[str, Checkpoint], family: str) -> None:
+def test_resizing_is_refused_until_dequantized(checkpoints: dict[str, Checkpoint], family: str) -> None:
     folder, dense = checkpoints[family]
     model = load(folder)
     with pytest.raises(ArtifactError, match="dequantize"):
@@ -266,7 +280,7 @@ def test_resizing_is_refused_until_it_is_dense(checkpoints: dict[str, Checkpoint
     assert_close(logits(model)[..., :VOCAB_SIZE], logits(dense))
 
 
-def test_tied_again_by_hand_it_stays_tied(checkpoints: dict[str, Checkpoint]) -> None:
+def test_model_tied_again_keeps_one_table(checkpoints: dict[str, Checkpoint]) -> None:
     model = load(checkpoints["qwen2"].folder)
     expected = logits(model)
     model.tie_weights()
@@ -274,7 +288,7 @@ def test_tied_again_by_hand_it_stays_tied(checkpoints: dict[str, Checkpoint]) ->
     assert torch.equal(logits(model), expected)
 
 
-def test_a_checkpoint_without_tables_loads_as_before(tmp_path: Path) -> None:
+def test_checkpoint_without_tables_loads_dense_embeddings(tmp_path: Path) -> None:
     folder, dense = write_checkpoint(tiny_model("qwen2"), tmp_path / "out")
     model = load(folder)
     assert type(model.get_input_embeddings()) is nn.Embedding
@@ -282,14 +296,14 @@ def test_a_checkpoint_without_tables_loads_as_before(tmp_path: Path) -> None:
     assert_close(logits(model), logits(dense))
 
 
-def test_nothing_is_said_on_a_good_load(checkpoints: dict[str, Checkpoint], capfd: pytest.CaptureFixture[str]) -> None:
+def test_good_checkpoint_loads_silently(checkpoints: dict[str, Checkpoint], capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for family in ("gpt2", "gemma3", "phi"):
             load(checkpoints[family].folder)
-    said = capfd.readouterr().err
-    assert "MISSING" not in said
-    assert "UNEXPECTED" not in said
+    errors = capfd.readouterr().err
+    assert "MISSING" not in errors
+    assert "UNEXPECTED" not in errors
 
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
@@ -297,7 +311,7 @@ EMBED, HEAD = "model.embed_tokens", "lm_head"
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         (f"{EMBED}.weight_int8", None, r"lacks the tensor model\.embed_tokens\.weight_int8"),
         (f"{EMBED}.weight_int8_scale", None, r"lacks the tensor model\.embed_tokens\.weight_int8_scale"),
@@ -306,15 +320,15 @@ EMBED, HEAD = "model.embed_tokens", "lm_head"
     ],
 )
 def test_damaged_tables_are_refused(
-    tmp_path: Path, family: str, name: str, value: torch.Tensor | None, said: str
+    tmp_path: Path, family: str, name: str, value: torch.Tensor | None, message: str
 ) -> None:
     folder, _ = write_checkpoint(tiny_model(family), tmp_path / "out", tables=True, shard_bytes=10**9)
     edit_tensors(folder, {name: value})
-    with pytest.raises(ArtifactError, match=said):
+    with pytest.raises(ArtifactError, match=message):
         load(folder)
 
 
-def test_a_table_of_its_own_beside_the_tied_one_is_refused(tmp_path: Path) -> None:
+def test_separate_table_of_a_tied_head_is_refused(tmp_path: Path) -> None:
     folder, _ = write_checkpoint(tiny_model("qwen2"), tmp_path / "out", tables=True, shard_bytes=10**9)
     edit_tensors(folder, {"lm_head.weight_int8": torch.ones(320, 32, dtype=torch.int8)})
     with pytest.raises(ArtifactError, match=r"lm_head\.weight_int8, which its config\.json ties to another table"):
@@ -322,7 +336,7 @@ def test_a_table_of_its_own_beside_the_tied_one_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("tables", "said"),
+    ("tables", "message"),
     [
         ({"model.embed": {"shape": [320, 48]}}, r"model\.embed .* no such module"),
         ({EMBED: {"shape": [48, 320]}}, "is 320 x 48 by .* but 48 x 320"),
@@ -330,8 +344,8 @@ def test_a_table_of_its_own_beside_the_tied_one_is_refused(tmp_path: Path) -> No
         ({EMBED: {"shape": [320]}}, "gives no shape for model.embed_tokens"),
     ],
 )
-def test_lists_that_do_not_fit_are_named(tmp_path: Path, tables: dict[str, object], said: str) -> None:
+def test_mismatched_lists_of_tables_are_refused(tmp_path: Path, tables: dict[str, object], message: str) -> None:
     folder, _ = write_checkpoint(tiny_model("llama"), tmp_path / "out", tables=True)
     edit_config(folder, tables=tables)
-    with pytest.raises(ArtifactError, match=said):
+    with pytest.raises(ArtifactError, match=message):
         load(folder)

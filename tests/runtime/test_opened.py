@@ -1,4 +1,4 @@
-"""Originals and compressed checkpoints are opened alike, and described by what is on disk."""
+"""Originals and compressed checkpoints are opened alike, and described from their files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def artifact(original: Path, folder: Path) -> Path:
     return compress(original, folder / "artifact")
 
 
-def test_an_original_is_loaded_with_its_sizes(original):
+def test_original_loads_with_its_sizes(original: Path) -> None:
     model, tokenizer, info = load_any(str(original))
     expected = tiny_model("qwen2")
     ids = torch.arange(20).unsqueeze(0)
@@ -53,17 +53,17 @@ def test_an_original_is_loaded_with_its_sizes(original):
     weights = list(original.glob("*.safetensors"))
     assert len(weights) > 1
     assert info.file_bytes == sum(file.stat().st_size for file in weights)
-    # Tied embeddings count once: the model of this family ties them.
-    assert info.parameters == sum(each.numel() for each in expected.parameters())
+    # This family ties its embeddings, which count once.
+    assert info.parameters == sum(parameter.numel() for parameter in expected.parameters())
     assert info.file_bits_per_weight == pytest.approx(8 * info.file_bytes / info.parameters)
     assert 32 < info.file_bits_per_weight < 36
     assert (info.compressed, info.quantized_bits_per_weight, info.calibration) == (False, None, None)
     assert (info.stored_dtype, info.dtype) == ("float32", "float32")
 
 
-def test_an_artifact_is_loaded_packed_with_its_sizes(original, artifact):
+def test_artifact_loads_packed_with_its_sizes(original: Path, artifact: Path) -> None:
     model, _, info = load_any(str(artifact))
-    assert any(isinstance(each, PackedLinear) for each in model.modules())
+    assert any(isinstance(module, PackedLinear) for module in model.modules())
     assert not model.training
     report = json.loads((artifact / "report.json").read_text())
     assert info.compressed
@@ -74,7 +74,7 @@ def test_an_artifact_is_loaded_packed_with_its_sizes(original, artifact):
     assert info.calibration is None
 
 
-def test_the_calibration_text_comes_from_the_report(artifact, tmp_path):
+def test_calibration_text_comes_from_the_report(artifact: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in artifact.iterdir():
@@ -91,7 +91,7 @@ def test_the_calibration_text_comes_from_the_report(artifact, tmp_path):
         load_any(str(copy))
 
 
-def test_a_truncated_artifact_is_refused(artifact, tmp_path):
+def test_truncated_artifact_is_refused(artifact: Path, tmp_path: Path) -> None:
     for file in artifact.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = next(tmp_path.glob("*.safetensors"))
@@ -103,7 +103,7 @@ def test_a_truncated_artifact_is_refused(artifact, tmp_path):
         load_any(str(tmp_path))
 
 
-def test_limits_are_known_before_a_model_is_loaded(original, artifact, tmp_path):
+def test_limits_are_available_before_loading(original: Path, artifact: Path, tmp_path: Path) -> None:
     for folder in (original, artifact):
         opened = open_any(str(folder))
         assert (opened.positions, opened.vocab_size, opened.stored_dtype) == (512, VOCAB_SIZE, torch.float32)
@@ -111,7 +111,7 @@ def test_limits_are_known_before_a_model_is_loaded(original, artifact, tmp_path)
     assert open_any(str(save_tiny("bloom", tmp_path / "bloom"))).positions is None
 
 
-def test_a_configuration_that_transformers_does_not_know_is_refused(artifact, tmp_path):
+def test_configuration_unknown_to_transformers_is_refused(artifact: Path, tmp_path: Path) -> None:
     config = json.loads((artifact / "config.json").read_text()) | {"model_type": "nonsense"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="cannot be read"):
@@ -119,12 +119,12 @@ def test_a_configuration_that_transformers_does_not_know_is_refused(artifact, tm
 
 
 @pytest.mark.parametrize("spec", ["/nowhere/at/all", "no-such/model", "missing.gguf"])
-def test_a_missing_model_is_refused_before_anything_is_loaded(spec):
+def test_missing_model_is_refused_on_opening(spec: str) -> None:
     with pytest.raises(SourceError):
         open_any(spec)
 
 
-def test_auto_computes_in_the_stored_type_only_where_the_machine_can(monkeypatch):
+def test_auto_computes_in_the_stored_dtype_only_if_the_machine_can(monkeypatch: pytest.MonkeyPatch) -> None:
     for able, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(module, "computes_in", lambda device, dtype, able=able: able or device != CPU)
         assert computing_dtype("auto", torch.bfloat16, CPU) == expected
@@ -132,7 +132,7 @@ def test_auto_computes_in_the_stored_type_only_where_the_machine_can(monkeypatch
         assert computing_dtype("float16", torch.bfloat16, CPU) == torch.float16
 
 
-def test_the_type_asked_for_is_the_type_computed_in(original, artifact):
+def test_model_computes_in_the_requested_dtype(original: Path, artifact: Path) -> None:
     for folder in (original, artifact):
         model, _, info = load_any(str(folder), "bfloat16")
         assert model.dtype == torch.bfloat16

@@ -32,11 +32,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def packed_layers(model: torch.nn.Module) -> list[PackedLinear]:
-    return [each for each in model.modules() if isinstance(each, PackedLinear)]
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
 @needs_kernels
-def test_prepared_layers_compute_the_same_and_hold_planes_once() -> None:
+def test_prepared_layers_compute_the_same_and_store_planes_once() -> None:
     plain, prepared = layer(), layer()
     prepare_layers([prepared])
     x = torch.randn(5, 64)
@@ -47,11 +47,11 @@ def test_prepared_layers_compute_the_same_and_hold_planes_once() -> None:
 
 
 @needs_kernels
-def test_state_dicts_and_copies_know_nothing_of_it() -> None:
+def test_preparation_changes_no_state_dict_and_carries_over_to_copies() -> None:
     plain, prepared = layer(), layer()
     prepare_layers([prepared])
     assert prepared.state_dict().keys() == plain.state_dict().keys()
-    assert all(torch.equal(each, plain.state_dict()[name]) for name, each in prepared.state_dict().items())
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in prepared.state_dict().items())
     other = PackedLinear(plain.layout, bias=True)
     prepare_layers([other])
     other.load_state_dict(prepared.state_dict())
@@ -59,13 +59,13 @@ def test_state_dicts_and_copies_know_nothing_of_it() -> None:
     torch.save(prepared, stream)
     stream.seek(0)
     x = torch.randn(5, 64)
-    for each in (other, copy.deepcopy(prepared), torch.load(stream, weights_only=False)):
-        assert each.kernel is Kernel.CPU
-        assert torch.equal(each(x), prepared(x))
+    for twin in (other, copy.deepcopy(prepared), torch.load(stream, weights_only=False)):
+        assert twin.kernel is Kernel.CPU
+        assert torch.equal(twin(x), prepared(x))
 
 
 @needs_kernels
-def test_what_the_kernels_do_not_take_is_decoded() -> None:
+def test_inputs_that_kernels_do_not_support_use_the_decoded_matrix() -> None:
     prepared = layer()
     prepare_layers([prepared])
     x = torch.randn(5, 64, requires_grad=True)
@@ -82,6 +82,7 @@ def test_moves_keep_a_layer_prepared() -> None:
     before = prepared.decode()
     prepared.to(torch.bfloat16)
     assert prepared.kernel is Kernel.CPU
+    assert prepared.bias is not None
     assert prepared.bias.dtype == prepared.weight.dtype == torch.bfloat16
     assert torch.equal(prepared.decode(), before)
     prepared.to("meta")
@@ -90,20 +91,20 @@ def test_moves_keep_a_layer_prepared() -> None:
 
 
 @needs_kernels
-def test_narrow_groups_stay_as_they_are() -> None:
+def test_layers_with_narrow_groups_stay_unprepared() -> None:
     narrow = layer(group_size=8)
     prepare_layers([narrow])
     assert narrow.kernel is Kernel.REFERENCE
 
 
 @needs_kernels
-@pytest.mark.parametrize(("wish", "expected"), [("", Precision.AUTO), ("fast", Precision.FAST)])
-def test_models_are_prepared_when_loaded(
-    checkpoint: Checkpoint, wish: str, expected: Precision, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("setting", "expected"), [("", Precision.AUTO), ("fast", Precision.FAST)])
+def test_loaded_models_are_prepared(
+    checkpoint: Checkpoint, setting: str, expected: Precision, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("SHIFTADD_PRECISION", wish)
+    monkeypatch.setenv("SHIFTADD_PRECISION", setting)
     model = load(checkpoint.folder)
-    assert {each.precision for each in packed_layers(model)} == {expected}
+    assert {packed.precision for packed in packed_layers(model)} == {expected}
     assert_close(logits(model), logits(checkpoint.dense), eps=1e-3)
     model.save_pretrained(tmp_path / "again")
     assert_same_state(load(tmp_path / "again"), model)
@@ -112,12 +113,12 @@ def test_models_are_prepared_when_loaded(
     assert_close(logits(dense), logits(checkpoint.dense))
 
 
-def test_the_reference_can_be_asked_for(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_can_be_requested(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHIFTADD_KERNEL", "reference")
-    assert not any(each.kernel is Kernel.CPU for each in packed_layers(load(checkpoint.folder)))
+    assert not any(packed.kernel is Kernel.CPU for packed in packed_layers(load(checkpoint.folder)))
 
 
-def test_without_kernels_it_says_so_once(
+def test_missing_kernels_are_reported_once(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for module in (prepare, choice):
@@ -126,12 +127,14 @@ def test_without_kernels_it_says_so_once(
     with caplog.at_level(logging.WARNING, logger="shiftadd_cli"):
         model = load(checkpoint.folder)
         load(checkpoint.folder)
-    assert [each.message for each in caplog.records if "C++ compiler" in each.message] == [caplog.records[0].message]
+    assert [record.message for record in caplog.records if "C++ compiler" in record.message] == [
+        caplog.records[0].message
+    ]
     assert_close(logits(model), logits(checkpoint.dense))
 
 
-def test_triton_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its interpreter, which computes on the CPU (tests/conftest.py)."""
+def test_triton_can_be_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton runs in its interpreter, on the CPU (tests/conftest.py)."""
     pytest.importorskip("triton")
     monkeypatch.setenv("SHIFTADD_KERNEL", "triton")
     plain, prepared = layer(), layer()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from shiftadd_cli.runtime.remote_code import CODE_FILE, code_entry, code_files
 
 TOKENS = torch.arange(8)[None]
 
-# What a program does that cannot import this package: nothing of it is known before the loading begins.
+# A program that does not import this package before it loads a model.
 PROGRAM = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -32,7 +33,7 @@ for folder in sys.argv[1:]:
 """
 
 
-# Makes this package as good as not installed.
+# Makes imports of this package fail, as if it were not installed.
 HIDE = """
 import sys
 class Hide:
@@ -62,17 +63,19 @@ def run(program: str, *arguments: object, **variables: str) -> subprocess.Comple
     )
 
 
-def test_a_program_that_trusts_it_gets_the_packed_model(tmp_path):
-    made = {family: checkpoint_with_code(family, tmp_path / family) for family in ("llama", "gemma3", "gpt2")}
-    result = run(PROGRAM, *(each.folder for each in made.values()), HF_MODULES_CACHE=str(tmp_path / "modules"))
+def test_program_that_trusts_the_code_gets_the_packed_model(tmp_path: Path) -> None:
+    checkpoints = {family: checkpoint_with_code(family, tmp_path / family) for family in ("llama", "gemma3", "gpt2")}
+    result = run(
+        PROGRAM, *(checkpoint.folder for checkpoint in checkpoints.values()), HF_MODULES_CACHE=str(tmp_path / "modules")
+    )
     assert result.returncode == 0, result.stderr
-    for family, checkpoint in made.items():
+    for family, checkpoint in checkpoints.items():
         with torch.no_grad():
             expected = checkpoint.dense(TOKENS).logits
         torch.testing.assert_close(torch.load(tmp_path / f"{family}.logits"), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_this_package_it_is_told_what_to_install(tmp_path):
+def test_code_without_this_package_says_what_to_install(tmp_path: Path) -> None:
     folder = checkpoint_with_code("llama", tmp_path / "out").folder
     result = run(HIDE + PROGRAM, folder, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert result.returncode != 0
@@ -81,17 +84,17 @@ def test_without_this_package_it_is_told_what_to_install(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_has_a_file_that_names_its_configuration(family):
+def test_every_family_has_a_file_that_names_its_configuration(family: str) -> None:
     config = tiny_config(family)
     name = type(config).__name__
     assert code_entry(config) == {"auto_map": {"AutoConfig": f"configuration_shiftadd.{name}"}}
     (text,) = code_files(config).values()
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(text, scope)
     assert issubclass(scope[name], type(config))
 
 
-def test_models_with_code_of_their_own_keep_to_it():
+def test_models_with_their_own_code_keep_it() -> None:
     class Other(PreTrainedConfig):
         model_type = "other"
 
@@ -101,7 +104,7 @@ def test_models_with_code_of_their_own_keep_to_it():
     assert code_entry(config) == code_files(config) == {}
 
 
-def test_who_does_not_ask_for_it_never_meets_it(tmp_path):
+def test_code_never_runs_unless_it_is_trusted(tmp_path: Path) -> None:
     folder = checkpoint_with_code("llama", tmp_path / "out").folder
     (folder / CODE_FILE).write_text("raise RuntimeError\n")
     assert type(AutoConfig.from_pretrained(folder)) is type(tiny_config("llama"))

@@ -22,17 +22,16 @@ SIGNS = random_signs(32, seed=0)
 
 @pytest.fixture
 def rotations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Every input that is really rotated, in order."""
-    seen: list[Tensor] = []
-
+    """The inputs that are actually rotated, in order."""
+    inputs: list[Tensor] = []
     real = rotation.rotate
 
     def counted(x: Tensor, signs: Tensor) -> Tensor:
-        seen.append(x)
+        inputs.append(x)
         return real(x, signs)
 
     monkeypatch.setattr(rotation, "rotate", counted)
-    return seen
+    return inputs
 
 
 def layer(rows: int, seed: int, rotated: bool = True) -> PackedLinear:
@@ -47,21 +46,21 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.other, self.plain = layer(8, 0), layer(4, 1), layer(4, 2), layer(4, 3, rotated=False)
-        self.other.weight_signs.data += 1
+        self.other.get_parameter("weight_signs").data += 1
 
 
-def test_layers_that_read_one_tensor_rotate_it_once(rotations: list[Tensor]) -> None:
+def test_layers_that_share_an_input_rotate_it_once(rotations: list[Tensor]) -> None:
     block = nn.Sequential(Attention())
-    before = [each(torch.ones(3, 32)) for each in block[0].children()]
+    before = [linear(torch.ones(3, 32)) for linear in block[0].children()]
     share_rotations(block)
     x = torch.ones(3, 32)
-    after = [each(x) for each in block[0].children()]
+    after = [linear(x) for linear in block[0].children()]
     assert len(rotations) == 1, "q and k share signs, other rotates by itself"
     for one, two in zip(before, after, strict=True):
         torch.testing.assert_close(one, two)
 
 
-def test_a_changed_or_new_input_is_rotated_anew(rotations: list[Tensor]) -> None:
+def test_changed_or_new_input_is_rotated_again(rotations: list[Tensor]) -> None:
     shared, x = SharedRotation(), torch.ones(2, 32)
     assert shared(x, SIGNS) is shared(x, SIGNS)
     x += 1
@@ -70,7 +69,7 @@ def test_a_changed_or_new_input_is_rotated_anew(rotations: list[Tensor]) -> None
     assert len(rotations) == 3
 
 
-def test_gradients_are_those_of_the_present_mode() -> None:
+def test_gradients_follow_the_current_mode() -> None:
     shared, x = SharedRotation(), torch.ones(2, 32, requires_grad=True)
     with torch.no_grad():
         assert not shared(x, SIGNS).requires_grad
@@ -78,7 +77,7 @@ def test_gradients_are_those_of_the_present_mode() -> None:
     assert x.grad is not None
 
 
-def test_inference_mode_works_and_remembers_nothing(rotations: list[Tensor]) -> None:
+def test_inference_mode_works_without_caching(rotations: list[Tensor]) -> None:
     shared = SharedRotation()
     with torch.inference_mode():
         x = torch.ones(2, 32)
@@ -86,7 +85,7 @@ def test_inference_mode_works_and_remembers_nothing(rotations: list[Tensor]) -> 
     assert len(rotations) == 2
 
 
-def test_the_result_dies_with_its_input() -> None:
+def test_result_is_freed_with_its_input() -> None:
     shared, x = SharedRotation(), torch.ones(2, 32)
     result = weakref.ref(shared(x, SIGNS))
     gc.collect()
@@ -96,7 +95,7 @@ def test_the_result_dies_with_its_input() -> None:
     assert result() is None
 
 
-def test_copies_share_nothing() -> None:
+def test_copies_share_no_rotation() -> None:
     block = Attention()
     share_rotations(block)
     x = torch.ones(3, 32)

@@ -1,4 +1,4 @@
-"""Tables as modules, against dense modules of the decoded matrix."""
+"""Table modules, compared with dense modules of the decoded matrix."""
 
 from __future__ import annotations
 
@@ -50,23 +50,29 @@ def patches() -> Table:
     return filled(nn.Conv2d(3, 10, (4, 2), stride=(4, 2)))
 
 
+def bias_of(module: nn.Module) -> Tensor:
+    bias = module.bias
+    assert isinstance(bias, Tensor)
+    return bias
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_patches_are_those_of_the_decoded_kernels(dtype: torch.dtype) -> None:
+def test_patches_match_the_decoded_kernels(dtype: torch.dtype) -> None:
     module = patches().to(dtype)
     images = torch.randn(2, 3, 8, 8).to(dtype)
-    found = module(images)
-    assert found.dtype == dtype
+    result = module(images)
+    assert result.dtype == dtype
     kernels = module.decode().to(dtype)
-    assert torch.equal(found, functional.conv2d(images, kernels, module.bias, stride=(4, 2)))
+    assert torch.equal(result, functional.conv2d(images, kernels, bias_of(module), stride=(4, 2)))
     # Convolution by hand, in float64: a patch is one row.
     rows = functional.unfold(images.double(), (4, 2), stride=(4, 2)).transpose(1, 2)
-    expected = rows @ kernels.double().flatten(1).T + module.bias.double()
+    expected = rows @ kernels.double().flatten(1).T + bias_of(module).double()
     scale = rows.abs() @ kernels.double().flatten(1).abs().T + 1
-    error = (found.flatten(2).transpose(1, 2).double() - expected).abs() / scale
+    error = (result.flatten(2).transpose(1, 2).double() - expected).abs() / scale
     assert error.max() < 2 * torch.finfo(dtype).eps + 1e-7
 
 
-def test_padding_and_groups_are_those_of_the_convolution() -> None:
+def test_padding_and_groups_match_the_convolution() -> None:
     torch.manual_seed(3)
     dense = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, padding_mode="reflect", bias=False)
     module = filled(copy.deepcopy(dense))
@@ -81,11 +87,11 @@ def test_padding_and_groups_are_those_of_the_convolution() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("ids", [IDS, IDS[0], IDS.int(), IDS[0, 1]], ids=lambda ids: f"{list(ids.shape)} {ids.dtype}")
-def test_lookup_is_that_of_the_decoded_matrix(dtype: torch.dtype, ids: Tensor) -> None:
+def test_lookup_matches_the_decoded_matrix(dtype: torch.dtype, ids: Tensor) -> None:
     module = embedding().to(dtype)
-    found = module(ids)
-    assert found.dtype == dtype
-    assert torch.equal(found, functional.embedding(ids, module.decode().to(dtype)))
+    result = module(ids)
+    assert result.dtype == dtype
+    assert torch.equal(result, functional.embedding(ids, module.decode().to(dtype)))
 
 
 @pytest.mark.parametrize("wrong", [-1, 30])
@@ -104,46 +110,44 @@ def test_head_is_the_dense_product(
     monkeypatch.setattr(table_module, "TILE_BYTES", dtype.itemsize * 20 * rows_per_tile)
     module = head(bias).to(dtype)
     x = torch.randn(*leading, 20, generator=torch.Generator().manual_seed(2)).to(dtype)
-    found = module(x)
-    assert (found.dtype, found.shape) == (dtype, (*leading, 30))
-    offset = module.bias.double() if bias else None
+    result = module(x)
+    assert (result.dtype, result.shape) == (dtype, (*leading, 30))
+    offset = bias_of(module).double() if bias else None
     exact = functional.linear(x.double(), module.decode().double(), offset)
     product = functional.linear(x.double(), module.decode().double())
     bound = x.double().abs() @ module.decode().double().abs().T
     eps = torch.finfo(dtype).eps
-    # Codes are exact, so what is rounded is the product, twice, and the sum with the bias.
-    assert ((found.double() - exact).abs()
+    # Codes are exact, so only the product is rounded, twice, and its sum with the bias.
+    assert ((result.double() - exact).abs()
             <= bound * 64 * torch.finfo(torch.float32).eps + (product.abs() + exact.abs()) * eps).all()  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("rows", [1, 2, 16, 33])
-def test_few_rows_are_multiplied_by_the_codes_themselves(
-    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_rows_are_multiplied_by_the_codes(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     module = filled(nn.Linear(64, 30)).to(dtype)
     x = torch.randn(rows, 1, 64).to(dtype)
-    found = module(x)
+    result = module(x)
     monkeypatch.setattr(table_module, "_ROWS_OF_CODES", {})
     decoded = module(x)
-    assert (found.dtype, found.shape) == (dtype, (rows, 1, 30))
-    torch.testing.assert_close(found, decoded, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    assert (result.dtype, result.shape) == (dtype, (rows, 1, 30))
+    torch.testing.assert_close(result, decoded, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
     scale = module.weight_int8_scale.double()
-    exact = (x.double() @ module.weight_int8.double().T) * scale + module.bias.double()
+    exact = (x.double() @ module.weight_int8.double().T) * scale + bias_of(module).double()
     bound = (x.double().abs() @ module.weight_int8.double().abs().T) * scale
-    product = exact - module.bias.double()
+    product = exact - bias_of(module).double()
     eps = torch.finfo(dtype).eps
-    # The product is rounded, and the sum with the bias.
-    assert ((found.double() - exact).abs() <= eps * (product.abs() + exact.abs()) + 1e-5 * bound).all()
+    # The product is rounded, and so is its sum with the bias.
+    assert ((result.double() - exact).abs() <= eps * (product.abs() + exact.abs()) + 1e-5 * bound).all()
 
 
 def starting_at(start: int, tensor: torch.Tensor) -> torch.Tensor:
-    """The same values so many bytes behind a cache line, as in a file that is mapped into memory."""
+    """The same values, so many bytes after the start of a cache line, as in a memory-mapped file."""
     memory = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
     first = -memory.data_ptr() % 64 + start
-    place = memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-    return place.copy_(tensor)
+    target = memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return target.copy_(tensor)
 
 
 @pytest.mark.parametrize("start", [2, 8, 16, 32])
@@ -159,19 +163,20 @@ def test_codes_and_inputs_may_start_anywhere_in_memory(start: int) -> None:
 def test_sums_of_codes_stay_within_float16() -> None:
     dense = nn.Linear(600, 3, bias=False)
     dense.weight.data.fill_(0.01)
-    found = filled(dense)(torch.full((1, 600), 8.0, dtype=torch.float16))
-    assert found.sub(48).abs().max() < 0.5
+    result = filled(dense)(torch.full((1, 600), 8.0, dtype=torch.float16))
+    assert result.sub(48).abs().max() < 0.5
 
 
-def test_gradients_reach_the_input_and_nothing_stored() -> None:
+def test_gradients_reach_the_input_but_no_stored_tensor() -> None:
     module = head()
     x = torch.randn(3, 20, requires_grad=True)
     module(x).sum().backward()
+    assert x.grad is not None
     assert torch.allclose(x.grad, module.decode().sum(0).expand(3, -1), rtol=1e-5, atol=1e-6)
     assert module.weight_int8.grad is None
 
 
-def test_an_embedding_of_another_class_keeps_what_it_adds() -> None:
+def test_embedding_of_a_subclass_keeps_its_scaling() -> None:
     torch.manual_seed(0)
     dense = Gemma3TextScaledWordEmbedding(30, 20, 0, embed_scale=4.5)
     module = filled(copy.deepcopy(dense))
@@ -193,7 +198,7 @@ class OwnLookup(nn.Linear):
         return input @ self.weight.T
 
 
-def test_what_can_be_a_table() -> None:
+def test_only_modules_of_known_behaviour_can_hold_a_table() -> None:
     for module in (nn.Embedding(3, 4), Gemma3TextScaledWordEmbedding(3, 4, 0), nn.Linear(3, 4), nn.Conv2d(3, 4, 2)):
         assert can_hold_table(module)
     for other in (
@@ -210,9 +215,9 @@ def test_what_can_be_a_table() -> None:
 @pytest.mark.parametrize("make", [embedding, head, patches])
 @pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu", torch.float16),
                                   lambda m: m.type(torch.float16)])  # fmt: skip
-def test_dtype_moves_leave_what_is_stored(make: Callable[[], Table], move: Callable[[nn.Module], Table]) -> None:
+def test_dtype_moves_leave_stored_tensors_alone(make: Callable[[], Table], move: Callable[[nn.Module], Table]) -> None:
     module = make()
-    # A scale that float16 turns into infinity.
+    # This scale overflows in float16.
     module.weight_int8_scale[3] = 2.0**20
     before = module.decode()
     moved = move(module)
@@ -220,10 +225,10 @@ def test_dtype_moves_leave_what_is_stored(make: Callable[[], Table], move: Calla
     assert (moved.weight_int8.dtype, moved.weight_int8_scale.dtype) == (torch.int8, torch.bfloat16)
     assert moved.weight.dtype != torch.float32
     if isinstance(moved, (nn.Linear, nn.Conv2d)):
-        assert moved.bias.dtype == moved.weight.dtype
+        assert bias_of(moved).dtype == moved.weight.dtype
 
 
-def test_stand_in_weight() -> None:
+def test_stand_in_weight_has_shape_dtype_and_device() -> None:
     module = hold_table(nn.Embedding(30, 20, device="meta"), torch.bfloat16)
     assert (module.weight.shape, module.weight.dtype, module.weight.device.type) == ((30, 20), torch.bfloat16, "meta")
     assert embedding().weight.isnan().all()
@@ -231,17 +236,18 @@ def test_stand_in_weight() -> None:
     assert dict(head().named_parameters()).keys() == {"weight_int8", "bias"}
 
 
-def test_a_shared_table_is_one_and_saved_once() -> None:
+def test_shared_table_is_saved_once() -> None:
     module, tied = embedding(), hold_table(nn.Linear(20, 30))
     tied.share(module)
     assert tied.weight_int8 is module.weight_int8
     assert tied.weight_int8_scale is module.weight_int8_scale
     x = torch.randn(4, 20)
-    assert torch.allclose(tied(x), functional.linear(x, module.decode(), tied.bias), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(tied(x), functional.linear(x, module.decode(), bias_of(tied)), rtol=1e-5, atol=1e-5)
     assert tied.state_dict().keys() == {"weight_int8", "bias"}
-    both = copy.deepcopy(nn.ModuleList([module, tied])).half()
-    assert both[0].weight_int8 is both[1].weight_int8
-    assert torch.equal(both[1].decode(), module.decode())
+    first, second = copy.deepcopy(nn.ModuleList([module, tied])).half()
+    assert isinstance(second, Table)
+    assert first.weight_int8 is second.weight_int8
+    assert torch.equal(second.decode(), module.decode())
 
 
 def table_kind(module: Table) -> type[Table]:
@@ -251,7 +257,7 @@ def table_kind(module: Table) -> type[Table]:
 @pytest.mark.parametrize(
     "make", [embedding, head, patches, lambda: filled(Gemma3TextScaledWordEmbedding(30, 20, 0, 2.0))]
 )
-def test_copies_and_pickles(make: Callable[[], Table]) -> None:
+def test_copies_and_pickles_compute_the_same(make: Callable[[], Table]) -> None:
     module = make()
     stream = io.BytesIO()
     torch.save(module, stream)
@@ -266,7 +272,7 @@ def test_copies_and_pickles(make: Callable[[], Table]) -> None:
 @pytest.mark.parametrize(
     "make", [embedding, head, patches, lambda: filled(Gemma3TextScaledWordEmbedding(30, 20, 0, 2.0))]
 )
-def test_dropped_it_is_the_dense_module_again(make: Callable[[], Table]) -> None:
+def test_dropped_table_becomes_the_dense_module_again(make: Callable[[], Table]) -> None:
     module = make()
     dense_class, decoded = module.dense_class, module.decode()
     untouched = {key for key in vars(copy.deepcopy(module)) if not key.startswith("_")}

@@ -1,9 +1,10 @@
-"""Compressed checkpoints through transformers' own loading and saving, against dense models of the decoded weights."""
+"""Compressed checkpoints in transformers' own loading and saving, compared with dense models of the decoded weights."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from formats import matrix_format
 from loading import IDS, assert_close, assert_same_state, load, logits
 from tiny_models import FAMILIES, MIXTURES, tiny_model
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shiftadd_cli.artifact.format import SUFFIXES
@@ -20,7 +21,6 @@ from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.transformers_plugin import register
 
-ROTATED = {"rotation": "hadamard"}
 ACC = matrix_format(bits=2, group_size=1, group_rows="all", scale_format="apot3", row_scale=True, offset=False)
 LAT = matrix_format(bits=3, group_size=8, group_rows="1/8", scale_format="pot", row_scale=False, offset=False)
 FLOAT = matrix_format(
@@ -37,11 +37,20 @@ SHIFT2 = COMMON.replaced(primitive="shift2", bits=5, rotation="hadamard")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    """One checkpoint per family in which the forms of the paper, offsets and several bit widths are mixed."""
+    """One checkpoint per family, which mixes the formats of the paper, offsets and several bit widths."""
     own = {"q_proj": ACC, "o_proj": LAT, "out_proj": LAT, "k_proj": FLOAT, "c_fc": FLOAT, "down_proj": OFFSET,
            "fc2": OFFSET, "mlp.c_proj": OFFSET, "dense_4h_to_h": ACC}  # fmt: skip
     folder = tmp_path_factory.mktemp("checkpoints")
     return {name: write_checkpoint(tiny_model(name), folder / name, own=own) for name in FAMILIES + MIXTURES}
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """`model.to(dtype)`, which transformers decorates in a way that mypy does not understand."""
+    return model.to(dtype)
+
+
+def generate(model: Any) -> torch.Tensor:
+    return model.generate(IDS, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS))
 
 
 @pytest.mark.parametrize("family", FAMILIES + MIXTURES)
@@ -63,8 +72,8 @@ def test_shift_layers_beside_planes_compute_with_the_decoded_weights(
     own = {"q_proj": SHIFT1, "down_proj": SHIFT2, "c_attn": SHIFT2, "c_fc": SHIFT1}
     folder, dense = write_checkpoint(tiny_model(family), tmp_path / "out", own=own)
     model = load(folder)
-    found = {module.layout.format.primitive for module in model.modules() if isinstance(module, PackedLinear)}
-    assert found == {"bcq", "shift1", "shift2"}
+    primitives = {module.layout.format.primitive for module in model.modules() if isinstance(module, PackedLinear)}
+    assert primitives == {"bcq", "shift1", "shift2"}
     assert_close(logits(model), logits(dense))
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
@@ -74,7 +83,7 @@ def test_shift_layers_beside_planes_compute_with_the_decoded_weights(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", *MIXTURES])
-def test_saved_again_it_reloads_equal(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
+def test_resaved_model_reloads_equal(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
     model = load(checkpoints[family].folder)
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     again = load(tmp_path / "again")
@@ -84,7 +93,7 @@ def test_saved_again_it_reloads_equal(checkpoints: dict[str, Checkpoint], family
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_a_mixture_dequantized_is_as_transformers_has_it(
+def test_dequantized_mixture_has_the_layout_of_transformers(
     checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path
 ) -> None:
     folder, dense = checkpoints[family]
@@ -96,16 +105,16 @@ def test_a_mixture_dequantized_is_as_transformers_has_it(
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_experts_that_were_left_in_stacks_load_as_such(family: str, tmp_path: Path) -> None:
+def test_stacked_experts_stay_stacked(family: str, tmp_path: Path) -> None:
     folder, dense = write_checkpoint(tiny_model(family), tmp_path / "out", split=False)
     model = load(folder)
-    assert any(each.ndim == 3 for each in model.state_dict().values() if each.is_floating_point())
+    assert any(tensor.ndim == 3 for tensor in model.state_dict().values() if tensor.is_floating_point())
     assert_close(logits(model), logits(dense))
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_load_dtype_leaves_what_is_stored(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_load_dtype_leaves_stored_tensors_alone(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     common = matrix_format(3, 16, 1, form, True, True)
     folder, dense = write_checkpoint(tiny_model("opt"), tmp_path / "out", common=common)
     reference, model = load(folder, dtype=torch.float32), load(folder, dtype=dtype)
@@ -117,14 +126,14 @@ def test_load_dtype_leaves_what_is_stored(form: str, dtype: torch.dtype, tmp_pat
         assert left[name].dtype == right[name].dtype
         assert torch.equal(left[name], right[name])
     assert_close(logits(model), logits(dense), eps=0.02)
-    moved = reference.to(dtype)
+    moved = in_dtype(reference, dtype)
     assert_same_state(moved, model)
-    # Saved at half precision it still stands for the same matrices.
+    # Saved at half precision, the model still stands for the same matrices.
     moved.save_pretrained(tmp_path / "half")
     assert_same_state(load(tmp_path / "half"), model)
 
 
-def test_modules_that_a_model_keeps_in_float32_do_not_widen_what_is_stored(
+def test_modules_kept_in_float32_do_not_widen_stored_tensors(
     checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import OPTForCausalLM
@@ -138,12 +147,14 @@ def test_modules_that_a_model_keeps_in_float32_do_not_widen_what_is_stored(
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
-def test_device_maps(checkpoints: dict[str, Checkpoint], device_map: str | dict[str, str]) -> None:
+def test_device_maps_do_not_change_the_logits(
+    checkpoints: dict[str, Checkpoint], device_map: str | dict[str, str]
+) -> None:
     folder, dense = checkpoints["llama"]
     assert_close(logits(load(folder, device_map=device_map)), logits(dense))
 
 
-def test_partly_on_disk(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
+def test_offloaded_model_computes_but_cannot_be_dequantized(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
     folder, dense = checkpoints["llama"]
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
                   "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
@@ -154,7 +165,7 @@ def test_partly_on_disk(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-def test_dequantized_it_is_the_dense_model(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
+def test_dequantized_model_is_the_dense_model(checkpoints: dict[str, Checkpoint], family: str, tmp_path: Path) -> None:
     folder, dense = checkpoints[family]
     model = load(folder).dequantize()
     assert_same_state(model, dense)
@@ -165,20 +176,19 @@ def test_dequantized_it_is_the_dense_model(checkpoints: dict[str, Checkpoint], f
     assert torch.equal(logits(plain), logits(dense))
 
 
-def test_gpt2_keeps_its_own_kind_of_linear_when_dequantized(checkpoints: dict[str, Checkpoint]) -> None:
+def test_dequantized_gpt2_has_its_own_kind_of_linear(checkpoints: dict[str, Checkpoint]) -> None:
     model = load(checkpoints["gpt2"].folder).dequantize(torch.bfloat16)
     layer = model.transformer.h[0].mlp.c_fc
     assert type(layer) is Conv1D
     assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
 
 
-def test_generates(checkpoints: dict[str, Checkpoint]) -> None:
+def test_generated_tokens_are_those_of_the_dense_model(checkpoints: dict[str, Checkpoint]) -> None:
     folder, dense = checkpoints["llama"]
-    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
-    assert torch.equal(load(folder).generate(IDS, **options), dense.generate(IDS, **options))
+    assert torch.equal(generate(load(folder)), generate(dense))
 
 
-def test_body_alone_and_body_with_another_head(checkpoints: dict[str, Checkpoint]) -> None:
+def test_body_loads_alone_and_with_another_head(checkpoints: dict[str, Checkpoint]) -> None:
     folder, dense = checkpoints["llama"]
     body = AutoModel.from_pretrained(folder)
     with torch.no_grad():
@@ -205,7 +215,7 @@ def test_registering_twice_changes_nothing() -> None:
     assert (AUTO_QUANTIZER_MAPPING["shiftadd"], AUTO_QUANTIZATION_CONFIG_MAPPING["shiftadd"]) == before
 
 
-def test_loading_an_uncompressed_model_as_ours_is_refused(tmp_path: Path) -> None:
+def test_uncompressed_model_with_our_configuration_is_refused(tmp_path: Path) -> None:
     from shiftadd_cli.runtime.transformers_plugin import ShiftAddConfig
 
     tiny_model("llama").save_pretrained(tmp_path)
@@ -218,7 +228,7 @@ MODULE = "model.layers.0.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"format_version": 4}, "format_version 4, and this shiftadd reads up to 3; upgrade it"),
         ({"bits": None}, "lacks 'bits'"),
@@ -228,14 +238,14 @@ MODULE = "model.layers.0.mlp.up_proj"
         ({"modules": {MODULE: {"shape": [100, 48], "bits": 2}}}, f"{MODULE}.weight_codes in .* has shape"),
     ],
 )
-def test_configurations_that_do_not_fit_are_named(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+def test_mismatched_configurations_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     folder, _ = write_checkpoint(tiny_model("llama"), tmp_path / "out")
     edit_config(folder, **changes)
-    with pytest.raises(ArtifactError, match=said):
+    with pytest.raises(ArtifactError, match=message):
         load(folder)
 
 
-def test_nothing_is_said_on_a_good_load(checkpoints: dict[str, Checkpoint], capfd: pytest.CaptureFixture[str]) -> None:
+def test_good_checkpoint_loads_silently(checkpoints: dict[str, Checkpoint], capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(checkpoints["gpt2"].folder)

@@ -1,4 +1,4 @@
-"""`scripts/benchmark_allocation.py` on a tiny random model: what is compared, measured, reused and refused."""
+"""`scripts/benchmark_allocation.py` on a tiny random model: its mixes, measurements, reuse and refusals."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import shiftadd_cli
 from shiftadd_cli.data.text import load_text, tokenise
+from shiftadd_cli.runtime.linear import PackedLinear
 from shiftadd_cli.runtime.opened import load_any
 
 CONTEXT, MAX_TOKENS = 32, 200
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(folder: Path) -> list[str]:
     names = sorted(topics)
     for name, part in (("calibration", names[:8]), ("held-out", names[8:16])):
-        (folder / f"{name}.txt").write_text("\n\n".join(topics[each] for each in part), encoding="utf-8")
+        (folder / f"{name}.txt").write_text("\n\n".join(topics[topic] for topic in part), encoding="utf-8")
     options: dict[str, Any] = {
         "--recipe": "default:group_size=16,fit=greedy,refine_rounds=0,descent_passes=1,asymmetric=0",
         "--calibration": folder / "calibration.txt",
@@ -77,15 +78,15 @@ def work(folder: Path, arguments: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def table(work: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((work / "table.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((work / "table.json").read_text())
+    return content
 
 
 def test_every_budget_has_its_planned_random_and_uniform_mixes(table: dict[str, Any], work: Path) -> None:
-    found = [(mix["seed"], mix["budget"], mix["planner"]) for mix in table["mixes"]]
+    cells = [(mix["seed"], mix["budget"], mix["planner"]) for mix in table["mixes"]]
     planners = ("output", "divergence", "paper", "random", "uniform")
-    assert {each[2] for each in found} >= set(planners)
-    assert [each for each in found if each[2] in planners] == [
+    assert {cell[2] for cell in cells} >= set(planners)
+    assert [cell for cell in cells if cell[2] in planners] == [
         (seed, budget, planner) for seed in (0, 1) for budget in (4.5, 5.5) for planner in planners
     ]
     for mix in table["mixes"]:
@@ -94,37 +95,37 @@ def test_every_budget_has_its_planned_random_and_uniform_mixes(table: dict[str, 
             assert mix["bits_per_weight"] >= mix["budget"]
         else:
             assert mix["bits_per_weight"] <= mix["budget"]
-        # What was measured is that mix.
+        # The row was measured on this mix.
         assert mix["row"]["stored_bits"] == pytest.approx(mix["bits_per_weight"])
-        rivals = [each for each in table["mixes"] if (each["seed"], each["budget"]) == (mix["seed"], mix["budget"])]
+        rivals = [row for row in table["mixes"] if (row["seed"], row["budget"]) == (mix["seed"], mix["budget"])]
         if mix["planner"] in mix["predicted"]:
             kind = mix["planner"]
             assert all(
-                mix["predicted"][kind] <= each["predicted"][kind] * (1 + 1e-9)
-                for each in rivals
-                if each["planner"] != "uniform"
+                mix["predicted"][kind] <= row["predicted"][kind] * (1 + 1e-9)
+                for row in rivals
+                if row["planner"] != "uniform"
             )
     markdown = (work / "table.md").read_text()
     assert sum(line.startswith(("| 4.5 | `", "| 5.5 | `")) for line in markdown.splitlines()) == 2 * len(
-        {each[2] for each in found}
+        {cell[2] for cell in cells}
     )
 
 
-def test_sizes_are_met_and_the_cost_of_measuring_is_told(table: dict[str, Any]) -> None:
+def test_sizes_are_met_and_the_cost_of_measuring_is_reported(table: dict[str, Any]) -> None:
     assert len(table["sizes"]) == 5
     for row in table["sizes"]:
         assert 0.97 * row["target_bytes"] <= row["file_bytes"] <= row["target_bytes"]
-    assert {(each["sensitivity"], each["seed"]) for each in table["sensitivities"]} >= {
+    assert {(entry["sensitivity"], entry["seed"]) for entry in table["sensitivities"]} >= {
         (kind, seed) for kind in ("output", "divergence", "paper") for seed in (0, 1)
     }
-    assert all(each["seconds"] > 0 and each["peak_memory_bytes"] > 1e6 for each in table["sensitivities"])
+    assert all(entry["seconds"] > 0 and entry["peak_memory_bytes"] > 1e6 for entry in table["sensitivities"])
     assert table["solver"]["linears"] == 560
 
 
-def test_a_layer_alone_against_a_model_with_that_weight_changed_by_hand(
+def test_single_layer_matches_a_model_with_that_weight_replaced(
     table: dict[str, Any], work: Path, folder: Path
 ) -> None:
-    """KL from the logits of transformers' own model with one dense weight exchanged."""
+    """KL from the logits of transformers' own model with one dense weight replaced."""
     alone = table["alone"]
     assert alone["seed"] == 0
     assert len(alone["kl"]) == 14
@@ -143,7 +144,7 @@ def test_a_layer_alone_against_a_model_with_that_weight_changed_by_hand(
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     rest = tokens[len(windows) * CONTEXT :].unsqueeze(0)
 
-    def chances() -> torch.Tensor:
+    def log_probabilities() -> torch.Tensor:
         with torch.no_grad():
             return torch.cat(
                 [
@@ -152,26 +153,27 @@ def test_a_layer_alone_against_a_model_with_that_weight_changed_by_hand(
                 ]
             )
 
-    before = chances()
+    before = log_probabilities()
     layer = shiftadd_cli.load(artifact).get_submodule(name)
+    assert isinstance(layer, PackedLinear)
     inputs = torch.eye(layer.in_features)
     with torch.no_grad():
         model.get_submodule(name).weight.copy_(layer(inputs).T)
-    kl = ((before - chances()) * before.exp()).sum(-1).mean()
+    kl = ((before - log_probabilities()) * before.exp()).sum(-1).mean()
     assert alone["kl"][name] == pytest.approx(float(kl), rel=1e-3)
 
 
-def test_rank_correlations_are_those_of_the_rows(table: dict[str, Any], work: Path) -> None:
+def test_rank_correlations_match_the_rows(table: dict[str, Any], work: Path) -> None:
     rows = [json.loads(path.read_text()) for path in (work / "rows").glob("sensitivity_output*")]
     alone = table["alone"]
     measured = [
         kendalltau([row["costs"][name]["2"] for name in alone["kl"]], list(alone["kl"].values())).statistic
         for row in rows
     ]
-    assert min(abs(alone["kendall_tau"]["output"] - each) for each in measured) < 1e-9
+    assert min(abs(alone["kendall_tau"]["output"] - tau) for tau in measured) < 1e-9
 
 
-def test_nothing_is_measured_twice_and_a_killed_run_goes_on(
+def test_nothing_is_measured_twice_and_a_killed_run_resumes(
     work: Path, arguments: list[str], started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (work / "table.md").read_text()
@@ -185,26 +187,26 @@ def test_nothing_is_measured_twice_and_a_killed_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("quality.bench.evaluate", killed)
         assert run(few, tmp_path).exit_code != 0
-    begun = len(started)
+    count_before = len(started)
     assert run(few, tmp_path).exit_code == 0
-    # Sensitivities, the single layers and the first mixes were there; the last mix and the five sizes were not.
-    assert {command[0] for command in started[begun:]} == {"shiftadd_cli"}
+    # The sensitivities, the single layers and the first mixes exist. The last mix and the five sizes are missing.
+    assert {command[0] for command in started[count_before:]} == {"shiftadd_cli"}
     mixes = len(json.loads((tmp_path / "table.json").read_text())["mixes"])
-    assert len(started) - begun == max(mixes - 3, 0) + len(bench_module.SIZE_PARTS)
+    assert len(started) - count_before == max(mixes - 3, 0) + len(bench_module.SIZE_PARTS)
     assert list((tmp_path / "artifacts").iterdir()) == []
 
 
-def test_sensitivities_that_take_long_can_be_measured_for_one_seed_alone(
+def test_slow_sensitivities_can_be_measured_for_one_seed_alone(
     table: dict[str, Any], work: Path, arguments: list[str], started: list[list[str]], tmp_path: Path
 ) -> None:
     shutil.copytree(work, tmp_path / "work")
     assert run(arguments, tmp_path / "work", "--once", "divergence").exit_code == 0
     assert started == []
     fewer = json.loads((tmp_path / "work" / "table.json").read_text())
-    apart = [mix for mix in table["mixes"] if (mix["seed"], mix["planner"]) != (1, "divergence")]
-    assert [(mix["seed"], mix["bits"]) for mix in fewer["mixes"]] == [(mix["seed"], mix["bits"]) for mix in apart]
+    expected = [mix for mix in table["mixes"] if (mix["seed"], mix["planner"]) != (1, "divergence")]
+    assert [(mix["seed"], mix["bits"]) for mix in fewer["mixes"]] == [(mix["seed"], mix["bits"]) for mix in expected]
     assert set(fewer["alone"]["kendall_tau"]) == {"output", "divergence", "paper"}
-    kinds = [set(each["kendall_tau"]) for each in fewer["mix_tau"]]
+    kinds = [set(entry["kendall_tau"]) for entry in fewer["mix_tau"]]
     assert kinds == [{"output", "divergence", "paper"}, {"output", "paper"}]
     markdown = (tmp_path / "work" / "table.md").read_text()
     assert "`divergence` was measured for the first seed alone." in markdown
@@ -227,7 +229,7 @@ def test_sensitivities_that_take_long_can_be_measured_for_one_seed_alone(
         (["--test", "nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_a_slip_is_one_sentence_before_any_work(
+def test_mistake_gives_one_sentence_before_any_work(
     arguments: list[str], tmp_path: Path, options: list[str], part: str
 ) -> None:
     result = run(arguments, tmp_path / "work", *options)
@@ -238,7 +240,7 @@ def test_a_slip_is_one_sentence_before_any_work(
     assert not (tmp_path / "work").exists()
 
 
-def test_the_calibration_text_is_no_test(arguments: list[str], folder: Path, tmp_path: Path) -> None:
+def test_calibration_text_is_refused_as_test_text(arguments: list[str], folder: Path, tmp_path: Path) -> None:
     result = run(arguments, tmp_path / "work", "--test", str(folder / "calibration.txt"))
     assert result.exit_code == 2
     assert "is the calibration text" in result.output

@@ -20,7 +20,7 @@ ROW = Row(
 )
 
 
-def test_ratios_are_of_the_dense_time_and_shares_of_the_roof() -> None:
+def test_ratios_are_relative_to_the_dense_time_and_shares_to_the_roof() -> None:
     assert ROW.ratio("torch float32", "exact") == pytest.approx(4)
     assert ROW.ratio("torch bfloat16", "bfloat16") == pytest.approx(8)
     assert ROW.roof_share("exact") == pytest.approx(0.25)
@@ -50,7 +50,7 @@ def test_unknown_kernels_are_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1,", "0", "a", "1.5"])
-def test_lists_of_numbers_are_whole_and_positive(text: str) -> None:
+def test_lists_of_numbers_must_be_whole_and_positive(text: str) -> None:
     result = CliRunner().invoke(main, ["--bits", text])
     assert result.exit_code == 2
     assert Numbers.name == "n,n,..."

@@ -1,4 +1,4 @@
-"""The comparison with llama.cpp, whose program a script stands for here."""
+"""The comparison with llama.cpp, with a script in place of its program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENTRIES = [{"n_gen": 0, "avg_ts": 640.0}, {"n_gen": 3, "avg_ts": 1.5}]
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """Says what it was given in a file, and then what llama-bench would say."""
+    """A script that appends its arguments to a file and prints what llama-bench would print."""
     path = tmp_path / "llama-bench"
     path.write_text(
         f"#!{sys.executable}\nimport sys\n"
@@ -48,7 +48,7 @@ def test_both_take_turns_and_the_table_has_their_rates(program: Path, checkpoint
     assert "640.0 (640.0 - 640.0)" in row
 
 
-def test_a_program_that_fails_is_an_error_of_one_line(program: Path, checkpoint: Path) -> None:
+def test_failing_program_gives_an_error_of_one_line(program: Path, checkpoint: Path) -> None:
     program.write_text("#!/bin/sh\nexit 3\n")
     options = ["--llama-bench", str(program), "--gguf", str(program.parent / "model.gguf"), "--threads", "1"]
     result = CliRunner().invoke(main, [str(checkpoint), *options, "--prompt", "5", "--new", "3"])

@@ -1,4 +1,4 @@
-"""`scripts/benchmark_quality.py` on a tiny random model: rows, what is reused of them, and what is refused."""
+"""`scripts/benchmark_quality.py` on a tiny random model: rows, their reuse, and refusals."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from in_process import in_process
 from tiny_models import save_tiny
 
 from shiftadd_cli.evaluation.compare import evaluate
+from shiftadd_cli.evaluation.perplexity import Score
 
 METHODS = "rtn:group_size=16,gptq:group_size=16"
 CONTEXT, MAX_TOKENS = 32, 400
@@ -61,7 +62,7 @@ def run(arguments: list[str], work: Path, *more: str) -> Result:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Commands that were started since."""
+    """The commands that were started during the test."""
     return in_process(monkeypatch)
 
 
@@ -80,14 +81,14 @@ def row_files(work: Path) -> set[str]:
 
 
 def refusal(result: Result) -> str:
-    """The one sentence of a run that was refused."""
+    """The single sentence of a refused run."""
     assert result.exit_code == 2, result.output
     sentence = result.output.strip().splitlines()[-1].removeprefix("Error: ")
     assert sentence.endswith(".")
     return sentence
 
 
-def test_a_row_per_method_and_width(work: Path) -> None:
+def test_every_method_and_width_has_a_row(work: Path) -> None:
     table = json.loads((work / "table.json").read_text())
     rows = [(row["method"], row["bits"]) for row in table["rows"]]
     rtn, gptq = METHODS.split(",")
@@ -99,11 +100,11 @@ def test_a_row_per_method_and_width(work: Path) -> None:
         "| original",
         *(f"| `{method}`" for method, _ in rows),
     ]
-    for told in ("held-out: 400 tokens", "calibration.txt: gptq", "(weights only): rtn", "torch 2", "threads"):
-        assert told in markdown
+    for fragment in ("held-out: 400 tokens", "calibration.txt: gptq", "(weights only): rtn", "torch 2", "threads"):
+        assert fragment in markdown
 
 
-def test_rows_hold_what_reports_and_evaluation_say(
+def test_rows_match_the_reports_and_the_evaluation(
     model: Path, texts: tuple[Path, Path], arguments: list[str], tmp_path: Path, started: list[list[str]]
 ) -> None:
     options = ("--methods", "rtn:group_size=16", "--bits", "2", "--keep-artifacts")
@@ -111,7 +112,7 @@ def test_rows_hold_what_reports_and_evaluation_say(
     table = json.loads((tmp_path / "table.json").read_text())
     (artifact,), (row,) = list((tmp_path / "artifacts").iterdir()), table["rows"]
     report = json.loads((artifact / "report.json").read_text())
-    found = evaluate(
+    evaluation = evaluate(
         [str(artifact)],
         against=str(model),
         dataset=str(texts[1]),
@@ -119,36 +120,39 @@ def test_rows_hold_what_reports_and_evaluation_say(
         max_tokens=MAX_TOKENS,
         show_progress=False,
     )
-    score, scored = found.models[0].score, row["scores"]["held-out"]
-    assert found.original is not None
+    score, row_score = evaluation.models[0].score, row["scores"]["held-out"]
+    assert evaluation.original is not None
+    original = evaluation.original.score
+    assert isinstance(score, Score)
+    assert isinstance(original, Score)
     for name in ("perplexity", "perplexity_error", "kl", "kl_error", "agreement"):
-        assert scored[name] == pytest.approx(getattr(score, name), rel=1e-6), name
-    assert table["original"]["scores"]["held-out"]["nll"] == pytest.approx(found.original.score.nll, rel=1e-6)
-    assert row["ratio"]["held-out"] == pytest.approx(score.perplexity / found.original.score.perplexity)
+        assert row_score[name] == pytest.approx(getattr(score, name), rel=1e-6), name
+    assert table["original"]["scores"]["held-out"]["nll"] == pytest.approx(original.nll, rel=1e-6)
+    assert row["ratio"]["held-out"] == pytest.approx(score.perplexity / original.perplexity)
     assert row["seconds"] == report["seconds"]["total"]
     assert row["peak_memory_bytes"] == report["machine"]["peak_memory_bytes"]
     assert row["stored_bits"] == report["size"]["bits_per_weight"]
     assert row["file_bits"] == report["size"]["whole_file_bits_per_weight"]
-    weights = sum(each["out_features"] * each["in_features"] for each in report["layers"])
-    groups = sum(each["out_features"] * math.ceil(each["in_features"] / 16) for each in report["layers"])
+    weights = sum(layer["out_features"] * layer["in_features"] for layer in report["layers"])
+    groups = sum(layer["out_features"] * math.ceil(layer["in_features"] / 16) for layer in report["layers"])
     assert row["native_bits"] == pytest.approx(2 + (16 + 2) * groups / weights)
-    # In our container the same groups hold two scales and an offset, 16 bits each.
+    # In our format the same groups hold two scales and an offset of 16 bits each.
     assert row["stored_bits"] >= 2 + 48 * groups / weights
 
 
-def test_as_it_is_started(repository: Path, arguments: list[str], tmp_path: Path) -> None:
+def test_script_runs_from_the_command_line(repository: Path, arguments: list[str], tmp_path: Path) -> None:
     script = repository / "scripts" / "benchmark_quality.py"
     options = ["--methods", "gptq:group_size=16", "--bits", "2", "--work", str(tmp_path)]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(script), *arguments, *options], capture_output=True, text=True, timeout=240, cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == (tmp_path / "table.md").read_text().strip()
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == (tmp_path / "table.md").read_text().strip()
     (log,) = (tmp_path / "logs").iterdir()
     assert "output error" in log.read_text()
 
 
-def test_finished_rows_are_not_made_again(work: Path, arguments: list[str], started: list[list[str]]) -> None:
+def test_finished_rows_are_reused(work: Path, arguments: list[str], started: list[list[str]]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (work / "rows").iterdir()}
     table = (work / "table.md").read_text()
     result = run(arguments, work, "--methods", METHODS, "--bits", "2,3")
@@ -168,17 +172,17 @@ def test_finished_rows_are_not_made_again(work: Path, arguments: list[str], star
         ("gptq:group_size=16", ("--calibration", "builtin")),
     ],
 )
-def test_a_row_of_other_settings_is_made(
+def test_other_settings_add_a_row(
     work: Path, arguments: list[str], started: list[list[str]], methods: str, more: tuple[str, ...]
 ) -> None:
-    known = row_files(work)
+    files_before = row_files(work)
     result = run(arguments, work, "--methods", methods, "--bits", "2", *more)
     assert result.exit_code == 0, result.output
     assert len(started) == 1
-    assert known < row_files(work)
+    assert files_before < row_files(work)
 
 
-def test_a_change_of_the_model_or_a_text_is_seen(
+def test_changed_model_or_text_adds_a_row(
     work: Path, model: Path, texts: tuple[Path, Path], arguments: list[str], started: list[list[str]], tmp_path: Path
 ) -> None:
     other = save_tiny("llama", tmp_path / "other", seed=1)
@@ -190,7 +194,7 @@ def test_a_change_of_the_model_or_a_text_is_seen(
     assert len(started) == 2
 
 
-def test_a_killed_run_goes_on_where_it_was(
+def test_killed_run_resumes_where_it_was(
     arguments: list[str], started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--methods", METHODS, "--bits", "2", "--together", "1")
@@ -203,12 +207,12 @@ def test_a_killed_run_goes_on_where_it_was(
         assert run(arguments, tmp_path, *options).exit_code != 0
     assert len(started) == 1
     assert run(arguments, tmp_path, *options).exit_code == 0
-    # The first was quantized before the kill, and only the second is now.
+    # The first method was quantized before the kill, so only the second is quantized now.
     assert len(started) == 2
     assert len(row_files(tmp_path)) == 3
 
 
-def test_a_method_that_fails_does_not_take_the_others_along(
+def test_failing_method_does_not_stop_the_others(
     arguments: list[str], tmp_path: Path, started: list[list[str]]
 ) -> None:
     options = ("--methods", "rtn:skip=nothing.like.this,rtn:group_size=16", "--bits", "2")
@@ -237,13 +241,15 @@ def test_a_method_that_fails_does_not_take_the_others_along(
         (["--test", "nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_a_slip_is_one_sentence_before_any_work(
+def test_mistake_gives_one_sentence_before_any_work(
     arguments: list[str], tmp_path: Path, options: list[str], expected: str
 ) -> None:
     assert expected in refusal(run(arguments, tmp_path / "work", *options))
     assert not (tmp_path / "work").exists()
 
 
-def test_the_calibration_text_is_no_test(arguments: list[str], texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_calibration_text_is_refused_as_test_text(
+    arguments: list[str], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
     more = ("--methods", "gptq", "--test", str(texts[0]))
     assert "is the calibration text of gptq" in refusal(run(arguments, tmp_path / "work", *more))

@@ -1,4 +1,4 @@
-"""scripts/check_native.sh: its plain part; sanitizers and emulators are for those who change the kernels."""
+"""The plain part of scripts/check_native.sh. Its sanitizers and emulators are for changes to the kernels."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(not has_compiler, reason="needs CMake and a C++ compiler")
-def test_the_kernels_pass_without_python(repository: Path, tmp_path: Path) -> None:
-    done = run(repository, "--quick", "--build", str(tmp_path), "plain")
-    assert done.returncode == 0, done.stdout + done.stderr
-    *_, last = done.stdout.splitlines()
+def test_kernels_pass_without_python(repository: Path, tmp_path: Path) -> None:
+    process = run(repository, "--quick", "--build", str(tmp_path), "plain")
+    assert process.returncode == 0, process.stdout + process.stderr
+    *_, last = process.stdout.splitlines()
     assert re.fullmatch(r"[1-9]\d+ passed, 0 failed", last)
-    assert "\nportable " in done.stdout
+    assert "\nportable " in process.stdout
 
 
 @pytest.mark.parametrize("arguments", [("everything",), ("--seed",), ("--fast",)])
 def test_wrong_arguments_print_the_usage(repository: Path, arguments: tuple[str, ...]) -> None:
-    done = run(repository, *arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("usage: scripts/check_native.sh [--quick]")
-    assert done.stdout == ""
+    process = run(repository, *arguments)
+    assert process.returncode == 2
+    assert process.stderr.startswith("usage: scripts/check_native.sh [--quick]")
+    assert process.stdout == ""

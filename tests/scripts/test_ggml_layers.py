@@ -13,7 +13,7 @@ LIBRARY = os.environ.get("SHIFTADD_GGML_LIBRARY")
 needs_ggml = pytest.mark.skipif(not LIBRARY, reason="SHIFTADD_GGML_LIBRARY names no library built from scripts/ggml")
 
 
-def test_what_is_no_library_is_refused_with_the_cure(tmp_path: Path) -> None:
+def test_file_that_is_not_a_library_is_refused_with_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "libggml_matmul.so"
     path.write_bytes(b"no library")
     result = CliRunner().invoke(main, ["--ggml", str(path)])
@@ -24,7 +24,7 @@ def test_what_is_no_library_is_refused_with_the_cure(tmp_path: Path) -> None:
 @needs_ggml
 @pytest.mark.parametrize("repack", [False, True])
 @pytest.mark.parametrize("kind", FORMATS.values())
-def test_the_product_is_that_of_the_weight_within_its_bits(kind: str, repack: bool) -> None:
+def test_product_matches_the_weight_within_its_bits(kind: str, repack: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(64, 512, generator=generator), torch.randn(3, 512, generator=generator)
     try:
@@ -34,14 +34,14 @@ def test_the_product_is_that_of_the_weight_within_its_bits(kind: str, repack: bo
         pytest.skip(f"ggml has no layout of its own for {kind} here")
     with layers:
         layers.run()
-        expected, found = x @ weight.T, layers.result()
+        expected, product = x @ weight.T, layers.result()
         assert layers.nbytes * 8 < 5 * weight.numel()
-    # Noise of 2 to 4 bits on normal weights is a tenth to a third of them; a wrong layout is off by more than 1.
-    assert (found - expected).norm() / expected.norm() < 0.4
+    # Two to four bits change normal weights by a tenth to a third. A wrong layout is off by more than 1.
+    assert (product - expected).norm() / expected.norm() < 0.4
 
 
 @needs_ggml
-def test_columns_that_are_no_multiple_of_a_block_are_refused() -> None:
+def test_columns_that_are_not_a_multiple_of_a_block_are_refused() -> None:
     with pytest.raises(ValueError, match="q2_K weights of 8 x 100"):
         GgmlLayers(
             GgmlLibrary(Path(str(LIBRARY))),

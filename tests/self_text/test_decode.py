@@ -1,4 +1,4 @@
-"""Windows written at once are what each model says of its own, for every kind of cache."""
+"""Windows written in one batch are each model's own text, for every kind of cache."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ STOP = 0
 
 
 class Recorder:
-    """Begins with given tokens, sets one more after every fifth that was sampled, and notes where it set any."""
+    """An author with a fixed opening that adds a token after every fifth sampled one, and records where it adds any."""
 
-    def __init__(self, begun: list[int]) -> None:
-        self._begun = begun
-        self.set_at = set(range(len(begun)))
-        self._position = len(begun)
+    def __init__(self, opening: list[int]) -> None:
+        self._opening = opening
+        self.set_at = set(range(len(opening)))
+        self._position = len(opening)
         self._sampled = 0
 
     @property
@@ -31,7 +31,7 @@ class Recorder:
         return False
 
     def begin(self) -> list[int]:
-        return list(self._begun)
+        return list(self._opening)
 
     def follow(self, token: int) -> list[int]:
         self._sampled += 1
@@ -43,12 +43,12 @@ class Recorder:
 
 
 def greedy() -> Sampler:
-    """Takes the likeliest token: no other has as much of a chance."""
+    """Takes the likeliest token, since min_p excludes all others."""
     return Sampler(1.0, 1.0, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("family", [name for name in (*FAMILIES, *MIXTURES, *UNUSUAL) if name != "xlm_roberta"])
-def test_every_token_is_the_likeliest_after_those_before_it_or_was_set(family: str) -> None:
+def test_every_token_is_the_likeliest_or_set_by_the_author(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64 if family in FAMILIES else torch.float32)
     authors = [Recorder([3, 4, 5]), Recorder([6]), Recorder([7, 8])]
     with torch.no_grad():
@@ -58,17 +58,17 @@ def test_every_token_is_the_likeliest_after_those_before_it_or_was_set(family: s
     logits[..., STOP] = -math.inf
     best = logits.amax(-1)
     for row, author in enumerate(authors):
-        sampled = [place for place in range(1, LENGTH) if place not in author.set_at]
+        sampled = [position for position in range(1, LENGTH) if position not in author.set_at]
         taken = logits[row].gather(1, windows[row, 1:, None])[:, 0]
-        gaps = (best[row] - taken)[[place - 1 for place in sampled]]
+        gaps = (best[row] - taken)[[position - 1 for position in sampled]]
         assert gaps.max() <= 1e-3
         assert windows[row, : len(author.begin())].tolist() == author.begin()
-        after = [place for place in author.set_at if place >= len(author.begin()) and place < LENGTH]
-        assert after
-        assert all(windows[row, place] == 9 for place in after)
+        added = [position for position in author.set_at if position >= len(author.begin()) and position < LENGTH]
+        assert added
+        assert all(windows[row, position] == 9 for position in added)
 
 
-def test_a_window_does_not_depend_on_what_is_written_beside_it() -> None:
+def test_a_window_does_not_depend_on_the_others() -> None:
     model = tiny_model("llama", dtype=torch.float64)
     with torch.inference_mode():
         alone, beside = (
@@ -78,8 +78,8 @@ def test_a_window_does_not_depend_on_what_is_written_beside_it() -> None:
     assert torch.equal(alone[0], beside[0])
 
 
-def test_a_model_that_writes_by_other_predictions_is_refused() -> None:
-    # transformers 5.23 generates with positions from 0, where the model reads with positions behind its padding.
+def test_a_model_whose_decode_differs_from_prefill_is_refused() -> None:
+    # In decode, transformers 5.23 counts positions from 0. In prefill, the model counts them from its padding index.
     model = tiny_model("xlm_roberta")
     with torch.inference_mode(), pytest.raises(CalibrationError, match="differently in decoding than in prefill"):
         write_rows(model, [Recorder([5])], frozenset(), LENGTH, greedy(), iter(()))
@@ -98,7 +98,7 @@ def test_a_model_that_writes_by_other_predictions_is_refused() -> None:
         ("lm_head.weight", 3e38, "LlamaForCausalLM gives logits that are not finite"),
     ],
 )
-def test_a_model_without_numbers_is_refused_by_where_they_are_lost(parameter: str, value: float, message: str) -> None:
+def test_values_that_are_not_finite_are_refused_by_their_origin(parameter: str, value: float, message: str) -> None:
     model = tiny_model("llama")
     model.get_parameter(parameter).data.fill_(value)
     with torch.inference_mode(), pytest.raises(NumericalError, match=message):
@@ -111,23 +111,23 @@ def test_a_model_without_numbers_is_refused_by_where_they_are_lost(parameter: st
     st.floats(min_value=0.3, max_value=3),
     st.sampled_from([0.0, 0.02, 0.3]),
 )
-def test_draws_are_as_frequent_as_they_are_probable(values: list[float], temperature: float, min_p: float) -> None:
+def test_draws_are_as_frequent_as_their_probabilities(values: list[float], temperature: float, min_p: float) -> None:
     count = 20_000
     logits = torch.tensor(values, dtype=torch.float64)
-    chances = (logits / temperature).softmax(-1)
-    kept = torch.where(chances >= min_p * chances.max() * (1 - 1e-9), chances, 0.0)
-    expected = kept / kept.sum()
+    probabilities = (logits / temperature).softmax(-1)
+    clipped = torch.where(probabilities >= min_p * probabilities.max() * (1 - 1e-9), probabilities, 0.0)
+    expected = clipped / clipped.sum()
     sampler = Sampler(temperature, min_p, torch.Generator().manual_seed(1))
     drawn = torch.bincount(sampler.draw(logits.float().repeat(count, 1)), minlength=len(values)) / count
     # A token on the edge of the cut may be on either side of it in float32.
-    edge = (chances / chances.max() - min_p).abs() < 1e-5
-    if edge.any():
+    edge = (probabilities / probabilities.max() - min_p).abs() < 1e-5
+    if min_p and edge.any():
         return
     assert not drawn[expected == 0].any()
     assert (drawn - expected).abs().max() <= 5 * (0.25 / count) ** 0.5
 
 
-def test_the_last_of_many_tokens_can_be_drawn_and_none_behind_it() -> None:
+def test_the_last_of_many_tokens_can_be_drawn_and_none_beyond_it() -> None:
     logits = torch.full((4096, VOCAB_SIZE), -math.inf)
     logits[:, -1] = 0.0
     drawn = Sampler(1.0, 0.0, torch.Generator().manual_seed(2)).draw(logits)

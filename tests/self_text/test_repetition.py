@@ -1,4 +1,4 @@
-"""Loops are recognised wherever they are in a window, and text is not."""
+"""Loops are detected anywhere in a window, and text is not taken for a loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def slow_share(tokens: list[int]) -> float:
     phrases = [tuple(tokens[start : start + PHRASE]) for start in range(len(tokens) - PHRASE + 1)]
     if len(phrases) < 2:
         return 0.0
-    return sum(phrase in phrases[:place] for place, phrase in enumerate(phrases)) / len(phrases)
+    return sum(phrase in phrases[:index] for index, phrase in enumerate(phrases)) / len(phrases)
 
 
 def varied(length: int, seed: int = 0) -> Tensor:
@@ -26,7 +26,7 @@ def varied(length: int, seed: int = 0) -> Tensor:
 
 
 @given(st.lists(st.integers(min_value=0, max_value=3), max_size=60))
-def test_the_share_is_that_of_phrases_seen_before(tokens: list[int]) -> None:
+def test_the_share_counts_phrases_seen_before(tokens: list[int]) -> None:
     assert repeated_share(torch.tensor(tokens, dtype=torch.int64)) == pytest.approx(slow_share(tokens))
 
 
@@ -38,17 +38,17 @@ def test_a_loop_of_half_a_window_is_degenerate(period: int, start: int) -> None:
     assert is_degenerate(window)
 
 
-def test_numbers_drawn_at_random_are_not() -> None:
+def test_random_tokens_are_not_degenerate() -> None:
     assert not is_degenerate(varied(512))
 
 
-def test_a_short_loop_within_text_is_not() -> None:
+def test_a_short_loop_is_not_degenerate() -> None:
     window = varied(512)
     window[200:240] = 5
     assert not is_degenerate(window)
 
 
-def test_words_of_documentation_are_not() -> None:
+def test_documentation_is_not_degenerate() -> None:
     words = " ".join(topics[name] for name in sorted(topics)).split()
     numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
     tokens = torch.tensor([numbers[word] for word in words])
@@ -57,5 +57,5 @@ def test_words_of_documentation_are_not() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 9])
-def test_windows_of_a_few_tokens_can_be_judged(length: int) -> None:
+def test_windows_of_a_few_tokens_are_not_degenerate(length: int) -> None:
     assert not is_degenerate(varied(length))

@@ -1,4 +1,4 @@
-"""The model's own text: of the kinds asked for, without loops, the same again, and remembered."""
+"""The model's own text has the requested kinds and no loops, and is reproducible and cached."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def written(source: Source, request: Request) -> Tensor:
     return write_windows(source, WritingTokens.of(source), request, torch.device("cpu"))
 
 
-def forgotten(cache: Path) -> None:
+def clear(cache: Path) -> None:
     for file in cache.rglob("*.safetensors"):
         file.unlink()
 
 
-def test_windows_have_the_size_asked_for_and_tokens_of_the_model(source: Source) -> None:
+def test_windows_have_the_requested_size_and_tokens_of_the_model(source: Source) -> None:
     windows = written(source, REQUEST)
     assert windows.shape == (6, 40)
     assert windows.dtype == torch.int64
@@ -59,14 +59,14 @@ def test_windows_have_the_size_asked_for_and_tokens_of_the_model(source: Source)
     assert not any(is_degenerate(window) for window in windows)
 
 
-def test_the_same_request_gives_the_same_and_another_seed_does_not(source: Source, cache: Path) -> None:
+def test_equal_requests_give_equal_windows_and_other_seeds_do_not(source: Source, cache: Path) -> None:
     first = written(source, REQUEST)
-    forgotten(cache)
+    clear(cache)
     assert torch.equal(written(source, REQUEST), first)
     assert not torch.equal(written(source, replace(REQUEST, seed=1)), first)
 
 
-def test_what_was_written_is_remembered(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_windows_are_cached(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     first = written(source, REQUEST)
 
     def refuse(self: Source, dtype: torch.dtype | None = None) -> None:
@@ -79,7 +79,7 @@ def test_what_was_written_is_remembered(source: Source, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("damage", [b"", b"no tensors", None])
-def test_what_is_damaged_is_written_again(source: Source, cache: Path, damage: bytes | None) -> None:
+def test_damaged_windows_are_written_again(source: Source, cache: Path, damage: bytes | None) -> None:
     first = written(source, REQUEST)
     (file,) = cache.rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-8] if damage is None else damage)
@@ -105,8 +105,8 @@ def test_documents_and_conversations_take_turns(source: Source) -> None:
     windows = written(source, REQUEST).tolist()
     piece = REQUEST.piece_length
     for number, window in enumerate(windows):
-        begun = [window[start : start + len(opening)] == opening for start in range(0, REQUEST.seq_len, piece)]
-        assert begun == [number % 2 == 1] * REQUEST.pieces
+        starts = [window[start : start + len(opening)] == opening for start in range(0, REQUEST.seq_len, piece)]
+        assert starts == [number % 2 == 1] * REQUEST.pieces
     assert all(
         window[: len(opening)] == opening
         for window in written(source, replace(REQUEST, kinds=KINDS["self-chat"])).tolist()
@@ -125,7 +125,7 @@ def test_a_model_without_a_chat_template_writes_documents(tmp_path: Path) -> Non
         written(plain, replace(REQUEST, kinds=KINDS["self-chat"]))
 
 
-def test_conversations_need_room_behind_what_the_template_begins_with(tmp_path: Path) -> None:
+def test_conversations_need_room_after_the_opening(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "Be helpful and never say anything that is not true. " + tokenizer.chat_template
@@ -144,11 +144,11 @@ def test_conversations_need_room_behind_what_the_template_begins_with(tmp_path: 
 
 def test_a_model_that_can_only_repeat_itself_is_refused(source: Source) -> None:
     with pytest.raises(CalibrationError, match=r"repeats itself in nearly all .* or builtin"):
-        # A random model that always takes the likeliest token is soon in a circle.
+        # A random model that always takes the likeliest token soon runs in a loop.
         written(source, replace(REQUEST, samples=2, seq_len=400, piece=400, min_p=0.999))
 
 
-def test_a_damaged_model_is_refused_by_its_numbers(tmp_path: Path) -> None:
+def test_a_model_with_infinite_weights_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.model.norm.weight.data.fill_(torch.inf)
     model.save_pretrained(tmp_path / "model")
@@ -157,7 +157,7 @@ def test_a_damaged_model_is_refused_by_its_numbers(tmp_path: Path) -> None:
         written(open_source(str(tmp_path / "model")), REQUEST)
 
 
-def test_memory_decides_who_writes(source: Source) -> None:
+def test_memory_decides_whether_the_model_writes(source: Source) -> None:
     needed = writing_bytes(source, REQUEST)
     assert needed >= source.model_bytes + row_bytes(source, REQUEST.piece_length)
     assert why_not(source, REQUEST, needed) is None
@@ -166,22 +166,22 @@ def test_memory_decides_who_writes(source: Source) -> None:
 
 def test_keys_and_values_are_counted(source: Source) -> None:
     # Two layers, two heads of keys and values, of 12 numbers of 4 bytes each.
-    each = 2 * 2 * 2 * 12 * 4
-    assert row_bytes(source, 100) - row_bytes(source, 50) >= 50 * each
+    token_bytes = 2 * 2 * 2 * 12 * 4
+    assert row_bytes(source, 100) - row_bytes(source, 50) >= 50 * token_bytes
 
 
 def test_a_recipe_asks_for_windows_by_share() -> None:
-    def asked(calibration: str) -> list[tuple[int, int]]:
+    def requests(calibration: str) -> list[tuple[int, int]]:
         recipe = Recipe.load("default", {"calibration": calibration, "samples": 10})
         return [(len(request.kinds), request.samples) for request in written_by_model(recipe)]
 
-    assert asked("self") == [(2, 10)]
-    assert asked("self-plain:0.3,builtin:0.5,self-chat:0.2") == [(1, 3), (1, 2)]
-    assert asked("builtin") == []
+    assert requests("self") == [(2, 10)]
+    assert requests("self-plain:0.3,builtin:0.5,self-chat:0.2") == [(1, 3), (1, 2)]
+    assert requests("builtin") == []
     assert written_by_model(Recipe.load("fast")) == []
 
 
-def test_the_builtin_text_takes_the_place_of_the_models_own() -> None:
+def test_builtin_text_replaces_the_models_own() -> None:
     assert without_self("self") == "builtin"
     assert without_self("self-plain:1,self-chat:1") == "builtin"
     assert without_self("self:0.5,builtin:0.25,notes.txt:0.25") == "builtin:0.750000,notes.txt:0.250000"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tiny_models import save_tiny_gguf
 
@@ -19,18 +21,18 @@ from shiftadd_cli.source.locate import hub_id
         ("", None),
     ],
 )
-def test_the_licence_is_that_of_the_front_matter(tmp_path, card, license):
+def test_license_comes_from_the_front_matter(tmp_path: Path, card: str, license: str | None) -> None:
     (tmp_path / "README.md").write_bytes(card.encode())
     assert source_license(tmp_path) == license
 
 
-def test_no_card_and_no_licence_in_a_file(tmp_path):
+def test_missing_card_and_gguf_file_have_no_license(tmp_path: Path) -> None:
     assert source_license(tmp_path) is None
     save_tiny_gguf(tmp_path / "model.gguf")
     assert source_license(tmp_path / "model.gguf") is None
 
 
-def test_a_hub_id_is_what_is_nothing_here(tmp_path, monkeypatch):
+def test_hub_id_is_a_spec_that_does_not_exist_locally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert hub_id("owner/name") == "owner/name"
     (tmp_path / "owner" / "name").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Files beside weights and configuration: a folder's own are copied byte for byte, and nothing else is."""
+"""Files beside weights and configuration: companions are copied byte for byte, and nothing else is."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_code_is_copied_only_for_models_that_run_it(tmp_path: Path) -> None:
     assert set(_files(out)) == {"modeling.py", "vocab.txt"}
 
 
-def test_links_as_the_hub_makes_them_are_copied_as_files(tmp_path: Path) -> None:
+def test_links_of_the_hub_cache_are_copied_as_files(tmp_path: Path) -> None:
     _write(tmp_path, {"blobs/1234": "the vocabulary"})
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "tokenizer.json").symlink_to("../blobs/1234")
@@ -76,13 +76,13 @@ def test_links_as_the_hub_makes_them_are_copied_as_files(tmp_path: Path) -> None
     assert (out / "tokenizer.json").read_text() == "the vocabulary"
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_unwritable_file_is_named(tmp_path: Path) -> None:
     _write(tmp_path / "source", {"tokenizer.json": "{}"})
     with pytest.raises(OutputError, match=r"tokenizer\.json"):
         copy_companions(tmp_path / "source", tmp_path / "missing" / "out")
 
 
-def test_the_vocabularies_of_every_decoder_of_transformers_are_companions(tmp_path: Path) -> None:
+def test_vocabularies_of_all_transformers_decoders_are_companions(tmp_path: Path) -> None:
     names = {"tokenizer.json"}
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         kind = tokenizer_class_from_name(TOKENIZER_MAPPING_NAMES.get(family) or "PreTrainedTokenizerFast")
@@ -95,7 +95,7 @@ def test_the_vocabularies_of_every_decoder_of_transformers_are_companions(tmp_pa
     assert set(_files(tmp_path / "out")) == names
 
 
-def test_a_source_keeps_the_files_that_transformers_4_wrote(tmp_path: Path) -> None:
+def test_files_of_transformers_4_are_copied_unchanged(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "model")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<|user|>"]}
     _write(folder, {"tokenizer_config.json": json.dumps(settings), "generation_config.json": '{"top_k": 3}'})
@@ -106,7 +106,7 @@ def test_a_source_keeps_the_files_that_transformers_4_wrote(tmp_path: Path) -> N
     assert _files(out) == expected
 
 
-def test_generation_settings_are_written_where_the_source_has_none(tmp_path: Path) -> None:
+def test_missing_generation_settings_are_written(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "model")
     (folder / "generation_config.json").unlink()
     out = tmp_path / "out"
@@ -115,13 +115,13 @@ def test_generation_settings_are_written_where_the_source_has_none(tmp_path: Pat
     assert GenerationConfig.from_pretrained(out).eos_token_id == 0
 
 
-def test_the_tokenizer_of_a_gguf_file_is_written_in_words_that_transformers_4_knows(tmp_path: Path) -> None:
+def test_gguf_tokenizer_is_written_for_transformers_4(tmp_path: Path) -> None:
     save_tiny_gguf(tmp_path / "tiny.gguf")
     out = tmp_path / "out"
     out.mkdir()
     open_source(str(tmp_path / "tiny.gguf")).save_companions(out)
     settings = json.loads((out / "tokenizer_config.json").read_text())
-    # Version 4 has no class TokenizersBackend, and wants a table under extra_special_tokens.
+    # Version 4 has no class TokenizersBackend, and expects a mapping under extra_special_tokens.
     assert settings["tokenizer_class"] in ("PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer")
     assert not isinstance(settings.get("extra_special_tokens"), list)
     assert not settings.keys() & {"backend", "is_local", "local_files_only"}

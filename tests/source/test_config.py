@@ -1,4 +1,4 @@
-"""What is refused on the configuration alone, each with its cure."""
+"""Models that are refused for their configuration alone, each with a remedy."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_broken_config(content: str, llama: Path) -> None:
     _refused(llama, r"config\.json is not (a table|valid JSON)")
 
 
-def test_config_with_senseless_values(llama: Path) -> None:
+def test_config_with_invalid_values(llama: Path) -> None:
     _refused(_edit(llama, hidden_size="wide"), r"config\.json .*hidden_size")
 
 
@@ -69,7 +69,7 @@ def test_unknown_architecture_is_named(llama: Path) -> None:
     _refused(llama, r"'quantum_llama' \(QuantumLlamaForCausalLM\).*unknown to transformers; install a version")
 
 
-def test_code_in_the_checkpoint_is_not_run_unasked(llama: Path) -> None:
+def test_code_in_the_checkpoint_is_not_run_by_default(llama: Path) -> None:
     _edit(llama, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
     (llama / "configuration_own.py").write_text(f"open({str(llama / 'ran')!r}, 'w')\n")
     _refused(llama, "trust_remote_code")
@@ -82,7 +82,7 @@ def test_encoder_only_text_model(tmp_path: Path) -> None:
     _refused(tmp_path, "BertForMaskedLM, an encoder without a causal decoder")
 
 
-def test_a_decoder_of_an_encoder_family_is_welcome(tmp_path: Path) -> None:
+def test_decoder_of_an_encoder_family_is_accepted(tmp_path: Path) -> None:
     config = AutoConfig.for_model("bert", **_BERT, is_decoder=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert type(open_source(str(tmp_path)).skeleton()).__name__ == "BertLMHeadModel"
@@ -106,10 +106,10 @@ def test_neither_a_language_nor_a_vision_model(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("place", ["quantization_config", "compression_config"])
-def test_already_quantized(place: str, llama: Path) -> None:
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_already_quantized(key: str, llama: Path) -> None:
     _refused(
-        _edit(llama, **{place: {"quant_method": "gptq", "bits": 4}}), r"already quantized \(gptq\); give the original"
+        _edit(llama, **{key: {"quant_method": "gptq", "bits": 4}}), r"already quantized \(gptq\); give the original"
     )
 
 
@@ -118,7 +118,7 @@ def test_our_own_artifact(llama: Path) -> None:
     _refused(llama, "already compressed by shiftadd; use `shiftadd evaluate` or `shiftadd inspect`")
 
 
-def test_a_null_entry_is_no_quantization(llama: Path) -> None:
+def test_null_entry_is_not_a_quantization(llama: Path) -> None:
     assert open_source(str(_edit(llama, quantization_config=None))).dtype == torch.float32
 
 
@@ -140,7 +140,7 @@ def test_code_in_the_checkpoint_runs_when_trusted(llama: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("file", "said", "method"),
+    ("file", "content", "method"),
     [
         (
             "hf_quant_config.json",
@@ -151,21 +151,21 @@ def test_code_in_the_checkpoint_runs_when_trusted(llama: Path, monkeypatch: pyte
         ("quant_config.json", {"zero_point": True, "q_group_size": 128, "w_bit": 4}, "AutoAWQ"),
     ],
 )
-def test_quantized_by_the_word_of_a_file_beside_the_configuration(
-    file: str, said: dict[str, Any], method: str, llama: Path
+def test_already_quantized_according_to_a_file_beside_the_configuration(
+    file: str, content: dict[str, Any], method: str, llama: Path
 ) -> None:
-    (llama / file).write_text(json.dumps(said))
+    (llama / file).write_text(json.dumps(content))
     _refused(llama, rf"already quantized \({method}, as {file} says\)")
 
 
-def test_a_file_that_says_that_only_the_cache_is_quantized(llama: Path) -> None:
-    said = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
-    (llama / "hf_quant_config.json").write_text(json.dumps(said))
+def test_model_with_only_a_quantized_cache_is_accepted(llama: Path) -> None:
+    content = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (llama / "hf_quant_config.json").write_text(json.dumps(content))
     assert open_source(str(llama)).left_behind == ()
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
-def test_a_decoder_with_another_head(head: str, tmp_path: Path) -> None:
+def test_decoder_with_another_head(head: str, tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "qwen2", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, num_labels=1,
@@ -174,10 +174,10 @@ def test_a_decoder_with_another_head(head: str, tmp_path: Path) -> None:
     _refused(tmp_path, rf"is Qwen2For{head}, a decoder whose head gives scores")
 
 
-def test_a_reward_model_of_a_class_of_its_own(llama: Path) -> None:
+def test_reward_model_with_its_own_class(llama: Path) -> None:
     _refused(_edit(llama, architectures=["LlamaForRewardModel"]), "is LlamaForRewardModel, a decoder whose head")
 
 
-def test_an_adapter_beside_a_model(llama: Path) -> None:
+def test_adapter_beside_a_model(llama: Path) -> None:
     (llama / "adapter_config.json").write_text("{}")
     _refused(llama, "holds a model and an adapter; merge the adapter")

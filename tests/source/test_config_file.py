@@ -1,4 +1,4 @@
-"""config.json of what is written: the source's own fields stay, and every version of transformers reads one model."""
+"""The written config.json: the source's own fields stay, and all versions of transformers read the same model."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# Written by transformers for the place or the program, and not for the model.
+# Written by transformers to describe the folder or the program, not the model.
 NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "architectures", "auto_map")
-# The defaults of gemma4_assistant are refused by its own check.
+# The defaults of gemma4_assistant fail its own check.
 FAMILIES = sorted(
     ({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES} & set(CONFIG_MAPPING.keys()))
     - {"gemma4_assistant"}
@@ -37,7 +37,7 @@ FAMILIES = sorted(
 
 
 def _in_old_form(folder: Path, *drop: str, **fields: Any) -> dict[str, Any]:
-    """config.json as transformers 4 wrote it, and most of the hub has it."""
+    """Write config.json as transformers 4 did, and as most of the hub still has it."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for name in ("rope_parameters", "dtype", *drop):
@@ -68,7 +68,7 @@ def test_scaled_positions_keep_their_old_names(tmp_path: Path) -> None:
     assert _as_read(tmp_path / "out") == _as_read(folder)
 
 
-def test_the_number_of_experts_keeps_its_old_name(tmp_path: Path) -> None:
+def test_number_of_experts_keeps_its_old_name(tmp_path: Path) -> None:
     folder = save_tiny("qwen3_moe", tmp_path / "model")
     old = _in_old_form(folder, "num_local_experts", num_experts=6, rope_theta=1000000.0)
     fields = _written(folder, tmp_path / "out")
@@ -77,14 +77,14 @@ def test_the_number_of_experts_keeps_its_old_name(tmp_path: Path) -> None:
     assert _as_read(tmp_path / "out") == _as_read(folder)
 
 
-def test_fields_that_transformers_does_not_know_stay(tmp_path: Path) -> None:
+def test_fields_unknown_to_transformers_stay(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "model")
     _in_old_form(folder, rope_theta=1e4, some_tool={"version": [1, 2]}, unsloth_version="2024.9")
     fields = _written(folder, tmp_path / "out")
     assert (fields["some_tool"], fields["unsloth_version"]) == ({"version": [1, 2]}, "2024.9")
 
 
-def test_another_dtype_is_said_under_both_names(tmp_path: Path) -> None:
+def test_another_dtype_is_written_under_both_names(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "model")
     _in_old_form(folder, rope_theta=1e4)
     fields = _written(folder, tmp_path / "out", dtype="bfloat16")
@@ -92,7 +92,7 @@ def test_another_dtype_is_said_under_both_names(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_a_head_that_is_stored_beside_the_embedding_is_no_longer_said_to_be_tied(tmp_path: Path) -> None:
+def test_head_stored_beside_the_embedding_is_declared_untied(tmp_path: Path) -> None:
     folder = save_tiny("qwen2", tmp_path / "model")
     _in_old_form(folder, rope_theta=1e4)
     tensors = load_file(folder / "model.safetensors")
@@ -108,7 +108,7 @@ def test_code_that_is_not_run_is_not_named(tmp_path: Path) -> None:
     assert "auto_map" not in _written(folder, tmp_path / "out")
 
 
-def test_labels_of_images_are_there_once(tmp_path: Path) -> None:
+def test_image_labels_are_written_once(tmp_path: Path) -> None:
     folder = save_tiny_vision("vit", tmp_path / "model")
     old = _in_old_form(folder)
     fields = _written(folder, tmp_path / "out")
@@ -135,7 +135,7 @@ def test_every_configuration_of_transformers_reads_back(family: str, tmp_path: P
     assert again == expected
 
 
-def test_the_dtype_of_parts_follows() -> None:
+def test_dtype_of_parts_follows() -> None:
     config = {
         "torch_dtype": "bfloat16",
         "text_config": {"torch_dtype": "bfloat16", "audio_config": {"dtype": "float32"}},
@@ -153,7 +153,7 @@ def test_the_dtype_of_parts_follows() -> None:
 
 
 def _old_gemma(folder: Path) -> dict[str, Any]:
-    """As Gemma 3 has it on the hub: what the text part is, stands in a table of its own."""
+    """Write the configuration of Gemma 3 as on the hub, with a separate table for the text part."""
     raw: dict[str, Any] = {
         "model_type": "gemma3",
         "architectures": ["Gemma3ForConditionalGeneration"],
@@ -193,12 +193,12 @@ def test_fields_of_parts_keep_their_old_names(tmp_path: Path) -> None:
     assert _as_read(tmp_path / "out") == _as_read(tmp_path / "model")
 
 
-def test_a_part_that_is_taken_out_keeps_its_own_fields(tmp_path: Path) -> None:
+def test_extracted_part_keeps_its_own_fields(tmp_path: Path) -> None:
     raw = _old_gemma(tmp_path / "model")
-    read = AutoConfig.from_pretrained(tmp_path / "model")
-    own = own_fields(raw, read, read.text_config)
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    own = own_fields(raw, config, config.text_config)
     assert own == raw["text_config"]
-    assert own_fields(raw, read, read) is raw
-    fields = merged_config(own, read.text_config)
+    assert own_fields(raw, config, config) is raw
+    fields = merged_config(own, config.text_config)
     assert _includes(fields, own)
     assert "vision_config" not in fields

@@ -1,4 +1,4 @@
-"""Weights out of GGUF files: against the model they were written from, and against transformers' whole-file loading."""
+"""Weights from GGUF files, against the model they were written from and transformers' loading of the whole file."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def _assert_as_transformers_loads_it(source: Source) -> None:
     reference = AutoModelForCausalLM.from_pretrained(
         source.path.parent, gguf_file=source.path.name, dtype=source.dtype, attn_implementation="sdpa"
     )
-    mine, other = _tensors(_walk(source)), _tensors(reference)
-    assert mine.keys() == other.keys()
-    for name, value in other.items():
-        assert mine[name].dtype == value.dtype
-        assert torch.equal(mine[name], value), name
+    loaded, expected = _tensors(_walk(source)), _tensors(reference)
+    assert loaded.keys() == expected.keys()
+    for name, value in expected.items():
+        assert loaded[name].dtype == value.dtype
+        assert torch.equal(loaded[name], value), name
     assert torch.equal(source.skeleton()(TOKENS).logits, reference(TOKENS).logits)
 
 
@@ -93,7 +93,7 @@ def test_saved_model_is_an_ordinary_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_names_are_those_of_the_older_loader(family: str) -> None:
+def test_names_match_the_older_loader(family: str) -> None:
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
     model, processor = tiny_model(family), TensorProcessor()
@@ -110,7 +110,7 @@ _LFM2_SIZES = {"context_length": 128, "embedding_length": 64, "feed_forward_leng
 
 
 def _save_lfm2(path: Path, tensors_a_part: int = 0) -> dict[str, torch.Tensor]:
-    """A random hybrid of convolution and attention; an architecture transformers reads with weight transforms."""
+    """Write a random hybrid of convolution and attention, which transformers reads with weight transforms."""
     config = AutoConfig.for_model(
         "lfm2", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False,
@@ -145,8 +145,8 @@ def _save_lfm2(path: Path, tensors_a_part: int = 0) -> dict[str, torch.Tensor]:
         if name == "lm_head.weight":
             continue
         weight, stored_name = value.numpy(), name
-        for ours, theirs in renamed.items():
-            stored_name = stored_name.replace(ours, theirs)
+        for model_part, file_part in renamed.items():
+            stored_name = stored_name.replace(model_part, file_part)
         kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
         packed = gguf.quantize(np.ascontiguousarray(weight.squeeze(1) if weight.ndim == 3 else weight), kind)
         writer.add_tensor(stored_name, packed, raw_dtype=kind)
@@ -160,16 +160,16 @@ def test_architecture_with_weight_transforms(tmp_path: Path) -> None:
     decoded = _save_lfm2(tmp_path / "lfm2.gguf")
     source = open_source(str(tmp_path / "lfm2.gguf"), dtype="float32")
     model = _walk(source)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
     for name, value in decoded.items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-6)
     _assert_as_transformers_loads_it(open_source(str(tmp_path / "lfm2.gguf")))
 
 
 @pytest.mark.parametrize("save", [save_tiny_gguf, _save_lfm2])
-def test_parts_are_one_model_whichever_is_given(save: Callable[..., Any], tmp_path: Path) -> None:
+def test_every_part_opens_the_same_model(save: Callable[..., Any], tmp_path: Path) -> None:
     save(tmp_path / "tiny.gguf")
-    whole = open_source(str(tmp_path / "tiny.gguf"))
+    single = open_source(str(tmp_path / "tiny.gguf"))
     (tmp_path / "parts").mkdir()
     save(tmp_path / "parts" / "tiny.gguf", tensors_a_part=7)
     parts = sorted((tmp_path / "parts").iterdir())
@@ -179,23 +179,23 @@ def test_parts_are_one_model_whichever_is_given(save: Callable[..., Any], tmp_pa
     assert {source.name for source in sources} == {"tiny"}
     assert len({source.fingerprint for source in sources}) == 1
     assert sources[0].file_bytes == sum(part.stat().st_size for part in parts)
-    assert sources[-1].config.to_diff_dict() | {"_name_or_path": ""} == whole.config.to_diff_dict() | {
+    assert sources[-1].config.to_diff_dict() | {"_name_or_path": ""} == single.config.to_diff_dict() | {
         "_name_or_path": ""
     }
-    mine, other = _tensors(_walk(sources[-1])), _tensors(_walk(whole))
-    assert mine.keys() == other.keys()
-    assert all(torch.equal(mine[name], value) for name, value in other.items())
+    loaded, expected = _tensors(_walk(sources[-1])), _tensors(_walk(single))
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
-def test_the_tokenizer_of_a_model_in_parts(tmp_path: Path) -> None:
-    save_tiny_gguf(tmp_path / "whole.gguf")
+def test_tokenizer_of_a_model_in_parts(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "single.gguf")
     save_tiny_gguf(tmp_path / "tiny.gguf", tensors_a_part=7)
     last = sorted(tmp_path.glob("tiny-*"))[-1]
-    whole = open_source(str(tmp_path / "whole.gguf")).load_tokenizer()
-    assert open_source(str(last)).load_tokenizer().get_vocab() == whole.get_vocab()
+    single = open_source(str(tmp_path / "single.gguf")).load_tokenizer()
+    assert open_source(str(last)).load_tokenizer().get_vocab() == single.get_vocab()
 
 
-def test_each_way_of_reading_is_taken(tmp_path: Path) -> None:
+def test_architecture_decides_the_way_of_reading(tmp_path: Path) -> None:
     def reader(path: Path) -> Any:
         source = open_source(str(path))
         return open_gguf(read_gguf_header(path), source.config, source.skeleton())
@@ -214,7 +214,7 @@ _QWEN3_SIZES = {
 
 
 def test_fused_experts_of_the_older_loader(tmp_path: Path) -> None:
-    """Gate and up stacks of a mixture lie apart in the file and are one parameter of the model."""
+    """Gate and up stacks of a mixture are separate in the file and one parameter of the model."""
     config = AutoConfig.for_model(
         "qwen3_moe", vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=768,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,

@@ -1,4 +1,4 @@
-"""The configuration out of a GGUF file against the one transformers derives from the whole file."""
+"""The configuration from a GGUF file against the one that transformers derives from the whole file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from shiftadd_cli.source.gguf_header import read_gguf_header
 
 def test_leaving_the_vocabulary_out_changes_nothing(tmp_path: Path) -> None:
     save_tiny_gguf(tmp_path / "tiny.gguf")
-    mine = read_gguf_config(read_gguf_header(tmp_path / "tiny.gguf")).to_dict()
+    config = read_gguf_config(read_gguf_header(tmp_path / "tiny.gguf")).to_dict()
     reference = AutoConfig.from_pretrained(tmp_path, gguf_file="tiny.gguf").to_dict()
-    assert mine.pop("_name_or_path") == str(tmp_path / "tiny.gguf")
+    assert config.pop("_name_or_path") == str(tmp_path / "tiny.gguf")
     reference.pop("_name_or_path")
-    assert mine == reference
-    assert mine["vocab_size"] == 320
+    assert config == reference
+    assert config["vocab_size"] == 320
 
 
-def test_architecture_transformers_cannot_read(tmp_path: Path) -> None:
+def test_architecture_unknown_to_transformers_is_refused(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "oddformer")
     writer.add_tensor("output_norm.weight", np.ones(4, dtype=np.float32))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):

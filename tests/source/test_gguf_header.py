@@ -45,15 +45,15 @@ def test_every_kind_of_truncation_is_refused(original: Path, tmp_path: Path) -> 
             open_source(str(tmp_path / "cut.gguf"))
 
 
-def test_another_kind_of_file(tmp_path: Path) -> None:
-    (tmp_path / "text.gguf").write_text("This is no GGUF file, it only has the name of one.")
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("This is not a GGUF file, despite its name.")
     with pytest.raises(SourceError, match="GGUF magic"):
         open_source(str(tmp_path / "text.gguf"))
 
 
 @given(position=st.integers(0, 100_000), value=st.integers(0, 255))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_changed_byte_never_crashes_the_header(original: Path, tmp_path: Path, position: int, value: int) -> None:
+def test_changed_byte_never_crashes_the_header(original: Path, tmp_path: Path, position: int, value: int) -> None:
     content = bytearray(original.read_bytes())
     content[position % len(read_gguf_header(original).headers[original])] = value
     (tmp_path / "changed.gguf").write_bytes(content)
@@ -70,23 +70,23 @@ def _parts(folder: Path, *, seed: int = 0) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-@pytest.mark.parametrize("given", [0, 2])
-def test_a_part_that_is_not_there(given: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("opened", [0, 2])
+def test_missing_part_is_named(opened: int, tmp_path: Path) -> None:
     parts = _parts(tmp_path)
     parts[1].unlink()
     cure = rf"llama-gguf-split --merge {parts[0].name} tiny\.gguf"
-    with pytest.raises(SourceError, match=rf"{parts[given].name} is one of 3 .*{parts[1].name} is not .*{cure}"):
-        open_source(str(parts[given]))
+    with pytest.raises(SourceError, match=rf"{parts[opened].name} is one of 3 .*{parts[1].name} is not .*{cure}"):
+        open_source(str(parts[opened]))
 
 
-def test_a_part_that_is_not_named_as_one(tmp_path: Path) -> None:
+def test_renamed_part_is_refused(tmp_path: Path) -> None:
     parts = _parts(tmp_path)
     moved = parts[0].rename(tmp_path / "model.gguf")
     with pytest.raises(SourceError, match=r"model\.gguf is one of 3 parts of a model but not named as one"):
         open_source(str(moved))
 
 
-def test_parts_of_two_models(tmp_path: Path) -> None:
+def test_parts_of_two_models_are_refused(tmp_path: Path) -> None:
     parts = _parts(tmp_path)
     content = parts[1].read_bytes()
     parts[2].write_bytes(content)
@@ -95,7 +95,7 @@ def test_parts_of_two_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kind", "tensors", "named"),
+    ("architecture", "kind", "tensors", "description"),
     [
         ("", "imatrix", 1, "an importance matrix"),
         ("llama", "adapter", 1, "an adapter"),
@@ -105,7 +105,9 @@ def test_parts_of_two_models(tmp_path: Path) -> None:
         ("llama", "", 0, "a vocabulary and no weights"),
     ],
 )
-def test_what_is_no_model_is_named(architecture: str, kind: str, tensors: int, named: str, tmp_path: Path) -> None:
+def test_file_that_is_not_a_model_is_described(
+    architecture: str, kind: str, tensors: int, description: str, tmp_path: Path
+) -> None:
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", architecture)
     if kind:
         writer.add_type(kind)
@@ -114,11 +116,11 @@ def test_what_is_no_model_is_named(architecture: str, kind: str, tensors: int, n
         writer.add_tensor(f"blk.{index}.weight", np.ones(4, dtype=np.float32))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    with pytest.raises(SourceError, match=rf"other\.gguf holds {named} and is not a model"):
+    with pytest.raises(SourceError, match=rf"other\.gguf holds {description} and is not a model"):
         open_source(str(tmp_path / "other.gguf"))
 
 
-def test_a_file_without_an_architecture(tmp_path: Path) -> None:
+def test_file_without_an_architecture_is_refused(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
     del writer.kv_data[0]["general.architecture"]
     writer.add_tensor("blk.0.weight", np.ones(4, dtype=np.float32))

@@ -20,7 +20,7 @@ _LLAMA3 = {"rope_type": "llama3", "rope_theta": _THETA, "factor": 8.0, "low_freq
 
 
 def _llama_cpp_divisors(rope: dict[str, Any]) -> list[float]:
-    """As llama.cpp's convert_hf_to_gguf.py writes them."""
+    """The divisors that llama.cpp's convert_hf_to_gguf.py writes."""
     divisors = []
     for index in range(_HEAD_DIM // 2):
         wavelength = 2 * math.pi * rope["rope_theta"] ** (2 * index / _HEAD_DIM)
@@ -44,17 +44,17 @@ def _assert_reads_as(folder: Path, file: Path) -> dict[str, Any]:
     expected = AutoModelForCausalLM.from_pretrained(folder)
     source = open_source(str(file))
     source.materialise([""])
-    found = source.skeleton()
+    model = source.skeleton()
     frequencies = expected.model.rotary_emb.inv_freq
-    torch.testing.assert_close(found.model.rotary_emb.inv_freq, frequencies, rtol=1e-6, atol=0)
-    assert found.model.rotary_emb.attention_scaling == pytest.approx(expected.model.rotary_emb.attention_scaling)
-    torch.testing.assert_close(found(_tokens()).logits, expected(_tokens()).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies, rtol=1e-6, atol=0)
+    assert model.model.rotary_emb.attention_scaling == pytest.approx(expected.model.rotary_emb.attention_scaling)
+    torch.testing.assert_close(model(_tokens()).logits, expected(_tokens()).logits, rtol=1e-4, atol=1e-5)
     rope: dict[str, Any] = source.config.rope_parameters
     return rope
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama_3_is_read_back_to_its_own_settings(factor: float, tmp_path: Path) -> None:
+def test_llama_3_scaling_is_read_back_unchanged(factor: float, tmp_path: Path) -> None:
     rope = _LLAMA3 | {"factor": factor}
     divisors = _llama_cpp_divisors(rope)
     assert len(set(divisors)) > 2
@@ -65,7 +65,7 @@ def test_llama_3_is_read_back_to_its_own_settings(factor: float, tmp_path: Path)
     assert _assert_reads_as(tmp_path / "m", file) == rope
 
 
-def test_any_divisors_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_other_divisors_are_kept_unchanged(tmp_path: Path) -> None:
     rope = _LLAMA3 | {"factor": 4.0, "low_freq_factor": 1.5, "original_max_position_embeddings": 512}
     file = tmp_path / "m.gguf"
     save_tiny_gguf(

@@ -28,11 +28,11 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_same(model: nn.Module, reference: nn.Module) -> None:
-    mine, other = tensors_of(model), tensors_of(reference)
-    assert mine.keys() == other.keys()
-    for name, value in other.items():
-        assert mine[name].dtype == value.dtype, name
-        assert torch.equal(mine[name], value), name
+    loaded, expected = tensors_of(model), tensors_of(reference)
+    assert loaded.keys() == expected.keys()
+    for name, value in expected.items():
+        assert loaded[name].dtype == value.dtype, name
+        assert torch.equal(loaded[name], value), name
 
 
 def in_memory(model: nn.Module) -> set[str]:
@@ -59,7 +59,7 @@ def test_walking_the_parts_gives_the_whole_model(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3"])
-def test_one_block_comes_and_goes_alone(family: str, tmp_path: Path) -> None:
+def test_single_block_is_loaded_and_released(family: str, tmp_path: Path) -> None:
     source = open_source(str(save_tiny(family, tmp_path)))
     model = source.skeleton()
     block = find_structure(model).blocks[1]
@@ -74,7 +74,7 @@ def test_one_block_comes_and_goes_alone(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensors_of(model)[name], value) for name, value in first.items())
 
 
-def test_a_prefix_is_a_whole_name(tmp_path: Path) -> None:
+def test_prefix_is_a_whole_name(tmp_path: Path) -> None:
     config = AutoConfig.for_model("gpt2", vocab_size=32, n_embd=8, n_head=2, n_layer=12, n_positions=16)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     source = open_source(str(tmp_path))
@@ -82,7 +82,7 @@ def test_a_prefix_is_a_whole_name(tmp_path: Path) -> None:
     assert {name.split(".")[2] for name in in_memory(source.skeleton())} == {"1"}
 
 
-def test_what_is_in_memory_is_not_read_again(tmp_path: Path) -> None:
+def test_tensors_in_memory_are_not_read_again(tmp_path: Path) -> None:
     source = open_source(str(save_tiny("llama", tmp_path)))
     source.materialise(["model.layers.0"])
     weight = source.skeleton().get_parameter("model.layers.0.mlp.up_proj.weight")
@@ -94,7 +94,7 @@ def test_what_is_in_memory_is_not_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["model.embed_tokens", "lm_head"])
-def test_tied_weights_are_one_parameter_whichever_name_is_asked(prefix: str, tmp_path: Path) -> None:
+def test_tied_weights_are_one_parameter_under_either_name(prefix: str, tmp_path: Path) -> None:
     source = open_source(str(save_tiny("qwen2", tmp_path)))
     model = source.skeleton()
     source.materialise([prefix])
@@ -105,7 +105,7 @@ def test_tied_weights_are_one_parameter_whichever_name_is_asked(prefix: str, tmp
     assert model.lm_head.weight.is_meta
 
 
-def test_a_tie_stored_under_the_name_of_the_head_only(tmp_path: Path, tokens: torch.Tensor) -> None:
+def test_tie_stored_only_under_the_name_of_the_head(tmp_path: Path, tokens: torch.Tensor) -> None:
     save_tiny("qwen2", tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
@@ -118,7 +118,7 @@ def test_a_tie_stored_under_the_name_of_the_head_only(tmp_path: Path, tokens: to
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_both_tied_weights_stored(equal: bool, tmp_path: Path, tokens: torch.Tensor) -> None:
+def test_tied_weights_stored_twice_stay_tied_only_if_equal(equal: bool, tmp_path: Path, tokens: torch.Tensor) -> None:
     save_tiny("qwen2", tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
@@ -136,7 +136,7 @@ def test_both_tied_weights_stored(equal: bool, tmp_path: Path, tokens: torch.Ten
 
 
 def test_experts_stored_one_by_one_are_fused_per_block(tmp_path: Path) -> None:
-    """transformers' own weight conversions run, many stored tensors to one parameter, and only those of the block; the
+    """transformers' own weight conversions join many stored tensors into one parameter, for this block alone. The
     skeleton has them split again."""
     config = AutoConfig.for_model(
         "mixtral", vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
@@ -155,7 +155,7 @@ def test_experts_stored_one_by_one_are_fused_per_block(tmp_path: Path) -> None:
 
 
 def test_one_stored_tensor_for_two_parameters_leaves_the_other_unloaded(tmp_path: Path) -> None:
-    """A tensor that is split on loading fills parameters outside the prefix too; those are let go again."""
+    """A tensor that is split on loading also fills parameters outside the prefix. Those are released again."""
     from transformers.core_model_loading import Chunk, WeightConverter
 
     from shiftadd_cli.source.loading import Loader
@@ -166,7 +166,7 @@ def test_one_stored_tensor_for_two_parameters_leaves_the_other_unloaded(tmp_path
     reference = AutoModelForCausalLM.from_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     for i in range(2):
-        pair = [stored.pop(f"model.layers.{i}.mlp.{each}_proj.weight") for each in ("gate", "up")]
+        pair = [stored.pop(f"model.layers.{i}.mlp.{kind}_proj.weight") for kind in ("gate", "up")]
         stored[f"model.layers.{i}.mlp.both.weight"] = torch.cat(pair)
     save_file(stored, tmp_path / "model.safetensors")
 
@@ -182,17 +182,17 @@ def test_one_stored_tensor_for_two_parameters_leaves_the_other_unloaded(tmp_path
     assert_same(model, reference)
 
 
-def test_loading_needs_no_gradients_and_leaves_the_environment(tmp_path: Path) -> None:
+def test_loading_needs_no_gradients_and_leaves_the_environment_alone(tmp_path: Path) -> None:
     before = dict(os.environ), logging.is_progress_bar_enabled()
     source = open_source(str(save_tiny("llama", tmp_path)))
     source.materialise([""])
     assert (dict(os.environ), logging.is_progress_bar_enabled()) == before
-    assert not any(each.requires_grad for each in source.skeleton().parameters())
+    assert not any(parameter.requires_grad for parameter in source.skeleton().parameters())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tiny.gguf"])
-@pytest.mark.parametrize("left", [None, 3000])
-def test_files_that_change_after_opening_are_reported(left: int | None, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("remaining", [None, 3000])
+def test_files_that_change_after_opening_are_reported(remaining: int | None, name: str, tmp_path: Path) -> None:
     file = tmp_path / name
     if name == "tiny.gguf":
         save_tiny_gguf(file)
@@ -201,7 +201,7 @@ def test_files_that_change_after_opening_are_reported(left: int | None, name: st
         source = open_source(str(save_tiny("llama", tmp_path)))
     content = file.read_bytes()
     file.unlink()
-    if left is not None:
-        file.write_bytes(content[:left])
+    if remaining is not None:
+        file.write_bytes(content[:remaining])
     with pytest.raises(SourceError, match=r"could not be (read|loaded)"):
         source.materialise(["model.layers.0"])

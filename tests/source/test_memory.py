@@ -20,7 +20,7 @@ def _resident_bytes() -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps and returns memory this way")
 def test_gaps_between_living_blocks_are_returned() -> None:
-    # Blocks of 64 KiB lie on the heap; every second one lives on, so the heap cannot shrink by itself.
+    # Blocks of 64 KiB lie on the heap. Every second one stays alive, so the heap cannot shrink by itself.
     blocks = [torch.ones(16384) for _ in range(2000)]
     del blocks[::2]
     gc.collect()

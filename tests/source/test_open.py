@@ -33,14 +33,14 @@ def test_opening_reads_no_weights(tmp_path: Path) -> None:
     start = 8 + int.from_bytes(content[:8], "little")
     file.write_bytes(content[:start] + b"\xff" * (len(content) - start))
     model = open_source(str(folder)).skeleton()
-    assert all(each.is_meta for each in (*model.parameters(), *model.buffers()))
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [("auto", torch.float16), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+    ("requested", "expected"), [("auto", torch.float16), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]
 )
-def test_dtype(asked: str, expected: torch.dtype, tmp_path: Path) -> None:
-    source = open_source(str(save_tiny("llama", tmp_path, dtype=torch.float16)), dtype=asked)
+def test_source_has_the_requested_dtype(requested: str, expected: torch.dtype, tmp_path: Path) -> None:
+    source = open_source(str(save_tiny("llama", tmp_path, dtype=torch.float16)), dtype=requested)
     assert source.dtype == source.config.dtype == expected
     source.materialise(["model.layers.0"])
     weight = source.skeleton().get_parameter("model.layers.0.mlp.up_proj.weight")
@@ -48,7 +48,7 @@ def test_dtype(asked: str, expected: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(weight, stored.to(expected))
 
 
-def test_dtype_of_the_weights_where_the_config_says_nothing(tmp_path: Path) -> None:
+def test_weights_give_the_dtype_if_the_config_has_none(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path, dtype=torch.bfloat16)
     config = folder / "config.json"
     lines = [line for line in config.read_text().splitlines() if '"dtype"' not in line]
@@ -56,13 +56,13 @@ def test_dtype_of_the_weights_where_the_config_says_nothing(tmp_path: Path) -> N
     assert open_source(str(folder)).dtype == torch.bfloat16
 
 
-def test_unknown_dtype(tmp_path: Path) -> None:
+def test_unknown_dtype_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no dtype 'int8'.*use auto, float32, float16, bfloat16"):
         open_source(str(tmp_path), dtype="int8")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whole_model(family: str, tmp_path: Path) -> None:
+def test_whole_model_matches_transformers(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path, dtype=torch.bfloat16)
     source = open_source(str(tmp_path))
     tokens = torch.arange(VOCAB_SIZE).reshape(4, -1)
@@ -72,15 +72,15 @@ def test_whole_model(family: str, tmp_path: Path) -> None:
         assert not model.training
         assert model.dtype == reference.dtype
         assert torch.equal(model(tokens).logits, reference(tokens).logits)
-    assert all(each.is_meta for each in source.skeleton().parameters())
+    assert all(parameter.is_meta for parameter in source.skeleton().parameters())
 
 
-def test_the_same_files_at_another_dtype_are_a_source_of_their_own(tmp_path: Path) -> None:
+def test_same_files_at_another_dtype_are_a_separate_source(tmp_path: Path) -> None:
     source = open_source(str(save_tiny("qwen2", tmp_path, dtype=torch.bfloat16)))
     twin = source.at(torch.float32)
     twin.materialise([""])
     assert (source.dtype, twin.dtype) == (torch.bfloat16, torch.float32)
     assert twin.fingerprint == source.fingerprint
-    assert all(each.is_meta for each in source.skeleton().parameters())
+    assert all(parameter.is_meta for parameter in source.skeleton().parameters())
     expected = source.load_model(torch.float32).state_dict()
-    assert all(torch.equal(each, expected[name]) for name, each in twin.skeleton().state_dict().items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in twin.skeleton().state_dict().items())

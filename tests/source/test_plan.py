@@ -1,4 +1,4 @@
-"""What a checkpoint must hold for a model, decided from headers."""
+"""The tensors that a checkpoint must hold for a model, judged from headers alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_any_missing_tensor_is_named(family: str, tmp_path: Path) -> None:
     assert name in str(caught.value) or "lm_head.weight" in str(caught.value) or "embed" in str(caught.value)
 
 
-def test_a_wrong_shape_names_both(tmp_path: Path) -> None:
+def test_wrong_shape_is_named_with_the_expected_one(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     _rewrite(tmp_path, {"model.layers.1.mlp.up_proj.weight": torch.zeros(100, 40)})
     with pytest.raises(SourceError, match=r"up_proj\.weight of .* has shape \[100, 40\], .* \[100, 48\]"):
@@ -42,23 +42,23 @@ def test_a_wrong_shape_names_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_packed_weights_without_a_word_in_the_config(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_packed_weights_without_a_config_entry_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     _rewrite(tmp_path, {"model.layers.0.mlp.up_proj.weight": torch.zeros(100, 48).to(dtype)})
     with pytest.raises(SourceError, match="already quantized; give the original"):
         open_source(str(tmp_path))
 
 
-def test_tensors_the_model_does_not_know_are_ignored(tmp_path: Path) -> None:
+def test_unknown_tensors_are_ignored(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     _rewrite(tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6), "extra": torch.zeros(1)})
     source = open_source(str(tmp_path))
     source.materialise([""])
-    assert not any(each.is_meta for each in source.skeleton().parameters())
+    assert not any(parameter.is_meta for parameter in source.skeleton().parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.bool])
-def test_weights_that_are_no_floats(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_integer_weights_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     _rewrite(tmp_path, {"model.layers.0.mlp.up_proj.weight": torch.zeros(100, 48).to(dtype)})
     with pytest.raises(SourceError, match=r"up_proj\.weight of .* already quantized; give the original"):
@@ -66,7 +66,7 @@ def test_weights_that_are_no_floats(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32])
-def test_quantized_weights_among_tensors_that_are_fused_when_read(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_quantized_weights_among_fused_tensors_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "mixtral", vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4,
@@ -79,7 +79,7 @@ def test_quantized_weights_among_tensors_that_are_fused_when_read(dtype: torch.d
         open_source(str(tmp_path))
 
 
-def test_two_tensors_for_one_parameter(tmp_path: Path) -> None:
+def test_two_tensors_for_one_parameter_are_refused(tmp_path: Path) -> None:
     save_tiny("qwen2", tmp_path)
     _rewrite(tmp_path, {"norm.weight": torch.zeros(32)})
     with pytest.raises(SourceError, match=r"twice, as model\.norm\.weight and as norm\.weight"):

@@ -1,21 +1,23 @@
-"""The limit is what a model can run, found by running one token more; what has no end has none, or the trained one."""
+"""Position limits: a model runs exactly that many tokens. Without a hard limit, the trained length counts, or none."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.source.positions import position_limit, window_length
 
-_COMMON = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
-_GPT = {**_COMMON, "n_embd": 32, "n_head": 2, "n_layer": 1, "n_positions": 16}
-_BERT = {**_COMMON, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "max_position_embeddings": 16, "is_decoder": True}  # fmt: skip
-_ROTARY = {**_COMMON, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-           "max_position_embeddings": 16}  # fmt: skip
-TABLES = {
+_COMMON: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+_GPT: dict[str, Any] = {**_COMMON, "n_embd": 32, "n_head": 2, "n_layer": 1, "n_positions": 16}
+_BERT: dict[str, Any] = {**_COMMON, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+                         "num_attention_heads": 2, "max_position_embeddings": 16, "is_decoder": True}  # fmt: skip
+_ROTARY: dict[str, Any] = {**_COMMON, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+                           "num_attention_heads": 2, "max_position_embeddings": 16}  # fmt: skip
+TABLES: dict[str, dict[str, Any]] = {
     "opt": {**_COMMON, "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
             "max_position_embeddings": 16, "word_embed_proj_dim": 32},
     "gpt2": _GPT,
@@ -36,7 +38,7 @@ TABLES = {
 }  # fmt: skip
 
 
-def runs(model, length: int) -> bool:
+def runs(model: PreTrainedModel, length: int) -> bool:
     try:
         with torch.no_grad():
             model(input_ids=torch.full((1, length), 5), use_cache=False)
@@ -46,7 +48,7 @@ def runs(model, length: int) -> bool:
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_a_table_of_positions_ends_at_the_limit(kind):
+def test_table_of_positions_ends_at_the_limit(kind: str) -> None:
     config = AutoConfig.for_model(kind, **TABLES[kind])
     limit = position_limit(config)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -56,7 +58,7 @@ def test_a_table_of_positions_ends_at_the_limit(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi", "gpt_neox"])
-def test_rotary_positions_have_the_limit_that_the_configuration_names(kind):
+def test_rotary_positions_have_the_configured_limit(kind: str) -> None:
     config = AutoConfig.for_model(kind, **_ROTARY)
     assert position_limit(config) == 16
     assert runs(AutoModelForCausalLM.from_config(config).eval(), 40)
@@ -69,16 +71,16 @@ def test_rotary_positions_have_the_limit_that_the_configuration_names(kind):
         ({"rope_type": "linear", "factor": 4.0}, 64),
         ({"rope_type": "dynamic", "factor": 2.0}, 32),
         ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}, 128),
-        # The configuration already counts what scaling gains.
+        # The configuration already includes the gain from scaling.
         ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}, 16),
     ],
 )
-def test_scaled_rotary_positions_reach_further(scaling, expected):
+def test_scaled_rotary_positions_reach_further(scaling: dict[str, Any], expected: int) -> None:
     config = AutoConfig.for_model("llama", **_ROTARY, rope_parameters={"rope_theta": 10000.0, **scaling})
     assert position_limit(config) == expected
 
 
-def test_what_has_no_end_has_no_limit():
+def test_positions_without_an_end_have_no_limit() -> None:
     bloom = AutoConfig.for_model("bloom", **_COMMON, hidden_size=32, n_head=2, n_layer=1)
     assert position_limit(bloom) is None
     alibi = AutoConfig.for_model("falcon", **_ROTARY, alibi=True)
@@ -87,12 +89,12 @@ def test_what_has_no_end_has_no_limit():
     assert position_limit(AutoConfig.for_model("mamba")) is None
 
 
-def test_a_sliding_window_is_no_limit():
+def test_sliding_window_is_not_a_limit() -> None:
     config = AutoConfig.for_model("mistral", **_ROTARY, sliding_window=4)
     assert position_limit(config) == 16
 
 
-def test_the_default_is_shortened_and_a_wish_refused():
+def test_default_length_is_shortened_and_explicit_length_refused() -> None:
     limits = {"long": 64, "short": 16, "endless": None}
     assert window_length(None, 32, limits, "`seq_len`") == 16
     assert window_length(None, 8, limits, "`seq_len`") == 8

@@ -37,8 +37,8 @@ def _fingerprint(folder: Path) -> str:
 
 
 def test_shards_are_one_checkpoint(sharded: Path, tmp_path: Path) -> None:
-    whole = save_tiny("llama", tmp_path / "whole")
-    stored = load_file(whole / "model.safetensors")
+    single = save_tiny("llama", tmp_path / "single")
+    stored = load_file(single / "model.safetensors")
     files = SafetensorsFolder(sharded)
     assert list(files.files) == _shards(sharded)
     assert len(files.files) > 3
@@ -49,7 +49,7 @@ def test_shards_are_one_checkpoint(sharded: Path, tmp_path: Path) -> None:
         assert all(torch.equal(lazy[name][...], value) for name, value in stored.items())
 
 
-def test_a_missing_shard(sharded: Path) -> None:
+def test_missing_shard_is_named(sharded: Path) -> None:
     _shards(sharded)[1].unlink()
     with pytest.raises(SourceError, match=r"model-00002-of-\d+\.safetensors that the index names is missing"):
         open_source(str(sharded))
@@ -62,7 +62,7 @@ def test_every_shard_is_checked_to_its_end(sharded: Path) -> None:
         open_source(str(sharded))
 
 
-def test_a_tensor_that_is_not_where_the_index_says(sharded: Path) -> None:
+def test_tensor_missing_from_its_listed_shard_is_named(sharded: Path) -> None:
     _change_index(sharded, "model.norm.weight", _shards(sharded)[0].name)
     with pytest.raises(SourceError, match=r"lacks 1 tensors .* \(first: model\.norm\.weight\)"):
         open_source(str(sharded))
@@ -72,7 +72,7 @@ def test_a_tensor_that_is_not_where_the_index_says(sharded: Path) -> None:
     "shard",
     ["../w.safetensors", "/etc/passwd", "a/../../w.safetensors", "..\\w.safetensors", "C:\\w.safetensors", "w\0"],
 )
-def test_an_index_must_stay_in_its_folder(shard: str, sharded: Path) -> None:
+def test_index_must_stay_in_its_folder(shard: str, sharded: Path) -> None:
     save_file({"model.norm.weight": torch.zeros(48)}, sharded.parent / "w.safetensors")
     _change_index(sharded, "model.norm.weight", shard)
     with pytest.raises(SourceError, match="names a file outside its folder"):
@@ -82,7 +82,7 @@ def test_an_index_must_stay_in_its_folder(shard: str, sharded: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": 5}']
 )
-def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
+def test_invalid_index_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).write_text(content)
     with pytest.raises(SourceError, match=f"{INDEX_FILE}.*download it again"):
         read_index(tmp_path / INDEX_FILE)
@@ -96,14 +96,14 @@ def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
         ("notes.md", r"holds no weights: neither model\.safetensors nor"),
     ],
 )
-def test_other_weights_or_none(name: str, message: str, tmp_path: Path) -> None:
+def test_folder_with_other_weights_or_none_is_refused(name: str, message: str, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
     with pytest.raises(SourceError, match=message):
         open_source(str(tmp_path))
 
 
-def test_fingerprint_is_of_content_not_of_place(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_content_not_on_location(tmp_path: Path) -> None:
     first = _fingerprint(save_tiny("llama", tmp_path / "one"))
     assert len(first) == hashlib.sha256().digest_size * 2
     assert _fingerprint(save_tiny("llama", tmp_path / "two")) == first
@@ -123,44 +123,44 @@ def test_stored_dtype_is_that_of_most_numbers(tmp_path: Path) -> None:
 
 
 def _stray(sharded: Path, change: float) -> Path:
-    """One file beside the shards, as an earlier save has left it."""
+    """Write a single file beside the shards, as an earlier save may have left it."""
     stored = {name: value for shard in _shards(sharded) for name, value in load_file(shard).items()}
     stored["model.norm.weight"] = stored["model.norm.weight"] + change
     save_file(stored, sharded / "model.safetensors", metadata={"format": "pt"})
     return sharded
 
 
-def test_one_file_that_differs_from_the_shards_beside_it(sharded: Path) -> None:
+def test_single_file_that_differs_from_the_shards_is_refused(sharded: Path) -> None:
     with pytest.raises(SourceError, match=r"holds model\.safetensors and, with other content, the shards"):
         open_source(str(_stray(sharded, 1e-3)))
 
 
-def test_one_file_of_other_tensors_than_the_shards_beside_it(sharded: Path) -> None:
+def test_single_file_with_other_tensors_than_the_shards_is_refused(sharded: Path) -> None:
     save_file({"model.norm.weight": torch.ones(48)}, sharded / "model.safetensors")
     with pytest.raises(SourceError, match="with other content"):
         open_source(str(sharded))
 
 
-def test_one_file_that_is_the_same_as_the_shards_beside_it(sharded: Path) -> None:
+def test_single_file_equal_to_the_shards_is_accepted(sharded: Path) -> None:
     before = _fingerprint(sharded)
     assert _fingerprint(_stray(sharded, 0.0)) == before
 
 
-def test_an_index_that_is_left_without_its_shards(sharded: Path) -> None:
+def test_index_without_its_shards_is_ignored(sharded: Path) -> None:
     _stray(sharded, 0.0)
     for shard in _shards(sharded):
         shard.unlink()
     assert [file.name for file in SafetensorsFolder(sharded).files] == ["model.safetensors"]
 
 
-def test_a_tensor_in_two_shards(sharded: Path) -> None:
+def test_tensor_in_two_shards_is_refused(sharded: Path) -> None:
     first, second = _shards(sharded)[:2]
     save_file(load_file(first) | dict([next(iter(load_file(second).items()))]), first)
     with pytest.raises(SourceError, match=rf"is in .*{first.name} and in .*{second.name}"):
         open_source(str(sharded))
 
 
-def test_a_tensor_of_a_shard_that_the_index_does_not_list(sharded: Path) -> None:
+def test_tensor_that_the_index_does_not_list_is_left_behind(sharded: Path) -> None:
     shard = _shards(sharded)[0]
     save_file(load_file(shard) | {"extra": torch.ones(5)}, shard)
-    assert [(left.part, left.nbytes) for left in open_source(str(sharded)).left_behind] == [("extra", 20)]
+    assert [(entry.part, entry.nbytes) for entry in open_source(str(sharded)).left_behind] == [("extra", 20)]

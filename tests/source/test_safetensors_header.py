@@ -42,7 +42,7 @@ def _entry(shape: Any = (2,), offsets: Any = (0, 8), dtype: Any = "F32") -> dict
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def test_a_sound_file(file: Path) -> None:
+def test_sound_file_is_read(file: Path) -> None:
     headers, raw = read_header(file)
     assert {name: (tuple(value.shape), value.dtype) for name, value in TENSORS.items()} == {
         name: (header.shape, header.dtype) for name, header in headers.items()
@@ -78,30 +78,30 @@ def test_damage_is_named(header: Any, data: bytes, message: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x01\x02", struct.pack("<Q", 2**40) + b"{}", struct.pack("<Q", 3) + b"{}"])
-def test_no_room_for_a_header(content: bytes, tmp_path: Path) -> None:
+def test_file_too_short_for_its_header_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(SourceError, match=r"is damaged: .*download or copy the file again"):
         read_header(tmp_path / "w.safetensors")
 
 
-def test_a_git_lfs_pointer_says_how_to_get_the_file(tmp_path: Path) -> None:
+def test_git_lfs_pointer_says_how_to_get_the_file(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(SourceError, match="git lfs pull"):
         read_header(tmp_path / "w.safetensors")
 
 
 def test_every_truncation_is_refused(file: Path) -> None:
-    whole = file.read_bytes()
-    for length in range(len(whole)):
-        file.write_bytes(whole[:length])
+    content = file.read_bytes()
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
         with pytest.raises(SourceError):
             read_header(file)
 
 
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_changed_header_byte_is_refused_or_still_a_sound_table(file: Path, position: int, value: int) -> None:
-    """Whatever we accept, the reference reader must accept with the same names and shapes."""
+def test_changed_header_byte_is_refused_or_gives_a_sound_table(file: Path, position: int, value: int) -> None:
+    """The reference reader must accept whatever we accept, with the same names and shapes."""
     save_file(TENSORS, file, metadata={"format": "pt"})
     content = bytearray(file.read_bytes())
     (length,) = struct.unpack("<Q", content[:8])

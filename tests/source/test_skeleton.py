@@ -1,4 +1,4 @@
-"""The empty model against the one transformers would load into."""
+"""The empty model against the one that transformers would load into."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from shiftadd_cli.source.skeleton import build_skeleton, tied_groups
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_tensors_as_the_real_model_and_all_on_meta(family: str) -> None:
+def test_skeleton_has_the_tensors_of_the_real_model_on_meta(family: str) -> None:
     real = tiny_model(family)
     model = build_skeleton(type(real), real.config, torch.bfloat16)
     assert not model.training
     assert {n: v.shape for n, v in model.state_dict().items()} == {n: v.shape for n, v in real.state_dict().items()}
-    assert all(each.is_meta for each in (*model.parameters(), *model.buffers()))
-    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert tied_groups(model) == tied_groups(real)
 
 
-def test_the_given_configuration_is_not_changed() -> None:
+def test_configuration_is_not_changed() -> None:
     config = tiny_config("llama")
     before = config.to_dict()
     model = build_skeleton(type(tiny_model("llama")), config, torch.float16)
@@ -30,7 +30,7 @@ def test_the_given_configuration_is_not_changed() -> None:
     assert model.config.dtype == torch.float16
 
 
-def test_parameters_kept_in_float32_are_so_from_the_start() -> None:
+def test_parameters_kept_in_float32_start_in_float32() -> None:
     config = AutoConfig.for_model(
         "deepseek_v3", vocab_size=64, hidden_size=32, intermediate_size=40, moe_intermediate_size=16,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_group=1, topk_group=1,
@@ -43,8 +43,8 @@ def test_parameters_kept_in_float32_are_so_from_the_start() -> None:
     assert tensors["model.layers.1.self_attn.o_proj.weight"].dtype == torch.bfloat16
 
 
-def test_parameters_a_class_creates_off_meta_are_moved() -> None:
-    """DiffLlama makes its lambdas on the CPU even under a meta device; left there they would never be loaded."""
+def test_parameters_created_off_meta_are_moved() -> None:
+    """DiffLlama makes its lambdas on the CPU even under a meta device. Left there, they would never be loaded."""
     config = AutoConfig.for_model(
         "diffllama", vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2,
@@ -53,7 +53,7 @@ def test_parameters_a_class_creates_off_meta_are_moved() -> None:
     assert model.get_parameter("model.layers.0.self_attn.lambda_q1").is_meta
 
 
-def test_a_configuration_the_class_refuses() -> None:
+def test_configuration_that_the_class_rejects_is_refused() -> None:
     real = tiny_model("gpt2")
     real.config.n_head = 5
     with pytest.raises(SourceError, match=r"GPT2LMHeadModel cannot be built.*config\.json"):

@@ -1,4 +1,4 @@
-"""Structure against what each architecture is known to hold, and the refusals."""
+"""The structure of each architecture against its known layers, and the refusals."""
 
 from __future__ import annotations
 
@@ -38,37 +38,43 @@ def _on_meta(family: str) -> PreTrainedModel:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_and_linears_of_each_family(family: str) -> None:
     model = _on_meta(family)
-    found = find_structure(model)
+    structure = find_structure(model)
     block_list, kinds = EXPECTED[family]
     depth = model.config.num_hidden_layers
-    assert found.block_list == block_list
-    assert found.blocks == tuple(f"{block_list}.{i}" for i in range(depth))
-    assert {(each.block, each.kind) for each in found.linears} == {(i, kind) for i in range(depth) for kind in kinds}
-    assert all(each.name == f"{found.blocks[each.block]}.{each.kind}" for each in found.linears)
+    assert structure.block_list == block_list
+    assert structure.blocks == tuple(f"{block_list}.{i}" for i in range(depth))
+    assert {(linear.block, linear.kind) for linear in structure.linears} == {
+        (i, kind) for i in range(depth) for kind in kinds
+    }
+    assert all(linear.name == f"{structure.blocks[linear.block]}.{linear.kind}" for linear in structure.linears)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sizes_are_those_of_the_computation(family: str) -> None:
+def test_sizes_match_the_computation(family: str) -> None:
     model = tiny_model(family)
-    for each in find_structure(model).linears:
-        module = model.get_submodule(each.name)
-        assert module(torch.zeros(1, each.in_features)).shape == (1, each.out_features)
-        shape = (each.in_features, each.out_features) if each.transposed else (each.out_features, each.in_features)
-        assert tuple(module.weight.shape) == shape
-        assert each.transposed == isinstance(module, Conv1D) == (family == "gpt2")
-        assert each.has_bias == ("bias" in dict(module.named_parameters()))
+    for linear in find_structure(model).linears:
+        module = model.get_submodule(linear.name)
+        assert module(torch.zeros(1, linear.in_features)).shape == (1, linear.out_features)
+        shape = (
+            (linear.in_features, linear.out_features)
+            if linear.transposed
+            else (linear.out_features, linear.in_features)
+        )
+        assert tuple(model.get_parameter(f"{linear.name}.weight").shape) == shape
+        assert linear.transposed == isinstance(module, Conv1D) == (family == "gpt2")
+        assert linear.has_bias == ("bias" in dict(module.named_parameters()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_accounted_for(family: str) -> None:
     model = _on_meta(family)
-    found = find_structure(model)
+    structure = find_structure(model)
     owners = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
-    assert owners == {each.name for each in found.linears} | {name for name, _ in found.kept}
-    reasons = dict(found.kept)
+    assert owners == {linear.name for linear in structure.linears} | {name for name, _ in structure.kept}
+    reasons = dict(structure.kept)
     assert reasons[next(n for n, m in model.named_modules() if m is model.get_input_embeddings())] == "embedding"
     assert reasons["lm_head"] == "output head"
-    for name, reason in found.kept:
+    for name, reason in structure.kept:
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear):
             assert reason in ("output head", "outside the blocks")
@@ -77,10 +83,10 @@ def test_every_parameter_is_accounted_for(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outside_and_blocks_cover_every_tensor_once(family: str) -> None:
     model = _on_meta(family)
-    found = find_structure(model)
+    structure = find_structure(model)
     tensors = [n for n, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
     for name in tensors:
-        covers = [p for p in (*found.outside, *found.blocks) if name == p or name.startswith(p + ".")]
+        covers = [p for p in (*structure.outside, *structure.blocks) if name == p or name.startswith(p + ".")]
         assert len(covers) == 1, (name, covers)
 
 
@@ -91,20 +97,20 @@ def test_tied_groups_are_reported() -> None:
     ]
 
 
-def _kinds(found: Structure, block: int) -> set[str]:
-    return {each.kind for each in found.linears if each.block == block}
+def _kinds(structure: Structure, block: int) -> set[str]:
+    return {linear.kind for linear in structure.linears if linear.block == block}
 
 
-def test_skip_takes_modules_and_everything_below_them() -> None:
-    found = find_structure(_on_meta("llama"), skip=["*.down_proj", "model.layers.0.self_attn"])
-    assert _kinds(found, 0) == {"mlp.gate_proj", "mlp.up_proj"}
-    assert _kinds(found, 1) == EXPECTED["llama"][1] - {"mlp.down_proj"}
-    reasons = dict(found.kept)
+def test_skip_covers_modules_and_everything_below_them() -> None:
+    structure = find_structure(_on_meta("llama"), skip=["*.down_proj", "model.layers.0.self_attn"])
+    assert _kinds(structure, 0) == {"mlp.gate_proj", "mlp.up_proj"}
+    assert _kinds(structure, 1) == EXPECTED["llama"][1] - {"mlp.down_proj"}
+    reasons = dict(structure.kept)
     assert reasons["model.layers.1.mlp.down_proj"] == "skipped by *.down_proj"
     assert reasons["model.layers.0.self_attn.q_proj"] == "skipped by model.layers.0.self_attn"
 
 
-def test_a_pattern_that_matches_nothing_is_refused() -> None:
+def test_pattern_that_matches_nothing_is_refused() -> None:
     with pytest.raises(SourceError, match=r"'\*\.downproj' matches no module"):
         find_structure(_on_meta("llama"), skip=["*.downproj"])
 
@@ -126,9 +132,9 @@ def _mixture() -> PreTrainedModel:
 def test_fused_experts_are_refused_by_name_unless_skipped() -> None:
     with pytest.raises(SourceError, match=r"Only \d+% .*model\.layers\.0\.mlp\.experts.*`allow_partial=True`"):
         find_structure(_mixture())
-    found = find_structure(_mixture(), skip=["*.experts"])
-    assert _kinds(found, 0) >= {"self_attn.q_proj"}
-    assert dict(found.kept)["model.layers.1.mlp.experts"] == "skipped by *.experts"
+    structure = find_structure(_mixture(), skip=["*.experts"])
+    assert _kinds(structure, 0) >= {"self_attn.q_proj"}
+    assert dict(structure.kept)["model.layers.1.mlp.experts"] == "skipped by *.experts"
 
 
 class _Block(nn.Module):
@@ -139,7 +145,7 @@ class _Block(nn.Module):
 
 
 class _Toy(nn.Module):
-    """Nested lists, a smaller list beside the blocks, tensors that hang directly on the path to the blocks."""
+    """Nested lists, a smaller list beside the blocks, and tensors directly on the path to the blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,11 +157,11 @@ class _Toy(nn.Module):
 
 
 def test_outer_list_wins_and_loose_tensors_are_outside() -> None:
-    found = find_structure(_Toy())
-    assert found.blocks == ("body.steps.0", "body.steps.1")
-    assert _kinds(found, 1) == {"inner.0", "inner.1", "inner.2"}
-    assert set(found.outside) == {"start", "side", "body.table"}
-    assert dict(found.kept)["body.steps.0"] == "not a linear layer"
+    structure = find_structure(_Toy())
+    assert structure.blocks == ("body.steps.0", "body.steps.1")
+    assert _kinds(structure, 1) == {"inner.0", "inner.1", "inner.2"}
+    assert set(structure.outside) == {"start", "side", "body.table"}
+    assert dict(structure.kept)["body.steps.0"] == "not a linear layer"
 
 
 class _Scaled(nn.Linear):
@@ -164,25 +170,25 @@ class _Scaled(nn.Linear):
 
 
 class _Apart(nn.Linear):
-    """Computes what any linear does, as Falcon's does, bias apart."""
+    """Computes what any linear does, but adds the bias separately, as Falcon's does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         product = x @ self.weight.T
         return product if self.bias is None else product + self.bias
 
 
-def test_a_linear_with_a_forward_of_its_own_is_left_alone_unless_it_computes_the_same() -> None:
+def test_linear_with_its_own_forward_is_left_alone_unless_it_computes_the_same() -> None:
     model = nn.Module()
     model.steps = nn.ModuleList(
         [nn.Sequential(nn.Linear(4, 4), _Scaled(4, 4), _Apart(4, 6), _Apart(6, 4, bias=False)) for _ in range(2)]
     )
-    found = find_structure(model.to("meta"))
-    assert _kinds(found, 0) == {"0", "2", "3"}
-    assert dict(found.kept)["steps.0.1"] == "not a linear layer"
-    assert found.share == (16 + 24 + 24) / (16 + 16 + 24 + 24)
+    structure = find_structure(model.to("meta"))
+    assert _kinds(structure, 0) == {"0", "2", "3"}
+    assert dict(structure.kept)["steps.0.1"] == "not a linear layer"
+    assert structure.share == (16 + 24 + 24) / (16 + 16 + 24 + 24)
 
 
-def test_a_twin_leaves_the_module_as_it_was() -> None:
+def test_checking_a_linear_leaves_it_unchanged() -> None:
     module = _Apart(4, 6)
     weight = module.weight
     assert linear_sizes(module) == (6, 4, False)
@@ -193,21 +199,21 @@ def test_a_twin_leaves_the_module_as_it_was() -> None:
 def test_elements_of_different_kinds_are_blocks() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.ReLU(), nn.Linear(4, 8))])
-    found = find_structure(model)
-    assert found.blocks == ("layers.0", "layers.1")
-    assert [each.kind for each in found.linears] == ["0", "1"]
+    structure = find_structure(model)
+    assert structure.blocks == ("layers.0", "layers.1")
+    assert [linear.kind for linear in structure.linears] == ["0", "1"]
 
 
-def test_the_smaller_part_of_a_model_is_compressed_where_that_is_allowed() -> None:
+def test_small_part_of_a_model_is_compressed_if_allowed() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), _Scaled(4, 8)) for _ in range(2)])
     with pytest.raises(SourceError, match=r"Only 33% .*layers\.0\.1, a _Scaled, not a linear.*`allow_partial=True`"):
         find_structure(model)
     assert find_structure(model, allow_partial=True).share == 1 / 3
-    # Whoever names what stays has said it.
+    # Skipping modules by name counts as permission.
     assert find_structure(model, skip=["layers.*.1"]).share == 1
 
 
-def test_a_model_without_blocks_is_refused() -> None:
+def test_model_without_blocks_is_refused() -> None:
     with pytest.raises(SourceError, match="Sequential has no blocks"):
         find_structure(nn.Sequential(nn.Linear(4, 4)))

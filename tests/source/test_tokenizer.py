@@ -31,16 +31,16 @@ def _check_saved(spec: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_folder(family: str, tmp_path: Path) -> None:
+def test_tokenizer_of_a_folder_is_read_and_saved(family: str, tmp_path: Path) -> None:
     _check_saved(save_tiny(family, tmp_path / "model"), tmp_path / "out")
 
 
-def test_gguf(tmp_path: Path) -> None:
+def test_tokenizer_of_a_gguf_file_is_read_and_saved(tmp_path: Path) -> None:
     save_tiny_gguf(tmp_path / "tiny.gguf")
     _check_saved(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
-def test_folder_without_tokenizer(tmp_path: Path) -> None:
+def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path)
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -49,15 +49,15 @@ def test_folder_without_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [(), ("<|user|>",), ("<|user|>", "<|assistant|>")])
-def test_what_precedes_a_text_is_what_the_tokenizer_puts_there(before: tuple[str, ...]) -> None:
+def test_leading_tokens_are_those_that_the_tokenizer_adds(before: tuple[str, ...]) -> None:
     tokenizer = tiny_tokenizer(before=before)
     ids = leading_tokens(tokenizer)
     assert tokens_as_text(tokenizer, ids) == "".join(before)
-    bare, whole = (tokenizer(TEXT, add_special_tokens=added)["input_ids"] for added in (False, True))
-    assert whole == [*ids, *bare]
+    bare, full = (tokenizer(TEXT, add_special_tokens=added)["input_ids"] for added in (False, True))
+    assert full == [*ids, *bare]
 
 
-def test_a_token_at_the_end_of_a_text_does_not_precede_it() -> None:
+def test_trailing_token_is_not_a_leading_one() -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny_tokenizer()
@@ -68,12 +68,12 @@ def test_a_token_at_the_end_of_a_text_does_not_precede_it() -> None:
 
 
 @pytest.mark.parametrize("adds", [True, False])
-def test_a_gguf_file_says_itself_whether_its_tokenizer_begins_texts(tmp_path: Path, adds: bool) -> None:
+def test_gguf_file_decides_whether_texts_begin_with_bos(tmp_path: Path, adds: bool) -> None:
     save_tiny_gguf(tmp_path / "tiny.gguf", adds_bos=adds)
     assert leading_tokens(open_source(str(tmp_path / "tiny.gguf")).load_tokenizer()) == ((0,) if adds else ())
 
 
-def test_a_tokenizer_that_changes_the_text_with_its_special_tokens_is_refused() -> None:
+def test_tokenizer_whose_special_tokens_change_the_text_is_refused() -> None:
     class Odd:
         def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
             return {"input_ids": [1, 2] if add_special_tokens else [3]}
@@ -82,7 +82,7 @@ def test_a_tokenizer_that_changes_the_text_with_its_special_tokens_is_refused() 
         leading_tokens(Odd())
 
 
-def test_a_token_without_a_row_is_named() -> None:
+def test_token_without_a_row_is_named() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<x>"])
     assert unknown_token([1, 319], tokenizer, 320) is None

@@ -71,26 +71,26 @@ def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_buffers(remove_duplicate=False))
 
 
-def test_the_models_compute_buffers_of_many_kinds() -> None:
+def test_models_compute_buffers_of_many_kinds() -> None:
     assert sum(_unstored_count(name) > 0 for name in MODELS) >= 14
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_buffers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_buffers_match_those_of_transformers(name: str, tmp_path: Path) -> None:
     kind, settings = MODELS[name]
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(tmp_path)
     expected = _buffers(AutoModelForCausalLM.from_pretrained(tmp_path))
     source = open_source(str(tmp_path))
     source.materialise([""])
-    found = _buffers(source.skeleton())
-    assert found.keys() == expected.keys()
+    buffers = _buffers(source.skeleton())
+    assert buffers.keys() == expected.keys()
     for buffer, value in expected.items():
-        assert found[buffer].dtype == value.dtype, buffer
-        assert torch.equal(found[buffer], value), buffer
+        assert buffers[buffer].dtype == value.dtype, buffer
+        assert torch.equal(buffers[buffer], value), buffer
 
 
-def test_a_buffer_that_a_module_further_out_computes_is_there_when_its_block_is_read_alone(tmp_path: Path) -> None:
+def test_buffer_computed_by_an_outer_module_is_loaded_with_its_block(tmp_path: Path) -> None:
     kind, settings = MODELS["falcon_h1"]
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(tmp_path)
     source = open_source(str(tmp_path))
@@ -101,7 +101,9 @@ def test_a_buffer_that_a_module_further_out_computes_is_there_when_its_block_is_
 
 
 class _Owner(nn.Module):
-    """As much of a transformers model as computing buffers asks of it."""
+    """The part of a transformers model that computing buffers needs."""
+
+    scale: torch.Tensor
 
     def __init__(self, *, computed: int, random: bool = False) -> None:
         super().__init__()
@@ -114,7 +116,7 @@ class _Owner(nn.Module):
         self.weight.fill_(7.0)
 
 
-def test_what_is_computed_replaces_nothing_that_was_read() -> None:
+def test_computed_buffers_replace_nothing_that_was_read() -> None:
     model = _Owner(computed=4)
     compute_unstored(model, ["scale"], "m")
     assert model.scale.tolist() == [2.0] * 4
@@ -122,7 +124,7 @@ def test_what_is_computed_replaces_nothing_that_was_read() -> None:
 
 
 @pytest.mark.parametrize(("computed", "random"), [(0, False), (3, False), (4, True)])
-def test_what_is_not_computed_in_full_or_by_chance_is_refused_by_name(computed: int, random: bool) -> None:
+def test_partly_or_randomly_computed_buffer_is_refused_by_name(computed: int, random: bool) -> None:
     model = _Owner(computed=computed, random=random)
     with pytest.raises(SourceError, match=r"m lacks 1 tensors that _Owner needs .*\(first: scale\)"):
         compute_unstored(model, ["scale"], "m")
@@ -130,10 +132,10 @@ def test_what_is_not_computed_in_full_or_by_chance_is_refused_by_name(computed: 
     assert model.weight.tolist() == [3.0] * 2
 
 
-def test_a_model_that_does_not_compute_a_buffer_is_refused_before_any_work(
+def test_model_that_does_not_compute_a_buffer_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As remote code written for transformers 4, which computed buffers in the constructor alone."""
+    """Remote code for transformers 4 behaves like this, because it computed buffers only in the constructor."""
     from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1PreTrainedModel
 
     kind, settings = MODELS["falcon_h1"]

@@ -1,8 +1,9 @@
-"""Which class loads a vision checkpoint, and what is found in it."""
+"""The class that loads a vision checkpoint, and the structure of its model."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForMaskedImageModeling,
     CvtForImageClassification,
     FocalNetForImageClassification,
+    PreTrainedModel,
 )
 
 from shiftadd_cli.errors import SourceError
@@ -21,18 +23,18 @@ from shiftadd_cli.source.vision import vision_class
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_a_checkpoint_is_opened_as_the_class_it_was_saved_as(family, tmp_path):
+def test_checkpoint_is_opened_as_the_class_it_was_saved_as(family: str, tmp_path: Path) -> None:
     save_tiny_vision(family, tmp_path)
     source = open_source(str(tmp_path))
     assert source.reads_images
     assert [type(source.skeleton()).__name__] == json.loads((tmp_path / "config.json").read_text())["architectures"]
     expected = tiny_vision_model(family).state_dict()
-    found = source.load_model().state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    state = source.load_model().state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-def test_a_checkpoint_for_another_task_is_opened_as_the_bare_model(tmp_path):
+def test_checkpoint_for_another_task_is_opened_as_the_bare_model(tmp_path: Path) -> None:
     config = tiny_vision_model("vit").config
     config.encoder_stride = config.patch_size
     config.architectures = None
@@ -43,7 +45,7 @@ def test_a_checkpoint_for_another_task_is_opened_as_the_bare_model(tmp_path):
         open_source(str(tmp_path))
 
 
-def test_a_dual_model_is_refused_with_the_way_to_its_vision_tower(tmp_path):
+def test_dual_model_is_refused_with_a_hint_to_its_vision_tower(tmp_path: Path) -> None:
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = AutoConfig.for_model(
         "clip",
@@ -56,7 +58,7 @@ def test_a_dual_model_is_refused_with_the_way_to_its_vision_tower(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_the_image_processor_works_without_torchvision_and_is_required(tmp_path):
+def test_image_processor_works_without_torchvision_and_is_required(tmp_path: Path) -> None:
     save_tiny_vision("vit", tmp_path)
     assert open_source(str(tmp_path)).load_image_processor().size == {"height": 16, "width": 16}
     (tmp_path / "preprocessor_config.json").unlink()
@@ -68,7 +70,7 @@ def test_the_image_processor_works_without_torchvision_and_is_required(tmp_path)
         open_source(str(tmp_path)).load_image_processor()
 
 
-def test_stages_are_taken_apart_and_what_leads_from_one_to_the_next_is_a_block():
+def test_stages_are_split_and_downsampling_is_a_block() -> None:
     model = tiny_vision_model("swin")
     structure = find_structure(model)
     prefix = "swin.encoder.layers"
@@ -82,11 +84,11 @@ def test_stages_are_taken_apart_and_what_leads_from_one_to_the_next_is_a_block()
     }  # fmt: skip
     covered = (*structure.outside, *structure.blocks)
     for name, _ in (*model.named_parameters(), *model.named_buffers()):
-        assert sum(name == each or name.startswith(each + ".") for each in covered) == 1, name
+        assert sum(name == part or name.startswith(part + ".") for part in covered) == 1, name
 
 
 @pytest.mark.parametrize(("family", "classifier"), [("vit", True), ("deit-teacher", True), ("dinov2-bare", False)])
-def test_patch_embedding_and_classifier_are_kept_for_a_reason(family, classifier):
+def test_patch_embedding_and_classifier_are_kept_with_a_reason(family: str, classifier: bool) -> None:
     reasons = dict(find_structure(tiny_vision_model(family)).kept)
     assert list(reasons.values()).count("patch embedding") == 1
     heads = [name for name, reason in reasons.items() if reason == "classifier"]
@@ -98,7 +100,7 @@ def test_patch_embedding_and_classifier_are_kept_for_a_reason(family, classifier
     ("family", "expected"),
     [("cvt", CvtForImageClassification), ("focalnet", FocalNetForImageClassification)],
 )
-def test_a_class_that_says_nothing_of_what_it_reads_is_known_by_its_input(family, expected):
+def test_class_that_does_not_declare_its_input_is_recognized(family: str, expected: type[PreTrainedModel]) -> None:
     config = AutoConfig.for_model(family)
     config.architectures = [expected.__name__]
     assert vision_class(config, family) is expected

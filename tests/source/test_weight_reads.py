@@ -1,8 +1,9 @@
-"""Weights that other code than a layer's own forward computes with are seen, and questions about them are not."""
+"""Detection of weights that code besides a layer's own forward computes with. Queries do not count."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from shiftadd_cli.source.weight_reads import watching_weights, weights_read_by_o
 
 
 class Pair(nn.Module):
-    """Two linears, and something done with the weight of the first."""
+    """Two linears, and another use of the weight of the first."""
 
     def __init__(self, other: Callable[[nn.Linear, Tensor], object]) -> None:
         super().__init__()
@@ -49,12 +50,12 @@ def watched(pair: Pair) -> set[str]:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_weight_that_is_computed_with_is_seen(use: str) -> None:
+def test_weight_used_in_a_computation_is_detected(use: str) -> None:
     assert watched(Pair(USES[use])) == {"a"}
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_question_about_a_weight_is_no_use_of_it(question: str) -> None:
+def test_query_about_a_weight_is_not_a_use(question: str) -> None:
     assert watched(Pair(QUESTIONS[question])) == set()
 
 
@@ -66,7 +67,7 @@ def test_layers_that_share_a_weight_use_it_themselves() -> None:
     assert used == set()
 
 
-def test_nothing_is_left_behind() -> None:
+def test_no_hooks_are_left_behind() -> None:
     pair = Pair(USES["product"])
     watched(pair)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pair.modules())
@@ -76,9 +77,9 @@ READ = {"mamba": {"mixer.dt_proj"}, "jamba": {"mamba.dt_proj"}}
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES, *UNUSUAL])
-def test_models_run_without_values_and_show_which_weights_they_read(tmp_path, family: str) -> None:
+def test_models_run_without_values_and_show_which_weights_they_read(tmp_path: Path, family: str) -> None:
     model = open_source(str(save_tiny(family, tmp_path))).skeleton()
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     used = weights_read_by_others(model, tuple(name for name in linears if "head" not in name))
     assert {".".join(name.split(".")[-2:]) for name in used} == READ.get(family, set())
-    assert all(each.is_meta for each in model.parameters())
+    assert all(parameter.is_meta for parameter in model.parameters())

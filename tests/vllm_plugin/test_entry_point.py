@@ -13,16 +13,16 @@ else:
     tomllib = pytest.importorskip("tomllib")
 
 
-def test_the_entry_point_of_vllm_leads_to_a_function(repository: Path) -> None:
+def test_entry_point_for_vllm_is_a_function(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     ((name, value),) = project["entry-points"]["vllm.general_plugins"].items()
     assert callable(EntryPoint(name, value, "vllm.general_plugins").load())
 
 
-def test_what_computes_does_not_import_vllm() -> None:
+def test_computing_modules_do_not_import_vllm() -> None:
     program = (
         "import sys, shiftadd_cli.vllm_plugin.fused, shiftadd_cli.vllm_plugin.vocabulary\n"
         "print([name for name in sys.modules if name.partition('.')[0] == 'vllm'])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    assert result.stdout.strip() == "[]"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from artifacts import random_matrix
@@ -17,15 +19,15 @@ SHARDS = ("q", "k", "v")
 ROWS = (24, 8, 8)
 
 
-def qkv(bits: tuple[int, ...] = (3, 3, 3), **changes: object) -> dict[str, QuantizedWeight]:
+def qkv(bits: tuple[int, ...] = (3, 3, 3), **changes: Any) -> dict[str, QuantizedWeight]:
     return {
-        f"a.{shard}_proj": random_matrix(rows, seed, rotation="hadamard", bits=each, **changes)
-        for seed, (shard, rows, each) in enumerate(zip(SHARDS, ROWS, bits, strict=True))
+        f"a.{shard}_proj": random_matrix(rows, seed, rotation="hadamard", bits=width, **changes)
+        for seed, (shard, rows, width) in enumerate(zip(SHARDS, ROWS, bits, strict=True))
     }
 
 
 def loaded(weights: dict[str, QuantizedWeight], dtype: torch.dtype = torch.float32) -> FusedLinear:
-    layer = FusedLinear({name: each.layout for name, each in weights.items()}, dtype)
+    layer = FusedLinear({name: weight.layout for name, weight in weights.items()}, dtype)
     for shard, weight in zip(SHARDS, weights.values(), strict=True):
         for suffix, tensor in weight.tensors.items():
             layer.load(suffix, tensor, shard)
@@ -34,8 +36,8 @@ def loaded(weights: dict[str, QuantizedWeight], dtype: torch.dtype = torch.float
 
 
 def side_by_side(weights: dict[str, QuantizedWeight], x: Tensor) -> Tensor:
-    """The outputs of the parts as transformers computes them, each by itself."""
-    layers = [PackedLinear.from_weight(each) for each in weights.values()]
+    """The outputs of the parts, computed one by one as in transformers."""
+    layers = [PackedLinear.from_weight(weight) for weight in weights.values()]
     for layer in layers:
         layer.prepare()
     return torch.cat([layer(x) for layer in layers], dim=-1)
@@ -51,7 +53,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.parametrize(("bits", "calls"), [((3, 3, 3), 1), ((3, 3, 2), 2), ((4, 2, 3), 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_output_is_those_of_the_parts_side_by_side(
+def test_output_is_that_of_the_parts_side_by_side(
     kernel: str, bits: tuple[int, ...], calls: int, dtype: torch.dtype
 ) -> None:
     weights, x = qkv(bits), torch.randn(3, 36, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -59,13 +61,13 @@ def test_the_output_is_those_of_the_parts_side_by_side(
     assert len(layer.parts) == calls
     output, expected = layer(x), side_by_side(weights, x)
     assert output.dtype == dtype
-    # The same rows of the same sums; only torch's own products may go another way for other heights.
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
-    torch.testing.assert_close(output, expected, **tolerance)
+    # Every row is the same sum, but torch may compute products of other heights in another way.
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
 
 
 @needs_kernels
-def test_on_look_up_tables_joining_changes_no_bit() -> None:
+def test_joining_changes_no_bit_with_look_up_tables() -> None:
     weights, x = qkv(), torch.randn(5, 36)
     layer = loaded(weights)
     (only,) = layer.parts
@@ -76,28 +78,29 @@ def test_on_look_up_tables_joining_changes_no_bit() -> None:
 
 def test_outlier_columns_and_a_bias_are_added() -> None:
     weights, x, bias = qkv(outlier_columns=0.1), torch.randn(2, 36), torch.randn(40)
-    expected = torch.cat([x @ each.decode().T for each in weights.values()], -1) + bias
+    expected = torch.cat([x @ weight.decode().T for weight in weights.values()], -1) + bias
     torch.testing.assert_close(loaded(weights)(x, bias), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [(3, 3, 3), (3, 2, 2)])
-def test_compiles_into_one_graph(kernel: str, bits: tuple[int, ...]) -> None:
+def test_layer_compiles_into_one_graph(kernel: str, bits: tuple[int, ...]) -> None:
     layer, x = loaded(qkv(bits)), torch.randn(3, 36)
     with torch.inference_mode():
         compiled = torch.compile(lambda y: layer(y), fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_the_layer_shows_vllm_a_parameter_for_every_stored_tensor_until_it_is_loaded() -> None:
+def test_layer_has_a_parameter_per_stored_tensor_until_it_is_loaded() -> None:
     weights, layer = qkv((3, 3, 2)), nn.Module()
-    layer.compressed = FusedLinear({name: each.layout for name, each in weights.items()})
+    layer.compressed = FusedLinear({name: weight.layout for name, weight in weights.items()})
     open_gates(layer, layer.compressed)
     gates = dict(layer.named_parameters(recurse=False))
     assert set(gates) == {"weight_codes", "weight_exponents", "weight_row_scale", "weight_signs"}
     for shard, weight in zip(SHARDS, weights.values(), strict=True):
         for suffix, tensor in weight.tensors.items():
-            assert gates[suffix].dtype == tensor.dtype
-            gates[suffix].weight_loader(gates[suffix], tensor, shard)
+            gate: Any = gates[suffix]
+            assert gate.dtype == tensor.dtype
+            gate.weight_loader(gate, tensor, shard)
     close_gates(layer, layer.compressed)
     assert not dict(layer.named_parameters(recurse=False))
     layer.compressed.finish()
@@ -105,7 +108,7 @@ def test_the_layer_shows_vllm_a_parameter_for_every_stored_tensor_until_it_is_lo
     torch.testing.assert_close(layer.compressed(x), side_by_side(weights, x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_of_one_part_is_loaded_without_a_shard() -> None:
+def test_layer_of_one_part_loads_without_a_shard() -> None:
     weight = random_matrix(8, 0)
     layer = FusedLinear({"a.o_proj": weight.layout}, torch.float32)
     for suffix, tensor in weight.tensors.items():
@@ -116,9 +119,9 @@ def test_a_layer_of_one_part_is_loaded_without_a_shard() -> None:
     torch.testing.assert_close(layer(x), x @ weight.decode().T, rtol=1e-4, atol=1e-4)
 
 
-def test_a_tensor_that_never_came_is_named() -> None:
+def test_missing_tensor_is_named() -> None:
     weights = qkv()
-    layer = FusedLinear({name: each.layout for name, each in weights.items()})
+    layer = FusedLinear({name: weight.layout for name, weight in weights.items()})
     for shard, weight in zip(SHARDS, weights.values(), strict=True):
         for suffix, tensor in weight.tensors.items():
             if (shard, suffix) != ("k", "weight_exponents"):
@@ -127,8 +130,8 @@ def test_a_tensor_that_never_came_is_named() -> None:
         layer.finish()
 
 
-def test_tensors_that_do_not_fit_are_named() -> None:
-    layer = FusedLinear({name: each.layout for name, each in qkv().items()})
+def test_mismatched_tensors_are_named() -> None:
+    layer = FusedLinear({name: weight.layout for name, weight in qkv().items()})
     for suffix, tensor, sentence in (
         (
             "weight_codes",
@@ -142,7 +145,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
             layer.load(suffix, tensor, "k")
 
 
-def test_values_that_no_writer_stores_are_refused() -> None:
+def test_values_that_are_not_finite_are_refused() -> None:
     weights = qkv()
     weights["a.v_proj"].tensors["weight_row_scale"][3] = torch.inf
     with pytest.raises(ArtifactError, match=r"^a.v_proj.weight_row_scale holds values that are not finite"):

@@ -16,31 +16,31 @@ LISTED = {"a.q_proj", "a.k_proj", "a.v_proj", "a.o_proj", "b.gate_proj", "c.qkv_
         ("a.o_proj", ("a.o_proj",)),
         ("b.down_proj", ()),
         ("b.qkv_proj", ()),
-        # Models that store it as one (Phi-3).
+        # Some models store it as one (Phi-3).
         ("c.qkv_proj", ("c.qkv_proj",)),
     ],
 )
-def test_a_fused_layer_consists_of_the_listed_modules_in_vllms_order(prefix: str, names: tuple[str, ...]) -> None:
+def test_fused_layer_consists_of_the_listed_modules_in_order(prefix: str, names: tuple[str, ...]) -> None:
     assert part_names(prefix, PACKED, LISTED) == names
 
 
-def test_a_module_without_a_parent_has_a_name_too() -> None:
+def test_module_without_a_parent_has_parts_too() -> None:
     assert part_names("qkv_proj", PACKED, {"q_proj", "k_proj", "v_proj"}) == ("q_proj", "k_proj", "v_proj")
 
 
-def test_a_layer_compressed_in_part_is_refused() -> None:
+def test_partly_compressed_layer_is_refused() -> None:
     with pytest.raises(ArtifactError, match=r"^b.gate_proj is compressed and b.up_proj is not, .* --skip for both"):
         part_names("b.gate_up_proj", PACKED, LISTED)
 
 
 @pytest.mark.parametrize(
-    ("shard", "count", "place"), [(None, 1, 0), ("q", 3, 0), ("k", 3, 1), ("v", 3, 2), (0, 2, 0), (1, 2, 1), (0, 1, 0)]
+    ("shard", "count", "index"), [(None, 1, 0), ("q", 3, 0), ("k", 3, 1), ("v", 3, 2), (0, 2, 0), (1, 2, 1), (0, 1, 0)]
 )
-def test_shards_are_places(shard: object, count: int, place: int) -> None:
-    assert part_index(shard, count, "a") == place
+def test_shards_have_indices(shard: object, count: int, index: int) -> None:
+    assert part_index(shard, count, "a") == index
 
 
 @pytest.mark.parametrize(("shard", "count"), [(None, 2), ("z", 3), (2, 2), (-1, 2), ((0, 1), 3), (True, 2), ("v", 2)])
-def test_other_shards_are_refused(shard: object, count: int) -> None:
+def test_unknown_shards_are_refused(shard: object, count: int) -> None:
     with pytest.raises(ArtifactError, match=r"the part .* of a, of which the checkpoint has .*export"):
         part_index(shard, count, "a")

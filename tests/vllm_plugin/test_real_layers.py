@@ -1,4 +1,4 @@
-"""The plugin in vLLM's own layers, where vLLM is installed."""
+"""The plugin in vLLM's own layers, if vLLM is installed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def world() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A Llama whose value projections have other bits than query and key."""
+    """A Llama whose value projections have other bits than queries and keys."""
     own = {"v_proj": COMMON.replaced(bits=2)}
     folder = tmp_path_factory.mktemp("llama") / "out"
     return write_checkpoint(tiny_model("llama"), folder, own=own, tables=True, shard_bytes=10**9)
@@ -69,9 +69,9 @@ def layers_of_a_block(config: Any) -> dict[str, nn.Module]:
 
 
 def load(layers: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
-    """As the models of vLLM load: parameters by name, fused ones with the shard, and the methods' last word."""
+    """Load as vLLM's models do: parameters by name, fused ones with their shard, then the last step of each method."""
     parameters = {
-        f"{name}.{suffix}": each for name, layer in layers.items() for suffix, each in layer.named_parameters()
+        f"{name}.{suffix}": gate for name, layer in layers.items() for suffix, gate in layer.named_parameters()
     }
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
@@ -81,11 +81,12 @@ def load(layers: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
         if parameter is not None:
             parameter.weight_loader(parameter, tensor, *shard)
     for layer in layers.values():
-        layer.quant_method.process_weights_after_loading(layer)
+        method: Any = layer.quant_method
+        method.process_weights_after_loading(layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linears_of_a_block_compute_what_the_checkpoint_stands_for(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def test_linears_of_a_block_match_the_dense_model(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     torch.set_default_dtype(dtype)
     try:
         layers = layers_of_a_block(configured(checkpoint.folder))
@@ -111,14 +112,14 @@ def test_linears_of_a_block_compute_what_the_checkpoint_stands_for(checkpoint: C
         torch.testing.assert_close(
             output.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
         )
-        assert not [each for each, _ in layer.named_parameters(recurse=False)]
+        assert not [suffix for suffix, _ in layer.named_parameters(recurse=False)]
 
 
 def test_embedding_and_head_read_their_tables(checkpoint: Checkpoint) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     config = configured(checkpoint.folder, tie_word_embeddings=False)
-    # As vLLM's Llama, which does not tell the embedding its name.
+    # vLLM's Llama does not tell the embedding its name.
     layers = {
         "model.embed_tokens": VocabParallelEmbedding(VOCABULARY, HIDDEN, quant_config=config),
         "lm_head": ParallelLMHead(VOCABULARY, HIDDEN, quant_config=config, prefix="lm_head"),
@@ -130,7 +131,7 @@ def test_embedding_and_head_read_their_tables(checkpoint: Checkpoint) -> None:
     torch.testing.assert_close(logits[:, :VOCABULARY], checkpoint.dense.lm_head(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_tied_head_reads_the_embeddings_table(tmp_path: Path) -> None:
+def test_tied_head_reads_the_table_of_the_embedding(tmp_path: Path) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     stored = write_checkpoint(tiny_model("qwen2"), tmp_path / "out", tables=True, shard_bytes=10**9)
@@ -143,7 +144,7 @@ def test_a_tied_head_reads_the_embeddings_table(tmp_path: Path) -> None:
     torch.testing.assert_close(logits[:, :VOCABULARY], stored.dense.lm_head(x), rtol=1e-4, atol=1e-4)
 
 
-def test_layers_that_are_not_listed_stay_as_they_are(checkpoint: Checkpoint) -> None:
+def test_unlisted_layers_stay_unquantized(checkpoint: Checkpoint) -> None:
     from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 
     layer = ReplicatedLinear(8, 4, quant_config=configured(checkpoint.folder), prefix="model.other")

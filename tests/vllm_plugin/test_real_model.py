@@ -1,6 +1,6 @@
-"""A whole model of vLLM's, made and loaded by vLLM from a checkpoint of ours, where vLLM is installed.
+"""A model that vLLM builds and loads from one of our checkpoints, if vLLM is installed.
 
-Its attention needs vLLM's compiled operators and is not called.
+Its attention needs vLLM's compiled operators, so it is not called.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     register()
     with vllm_world():
         settings = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True)
-        whole = VllmConfig(model_config=settings)
-        with set_current_vllm_config(whole):
-            model = LlamaForCausalLM(vllm_config=whole)
+        config = VllmConfig(model_config=settings)
+        with set_current_vllm_config(config):
+            model = LlamaForCausalLM(vllm_config=config)
             model.load_weights(load_file(folder / "model.safetensors").items())
             process_weights_after_loading(model, settings, torch.device("cpu"))
             yield Loaded(checkpoint, model, settings.quantization)
 
 
-def test_vllm_chooses_the_plugin_by_the_checkpoint(loaded: Loaded) -> None:
+def test_vllm_chooses_the_plugin_from_the_checkpoint(loaded: Loaded) -> None:
     assert loaded.chosen == "shiftadd"
 
 
 @pytest.mark.parametrize("block", [0, 1])
-def test_blocks_compute_what_the_checkpoint_stands_for(loaded: Loaded, block: int) -> None:
+def test_blocks_match_the_dense_model(loaded: Loaded, block: int) -> None:
     mine, dense = loaded.model.model.layers[block], loaded.checkpoint.dense.model.layers[block]
     x, attention = torch.randn(3, 48), dense.self_attn
     with torch.inference_mode():
@@ -60,11 +60,11 @@ def test_blocks_compute_what_the_checkpoint_stands_for(loaded: Loaded, block: in
         torch.testing.assert_close(fused, apart, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(mine.self_attn.o_proj(x)[0], attention.o_proj(x), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(mine.mlp(x), dense.mlp(x), rtol=1e-4, atol=1e-4)
-    # Values have bits of their own.
-    assert [len(each.compressed.parts) for each in (mine.self_attn.qkv_proj, mine.mlp.gate_up_proj)] == [2, 1]
+    # Values have other bits than queries and keys.
+    assert [len(layer.compressed.parts) for layer in (mine.self_attn.qkv_proj, mine.mlp.gate_up_proj)] == [2, 1]
 
 
-def test_embedding_and_logits_are_those_of_the_tables(loaded: Loaded) -> None:
+def test_embedding_and_logits_match_the_dense_model(loaded: Loaded) -> None:
     ids, x, dense = torch.tensor([1, 5, 319]), torch.randn(3, 48), loaded.checkpoint.dense
     assert torch.equal(loaded.model.embed_input_ids(ids), dense.model.embed_tokens(ids))
     torch.testing.assert_close(loaded.model.compute_logits(x), dense.lm_head(x), rtol=1e-4, atol=1e-4)

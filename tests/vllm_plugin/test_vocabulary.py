@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -17,39 +19,39 @@ def table() -> dict[str, torch.Tensor]:
 
 
 def vocabulary(stored: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Vocabulary:
-    made = Vocabulary("a", ROWS, COLUMNS, padded=PADDED, dtype=dtype)
+    result = Vocabulary("a", ROWS, COLUMNS, padded=PADDED, dtype=dtype)
     for suffix, tensor in stored.items():
-        made.load(suffix, tensor)
-    made.finish()
-    return made
+        result.load(suffix, tensor)
+    result.finish()
+    return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_looks_up_rows_and_multiplies_by_them(dtype: torch.dtype) -> None:
-    made, stored = vocabulary(table(), dtype), table()
-    dense = decode_table(*stored.values())
+def test_vocabulary_looks_up_rows_and_multiplies_by_them(dtype: torch.dtype) -> None:
+    loaded, stored = vocabulary(table(), dtype), table()
+    dense = decode_table(stored["weight_int8"], stored["weight_int8_scale"])
     ids = torch.tensor([[0, 49], [7, 7]])
-    assert torch.equal(made.look_up(ids), dense[ids].to(dtype))
+    assert torch.equal(loaded.look_up(ids), dense[ids].to(dtype))
     x, bias = torch.randn(3, COLUMNS).to(dtype), torch.randn(PADDED).to(dtype)
-    logits = made.multiply(x, bias)
+    logits = loaded.multiply(x, bias)
     assert (logits.shape, logits.dtype) == ((3, PADDED), dtype)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
+    tolerance: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
     torch.testing.assert_close(logits[:, :ROWS].float(), (linear(x.float(), dense) + bias[:ROWS].float()), **tolerance)
-    assert torch.equal(made.multiply(x)[:, ROWS:], torch.zeros(3, PADDED - ROWS, dtype=dtype))
+    assert torch.equal(loaded.multiply(x)[:, ROWS:], torch.zeros(3, PADDED - ROWS, dtype=dtype))
 
 
-def test_both_uses_read_one_table() -> None:
-    made = vocabulary(table())
-    assert made.head.weight_int8 is made.embedding.weight_int8
-    assert made.head.weight_int8_scale is made.embedding.weight_int8_scale
+def test_embedding_and_head_share_one_table() -> None:
+    loaded = vocabulary(table())
+    assert loaded.head.weight_int8 is loaded.embedding.weight_int8
+    assert loaded.head.weight_int8_scale is loaded.embedding.weight_int8_scale
 
 
-def test_a_tensor_that_never_came_is_named() -> None:
+def test_missing_tensor_is_named() -> None:
     with pytest.raises(ArtifactError, match=r"^The checkpoint lacks the tensor a.weight_int8_scale; "):
         vocabulary({"weight_int8": table()["weight_int8"]})
 
 
-def test_tensors_that_do_not_fit_are_refused() -> None:
+def test_mismatched_tensors_are_refused() -> None:
     stored = table()
     with pytest.raises(ArtifactError, match=r"^a.weight_int8 has shape \[49, 12\]"):
         vocabulary(stored | {"weight_int8": stored["weight_int8"][1:]})

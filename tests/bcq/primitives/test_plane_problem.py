@@ -20,7 +20,7 @@ SHARED: dict[str, Any] = {"row_scale": False, "refine_rounds": 0}
 
 def objective_for(options: SolverOptions, columns: int, seed: int = 0) -> Objective:
     hessian = random_hessian(columns, seed)
-    # Hot last columns bring a ragged last group to the front of the sweep.
+    # Strong last columns bring a ragged last group to the front of the sweep.
     hessian[-4:] *= 30
     hessian[:, -4:] *= 30
     return build_objective(
@@ -34,7 +34,7 @@ def objective_for(options: SolverOptions, columns: int, seed: int = 0) -> Object
 
 
 def dense(problem: PlaneProblem, codes: Tensor, snapped: SnappedScales) -> Tensor:
-    """Weights `[out, in]` from codes `[out, in]` and scales."""
+    """Weights `[out, in]` of codes `[out, in]` and scales."""
     grid = problem.grid
     rows = torch.arange(grid.rows) // grid.group_rows
     columns = torch.arange(grid.columns) // grid.group_columns
@@ -58,7 +58,7 @@ SHAPES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("sweep", ["none", "static", "dynamic"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_codes_and_scales_stand_for_the_values_that_were_swept(shape: dict[str, Any], sweep: Any, offset: bool) -> None:
+def test_codes_and_scales_reproduce_the_swept_values(shape: dict[str, Any], sweep: Any, offset: bool) -> None:
     options = solver_options(bits=2, sweep=sweep, offset=offset, **shape)
     weights = random_weights(10, 148)
     problem = PlaneProblem(weights, objective_for(options, 148), options)

@@ -1,4 +1,4 @@
-"""Levels of shift layers: what they are sums of, what each code means, and that the lists are the best there are."""
+"""Levels of shift layers: their powers of two, the meaning of each code, and a comparison with all other lists."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from shiftadd_cli.bcq.choices import CODE_BITS
+from shiftadd_cli.bcq.choices import CODE_BITS, Primitive
 from shiftadd_cli.bcq.primitives.shift_levels import MAGNITUDES, ascending_levels, shift_levels
 
-TERMS = {"shift1": 1, "shift2": 2}
+TERMS: dict[Primitive, int] = {"shift1": 1, "shift2": 2}
 # Relative errors on normally distributed weights, as the docstring of the module gives them.
 ERRORS = {
     ("shift1", 2): 0.1205,
@@ -29,7 +29,7 @@ POOL = {
 
 
 def fewest_powers(number: int) -> int:
-    """How many signed powers of two a number is a sum of, at least (its non-adjacent form)."""
+    """The fewest signed powers of two that sum to a number (its non-adjacent form)."""
     terms = 0
     while number:
         if number % 2:
@@ -48,37 +48,37 @@ def normal_errors(magnitudes: torch.Tensor, scales: torch.Tensor) -> torch.Tenso
     for scale in scales:
         levels = (magnitudes.double() * scale / magnitudes.amax(1, keepdim=True)).sort().values
         midpoints = (levels[:, 1:] + levels[:, :-1]) / 2
-        places = torch.searchsorted(midpoints, weights.expand(len(levels), -1).contiguous())
-        errors = ((levels.gather(1, places) - weights).square() * density).sum(1)
+        indices = torch.searchsorted(midpoints, weights.expand(len(levels), -1).contiguous())
+        errors = ((levels.gather(1, indices) - weights).square() * density).sum(1)
         best = torch.minimum(best, errors)
     return best
 
 
 @pytest.mark.parametrize(("primitive", "bits"), MAGNITUDES)
-def test_levels_are_sums_of_so_many_powers_of_two_and_of_no_more_bits_than_needed(primitive: str, bits: int) -> None:
+def test_levels_are_unique_sums_of_few_powers_of_two(primitive: Primitive, bits: int) -> None:
     magnitudes = MAGNITUDES[primitive, bits]
     assert len(magnitudes) == 2 ** (bits - 1)
     assert list(magnitudes) == sorted(set(magnitudes))
     assert max(map(fewest_powers, magnitudes)) == TERMS[primitive]
 
 
-def test_every_width_that_can_be_asked_for_has_its_levels() -> None:
-    asked = {(primitive, bits) for primitive in TERMS for bits in CODE_BITS[primitive]}  # type: ignore[index]
-    assert asked == set(MAGNITUDES)
+def test_every_width_has_its_levels() -> None:
+    widths = {(primitive, bits) for primitive in TERMS for bits in CODE_BITS[primitive]}
+    assert widths == set(MAGNITUDES)
 
 
 @pytest.mark.parametrize(("primitive", "bits"), MAGNITUDES)
-def test_the_high_bit_is_the_sign_and_the_low_bits_are_the_place(primitive: str, bits: int) -> None:
+def test_the_high_bit_is_the_sign_and_the_low_bits_are_the_index(primitive: str, bits: int) -> None:
     levels, half = shift_levels(primitive, bits), 2 ** (bits - 1)
-    for place, magnitude in enumerate(MAGNITUDES[primitive, bits]):
-        assert float(levels[half + place]) == -float(levels[place])
-        ratio = float(levels[half + place]) / float(levels[-1])
+    for index, magnitude in enumerate(MAGNITUDES[primitive, bits]):
+        assert float(levels[half + index]) == -float(levels[index])
+        ratio = float(levels[half + index]) / float(levels[-1])
         assert ratio * MAGNITUDES[primitive, bits][-1] == pytest.approx(magnitude)
     assert 1 <= float(levels[-1]) < 2
 
 
 @pytest.mark.parametrize(("primitive", "bits"), MAGNITUDES)
-def test_ascending_levels_are_each_there_once_with_a_code_that_means_them(primitive: str, bits: int) -> None:
+def test_ascending_levels_are_unique_and_match_their_codes(primitive: str, bits: int) -> None:
     levels, codes = ascending_levels(primitive, bits)
     assert torch.equal(levels, shift_levels(primitive, bits).unique())
     assert torch.equal(shift_levels(primitive, bits)[codes.long()], levels)
@@ -86,16 +86,16 @@ def test_ascending_levels_are_each_there_once_with_a_code_that_means_them(primit
 
 
 @pytest.mark.parametrize(("primitive", "bits"), MAGNITUDES)
-def test_no_other_magnitude_in_the_window_makes_a_list_better(primitive: str, bits: int) -> None:
+def test_no_other_magnitude_in_the_window_improves_a_list(primitive: str, bits: int) -> None:
     magnitudes = MAGNITUDES[primitive, bits]
     others = sorted(POOL[primitive] - set(magnitudes))
     lists = [
-        sorted((*magnitudes[:place], other, *magnitudes[place + 1 :]))
-        for place, other in itertools.product(range(len(magnitudes)), others)
+        sorted((*magnitudes[:index], other, *magnitudes[index + 1 :]))
+        for index, other in itertools.product(range(len(magnitudes)), others)
     ]
     scales = torch.linspace(1.2, 4.6, 52)
-    mine = normal_errors(torch.tensor([magnitudes]), scales)
-    assert float(mine) == pytest.approx(ERRORS[primitive, bits], rel=0.02)
+    error = normal_errors(torch.tensor([magnitudes]), scales)
+    assert float(error) == pytest.approx(ERRORS[primitive, bits], rel=0.02)
     if lists:
-        # The longest list of shift1 has an equal: the smallest power in place of 0, which serves pruned weights.
-        assert float(mine) <= float(normal_errors(torch.tensor(lists), scales).min()) * 1.004
+        # For the longest list of shift1, the smallest power is as good as 0, but 0 represents pruned weights.
+        assert float(error) <= float(normal_errors(torch.tensor(lists), scales).min()) * 1.004

@@ -1,4 +1,4 @@
-"""Shift layers against rounding, which they are never worse than, and against what scaling a matrix must do."""
+"""Shift layers are never worse than rounding, and a scaled matrix has a scaled solution."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN = {"rotation": "none"}
 
 
 def options(kind: tuple[str, int], **fields: Any) -> SolverOptions:
-    return solver_options(**({"primitive": kind[0], "bits": kind[1]} | fields))  # type: ignore[arg-type]
+    return solver_options(**({"primitive": kind[0], "bits": kind[1]} | fields))
 
 
 def solve(weights: Tensor, hessian: Tensor | None, settings: SolverOptions) -> Solution:
@@ -46,7 +46,7 @@ def rounded(weights: Tensor, kind: tuple[str, int], scale: Tensor) -> Tensor:
     rounds=st.integers(0, 2),
     seed=st.integers(0, 5),
 )
-def test_no_row_is_worse_than_rounded_by_its_largest_weight(
+def test_no_row_is_worse_than_rounding_by_its_largest_weight(
     kind: tuple[str, int], columns: int, sweep: Any, order: Any, rounds: int, seed: int
 ) -> None:
     weights, hessian = random_weights(6, columns, seed), random_hessian(columns, seed)
@@ -62,12 +62,14 @@ def test_no_row_is_worse_than_rounded_by_its_largest_weight(
 def test_sweep_and_refinement_lower_the_error_well_below_rounding(kind: tuple[str, int]) -> None:
     weights, hessian = random_weights(24, 64), random_hessian(64)
     fields: list[dict[str, Any]] = [{"sweep": "none", "refine_rounds": 0}, {"refine_rounds": 0}, {}]
-    alone, swept, refined = (solve(weights, hessian, options(kind, **each)).output_error or 1.0 for each in fields)
+    alone, swept, refined = (
+        solve(weights, hessian, options(kind, **changes)).output_error or 1.0 for changes in fields
+    )
     assert refined < swept < 0.8 * alone
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_lies_on_levels_is_kept_to_the_bit(kind: tuple[str, int]) -> None:
+def test_weights_on_levels_are_kept_to_the_bit(kind: tuple[str, int]) -> None:
     g = generator(3)
     codes = torch.randint(0, 2 ** kind[1], (7, 33), generator=g)
     codes[:, 5] = 2 ** kind[1] - 1
@@ -90,7 +92,7 @@ def test_rows_scaled_by_powers_of_two_are_solved_alike(kind: tuple[str, int], ex
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_above_one_are_not_clipped(kind: tuple[str, int]) -> None:
-    """As those of DeepShift's rule are: sign · 2 ^ round(log2 |w|) with the exponent at most 0."""
+    """DeepShift's rule clips them: sign · 2 ^ round(log2 |w|) with the exponent at most 0."""
     weights = 300 * random_weights(6, 48)
     deepshift = weights.sign() * torch.exp2(weights.abs().log2().round().clamp(-14, 0))
     clipped = float((weights - deepshift).square().sum() / weights.square().sum())
@@ -100,7 +102,7 @@ def test_weights_above_one_are_not_clipped(kind: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_rows_of_zeros_and_of_numbers_near_the_ends_of_the_range(kind: tuple[str, int], calibrated: bool) -> None:
+def test_rows_of_zeros_and_of_extreme_numbers_stay_finite(kind: tuple[str, int], calibrated: bool) -> None:
     weights = random_weights(6, 32)
     weights[1] = 0.0
     weights[2] *= 1e-41
@@ -123,17 +125,17 @@ def test_a_layer_of_pruned_weights_keeps_its_zeros() -> None:
 
 @pytest.mark.parametrize("outlier_columns", [0.0, 0.1])
 @pytest.mark.parametrize("asymmetric", [0.0, 1.0])
-def test_rotation_outliers_and_asymmetry_are_as_for_planes(outlier_columns: float, asymmetric: float) -> None:
+def test_rotation_outliers_and_asymmetry_work_as_for_planes(outlier_columns: float, asymmetric: float) -> None:
     weights, hessian = random_weights(12, 40), random_hessian(40)
     settings = options(("shift2", 4), outlier_columns=outlier_columns, asymmetric=asymmetric)
     cross = hessian + 0.01 * random_hessian(40, 7)
-    solution = quantize_matrices([weights[:5], weights[5:]], ["a", "b"], hessian, settings, cross)
-    stored = [each.weight.tensors for each in solution]
-    assert all(("weight_columns" in each) == (outlier_columns > 0) for each in stored)
-    assert all("weight_signs" in each and "weight_exponents" not in each for each in stored)
-    assert all((each.output_error or 1.0) < 0.05 for each in solution)
-    # The matrices of one input are one problem, whose rows are independent.
+    solutions = quantize_matrices([weights[:5], weights[5:]], ["a", "b"], hessian, settings, cross)
+    stored = [solution.weight.tensors for solution in solutions]
+    assert all(("weight_columns" in tensors) == (outlier_columns > 0) for tensors in stored)
+    assert all("weight_signs" in tensors and "weight_exponents" not in tensors for tensors in stored)
+    assert all((solution.output_error or 1.0) < 0.05 for solution in solutions)
+    # The matrices of one input are solved as one problem with independent rows.
     if not asymmetric and not outlier_columns:
         alone = quantize_matrices([weights], ["a"], hessian, settings)[0]
-        together = torch.cat([each.weight.decode() for each in solution])
+        together = torch.cat([solution.weight.decode() for solution in solutions])
         torch.testing.assert_close(alone.weight.decode(), together)

@@ -1,4 +1,4 @@
-"""Decoder blocks by the kernels against the blocks of transformers, token after token."""
+"""Decoder blocks computed by the kernels, compared with those of transformers token by token."""
 
 from __future__ import annotations
 
@@ -34,54 +34,63 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[BlockPlan]:
     """A plan for every block that the kernels computed, alone or with the others of its model."""
-    found: list[BlockPlan] = []
-    one, whole = BlockPlan.rest, StackPlan.decode
+    plans: list[BlockPlan] = []
+    rest, decode_all = BlockPlan.rest, StackPlan.decode
 
     def counted(self: BlockPlan, *tensors: Tensor) -> Tensor:
-        found.append(self)
-        return one(self, *tensors)
+        plans.append(self)
+        return rest(self, *tensors)
 
-    def all_counted(self: StackPlan, *given: Any) -> Tensor:
-        found.extend(self.plans)
-        return whole(self, *given)
+    def all_counted(self: StackPlan, *arguments: Any) -> Tensor:
+        plans.extend(self.plans)
+        return decode_all(self, *arguments)
 
     monkeypatch.setattr(BlockPlan, "rest", counted)
     monkeypatch.setattr(StackPlan, "decode", all_counted)
-    return found
+    return plans
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """`model.to(dtype)`, which transformers decorates in a way that mypy does not understand."""
+    return model.to(dtype)
+
+
+def generate(model: Any) -> Tensor:
+    return model.generate(IDS, max_new_tokens=20, do_sample=False, eos_token_id=None)
 
 
 def parted(model: PreTrainedModel) -> PreTrainedModel:
     model = copy.deepcopy(model)
     part_blocks(model)
-    assert not any(isinstance(each, LookupBlock) for each in model.modules())
+    assert not any(isinstance(module, LookupBlock) for module in model.modules())
     return model
 
 
 @pytest.mark.parametrize("family", FUSED)
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_new_tokens_are_those_of_the_dense_model(
+def test_logits_are_those_of_the_dense_model(
     checkpoints: dict[str, Checkpoint], family: str, rows: int, calls: list[BlockPlan]
 ) -> None:
     folder, dense = checkpoints[family]
     model = load(folder)
-    found = decode(model, rows)
+    logits = decode(model, rows)
     assert len(calls) == 6 * model.config.num_hidden_layers
-    assert_close(found, decode(dense, rows), 1e-4)
-    assert_close(found, decode(parted(model), rows), 1e-5)
+    assert_close(logits, decode(dense, rows), 1e-4)
+    assert_close(logits, decode(parted(model), rows), 1e-5)
 
 
 @pytest.mark.parametrize("family", FUSED)
-def test_in_bfloat16_they_are_nearer_to_the_exact_ones_than_those_of_the_dense_model_in_bfloat16(
+def test_bfloat16_error_is_at_most_about_that_of_the_dense_model(
     checkpoints: dict[str, Checkpoint], family: str, calls: list[BlockPlan]
 ) -> None:
     folder, dense = checkpoints[family]
-    exact, rounded = decode(dense, 2, 20), decode(copy.deepcopy(dense).to(torch.bfloat16), 2, 20)
-    found = decode(load(folder, dtype=torch.bfloat16), 2, 20)
+    exact, rounded = decode(dense, 2, 20), decode(in_dtype(copy.deepcopy(dense), torch.bfloat16), 2, 20)
+    logits = decode(load(folder, dtype=torch.bfloat16), 2, 20)
     assert calls
-    assert (found - exact).norm() <= 1.1 * (rounded - exact).norm()
+    assert (logits - exact).norm() <= 1.1 * (rounded - exact).norm()
 
 
-def test_without_a_cache_and_beyond_a_sliding_window(
+def test_logits_match_without_a_cache_and_beyond_a_sliding_window(
     checkpoints: dict[str, Checkpoint], calls: list[BlockPlan]
 ) -> None:
     folder, dense = checkpoints["mistral"]
@@ -93,39 +102,38 @@ def test_without_a_cache_and_beyond_a_sliding_window(
     assert_close(decode(model, 2, tokens), decode(dense, 2, tokens))
 
 
-def test_threads_do_not_change_a_bit(checkpoints: dict[str, Checkpoint]) -> None:
+def test_number_of_threads_changes_no_bit(checkpoints: dict[str, Checkpoint]) -> None:
     model = load(checkpoints["llama"].folder)
     threads = torch.get_num_threads()
-    found = []
+    logits = []
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            found.append(decode(model, 2))
+            logits.append(decode(model, 2))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
 
 
 @pytest.mark.parametrize("family", [*FUSED, *OTHERS])
-def test_generation_gives_the_same_text(checkpoints: dict[str, Checkpoint], family: str) -> None:
+def test_generated_text_is_the_same(checkpoints: dict[str, Checkpoint], family: str) -> None:
     model = load(checkpoints[family].folder)
-    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(IDS, **options), parted(model).generate(IDS, **options))
+    assert torch.equal(generate(model), generate(parted(model)))
 
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_families_keep_their_blocks(checkpoints: dict[str, Checkpoint], family: str) -> None:
     model = load(checkpoints[family].folder)
-    assert not any(isinstance(each, LookupBlock) for each in model.modules())
+    assert not any(isinstance(module, LookupBlock) for module in model.modules())
 
 
 def _hook_inside(model: PreTrainedModel) -> None:
-    model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda module, given, output: output + 1)
+    model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda module, inputs, output: output + 1)
 
 
 def _hook_before(model: PreTrainedModel) -> None:
-    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, given: (given[0] * 2,))
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
 
 
 def _other_module(model: PreTrainedModel) -> None:
@@ -145,7 +153,7 @@ def _other_norm(model: PreTrainedModel) -> None:
 class _Norm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+        self.weight, self.variance_epsilon = norm.get_parameter("weight"), norm.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
@@ -183,7 +191,7 @@ def _other_type(model: PreTrainedModel) -> None:
         _other_type,
     ],
 )
-def test_a_model_changed_after_its_first_token_computes_as_changed(
+def test_changes_after_the_first_token_take_effect(
     checkpoints: dict[str, Checkpoint], change: Callable[[PreTrainedModel], None]
 ) -> None:
     model = load(checkpoints["qwen2"].folder)
@@ -197,7 +205,7 @@ def test_a_model_changed_after_its_first_token_computes_as_changed(
         assert (after - before).abs().max() > 1e-3
 
 
-def test_a_moved_and_a_copied_model_compute_with_their_own_tensors(
+def test_moved_and_copied_models_compute_with_their_own_tensors(
     checkpoints: dict[str, Checkpoint], calls: list[BlockPlan]
 ) -> None:
     model = load(checkpoints["llama"].folder)
@@ -207,17 +215,17 @@ def test_a_moved_and_a_copied_model_compute_with_their_own_tensors(
     torch.save(model, file)
     file.seek(0)
     read = torch.load(file, weights_only=False)
-    model.to(torch.bfloat16).to(torch.float32)
-    for each in (twin, read):
+    in_dtype(in_dtype(model, torch.bfloat16), torch.float32)
+    for duplicate in (twin, read):
         calls.clear()
-        assert torch.equal(decode(each), before)
+        assert torch.equal(decode(duplicate), before)
         assert len(calls) == 6 * model.config.num_hidden_layers
-    # Norms lost some digits on the way.
+    # Norms lost some digits in bfloat16.
     assert_close(decode(model), before, 0.05)
     assert_close(decode(model), decode(parted(model)), 1e-5)
 
 
-def test_padding_static_caches_gradients_and_hidden_states_are_as_before(
+def test_padding_static_caches_gradients_and_hidden_states_still_work(
     checkpoints: dict[str, Checkpoint], calls: list[BlockPlan]
 ) -> None:
     model = load(checkpoints["llama"].folder)
@@ -225,28 +233,28 @@ def test_padding_static_caches_gradients_and_hidden_states_are_as_before(
     mask = torch.ones(2, 10, dtype=torch.long)
     mask[0, :4] = 0
 
-    def padded(which: PreTrainedModel, cache: object) -> Tensor:
+    def padded(decoder: PreTrainedModel, cache: object) -> Tensor:
         with torch.no_grad():
-            which(IDS[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
-            return which(IDS[:, 9:10], attention_mask=mask, past_key_values=cache).logits
+            decoder(IDS[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
+            return decoder(IDS[:, 9:10], attention_mask=mask, past_key_values=cache).logits
 
     for kind in (DynamicCache, lambda config: StaticCache(config=config, max_cache_len=32)):
-        one, other = (padded(each, kind(config=each.config)) for each in (model, plain))
+        one, other = (padded(decoder, kind(config=decoder.config)) for decoder in (model, plain))
         assert_close(one, other, 1e-5)
-    # What an attention over padding or empty places needs, a mask, is not the kernels'.
+    # Attention over padding or empty positions needs a mask, which the kernels do not take.
     assert not calls
     loss = model(IDS[:, :1]).logits.square().mean()
     loss.backward()
     assert model.model.norm.weight.grad is not None
     assert not calls
     with torch.no_grad():
-        states = [each(IDS[:, :1], output_hidden_states=True).hidden_states for each in (model, plain)]
+        states = [decoder(IDS[:, :1], output_hidden_states=True).hidden_states for decoder in (model, plain)]
     assert len(states[0]) == len(states[1]) == model.config.num_hidden_layers + 1
     for one, other in zip(*states, strict=True):
         assert_close(one, other, 1e-5)
 
 
-def test_a_cache_that_gives_something_else_is_refused(checkpoints: dict[str, Checkpoint]) -> None:
+def test_cache_that_returns_other_tensors_is_refused(checkpoints: dict[str, Checkpoint]) -> None:
     model = load(checkpoints["llama"].folder)
 
     class Odd(DynamicCache):
@@ -257,19 +265,21 @@ def test_a_cache_that_gives_something_else_is_refused(checkpoints: dict[str, Che
         model(IDS[:, :1], past_key_values=Odd())
 
 
-def test_compiled_it_is_one_graph_of_operators(checkpoints: dict[str, Checkpoint]) -> None:
+def test_compiled_model_is_one_graph_of_operators(checkpoints: dict[str, Checkpoint]) -> None:
     model = load(checkpoints["llama"].folder)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert_close(compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits, 1e-5)
 
 
-def test_the_state_and_the_dense_model_are_as_without(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
+def test_fusing_changes_neither_the_state_dict_nor_the_dense_model(
+    checkpoints: dict[str, Checkpoint], tmp_path: Path
+) -> None:
     model = load(checkpoints["qwen3"].folder)
     decode(model)
     assert_same_state(model, parted(model))
     dense = model.dequantize()
-    assert not any(isinstance(each, LookupBlock) for each in dense.modules())
+    assert not any(isinstance(module, LookupBlock) for module in dense.modules())
     fuse_blocks(dense)
     assert_close(decode(dense), decode(checkpoints["qwen3"].dense), 1e-4)
 
@@ -277,7 +287,7 @@ def test_the_state_and_the_dense_model_are_as_without(checkpoints: dict[str, Che
 @pytest.mark.parametrize(
     ("family", "norm"), [("llama", "post_attention_layernorm"), ("olmo2", "post_feedforward_layernorm")]
 )
-def test_a_block_without_a_norm_of_its_family_is_left_alone(
+def test_block_without_a_norm_of_its_family_gets_no_plan(
     checkpoints: dict[str, Checkpoint], family: str, norm: str
 ) -> None:
     block = load(checkpoints[family].folder).model.layers[0]

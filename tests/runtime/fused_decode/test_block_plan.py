@@ -1,4 +1,4 @@
-"""Which blocks the kernels take, and when a plan is out of date."""
+"""Which blocks the kernels support, and when a plan is out of date."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def norms() -> dict[str, Any]:
     return dict.fromkeys(NORMS) | {"before_attention": Norm(20), "before_mlp": Norm(20)}
 
 
-def test_a_block_of_the_right_sizes_is_taken(linears: dict[str, Any], norms: dict[str, Any]) -> None:
+def test_block_of_matching_sizes_is_supported(linears: dict[str, Any], norms: dict[str, Any]) -> None:
     assert suits(linears, norms, FORM)
 
 
 @pytest.mark.parametrize("change", ["dense", "unprepared", "outliers", "precision", "shape", "meta"])
-def test_others_are_not(linears: dict[str, Any], norms: dict[str, Any], change: str) -> None:
+def test_other_blocks_are_not_supported(linears: dict[str, Any], norms: dict[str, Any], change: str) -> None:
     if change == "dense":
         linears["up_proj"] = nn.Linear(20, 50)
     elif change == "unprepared":
@@ -76,12 +76,12 @@ def test_others_are_not(linears: dict[str, Any], norms: dict[str, Any], change: 
 
 
 @pytest.mark.parametrize("sizes", [{"key_heads": 0}, {"key_heads": 3, "head_size": 4}, {"heads": 8, "head_size": 3}])
-def test_heads_must_fit(linears: dict[str, Any], norms: dict[str, Any], sizes: dict[str, int]) -> None:
+def test_heads_must_fit(linears: dict[str, Any], norms: dict[str, Any], sizes: dict[str, Any]) -> None:
     assert not suits(linears, norms, replace(FORM, **sizes))
 
 
-def test_a_plan_holds_until_something_changes(linears: dict[str, Any], norms: dict[str, Any]) -> None:
-    holder: dict[str, nn.Module] = {**linears, **{name: each for name, each in norms.items() if each is not None}}
+def test_plan_holds_until_something_changes(linears: dict[str, Any], norms: dict[str, Any]) -> None:
+    holder: dict[str, nn.Module] = {**linears, **{name: norm for name, norm in norms.items() if norm is not None}}
     plan = BlockPlan(linears, norms, FORM, [(holder, name) for name in holder])
     assert plan.watch.holds()
     assert not plan.watch.is_heard()

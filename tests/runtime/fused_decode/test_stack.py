@@ -1,4 +1,4 @@
-"""All blocks in one call of the kernels against calls of single blocks (for these see `test_decoder_block`)."""
+"""All blocks in one call of the kernels, compared with calls of single blocks (tested in `test_block`)."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each cache held, for every call that computed all blocks."""
-    found: list[int] = []
-    whole = StackPlan.decode
+    """The number of tokens in the cache, for every call that computed all blocks."""
+    lengths: list[int] = []
+    decode_all = StackPlan.decode
 
-    def counted(self: StackPlan, *given: Any) -> Tensor:
-        found.append(given[-1].tokens)
-        return whole(self, *given)
+    def counted(self: StackPlan, *arguments: Any) -> Tensor:
+        lengths.append(arguments[-1].tokens)
+        return decode_all(self, *arguments)
 
     monkeypatch.setattr(StackPlan, "decode", counted)
-    return found
+    return lengths
 
 
 def by_blocks(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], Tensor]) -> Tensor:
@@ -57,7 +57,7 @@ def by_blocks(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], Tensor]) ->
 @pytest.mark.parametrize("family", WHOLE)
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bits_are_those_of_single_blocks(
+def test_logits_equal_those_of_single_blocks(
     checkpoints: dict[str, Checkpoint],
     family: str,
     rows: int,
@@ -66,15 +66,15 @@ def test_the_bits_are_those_of_single_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = load(checkpoints[family].folder, dtype=dtype)
-    found = decode(model, rows)
-    # The first token made the plans of the blocks.
+    logits = decode(model, rows)
+    # The first token only made the plans of the blocks.
     assert calls == [10, 11, 12, 13, 14]
-    assert torch.equal(found, by_blocks(monkeypatch, lambda: decode(model, rows)))
+    assert torch.equal(logits, by_blocks(monkeypatch, lambda: decode(model, rows)))
     assert len(calls) == 5
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
-def test_blocks_that_may_see_different_tokens_stay_single(
+def test_blocks_that_see_different_tokens_are_computed_one_by_one(
     checkpoints: dict[str, Checkpoint], family: str, calls: list[int]
 ) -> None:
     folder, dense = checkpoints[family]
@@ -82,15 +82,16 @@ def test_blocks_that_may_see_different_tokens_stay_single(
     assert not calls
 
 
-def test_a_window_that_the_cache_does_not_know_is_kept(checkpoints: dict[str, Checkpoint], calls: list[int]) -> None:
+def test_window_unknown_to_the_cache_is_respected(checkpoints: dict[str, Checkpoint], calls: list[int]) -> None:
     folder, dense = checkpoints["mistral"]
-    found = []
+    logits = []
     with torch.no_grad():
         for model in (load(folder), dense):
             cache = DynamicCache()
             model(IDS, past_key_values=cache)
-            found.append(torch.cat([model(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(5)]))
-    assert_close(*found, 1e-4)
+            logits.append(torch.cat([model(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(5)]))
+    fused, expected = logits
+    assert_close(fused, expected, 1e-4)
     assert not calls
 
 
@@ -99,7 +100,7 @@ def _crop(model: PreTrainedModel, cache: DynamicCache) -> None:
 
 
 def _reorder(model: PreTrainedModel, cache: DynamicCache) -> None:
-    cache.reorder_cache(torch.tensor([1, 1]))
+    cache.reorder_cache(torch.LongTensor([1, 1]))
 
 
 def _prompt_again(model: PreTrainedModel, cache: DynamicCache) -> None:
@@ -111,21 +112,22 @@ def _copy_layers(model: PreTrainedModel, cache: DynamicCache) -> None:
 
 
 def _look(model: PreTrainedModel, cache: DynamicCache) -> None:
-    assert all(isinstance(layer, RoomLayer) for layer in cache.layers)
-    assert {layer.keys.shape[2] for layer in cache.layers} == {cache.get_seq_length()} == {12}
+    layers = [layer for layer in cache.layers if isinstance(layer, RoomLayer)]
+    assert len(layers) == len(cache.layers)
+    assert {layer.keys.shape[2] for layer in layers} == {cache.get_seq_length()} == {12}
 
 
 def _watch_inside(model: PreTrainedModel, cache: DynamicCache) -> None:
-    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *given: given[-1] + 1)
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *arguments: arguments[-1] + 1)
 
 
 def _watch_a_block(model: PreTrainedModel, cache: DynamicCache) -> None:
-    model.model.layers[0].register_forward_hook(lambda *given: given[-1] * 2)
+    model.model.layers[0].register_forward_hook(lambda *arguments: arguments[-1] * 2)
 
 
 def _patch_a_block(model: PreTrainedModel, cache: DynamicCache) -> None:
-    whole = model.model.layers[1].forward
-    model.model.layers[1].forward = lambda hidden, *args, **kwargs: whole(hidden, *args, **kwargs) + 1
+    forward = model.model.layers[1].forward
+    model.model.layers[1].forward = lambda hidden, *args, **kwargs: forward(hidden, *args, **kwargs) + 1
 
 
 def _swap_blocks(model: PreTrainedModel, cache: DynamicCache) -> None:
@@ -152,83 +154,83 @@ def _fewer_blocks(model: PreTrainedModel, cache: DynamicCache) -> None:
         _fewer_blocks,
     ],
 )
-def test_whatever_happens_in_between_counts(
+def test_changes_between_tokens_take_effect(
     checkpoints: dict[str, Checkpoint], between: Between, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoints["llama"].folder
-    found = decode(load(folder), 2, between=between)
+    logits = decode(load(folder), 2, between=between)
     assert calls[:2] == [10, 11]
     expected = by_blocks(monkeypatch, lambda: decode(load(folder), 2, between=None if between is _look else between))
-    assert_close(found, expected, 1e-5)
+    assert_close(logits, expected, 1e-5)
     if between not in (_copy_layers, _look):
-        assert (found - decode(load(folder), 2)).abs().max() > 1e-4
+        assert (logits - decode(load(folder), 2)).abs().max() > 1e-4
 
 
-def test_hidden_states_are_those_of_every_block(checkpoints: dict[str, Checkpoint], calls: list[int]) -> None:
+def test_hidden_states_come_from_every_block(checkpoints: dict[str, Checkpoint], calls: list[int]) -> None:
     model = load(checkpoints["llama"].folder)
-    found = decode(model)
+    logits = decode(model)
     states: list[Any] = []
 
     def record(model: PreTrainedModel, cache: DynamicCache) -> None:
         states.append(model(IDS[:1, :1], past_key_values=cache, output_hidden_states=True).hidden_states)
         cache.crop(-1)
 
-    assert_close(decode(model, between=record), found, 1e-5)
-    (seen,) = states
-    assert len(seen) == model.config.num_hidden_layers + 1
-    assert all(not torch.equal(*pair) for pair in itertools.pairwise(seen))
+    assert_close(decode(model, between=record), logits, 1e-5)
+    (hidden_states,) = states
+    assert len(hidden_states) == model.config.num_hidden_layers + 1
+    assert all(not torch.equal(*pair) for pair in itertools.pairwise(hidden_states))
 
 
-def test_a_block_that_is_called_by_itself_computes_itself(checkpoints: dict[str, Checkpoint], calls: list[int]) -> None:
+def test_block_called_directly_computes_itself(checkpoints: dict[str, Checkpoint], calls: list[int]) -> None:
     model = load(checkpoints["llama"].folder)
     decode(model)
     calls.clear()
     block, hidden = model.model.layers[0], torch.randn(1, 1, model.config.hidden_size)
     with torch.no_grad():
         positions = model.model.rotary_emb(hidden, position_ids=torch.tensor([[3]]))
-        found = block(hidden, position_embeddings=positions)
-        rest = model.model.layers[1](found, position_embeddings=positions)
+        output = block(hidden, position_embeddings=positions)
+        next_output = model.model.layers[1](output, position_embeddings=positions)
     assert not calls
-    assert not torch.equal(found, rest)
+    assert not torch.equal(output, next_output)
     assert current_pass() is None
 
 
-def test_who_looks_at_the_blocks_while_they_run_sees_all_of_them(checkpoints: dict[str, Checkpoint]) -> None:
+def test_all_blocks_are_visible_while_they_run(checkpoints: dict[str, Checkpoint]) -> None:
     model = load(checkpoints["llama"].folder)
     decode(model)
-    layers, seen = model.model.layers, []
+    layers, views = model.model.layers, []
 
     def look(*_: Any) -> None:
-        found = model.model.layers
-        seen.append((len(found), found[1], list(found), [name for name, _ in found.named_children()]))
+        blocks = model.model.layers
+        views.append((len(blocks), blocks[1], list(blocks), [name for name, _ in blocks.named_children()]))
 
-    # Before the first block, and when it has computed all of them.
+    # The hooks run before the first block, and after all of them are computed.
     for module in (model.model.embed_tokens, model.model.norm):
         module.register_forward_hook(look)
     decode(model, tokens=2)
     assert isinstance(layers, torch.nn.ModuleList)
     assert model.model.layers is layers
-    assert seen == [(2, layers[1], list(layers), ["0", "1"])] * 6
+    assert views == [(2, layers[1], list(layers), ["0", "1"])] * 6
 
 
-def test_threads_of_the_program_do_not_meet(checkpoints: dict[str, Checkpoint]) -> None:
+def test_threads_do_not_interfere(checkpoints: dict[str, Checkpoint]) -> None:
     model = load(checkpoints["llama"].folder)
     expected = [decode(model, rows, 12) for rows in (1, 2, 3)]
-    found: dict[int, Tensor] = {}
+    logits: dict[int, Tensor] = {}
 
     def work(rows: int) -> None:
         for _ in range(4):
-            found[rows] = decode(model, rows, 12)
+            logits[rows] = decode(model, rows, 12)
 
     threads = [threading.Thread(target=work, args=(rows,)) for rows in (1, 2, 3)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert all(torch.equal(found[rows], each) for rows, each in enumerate(expected, 1))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(logits[rows], alone) for rows, alone in enumerate(expected, 1))
 
 
-def test_to_everybody_else_the_model_is_what_it_was(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
+def test_fused_model_looks_like_the_original(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
     folder, dense = checkpoints["llama"]
     model = load(folder)
     before = decode(model)

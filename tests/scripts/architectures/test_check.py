@@ -1,4 +1,4 @@
-"""The check of architectures, on a sample of them: what is right today stays right, and what is wrong is seen."""
+"""The check of architectures, on a sample of them: right results stay right, and wrong ones are detected."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ RIGHT = (
     "SwinForImageClassification",
     "ViTForImageClassification",
 )
-# A part of the sentence.
+# A part of the error message.
 REFUSED = {
     "ResNetForImageClassification": "has no blocks to compress",
     "ConvNextForImageClassification": "does not pass tokens through its blocks one by one",
@@ -66,7 +66,7 @@ def _named(name: str) -> Architecture:
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right(name: str, tmp_path: Path) -> None:
+def test_architecture_is_right(name: str, tmp_path: Path) -> None:
     outcome = check(_named(name), tmp_path)
     assert (outcome.status, outcome.note) == ("right", "")
     assert outcome.share is not None
@@ -74,18 +74,18 @@ def test_right(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "sentence"), REFUSED.items())
-def test_refused_with_a_reason(name: str, sentence: str, tmp_path: Path) -> None:
+def test_architecture_is_refused_with_a_reason(name: str, sentence: str, tmp_path: Path) -> None:
     outcome = check(_named(name), tmp_path)
     assert outcome.status == "refused"
     assert sentence in outcome.note
 
 
-def test_other_inputs_in_calibration_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_calibration_inputs_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def disturbed() -> Iterator[Heard]:
-        with listening() as heard:
-            yield heard
-        for tensors in heard.inputs.values():
+        with listening() as recorded:
+            yield recorded
+        for tensors in recorded.inputs.values():
             for tensor in tensors:
                 tensor.mul_(1.001)
 
@@ -102,7 +102,7 @@ def test_other_inputs_in_calibration_are_seen(tmp_path: Path, monkeypatch: pytes
         ("GPT2LMHeadModel", "transformer.h.1.mlp.c_fc.bias", torch.nan, "logits of the dense export are not finite"),
     ],
 )
-def test_other_values_in_the_result_are_seen(
+def test_wrong_values_in_the_result_are_detected(
     name: str, tensor: str, value: float, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = checking._run
@@ -123,7 +123,7 @@ def test_other_values_in_the_result_are_seen(
 
 
 @pytest.mark.parametrize("factor", [1.01, torch.nan])
-def test_other_logits_of_the_loaded_result_are_seen(
+def test_wrong_logits_of_the_loaded_result_are_detected(
     factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def disturbed(architecture: Architecture, model: Any, batch: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,7 @@ def test_other_logits_of_the_loaded_result_are_seen(
     assert ("not finite" if factor != factor else "by 1.0%") in outcome.note
 
 
-def test_a_traceback_of_the_product_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traceback_of_a_command_counts_as_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: list[str]) -> str | None:
         raise KeyError("no such thing")
 

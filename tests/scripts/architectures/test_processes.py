@@ -1,4 +1,4 @@
-"""Checks in processes of their own: a crash or a hang of one does not stop the others."""
+"""Checks in separate processes: the crash or hang of one does not stop the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _stand_in(architecture: Architecture, folder: Path) -> Outcome:
     return Outcome(architecture.name, architecture.model_type, "right", 0.75, f"from {os.getpid()}")
 
 
-def test_outcomes_of_all_kinds_of_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_ending_has_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "check", _stand_in)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     names = ["Crash", "Fine", "Hang", "Error", "Also"]

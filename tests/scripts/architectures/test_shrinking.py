@@ -1,4 +1,4 @@
-"""Small configurations keep every kind of layer, and models of them are small."""
+"""Small configurations keep every kind of layer, and give small models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from architectures.exceptions import EXCEPTIONS
 from architectures.factory import Architecture, architectures, build, small_config
 from architectures.shrinking import VOCAB_SIZE, small_settings
 
-# A library that is not installed here, or a class that no configuration builds in this version of transformers.
+# Their library is not installed here, or no configuration builds them in this version of transformers.
 NOT_BUILT = {
     "Gemma3nForConditionalGeneration",
     "Gemma4AssistantForCausalLM",
@@ -20,7 +20,7 @@ NOT_BUILT = {
 }
 
 
-def _known() -> Iterator[Architecture]:
+def _buildable() -> Iterator[Architecture]:
     for architecture in architectures():
         if architecture.name not in NOT_BUILT:
             yield architecture
@@ -34,26 +34,26 @@ def test_every_class_of_both_mappings_is_listed_once() -> None:
     from transformers.models.auto import modeling_auto
 
     listed = [architecture.name for architecture in architectures()]
-    wanted: set[str] = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    expected: set[str] = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     for names in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values():
-        wanted |= {names} if isinstance(names, str) else set(names)
+        expected |= {names} if isinstance(names, str) else set(names)
     assert len(listed) == len(set(listed))
-    assert set(listed) == wanted
+    assert set(listed) == expected
 
 
 def test_nearly_all_configurations_can_be_made_small() -> None:
-    every = list(architectures())
-    assert len(NOT_BUILT) < 0.05 * len(every)
-    for architecture in _known():
+    all_architectures = list(architectures())
+    assert len(NOT_BUILT) < 0.05 * len(all_architectures)
+    for architecture in _buildable():
         config = small_config(architecture).get_text_config()
         if not architecture.reads_images:
             assert config.vocab_size == VOCAB_SIZE, architecture.name
 
 
 @pytest.mark.parametrize("field", ["layer_types", "mlp_layer_types", "layers_block_type"])
-def test_every_kind_of_layer_stays(field: str) -> None:
+def test_every_kind_of_layer_is_kept(field: str) -> None:
     checked = 0
-    for architecture in _known():
+    for architecture in _buildable():
         config_class = getattr(transformers, architecture.name).config_class
         if architecture.model_type in EXCEPTIONS or not isinstance(
             before := getattr(config_class(), field, None), list
@@ -76,7 +76,7 @@ def test_nested_settings_take_their_own_exceptions() -> None:
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "JambaForCausalLM", "ViTForImageClassification"])
-def test_models_are_random_and_the_same_for_the_same_seed(name: str) -> None:
+def test_models_are_random_and_reproducible_by_seed(name: str) -> None:
     first, again, other = (build(_named(name), seed).state_dict() for seed in (3, 3, 4))
     assert all(first[key].equal(again[key]) for key in first)
     for key, tensor in first.items():

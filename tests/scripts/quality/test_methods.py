@@ -27,20 +27,20 @@ COMMON = {"calibration": "wikitext2", "samples": 7, "seq_len": 99, "seed": 5}
         ("", []),
     ],
 )
-def test_commas_part_methods_and_changes(text: str, expected: list[str]) -> None:
+def test_commas_separate_methods_and_changes(text: str, expected: list[str]) -> None:
     assert split_names(text) == expected
 
 
 @pytest.mark.parametrize("name", packaged_names())
-def test_a_packaged_recipe_is_a_method(name: str) -> None:
+def test_packaged_recipe_is_a_method(name: str) -> None:
     (method,) = parse_methods([name])
     packaged = Recipe.load(name)
     shared = {**COMMON, "calibration": "none"} if packaged.calibration == "none" else COMMON
-    # Bits on the command line take the place of an average.
+    # Bits on the command line replace an average.
     assert method.resolve(4, COMMON) == packaged.model_copy(update={**shared, "bits": 4, "avg_bits": None})
 
 
-def test_a_method_with_an_average_has_a_row_at_the_width_below_it_and_no_other() -> None:
+def test_method_with_an_average_has_a_row_only_at_the_width_below_it() -> None:
     (method, plain) = parse_methods(["best:avg_bits=2.25,reconstruct_epochs=0,best"])
     assert [method.at(bits) for bits in (2, 3)] == [True, False]
     assert [plain.at(bits) for bits in (2, 3)] == [True, True]
@@ -48,30 +48,30 @@ def test_a_method_with_an_average_has_a_row_at_the_width_below_it_and_no_other()
     assert plain.resolve(2, COMMON).avg_bits is None
 
 
-def test_changes_win_over_what_is_shared() -> None:
+def test_changes_override_shared_settings() -> None:
     (method,) = parse_methods(["default:group_size=all,offset=false,weight_error=1e-3,samples=3,skip=*.k_proj"])
     recipe = method.resolve(2, COMMON)
     assert (recipe.group_size, recipe.offset, recipe.weight_error, recipe.samples) == ("all", False, 1e-3, 3)
     assert (recipe.skip, recipe.bits, recipe.seq_len) == (("*.k_proj",), 2, COMMON["seq_len"])
 
 
-def test_a_method_named_twice_is_one() -> None:
+def test_method_named_twice_counts_once() -> None:
     assert [method.label for method in parse_methods(["gptq,default", "gptq"])] == ["gptq", "default"]
 
 
-def test_fields_that_do_not_go_together_name_the_method() -> None:
+def test_conflicting_fields_name_the_method() -> None:
     with pytest.raises(RecipeError, match=r"^Method default:group_rows=all: .*refine_rounds to 0"):
         parse_methods(["default:group_rows=all"])
 
 
-def test_an_absent_peer_is_one_sentence_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_peer_gives_one_sentence_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"^The peer 'hqq' needs the package hqq, .*pip install hqq") as caught:
         parse_methods(["peer:hqq"])
     assert "\n" not in str(caught.value)
 
 
-def test_a_peer_takes_only_what_it_can_heed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peer_accepts_only_fields_that_it_supports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     (method,) = parse_methods(["peer:quanto:group_size=32"])
     assert isinstance(method, Method)

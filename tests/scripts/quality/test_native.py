@@ -1,4 +1,4 @@
-"""Bits of a uniform grid in a format of its own."""
+"""Bits per weight of a uniform grid in its native format."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ WEIGHTS = 8 * 128 + 4 * 100
         ("gptq", {"offset": False}, 16 * (8 * 2 + 4 * 2)),
     ],
 )
-def test_planes_and_one_scale_and_zero_point_per_group(name: str, changes: dict[str, object], overhead: int) -> None:
+def test_native_format_stores_planes_and_one_scale_and_zero_point_per_group(
+    name: str, changes: dict[str, object], overhead: int
+) -> None:
     assert native_bits(SHAPES, Recipe.load(name, changes)) == pytest.approx(3 + overhead / WEIGHTS)
 
 
 @pytest.mark.parametrize("name", ["default", "fast", "shiftaddllm-acc", "shiftaddllm-lat"])
-def test_other_grids_have_no_other_form(name: str) -> None:
+def test_other_grids_have_no_native_format(name: str) -> None:
     assert native_bits(SHAPES, Recipe.load(name)) is None
 
 
-def test_a_grid_that_is_refined_is_uniform_no_more() -> None:
+def test_refined_grid_is_not_uniform() -> None:
     assert native_bits(SHAPES, Recipe.load("gptq", {"refine_rounds": 1})) is None
 
 

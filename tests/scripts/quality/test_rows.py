@@ -31,32 +31,32 @@ def original() -> Original:
     )
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_written_row_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "rows" / "one.json"
     assert read_stored(path, Original, SETTINGS) is None
     write_stored(path, original())
-    found = read_stored(path, Original, SETTINGS)
-    assert found is not None
-    assert found.scores == original().scores
-    assert [each.name for each in path.parent.iterdir()] == ["one.json"]
+    stored = read_stored(path, Original, SETTINGS)
+    assert stored is not None
+    assert stored.scores == original().scores
+    assert [file.name for file in path.parent.iterdir()] == ["one.json"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1, 2", b"\xff"])
-def test_a_file_that_is_no_row_is_named(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_not_a_row_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "one.json"
     path.write_bytes(content)
     with pytest.raises(ShiftaddError, match=r"one\.json is no row of this benchmark"):
         read_stored(path, Original, SETTINGS)
 
 
-def test_a_row_of_other_settings_is_not_taken(tmp_path: Path) -> None:
+def test_row_with_other_settings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
     write_stored(path, original())
     with pytest.raises(ShiftaddError, match="other settings"):
         read_stored(path, Original, {**SETTINGS, "context": 64})
 
 
-def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "one.json"
     write_stored(path, original())
     before = path.read_bytes()
@@ -70,7 +70,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path, monkeypatch
     assert path.read_bytes() == before
 
 
-def test_names_tell_settings_apart_and_suit_a_file_system() -> None:
+def test_file_names_differ_by_settings_and_are_valid() -> None:
     other = {**SETTINGS, "recipe": {"bits": 2, "group_size": 32}}
     assert fingerprint(SETTINGS) == fingerprint(dict(reversed(list(SETTINGS.items()))))
     first, second = (file_name("../a b:c=1,d=*/e", 2, settings) for settings in (SETTINGS, other))
