@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd_cli.bcq.grid import ScaleGrid
-from shiftadd_cli.bcq.primitives.shift_levels import MAGNITUDES
+from shiftadd_cli.bcq.primitives.shifts.levels import MAGNITUDES
 from shiftadd_cli.bcq.scale_formats import scale_format
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 

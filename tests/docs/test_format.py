@@ -31,7 +31,7 @@ from shiftadd_cli.artifact.format import FORMAT_VERSION, SUFFIXES
 from shiftadd_cli.bcq.choices import PLANES
 from shiftadd_cli.bcq.int8 import decode_table
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
-from shiftadd_cli.bcq.primitives.shift_levels import MAGNITUDES
+from shiftadd_cli.bcq.primitives.shifts.levels import MAGNITUDES
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.runtime.linear import PackedLinear
 

@@ -11,7 +11,7 @@ from formats import solver_options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shiftadd_cli.bcq.primitives.shift_levels import MAGNITUDES
+from shiftadd_cli.bcq.primitives.shifts.levels import MAGNITUDES
 from shiftadd_cli.bcq.rotation import rotate_weight
 from shiftadd_cli.bcq.solver import quantize_matrices
 from shiftadd_cli.bcq.weight import QuantizedWeight

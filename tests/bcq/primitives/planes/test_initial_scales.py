@@ -6,8 +6,8 @@ import pytest
 import torch
 from bcq_problems import generator
 
-from shiftadd_cli.bcq.initial_scales import Scales, clipped_starts, greedy_start, uniform_grid
 from shiftadd_cli.bcq.levels import LevelTable
+from shiftadd_cli.bcq.primitives.planes.initial_scales import Scales, clipped_starts, greedy_start, uniform_grid
 
 
 def nearest_values(fit: Scales, weights: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective, build_objective
 from shiftadd_cli.bcq.levels import code_signs
 from shiftadd_cli.bcq.options import SolverOptions
-from shiftadd_cli.bcq.primitives.plane_problem import PlaneProblem
+from shiftadd_cli.bcq.primitives.planes.problem import PlaneProblem
 from shiftadd_cli.bcq.snap import SnappedScales
 
 SHARED: dict[str, Any] = {"row_scale": False, "refine_rounds": 0}

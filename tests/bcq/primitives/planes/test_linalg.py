@@ -4,7 +4,7 @@ import pytest
 import torch
 from bcq_problems import generator, random_spd
 
-from shiftadd_cli.bcq.linalg import solve_floats, solve_small
+from shiftadd_cli.bcq.primitives.planes.linalg import solve_floats, solve_small
 
 
 @pytest.mark.parametrize("n", range(1, 11))

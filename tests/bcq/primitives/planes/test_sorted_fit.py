@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shiftadd_cli.bcq import fit as fit_module
-from shiftadd_cli.bcq.fit import GroupFit, fit_groups
-from shiftadd_cli.bcq.initial_scales import Scales
+from shiftadd_cli.bcq.primitives.planes import fit as fit_module
+from shiftadd_cli.bcq.primitives.planes.fit import GroupFit, fit_groups
+from shiftadd_cli.bcq.primitives.planes.initial_scales import Scales
+from shiftadd_cli.bcq.primitives.planes.sorted_fit import SortedGroup, SortedGroups, fit_sorted
 from shiftadd_cli.bcq.scale_formats import scale_format
-from shiftadd_cli.bcq.sorted_fit import SortedGroup, SortedGroups, fit_sorted
 
 FORMATS = (None, "pot", "apot2", "apot3", "float")
 

@@ -3,7 +3,7 @@
 fit the scale of each row  →  compensated sweep  →  repeat: refit the scales, coordinate descent on the codes  →  keep,
 per row, the solution with the smallest error
 
-This is `plane_problem` with levels that are fixed up to their row scale and with one group per row, so that a row has
+This is `planes.problem` with levels that are fixed up to their row scale and with one group per row, so that a row has
 one unknown instead of several per group. The result is never worse than rounding, neither at the fitted scale nor at
 the scale that maps the row's largest weight to the largest level.
 """
@@ -17,7 +17,7 @@ from shiftadd_cli.bcq.column_updates import compensated_sweep, descend_codes
 from shiftadd_cli.bcq.hessian import Objective
 from shiftadd_cli.bcq.levels import LevelTable, nearest_ranks
 from shiftadd_cli.bcq.options import SolverOptions
-from shiftadd_cli.bcq.primitives.shift_levels import ascending_levels
+from shiftadd_cli.bcq.primitives.shifts.levels import ascending_levels
 from shiftadd_cli.bcq.snap import SnappedScales
 
 # Scales tried for each row, from one that puts the largest level at the row's root mean square to one that puts it at

@@ -2,7 +2,7 @@
 
     W[o, i] ≈ row_scale[o] · level[code[o, i]]
 
-The lists are in `shift_levels`. The only other stored tensor is `weight_row_scale`, bfloat16 `[out]`.
+The lists are in `levels`. The only other stored tensor is `weight_row_scale`, bfloat16 `[out]`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.packing import unpack_codes
 from shiftadd_cli.bcq.primitives.base import NO_SCALES, Counts, Primitive, RowDecoder, Scales, Tensors, TensorShapes
-from shiftadd_cli.bcq.primitives.shift_levels import shift_levels
-from shiftadd_cli.bcq.primitives.shift_problem import ShiftProblem
+from shiftadd_cli.bcq.primitives.shifts.levels import shift_levels
+from shiftadd_cli.bcq.primitives.shifts.problem import ShiftProblem
 from shiftadd_cli.bcq.snap import SnappedScales
 
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shiftadd_cli.bcq import refit
 from shiftadd_cli.bcq.levels import code_signs
-from shiftadd_cli.bcq.refit import refit_scales
+from shiftadd_cli.bcq.primitives.planes import refit
+from shiftadd_cli.bcq.primitives.planes.refit import refit_scales
 
 
 def problem(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.hessian import damp
 from shiftadd_cli.bcq.options import SolverOptions
-from shiftadd_cli.bcq.primitives.shift_levels import MAGNITUDES, shift_levels
+from shiftadd_cli.bcq.primitives.shifts.levels import MAGNITUDES, shift_levels
 from shiftadd_cli.bcq.solver import Solution, quantize_matrices
 
 KINDS = sorted(MAGNITUDES)

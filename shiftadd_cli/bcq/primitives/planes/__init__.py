@@ -26,7 +26,7 @@ from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.packing import pack_nibbles, unpack_nibbles, unpack_signs
 from shiftadd_cli.bcq.primitives.base import Counts, Primitive, RowDecoder, Scales, Tensors, TensorShapes
-from shiftadd_cli.bcq.primitives.plane_problem import PlaneProblem
+from shiftadd_cli.bcq.primitives.planes.problem import PlaneProblem
 from shiftadd_cli.bcq.scale_formats import decode_offsets, encode_offsets, offset_multiples, scale_format
 from shiftadd_cli.bcq.snap import SnappedScales
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shiftadd_cli.bcq.choices import CODE_BITS, Primitive
-from shiftadd_cli.bcq.primitives.shift_levels import MAGNITUDES, ascending_levels, shift_levels
+from shiftadd_cli.bcq.primitives.shifts.levels import MAGNITUDES, ascending_levels, shift_levels
 
 TERMS: dict[Primitive, int] = {"shift1": 1, "shift2": 2}
 # Relative errors on normally distributed weights, as the docstring of the module gives them.

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shiftadd_cli.bcq.fit import FitMethod, GroupFit, _Best, _Piece, fit_groups
-from shiftadd_cli.bcq.initial_scales import Scales, clipped_starts, greedy_start
+from shiftadd_cli.bcq.primitives.planes.fit import FitMethod, GroupFit, _Best, _Piece, fit_groups
+from shiftadd_cli.bcq.primitives.planes.initial_scales import Scales, clipped_starts, greedy_start
 from shiftadd_cli.bcq.scale_formats import scale_format
 
 METHODS: tuple[FitMethod, ...] = ("search", "greedy", "uniform")

@@ -20,9 +20,9 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from shiftadd_cli.bcq.initial_scales import Scales, greedy_start
 from shiftadd_cli.bcq.levels import code_signs, sorted_levels
-from shiftadd_cli.bcq.linalg import solve_floats
+from shiftadd_cli.bcq.primitives.planes.initial_scales import Scales, greedy_start
+from shiftadd_cli.bcq.primitives.planes.linalg import solve_floats
 from shiftadd_cli.bcq.scale_formats import ScaleFormat
 
 

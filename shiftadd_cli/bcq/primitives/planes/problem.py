@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.bcq.column_updates import compensated_sweep, descend_codes
-from shiftadd_cli.bcq.fit import GroupFit, fit_groups
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective
 from shiftadd_cli.bcq.levels import LevelTable, codes_of, flip_negative, nearest_ranks, ranks_of
 from shiftadd_cli.bcq.options import SolverOptions
-from shiftadd_cli.bcq.refit import refit_scales
+from shiftadd_cli.bcq.primitives.planes.fit import GroupFit, fit_groups
+from shiftadd_cli.bcq.primitives.planes.refit import refit_scales
 from shiftadd_cli.bcq.scale_formats import scale_format
 from shiftadd_cli.bcq.snap import SnappedScales, matrix_scale, snap_scales
 

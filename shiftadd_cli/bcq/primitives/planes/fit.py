@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shiftadd_cli.bcq.initial_scales import Scales, clipped_starts, greedy_start, uniform_grid
-from shiftadd_cli.bcq.linalg import solve_small
 from shiftadd_cli.bcq.options import FitMethod
+from shiftadd_cli.bcq.primitives.planes.initial_scales import Scales, clipped_starts, greedy_start, uniform_grid
+from shiftadd_cli.bcq.primitives.planes.linalg import solve_small
+from shiftadd_cli.bcq.primitives.planes.sorted_fit import SortedGroups, fit_sorted
 from shiftadd_cli.bcq.scale_formats import ScaleFormat
-from shiftadd_cli.bcq.sorted_fit import SortedGroups, fit_sorted
 
 _SCREENING_ROUNDS = 2
 # Groups are processed in pieces whose temporaries fit in the second-level cache.
