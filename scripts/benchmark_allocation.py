@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from mixes.bench import SENSITIVITIES, Allocations
-from mixes.table import as_json, as_markdown
-from quality.conditions import Conditions, name_tests
-from quality.methods import parse_methods
-from quality.options import POSITIVE, comparison_options, show_table
+from experiments.mixes.bench import SENSITIVITIES, Allocations
+from experiments.mixes.table import as_json, as_markdown
+from experiments.quality.conditions import Conditions, name_tests
+from experiments.quality.methods import parse_methods
+from experiments.quality.options import POSITIVE, comparison_options, show_table
 
 from shiftadd_cli.allocation.sensitivity import SensitivityKind
 from shiftadd_cli.cli.flags import usage_error

@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 
 import click
-from quality.bench import TextBench
-from quality.conditions import Conditions, name_tests
-from quality.methods import parse_methods
-from quality.options import Widths, comparison_options, show_table
-from quality.peers import PEERS
-from quality.table import as_json, as_markdown
+from experiments.quality.bench import TextBench
+from experiments.quality.conditions import Conditions, name_tests
+from experiments.quality.methods import parse_methods
+from experiments.quality.options import Widths, comparison_options, show_table
+from experiments.quality.peers import PEERS
+from experiments.quality.table import as_json, as_markdown
 
 from shiftadd_cli.cli.flags import usage_error
 from shiftadd_cli.errors import ShiftaddError

@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 
 import click
-from quality.methods import parse_methods
-from quality.options import Widths, show_table
-from vision.bench import ImageBench
-from vision.conditions import ImageConditions
-from vision.table import as_json, as_markdown
+from experiments.quality.methods import parse_methods
+from experiments.quality.options import Widths, show_table
+from experiments.vision.bench import ImageBench
+from experiments.vision.conditions import ImageConditions
+from experiments.vision.table import as_json, as_markdown
 
 from shiftadd_cli.cli.flags import usage_error
 from shiftadd_cli.cli.options import dtype_option

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quality.later import LATER
+from experiments.quality.later import LATER
 
 from pages.text import table
 from shiftadd_cli.cli.options import option_name

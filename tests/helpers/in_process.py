@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import pytest
 from click.testing import CliRunner
-from quality import making
+from experiments.quality import making
 
 from shiftadd_cli.cli import main as shiftadd
 

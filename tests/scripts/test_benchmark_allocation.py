@@ -12,9 +12,9 @@ import pytest
 import torch
 from benchmark_allocation import main
 from click.testing import CliRunner, Result
+from experiments.mixes import bench as bench_module
+from experiments.mixes import measure_run
 from in_process import in_process
-from mixes import bench as bench_module
-from mixes import measure_run
 from scipy.stats import kendalltau
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
@@ -57,7 +57,7 @@ def run(arguments: list[str], work: Path, *more: str) -> Result:
     return CliRunner().invoke(main, [*arguments, "--work", str(work), *more])
 
 
-MAINS = {"mixes.measure_run": measure_run.main}
+MAINS = {"experiments.mixes.measure_run": measure_run.main}
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def work(folder: Path, arguments: list[str]) -> Path:
         commands = in_process(patch, MAINS)
         result = run(arguments, folder / "work", "--keep-artifacts")
     assert result.exit_code == 0, result.output
-    assert [command[0] for command in commands].count("mixes.measure_run") == 6
+    assert [command[0] for command in commands].count("experiments.mixes.measure_run") == 6
     return folder / "work"
 
 
@@ -185,7 +185,7 @@ def test_nothing_is_measured_twice_and_a_killed_run_resumes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("quality.bench.evaluate", killed)
+        patch.setattr("experiments.quality.bench.evaluate", killed)
         assert run(few, tmp_path).exit_code != 0
     count_before = len(started)
     assert run(few, tmp_path).exit_code == 0

@@ -203,7 +203,7 @@ def test_killed_run_resumes_where_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("quality.bench.evaluate", killed)
+        patch.setattr("experiments.quality.bench.evaluate", killed)
         assert run(arguments, tmp_path, *options).exit_code != 0
     assert len(started) == 1
     assert run(arguments, tmp_path, *options).exit_code == 0

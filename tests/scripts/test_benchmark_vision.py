@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from benchmark_vision import main
 from click.testing import CliRunner, Result
+from experiments.quality import bench as bench_module
+from experiments.quality.conditions import Cell
 from in_process import in_process
-from quality import bench as bench_module
-from quality.conditions import Cell
 from tiny_vision import save_pictures, save_tiny_vision
 from train_digits_vit import main as train
 

@@ -1,6 +1,6 @@
 """One peer on one model, in a process of its own: writes the model with the weights the peer decodes, and peer.json.
 
-python -m quality.peer_run hqq MODEL OUT RECIPE.yaml
+python -m experiments.quality.peer_run hqq MODEL OUT RECIPE.yaml
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from quality.peers import PEERS, PeerJob
+from experiments.quality.peers import PEERS, PeerJob
 from shiftadd_cli.errors import RecipeError, ShiftaddError
 from shiftadd_cli.pipeline.calibration import draw_calibration
 from shiftadd_cli.pipeline.memory import resident_bytes

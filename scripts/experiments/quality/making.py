@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from quality.conditions import Cell
-from quality.native import native_bits
-from quality.peer_run import REPORT_FILE
-from quality.rows import write_text
+from experiments.quality.conditions import Cell
+from experiments.quality.native import native_bits
+from experiments.quality.peer_run import REPORT_FILE
+from experiments.quality.rows import write_text
 from shiftadd_cli.errors import ShiftaddError
 
 _SCRIPTS = Path(__file__).resolve().parent.parent
@@ -44,7 +44,7 @@ def make_artifact(cell: Cell, model: str, work: Path) -> Path:
     recipe = work / "recipes" / f"{cell.artifact_name}.yaml"
     write_text(recipe, yaml.safe_dump(cell.recipe.model_dump(mode="json"), sort_keys=False))
     if cell.method.peer:
-        command = ["-m", "quality.peer_run", cell.method.peer.name, model, str(out), str(recipe)]
+        command = ["-m", "experiments.quality.peer_run", cell.method.peer.name, model, str(out), str(recipe)]
     else:
         command = ["-m", "shiftadd_cli", "quantize", model, "-o", str(out), "--recipe", str(recipe)]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping, Sequence
 
 import pytest
-from mixes.planning import random_bits, uniform_bits
-from mixes.solver import solver_seconds, synthetic_layers
+from experiments.mixes.planning import random_bits, uniform_bits
+from experiments.mixes.solver import solver_seconds, synthetic_layers
 
 from shiftadd_cli.allocation.solve import LayerOptions
 from shiftadd_cli.bcq.choices import Choice

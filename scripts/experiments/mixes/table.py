@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mixes.bench import SENSITIVITIES, Allocations
-from mixes.planning import Mix
+from experiments.mixes.bench import SENSITIVITIES, Allocations
+from experiments.mixes.planning import Mix
 from shiftadd_cli.cli.describe_bits import UNITS
 from shiftadd_cli.sizes import size
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hqq.core.quantize import Quantizer
 
-from quality.peers import PeerJob, half_bits, set_weight
+from experiments.quality.peers import PeerJob, half_bits, set_weight
 from shiftadd_cli.errors import RecipeError
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quality.bench import Bench
-
-from vision.conditions import ImageConditions
-from vision.rows import ImageTestScore
+from experiments.quality.bench import Bench
+from experiments.vision.conditions import ImageConditions
+from experiments.vision.rows import ImageTestScore
 
 
 @dataclass

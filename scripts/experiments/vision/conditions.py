@@ -7,13 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from quality.conditions import Cell, recipe_settings, versions
-from quality.methods import Method
-
+from experiments.quality.conditions import Cell, recipe_settings, versions
+from experiments.quality.methods import Method
+from experiments.vision.rows import ImageOriginal, ImageRow, ImageTestScore
 from shiftadd_cli.data.images import load_images
 from shiftadd_cli.errors import CalibrationError, RecipeError
 from shiftadd_cli.source import open_source
-from vision.rows import ImageOriginal, ImageRow, ImageTestScore
 
 
 @dataclass

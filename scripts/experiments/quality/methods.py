@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from quality.peers import PEER_FIELDS, PEERS, Peer
+from experiments.quality.peers import PEER_FIELDS, PEERS, Peer
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.recipe import Recipe
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from auto_round import AutoRound
 
-from quality.peers import PeerJob, half_bits, set_weight
+from experiments.quality.peers import PeerJob, half_bits, set_weight
 from shiftadd_cli.errors import RecipeError
 
 # It passes over other layers without an error (layer_config_resolver.py of 0.16).

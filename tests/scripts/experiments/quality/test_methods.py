@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from quality.methods import Method, parse_methods, split_names
-from quality.peers import PEERS
+from experiments.quality.methods import Method, parse_methods, split_names
+from experiments.quality.peers import PEERS
 
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.recipe import Recipe

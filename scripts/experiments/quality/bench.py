@@ -10,9 +10,9 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
-from quality.conditions import Cell, Conditions, TableConditions, machine
-from quality.making import MakingError, make_artifact, read_report
-from quality.rows import OriginalOf, RowOf, TestScore, file_name, read_stored, write_stored
+from experiments.quality.conditions import Cell, Conditions, TableConditions, machine
+from experiments.quality.making import MakingError, make_artifact, read_report
+from experiments.quality.rows import OriginalOf, RowOf, TestScore, file_name, read_stored, write_stored
 from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.evaluation.compare import Evaluation, evaluate

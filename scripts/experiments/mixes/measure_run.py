@@ -1,6 +1,6 @@
 """Measure one sensitivity in a process of its own, so that its seconds and peak memory are its own.
 
-python -m mixes.measure_run MODEL RECIPE.yaml SENSITIVITY CANDIDATES OUT.json
+python -m experiments.mixes.measure_run MODEL RECIPE.yaml SENSITIVITY CANDIDATES OUT.json
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quality.rows import write_text
-
+from experiments.quality.rows import write_text
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request

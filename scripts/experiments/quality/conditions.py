@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 from pydantic import BaseModel
 
-from quality.later import LATER
-from quality.methods import Method
-from quality.rows import Original, OriginalOf, Row, RowOf, TestScore, file_name
+from experiments.quality.later import LATER
+from experiments.quality.methods import Method
+from experiments.quality.rows import Original, OriginalOf, Row, RowOf, TestScore, file_name
 from shiftadd_cli.data.mixture import KINDS, parse_mixture
 from shiftadd_cli.data.text import TextData, load_text
 from shiftadd_cli.errors import CalibrationError, RecipeError

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
-from quality.rows import write_text
+from experiments.quality.rows import write_text
 from shiftadd_cli.cli.options import scoring_options
 
 POSITIVE = click.IntRange(min=1)

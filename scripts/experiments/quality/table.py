@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from quality.bench import Bench, S, TextBench
-from quality.rows import Row, RowOf, TestScore
+from experiments.quality.bench import Bench, S, TextBench
+from experiments.quality.rows import Row, RowOf, TestScore
 from shiftadd_cli.report.uncertainty import with_error
 from shiftadd_cli.sizes import size
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
-from quality.rows import OriginalOf, RowOf
+
+from experiments.quality.rows import OriginalOf, RowOf
 
 
 class ImageTestScore(BaseModel):

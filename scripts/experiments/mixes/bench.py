@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import get_args
 
 import yaml
-from quality.bench import Bench
-from quality.conditions import Cell, Conditions, machine, versions
-from quality.making import make_artifact, run_logged
-from quality.methods import Method
-from quality.rows import Row, file_name, fingerprint, write_text
 
-from mixes.alone import losses_alone, sample_layers
-from mixes.planning import RANDOM, UNIFORM, Mix, random_bits, uniform_bits
-from mixes.solver import solver_seconds, synthetic_layers
-from mixes.stored import AloneRow, SensitivityRow, SizeRow, SolverRow, find_or_make
+from experiments.mixes.alone import losses_alone, sample_layers
+from experiments.mixes.planning import RANDOM, UNIFORM, Mix, random_bits, uniform_bits
+from experiments.mixes.solver import solver_seconds, synthetic_layers
+from experiments.mixes.stored import AloneRow, SensitivityRow, SizeRow, SolverRow, find_or_make
+from experiments.quality.bench import Bench
+from experiments.quality.conditions import Cell, Conditions, machine, versions
+from experiments.quality.making import make_artifact, run_logged
+from experiments.quality.methods import Method
+from experiments.quality.rows import Row, file_name, fingerprint, write_text
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.cache import CACHE_VERSIONS
 from shiftadd_cli.allocation.plan_file import BitPlan
@@ -136,7 +136,7 @@ class Allocations:
             recipe, out = self.work / "recipes" / f"{name}.yaml", self.work / "measured" / f"{name}.json"
             write_text(recipe, yaml.safe_dump(self.recipes[seed].model_dump(mode="json"), sort_keys=False))
             candidates = ",".join(map(str, self.candidates))
-            module = ["-m", "mixes.measure_run", job.source.spec, str(recipe), kind, candidates, str(out)]
+            module = ["-m", "experiments.mixes.measure_run", job.source.spec, str(recipe), kind, candidates, str(out)]
             run_logged(module, self.work / "logs" / f"{name}.log")
             told = json.loads(out.read_text(encoding="utf-8"))
             out.unlink()

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
-from quality.peers import PeerJob, half_bits, set_weight
+from experiments.quality.peers import PeerJob, half_bits, set_weight
 from shiftadd_cli.errors import RecipeError
 
 # Its packing takes whole words of 32 values only (nn_modules/qlinear/__init__.py of 7.7).

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from quality.peers import PeerJob
-from quality.peers_autoround import round_by
+from experiments.quality.peers import PeerJob
+from experiments.quality.peers_autoround import round_by
 
 
 def compress(job: PeerJob) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from quality.rows import Original, TestScore, file_name, fingerprint, read_stored, write_stored
+from experiments.quality.rows import Original, TestScore, file_name, fingerprint, read_stored, write_stored
 
 from shiftadd_cli.errors import ShiftaddError
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quality.table import failures, json_text, line, listed, origins
-
+from experiments.quality.table import failures, json_text, line, listed, origins
+from experiments.vision.bench import ImageBench
+from experiments.vision.rows import ImageRow, ImageTestScore
 from shiftadd_cli.report.uncertainty import with_error
 from shiftadd_cli.sizes import size
-from vision.bench import ImageBench
-from vision.rows import ImageRow, ImageTestScore
 
 _SCORES = (
     ("top1", "top-1", 100, 2),

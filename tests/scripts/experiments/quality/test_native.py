@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from quality.native import native_bits
+from experiments.quality.native import native_bits
 
 from shiftadd_cli.recipe import Recipe
 

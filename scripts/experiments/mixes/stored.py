@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field
-from quality.rows import Stored, TestScore, file_name, read_stored, write_stored
 
+from experiments.quality.rows import Stored, TestScore, file_name, read_stored, write_stored
 from shiftadd_cli.allocation.plan_file import Kind
 from shiftadd_cli.allocation.sensitivity import Sensitivities
 

@@ -79,7 +79,7 @@ class Peer:
 
     def adapter(self) -> Adapter:
         """The adapter, imported now because its package may take long to come."""
-        adapter: Any = importlib.import_module(f"quality.peers_{self.name.replace('-', '_')}")
+        adapter: Any = importlib.import_module(f"experiments.quality.peers_{self.name.replace('-', '_')}")
         return adapter
 
 
