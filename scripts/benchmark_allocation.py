@@ -1,9 +1,9 @@
-"""What choosing bits layer by layer is worth: mixes of bits at equal budgets beside each other.
+"""Compares mixes of bits at equal budgets, to show the gain of choosing bits layer by layer.
 
-For every budget and calibration seed, the mix that each sensitivity chooses, a random mix that fills the same budget,
-and equal bits of the nearest size that is not smaller are quantized and measured; single layers are replaced alone to
-see how well sensitivities rank them. What is finished is a file in the work folder, so a run that was killed goes on
-where it was. `table.md` and `table.json` in that folder are the result.
+For every budget and calibration seed, it quantizes and measures the mix that each sensitivity chooses, a random mix
+that fills the same budget, and the smallest equal bits that are not below the budget. It also replaces single layers to
+see how well the sensitivities rank them. Finished parts are files in the work folder, so a killed run resumes where it
+stopped. The results are `table.md` and `table.json` in that folder.
 
     python scripts/benchmark_allocation.py demo --budgets 2.25,2.5,3.0 --seeds 0,1,2 --max-tokens 20000 --work out/mixes
 """
@@ -28,7 +28,7 @@ from shiftadd_cli.recipe import Recipe
 
 
 class _Numbers(click.ParamType):
-    """Numbers such as `2.25,3`, each once."""
+    """Numbers such as `2.25,3`, without duplicates."""
 
     name = "n,n,..."
 
@@ -37,13 +37,13 @@ class _Numbers(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         try:
-            found = [self.kind(part) for part in str(value).split(",")]
+            numbers = [self.kind(part) for part in str(value).split(",")]
         except ValueError:
-            found = []
-        if not found or not all(0 <= number < 2**32 for number in found):
+            numbers = []
+        if not numbers or not all(0 <= number < 2**32 for number in numbers):
             example = "0,1,2" if self.kind is int else "2.25,2.5,3"
             self.fail(f"{value!r} is not a list of numbers such as {example}.", param, ctx)
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(numbers))
 
 
 class _Kinds(click.ParamType):
@@ -58,7 +58,7 @@ class _Kinds(click.ParamType):
             return value
         for name in (names := str(value).split(",")):
             if name not in SENSITIVITIES:
-                self.fail(f"{name!r} is none of {', '.join(SENSITIVITIES)}.", param, ctx)
+                self.fail(f"{name!r} is not one of {', '.join(SENSITIVITIES)}.", param, ctx)
         return tuple(kind for kind in SENSITIVITIES if kind in names)
 
 
@@ -69,10 +69,12 @@ class _Kinds(click.ParamType):
 )
 @click.option("--candidates", type=_Numbers(int), default="2,3,4", show_default=True, help="Bits a layer may get.")
 @click.option("--recipe", default="equal-bits", show_default=True, help="Recipe of all mixes, with :field=value,... .")
-@click.option("--seeds", type=_Numbers(int), default="0,1,2", show_default=True, help="Seeds of everything random.")
-@click.option("--sample-blocks", type=POSITIVE, default=3, show_default=True, help="Blocks of layers replaced alone.")
+@click.option("--seeds", type=_Numbers(int), default="0,1,2", show_default=True, help="Random seeds.")
+@click.option(
+    "--sample-blocks", type=POSITIVE, default=3, show_default=True, help="Blocks whose layers are replaced alone."
+)
 @click.option("--sample-bits", type=POSITIVE, default=2, show_default=True, help="Bits of these layers.")
-@click.option("--once", type=_Kinds(), default=(), help="Sensitivities to measure for the first seed alone.")
+@click.option("--once", type=_Kinds(), default=(), help="Sensitivities to measure only for the first seed.")
 @comparison_options
 def main(
     model: str,
@@ -106,7 +108,7 @@ def main(
             Conditions(model, calibration, samples, seq_len, seed, name_tests(tests), context, max_tokens, dtype)
             for seed in seeds
         ]
-        # The option takes whole numbers only, so none of them is the word of a shift.
+        # The option takes only whole numbers, so no candidate is the name of a shift.
         checked = Recipe.load("equal-bits", {"candidates": candidates}).candidates
         bench = Allocations(
             conditions,

@@ -1,14 +1,14 @@
 """Times the Triton kernels on a CUDA GPU against torch's dense product in half precision.
 
 Every kernel's result is first compared with the product by the decoded matrix in float64; a wrong one ends the run.
-Then the candidates take turns, round after round, and the median is printed. A round multiplies by as many matrices one
-after another as do not fit into the L2 cache four times over, as the layers of a model would, from a CUDA graph: what a
-launch costs the processor is not in it. With --eager it is: the same calls, one by one from Python.
+Then the candidates alternate, round after round, and the median is printed. A round multiplies by several matrices in
+a row, as the layers of a model would; together they are four times as large as the L2 cache. It runs from a CUDA graph,
+which excludes the CPU's launch overhead. --eager includes it: the same calls are made one by one from Python.
 
     python scripts/benchmark_gpu.py --shape 4096x4096 --bits 3 --batch 1 --batch 16
 
-The ratio is the dense product's time over the kernel's. GB/s counts what is stored of the matrix; `roof` is what the
-GPU reads and writes per second when it copies a gigabyte, measured in the same run.
+The ratio is the dense product's time over the kernel's. GB/s counts the stored bytes of the matrix; `roof` is the
+throughput, reads plus writes, of copying a gigabyte on the GPU, measured in the same run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from shiftadd_cli.cli.summary import table
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The largest batch for which the GEMV is timed: its work grows with the batch.
 GEMV_BATCH = 8
-# A matrix is not repeated more often than this, however small it is.
+# Upper limit for the copies of a matrix, however small it is.
 MOST_COPIES = 64
 
 Call = Callable[[], Tensor]
@@ -62,23 +62,23 @@ class Row:
 
 
 def relative_error(y: Tensor, x: Tensor, matrix: Tensor) -> float:
-    """Of `y` `[rows, out]`, in the 2-norm, against `x` `[rows, in]` times the transposed float64 `matrix`."""
+    """Error of `y` `[rows, out]` in the 2-norm, relative to `x` `[rows, in]` times the transposed float64 `matrix`."""
     exact = x.double() @ matrix.T
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
 def allowed_error(dtype: torch.dtype) -> float:
-    """One unit in the last place of half precision; for float32 some, since it is also what sums are kept in."""
+    """One unit in the last place of half precision; a few for float32, because sums are kept in float32 too."""
     return 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
 
 
-def copies_beyond(cache_bytes: int, each_bytes: int) -> int:
-    """How many matrices do not fit into a cache four times over."""
-    return min(MOST_COPIES, max(2, -(-4 * cache_bytes // each_bytes)))
+def copies_beyond(cache_bytes: int, matrix_bytes: int) -> int:
+    """Number of matrices that are four times as large as the cache together."""
+    return min(MOST_COPIES, max(2, -(-4 * cache_bytes // matrix_bytes)))
 
 
 def as_graph(calls: list[Call]) -> Callable[[], None]:
-    """All calls in one CUDA graph; they have run before, so that nothing is left to compile."""
+    """All calls in one CUDA graph. They have run before, so nothing is left to compile."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -95,7 +95,7 @@ def one_by_one(calls: list[Call]) -> Callable[[], None]:
 
 
 def interleaved(runs: dict[str, tuple[Callable[[], None], int]], rounds: int) -> dict[str, float]:
-    """Median microseconds per product of runs, each of so many products, that take turns."""
+    """Median microseconds per product by name. `runs`: a function and its number of products; the runs alternate."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 3):
         for name, (run, products) in runs.items():
@@ -104,14 +104,14 @@ def interleaved(runs: dict[str, tuple[Callable[[], None], int]], rounds: int) ->
             run()
             end.record()
             end.synchronize()
-            # The first rounds bring the clocks up.
+            # The first rounds only raise the clock rates.
             if turn >= 3:
                 taken[name].append(start.elapsed_time(end) * 1e3 / products)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def memory_roof(device: torch.device) -> float:
-    """GB/s of copying a gigabyte, read and written."""
+    """GB/s, reads plus writes, of copying a gigabyte."""
     source = torch.zeros(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = partial(target.copy_, source)
@@ -122,7 +122,7 @@ def memory_roof(device: torch.device) -> float:
 def measure(
     layout: PackedLayout, dtype: torch.dtype, batches: tuple[int, ...], rounds: int, eager: bool, device: torch.device
 ) -> list[Row]:
-    """Check and time the kernels for one form of matrix. Exits with 1 where a product is wrong."""
+    """Check and time the kernels for one layout of a matrix. Exits with 1 if a product is wrong."""
     from shiftadd_cli.kernels.triton_gemm import gemm
     from shiftadd_cli.kernels.triton_gemv import gemv
     from shiftadd_cli.kernels.triton_linear import prepare
@@ -134,7 +134,7 @@ def measure(
     prepared = [prepare(weight) for weight in weights]
     exact = weights[0].decode_stored().double()
     dense = [exact.to(dtype) for _ in range(copies_beyond(cache, rows * columns * dtype.itemsize))]
-    found = []
+    measured = []
     for batch in batches:
         x = torch.randn(batch, columns, device=device, generator=generator).to(dtype)
         calls: dict[str, list[Call]] = {"dense": [partial(linear, x, matrix) for matrix in dense]}
@@ -145,17 +145,17 @@ def measure(
             if not error <= allowed_error(dtype):
                 click.echo(f"{kernel.__name__} is wrong by {error:.2g} for {layout}, {dtype}, batch {batch}.", err=True)
                 sys.exit(1)
-            calls[kernel.__name__] = [partial(kernel, x, each) for each in prepared]
+            calls[kernel.__name__] = [partial(kernel, x, weight) for weight in prepared]
         arrange = one_by_one if eager else as_graph
-        one_by_one([each[0] for each in calls.values()])()
+        one_by_one([repeats[0] for repeats in calls.values()])()
         torch.cuda.synchronize()
-        times = interleaved({name: (arrange(each), len(each)) for name, each in calls.items()}, rounds)
-        found += [
+        times = interleaved({name: (arrange(repeats), len(repeats)) for name, repeats in calls.items()}, rounds)
+        measured += [
             Row(f"{rows}x{columns}", layout.bits, str(dtype)[6:], batch, name, time, times["dense"], layout.nbytes)
             for name, time in times.items()
             if name != "dense"
         ]
-    return found
+    return measured
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -178,7 +178,7 @@ def _shape(text: str) -> tuple[int, int]:
 @click.option("--group-size", type=click.IntRange(8), default=128, show_default=True, help="A multiple of 8.")
 @click.option("--scale-format", type=click.Choice(["pot", "apot2", "apot3", "float"]), default="pot", show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=30, show_default=True)
-@click.option("--eager", is_flag=True, help="Launch from Python and not from a CUDA graph.")
+@click.option("--eager", is_flag=True, help="Launch from Python instead of a CUDA graph.")
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
 def main(
     shapes: tuple[str, ...],
@@ -191,7 +191,7 @@ def main(
     eager: bool,
     as_json: bool,
 ) -> None:
-    """Check the GPU kernels and time them against torch's dense product. Without a CUDA GPU it ends with 2."""
+    """Check the GPU kernels and time them against torch's dense product. Without a CUDA GPU the exit code is 2."""
     sizes = [_shape(text) for text in shapes]
     if group_size % 8:
         raise click.BadParameter("--group-size must be a multiple of 8.")
@@ -200,22 +200,24 @@ def main(
         sys.exit(2)
     device = torch.device("cuda", torch.cuda.current_device())
     roof = memory_roof(device)
-    found = []
+    measured = []
     for rows, columns in sizes:
         for name in dtypes:
             for count in bits:
                 layout = PackedLayout(plane_format(count, group_size, scale_format), rows, columns)
-                found += measure(layout, DTYPES[name], batches, rounds, eager, device)
+                measured += measure(layout, DTYPES[name], batches, rounds, eager, device)
     if as_json:
         about = {"device": torch.cuda.get_device_name(device), "roof": roof, "eager": eager, "torch": torch.__version__}
-        lines = [asdict(row) | {"ratio": row.ratio, "rate": row.rate} for row in found]
+        lines = [asdict(row) | {"ratio": row.ratio, "rate": row.rate} for row in measured]
         click.echo(json.dumps(about | {"rows": lines}, indent=2))
         return
     click.echo(f"{torch.cuda.get_device_name(device)}, roof {roof:.0f} GB/s, torch {torch.__version__}\n")
-    click.echo(table(("shape", "dtype", "bits", "batch", "kernel", "ratio", "us", "dense us", "GB/s"), _cells(found)))
+    click.echo(
+        table(("shape", "dtype", "bits", "batch", "kernel", "ratio", "us", "dense us", "GB/s"), _cells(measured))
+    )
 
 
-def _cells(found: list[Row]) -> list[tuple[str, ...]]:
+def _cells(rows: list[Row]) -> list[tuple[str, ...]]:
     return [
         (
             row.shape,
@@ -228,7 +230,7 @@ def _cells(found: list[Row]) -> list[tuple[str, ...]]:
             f"{row.dense_microseconds:.1f}",
             f"{row.rate:.0f}",
         )
-        for row in found
+        for row in rows
     ]
 
 

@@ -1,14 +1,14 @@
 """Times the CPU kernels on single layers against torch's dense product in float32 and bfloat16.
 
-The candidates take turns, round after round, each on as many copies of its matrix as do not fit into the last-level
-cache twice over, as the layers of a model would; medians are printed, wall time and processor time. `roof` is the
-fastest that memory was read in the same run, with as many threads.
+The candidates alternate, round after round. Each uses several copies of its matrix, as the layers of a model would;
+together they are twice as large as the last-level cache. The medians of wall time and processor time are printed.
+`roof` is the highest throughput of memory reads in the same run, with as many threads.
 
     python scripts/benchmark_kernels.py --shape 4096x4096 --bits 2,3,4 --batch 1,16 --threads 1,2
 
-`exact` and `fast` are float32 activations by 32-bit and 16-bit tables, `bfloat16` what a model in that dtype gets.
-With `--ggml`, the library that scripts/ggml builds, llama.cpp's products take their turns too, on weights of its format
-of about as many bits, as its files store them and, where it has one, in the layout it repacks them into.
+`exact` and `fast` are float32 activations with 32-bit and 16-bit tables, `bfloat16` is the path of a model in that
+dtype. With `--ggml`, the library that scripts/ggml builds, llama.cpp's products are timed too, on its weight format
+with about as many bits, both as stored in its files and, if there is one, in its repacked layout.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from shiftadd_cli.kernels.cpu_weight import CpuWeight
 from shiftadd_cli.native.extension import instruction_sets
 from shiftadd_cli.progress import progress
 
-# SmolLM2-135M's layers last.
+# The last ones are layers of SmolLM2-135M.
 SHAPES = ("4096x4096", "11008x4096", "768x768", "576x576", "1536x576", "576x1536")
 OURS = {"exact": (torch.float32, False), "fast": (torch.float32, True), "bfloat16": (torch.bfloat16, True)}
 DENSE = {"torch float32": torch.float32, "torch bfloat16": torch.bfloat16}
@@ -56,7 +56,7 @@ class Numbers(click.ParamType):
             return value
         parts = str(value).split(",")
         if not all(part.isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is no list of whole numbers such as 1,4,16.", param, ctx)
+            self.fail(f"{value!r} is not a list of whole numbers such as 1,4,16.", param, ctx)
         return tuple(int(part) for part in parts)
 
 
@@ -92,7 +92,7 @@ class Row:
 
 
 def packed_call(weight: QuantizedWeight, fast: bool, kernels: str) -> tuple[Callable[[Tensor], Tensor], int]:
-    """A call of the compressed layer, and the bytes it reads of the weight."""
+    """A call of the compressed layer, and the bytes of the weight that it reads."""
     packed, layout = CpuWeight.pack(weight), weight.layout
     size = sum(tensor.nbytes for tensor in packed.tensors().values() if tensor is not None)
     call = partial(
@@ -113,7 +113,7 @@ def packed_call(weight: QuantizedWeight, fast: bool, kernels: str) -> tuple[Call
 
 
 def rings_of(layout: PackedLayout, cache_bytes: int, kernels: str) -> dict[str, Ring]:
-    """The candidates, each with copies enough."""
+    """The candidates, each with enough copies."""
     generator = torch.Generator().manual_seed(0)
     weight = random_matrix(layout, generator)
     rings = {}
@@ -134,7 +134,7 @@ def rings_of(layout: PackedLayout, cache_bytes: int, kernels: str) -> dict[str, 
 def ggml_layers(
     library: GgmlLibrary, layout: PackedLayout, x: Tensor, threads: int, cache_bytes: int
 ) -> Iterator[tuple[str, GgmlLayers]]:
-    """llama.cpp's candidates for a layout; none where it has no format for such bits or columns."""
+    """llama.cpp's candidates for a layout; none if it has no format for these bits or columns."""
     kind = FORMATS.get(layout.bits)
     if kind is None:
         return
@@ -148,7 +148,7 @@ def ggml_layers(
 
 
 def ggml_sample(layers: GgmlLayers, clock: Clock) -> Callable[[], Span]:
-    """Measures the time of one product, the mean of as many as make a sample."""
+    """Return a function that times one product, as the mean over the products of a sample."""
     layers.run()
     passes = max(1, math.ceil(SAMPLE_SECONDS / max(clock.time(layers.run).wall, 1e-9)))
 
@@ -171,15 +171,15 @@ def measure(
     ggml: GgmlLibrary | None = None,
     cache_bytes: int = ASSUMED_CACHE_BYTES,
 ) -> Row:
-    """One problem, the candidates in turns."""
+    """Time all candidates on one problem, in alternation."""
     torch.set_num_threads(threads)
     clock = Clock()
     x = torch.randn(batch, layout.grid.columns, generator=torch.Generator().manual_seed(batch))
     samples: dict[str, Callable[[], Span]] = {}
     weight_bytes = {name: ring.nbytes for name, ring in rings.items()}
     for name, ring in rings.items():
-        mine = x.to(ring.dtype)
-        samples[name] = partial(ring.sample, mine, ring.calls_for(mine, clock), clock)
+        activations = x.to(ring.dtype)
+        samples[name] = partial(ring.sample, activations, ring.calls_for(activations, clock), clock)
     with ExitStack() as stack:
         if ggml is not None:
             for name, layers in ggml_layers(ggml, layout, x, threads, cache_bytes):
@@ -192,15 +192,15 @@ def measure(
         batch=batch,
         threads=threads,
         bits_per_weight=layout.bits_per_weight,
-        seconds={name: each.seconds.median for name, each in timed.items()},
-        cpu_seconds={name: each.seconds.median * each.cores.median for name, each in timed.items()},
+        seconds={name: timing.seconds.median for name, timing in timed.items()},
+        cpu_seconds={name: timing.seconds.median * timing.cores.median for name, timing in timed.items()},
         weight_bytes=weight_bytes,
         roof=roof.bytes_per_second,
     )
 
 
 def as_text(rows: list[Row]) -> str:
-    """Ratios first: how many times as fast as dense layers ours are."""
+    """The table, ratios first: the speedup of our layers over dense ones."""
     header = ["shape", "bits", "stored", "batch", "threads", "exact/fp32", "fast/fp32", "bf16/fp32", "bf16/bf16"]
     header += ["exact", "fast", "bf16", "fp32", "bf16 dense", "roof exact", "fast"]
     compared = any(row.ggml for row in rows)
@@ -218,7 +218,7 @@ def as_text(rows: list[Row]) -> str:
 
 
 def ggml_cells(row: Row) -> list[str]:
-    """What the faster of llama.cpp's candidates took beside ours."""
+    """The faster of llama.cpp's candidates compared with ours."""
     name = row.ggml
     if name is None:
         return ["-"] * 5
@@ -236,7 +236,7 @@ def ggml_cells(row: Row) -> list[str]:
 @click.option("--group-size", default=128, show_default=True, help="Columns that share a scale set.")
 @click.option("--scale-format", type=click.Choice(["pot", "apot2", "apot3", "float"]), default="apot2")
 @click.option(
-    "--kernels", default="", help=f"Instruction set, of {', '.join(instruction_sets())}; the best by default."
+    "--kernels", default="", help=f"Instruction set, one of {', '.join(instruction_sets())}; the best by default."
 )
 @click.option(
     "--ggml",
@@ -244,7 +244,7 @@ def ggml_cells(row: Row) -> list[str]:
     help="Library built from scripts/ggml, to compare with llama.cpp.",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(
     shapes: tuple[str, ...],
     bits: tuple[int, ...],
@@ -259,7 +259,7 @@ def main(
 ) -> None:
     """Compare the kernels with torch on this machine."""
     if not instruction_sets():
-        raise click.UsageError("This installation has no compiled kernels; install a C++ compiler and it again.")
+        raise click.UsageError("This installation has no compiled kernels; install a C++ compiler and reinstall it.")
     if kernels and kernels not in instruction_sets():
         raise click.UsageError(f"This machine runs {', '.join(instruction_sets())}, not {kernels!r}.")
     library = None
@@ -275,10 +275,10 @@ def main(
         torch.set_num_threads(count)
         roofs[count] = read_roof(roof_bytes(cache, free_memory()))
     rows = []
-    problems = [(shape, each) for shape in shapes for each in bits]
-    for shape, each in progress(problems, total=len(problems), desc="Layers"):
+    problems = [(shape, bit_width) for shape in shapes for bit_width in bits]
+    for shape, bit_width in progress(problems, total=len(problems), desc="Layers"):
         height, width = (int(part) for part in shape.split("x"))
-        layout = PackedLayout(plane_format(each, group_size, scale_format), height, width)
+        layout = PackedLayout(plane_format(bit_width, group_size, scale_format), height, width)
         rings = rings_of(layout, cache, kernels)
         rows += [
             measure(rings, layout, size, count, rounds, roofs[count], library, cache)
@@ -291,9 +291,9 @@ def main(
         click.echo(json.dumps(document, indent=2))
         return
     click.echo(as_text(rows))
-    told = ", ".join(f"{roof.bytes_per_second / 1e9:.1f} GB/s with {count}" for count, roof in roofs.items())
-    click.echo(f"\n{machine.cpu}; kernels {kernels or instruction_sets()[0]}; memory read at {told} threads.")
-    click.echo("Times in microseconds, medians; processor time in brackets. A ratio above 1: ours is faster.")
+    throughputs = ", ".join(f"{roof.bytes_per_second / 1e9:.1f} GB/s with {count}" for count, roof in roofs.items())
+    click.echo(f"\n{machine.cpu}; kernels {kernels or instruction_sets()[0]}; memory read at {throughputs} threads.")
+    click.echo("Times are medians in microseconds, processor time in brackets. A ratio above 1: ours is faster.")
 
 
 if __name__ == "__main__":

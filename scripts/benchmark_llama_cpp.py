@@ -1,7 +1,7 @@
-"""Whole models beside llama.cpp: tokens per second of writing and of reading a prompt, taken in turns.
+"""Compares whole models with llama.cpp: tokens per second of decode and prefill, measured in alternation.
 
-Our checkpoint runs in this process, as `shiftadd benchmark` measures it, through transformers; the .gguf files run in
-llama.cpp's own `llama-bench`. To build that outside the repository, from any copy of its sources:
+Our checkpoint runs in this process through transformers, as in `shiftadd benchmark`; the .gguf files run in llama.cpp's
+own `llama-bench`. To build that outside the repository, from any copy of its sources:
 
     pip download --no-deps --no-binary :all: llama-cpp-python    # its vendor/llama.cpp is one such copy
     cmake -S .../llama.cpp -B /tmp/llama.cpp -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF
@@ -10,7 +10,7 @@ llama.cpp's own `llama-bench`. To build that outside the repository, from any co
     python scripts/benchmark_llama_cpp.py OUT --llama-bench /tmp/llama.cpp/bin/llama-bench \\
         --gguf model-q2_k.gguf --gguf model-q4_0.gguf
 
-Neither samples: llama-bench takes tokens at random, ours takes the likeliest.
+Neither side samples: llama-bench uses random tokens, ours takes the most likely token.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from shiftadd_cli.sizes import size
 
 
 class Speeds(NamedTuple):
-    """Tokens per second."""
+    """Tokens per second. writing: of decode; reading: of prefill."""
 
     writing: float
     reading: float
 
 
 class Work(NamedTuple):
-    """What one turn does. prompt, new: tokens read, and tokens written after the first."""
+    """The work of one run. prompt: tokens of the prefill; new: tokens decoded after the first."""
 
     prompt: int
     new: int
@@ -51,17 +51,17 @@ class Work(NamedTuple):
 
 
 def ours(model: Any, work: Work) -> Speeds:
-    """Read a prompt and write after it, through `generate` of transformers."""
+    """Prefill a prompt and decode after it, through `generate` of transformers."""
     use_threads(work.threads)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(0, vocabulary, (1, work.prompt), generator=generator)
-    reading, writing = time_generation(model, Clock(), tokens, work.new + 1)
-    return Speeds(work.new / writing.wall, work.prompt / reading.wall)
+    prefill, decode = time_generation(model, Clock(), tokens, work.new + 1)
+    return Speeds(work.new / decode.wall, work.prompt / prefill.wall)
 
 
 def llama_cpp(program: Path, gguf: Path, work: Work) -> Speeds:
-    """The same by llama-bench. Raises ShiftaddError where it fails."""
+    """The same by llama-bench. Raises ShiftaddError if it fails."""
     counts = ["-p", str(work.prompt), "-n", str(work.new), "-t", str(work.threads), "-r", "1"]
     try:
         done = run([program, "-m", gguf, "-o", "json", *counts], capture_output=True, text=True, check=True)
@@ -78,7 +78,7 @@ def llama_cpp(program: Path, gguf: Path, work: Work) -> Speeds:
     "program",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     required=True,
-    help="llama.cpp's program of that name.",
+    help="Path of llama.cpp's llama-bench.",
 )
 @click.option(
     "--gguf",
@@ -88,7 +88,7 @@ def llama_cpp(program: Path, gguf: Path, work: Work) -> Speeds:
     required=True,
     help="Model for llama.cpp; may be repeated.",
 )
-@click.option("--dtype", default="bfloat16", show_default=True, help="What ours computes in.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="Dtype that ours computes in.")
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -97,8 +97,8 @@ def llama_cpp(program: Path, gguf: Path, work: Work) -> Speeds:
     show_default=True,
     help="Number of threads; may be repeated.",
 )
-@click.option("--prompt", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to read.")
-@click.option("--new", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to write.")
+@click.option("--prompt", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of the prompt.")
+@click.option("--new", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to decode.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 def main(
     model: str,
@@ -110,7 +110,7 @@ def main(
     new: int,
     rounds: int,
 ) -> None:
-    """Measure the checkpoint MODEL beside .gguf files in llama.cpp."""
+    """Compare the checkpoint MODEL with .gguf files in llama.cpp."""
     try:
         loaded = open_any(model).load(dtype, choose_device("cpu"))
         turns: dict[tuple[int, str], Callable[[], Speeds]] = {}
@@ -118,20 +118,20 @@ def main(
             work = Work(prompt, new, count)
             turns[count, loaded.info.spec] = partial(ours, loaded.model, work)
             turns |= {(count, gguf.name): partial(llama_cpp, program, gguf, work) for gguf in files}
-        found = interleave(turns, rounds, desc="Measuring")
+        results = interleave(turns, rounds, desc="Measuring")
     except ShiftaddError as error:
         raise usage_error(error) from error
-    bytes_of = {loaded.info.spec: loaded.info.file_bytes} | {each.name: each.stat().st_size for each in files}
-    header = ("model", "size", "threads", "writing, tokens/s", "reading, tokens/s", "ours to it, writing", "reading")
+    bytes_of = {loaded.info.spec: loaded.info.file_bytes} | {gguf.name: gguf.stat().st_size for gguf in files}
+    header = ("model", "size", "threads", "decode, tokens/s", "prefill, tokens/s", "ours over it, decode", "prefill")
     rows = []
-    for (count, name), speeds in found.items():
-        own = found[count, loaded.info.spec]
-        writing, reading = (Spread(tuple(each[i] for each in speeds)) for i in range(2))
-        gains = [Spread(tuple(each[i] for each in own)).over(rate).median for i, rate in enumerate((writing, reading))]
-        rates = [f"{rate.median:.1f} ({rate.low:.1f} - {rate.high:.1f})" for rate in (writing, reading)]
+    for (count, name), speeds in results.items():
+        own = results[count, loaded.info.spec]
+        decode, prefill = (Spread(tuple(speed[i] for speed in speeds)) for i in range(2))
+        gains = [Spread(tuple(speed[i] for speed in own)).over(rate).median for i, rate in enumerate((decode, prefill))]
+        rates = [f"{rate.median:.1f} ({rate.low:.1f} - {rate.high:.1f})" for rate in (decode, prefill)]
         rows.append((name, size(bytes_of[name]), str(count), *rates, *(f"{gain:.2f}" for gain in gains)))
     click.echo(table(header, rows))
-    click.echo(f"Medians of {rounds} rounds (least - most); prompts of {prompt}, {new} new tokens; ours in {dtype}.")
+    click.echo(f"Medians of {rounds} rounds (min - max); prompts of {prompt}, {new} new tokens; ours in {dtype}.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Peak resident memory of `shiftadd quantize` against the size of the model.
 
-Generates Llama models with random weights that differ in the number of blocks alone, quantizes each in a process of its
-own, and prints the peak the operating system saw beside what the plan had said. Memory must not grow with the number of
-blocks: a block's weights are read, quantized, written and dropped.
+Generates Llama models with random weights that differ only in the number of blocks, quantizes each in a process of its
+own, and prints the peak that the operating system reports next to the planned peak. Memory must not grow with the
+number of blocks: the weights of a block are read, quantized, written and dropped.
 
     python scripts/benchmark_memory.py --blocks 4 --blocks 8 --blocks 16 --width 1024 --max-memory 2GB
 """
@@ -27,7 +27,7 @@ VOCABULARY = 4096
 
 
 def write_model(folder: Path, blocks: int, width: int) -> int:
-    """Write a random Llama of `blocks` blocks shard by shard, so that making it needs no memory either; its bytes."""
+    """Write a random Llama of `blocks` blocks shard by shard, which needs little memory, and return its bytes."""
     config = AutoConfig.for_model(
         "llama",
         hidden_size=width,
@@ -68,7 +68,7 @@ def write_model(folder: Path, blocks: int, width: int) -> int:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer: what the text says does not matter here."""
+    """A byte-level tokenizer; the content of the text does not matter here."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -85,7 +85,7 @@ def _write_tokenizer(folder: Path) -> None:
 @click.option("--recipe", "recipes", multiple=True, default=("fast", "equal-bits"), show_default=True)
 @click.option("--samples", default=32, show_default=True)
 @click.option("--seq-len", default=256, show_default=True)
-@click.option("--max-memory", metavar="SIZE", help="For all alike, as for `shiftadd quantize`.")
+@click.option("--max-memory", metavar="SIZE", help="For all runs, as for `shiftadd quantize`.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Write the models here and keep them.")
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
 def main(
@@ -101,13 +101,13 @@ def main(
     """Measure peak memory for models of several depths."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        place = keep or Path(scratch)
-        place.mkdir(parents=True, exist_ok=True)
+        folder = keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
         for count in blocks:
-            model = place / f"llama-{count}x{width}"
+            model = folder / f"llama-{count}x{width}"
             written = write_model(model, count, width)
             for recipe in recipes:
-                out = place / f"{model.name}-{recipe}"
+                out = folder / f"{model.name}-{recipe}"
                 command = [sys.executable, "-m", "shiftadd_cli", "quantize", str(model), "-o", str(out)]
                 command += ["--recipe", recipe, "--samples", str(samples), "--seq-len", str(seq_len)]
                 command += ["--max-memory", max_memory] if max_memory else []

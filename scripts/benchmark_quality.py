@@ -1,14 +1,14 @@
-"""Quality of compression methods beside each other: perplexity, divergence and agreement, at the same bit widths.
+"""Compares the quality of compression methods: perplexity, divergence and agreement at the same bit widths.
 
-Every method at every bit width is one row: quantized by our own command in a process of its own, then measured against
-the original. Finished rows are files in the work folder, so a run that was killed goes on where it was, and rows of
-earlier runs with the same settings are taken over. `table.md` and `table.json` in that folder are the result.
+Every method at every bit width is one row: our own command quantizes it in a separate process, then it is measured
+against the original. Finished rows are files in the work folder, so a killed run resumes where it stopped, and rows of
+earlier runs with the same settings are reused. The results are `table.md` and `table.json` in that folder.
 
     python scripts/benchmark_quality.py demo --methods default,gptq,rtn,default:group_size=128,offset=false \\
         --bits 2,3,4 --test builtin --work out/quality
 
-A method is a packaged recipe, the path of a recipe file, or `peer:NAME` for another library (pip install '.[peers]'),
-each with fields of the recipe changed after a colon.
+A method is a packaged recipe, the path of a recipe file, or `peer:NAME` for another library (pip install '.[peers]').
+Changes to fields of its recipe follow after a colon.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from shiftadd_cli.recipe_file import packaged_names
     multiple=True,
     default=("default,gptq,rtn,shiftaddllm-acc,shiftaddllm-lat",),
     show_default=True,
-    help=f"What to compare: {', '.join(packaged_names())}, a recipe file, "
+    help=f"Methods to compare: {', '.join(packaged_names())}, a recipe file, "
     f"{', '.join(f'peer:{name}' for name in PEERS)}; each with :field=value,... for changes.",
 )
 @click.option("--bits", type=Widths(), default="2,3,4", show_default=True, help="Planes per weight.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
 @comparison_options
 def main(
     model: str,
@@ -66,7 +66,7 @@ def main(
         conditions = Conditions(
             model, calibration, samples, seq_len, seed, name_tests(tests), context, max_tokens, dtype
         )
-        # Every row is settled before the first is made: a slip in the last method must not cost a night.
+        # Resolve every row before making the first: a typo in the last method must not cost a night.
         parsed = parse_methods(methods)
         cells = [conditions.cell(method, width) for width in bits for method in parsed if method.at(width)]
         bench = TextBench(conditions, cells, work, together, keep_artifacts, lambda line: click.echo(line, err=True))

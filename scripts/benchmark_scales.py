@@ -1,12 +1,12 @@
-"""What each form of the scales costs and gains: relative output error against stored bits per weight.
+"""Compares the forms of scales: relative output error against stored bits per weight.
 
-Takes some blocks of a model, calibrates their linears on real text, and quantizes each of them in every form asked for:
-scale format, group size, offsets, rotation. Prints the geometric mean over the linears of
-‖(W − Ŵ) X‖² / ‖W X‖² beside what is stored, and marks the forms that no other beats at fewer or equally many bits.
+Takes some blocks of a model, calibrates their linears on real text, and quantizes each in every requested form: scale
+format, group size, offsets, rotation. Prints the geometric mean over the linears of ‖(W − Ŵ) X‖² / ‖W X‖² next to the
+stored bits, and marks the forms that no other form beats at the same or fewer bits.
 
     python scripts/benchmark_scales.py demo --blocks 3,10,20,29 --bits 2,3,4 --work out/scales
 
-Shift layers (`--shifts`), which have no such forms, stand beside them.
+Shift layers (`--shifts`) have no such forms; they are in the same table.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from shiftadd_cli.source import LinearSpec, open_source
 
 @dataclass(frozen=True)
 class Form:
-    """How a matrix is stored: fields of the recipe of the same names."""
+    """The storage of a matrix: recipe fields of the same names."""
 
     bits: int
     scale_format: str
@@ -51,7 +51,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Row:
-    """A form, what it stores over all linears looked at, and the geometric mean of their relative output errors."""
+    """A form, its stored bits per weight over all measured linears, and the geometric mean of relative errors."""
 
     form: Form
     stored_bits: float
@@ -59,7 +59,7 @@ class Row:
 
 
 class Measure:
-    """Quantizes the linears of some blocks in every form, on what they read in the original model."""
+    """Quantizes the linears of some blocks in every form, on their inputs in the original model."""
 
     def __init__(self, forms: Sequence[Form], blocks: Iterable[int], options: SolverOptions) -> None:
         self._forms, self._blocks, self._options = forms, set(blocks), options
@@ -80,24 +80,24 @@ class Measure:
         return [{} for _ in specs]
 
     def rows(self) -> list[Row]:
-        """In the order of the forms."""
+        """Rows in the order of the forms."""
         return [
             Row(form, 8 * self.stored[form] / self.weights, geometric_mean(self.errors[form])) for form in self._forms
         ]
 
 
 def unbeaten(rows: Sequence[Row]) -> set[Form]:
-    """Forms than which none has a smaller error at as few stored bits."""
+    """Forms for which no other form has a smaller error at the same or fewer stored bits."""
     return {row.form for row in rows if not any(o.stored_bits <= row.stored_bits and o.error < row.error for o in rows)}
 
 
 def measure_forms(model: str, recipe: Recipe, forms: Sequence[Form], blocks: Sequence[int]) -> list[Row]:
-    """Rows of all forms on the linears of these blocks; raises ShiftaddError for what cannot be read."""
+    """Rows of all forms on the linears of these blocks. Raises ShiftaddError for unreadable inputs."""
     plan = make_plan(open_source(model, dtype=recipe.dtype), recipe)
     calibration = draw_calibration(plan)
     if calibration is None or not set(blocks) <= set(range(len(plan.structure.blocks))):
         raise click.UsageError(f"Give a calibration text, and blocks from 0 to {len(plan.structure.blocks) - 1}.")
-    # Blocks behind the last one asked for are not run.
+    # Blocks after the last requested one are not run.
     last = max(blocks)
     structure = replace(
         plan.structure,
@@ -112,7 +112,7 @@ def measure_forms(model: str, recipe: Recipe, forms: Sequence[Form], blocks: Seq
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    """Rows by bits and then by what they store; `*` where nothing smaller is as good."""
+    """Rows by bits, then by stored bits per weight; `*` marks unbeaten forms."""
     lines = []
     for bits in dict.fromkeys(row.form.bits for row in rows):
         alike = [row for row in rows if row.form.bits == bits]
@@ -139,17 +139,17 @@ def _words(text: str) -> list[str]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--blocks", default="3,10,20,29", show_default=True, help="Numbers of the blocks to look at.")
+@click.option("--blocks", default="3,10,20,29", show_default=True, help="Indices of the blocks to measure.")
 @click.option("--bits", default="2,3,4", show_default=True)
 @click.option("--formats", default="pot,apot2,apot3,float", show_default=True)
 @click.option("--groups", default="32,64,128,all", show_default=True)
 @click.option("--offsets", type=click.Choice(("no", "yes", "both")), default="both", show_default=True)
-@click.option("--rotations", default="hadamard", show_default=True, help="Of none,hadamard.")
-@click.option("--shifts", default="", help="Shift layers as well, such as shift1-3,shift2-4.")
+@click.option("--rotations", default="hadamard", show_default=True, help="One or both of none,hadamard.")
+@click.option("--shifts", default="", help="Shift layers to add, such as shift1-3,shift2-4.")
 @click.option("--calibration", default="builtin", show_default=True)
 @click.option("--samples", type=int, default=32, show_default=True)
 @click.option("--seq-len", type=int, default=512, show_default=True)
-@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
+@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the table.")
 def main(
     model: str,
     blocks: str,
@@ -164,7 +164,7 @@ def main(
     seq_len: int,
     work: Path,
 ) -> None:
-    """Compare the forms that scales can have on MODEL (a hub id, a folder, a .gguf file or `demo`)."""
+    """Compare the forms of scales on MODEL (a hub id, a folder, a .gguf file or `demo`)."""
     try:
         fields = {"calibration": calibration, "samples": samples, "seq_len": seq_len}
         recipe = Recipe.load("equal-bits", fields)
@@ -180,10 +180,10 @@ def main(
         ]
         for choice, rotation in itertools.product(map(parse_choice, _words(shifts)), _words(rotations)):
             primitive, width = parts_of_choice(choice)
-            # They have one scale a row, whatever the fields on scales say.
+            # Shift layers have one scale per row, whatever the scale fields say.
             forms.append(Form(width, "pot", "all", False, rotation, primitive))
         for form in forms:
-            # Refused before any work, in the words of the recipe.
+            # An invalid form fails before any work, with the recipe's own message.
             Recipe.load("equal-bits", fields | asdict(form))
         rows = measure_forms(model, recipe, forms, [int(block) for block in _words(blocks)])
     except (ShiftaddError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""Times what `quantize` computes by compiled kernels against the same in torch: second moments of activations, and the
-steps of the solver that go column by column.
+"""Times the compiled kernels of `quantize` against torch: second moments of activations, and the column-by-column steps
+of the solver.
 
-The ways take turns, round after round; medians of milliseconds are printed, and how many times as fast as torch the
-kernels are.
+The candidates alternate, round after round. The table has medians of milliseconds, and the speedup of the kernels over
+torch.
 
     python scripts/benchmark_solver.py --columns 576,1536,4096 --threads 1
 """
@@ -23,12 +23,12 @@ from shiftadd_cli.calibration.products import add_products
 from shiftadd_cli.cli.summary import table
 from shiftadd_cli.native.extension import instruction_sets
 
-# As many as a sweep hands on at once, and as many rows as a piece of the solver's has.
+# The columns that a sweep updates at once, and the rows of one piece of the solver's work.
 BLOCK, ROWS = 128, 512
 
 
 def moments(columns: int, tokens: int, dtype: torch.dtype) -> Callable[[str], object]:
-    """Both moments of one batch of inputs, as asymmetric calibration gathers them."""
+    """Both moments of one batch of inputs, as asymmetric calibration accumulates them."""
     g = torch.Generator().manual_seed(0)
     x, other = (torch.randn(tokens, columns, generator=g).to(dtype) for _ in range(2))
     hessian, cross = torch.zeros(2, columns, columns)
@@ -36,7 +36,7 @@ def moments(columns: int, tokens: int, dtype: torch.dtype) -> Callable[[str], ob
 
 
 def descent(columns: int) -> Callable[[str], object]:
-    """One pass over so many columns of 3 bits in groups of 128."""
+    """One pass over `columns` columns of 3 bits in groups of 128."""
     g = torch.Generator().manual_seed(0)
     tables = LevelTable.build(torch.rand(-(-columns // 128), ROWS, 3, generator=g), None)
     groups = torch.arange(columns) // 128
@@ -45,10 +45,16 @@ def descent(columns: int) -> Callable[[str], object]:
 
     def run(way: str) -> None:
         for start in range(0, columns, BLOCK):
-            here = slice(start, min(start + BLOCK, columns))
-            count = here.stop - here.start
+            block = slice(start, min(start + BLOCK, columns))
+            count = block.stop - block.start
             settle(
-                goals[here].clone(), form[:count, :count], tables, groups[here], values[here], descend=True, kernels=way
+                goals[block].clone(),
+                form[:count, :count],
+                tables,
+                groups[block],
+                values[block],
+                descend=True,
+                kernels=way,
             )
 
     return run
@@ -57,7 +63,7 @@ def descent(columns: int) -> Callable[[str], object]:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--columns", "widths", type=Numbers(), default="576,1536,4096", show_default=True)
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Of a batch of activations."
+    "--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens in a batch of activations."
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
@@ -72,8 +78,8 @@ def main(widths: tuple[int, ...], tokens: int, threads: int, rounds: int) -> Non
             "descent, 512 rows": descent(columns),
         }
         for name, work in works.items():
-            found = interleave({way: partial(clock.time, partial(work, way)) for way in ways}, rounds)
-            seconds = {way: Timed(tuple(spans)).seconds.median for way, spans in found.items()}
+            samples = interleave({way: partial(clock.time, partial(work, way)) for way in ways}, rounds)
+            seconds = {way: Timed(tuple(spans)).seconds.median for way, spans in samples.items()}
             cells = [f"{1e3 * seconds[way]:.1f} ({seconds['torch'] / seconds[way]:.1f} x)" for way in ways]
             lines.append([name, str(columns), *cells])
     click.echo(table(("work", "columns", *(f"{way}, ms" for way in ways)), lines))

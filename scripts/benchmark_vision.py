@@ -1,13 +1,13 @@
-"""Quality of compression methods on vision models: accuracy, divergence and agreement, at the same bit widths.
+"""Compares the quality of compression methods on vision models: accuracy, divergence and agreement at equal bit widths.
 
-Every method at every bit width is one row, as in `benchmark_quality.py`: quantized by our own command in a process of
-its own, then measured against the original. Finished rows are files in the work folder, so a run that was killed goes
-on where it was. `table.md` and `table.json` in that folder are the result.
+Every method at every bit width is one row, as in `benchmark_quality.py`: our own command quantizes it in a separate
+process, then it is measured against the original. Finished rows are files in the work folder, so a killed run resumes
+where it stopped. The results are `table.md` and `table.json` in that folder.
 
     python scripts/benchmark_vision.py MODEL --calibration images/train --test images/test \\
         --methods default,gptq,rtn,default:avg_bits=2.5 --bits 2,3,4 --work out/vision
 
-A method is a packaged recipe or the path of a recipe file, with fields of the recipe changed after a colon.
+A method is a packaged recipe or the path of a recipe file. Changes to fields of its recipe follow after a colon.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from shiftadd_cli.errors import ShiftaddError
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--methods", multiple=True, default=("default,gptq,rtn",), show_default=True, help="What to compare.")
+@click.option("--methods", multiple=True, default=("default,gptq,rtn",), show_default=True, help="Methods to compare.")
 @click.option("--bits", type=Widths(), default="2,3,4", show_default=True, help="Planes per weight.")
 @click.option("--calibration", default="builtin", show_default=True, help="Images to calibrate on.")
 @click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Calibration images.")
 @click.option("--test", default="builtin", show_default=True, help="Images to measure on.")
-@click.option("--max-images", type=click.IntRange(min=1), help="Measure on so many of them.  [default: all]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
-@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the table.")
+@click.option("--max-images", type=click.IntRange(min=1), help="Upper limit for the test images.  [default: all]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
+@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the table.")
 @dtype_option
 def main(
     model: str,

@@ -1,13 +1,13 @@
-"""Every architecture of the installed transformers through `shiftadd quantize`: right, refused or broken.
+"""Runs every architecture of the installed transformers through `shiftadd quantize`: right, refused or broken.
 
-For every class of the mappings for causal language models and image classifiers a small random model is built,
-quantized and loaded again, in a process of its own; docs/architectures.md says what is compared.
+For every class in the mappings for causal language models and image classifiers, a separate process builds a small
+random model, quantizes it and loads it again; docs/architectures.md describes the comparison.
 
     python scripts/check_architectures.py --only '*Gemma*'
     python scripts/check_architectures.py --jobs 2 --write docs/architectures.md
 
-Outcomes are kept in --work: a run that was stopped goes on, and one after a change of the code begins anew. The exit
-code is 1 where a class is broken.
+Outcomes are stored in --work: a stopped run resumes, and a run after a change of the code starts over. The exit code is
+1 if a class is broken.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from architectures.table import as_markdown, as_page, summary
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Checks that run at once.")
 @click.option("--limit", type=click.IntRange(min=1), default=180, show_default=True, help="Seconds for each check.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("out/architectures.jsonl"), show_default=True,
-              help="File that keeps the outcomes.")  # fmt: skip
-@click.option("--write", type=click.Path(path_type=Path), help="Page to write, with a line on how it was made.")
+              help="File that stores the outcomes.")  # fmt: skip
+@click.option("--write", type=click.Path(path_type=Path), help="Page to write, with an introduction.")
 def main(only: str, jobs: int, limit: int, work: Path, write: Path | None) -> None:
     """Check every architecture, and print the table."""
-    # So that the checks that run are ended too.
+    # An exception, so that the running checks are stopped too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     import_everything()
     chosen = [architecture for architecture in architectures() if fnmatchcase(architecture.name, only)]

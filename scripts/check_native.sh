@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Checks the CPU kernels without Python: builds shiftadd_cli/native/check and runs it
 #
-#     plain     as the kernels are built for the package, with every instruction set of this processor
-#     address   under GCC's or Clang's sanitizers of addresses and of undefined behaviour
-#     thread    under the sanitizer of threads
-#     aarch64   built for 64-bit ARM and run by an emulator, for the NEON kernels
+#     plain     built as for the package, with every instruction set of this processor
+#     address   with the address and undefined-behaviour sanitizers of GCC or Clang
+#     thread    with the thread sanitizer
+#     aarch64   built for 64-bit ARM and run in an emulator, for the NEON kernels
 #
-# A part whose tools are missing is skipped and says what it lacks. Ends with 1 if any part fails.
+# A part whose tools are missing is skipped with a message. The exit code is 1 if any part fails.
 #
 # usage: scripts/check_native.sh [--quick] [--seed N] [--build FOLDER] [PART ...]
-#   --quick    fewer and smaller matrices, and plain and aarch64 with less optimisation: a quarter of a minute each
-#   --seed     another set of random matrices (default 1)
-#   --build    where to build, a folder for each part (default build/check); kept for the next time
-#   PART       what to run, of the above (default: all). CXX and CMAKE_BUILD_PARALLEL_LEVEL count, as for any CMake.
+#   --quick    fewer and smaller matrices, and plain and aarch64 with less optimisation: 15 seconds each
+#   --seed     seed of the random matrices (default 1)
+#   --build    build folder, with a subfolder for each part (default build/check); reused next time
+#   PART       part to run (default: all). CXX and CMAKE_BUILD_PARALLEL_LEVEL work as with any CMake.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -39,7 +39,7 @@ while [ $# -gt 0 ]; do
 done
 [ ${#parts[@]} -gt 0 ] || parts=(plain address thread aarch64)
 
-# Builds the program of a part with further options of CMake; the log is shown where that fails.
+# Builds the program of a part with additional CMake options; prints the log on failure.
 make_check() {
     local folder=$build/$1 log=$build/$1.log
     shift
@@ -61,12 +61,12 @@ can_sanitize() {
     echo 'int main() { return 0; }' | ${CXX:-c++} -x c++ "-fsanitize=$1" - -o "$program" 2>/dev/null
 }
 
-# Code that the linker may share between files must not come from one that is compiled for a newer processor.
+# The linker may merge functions of several files; it must not keep one that is compiled for a newer processor.
 check_symbols() {
     local shared
     shared=$(find "$build/plain" -name 'isa_avx*.o' -exec nm -C {} + | grep -E ' [WVu] ' || true)
     if [ -n "$shared" ]; then
-        echo "These functions of the instruction sets' files may replace those of all others:" >&2
+        echo "These functions of the instruction sets' files may replace those of other files:" >&2
         echo "$shared" >&2
         return 1
     fi
@@ -91,7 +91,7 @@ run_thread() {
         skipped thread "the compiler has no libtsan"
         return
     fi
-    # Some of its versions cannot live with the random addresses of newer kernels.
+    # Some versions of libtsan fail with the address randomisation of newer Linux kernels.
     local fixed=()
     if setarch "$(uname -m)" -R true 2>/dev/null; then fixed=(setarch "$(uname -m)" -R); fi
     make_check thread -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
@@ -103,22 +103,22 @@ run_aarch64() {
     local machine emulator=() options=()
     machine=$(uname -m)
     if [ "$machine" != aarch64 ] && [ "$machine" != arm64 ]; then
-        local missing=() found
+        local missing=() qemu
         if ! command -v aarch64-linux-gnu-g++ >/dev/null; then
             missing+=("aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)")
         fi
-        found=$(command -v qemu-aarch64-static || command -v qemu-aarch64 || true)
-        [ -n "$found" ] || missing+=("qemu-aarch64 (Debian: qemu-user-static)")
+        qemu=$(command -v qemu-aarch64-static || command -v qemu-aarch64 || true)
+        [ -n "$qemu" ] || missing+=("qemu-aarch64 (Debian: qemu-user-static)")
         if [ ${#missing[@]} -gt 0 ]; then
             skipped aarch64 "not installed: $(printf '%s; ' "${missing[@]}" | sed 's/; $//')"
             return
         fi
-        emulator=("$found")
-        # Linked statically: the emulator then needs no library of the other architecture.
+        emulator=("$qemu")
+        # Static linking: the emulator then needs no libraries of the other architecture.
         options=(-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
             -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static)
     fi
-    # CXX names the compiler of this machine, if any.
+    # CXX names the host compiler, if any.
     (unset CXX && make_check aarch64 "${options[@]}" "${optimisation[@]}") &&
         "${emulator[@]}" "$build/aarch64/check" "${arguments[@]}"
 }

@@ -1,11 +1,11 @@
 """Rewrites the generated parts of README.md and docs/; `--check` only says whether they are current.
 
-A part stands between two marks:
+A part lies between two markers:
 
     <!-- generated: verb quantize -->
     <!-- end of generated -->
 
-The first word names what makes it, see `PARTS`; the others are told to that.
+The first word is a key of `PARTS`; the others are arguments of that function.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def pages() -> list[Path]:
 
 
 def parts_of(text: str) -> list[str]:
-    """What is generated in a page, in order, such as `verb quantize`."""
+    """The generated parts of a page, in order, such as `verb quantize`."""
     return [match["what"] for match in _PART.finditer(text)]
 
 
 def regenerated(text: str) -> str:
-    """`text` with everything between marks replaced by what the code and the rows say now."""
+    """`text` with every part between markers regenerated from the current code and rows."""
 
     def make(match: re.Match[str]) -> str:
         name, *arguments = match["what"].split()

@@ -10,12 +10,12 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-# Its formats of about as many bits, in ggml's spelling.
+# ggml's formats with about as many bits, in its spelling.
 FORMATS = {2: "q2_K", 3: "q3_K", 4: "q4_0"}
 
 
 class GgmlLibrary:
-    """The functions of `matmul.cpp`. Raises OSError for a file that is no such library."""
+    """The functions of `matmul.cpp`. Raises OSError for any other file."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path.resolve()))
@@ -34,13 +34,13 @@ class GgmlLibrary:
 
 
 class GgmlLayers:
-    """`copies` weights of one type, which multiply the same activations one after the other.
+    """`copies` weights of one type, which multiply the same activations one after another.
 
         with GgmlLayers(library, "q2_K", weight, x, copies=8, threads=2, repack=True) as layers:
             layers.run()
 
-    weight float32 `[out, in]`, x float32 `[batch, in]`. Raises ValueError where ggml cannot: a type it does not know,
-    columns that are no multiple of its blocks, or, with `repack`, no layout of its own for this type and shape.
+    weight float32 `[out, in]`, x float32 `[batch, in]`. Raises ValueError if ggml cannot compute this: an unknown type,
+    columns that are not a multiple of its blocks, or, with `repack`, no repacked layout for this type and shape.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class GgmlLayers:
             kind.encode(), *weight.shape, len(x), copies, threads, repack, _floats(weight), _floats(x)
         )
         if not self._problem:
-            layout = "a layout of its own for" if repack else "a product of"
-            raise ValueError(f"ggml has not {layout} {kind} weights of {len(weight)} x {weight.shape[1]}")
+            product = "repacked layout for" if repack else "product of"
+            raise ValueError(f"ggml has no {product} {kind} weights of {len(weight)} x {weight.shape[1]}")
 
     def __enter__(self) -> GgmlLayers:
         return self
@@ -65,7 +65,7 @@ class GgmlLayers:
 
     @property
     def nbytes(self) -> int:
-        """Of one weight."""
+        """Bytes of one weight."""
         return int(self.library.matmul_bytes(self._problem))
 
     def run(self) -> None:
@@ -74,10 +74,10 @@ class GgmlLayers:
             raise RuntimeError("ggml could not compute the product")
 
     def result(self) -> Tensor:
-        """float32 `[batch, out]`, of the last copy."""
-        found = torch.empty(self.batch, self.rows)
-        self.library.matmul_result(self._problem, _floats(found))
-        return found
+        """The product with the last copy, float32 `[batch, out]`."""
+        product = torch.empty(self.batch, self.rows)
+        self.library.matmul_result(self._problem, _floats(product))
+        return product
 
 
 def _floats(tensor: Tensor) -> ctypes._Pointer[c_float]:

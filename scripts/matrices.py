@@ -1,4 +1,4 @@
-"""Random compressed matrices, for benchmarks of kernels."""
+"""Random compressed matrices for kernel benchmarks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plane_format(bits: int, group_size: int, scale_format: Any) -> MatrixFormat:
 
 
 def random_matrix(layout: PackedLayout, generator: torch.Generator) -> QuantizedWeight:
-    """Random stored tensors, on the device of the generator: every byte is a valid code."""
+    """Random stored tensors on the device of the generator; every byte is a valid code."""
     device = generator.device
     tensors = {}
     for name, (shape, dtype) in layout.tensors().items():

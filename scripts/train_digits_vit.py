@@ -1,11 +1,11 @@
-"""Train a small vision transformer on the handwritten digits that scikit-learn brings, in less than a minute on a CPU.
+"""Trains a small vision transformer on the handwritten digits of scikit-learn, in less than a minute on a CPU.
 
     python scripts/train_digits_vit.py out/vit-digits
     shiftadd quantize out/vit-digits -o out/vit-digits-3bit
     shiftadd evaluate out/vit-digits-3bit --against out/vit-digits
 
-It needs no download. The images it is trained on are those that `builtin` calibrates on; the 500 that `builtin` tests
-on are held out.
+It needs no download. It trains on the images that `builtin` calibrates on, and holds out the 500 that `builtin` tests
+on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shiftadd_cli.data.images_data import ImageData
 from shiftadd_cli.progress import progress
 
 SIZE, CLASSES = 8, 10
-# Grey levels in the middle of the set's.
+# The middle of the data set's grey levels.
 MEAN, DEVIATION = 0.5, 0.5
 
 
@@ -59,7 +59,7 @@ def main(out: Path, epochs: int, seed: int) -> None:
     pixels, classes = _all(load_images("builtin", split="test"), reader)
     with torch.inference_mode():
         right = (model(pixel_values=pixels).logits.argmax(-1) == classes).float().mean().item()
-    click.echo(f"{out}: {right:.1%} of the {len(classes)} digits held out are told right")
+    click.echo(f"{out}: {right:.1%} of the {len(classes)} held-out digits are classified correctly")
 
 
 def _train(model: ViTForImageClassification, pixels: Tensor, classes: Tensor, epochs: int) -> None:
@@ -68,7 +68,7 @@ def _train(model: ViTForImageClassification, pixels: Tensor, classes: Tensor, ep
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     for _ in progress(range(epochs), total=epochs, desc="Training"):
         for batch in torch.randperm(len(pixels)).split(64):
-            # Noise makes up for there being few.
+            # Noise compensates for the small number of images.
             noisy = pixels[batch] + 0.3 * torch.randn_like(pixels[batch])
             loss = torch.nn.functional.cross_entropy(model(pixel_values=noisy).logits, classes[batch])
             optimizer.zero_grad()
@@ -80,7 +80,7 @@ def _train(model: ViTForImageClassification, pixels: Tensor, classes: Tensor, ep
 
 def _all(data: ImageData, reader: ImageReader) -> tuple[Tensor, Tensor]:
     assert data.labels is not None
-    pixels = torch.stack([each for _, each in read_images(data, reader, range(len(data)))])
+    pixels = torch.stack([image for _, image in read_images(data, reader, range(len(data)))])
     return pixels, torch.tensor([int(label) for label in data.labels])
 
 

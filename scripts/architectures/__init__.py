@@ -1,1 +1,1 @@
-"""What `check_architectures.py` is made of."""
+"""The modules of `check_architectures.py`."""

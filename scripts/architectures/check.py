@@ -1,4 +1,4 @@
-"""One architecture through the real product: quantized, loaded again, and compared with its own forward."""
+"""Runs one architecture through the real product: quantizes it, loads it again, and compares with its own forward."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _SETTINGS = [
     "--recipe", "equal-bits", "--bits", "3", "--samples", str(_BATCHES * _BATCH), "--batch-size", str(_BATCH),
 ]  # fmt: skip
 _TEXT = ["--seq-len", str(WINDOW)]
-# Relative errors: of what a block is given, where the same numbers go the same way, and of logits, where packed and
-# dense weights are multiplied in another order.
+# Relative errors. Inputs of a block come from the same operations; logits come from packed and dense weights, which are
+# multiplied in a different order.
 _SAME_INPUTS, _SAME_LOGITS = 1e-4, 1e-3
-# A model of which less is compressed counts as refused in part.
+# A model with a smaller compressed share is partial.
 _MOST = 0.5
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one architecture.
+    """The outcome of one architecture.
 
     Attributes:
-        share: of the weights of all linear layers, the part that was compressed; None where nothing was.
-        note: the sentence of a refusal, or what is wrong.
-        seconds: of wall-clock time.
+        share: the compressed part of the weights of all linear layers; None if nothing was compressed.
+        note: the sentence of a refusal, or the fault.
+        seconds: wall-clock time.
     """
 
     name: str
@@ -53,16 +53,16 @@ class Outcome:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For a line of JSON."""
+        """The fields for a line of JSON."""
         return asdict(self)
 
 
 class _WrongError(Exception):
-    """The product said nothing, and its result is wrong."""
+    """The product reported no error, but its result is wrong."""
 
 
 def check(architecture: Architecture, folder: Path) -> Outcome:
-    """Build, quantize and compare one architecture; `folder` is empty, and used for everything that is written."""
+    """Build, quantize and compare one architecture; `folder` is empty and receives all files."""
     source, out = folder / "model", folder / "out"
     try:
         factory.save(architecture, source)
@@ -76,8 +76,8 @@ def check(architecture: Architecture, folder: Path) -> Outcome:
         if _error(_logits(architecture, _load(architecture, source), window), logits) > 0:
             alone = "transformers gives other logits each time it is loaded"
     except Exception as error:
-        # A model that reads more than tokens or pictures is to be refused.
-        alone = f"does not run on {'pictures' if architecture.reads_images else 'tokens'} alone: {_last_line(error)}"
+        # A model that needs more inputs than tokens or pictures must be refused.
+        alone = f"it does not run on {'pictures' if architecture.reads_images else 'tokens'} alone: {_last_line(error)}"
     data = _write_pictures(folder) if architecture.reads_images else _write_text(folder)
     arguments = ["quantize", str(source), "-o", str(out), *_SETTINGS, "--calibration", str(data)]
     try:
@@ -86,7 +86,7 @@ def check(architecture: Architecture, folder: Path) -> Outcome:
         if refusal is not None:
             return _outcome(architecture, "refused", note=refusal.replace(str(source), "MODEL"))
         if alone != "its own logits are finite":
-            raise _WrongError(f"nothing was said of a model that {alone}")
+            raise _WrongError(f"the model was not refused although {alone}")
         dense_folder = folder / "dense"
         refusal = _run(["export", str(out), "--format", "dense", "-o", str(dense_folder)])
         if refusal is not None:
@@ -112,7 +112,7 @@ def _outcome(architecture: Architecture, status: Status, share: float | None = N
 
 
 def _run(arguments: list[str]) -> str | None:
-    """Run a verb as the command line does; the sentence of a refusal, or None. Exceptions are passed on."""
+    """Run a verb as the command line does. Returns the sentence of a refusal, or None; other exceptions propagate."""
     import click
 
     from shiftadd_cli.cli import main
@@ -159,13 +159,13 @@ def _logits(architecture: Architecture, model: Any, batch: Tensor) -> Tensor:
     if architecture.reads_images:
         output = model(**{model.main_input_name: batch})
         logits = getattr(output, "logits", None)
-        # One class gives its class scores under another name.
+        # One class returns its class scores under another name.
         return (output.last_hidden_state if logits is None else logits).float()
     return model(input_ids=batch, use_cache=False).logits.float()
 
 
-def _error(given: Tensor, wanted: Tensor) -> float:
-    return float((given - wanted).norm() / wanted.norm())
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 def _layers(out: Path) -> list[dict[str, Any]]:
@@ -173,8 +173,8 @@ def _layers(out: Path) -> list[dict[str, Any]]:
 
 
 def _linear_weights(model: Any) -> int:
-    """Weights of all linear layers but the output head: matrices, and stacks of them, that are neither looked up nor
-    slid over their input."""
+    """Weights of all linear layers except the output head: matrices and stacks of matrices, without embeddings and
+    convolutions."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tables = (nn.Embedding, nn.EmbeddingBag)
     counted = {id(matrix) for module in model.modules() if isinstance(module, tables) for matrix in module.parameters()}
@@ -195,34 +195,34 @@ def _linear_weights(model: Any) -> int:
 def _compare_names(original: Any, dense: Any) -> None:
     before, after = set(original.state_dict()), set(dense.state_dict())
     if changed := sorted(before ^ after):
-        raise _WrongError(f"the dense export has other tensors than the source, such as {changed[0]}")
+        raise _WrongError(f"the dense export has different tensors than the source, such as {changed[0]}")
 
 
 def _compare_inputs(architecture: Architecture, original: Any, heard: Heard, compressed: list[str]) -> None:
-    """Everything that a compressed layer of the original is given must have been seen in calibration.
+    """Check that calibration has seen every input of a compressed layer of the original.
 
-    The product may give its model other batches too, such as those of a check of its own, so three must be right.
+    The product may run its model on other batches too, such as those of a check of its own, so three must be right.
     """
     names = list(dict.fromkeys(_present(original, layer) for layer in compressed))
     worst: list[tuple[float, str, int]] = []
     for number, batch in enumerate(batch for batch in heard.batches if len(batch) == _BATCH):
         errors = [
-            (heard.distance(given.float()), name, number)
-            for name, given in _given(architecture, original, batch, names).items()
+            (heard.distance(tensor.float()), name, number)
+            for name, tensor in _inputs(architecture, original, batch, names).items()
         ]
-        # The first that is wrong, not the worst: those after it are wrong because of it.
+        # The first wrong input, not the worst: it causes the errors after it.
         worst.append(next((error for error in errors if error[0] > _SAME_INPUTS), (0.0, "", number)))
     if len(worst) < _BATCHES:
         raise _WrongError(f"calibration ran {len(worst)} of {_BATCHES} batches through the model")
     error, name, number = sorted(worst)[_BATCHES - 1]
     if error:
         raise _WrongError(
-            f"calibration never gave {name} what the model's own forward gives it (batch {number}, off by {error:.1%})"
+            f"calibration never gave {name} the input of the model's own forward (batch {number}, off by {error:.1%})"
         )
 
 
-def _given(architecture: Architecture, model: Any, batch: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """What the modules `names` work on when a batch runs through the model; those that do not run are left out."""
+def _inputs(architecture: Architecture, model: Any, batch: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Inputs of the modules `names` when a batch runs through the model; modules that do not run are left out."""
     seen: dict[str, Tensor] = {}
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -242,7 +242,7 @@ def _given(architecture: Architecture, model: Any, batch: Tensor, names: list[st
 
 
 def _share_tables(original: Any, dense: Any, out: Path) -> None:
-    """Let the original look up what the result looks up, as calibration does; all else that is kept must be equal."""
+    """Give the original the tables of the result, as calibration does; all other uncompressed tensors must be equal."""
     report = json.loads((out / "report.json").read_text())
     tables = {f"{name}.weight" for table in report["tables"] for name in table["modules"]}
     changed = tuple({f"{_present(original, layer['name'])}." for layer in report["layers"]})
@@ -254,11 +254,11 @@ def _share_tables(original: Any, dense: Any, out: Path) -> None:
         if name in tables or tensor.data_ptr() in tied:
             tensor.copy_(after[name])
         elif tensor.data_ptr() not in compressed and not torch.equal(tensor, after[name]):
-            raise _WrongError(f"{name} is kept, and has other values than in the source")
+            raise _WrongError(f"{name} is not compressed, but its values differ from the source")
 
 
 def _present(model: nn.Module, name: str) -> str:
-    """The module `name`, or where the model has none (experts, which it keeps in stacks) the nearest above it."""
+    """The module `name`, or its nearest existing parent if the model has no such module (experts in stacks)."""
     names = {module for module, _ in model.named_modules()}
     while name not in names:
         name = name.rpartition(".")[0]
@@ -266,7 +266,7 @@ def _present(model: nn.Module, name: str) -> str:
 
 
 def _compare_logits(architecture: Architecture, dense: Any, out: Path) -> None:
-    """The result, loaded as a user would, against what it stands for."""
+    """Compare the result, loaded as a user would, with its dense export."""
     from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
     loader = AutoModelForImageClassification if architecture.reads_images else AutoModelForCausalLM
@@ -274,11 +274,11 @@ def _compare_logits(architecture: Architecture, dense: Any, out: Path) -> None:
     if type(packed).__name__ != type(dense).__name__:
         raise _WrongError(f"the result loads as {type(packed).__name__}")
     window = _window(architecture, dense)
-    given, wanted = _logits(architecture, packed, window), _logits(architecture, dense, window)
-    for what, logits in (("dense export", wanted), ("result", given)):
+    actual, expected = _logits(architecture, packed, window), _logits(architecture, dense, window)
+    for source, logits in (("dense export", expected), ("result", actual)):
         if not bool(torch.isfinite(logits).all()):
-            raise _WrongError(f"logits of the {what} are not finite")
-    if (error := _error(given, wanted)) > _SAME_LOGITS:
+            raise _WrongError(f"logits of the {source} are not finite")
+    if (error := _error(actual, expected)) > _SAME_LOGITS:
         raise _WrongError(f"logits of the result differ from those of its dense export by {error:.1%}")
 
 

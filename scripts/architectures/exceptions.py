@@ -1,4 +1,4 @@
-"""What the rules of `shrinking.py` cannot know of single architectures."""
+"""Settings of single architectures that the rules of `shrinking.py` cannot know."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
                         "swa_kv_lora_rank": 8, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
                         "swa_qk_rope_head_dim": 8, "layer_types": ["indexed_attention", _SLIDING, "indexed_attention"],
                         "mlp_layer_types": ["dense", "sparse", "sparse"]},
-    # Towers that are not compressed are small beside the language model, as those of released models are.
+    # Towers that are not compressed are small compared to the language model, as in released models.
     "fuyu": {"patch_size": 2},
     "gemma3": {"vision_config.": _TOWER},
     "got_ocr2": {"vision_config.": {**_TOWER, "output_channels": 8, "mlp_dim": 16, "window_size": 2,
@@ -67,7 +67,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
                  "attn_layers": ["local", "lsh", "local"], "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
                        "indexer_compress_ratio": 2},
-    # Weights are divided at the first forward, from this layer on.
+    # Weights are divided in the first forward, from this layer on.
     "rwkv": {"rescale_every": 1},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0, "chunk_size": 8, "num_blocks": 3},
     "xmod": {"default_language": "en_XX"},
@@ -113,7 +113,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "textnet": {"hidden_sizes": (8, 8, 16, 16, 16), "stem_out_channels": 8, "image_size": (64, 64)},
 }  # fmt: skip
 
-# Settings of image processors that differ, by model type.
+# Image processor settings that differ from the usual ones, by model type.
 PROCESSORS: dict[str, dict[str, Any]] = {
     "siglip2": {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 8, "max_num_patches": 16},
 }

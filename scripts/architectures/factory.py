@@ -1,4 +1,4 @@
-"""Random models of every class of a mapping of transformers, with what else a model folder holds."""
+"""Random models of every class in the mappings of transformers, with the other files of a model folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from architectures.exceptions import EXCEPTIONS, PROCESSORS
 from architectures.shrinking import IMAGE_SIZE, LABELS, SPECIAL, small_settings
 
-# A larger model would no longer be checked within seconds.
+# A larger model would take more than seconds to check.
 MOST_WEIGHTS = 3_000_000
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A class of transformers and the type of configuration that it is built from."""
+    """A class of transformers and the type of its configuration."""
 
     name: str
     model_type: str
@@ -27,7 +27,7 @@ class Architecture:
 
 
 def architectures() -> Iterator[Architecture]:
-    """Every class of the two mappings once, in the order of its name, language models first."""
+    """Every class of the two mappings once, sorted by name, language models first."""
     from transformers.models.auto import modeling_auto
 
     for reads_images, mapping in (
@@ -43,7 +43,7 @@ def architectures() -> Iterator[Architecture]:
 
 
 def _own_type(name: str, types: list[str]) -> str:
-    """The type whose configuration the class is written for, among those that share the class."""
+    """The model type that the class is written for, among those that share the class."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -54,10 +54,10 @@ def _own_type(name: str, types: list[str]) -> str:
 
 
 def small_config(architecture: Architecture) -> Any:
-    """A small configuration for the class. Raises whatever transformers says to it."""
+    """A small configuration for the class. Exceptions of transformers propagate."""
     import transformers
 
-    # A model of pictures and texts has a class for texts alone, which is built from a part of its configuration.
+    # A model for pictures and text has a text-only class, which is built from a part of its configuration.
     config_class = getattr(transformers, architecture.name).config_class
     config = config_class(**small_settings(config_class, EXCEPTIONS))
     if architecture.reads_images:
@@ -66,7 +66,7 @@ def small_config(architecture: Architecture) -> Any:
 
 
 def build(architecture: Architecture, seed: int = 0) -> Any:
-    """A random model in evaluation mode; no weight, bias or norm keeps the constant it is initialised with."""
+    """A random model in evaluation mode; no weight, bias or norm keeps its constant initial value."""
     import transformers
 
     model_class = getattr(transformers, architecture.name)
@@ -85,10 +85,9 @@ def build(architecture: Architecture, seed: int = 0) -> Any:
 
 
 def randomise(model: Any) -> None:
-    """Matrices whose outputs are about as large as their inputs; vectors a little beside their constants.
+    """Make matrices whose outputs are about as large as their inputs, and vectors close to their constants.
 
-    The row of an embedding that stands for padding is zero, as training leaves it: some classes set it to zero whenever
-    they are loaded.
+    The padding row of an embedding is zero, as training leaves it: some classes set it to zero on every load.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -104,7 +103,7 @@ def randomise(model: Any) -> None:
         stored = model.state_dict().keys()
         for name, buffer in model.named_buffers():
             if name in stored and buffer.is_floating_point():
-                # Variances are among them, so nothing may become negative.
+                # Some buffers are variances, so no value may become negative.
                 buffer.add_(torch.randn_like(buffer).abs(), alpha=0.1)
 
 
@@ -145,7 +144,7 @@ def _write_image_processor(architecture: Architecture, config: Any, folder: Path
 
 
 def image_size(config: Any) -> int:
-    """Height and width of the pictures that a model reads."""
+    """Height and width of a model's input pictures."""
     size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
     if isinstance(size, (list, tuple)):
         size = size[0]

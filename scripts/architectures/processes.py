@@ -1,4 +1,4 @@
-"""Checks in processes of their own, made by forking one that has imported everything."""
+"""Runs checks in separate processes, forked from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _IMPORTS = (
 
 
 def import_everything() -> None:
-    """Import what every check needs, so that a forked process begins at once. Computes nothing: a process with threads
-    must not be forked."""
+    """Import the modules that every check needs, so that a forked process starts at once. Computes nothing: a process
+    with threads must not be forked."""
     from transformers.utils import logging
 
     torch.set_num_threads(1)
@@ -58,7 +58,7 @@ class _Running:
 
 
 def check_all(architectures: Sequence[Architecture], *, jobs: int, limit_s: float) -> Iterator[Outcome]:
-    """Outcomes as they come, `jobs` at a time; a check that takes longer than `limit_s` seconds is ended."""
+    """Outcomes as they finish, `jobs` checks at a time; a check that takes longer than `limit_s` seconds is killed."""
     waiting, running = list(architectures), list[_Running]()
     try:
         while waiting or running:
@@ -85,10 +85,10 @@ def _start(architecture: Architecture) -> _Running:
 
 
 def _work(architecture: Architecture, folder: Path) -> None:
-    """The forked process; does not return."""
+    """Run the check in the forked process; does not return."""
     code = 1
     try:
-        # With children of its own it can be ended as one group.
+        # With its own session, the process and its children can be killed as one group.
         os.setsid()
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
@@ -97,7 +97,7 @@ def _work(architecture: Architecture, folder: Path) -> None:
         (folder / "answer.json").write_text(json.dumps(outcome.to_dict()))
         code = 0
     finally:
-        # Without the clean-up of the process that it was forked from.
+        # Skip the clean-up of the parent process.
         os._exit(code)
 
 
@@ -122,5 +122,5 @@ def _end(running: _Running) -> None:
         try:
             end()
         except (ProcessLookupError, ChildProcessError):
-            # It has ended by itself.
+            # The process has already ended.
             continue

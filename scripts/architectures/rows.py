@@ -1,4 +1,4 @@
-"""Outcomes in a file of JSON lines, so that a check that was stopped goes on where it was."""
+"""Outcomes in a file of JSON lines, so that a stopped check resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shiftadd_cli.code_fingerprint import code_fingerprint
 
 
 def state_of_the_code() -> str:
-    """What outcomes depend on: this package, these scripts and the version of transformers."""
+    """Fingerprint of all inputs of outcomes: this package, these scripts and the version of transformers."""
     digest = hashlib.sha256(f"{code_fingerprint()} {transformers.__version__}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -23,7 +23,7 @@ def state_of_the_code() -> str:
 
 
 class Rows:
-    """Outcomes of one state of the code, by the name of the class; those of other states are left out."""
+    """Outcomes of the current state of the code, by class name; those of other states are ignored."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._state = file, state_of_the_code()
@@ -36,14 +36,14 @@ class Rows:
                     self.outcomes[outcome.name] = outcome
 
     def add(self, outcome: Outcome) -> None:
-        """Keep an outcome, in memory and in the file."""
+        """Store an outcome in memory and in the file."""
         self.outcomes[outcome.name] = outcome
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as file:
             file.write(json.dumps({"state": self._state, **outcome.to_dict()}) + "\n")
 
     def missing(self, architectures: list[Architecture]) -> list[Architecture]:
-        """Those without an outcome."""
+        """The architectures without an outcome."""
         return [architecture for architecture in architectures if architecture.name not in self.outcomes]
 
 
@@ -51,5 +51,5 @@ def _row(line: str) -> dict[str, Any]:
     try:
         return dict(json.loads(line))
     except ValueError:
-        # A run that was killed may leave half a line.
+        # A killed run may leave half a line.
         return {}

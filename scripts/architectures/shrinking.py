@@ -1,7 +1,7 @@
 """The smallest configuration of an architecture that still has every kind of its layers.
 
-Sizes are recognised by the names that configuration fields have in transformers; no architecture is known by name here.
-What these rules cannot know is in `exceptions.py`.
+The rules recognise sizes by the names of configuration fields in transformers; they know no architecture by name.
+`exceptions.py` has the settings that these rules cannot know.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from itertools import pairwise
 from typing import Any
 
 VOCAB_SIZE = 320
-# Entries of the vocabulary that stand for no byte.
+# Vocabulary entries that represent no byte.
 SPECIAL = 64
 HIDDEN = 32
 LAYERS = 3
 LABELS = 5
 IMAGE_SIZE = 32
 
-# Field names that say how many layers there are.
+# Names of the fields that hold the number of layers.
 _LAYERS = re.compile(r"(num_(hidden_|decoder_|encoder_)?layers|n_layers?|(en|de)coder_layers|num_layers_per_stack)")
 
-# The first pattern that matches the whole name of a field gives the most it may be; None leaves the default as it is.
+# The first pattern that matches the full name of a field gives its upper limit; None leaves the default as it is.
 _SIZES: tuple[tuple[str, int | None], ...] = (
     (r"chunk_size_.*|pretraining_tp|type_vocab_size|task_type_vocab_size|num_channels|num_labels", None),
     (r".*vocab_size(_per_layer_input|_base)?", VOCAB_SIZE),
@@ -46,7 +46,7 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
     (r"(.*_)?hidden_size|word_embed_proj_dim|projection_dim|pooler_output_size|out_hidden_size|.*_embed_dim", HIDDEN),
     (r"max_(source_|target_)?positions?(_embeddings)?|n_positions|n_ctx|max_seq_len|context_length", 128),
     (r"original_max_position_embeddings|num_position_embeddings", 64),
-    # Below the length of the windows, so that what lies outside of them is cut off.
+    # Shorter than the test windows, so that some tokens lie outside the sliding window.
     (r".*sliding_window(_size)?|attention_(chunk|window)_size|local_attention(_window_len)?|keep_window_size", 8),
     (r"index_topk|centroid_intermediate_top_k", 4),
     (r"image_size", IMAGE_SIZE),
@@ -64,21 +64,21 @@ def small_settings(
 ) -> dict[str, Any]:
     """Keyword arguments that make the smallest `config_class`.
 
-    exceptions: by model type, arguments that take the place of what the rules say; those under a name with a dot at its
-    end are for the configuration that is nested under it. changes: go on top.
+    exceptions: by model type, arguments that override the rules; a name that ends with a dot holds those of the
+    configuration nested under it. changes: override both.
     """
     exact = {**exceptions.get(config_class.model_type, {}), **(changes or {})}
     try:
         default = config_class()
-    except Exception:  # a few classes refuse their own defaults, in any way
+    except Exception:  # a few classes reject their own defaults, with any exception
         default = config_class(**{name: value for name, value in exact.items() if not name.endswith(".")})
     fields = [field for field in dataclasses.fields(config_class) if field.init and not field.name.startswith("_")]
     values = {field.name: _read(default, field) for field in fields}
     per_layer = _per_layer_lists(values)
     settings: dict[str, Any] = {}
     count = LAYERS
-    if given := [len(value) for name, value in exact.items() if name in per_layer]:
-        count = given[0]
+    if lengths := [len(value) for name, value in exact.items() if name in per_layer]:
+        count = lengths[0]
     elif per_layer:
         picked = _every_kind(list(zip(*per_layer.values(), strict=True)))
         count = len(picked)
@@ -113,7 +113,7 @@ def _read(config: Any, field: Any) -> Any:
     try:
         return getattr(config, field.name, None)
     except RuntimeError:
-        # It differs from layer to layer; what the class says of it is for most of them.
+        # The value differs between layers; the default of the class applies to most of them.
         return None if field.default is dataclasses.MISSING else field.default
 
 
@@ -146,12 +146,12 @@ def _per_layer_lists(values: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:
-    """Whether these are numbers of layers, and no property of each."""
+    """Whether these are indices of layers, not a property of each."""
     return all(isinstance(value, int) for value in values) and all(a < b for a, b in pairwise(values))
 
 
 def _every_kind(kinds: Sequence[Any]) -> list[int]:
-    """Numbers of few layers, in order, that hold every kind there is and one kind twice."""
+    """Indices of a few layers, in order, that include every kind and at least one kind twice."""
     first: list[int] = []
     seen: list[Any] = []
     again: list[int] = []

@@ -19,15 +19,15 @@ with transformers. *Right* means three things: calibration gave every compressed
 own forward does, all tensors that are not compressed kept their values, and the loaded result gives the same logits as
 its dense export. *Partial* is right too, but less than half of the weights of linear layers are compressed. *Refused*
 means that the run ends with the quoted sentence and writes nothing. *Broken* means that the run fails in another way or
-that its result is wrong. *Not built* are classes of which the script has no model. The share is the part of the weights
+that its result is wrong. *Not built* are classes without a model in this script. The share is the part of the weights
 of all linear layers, without the output head, that was compressed. These small models show that an architecture is
-computed right; they say nothing of its quality at a given size. transformers was of version
+computed right; they say nothing about its quality at a given size. The version of transformers was
 {transformers.__version__}.
 """
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """How many there are of each status, in one line."""
+    """The number of classes of each status, in one line."""
     counts = Counter(outcome.status for outcome in outcomes)
     parts = [f"{counts[status]} {status}" for status in get_args(Status) if counts[status]]
     return f"{len(outcomes)} classes: {', '.join(parts)}."

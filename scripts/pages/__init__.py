@@ -1,1 +1,1 @@
-"""What `generate_docs.py` is made of: the parts of pages that come from the code and from measured rows."""
+"""The modules of `generate_docs.py`: the parts of pages that come from the code and from measured rows."""

@@ -1,4 +1,4 @@
-"""What every verb takes, from the commands themselves; options of the recipe, and errors, from their classes."""
+"""The reference of verbs from the commands themselves; recipe options and errors from their classes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from shiftadd_cli.recipe import Recipe
 
 
 def verb_reference(name: str) -> str:
-    """Usage, help text and options of a verb; those that are fields of the recipe are named and not repeated."""
+    """Usage, help text and options of a verb; recipe options are named but not repeated."""
     command, context = _command(name)
     usage = " ".join(command.collect_usage_pieces(context))
-    paragraphs = [" ".join(each.split()) for each in inspect.cleandoc(command.help or "").split("\n\n")]
-    own = [each for each in command.params if isinstance(each, click.Option) and not _of_recipe(each)]
-    fields = {each.name for each in command.params if _of_recipe(each)}
-    lines = [f"    shiftadd {name} {usage}", "", *(f"{_plain(each)}\n" for each in paragraphs)]
-    lines.append(table(("option", "meaning"), [_option_row(each, context) for each in own]))
+    paragraphs = [" ".join(paragraph.split()) for paragraph in inspect.cleandoc(command.help or "").split("\n\n")]
+    own = [option for option in command.params if isinstance(option, click.Option) and not _of_recipe(option)]
+    fields = {option.name for option in command.params if _of_recipe(option)}
+    lines = [f"    shiftadd {name} {usage}", "", *(f"{_plain(paragraph)}\n" for paragraph in paragraphs)]
+    lines.append(table(("option", "meaning"), [_option_row(option, context) for option in own]))
     if fields:
-        missing = [option_name(each) for each in Recipe.model_fields if each not in fields]
-        but = f" but for {', '.join(f'`{each}`' for each in missing)}" if missing else ""
-        lines.append(f"Besides it takes all [options of the recipe](#options-of-the-recipe){but}.\n")
+        missing = [option_name(field) for field in Recipe.model_fields if field not in fields]
+        exceptions = f" except {', '.join(f'`{option}`' for option in missing)}" if missing else ""
+        lines.append(f"It also takes all [options of the recipe](#options-of-the-recipe){exceptions}.\n")
     return "\n".join(lines)
 
 
 def verb_table() -> str:
-    """The line that `shiftadd --help` shows of every verb."""
+    """The line of every verb in `shiftadd --help`."""
     rows = [(f"[`{name}`](#{name})", _plain(_command(name)[0].get_short_help_str(200))) for name in VERBS]
     return table(("verb", "what it does"), rows)
 
@@ -46,13 +46,15 @@ def option_table() -> str:
 
 
 def error_table() -> str:
-    """Every class of errors that users are shown, with its exit code."""
-    found = [each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, errors.ShiftaddError)]
-    ordered = sorted(found, key=lambda each: inspect.getsourcelines(each)[1])
+    """Every class of errors that users see, with its exit code."""
+    classes = [
+        error for _, error in inspect.getmembers(errors, inspect.isclass) if issubclass(error, errors.ShiftaddError)
+    ]
+    ordered = sorted(classes, key=lambda error: inspect.getsourcelines(error)[1])
     rows = [
-        (f"`{each.__name__}`", str(each.exit_code), _plain(" ".join((each.__doc__ or "").split())))
-        for each in ordered
-        if each is not errors.ShiftaddError
+        (f"`{error.__name__}`", str(error.exit_code), _plain(" ".join((error.__doc__ or "").split())))
+        for error in ordered
+        if error is not errors.ShiftaddError
     ]
     return table(("error", "exit code", "meaning"), rows)
 
@@ -71,13 +73,13 @@ def _of_recipe(parameter: click.Parameter) -> bool:
 
 
 def _option_row(option: click.Option, context: click.Context) -> tuple[str, str]:
-    said = option.get_help_record(context)
-    assert said is not None, "no option is hidden"
-    # A bar inside backticks would end the cell for some readers of Markdown, and show its backslash for others.
-    shown = f"<code>{said[0].replace('|', '&#124;')}</code>" if "|" in said[0] else f"`{said[0]}`"
-    return shown, _plain(" ".join(said[1].split()))
+    record = option.get_help_record(context)
+    assert record is not None, "no option is hidden"
+    # A bar inside backticks ends the cell in some Markdown readers, and shows its backslash in others.
+    shown = f"<code>{record[0].replace('|', '&#124;')}</code>" if "|" in record[0] else f"`{record[0]}`"
+    return shown, _plain(" ".join(record[1].split()))
 
 
 def _plain(text: str) -> str:
-    """Without what Markdown would take for markup."""
+    """Escape characters that Markdown would take for markup."""
     return re.sub(r"[*<]", r"\\\g<0>", text)

@@ -1,4 +1,4 @@
-"""The packaged recipes, from what their files say of themselves."""
+"""The packaged recipes, described by the comments in their files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NOTE = re.compile(r"^# (What|Source|Use it): (.*(?:\n#   .*)*)", re.MULTILINE)
 
 
 def recipe_gallery() -> str:
-    """A section for each recipe: what it says of itself, and the options in which it differs from the defaults."""
+    """A section for each recipe: its own comments, and the options in which it differs from the defaults."""
     sections = []
     for name in _names():
-        said = notes(name)
+        note = notes(name)
         sections.append(
-            f"### `{name}`\n\n{_sentence(said['What'])}\n\n*Use it* {said['Use it']}\n\n*From* {said['Source']}\n"
+            f"### `{name}`\n\n{_sentence(note['What'])}\n\n*Use it* {note['Use it']}\n\n*From* {note['Source']}\n"
         )
         if differing := _differing(name):
             sections.append("```yaml\n" + differing + "```\n")
@@ -33,7 +33,7 @@ def notes(name: str) -> dict[str, str]:
 
 
 def _names() -> list[str]:
-    """Ours first, then the paper's, then the baselines, then whatever else there is."""
+    """Ours first, then the paper's, then the baselines, then all others."""
     return sorted(packaged_names(), key=lambda name: (*_ORDER, name).index(name))
 
 

@@ -1,4 +1,4 @@
-"""Tables of measured rows, from scripts/measured/*/table.json and from nowhere else."""
+"""Tables of measured rows, only from scripts/measured/*/table.json."""
 
 from __future__ import annotations
 
@@ -33,31 +33,30 @@ _QUALITY = (
 
 _MODELS = {"demo": "SmolLM2-135M-Instruct (`demo`)"}
 
-# Fields that are conditions of a table, or say nothing about what is written.
+# Fields that are conditions of a table, or do not affect the stored model.
 _CONDITIONS = {"calibration", "samples", "seq_len", "batch_size", "seed", "device", "dtype", "shard_size", "bit_plan"}
 
 
 def measured_names() -> list[str]:
-    """Folders of rows that there is a table of."""
+    """Names of the folders of rows that have a table."""
     return sorted(path.parent.name for path in MEASURED.glob("*/table.json"))
 
 
 def measured_table(name: str, *methods: str) -> str:
-    """All rows of a folder, or of these methods, those of fewest bits first and then by divergence, and what they
-    depend on."""
-    found = load(name)
-    text = "tests" in found["conditions"]
-    asked = [row for row in found["rows"] if not methods or row["method"] in methods]
-    rows = sorted(asked, key=lambda row: (row["bits"], _divergence(row)))
-    return (_text_table(found, rows) if text else _image_table(found, rows)) + "\n" + _conditions(found)
+    """All rows of a folder, or of these methods, sorted by bits and then by divergence, and their conditions."""
+    document = load(name)
+    text = "tests" in document["conditions"]
+    chosen = [row for row in document["rows"] if not methods or row["method"] in methods]
+    rows = sorted(chosen, key=lambda row: (row["bits"], _divergence(row)))
+    return (_text_table(document, rows) if text else _image_table(document, rows)) + "\n" + _conditions(document)
 
 
 def quality_table() -> str:
     """The table of the README."""
-    found = load("smollm2-brown-train")
-    original = found["original"]["scores"]
+    document = load("smollm2-brown-train")
+    original = document["original"]["scores"]
     lines = [["original", "-", "16", _short(original["wikitext2-test"]), "1", "-", _short(original["brown-test"]), "1"]]
-    rows = {(row["method"], row["bits"]): row for row in found["rows"]}
+    rows = {(row["method"], row["bits"]): row for row in document["rows"]}
     for method, bits, remark in _QUALITY:
         row = rows[method, bits]
         first, second = row["scores"]["wikitext2-test"], row["scores"]["brown-test"]
@@ -81,11 +80,11 @@ def quality_table() -> str:
 
 
 def calibration_table(name: str) -> str:
-    """What the recipe `default` loses at each size, by the text it was calibrated on, best first."""
-    found = load(name)
-    tests = list(found["original"]["scores"])
+    """The loss of the recipe `default` at each size, by calibration text, best first."""
+    document = load(name)
+    tests = list(document["original"]["scores"])
     lines = []
-    for row in sorted(found["rows"], key=lambda row: (-row["bits"], _divergence(row))):
+    for row in sorted(document["rows"], key=lambda row: (-row["bits"], _divergence(row))):
         calibration = row["method"].rpartition("calibration=")[2].strip('"')
         cells = [f"{row['stored_bits']:.3f}", f"`{calibration}`"]
         for test in tests:
@@ -93,22 +92,22 @@ def calibration_table(name: str) -> str:
             cells.append(f"{with_error(score['kl'], score['kl_error'], 3)} ({_ratio(row['ratio'][test])})")
         lines.append(cells)
     header = ("bits/weight", "calibration", *(f"{test}: KL (ratio)" for test in tests))
-    return table(header, lines, numbers=len(tests)) + "\n" + _conditions(found)
+    return table(header, lines, numbers=len(tests)) + "\n" + _conditions(document)
 
 
 def load(name: str) -> dict[str, Any]:
-    """What a folder of rows says."""
-    found: dict[str, Any] = json.loads((MEASURED / name / "table.json").read_text(encoding="utf-8"))
-    return found
+    """The table of a folder of rows."""
+    document: dict[str, Any] = json.loads((MEASURED / name / "table.json").read_text(encoding="utf-8"))
+    return document
 
 
-def _text_table(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    tests = list(found["original"]["scores"])
+def _text_table(document: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    tests = list(document["original"]["scores"])
     header = ["recipe", "layers", "file"]
-    first = ["original", "-", f"{found['original']['file_bits_per_weight']:.3f}"]
+    first = ["original", "-", f"{document['original']['file_bits_per_weight']:.3f}"]
     for test in tests:
         header += [f"{test}: perplexity", "ratio", "KL, nats/token"]
-        first += [_short(found["original"]["scores"][test]), "1", "-"]
+        first += [_short(document["original"]["scores"][test]), "1", "-"]
     lines = [first]
     for row in rows:
         cells = _name_and_bits(row)
@@ -120,10 +119,10 @@ def _text_table(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return table(header, lines, numbers=len(header) - 1)
 
 
-def _image_table(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    test = found["conditions"]["test"]
-    first = ["original", "-", f"{found['original']['file_bits_per_weight']:.3f}"]
-    lines = [first + _image_scores(found["original"]["scores"][test])]
+def _image_table(document: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    test = document["conditions"]["test"]
+    first = ["original", "-", f"{document['original']['file_bits_per_weight']:.3f}"]
+    lines = [first + _image_scores(document["original"]["scores"][test])]
     lines += [_name_and_bits(row) + _image_scores(row["scores"][test]) for row in rows]
     header = ["recipe", "layers", "file", *(title for _, title, _, _ in _IMAGES)]
     return table(header, lines, numbers=len(header) - 1)
@@ -142,9 +141,9 @@ def _name_and_bits(row: dict[str, Any]) -> list[str]:
 
 
 def command_of(row: dict[str, Any]) -> str:
-    """What gives this row today: the recipe, its bits, and every option in which the recipe of then differs from now.
+    """The command that gives this row today: the recipe, its bits, and every option that has changed since.
 
-    Defaults move on while rows stay, so a row's own name does not suffice.
+    Defaults change while rows stay, so a row's own name does not suffice.
     """
     name, _, option = row["method"].partition(":")
     if name == "peer":
@@ -183,22 +182,22 @@ def _ratio(value: float | None) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def _conditions(found: dict[str, Any]) -> str:
-    conditions = found["conditions"]
+def _conditions(document: dict[str, Any]) -> str:
+    conditions = document["conditions"]
     model = _MODELS.get(conditions["model"], Path(conditions["model"]).name)
-    original, scores = found["original"], next(iter(found["original"]["scores"].values()))
+    original, scores = document["original"], next(iter(document["original"]["scores"].values()))
     where = f"computed in {scores['dtype']} on {scores['device']} ({original['machine']['processor']})"
     if "tests" in conditions:
-        own = any("calibration=" in row["method"] for row in found["rows"])
+        own = any("calibration=" in row["method"] for row in document["rows"])
         named = "the text named" if own else Path(conditions["calibration"]).name
         amount = f"{conditions['samples']} x {conditions['seq_len']} tokens of {named}"
-        tests = ", ".join(f"{each['tokens']:,} tokens of {name}" for name, each in original["scores"].items())
+        tests = ", ".join(f"{score['tokens']:,} tokens of {name}" for name, score in original["scores"].items())
         measured = f"measured on {tests} in windows of {conditions['scoring']['context']}"
     else:
         amount = f"{conditions['samples']} images of {Path(conditions['calibration']).name}"
         measured = f"measured on {scores['images']:,} images of {conditions['test']}"
     failed = "".join(
-        f" Could not be made: `{each['method']}` at {each['bits']} bits ({each['error'].rstrip('.')})."
-        for each in found["failed"]
+        f" Could not be made: `{row['method']}` at {row['bits']} bits ({row['error'].rstrip('.')})."
+        for row in document["failed"]
     )
     return f"{model}, {original['parameters']:,} parameters; calibrated on {amount}, {measured}, {where}.{failed}\n"

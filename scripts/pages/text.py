@@ -1,4 +1,4 @@
-"""Markdown that several parts are made of."""
+"""Markdown that several parts share."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ _SUM_BLOCK = 256
 _MOST_SPLITS = 16
 
 
-def choose_splits(tiles: int, programs: int, wanted: int) -> tuple[int, int]:
+def choose_splits(tiles: int, programs: int, target: int) -> tuple[int, int]:
     """The number of parts to split the `tiles` along the inputs into, so that `programs` times the parts is about
-    `wanted`, and the number of tiles in a part (the last part may have fewer; no part is empty)."""
-    splits = min(tiles, _MOST_SPLITS, triton.cdiv(wanted, programs))
+    `target`, and the number of tiles in a part (the last part may have fewer; no part is empty)."""
+    splits = min(tiles, _MOST_SPLITS, triton.cdiv(target, programs))
     tiles_per_split = triton.cdiv(tiles, splits)
     return triton.cdiv(tiles, tiles_per_split), tiles_per_split
 

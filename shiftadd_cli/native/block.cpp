@@ -9,14 +9,14 @@
 namespace shiftadd {
 namespace {
 
-// Squares are summed in double: a sum of thousands of float32 would be the least exact number of the block.
+// Squares are summed in double: a float32 sum of thousands would be the least exact number of the block.
 float inverse_root_mean_square(const float* row, int64_t count, float epsilon) {
     double sum = 0;
     for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(row[i]) * row[i];
     return static_cast<float>(1 / std::sqrt(sum / static_cast<double>(count) + epsilon));
 }
 
-// Without a weight the row stays as it is.
+// Without a weight, copies the row.
 void normalise(const float* row, const float* weight, int64_t count, float epsilon, float* out) {
     if (!weight) {
         if (out != row) std::memcpy(out, row, count * sizeof(float));
@@ -31,7 +31,7 @@ void normalise_rows(float* values, const float* weight, int64_t rows, int64_t co
         normalise(row, weight, columns, epsilon, row);
 }
 
-// Turns each pair (i, i + size / 2) of a head by the angle of its position, as transformers' `rotate_half` does.
+// Rotates each pair (i, i + size / 2) of a head by the angle of its position, like transformers' `rotate_half`.
 void turn(float* head, const float* cosines, const float* sines, int64_t size) {
     const int64_t half = size / 2;
     for (int64_t i = 0; i < half; ++i) {
@@ -50,7 +50,7 @@ bool same_tables(const Projection& a, const Projection& b) {
     return a.matrix.layout.group_columns == b.matrix.layout.group_columns && a.rotation.signs == b.rotation.signs;
 }
 
-// Products of the same rows with several matrices, whose tables are built once where they agree, in one round of tasks.
+// Products of the same rows with several matrices, in one round of tasks. Matrices with equal tables share them.
 template <size_t N>
 void project(const Run& run, const std::array<Target, N>& targets, const FillRow& fill, int rows) {
     thread_local std::array<LookupScratch, N> scratch;
@@ -58,18 +58,18 @@ void project(const Run& run, const std::array<Target, N>& targets, const FillRow
     std::array<int64_t, N + 1> first{};
     int64_t bytes = 0;
     bool sums = false;
-    for (const Target& each : targets) {
-        bytes += each.projection->matrix.layout.bytes();
-        sums = sums || each.projection->matrix.offsets;
+    for (const Target& target : targets) {
+        bytes += target.projection->matrix.layout.bytes();
+        sums = sums || target.projection->matrix.offsets;
     }
     const int threads = useful_threads(run.threads, bytes * rows);
     for (size_t i = 0; i < N; ++i) {
         const Projection& projection = *targets[i].projection;
-        size_t like = 0;
-        while (like < i && !same_tables(*targets[like].projection, projection)) ++like;
-        in[i] = like < i ? in[like]
-                         : build_lookups(run.kernels, projection.matrix.layout, projection.rotation, fill, rows,
-                                         run.fast, sums, threads, scratch[i]);
+        size_t match = 0;
+        while (match < i && !same_tables(*targets[match].projection, projection)) ++match;
+        in[i] = match < i ? in[match]
+                          : build_lookups(run.kernels, projection.matrix.layout, projection.rotation, fill, rows,
+                                          run.fast, sums, threads, scratch[i]);
         in[i].output = targets[i].output;
         first[i + 1] = first[i] + projection.matrix.layout.stripes();
     }
@@ -89,26 +89,26 @@ void attend_and_mix(const Run& run, const DecoderBlock& block, const Hidden& hid
     const int rows = hidden.rows;
     float* attended = attended_scratch.room<float>(rows * width);
     const int64_t number = hidden.type == Number::kFloat32 ? sizeof(float) : sizeof(uint16_t);
-    const auto place = [&](const Cached& cached, int64_t row, int64_t head) -> const void* {
+    const auto cached_head = [&](const Cached& cached, int64_t row, int64_t head) -> const void* {
         return static_cast<const char*>(cached.values) +
                number * (row * cached.row_stride + head / shared * cached.head_stride);
     };
     Pool::shared().run(rows * heads, useful_threads(run.threads, rows * width * tokens * number), [&](int64_t task) {
         thread_local Scratch score_scratch;
         const int64_t row = task / heads, head = task % heads;
-        run.kernels.attend({queries + task * size, place(keys, row, head), place(values, row, head), tokens,
+        run.kernels.attend({queries + task * size, cached_head(keys, row, head), cached_head(values, row, head), tokens,
                             keys.token_stride, values.token_stride, size, hidden.type, block.scale,
                             score_scratch.room<float>(tokens), attended + task * size});
     });
 
-    // After attention: the sum of both, [rows][columns].
+    // The hidden state after attention, [rows][columns].
     float* state = state_scratch.room<float>(rows * columns);
     project<1>(run, {{{&block.output, state}}},
                [&](int64_t row, float* out) { std::memcpy(out, attended + row * width, width * sizeof(float)); }, rows);
     normalise_rows(state, block.norms.after_attention, rows, columns, block.epsilon);
-    float* added = down_scratch.room<float>(rows * columns);
-    read_numbers(hidden.values, hidden.type, 0, rows * columns, added);
-    for (int64_t i = 0; i < rows * columns; ++i) state[i] = added[i] + block.residual * state[i];
+    float* input = down_scratch.room<float>(rows * columns);
+    read_numbers(hidden.values, hidden.type, 0, rows * columns, input);
+    for (int64_t i = 0; i < rows * columns; ++i) state[i] = input[i] + block.residual * state[i];
 
     float* gate = gate_scratch.room<float>(rows * inner);
     float* up = up_scratch.room<float>(rows * inner);
@@ -119,7 +119,9 @@ void attend_and_mix(const Run& run, const DecoderBlock& block, const Hidden& hid
                rows);
     float* down = down_scratch.room<float>(rows * columns);
     project<1>(run, {{{&block.down, down}}},
-               [&](int64_t row, float* out) { run.kernels.gate(block.activation, gate + row * inner, up + row * inner, inner, out); },
+               [&](int64_t row, float* out) {
+                   run.kernels.gate(block.activation, gate + row * inner, up + row * inner, inner, out);
+               },
                rows);
     normalise_rows(down, block.norms.after_mlp, rows, columns, block.epsilon);
     for (int64_t i = 0; i < rows * columns; ++i) state[i] += block.residual * down[i];
@@ -149,17 +151,18 @@ void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidde
     for (int64_t row = 0; row < hidden.rows; ++row) {
         read_numbers(positions.cosines, positions.type, row * positions.stride, size, cosines);
         read_numbers(positions.sines, positions.type, row * positions.stride, size, sines);
-        const auto place = [&](float* head, const float* norm) {
+        const auto normalise_and_turn = [&](float* head, const float* norm) {
             if (!norms.joint) normalise(head, norm, size, block.epsilon, head);
             if (block.turned) turn(head, cosines, sines, size);
         };
         for (int64_t i = 0; i < block.query_heads(); ++i)
-            place(queries + (row * block.query_heads() + i) * size, norms.query);
+            normalise_and_turn(queries + (row * block.query_heads() + i) * size, norms.query);
         for (int64_t i = 0; i < heads; ++i) {
             const int64_t at = (row * heads + i) * size;
-            place(key + at, norms.key);
+            normalise_and_turn(key + at, norms.key);
             write_numbers(key + at, size, hidden.type, keys.values, row * keys.row_stride + i * keys.head_stride);
-            write_numbers(value + at, size, hidden.type, values.values, row * values.row_stride + i * values.head_stride);
+            write_numbers(value + at, size, hidden.type, values.values,
+                          row * values.row_stride + i * values.head_stride);
         }
     }
 }

@@ -1,5 +1,5 @@
-// One block of a decoder of the Llama family for one new token of each sequence, in two steps: the caller's cache of
-// keys and values stands between them. All between input and output is float32.
+// One decoder block of the Llama family for one new token per sequence, in two steps: between them, the caller updates
+// its cache of keys and values. Everything between input and output is float32.
 #pragma once
 
 #include "lookups.h"
@@ -11,8 +11,8 @@ struct Projection {
     Rotation rotation;  // of its input
 };
 
-// Weights of root-mean-square norms: before attention and before the MLP, and of what either gives, [columns], and of
-// each head of queries and of keys [head_size], or (joint) of all their heads as one row. Each may be null.
+// Weights of root-mean-square norms: of the inputs and outputs of attention and the MLP [columns], and of queries and
+// keys, per head [head_size] or (joint) over all their heads as one row. Each may be null.
 struct Norms {
     const float *before_attention, *before_mlp, *after_attention, *after_mlp, *query, *key;
     bool joint;
@@ -24,23 +24,23 @@ struct DecoderBlock {
     float epsilon;        // of all norms
     Activation activation;
     int64_t head_size;
-    float scale;          // of the products of queries and keys
-    float residual;       // of what attention and the MLP add to the hidden state
-    bool turned;          // queries and keys, by their positions
+    float scale;          // factor of the products of queries and keys
+    float residual;       // factor of the outputs of attention and the MLP
+    bool turned;          // whether queries and keys are rotated by their positions
 
     int64_t columns() const { return query.matrix.layout.columns; }
     int64_t query_heads() const { return query.matrix.layout.rows / head_size; }
     int64_t key_heads() const { return key.matrix.layout.rows / head_size; }
 };
 
-// One row of activations for each sequence, at most kTileRows, [rows][columns].
+// Activations [rows][columns]: one row per sequence, at most kTileRows.
 struct Hidden {
     const void* values;
     Number type;
     int rows;
 };
 
-// Rotary position embeddings [head_size] of each row, or of all (stride 0).
+// Rotary position embeddings [head_size] for each row, or for all rows (stride 0).
 struct Positions {
     const void *cosines, *sines;
     Number type;
@@ -53,7 +53,7 @@ struct Cached {
     int64_t row_stride, head_stride, token_stride;
 };
 
-// Where keys or values of the new token go: head `h` of row `r` at `r * row_stride + h * head_stride` numbers.
+// Destination of the new token's keys or values: head `h` of row `r` starts at `r * row_stride + h * head_stride`.
 struct Fresh {
     void* values;
     int64_t row_stride, head_stride;
@@ -65,13 +65,13 @@ struct Run {
     int threads;
 };
 
-// First step: queries [rows][query heads][head_size] in float32, turned by the positions, and keys (turned) and values in
-// the type of the activations.
+// First step: queries [rows][query heads][head_size] in float32, keys and values in the type of the activations.
+// Queries and keys are rotated by the positions.
 void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidden, const Positions& positions,
                   float* queries, const Fresh& keys, const Fresh& values);
 
-// Second step: attention of the queries to `tokens` keys and values, the MLP and both residuals; `output` as `hidden`,
-// in whose place it may be written.
+// Second step: attention of the queries to `tokens` keys and values, the MLP and both residuals. `output` has the form
+// of `hidden` and may overwrite it.
 void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden, const float* queries,
                  const Cached& keys, const Cached& values, int64_t tokens, void* output);
 

@@ -7,7 +7,7 @@
 namespace shiftadd {
 namespace {
 
-// Rows of codes of a task: of 4096 columns a quarter of a common L2 cache.
+// Rows of codes per task: with 4096 columns, a quarter of a common L2 cache.
 constexpr int kTaskRows = 64;
 
 }  // namespace

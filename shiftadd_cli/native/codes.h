@@ -1,4 +1,4 @@
-// Products with rows of 8-bit codes, each with one scale: an output head.
+// Products with rows of 8-bit codes and one scale per row, for an output head.
 #pragma once
 
 #include "engine.h"
@@ -12,8 +12,8 @@ struct CodeRows {
     int64_t rows, columns;
 };
 
-// y = (x codes') scale, summed in float32, `output` [rows of x][rows of codes] in the type of the activations, which
-// have no rotation. Neither `threads` nor other calls at the same time change a bit of it.
+// y = (x codes') scale, summed in float32. `output` [rows of x][rows of codes] has the type of the activations, which
+// have no rotation. Its bits depend neither on `threads` nor on concurrent calls.
 void multiply_codes(const Kernels& kernels, const CodeRows& matrix, const Activations& input, void* output,
                     int threads);
 

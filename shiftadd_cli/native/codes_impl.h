@@ -1,4 +1,4 @@
-// Dot products of rows of 8-bit codes with rows of activations, over the operations of an instruction set.
+// Dot products of rows of 8-bit codes with rows of activations, for any instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -9,26 +9,26 @@ template <class I>
 struct CodesKernel {
     static constexpr int kLanes = I::kLanes;
     using Float = typename I::Float;
-    // At least so far ahead codes are asked for: rows side by side are too short for the processor to see where they go
-    // on. Longer ones than the second, taken together, it sees, and they would not stay in the first cache.
+    // Codes are prefetched at least kAhead bytes ahead, because rows that are read in parallel are too short for the
+    // processor's prefetcher. It handles tiles longer than kLongest bytes, which would not stay in the L1 cache.
     static constexpr int64_t kAhead = 8192, kLongest = 16384;
-    // Rows of codes and of activations whose products are summed at once, in registers.
+    // Rows of codes and of activations whose products are summed together, in registers.
     static constexpr int kRows = 4, kBatch = I::kRegisters >= 32 ? 4 : 2;
 
     template <int R, int B>
     static inline void tile(const Codes& c, int64_t row, int64_t batch) {
         const int8_t* codes = c.codes + row * c.columns;
-        // What the same step will read in a later tile; rows of codes are read anew, from the cache, for more of `x`.
+        // The codes that the same step reads in a later tile. More rows of `x` read the same codes, from the cache.
         const int64_t size = R * c.columns, distance = (kAhead + size - 1) / size * size;
         const char* ahead = reinterpret_cast<const char*>(codes) + distance;
-        const bool asks = batch == 0 && size <= kLongest;
+        const bool prefetches = batch == 0 && size <= kLongest;
         const float* x = c.x + batch * c.columns;
         Float total[R][B];
-        for (auto& each : total)
-            for (auto& sum : each) sum = I::zero();
+        for (auto& row_sums : total)
+            for (auto& sum : row_sums) sum = I::zero();
         int64_t column = 0;
         for (; column + kLanes <= c.columns; column += kLanes) {
-            if (asks) I::prefetch(ahead + R * column);
+            if (prefetches) I::prefetch(ahead + R * column);
             Float values[B];
             for (int b = 0; b < B; ++b) values[b] = I::load(x + b * c.columns + column);
             for (int r = 0; r < R; ++r) {

@@ -1,4 +1,4 @@
-// What a decoder block does besides its linear layers, over the operations of an instruction set, see kernels_impl.h.
+// The operations of a decoder block except its linear layers, for any instruction set; see kernels_impl.h.
 #pragma once
 
 #include <bit>
@@ -13,12 +13,12 @@ struct DecoderKernel {
     static constexpr int kLanes = I::kLanes;
     using Float = typename I::Float;
 
-    // e^x to two units in the last place, for loops that the compiler turns into registers: 2^n times a polynomial on
-    // the rest, of the Cephes library (expf). Below e^-87 and above e^88 it stays there; not-a-numbers stay such.
+    // e^x to two units in the last place, for loops that the compiler vectorizes: 2^n times a polynomial of the
+    // remainder, from the Cephes library (expf). The result is limited to e^-87 … e^88; NaN stays NaN.
     static inline float exponential(float x) {
         x = x < -87.0f ? -87.0f : x;
         x = x > 88.0f ? 88.0f : x;
-        constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: what is added to it is rounded to whole numbers
+        constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: numbers added to it are rounded to integers
         const float rounded = x * 1.44269504f + kRound, n = rounded - kRound;
         const float r = x - n * 0.693359375f - n * -2.12194440e-4f;
         float p = 1.9875691500e-4f;
@@ -62,7 +62,7 @@ struct DecoderKernel {
             for (; i < a.size; ++i) product += a.query[i] * number(key + i);
             const float score = product * a.scale;
             a.scores[token] = score;
-            // A not-a-number is no largest one, and comes through by its exponential.
+            // NaN is never the largest score, and propagates through its exponential.
             largest = score > largest ? score : largest;
         }
         float total = 0;
@@ -80,14 +80,14 @@ struct DecoderKernel {
         }
     }
 
-    // Registers of sums at once: as many as half a head of the usual size, and never all there are.
+    // Registers of sums at a time: enough for half a head of the usual size, and never all registers.
     static constexpr int kMixed = 4;
 
     // Numbers `first` to `first + N * kLanes - 1` of the output.
     template <int N, class T>
     static inline void mix(const Attention& a, const T* values, int64_t first) {
         Float sums[N];
-        for (Float& each : sums) each = I::zero();
+        for (Float& sum : sums) sum = I::zero();
         const T* value = values + first;
         for (int64_t token = 0; token < a.tokens; ++token, value += a.value_stride) {
             const Float share = I::set(a.scores[token]);

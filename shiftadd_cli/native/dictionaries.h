@@ -1,5 +1,5 @@
-// Whether dictionaries of modules are as they were: what Watch (watch.py) asks before every token. It keeps the objects,
-// for Python's collector could not see through this.
+// Checks that the dictionaries of modules have not changed; Watch (module_watch.py) calls them before every token. It
+// owns the objects, because Python's garbage collector cannot see references in here.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -12,35 +12,35 @@ struct Dictionaries {
     struct Standing {
         PyObject *holder, *name, *object;
     };
-    std::vector<Standing> standing;  // `holder` has `object` under `name`, or nothing where that is None
-    std::vector<PyObject*> empty;    // have nothing
-    std::vector<PyObject*> plain;    // have no `forward`
+    std::vector<Standing> standing;  // `holder` has `object` under `name`, or nothing if that is None
+    std::vector<PyObject*> empty;    // must be empty
+    std::vector<PyObject*> plain;    // must have no `forward`
 
     bool hold() const {
-        for (const Standing& each : standing) {
-            PyObject* found = PyDict_GetItemWithError(each.holder, each.name);
-            if ((found ? found : Py_None) != each.object) return false;
+        for (const Standing& entry : standing) {
+            PyObject* object = PyDict_GetItemWithError(entry.holder, entry.name);
+            if ((object ? object : Py_None) != entry.object) return false;
         }
         return true;
     }
 
     bool silent(PyObject* forward) const {
-        for (PyObject* each : empty)
-            if (PyDict_Size(each) != 0) return false;
-        for (PyObject* each : plain)
-            if (PyDict_Contains(each, forward) != 0) return false;
+        for (PyObject* dictionary : empty)
+            if (PyDict_Size(dictionary) != 0) return false;
+        for (PyObject* dictionary : plain)
+            if (PyDict_Contains(dictionary, forward) != 0) return false;
         return true;
     }
 };
 
-// The dictionaries in a tuple, whose owner keeps them. Raises TypeError for anything else.
+// The dictionaries in a tuple, borrowed from its owner. Raises TypeError for other objects.
 inline std::vector<PyObject*> borrowed(const nanobind::tuple& objects) {
-    std::vector<PyObject*> found;
-    for (nanobind::handle each : objects) {
-        if (!PyDict_Check(each.ptr())) throw nanobind::type_error("only dictionaries can be watched");
-        found.push_back(each.ptr());
+    std::vector<PyObject*> dictionaries;
+    for (nanobind::handle object : objects) {
+        if (!PyDict_Check(object.ptr())) throw nanobind::type_error("only dictionaries can be watched");
+        dictionaries.push_back(object.ptr());
     }
-    return found;
+    return dictionaries;
 }
 
 }  // namespace shiftadd

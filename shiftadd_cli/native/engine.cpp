@@ -25,7 +25,7 @@ void look_up_rows(const Kernels& kernels, const Matrix& m, const Activations& in
     Pool::shared().run(m.layout.stripes(), threads, [&](int64_t stripe) { look_up(m, in, stripe); });
 }
 
-// Copies one padded row to its places in a panel.
+// Copies the chunks of one padded row to a panel.
 template <class T>
 void scatter(const Layout& layout, const T* row, int64_t b, int64_t batch, T* panel) {
     for_each_chunk(layout, [&](int64_t, int64_t word, int words) {
@@ -72,9 +72,9 @@ bool runs_avx512() {
 }  // namespace
 
 const Kernels* const* available_kernels() {
-    static const Kernels* found[5] = {};
+    static const Kernels* sets[5] = {};
     static const bool filled = [] {
-        const Kernels** next = found;
+        const Kernels** next = sets;
 #if defined(__x86_64__)
         if (runs_avx512() && __builtin_cpu_supports("avx512bf16")) *next++ = avx512_bf16_kernels();
         if (runs_avx512()) *next++ = avx512_kernels();
@@ -86,12 +86,12 @@ const Kernels* const* available_kernels() {
         return true;
     }();
     (void)filled;
-    return found;
+    return sets;
 }
 
 const Kernels* find_kernels(const char* name) {
-    for (const Kernels* const* each = available_kernels(); *each; ++each)
-        if (std::strcmp((*each)->name, name) == 0) return *each;
+    for (const Kernels* const* kernels = available_kernels(); *kernels; ++kernels)
+        if (std::strcmp((*kernels)->name, name) == 0) return *kernels;
     return nullptr;
 }
 

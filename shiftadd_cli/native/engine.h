@@ -1,4 +1,4 @@
-// One linear layer: activations in, output out, by the kernels of the best instruction set there is.
+// One linear layer, and the choice of its kernels.
 #pragma once
 
 #include "lookups.h"
@@ -14,17 +14,17 @@ struct Activations {
 
 enum class Method { kAutomatic, kLookUp, kMultiply };
 
-// Instruction sets that this build has and this processor can run, best first.
+// Kernels that this build contains and this processor can run, best first.
 const Kernels* const* available_kernels();
 const Kernels* find_kernels(const char* name);
 
-// y = x W' + bias, `output` [rows of x][rows of W] in the type of the activations. `fast`: look up in 16-bit tables,
-// and multiply bfloat16 activations as such where the processor can.
-// Neither `threads` nor other calls at the same time change a bit of it.
+// y = x W' + bias. `output` [rows of x][rows of W] has the type of the activations. Its bits depend neither on
+// `threads` nor on concurrent calls. `fast`: look up in 16-bit tables, and multiply bfloat16 activations as bfloat16 if
+// the processor can.
 void linear(const Kernels& kernels, const Matrix& matrix, const Activations& input, void* output, bool fast,
             Method method, int threads);
 
-// R x for each row, `output` [rows][columns] in the type of the activations, whose rotation has signs.
+// R x for each row. `output` [rows][columns] has the type of the activations, whose rotation must have signs.
 void rotate_rows(const Kernels& kernels, const Activations& input, int64_t columns, void* output, int threads);
 
 }  // namespace shiftadd

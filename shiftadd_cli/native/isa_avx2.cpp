@@ -1,4 +1,4 @@
-// AVX2 with FMA: a table of 16 is two registers of eight; look up in both and choose by the fourth bit.
+// AVX2 with FMA: a table of 16 is two registers of eight; a look-up reads both and selects by the fourth bit.
 #include <immintrin.h>
 
 #include "kernels_impl.h"
@@ -19,7 +19,7 @@ struct Avx2 {
     struct Table {
         Float low, high;
     };
-    // Low and high bytes of the entries, each twice.
+    // Low and high bytes of the entries, each stored twice.
     struct HalfTable {
         __m256i low, high;
     };
@@ -40,7 +40,7 @@ struct Avx2 {
     static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
     static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
-    // Lane by lane x > bound ? yes : no.
+    // x > bound ? yes : no, per lane.
     static Float if_above(Float x, Float bound, Float yes, Float no) {
         return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, bound, _CMP_GT_OQ));
     }
@@ -49,7 +49,7 @@ struct Avx2 {
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
     }
-    // Each lane gets what lane i ^ H has.
+    // Lane i gets the value of lane i ^ H.
     template <int H>
     static Float swap(Float x) {
         if constexpr (H == 1) return _mm256_permute_ps(x, 0xb1);
@@ -73,10 +73,10 @@ struct Avx2 {
         const __m256i e = _mm256_and_si256(code, _mm256_set1_epi32(15));
         const __m256i d = _mm256_and_si256(_mm256_srli_epi32(code, 4), _mm256_set1_epi32(7));
         const __m256i minus = _mm256_slli_epi32(_mm256_srli_epi32(code, 7), 31);
-        const __m256i place = _mm256_sub_epi32(_mm256_set1_epi32(127), e);
+        const __m256i exponent = _mm256_sub_epi32(_mm256_set1_epi32(127), e);
         const __m256i none = _mm256_cmpeq_epi32(e, _mm256_set1_epi32(15));
-        const __m256i first = _mm256_andnot_si256(none, _mm256_slli_epi32(place, 23));
-        const __m256i second = _mm256_or_si256(_mm256_slli_epi32(_mm256_sub_epi32(place, d), 23), minus);
+        const __m256i first = _mm256_andnot_si256(none, _mm256_slli_epi32(exponent, 23));
+        const __m256i second = _mm256_or_si256(_mm256_slli_epi32(_mm256_sub_epi32(exponent, d), 23), minus);
         const __m256i alone = _mm256_or_si256(none, _mm256_cmpeq_epi32(d, _mm256_setzero_si256()));
         return _mm256_add_ps(_mm256_castsi256_ps(first), _mm256_castsi256_ps(_mm256_andnot_si256(alone, second)));
     }
@@ -88,7 +88,7 @@ struct Avx2 {
         const auto signed_by = [](float value, __m256 minus) {
             return flip(set(value), _mm256_slli_epi32(_mm256_castps_si256(minus), 31));
         };
-        // In this order of additions all instruction sets give the same bits.
+        // With this order of additions, all instruction sets give the same bits.
         const Float three = add(add(signed_by(x[0], minus1), signed_by(x[1], minus2)), signed_by(x[2], minus4));
         store(table, _mm256_sub_ps(three, set(x[3])));
         store(table + 8, add(three, set(x[3])));

@@ -36,11 +36,11 @@ struct Avx512 {
     static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     static float sum(Float x) { return _mm512_reduce_add_ps(x); }
-    // Lane by lane x > bound ? yes : no.
+    // x > bound ? yes : no, per lane.
     static Float if_above(Float x, Float bound, Float yes, Float no) {
         return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), no, yes);
     }
-    // Each lane gets what lane i ^ H has.
+    // Lane i gets the value of lane i ^ H.
     template <int H>
     static Float swap(Float x) {
         if constexpr (H == 1) return _mm512_permute_ps(x, 0xb1);
@@ -54,14 +54,14 @@ struct Avx512 {
     static void prefetch(const char* from) { _mm_prefetch(from, _MM_HINT_T0); }
 
     static Float negate(Float x) { return flip(x, _mm512_set1_epi32(INT32_MIN)); }
-    // Changes the sign where the highest bit of `by` is set.
+    // Flips the sign where the highest bit of `by` is set.
     static Float flip(Float x, Word by) {
         const __m512i sign = _mm512_set1_epi32(INT32_MIN);
         // x ^ (by & sign)
         return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(x), by, sign, 0x78));
     }
 
-    // 2^-e (1 ± 2^-d), either part from a table of its four bits; see `layout.h`.
+    // 2^-e (1 ± 2^-d), each factor from a table indexed by its four bits; see `layout.h`.
     static Float decode_scales(const uint8_t* codes) {
         static constexpr auto kFactors = [] {
             struct {
@@ -94,7 +94,7 @@ struct Avx512 {
     static Half zero_half() { return _mm512_setzero_si512(); }
     static Half add_half(Half a, Half b) { return _mm512_add_epi16(a, b); }
     static Word shift_right_half(Word x, int n) { return Word(Words16(x) >> n); }
-    // Twice the same 16 entries: the fifth bit of an index, which belongs to the next look-up, then makes no difference.
+    // Stores the 16 entries twice, so that the fifth bit of an index, which belongs to the next look-up, has no effect.
     static Half load_table_half(const int16_t* table) {
         return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
     }

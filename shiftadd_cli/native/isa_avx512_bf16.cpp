@@ -1,4 +1,4 @@
-// AVX-512 with BF16: products of pairs of bfloat16 numbers, twice as many an instruction as of float32.
+// AVX-512 with BF16: products of pairs of bfloat16 numbers, twice as many per instruction as in float32.
 #include "isa_avx512.h"
 
 namespace shiftadd {
@@ -9,7 +9,7 @@ struct Avx512Bf16 : Avx512 {
     static constexpr bool kHasPairs = true;
     using Pairs = __m512i;
 
-    // Lane by lane the first number in the low half, the second in the high half, rounded to nearest even.
+    // Per lane, the first number in the low half and the second in the high half, rounded to nearest even.
     static Pairs pair(Float first, Float second) {
         const __m512i low = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(first)));
         const __m512i high = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(second)));

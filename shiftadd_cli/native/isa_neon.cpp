@@ -1,4 +1,4 @@
-// NEON (aarch64): a table of 16 floats is four registers, which one instruction can look bytes up in.
+// NEON (aarch64): a table of 16 floats is four registers, and one instruction looks up bytes in all of them.
 #include <arm_neon.h>
 
 #include "kernels_impl.h"
@@ -31,9 +31,9 @@ struct Neon {
     static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
     static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
     static float sum(Float x) { return vaddvq_f32(x); }
-    // Lane by lane x > bound ? yes : no.
+    // x > bound ? yes : no, per lane.
     static Float if_above(Float x, Float bound, Float yes, Float no) { return vbslq_f32(vcgtq_f32(x, bound), yes, no); }
-    // Each lane gets what lane i ^ H has.
+    // Lane i gets the value of lane i ^ H.
     template <int H>
     static Float swap(Float x) {
         return H == 1 ? vrev64q_f32(x) : vextq_f32(x, x, 2);
@@ -57,10 +57,10 @@ struct Neon {
         const Word e = vandq_u32(code, vdupq_n_u32(15));
         const Word d = vandq_u32(vshrq_n_u32(code, 4), vdupq_n_u32(7));
         const Word minus = vshlq_n_u32(vshrq_n_u32(code, 7), 31);
-        const Word place = vsubq_u32(vdupq_n_u32(127), e);
+        const Word exponent = vsubq_u32(vdupq_n_u32(127), e);
         const Word none = vceqq_u32(e, vdupq_n_u32(15));
-        const Word first = vbicq_u32(vshlq_n_u32(place, 23), none);
-        const Word second = vorrq_u32(vshlq_n_u32(vsubq_u32(place, d), 23), minus);
+        const Word first = vbicq_u32(vshlq_n_u32(exponent, 23), none);
+        const Word second = vorrq_u32(vshlq_n_u32(vsubq_u32(exponent, d), 23), minus);
         const Word alone = vorrq_u32(none, vceqq_u32(d, vdupq_n_u32(0)));
         return vaddq_f32(vreinterpretq_f32_u32(first), vreinterpretq_f32_u32(vbicq_u32(second, alone)));
     }

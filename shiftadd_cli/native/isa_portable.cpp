@@ -1,4 +1,4 @@
-// Plain C++, for any processor; the compiler makes of the loops what it can.
+// Plain C++ for any processor; the compiler vectorizes the loops as well as it can.
 #include <bit>
 
 #include "kernels_impl.h"
@@ -22,7 +22,7 @@ struct Portable {
     };
 
     template <class R, class F>
-    static R each(F value) {
+    static R generate(F value) {
         R result;
         for (int i = 0; i < static_cast<int>(sizeof(result.lane) / sizeof(result.lane[0])); ++i)
             result.lane[i] = value(i);
@@ -33,63 +33,63 @@ struct Portable {
 
     static Float zero() { return set(0); }
     static Float set(float value) {
-        return each<Float>([&](int) { return value; });
+        return generate<Float>([&](int) { return value; });
     }
     static Float load(const float* from) {
-        return each<Float>([&](int i) { return from[i]; });
+        return generate<Float>([&](int i) { return from[i]; });
     }
     static Float load_bfloat16(const uint16_t* from) {
-        return each<Float>([&](int i) { return std::bit_cast<float>(static_cast<uint32_t>(from[i]) << 16); });
+        return generate<Float>([&](int i) { return std::bit_cast<float>(static_cast<uint32_t>(from[i]) << 16); });
     }
     static Float load_codes(const int8_t* from) {
-        return each<Float>([&](int i) { return static_cast<float>(from[i]); });
+        return generate<Float>([&](int i) { return static_cast<float>(from[i]); });
     }
     static void store(float* to, const Float& value) { std::memcpy(to, value.lane, sizeof(value)); }
     static Float add(const Float& a, const Float& b) {
-        return each<Float>([&](int i) { return a.lane[i] + b.lane[i]; });
+        return generate<Float>([&](int i) { return a.lane[i] + b.lane[i]; });
     }
     static Float mul(const Float& a, const Float& b) {
-        return each<Float>([&](int i) { return a.lane[i] * b.lane[i]; });
+        return generate<Float>([&](int i) { return a.lane[i] * b.lane[i]; });
     }
     static Float fma(const Float& a, const Float& b, const Float& c) {
-        return each<Float>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+        return generate<Float>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
     }
-    // Lane by lane x > bound ? yes : no.
+    // x > bound ? yes : no, per lane.
     static Float if_above(const Float& x, const Float& bound, const Float& yes, const Float& no) {
-        return each<Float>([&](int i) { return x.lane[i] > bound.lane[i] ? yes.lane[i] : no.lane[i]; });
+        return generate<Float>([&](int i) { return x.lane[i] > bound.lane[i] ? yes.lane[i] : no.lane[i]; });
     }
     static float sum(Float x) {
         for (int half = kLanes / 2; half > 0; half /= 2)
             for (int i = 0; i < half; ++i) x.lane[i] += x.lane[i + half];
         return x.lane[0];
     }
-    // Each lane gets what lane i ^ H has.
+    // Lane i gets the value of lane i ^ H.
     template <int H>
     static Float swap(const Float& x) {
-        return each<Float>([&](int i) { return x.lane[i ^ H]; });
+        return generate<Float>([&](int i) { return x.lane[i ^ H]; });
     }
     static Word load_words(const uint32_t* from) {
-        return each<Word>([&](int i) { return from[i]; });
+        return generate<Word>([&](int i) { return from[i]; });
     }
     static Word shift_right(const Word& x, int n) {
-        return each<Word>([&](int i) { return x.lane[i] >> n; });
+        return generate<Word>([&](int i) { return x.lane[i] >> n; });
     }
     static Word shift_left(const Word& x, int n) {
-        return each<Word>([&](int i) { return x.lane[i] << n; });
+        return generate<Word>([&](int i) { return x.lane[i] << n; });
     }
     static void prefetch(const char* from) { __builtin_prefetch(from); }
 
     static Float negate(const Float& x) {
-        return each<Float>([&](int i) { return -x.lane[i]; });
+        return generate<Float>([&](int i) { return -x.lane[i]; });
     }
     static Float flip(const Float& x, const Word& by) {
-        return each<Float>([&](int i) {
+        return generate<Float>([&](int i) {
             return std::bit_cast<float>(std::bit_cast<uint32_t>(x.lane[i]) ^ (by.lane[i] & 0x80000000u));
         });
     }
 
     static Float decode_scales(const uint8_t* codes) {
-        return each<Float>([&](int i) {
+        return generate<Float>([&](int i) {
             const uint32_t e = codes[i] & 15, d = (codes[i] >> 4) & 7, minus = codes[i] >> 7;
             if (e == 15) return 0.0f;
             const float first = std::bit_cast<float>((127 - e) << 23);
@@ -106,26 +106,26 @@ struct Portable {
     }
     static const float* load_table(const float* table) { return table; }
     static Float look_up(const float* table, const Word& index) {
-        return each<Float>([&](int i) { return table[index.lane[i] & 15]; });
+        return generate<Float>([&](int i) { return table[index.lane[i] & 15]; });
     }
 
     static Half zero_half() {
-        return each<Half>([](int) { return int16_t{0}; });
+        return generate<Half>([](int) { return int16_t{0}; });
     }
     static Half add_half(const Half& a, const Half& b) {
-        return each<Half>([&](int i) { return static_cast<int16_t>(a.lane[i] + b.lane[i]); });
+        return generate<Half>([&](int i) { return static_cast<int16_t>(a.lane[i] + b.lane[i]); });
     }
-    // Only the low four bits of each half are ever used, so shifting the word whole is as good.
+    // Only the low four bits of each half are used, so one shift of the whole word will do.
     static Word shift_right_half(const Word& x, int n) { return shift_right(x, n); }
     static const int16_t* load_table_half(const int16_t* table) { return table; }
     static Half look_up_half(const int16_t* table, const Word& index) {
-        return each<Half>([&](int i) { return table[(index.lane[i / 2] >> (16 * (i % 2))) & 15]; });
+        return generate<Half>([&](int i) { return table[(index.lane[i / 2] >> (16 * (i % 2))) & 15]; });
     }
     static Float low_halves(const Half& x) {
-        return each<Float>([&](int i) { return static_cast<float>(x.lane[2 * i]); });
+        return generate<Float>([&](int i) { return static_cast<float>(x.lane[2 * i]); });
     }
     static Float high_halves(const Half& x) {
-        return each<Float>([&](int i) { return static_cast<float>(x.lane[2 * i + 1]); });
+        return generate<Float>([&](int i) { return static_cast<float>(x.lane[2 * i + 1]); });
     }
 };
 

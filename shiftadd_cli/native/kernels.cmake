@@ -1,7 +1,7 @@
-# The kernels' sources and flags, for the extension (CMakeLists.txt) and for the program that checks them (check/).
+# Sources and flags of the kernels, for the extension (CMakeLists.txt) and for the program that checks them (check/).
 #
-# Each instruction set is compiled in a file of its own with its own flags, and chosen at run time: the rest is built
-# for the plainest processor of the architecture, so a wheel runs everywhere.
+# Each instruction set has its own file with its own flags and is selected at run time. The rest is built for the
+# baseline processor of the architecture, so a wheel runs everywhere.
 set(SHIFTADD_KERNELS_FOLDER "${CMAKE_CURRENT_LIST_DIR}")
 
 function(shiftadd_add_kernels target)
@@ -16,7 +16,7 @@ function(shiftadd_add_kernels target)
   endforeach()
   target_include_directories(${target} PRIVATE "${SHIFTADD_KERNELS_FOLDER}")
 
-  # No contraction: where an instruction set fuses a product and a sum, its file says so, and nowhere else.
+  # No contraction: products and sums are fused only where the file of an instruction set does so explicitly.
   target_compile_options(${target} PRIVATE -ffp-contract=off)
   target_link_libraries(${target} PRIVATE Threads::Threads)
 
@@ -25,6 +25,6 @@ function(shiftadd_add_kernels target)
   set_source_files_properties("${folder}/isa_avx2.cpp" PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma")
   set_source_files_properties("${folder}/isa_avx512.cpp" PROPERTIES COMPILE_OPTIONS "${avx512}")
   set_source_files_properties("${folder}/isa_avx512_bf16.cpp" PROPERTIES COMPILE_OPTIONS "${avx512};-mavx512bf16")
-  # Only there so that the package runs at all: at -O3 it takes most of the build, and is no faster.
+  # Only a fallback for other processors: at -O3 it takes most of the build time and is no faster.
   set_source_files_properties("${folder}/isa_portable.cpp" PROPERTIES COMPILE_OPTIONS "-O2")
 endfunction()

@@ -1,4 +1,4 @@
-// What a set of kernels for one instruction set offers, and what it is given.
+// The kernels of one instruction set and their arguments.
 #pragma once
 
 #include <cstddef>
@@ -11,51 +11,51 @@ namespace shiftadd {
 // Types of activations.
 enum class Number { kFloat32, kBFloat16 };
 
-// What the gate of an MLP goes through: x / (1 + e^-x), or the form of the Gaussian error unit with tanh.
+// Activation function of an MLP's gate: x / (1 + e^-x), or GELU in its tanh form.
 enum class Activation { kSilu, kGeluTanh };
 
-// One compressed matrix; pointers into tensors that the caller keeps alive. See `layout.h`.
+// One compressed matrix, as pointers into tensors that the caller keeps alive. See `layout.h`.
 struct Matrix {
     Layout layout;
     const uint32_t* words;
-    const uint8_t* scale_codes;  // one of these two
+    const uint8_t* scale_codes;  // null if `scales` is set, and vice versa
     const float* scales;
     const float* offsets;    // or null
     const float* row_scale;  // [rows]
     const float* bias;       // [rows], or null
 };
 
-// Activations of a few rows, made ready for look-up: `batch` of them at a stride.
+// Look-up tables for `batch` rows of activations.
 struct Lookups {
     int batch;
-    // [batch][padded_columns / 4][16] sums ± ± ± ±, in float32 or in units of `units` (fast).
+    // [batch][padded_columns / 4][16] sums ± ± ± ±, in float32 or (fast) in multiples of `units`.
     const float* exact;
     const int16_t* fast;
     const float* units;  // [batch][chunks]
-    const float* sums;   // [batch][chunks] of the activations of each chunk
+    const float* sums;   // [batch][chunks], the sum of the activations of each chunk
     float* output;       // [batch][rows], float32
 };
 
-// Activations of many rows: `values` holds chunk after chunk, each [batch][columns of the chunk].
+// Activations of many rows: `values` holds the chunks one after another, each [batch][columns of the chunk].
 struct Panel {
     int64_t batch;
     const float* values;
-    const uint16_t* halves;  // instead, for `multiply_half`: bfloat16
+    const uint16_t* halves;  // bfloat16, in place of `values` for `multiply_half`
     float* output;           // [batch][rows], float32
 };
 
-// One head's query and what it may attend to.
+// One head's query, and the keys and values that it attends to.
 struct Attention {
     const float* query;          // [size]
-    const void *keys, *values;   // [tokens][size], each token so many numbers after the one before
+    const void *keys, *values;   // [tokens][size], with strides between tokens
     int64_t tokens, key_stride, value_stride, size;
     Number type;                 // of keys and values
-    float scale;                 // of the products with keys
-    float* scores;               // room for [tokens]
+    float scale;                 // factor of the products with keys
+    float* scores;               // scratch [tokens]
     float* output;               // [size]
 };
 
-// Rows of 8-bit codes [rows][columns] and activations [batch][columns]; `sums` [batch][rows], at a stride.
+// Rows of 8-bit codes [rows][columns] and activations [batch][columns]; `sums` [batch][rows], with a row stride.
 struct Codes {
     const int8_t* codes;
     int64_t rows, columns;
@@ -65,84 +65,85 @@ struct Codes {
     int64_t stride;
 };
 
-// Some tokens' rows of numbers [tokens][columns]: `count` of them from the first on.
+// Rows of a matrix [tokens][columns]: `count` tokens, starting with `first`.
 struct Tokens {
     const void* values;
     Number type;
     int64_t columns;
-    const float* roots;  // by which each token's row is multiplied, or null
+    const float* roots;  // one factor per token, or null
     int64_t first, count;
 };
 
-// Sums over tokens of products of two columns, by tiles: `rows` columns on the left with `width` on the right; see
-// moments_impl.h. Packed values are 32 bits, one for so many tokens.
+// Sums over tokens of products of two columns, in tiles of `rows` columns on the left and `width` on the right; see
+// moments_impl.h. A packed value has 32 bits and holds `tokens` tokens.
 struct MomentKernels {
     int rows, width, tokens;
     void (*pack_left)(const Tokens&, int64_t tile, void* out);
     void (*pack_right)(const Tokens&, int64_t panel, void* out);
-    // sums[rows][columns] at a stride += the products of the first so many columns of a tile and of a panel.
-    void (*add)(const void* left, const void* right, int64_t tokens, float* sums, int64_t stride, int rows, int columns);
+    // sums[rows][columns], with a row stride, += the products of the first columns of a tile and of a panel.
+    void (*add)(const void* left, const void* right, int64_t tokens, float* sums, int64_t stride, int rows,
+                int columns);
 };
 
-// Some columns that settle on levels one after the other, rows side by side: all matrices [columns][rows] but
-// `coupling`. Column i takes the level nearest to its goal, which is what `goals` holds of it, corrected by columns
-// before it, and moves the goals of each later column j by -coupling[i][j] times its step:
+// Columns that are rounded to levels one after another, with their rows in parallel. All matrices are [columns][rows],
+// except `coupling`. Column i takes the level nearest to its target and then adds -coupling[i][j] times its step to the
+// goals of each later column j:
 //
-//     sweep      the goal itself, and the step is (goal - level) / coupling[i][i]
-//     descent    value + goal / coupling[i][i], the goals being gradients, and the step is level - value
+//     sweep      target = goal, step = (target - level) / coupling[i][i]
+//     descent    target = value + goal / coupling[i][i], where goals are gradients, step = level - value
 struct Stretch {
     bool descend;
     int64_t columns, rows;
     const float* goals;
-    const float* coupling;  // [columns][columns] at a stride, used from the diagonal rightwards
+    const float* coupling;  // [columns][columns] with a row stride; only its upper triangle is used
     int64_t coupling_stride;
     const float *levels, *midpoints;  // [levels][groups][rows] and [levels - 1][groups][rows], ascending
     int64_t level_count, group_count;
-    const int64_t* groups;  // [columns], of each column
-    float* values;          // what columns settle on; for the descent they are set before
-    uint8_t* ranks;         // the places of these levels
+    const int64_t* groups;  // [columns], the group of each column
+    float* values;          // the chosen levels; before a descent, the present values
+    uint8_t* ranks;         // the indices of these levels
     float* steps;
 };
 
 struct Kernels {
     const char* name;
-    // Rows of activations up to which looking up beats decoding and multiplying, for so many planes; measured.
+    // The largest number of rows of activations for which look-up beats decoding and multiplying; measured.
     int64_t (*most_lookups)(int bits, bool fast);
 
-    // Each column times its sign, then 2^-k H on every `order` columns: the rotation of shiftadd_cli/bcq/rotation.py.
+    // Multiplies columns by their signs, then every `order` columns by 2^-k H, as in shiftadd_cli/bcq/rotation.py.
     void (*rotate)(float* row, const float* signs, int64_t columns, int64_t order);
     // Writes the tables of one padded row [padded_columns].
     void (*build_exact)(const float* row, int64_t columns, float* tables);
-    // The same in 16 bits: a unit per chunk, so small that no sum over the chunk leaves the range.
+    // The same in 16 bits, with a unit per chunk that keeps every sum over the chunk in range.
     void (*build_fast)(const Layout&, const float* row, int16_t* tables, float* units);
-    // Sums of the chunks of one padded row.
+    // Sums each chunk of one padded row.
     void (*sum_chunks)(const Layout&, const float* row, float* sums);
-    // Rows of one stripe of the output.
+    // Computes the rows of one stripe of the output.
     void (*look_up)(const Matrix&, const Lookups&, int64_t stripe);
     void (*look_up_fast)(const Matrix&, const Lookups&, int64_t stripe);
-    // Rows of one block of the output, from weights decoded in cache.
+    // Computes the rows of one block of the output, from weights decoded into the cache.
     void (*multiply)(const Matrix&, const Panel&, int64_t block);
-    // The same in products of bfloat16 numbers, summed in float32; null where the processor has none.
+    // The same with bfloat16 products, summed in float32; null if the processor has none.
     void (*multiply_half)(const Matrix&, const Panel&, int64_t block);
 
-    // Products of all rows with all activations.
+    // Computes the products of all rows with all activations.
     void (*dot_codes)(const Codes&);
-    // The mean of the values, each weighted by the softmax of its key's scaled product with the query.
+    // Computes the mean of the values, weighted by the softmax of the scaled products of keys and query.
     void (*attend)(const Attention&);
-    // activation(gate) * up, number by number; `out` may be either.
+    // activation(gate) * up, elementwise; `out` may be one of the inputs.
     void (*gate)(Activation, const float* gate, const float* up, int64_t count, float* out);
 
-    // Columns of strip number `strip` of so many rows; `room` [columns][settle_rows].
+    // Rounds a strip of `settle_rows` rows; `room` is scratch [columns][settle_rows].
     int settle_rows;
     void (*settle)(const Stretch&, int64_t strip, float* room);
 
     MomentKernels moments;
-    // Of bfloat16 numbers without roots; `add` is null where the processor has no products of theirs.
+    // For bfloat16 numbers without roots; `add` is null if the processor has no bfloat16 products.
     MomentKernels moments_half;
 };
 
 const Kernels* portable_kernels();
-// Each in builds for its architecture only.
+// Each exists only in builds for its architecture.
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();

@@ -1,10 +1,10 @@
-// The kernels, written once over the operations that an instruction set `I` offers (isa_*.h):
+// The kernels, written once in terms of the operations of an instruction set `I` (isa_*.h):
 //
 //     kLanes                     32-bit lanes of a register; 16 rows are kParts = 16 / kLanes registers
 //     Word, Float, Half          registers of 32-bit words, of float32, of int16 (2 · kLanes of them)
-//     ...                        and what can be done with them
+//     ...                        and the operations on them
 //
-// A translation unit per instruction set instantiates them, compiled with that set's flags only.
+// One translation unit per instruction set instantiates them, compiled with the flags of that set only.
 #pragma once
 
 #include "codes_impl.h"
@@ -22,10 +22,10 @@
 
 namespace shiftadd {
 
-// Distance in bytes at which words are asked for ahead of their use: a few hundred nanoseconds of streaming.
+// Words are prefetched this many bytes ahead of their use: a few hundred nanoseconds of streaming.
 constexpr int kPrefetch = 6144;
-// Activations of a chunk whose absolute values sum to less are taken for 0 in 16 bits: the inverse of their unit would
-// leave the range of float32.
+// In 16 bits, the activations of a chunk become 0 if their absolute values sum to less than this: the inverse of their
+// unit would exceed the range of float32.
 constexpr float kLeastSize = 1e-30f;
 
 template <class I>
@@ -38,7 +38,7 @@ struct Kernel {
 
     // ---- scales -------------------------------------------------------------------------------------------------
 
-    // Scales of one plane for 16 rows, from row `half · 16` of the block on.
+    // Scales of one plane for 16 rows, starting at row `half · 16` of the block.
     static inline void load_scales(const Matrix& m, int64_t block, int64_t group, int plane, int half, Float* out) {
         const int64_t at = ((block * m.layout.groups() + group) * m.layout.bits + plane) * kBlockRows + half * kPairs;
         for (int part = 0; part < kParts; ++part)
@@ -52,7 +52,7 @@ struct Kernel {
 
     // ---- output -------------------------------------------------------------------------------------------------
 
-    // Turns sums of a block's rows, in units of the row scales, into output.
+    // Converts the sums of a block's rows, in units of the row scales, to output.
     static inline void finish(const Matrix& m, const float* sums, int64_t block, float* output) {
         const int64_t first = block * kBlockRows;
         const int64_t rows = std::min<int64_t>(kBlockRows, m.layout.rows - first);
@@ -77,7 +77,7 @@ struct Kernel {
         });
     }
 
-    // Added up in one order on all instruction sets, and in one that a compiler makes vectors of.
+    // The order of additions is the same on all instruction sets, and one that a compiler can vectorize.
     static inline float sum_of_sizes(const float* values, int columns) {
         float parts[kWordColumns] = {};
         for (int i = 0; i < columns; i += kWordColumns)
@@ -96,11 +96,11 @@ struct Kernel {
             constexpr float kRange = 32767 - kChunkColumns / 2;
             *units++ = size / kRange;
             int16_t rounded[kChunkColumns] = {};
-            // What cannot be counted in units stays 0: next to nothing, and numbers without end or none at all, which
-            // come back with the unit, as 0 times it is no number.
+            // The integers stay 0 if the size is tiny or not finite. If it is not finite, neither is the unit, and 0
+            // times the unit is NaN.
             if (size >= kLeastSize && size <= std::numeric_limits<float>::max()) {
                 const float inverse = kRange / size;
-                // The last bit of the sum is worth 1: it is rounded to an integer, which its low half then is.
+                // The last bit of the sum is worth 1, so the sum is rounded to an integer, which its low half holds.
                 constexpr float kShift = 3 << 22;
                 for (int i = 0; i < columns; ++i)
                     rounded[i] = static_cast<int16_t>(std::bit_cast<uint32_t>(values[i] * inverse + kShift));
@@ -118,10 +118,10 @@ struct Kernel {
         }
     }
 
-    // Adds `value · scale` of every plane, and the offset's part, to the sums of a block.
+    // Adds `sum · scale` of every plane, and the offset term, to the sums of a block.
     template <int Q, int B>
     static inline void accumulate(const Matrix& m, const Lookups& in, int64_t block, int64_t group, int64_t chunk,
-                                  const Float (&found)[B][Q][2][kParts], float (*sums)[B][kBlockRows]) {
+                                  const Float (&plane_sums)[B][Q][2][kParts], float (*sums)[B][kBlockRows]) {
         for (int half = 0; half < 2; ++half) {
             Float total[B][kParts];
             for (int b = 0; b < B; ++b)
@@ -132,7 +132,7 @@ struct Kernel {
                 load_scales(m, block, group, plane, half, scale);
                 for (int b = 0; b < B; ++b)
                     for (int part = 0; part < kParts; ++part)
-                        total[b][part] = I::fma(found[b][plane][half][part], scale[part], total[b][part]);
+                        total[b][part] = I::fma(plane_sums[b][plane][half][part], scale[part], total[b][part]);
             }
             for (int b = 0; b < B; ++b)
                 for (int part = 0; part < kParts; ++part) {
@@ -146,7 +146,7 @@ struct Kernel {
         }
     }
 
-    // The planes of one word, and those to come into the cache.
+    // Loads the planes of one word and prefetches later ones.
     template <int Q>
     static inline void load_word(const uint32_t* words, Word (&index)[Q][kParts]) {
         for (int plane = 0; plane < Q; ++plane)
@@ -160,11 +160,11 @@ struct Kernel {
     // Sums over a chunk of one block, by look-up in 32-bit tables.
     template <int Q, int B>
     static inline void chunk_exact(const uint32_t* words, int count, const float* tables, int64_t stride,
-                                   Float (&found)[B][Q][2][kParts]) {
-        for (auto& row : found)
+                                   Float (&plane_sums)[B][Q][2][kParts]) {
+        for (auto& row : plane_sums)
             for (auto& plane : row)
                 for (auto& half : plane)
-                    for (auto& each : half) each = I::zero();
+                    for (auto& sum : half) sum = I::zero();
         for (int word = 0; word < count; ++word, words += Q * kPairs, tables += kWordTables * kTable) {
             Word index[Q][kParts];
             load_word<Q>(words, index);
@@ -174,8 +174,8 @@ struct Kernel {
                     const auto table = I::load_table(tables + b * stride + step * kTable);
                     for (int plane = 0; plane < Q; ++plane)
                         for (int part = 0; part < kParts; ++part) {
-                            auto& low = found[b][plane][0][part];
-                            auto& high = found[b][plane][1][part];
+                            auto& low = plane_sums[b][plane][0][part];
+                            auto& high = plane_sums[b][plane][1][part];
                             low = I::add(low, I::look_up(table, I::shift_right(index[plane][part], 4 * step)));
                             high = I::add(high, I::look_up(table, I::shift_right(index[plane][part], 16 + 4 * step)));
                         }
@@ -183,14 +183,14 @@ struct Kernel {
         }
     }
 
-    // The same in 16-bit tables; sums cannot leave the range, see `build_fast`.
+    // The same in 16-bit tables; sums stay in range, see `build_fast`.
     template <int Q, int B>
     static inline void chunk_fast(const uint32_t* words, int count, const int16_t* tables, int64_t stride,
-                                  const float* units, int64_t unit_stride, Float (&found)[B][Q][2][kParts]) {
+                                  const float* units, int64_t unit_stride, Float (&plane_sums)[B][Q][2][kParts]) {
         Half sums[B][Q][kParts];
         for (auto& row : sums)
             for (auto& plane : row)
-                for (auto& each : plane) each = I::zero_half();
+                for (auto& sum : plane) sum = I::zero_half();
         for (int word = 0; word < count; ++word, words += Q * kPairs, tables += kWordTables * kTable) {
             Word index[Q][kParts];
             load_word<Q>(words, index);
@@ -209,8 +209,8 @@ struct Kernel {
             const Float unit = I::set(units[b * unit_stride]);
             for (int plane = 0; plane < Q; ++plane)
                 for (int part = 0; part < kParts; ++part) {
-                    found[b][plane][0][part] = I::mul(I::low_halves(sums[b][plane][part]), unit);
-                    found[b][plane][1][part] = I::mul(I::high_halves(sums[b][plane][part]), unit);
+                    plane_sums[b][plane][0][part] = I::mul(I::low_halves(sums[b][plane][part]), unit);
+                    plane_sums[b][plane][1][part] = I::mul(I::high_halves(sums[b][plane][part]), unit);
                 }
         }
     }
@@ -221,21 +221,21 @@ struct Kernel {
         const int blocks = layout.stripe_blocks(number);
         const int64_t stride = layout.padded_words() * kWordTables * kTable;
         const uint32_t* words = m.words + layout.stripe_start(number);
-        // From here on row 0 is the first of the B rows in hand.
+        // Row 0 is now the first of these B rows.
         Lookups rows = in;
         rows.sums = in.sums ? in.sums + first_row * layout.chunks() : nullptr;
         alignas(64) float sums[kStripeBlocks][B][kBlockRows] = {};
         int64_t chunk = 0;
         for_each_chunk(layout, [&](int64_t group, int64_t word, int count) {
             for (int block = 0; block < blocks; ++block) {
-                Float found[B][Q][2][kParts];
+                Float plane_sums[B][Q][2][kParts];
                 const int64_t table = first_row * stride + word * kWordTables * kTable;
                 if constexpr (Fast)
                     chunk_fast<Q, B>(words, count, in.fast + table, stride,
-                                     in.units + first_row * layout.chunks() + chunk, layout.chunks(), found);
+                                     in.units + first_row * layout.chunks() + chunk, layout.chunks(), plane_sums);
                 else
-                    chunk_exact<Q, B>(words, count, in.exact + table, stride, found);
-                accumulate<Q, B>(m, rows, number * kStripeBlocks + block, group, chunk, found, &sums[block]);
+                    chunk_exact<Q, B>(words, count, in.exact + table, stride, plane_sums);
+                accumulate<Q, B>(m, rows, number * kStripeBlocks + block, group, chunk, plane_sums, &sums[block]);
                 words += count * layout.word_entries();
             }
             ++chunk;
@@ -245,7 +245,7 @@ struct Kernel {
                 finish(m, sums[block][b], number * kStripeBlocks + block, in.output + (first_row + b) * layout.rows);
     }
 
-    // As many rows at once as accumulators fit in registers.
+    // The number of rows whose accumulators fit in registers.
     template <int Q>
     static constexpr int rows_at_once() {
         constexpr int registers = I::kRegisters * 3 / 4;
@@ -256,9 +256,9 @@ struct Kernel {
     template <int Q, bool Fast>
     static void all_rows(const Matrix& m, const Lookups& in, int64_t number) {
         int row = 0;
-        constexpr int most = rows_at_once<Q>();
-        for (; row + most <= in.batch; row += most) stripe<Q, most, Fast>(m, in, row, number);
-        if constexpr (most > 2)
+        constexpr int max_rows = rows_at_once<Q>();
+        for (; row + max_rows <= in.batch; row += max_rows) stripe<Q, max_rows, Fast>(m, in, row, number);
+        if constexpr (max_rows > 2)
             for (; row + 2 <= in.batch; row += 2) stripe<Q, 2, Fast>(m, in, row, number);
         for (; row < in.batch; ++row) stripe<Q, 1, Fast>(m, in, row, number);
     }
@@ -290,7 +290,7 @@ struct Kernel {
                     m.offsets ? I::load(offsets_of(m, block, group) + half * kPairs + part * kLanes) : I::zero();
             for (int plane = 0; plane < Q; ++plane) {
                 load_scales(m, block, group, plane, half, negative[plane][half]);
-                for (auto& each : negative[plane][half]) each = I::negate(each);
+                for (auto& scale : negative[plane][half]) scale = I::negate(scale);
             }
         }
         for (int word = 0; word < count; ++word, words += Q * kPairs)
@@ -304,7 +304,8 @@ struct Kernel {
                     Float low = start[0][part], high = start[1][part];
                     for (int plane = 0; plane < Q; ++plane) {
                         low = I::add(low, I::flip(negative[plane][0][part], I::shift_left(index[plane], 31 - column)));
-                        high = I::add(high, I::flip(negative[plane][1][part], I::shift_left(index[plane], 15 - column)));
+                        high =
+                            I::add(high, I::flip(negative[plane][1][part], I::shift_left(index[plane], 15 - column)));
                     }
                     I::store(out, low);
                     I::store(out + kPairs, high);
@@ -312,10 +313,10 @@ struct Kernel {
             }
     }
 
-    // Weights of one chunk and block for `multiply_tile`, and what a tile multiplies them by.
+    // Weights of one chunk and block for `multiply_tile`, and their products with activations.
     struct Plain {
         using Value = float;
-        static constexpr int kColumns = 1;  // of a step
+        static constexpr int kColumns = 1;  // per step
         alignas(64) float decoded[kChunkColumns * kBlockRows];
 
         static const Value* values(const Panel& in) { return in.values; }
@@ -375,10 +376,10 @@ struct Kernel {
     static void multiply_block(const Matrix& m, const Panel& in, int64_t block) {
         const Layout& layout = m.layout;
         const int64_t number = block / kStripeBlocks;
-        const int blocks = layout.stripe_blocks(number), place = static_cast<int>(block % kStripeBlocks);
+        const int blocks = layout.stripe_blocks(number), position = static_cast<int>(block % kStripeBlocks);
         Weights weights;
         constexpr int kTile = I::kTile;
-        // Batches go in slices whose sums stay in the L1 or L2 cache.
+        // Batches are processed in slices whose sums stay in the L1 or L2 cache.
         constexpr int64_t kSlice = 256;
         alignas(64) float sums[kSlice * kBlockRows];
         for (int64_t first = 0; first < in.batch; first += kSlice) {
@@ -387,7 +388,7 @@ struct Kernel {
             const uint32_t* words = m.words + layout.stripe_start(number);
             for_each_chunk(layout, [&](int64_t group, int64_t word, int count) {
                 const int columns = count * kWordColumns;
-                decode<Q>(m, words + place * count * layout.word_entries(), count, block, group, weights.decoded);
+                decode<Q>(m, words + position * count * layout.word_entries(), count, block, group, weights.decoded);
                 weights.arrange(columns);
                 const auto* values = Weights::values(in) + word * kWordColumns * in.batch + first * columns;
                 int64_t b = 0;
@@ -417,26 +418,26 @@ struct Kernel {
 
     static const Kernels* table() {
         static const Kernels kernels = [] {
-            Kernels all{};
-            all.name = I::kName;
-            all.most_lookups = I::most_lookups;
-            all.rotate = RotateKernel<I>::rotate;
-            all.build_exact = build_exact;
-            all.build_fast = build_fast;
-            all.sum_chunks = sum_chunks;
-            all.look_up = look_up<false>;
-            all.look_up_fast = look_up<true>;
-            all.multiply = multiply<Plain>;
-            if constexpr (I::kHasPairs) all.multiply_half = multiply<Paired>;
-            all.dot_codes = CodesKernel<I>::dot;
-            all.attend = DecoderKernel<I>::attend;
-            all.gate = DecoderKernel<I>::gate;
-            all.settle_rows = SettleKernel<I>::kRows;
-            all.settle = SettleKernel<I>::strip;
+            Kernels result{};
+            result.name = I::kName;
+            result.most_lookups = I::most_lookups;
+            result.rotate = RotateKernel<I>::rotate;
+            result.build_exact = build_exact;
+            result.build_fast = build_fast;
+            result.sum_chunks = sum_chunks;
+            result.look_up = look_up<false>;
+            result.look_up_fast = look_up<true>;
+            result.multiply = multiply<Plain>;
+            if constexpr (I::kHasPairs) result.multiply_half = multiply<Paired>;
+            result.dot_codes = CodesKernel<I>::dot;
+            result.attend = DecoderKernel<I>::attend;
+            result.gate = DecoderKernel<I>::gate;
+            result.settle_rows = SettleKernel<I>::kRows;
+            result.settle = SettleKernel<I>::strip;
             using Moments = MomentsKernel<I>;
-            all.moments = Moments::template form<typename Moments::Plain>();
-            if constexpr (I::kHasPairs) all.moments_half = Moments::template form<typename Moments::Paired>();
-            return all;
+            result.moments = Moments::template form<typename Moments::Plain>();
+            if constexpr (I::kHasPairs) result.moments_half = Moments::template form<typename Moments::Paired>();
+            return result;
         }();
         return &kernels;
     }

@@ -5,7 +5,7 @@
 namespace shiftadd {
 namespace {
 
-// A second thread is worth waking for so many bytes of planes.
+// Bytes of planes that are worth waking another thread.
 constexpr int64_t kBytesPerThread = 48 << 10;
 
 }  // namespace

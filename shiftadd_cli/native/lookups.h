@@ -1,4 +1,4 @@
-// Rows of activations made ready for look-up, once for all matrices that read them.
+// Look-up tables of rows of activations, built once for all matrices that use them.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace shiftadd {
 
-// Rows whose tables are built at once: for 4096 columns these are 512 KB, half of a common L2 cache.
+// Rows whose tables are built together: 512 KB for 4096 columns, half of a common L2 cache.
 constexpr int kTileRows = 8;
 
 // The rotation of an input: signs [columns], or null; `order` of its Hadamard matrix.
@@ -25,16 +25,16 @@ struct LookupScratch {
 // Writes row number `row` [columns] as float32.
 using FillRow = std::function<void(int64_t row, float* out)>;
 
-// One row, rotated, with every group padded to whole words by zeros: `out` [padded_columns].
+// Writes one rotated row to `out` [padded_columns], with every group padded to whole words by zeros.
 void fill_padded(const Kernels& kernels, const Layout& layout, const Rotation& rotation, const FillRow& fill,
                  int64_t row, float* out);
 
-// Tables of rows 0 to count - 1 for matrices of the width and groups of `layout`; `output` is the caller's to set.
-// They live in `scratch` until it is used again. with_sums: for a matrix with offsets.
+// Tables of rows 0 to count - 1 for matrices with the width and groups of `layout`; the caller sets `output`. The
+// tables stay in `scratch` until its next use. with_sums: for a matrix with offsets.
 Lookups build_lookups(const Kernels& kernels, const Layout& layout, const Rotation& rotation, const FillRow& fill,
                       int count, bool fast, bool with_sums, int threads, LookupScratch& scratch);
 
-// How many of `threads` are worth waking for matrices of so many bytes of planes in all.
+// The number of threads, at most `threads`, that are worth waking for planes of `bytes` bytes in total.
 int useful_threads(int threads, int64_t bytes);
 
 }  // namespace shiftadd

@@ -1,5 +1,5 @@
-// Python's view of the kernels. Arguments that are tensors have the types of tensor.h, which check them; sizes are
-// checked here. An object keeps the tensors alive that it was made of.
+// The Python bindings of the kernels. The types of tensor.h check the type and memory order of tensor arguments; sizes
+// are checked here. An object keeps the tensors alive that it was created from.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -34,9 +34,9 @@ void check(bool fits, const char* message) {
     if (!fits) throw nb::value_error(message);
 }
 
-// A block of the Hadamard rotation has as many columns as the largest power of two that divides their number.
+// The order of the Hadamard matrix is the largest power of two that divides the number of columns.
 Rotation rotation(const std::optional<Floats>& signs, int64_t columns) {
-    check(!signs || signs->size == columns, "the signs of a rotation have one number a column");
+    check(!signs || signs->size == columns, "the signs of a rotation must have one number a column");
     return {values_or_null(signs), columns & -columns};
 }
 
@@ -71,8 +71,8 @@ void check_output(const ActivationTensor& x, const ActivationTensor& output, int
 }
 
 Hidden hidden_state(const DecoderBlock& block, const ActivationTensor& hidden) {
-    check(hidden.columns() == block.columns(), "the hidden states have another width");
-    check(hidden.rows() >= 1 && hidden.rows() <= kTileRows, "there are 1 to 8 rows");
+    check(hidden.columns() == block.columns(), "the hidden states must have the width of the block");
+    check(hidden.rows() >= 1 && hidden.rows() <= kTileRows, "the number of rows must be 1 to 8");
     return {hidden.data, hidden.type(), static_cast<int>(hidden.rows())};
 }
 
@@ -80,7 +80,7 @@ Positions positions(const DecoderBlock& block, const ActivationTensor& cosines, 
                     int rows) {
     check(cosines.type() == sines.type() && cosines.size == sines.size && cosines.columns() == block.head_size &&
               (cosines.rows() == 1 || cosines.rows() == rows),
-          "cosines and sines have the size of a head, for one row or for all");
+          "cosines and sines must have the size of a head, for one row or for all");
     return {cosines.data, sines.data, cosines.type(), cosines.rows() > 1 ? block.head_size : 0};
 }
 
@@ -88,13 +88,14 @@ Positions positions(const DecoderBlock& block, const ActivationTensor& cosines, 
 Cached cached(const DecoderBlock& block, const StridedActivations& heads, const Hidden& hidden) {
     check(heads.axes == 4 && heads.type() == hidden.type && heads.shape[0] == hidden.rows &&
               heads.shape[1] == block.key_heads() && heads.shape[3] == block.head_size,
-          "keys and values have the heads of the block");
+          "keys and values must have the heads of the block");
     return {heads.data, heads.strides[0], heads.strides[1], heads.strides[2]};
 }
 
 Fresh fresh(const DecoderBlock& block, const ActivationTensor& heads, const Hidden& hidden) {
     const int64_t width = block.key_heads() * block.head_size;
-    check(heads.type() == hidden.type && heads.size == hidden.rows * width, "keys and values have the block's heads");
+    check(heads.type() == hidden.type && heads.size == hidden.rows * width,
+          "keys and values must have the heads of the block");
     return {heads.data, width, block.head_size};
 }
 
@@ -106,7 +107,7 @@ struct Caches {
 std::vector<BlockCache> block_caches(const DecoderStack& stack, const Caches& caches, const Hidden& hidden,
                                      int64_t tokens) {
     check(caches.keys.size() == stack.blocks.size() && caches.values.size() == stack.blocks.size(),
-          "every block has keys and values");
+          "every block needs keys and values");
     std::vector<BlockCache> result;
     for (size_t i = 0; i < caches.keys.size(); ++i) {
         const ActivationTensor &keys = caches.keys[i], &values = caches.values[i];
@@ -121,7 +122,7 @@ std::vector<BlockCache> block_caches(const DecoderStack& stack, const Caches& ca
 }  // namespace
 
 NB_MODULE(_native, m) {
-    // Python keeps layouts in a cache until the interpreter is gone; that is no leak.
+    // Python caches layouts until the interpreter exits; this is not a leak.
     nb::set_leak_warnings(false);
     const nb::call_guard<nb::gil_scoped_release> without_gil;
 
@@ -198,7 +199,7 @@ NB_MODULE(_native, m) {
         "linear",
         [](const Projection& self, const ActivationTensor& x, const ActivationTensor& output, bool fast, int method,
            const std::string& kernels, int threads) {
-            check(x.columns() == self.matrix.layout.columns, "the input has another width");
+            check(x.columns() == self.matrix.layout.columns, "the input must have the width of the matrix");
             check_output(x, output, self.matrix.layout.rows);
             linear(kernels_named(kernels), self.matrix, activations(x, self.rotation), output.data, fast,
                    static_cast<Method>(method), threads);
@@ -239,13 +240,16 @@ NB_MODULE(_native, m) {
         [](bool descend, const Floats& goals, const FloatRows& coupling, const Floats& levels, const Floats& midpoints,
            const Tensor<const int64_t>& groups, const Tensor<float>& values, const Tensor<uint8_t>& ranks,
            const Tensor<float>& steps, const std::string& kernels, int threads) {
-            check(goals.axes == 2 && levels.axes == 3 && midpoints.axes == 3, "goals and levels have too few axes");
+            check(goals.axes == 2 && levels.axes == 3 && midpoints.axes == 3,
+                  "goals must have two axes, levels and midpoints three");
             const int64_t columns = goals.shape[0], rows = goals.shape[1];
             check(coupling.shape[0] == columns && coupling.shape[1] == columns && groups.size == columns &&
                       levels.shape[2] == rows && midpoints.shape[0] == levels.shape[0] - 1 &&
                       midpoints.size == (levels.shape[0] - 1) * levels.shape[1] * rows && values.size == goals.size &&
                       ranks.size == goals.size && steps.size == goals.size,
                   "the tensors do not fit the goals");
+            for (int64_t i = 0; i < columns; ++i)
+                check(groups.values()[i] >= 0 && groups.values()[i] < levels.shape[1], "a column has no such group");
             const Stretch stretch{descend,           columns,          rows,
                                   goals.values(),    coupling.values(), coupling.strides[0],
                                   levels.values(),   midpoints.values(), levels.shape[0],
@@ -262,8 +266,8 @@ NB_MODULE(_native, m) {
             [](DecoderBlock* self, const std::vector<const Projection*>& linears,
                const std::vector<std::optional<Floats>>& norms, bool joint, float epsilon, bool gelu,
                int64_t head_size, float scale, float residual, bool turned) {
-                check(linears.size() == 7, "a block has seven linears");
-                check(norms.size() == 6, "a block has six norms, or None for them");
+                check(linears.size() == 7, "a block needs seven linears");
+                check(norms.size() == 6, "a block needs six norms, each of which may be None");
                 const float* weights[6];
                 for (int i = 0; i < 6; ++i) weights[i] = values_or_null(norms[i]);
                 new (self) DecoderBlock{*linears[0],
@@ -289,7 +293,8 @@ NB_MODULE(_native, m) {
                const ActivationTensor& sines, const Tensor<float>& queries, const ActivationTensor& keys,
                const ActivationTensor& values, bool fast, int threads) {
                 const Hidden state = hidden_state(self, hidden);
-                check(queries.size == state.rows * self.query_heads() * self.head_size, "queries have the block's heads");
+                check(queries.size == state.rows * self.query_heads() * self.head_size,
+                      "queries must have the heads of the block");
                 decode_heads({**available_kernels(), fast, threads}, self, state,
                              positions(self, cosines, sines, state.rows), queries.values(), fresh(self, keys, state),
                              fresh(self, values, state));
@@ -302,8 +307,9 @@ NB_MODULE(_native, m) {
                bool fast, int threads) {
                 const Hidden state = hidden_state(self, hidden);
                 const Cached all_keys = cached(self, keys, state), all_values = cached(self, values, state);
-                check(queries.size == state.rows * self.query_heads() * self.head_size, "queries have the block's heads");
-                check(keys.shape[2] == values.shape[2], "there are as many keys as values");
+                check(queries.size == state.rows * self.query_heads() * self.head_size,
+                      "queries must have the heads of the block");
+                check(keys.shape[2] == values.shape[2], "keys and values must have the same number of tokens");
                 check_output(hidden, output, hidden.columns());
                 decode_rest({**available_kernels(), fast, threads}, self, state, queries.values(), all_keys,
                             all_values, keys.shape[2], output.data);
@@ -316,7 +322,7 @@ NB_MODULE(_native, m) {
                 const nb::tuple& empty, const nb::tuple& plain) {
                  const std::vector<PyObject*> dictionaries = borrowed(holders);
                  check(names.size() == dictionaries.size() && objects.size() == dictionaries.size(),
-                       "every place has a holder, a name and an object");
+                       "every place needs a holder, a name and an object");
                  new (self) Dictionaries{{}, borrowed(empty), borrowed(plain)};
                  for (size_t i = 0; i < dictionaries.size(); ++i)
                      self->standing.push_back({dictionaries[i], names[i].ptr(), objects[i].ptr()});
@@ -336,7 +342,7 @@ NB_MODULE(_native, m) {
         .def(
             "__init__",
             [](DecoderStack* self, const std::vector<const DecoderBlock*>& blocks) {
-                check(!blocks.empty(), "a stack has at least one block");
+                check(!blocks.empty(), "a stack needs at least one block");
                 new (self) DecoderStack{blocks};
             },
             "blocks"_a, nb::keep_alive<1, 2>())

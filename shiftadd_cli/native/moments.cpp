@@ -8,10 +8,10 @@
 namespace shiftadd {
 namespace {
 
-// Steps whose products are added up in registers: a panel of them is 32 KB at most, of the size of an L1 cache.
+// Steps whose products are summed in registers: a panel of them has at most 32 KB, the size of an L1 cache.
 constexpr int64_t kSteps = 256;
 
-int64_t parts(int64_t whole, int64_t size) { return (whole + size - 1) / size; }
+int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 }  // namespace
 
@@ -22,7 +22,7 @@ void add_moments(const Kernels& kernels, const Tokens& x, const void* other, flo
     const int64_t columns = x.columns, tiles = parts(columns, k.rows), panels = parts(columns, k.width);
     const int64_t tile_size = kSteps * k.rows, panel_size = kSteps * k.width;
     thread_local Scratch left_scratch, other_scratch, right_scratch;
-    // Packed values are four bytes in either form.
+    // Packed values have four bytes in both forms.
     uint32_t* left = left_scratch.room<uint32_t>(tiles * tile_size);
     uint32_t* others = other ? other_scratch.room<uint32_t>(tiles * tile_size) : nullptr;
     uint32_t* right = right_scratch.room<uint32_t>(panels * panel_size);

@@ -1,13 +1,13 @@
-// Sums over tokens of products of two columns, over the operations of an instruction set.
+// Sums over tokens of products of two columns, for any instruction set.
 //
-// Columns are packed token by token, so that their products add up in registers: on the left in tiles of kRows columns,
-// on the right in panels of kWidth, the last of either filled up with zeros.
+// Columns are packed token by token, so that their products are summed in registers: in tiles of kRows columns on the
+// left, in panels of kWidth columns on the right. The last tile and the last panel are padded with zeros.
 //
 //     left    [tile][token][kRows]      float32
 //     right   [panel][token][kWidth]    float32
 //
-// Where the processor multiplies pairs of bfloat16 numbers, two tokens are one number, the earlier in its low half. This
-// is how all fast matrix products go (Goto and van de Geijn, ACM TOMS 34(3), 2008).
+// If the processor multiplies pairs of bfloat16 numbers, a packed value holds two tokens, the earlier in its low half.
+// All fast matrix products are packed like this (Goto and van de Geijn, ACM TOMS 34(3), 2008).
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ struct MomentsKernel {
 
     struct Plain {
         using Value = float;
-        static constexpr int kTokens = 1;  // of a step
+        static constexpr int kTokens = 1;  // per step
 
         static Float load(const float* from) { return I::load(from); }
         static Float add_product(float left, Float right, Float sum) { return I::fma(I::set(left), right, sum); }
@@ -70,12 +70,13 @@ struct MomentsKernel {
                     if (count == N) std::memcpy(high, from + x.columns, sizeof(high));
                     else std::memcpy(high, from + x.columns, bytes);
                 }
-                for (int i = 0; i < N; ++i) out[i] = static_cast<uint32_t>(low[i]) | static_cast<uint32_t>(high[i]) << 16;
+                for (int i = 0; i < N; ++i)
+                    out[i] = static_cast<uint32_t>(low[i]) | static_cast<uint32_t>(high[i]) << 16;
             }
         }
     };
 
-    // total[kRows][kWidth] += left' · right, over so many steps.
+    // sums[kRows][kWidth] += left' · right, over `steps` steps.
     template <class Form>
     static inline void add_steps(const typename Form::Value* left, const typename Form::Value* right, int64_t steps,
                                  float* sums, int64_t stride) {
@@ -101,9 +102,11 @@ struct MomentsKernel {
         const Value *tile = static_cast<const Value*>(left), *panel = static_cast<const Value*>(right);
         if (rows == kRows && columns == kWidth) return add_steps<Form>(tile, panel, steps, sums, stride);
         float edge[kRows * kWidth] = {};
-        for (int row = 0; row < rows; ++row) std::memcpy(edge + row * kWidth, sums + row * stride, columns * sizeof(float));
+        for (int row = 0; row < rows; ++row)
+            std::memcpy(edge + row * kWidth, sums + row * stride, columns * sizeof(float));
         add_steps<Form>(tile, panel, steps, edge, kWidth);
-        for (int row = 0; row < rows; ++row) std::memcpy(sums + row * stride, edge + row * kWidth, columns * sizeof(float));
+        for (int row = 0; row < rows; ++row)
+            std::memcpy(sums + row * stride, edge + row * kWidth, columns * sizeof(float));
     }
 
     template <class Form>

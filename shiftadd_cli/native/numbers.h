@@ -1,4 +1,4 @@
-// From and to the types of activations, and memory that a thread keeps from call to call.
+// Conversions from and to the types of activations, and memory that a thread reuses between calls.
 #pragma once
 
 #include <bit>
@@ -11,7 +11,7 @@
 
 namespace shiftadd {
 
-// Rounds to nearest, ties to even; not-a-numbers stay such.
+// Rounds to nearest, ties to even; NaN stays NaN.
 inline uint16_t to_bfloat16(float value) {
     const uint32_t bits = std::bit_cast<uint32_t>(value);
     if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
@@ -38,13 +38,13 @@ inline void write_numbers(const float* values, int64_t count, Number type, void*
 
 class Scratch {
 public:
-    // Room for `count` numbers of type T, aligned to cache lines; what was in it may be lost.
+    // Room for `count` numbers of type T, aligned to cache lines. Its old contents may be lost.
     template <class T>
     T* room(size_t count) {
         const size_t bytes = count * sizeof(T);
         if (bytes > bytes_) {
             memory_.reset();
-            bytes_ = 0;  // it stays so if there is no memory
+            bytes_ = 0;  // in case the allocation fails
             memory_.reset(::operator new(bytes, kAlignment));
             bytes_ = bytes;
         }

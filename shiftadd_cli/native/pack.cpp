@@ -11,19 +11,19 @@ namespace {
 
 // Bits `first` to `first + count` (at most 16) of a row of bytes.
 uint32_t read_bits(const uint8_t* row, int64_t first, int64_t count) {
-    uint32_t found = 0;
+    uint32_t bits = 0;
     for (int64_t byte = first / 8; byte <= (first + count - 1) / 8; ++byte) {
-        int64_t place = byte * 8 - first;
+        int64_t shift = byte * 8 - first;
         uint32_t value = row[byte];
-        found |= place < 0 ? value >> -place : value << place;
+        bits |= shift < 0 ? value >> -shift : value << shift;
     }
-    return found & ((1u << count) - 1);
+    return bits & ((1u << count) - 1);
 }
 
 void write_bits(uint8_t* row, int64_t first, int64_t count, uint32_t value) {
     for (int64_t byte = first / 8; byte <= (first + count - 1) / 8; ++byte) {
-        int64_t place = byte * 8 - first;
-        row[byte] |= static_cast<uint8_t>(place < 0 ? value << -place : value >> place);
+        int64_t shift = byte * 8 - first;
+        row[byte] |= static_cast<uint8_t>(shift < 0 ? value << -shift : value >> shift);
     }
 }
 
@@ -79,7 +79,7 @@ void unpack_stripe(const Layout& layout, const uint32_t* words, uint8_t* codes, 
 
 void advise_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // Advice only: a kernel without huge pages refuses, and nothing is lost.
+    // Only a hint: a kernel without huge pages refuses it, which does no harm.
     madvise(memory, bytes, MADV_HUGEPAGE);
 #else
     (void)memory;

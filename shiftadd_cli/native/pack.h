@@ -1,4 +1,4 @@
-// Between the stored planes of a checkpoint and the layout of `layout.h`.
+// Conversions between the stored planes of a checkpoint and the layout of `layout.h`.
 #pragma once
 
 #include "layout.h"
@@ -8,10 +8,10 @@ namespace shiftadd {
 // `codes` uint8 [rows][bits][ceil(columns / 8)], as stored; `words` has room for `layout.entries()`.
 void pack_stripe(const Layout& layout, const uint8_t* codes, uint32_t* words, int64_t stripe);
 
-// The inverse; writes the rows of one stripe whole, padding bits as 0.
+// The inverse; writes all bits of the rows of one stripe, padding as 0.
 void unpack_stripe(const Layout& layout, const uint32_t* words, uint8_t* codes, int64_t stripe);
 
-// Asks the system for huge pages where it offers them: streaming a matrix then misses the TLB 512 times less often.
+// Requests huge pages if the system has them: streaming a matrix then misses the TLB 512 times less often.
 void advise_huge_pages(void* memory, size_t bytes);
 
 }  // namespace shiftadd

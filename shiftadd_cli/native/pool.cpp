@@ -11,7 +11,7 @@
 namespace shiftadd {
 namespace {
 
-// Looks at the flag so often before a thread goes to sleep: some 20 microseconds, about the pause between two layers.
+// Checks of the flag before a thread goes to sleep: some 20 microseconds, about the pause between two layers.
 constexpr int kSpins = 4000;
 constexpr int kHelperBits = 16;
 constexpr uint64_t kHelperMask = (1u << kHelperBits) - 1;
@@ -26,10 +26,10 @@ inline void relax() {
 
 std::atomic<Team> team{nullptr};
 
-// What this thread leads.
+// The session that this thread leads.
 thread_local Session* leading = nullptr;
 
-// Waits between two looks: a moment, and after many of them until others have had the processor.
+// Waits between two checks: for a moment, or, after many checks, by yielding the processor.
 inline void wait(int& spins) {
     if (++spins < kSpins) relax();
     else std::this_thread::yield();
@@ -81,7 +81,7 @@ void Round::take() {
     try {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < portions.count();) portions.run(i, *task);
     } catch (...) {
-        // It may not leave a worker, nor the caller while others still use the task.
+        // An exception must not leave a worker, nor the caller while others still use the task.
         next.store(portions.count(), std::memory_order_relaxed);
         std::lock_guard lock(failing);
         if (!failure) failure = std::current_exception();
@@ -92,10 +92,10 @@ void Round::rethrow() {
     if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
 }
 
-void Pool::use_team(Team found) { team = found; }
+void Pool::use_team(Team new_team) { team = new_team; }
 
 Pool& Pool::shared() {
-    // Never destroyed: a module is unloaded after its threads could still be asked, and a forked child has none of them.
+    // Never destroyed: its threads may still be needed when the module is unloaded, and a forked child has no threads.
     static std::atomic<Pool*> pool{nullptr};
     static std::once_flag once;
     std::call_once(once, [] {
@@ -116,8 +116,8 @@ Pool::~Pool() {
     for (auto& worker : workers_) worker.join();
 }
 
-size_t Pool::grow(size_t wanted) {
-    while (workers_.size() < wanted) {
+size_t Pool::grow(size_t count) {
+    while (workers_.size() < count) {
         const size_t index = workers_.size();
         try {
             workers_.emplace_back([this, index] { work(index); });
@@ -125,19 +125,19 @@ size_t Pool::grow(size_t wanted) {
             break;  // a limit of the process or its container
         }
     }
-    return std::min(workers_.size(), wanted);
+    return std::min(workers_.size(), count);
 }
 
 void Pool::together(int threads, const std::function<void()>& body) {
-    const Team found = team;
-    if (!found || threads <= 1 || leading) return body();
+    const Team current_team = team;
+    if (!current_team || threads <= 1 || leading) return body();
     struct Call {
         const std::function<void()>& body;
         std::thread::id leader;
         Session session;
         std::exception_ptr failure;
     } call{body, std::this_thread::get_id(), Session(threads), nullptr};
-    found(
+    current_team(
         [](void* data) {
             Call& call = *static_cast<Call*>(data);
             if (std::this_thread::get_id() != call.leader) return call.session.serve();
@@ -155,29 +155,30 @@ void Pool::together(int threads, const std::function<void()>& body) {
 }
 
 void Pool::run(int64_t count, int threads, const std::function<void(int64_t)>& task) {
-    const int64_t most = std::min<int64_t>(threads, count);
-    if (leading && most > 1) return leading->run(count, task);
-    if (const Team found = team; found && most > 1) {
+    const int64_t max_threads = std::min<int64_t>(threads, count);
+    if (leading && max_threads > 1) return leading->run(count, task);
+    if (const Team current_team = team; current_team && max_threads > 1) {
         Round round;
-        round.portions = Portions(count, static_cast<int>(most));
+        round.portions = Portions(count, static_cast<int>(max_threads));
         round.task = &task;
-        found([](void* data) { static_cast<Round*>(data)->take(); }, &round, static_cast<unsigned>(most), 0);
+        current_team([](void* data) { static_cast<Round*>(data)->take(); }, &round,
+                     static_cast<unsigned>(max_threads), 0);
         round.rethrow();
         return;
     }
     std::unique_lock lock(busy_, std::try_to_lock);
-    if (most <= 1 || !lock.owns_lock()) {
+    if (max_threads <= 1 || !lock.owns_lock()) {
         for (int64_t i = 0; i < count; ++i) task(i);
         return;
     }
-    const size_t wanted = static_cast<size_t>(most) - 1;
-    const size_t helpers = grow(wanted < kHelperMask ? wanted : kHelperMask);
+    const size_t max_helpers = static_cast<size_t>(max_threads) - 1;
+    const size_t helpers = grow(max_helpers < kHelperMask ? max_helpers : kHelperMask);
     tasks_.task = &task;
     tasks_.portions = Portions(count, static_cast<int>(helpers) + 1);
     tasks_.next.store(0, std::memory_order_relaxed);
     running_.store(helpers, std::memory_order_relaxed);
     {
-        // Under the lock of the sleepers: none can miss the round between its last look and its sleep.
+        // Under the lock of the sleepers, so that none misses the round between its last check and its sleep.
         std::lock_guard sleepers(sleep_);
         const uint64_t number = (round_.load(std::memory_order_relaxed) >> kHelperBits) + 1;
         round_.store(number << kHelperBits | helpers, std::memory_order_release);
@@ -191,14 +192,15 @@ void Pool::run(int64_t count, int threads, const std::function<void(int64_t)>& t
 void Pool::work(size_t index) {
     uint64_t seen = 0;
     while (true) {
-        for (int spins = 0; spins < kSpins && round_.load(std::memory_order_acquire) == seen && !stop_; ++spins) relax();
+        for (int spins = 0; spins < kSpins && round_.load(std::memory_order_acquire) == seen && !stop_; ++spins)
+            relax();
         if (round_.load(std::memory_order_acquire) == seen) {
             std::unique_lock lock(sleep_);
             wake_.wait(lock, [&] { return stop_ || round_.load(std::memory_order_acquire) != seen; });
         }
         if (stop_) return;
         seen = round_.load(std::memory_order_acquire);
-        // Threads beyond those asked for sit this round out.
+        // Surplus threads skip this round.
         if (index >= (seen & kHelperMask)) continue;
         tasks_.take();
         running_.fetch_sub(1, std::memory_order_release);

@@ -1,4 +1,4 @@
-// The fast Walsh-Hadamard transform, by additions and one power of two, over the operations of an instruction set.
+// The fast Walsh-Hadamard transform, with additions and one power of two, for any instruction set.
 #pragma once
 
 #include <array>
@@ -23,7 +23,7 @@ struct RotateKernel {
             }
     }
 
-    // The stage of values H apart in one register: the lower of two gets their sum, the higher the difference.
+    // The stage for values H apart in one register: the lower of two gets their sum, the higher their difference.
     template <int H>
     static inline Float within(Float x) {
         static constexpr auto kSigns = [] {
@@ -34,7 +34,7 @@ struct RotateKernel {
         return I::fma(x, I::load(kSigns.data()), I::template swap<H>(x));
     }
 
-    // All stages of values less than a register apart.
+    // All stages for values less than a register apart.
     static inline void registers(float* values, int64_t order) {
         for (int64_t i = 0; i < order; i += kLanes) {
             Float x = within<2>(within<1>(I::load(values + i)));
@@ -50,7 +50,7 @@ struct RotateKernel {
         low = sum;
     }
 
-    // Stages of `half`, 2 `half`, ... up to 2^(Stages - 1) `half`, which is a multiple of the lanes, in registers.
+    // In registers: the stages for values `half`, ... 2^(Stages - 1) `half` apart; `half` is a multiple of the lanes.
     template <int Stages>
     static inline void stages(float* values, int64_t order, int64_t half) {
         constexpr int kCount = 1 << Stages;

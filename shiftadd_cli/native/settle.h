@@ -1,11 +1,11 @@
-// The steps of the solver that go column by column: the compensated sweep and coordinate descent.
+// The column-by-column steps of the solver: the compensated sweep and coordinate descent.
 #pragma once
 
 #include "kernels.h"
 
 namespace shiftadd {
 
-// See `Stretch`. Neither `threads` nor other calls at the same time change a bit of it.
+// See `Stretch`. The bits of the results depend neither on `threads` nor on concurrent calls.
 void settle(const Kernels& kernels, const Stretch& stretch, int threads);
 
 }  // namespace shiftadd

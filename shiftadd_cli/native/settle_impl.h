@@ -1,6 +1,6 @@
-// Columns of a matrix settle on levels one after the other, each correcting those that come after it, over the
-// operations of an instruction set. Rows do not depend on each other: so many as fill two registers go side by side, and
-// what they settle from is copied together first:
+// Rounds the columns of a matrix to levels one after another, where each column corrects the later ones, for any
+// instruction set. Rows are independent: the rows of a strip fill two registers and are processed together. Their goals
+// are first copied to
 //
 //     room    float32 [column][kRows]
 #pragma once
@@ -17,7 +17,7 @@ struct SettleKernel {
     static constexpr int kLanes = I::kLanes, kParts = 2, kRows = kParts * kLanes;
     using Float = typename I::Float;
 
-    // Some rows of a matrix [columns][rows]: all kRows, but for the last strip's, where the others are as the first.
+    // A strip of rows of a matrix [columns][rows]. If it has fewer than kRows, its last row fills the other lanes.
     struct Rows {
         const float* from;
         int count;
@@ -42,7 +42,7 @@ struct SettleKernel {
         std::memcpy(to, lanes, count * sizeof(float));
     }
 
-    // The nearest of ascending levels, a goal on a midpoint taking the lower one: their values, and their places.
+    // The values and ranks of the levels nearest to the goals; a goal on a midpoint takes the lower level.
     static inline void nearest(const Stretch& s, int64_t column, int64_t row, int count, const Float (&goal)[kParts],
                                Float (&value)[kParts], uint8_t* ranks) {
         const int64_t at = s.groups[column] * s.rows + row, step = s.group_count * s.rows;
@@ -52,17 +52,18 @@ struct SettleKernel {
             rank[part] = I::zero();
         }
         for (int64_t above = 1; above < s.level_count; ++above) {
-            const Rows level{s.levels + at + above * step, count}, midpoint{s.midpoints + at + (above - 1) * step, count};
-            const Float place = I::set(static_cast<float>(above));
+            const Rows level{s.levels + at + above * step, count};
+            const Rows midpoint{s.midpoints + at + (above - 1) * step, count};
+            const Float level_rank = I::set(static_cast<float>(above));
             for (int part = 0; part < kParts; ++part) {
                 const Float bound = midpoint.part(part);
                 value[part] = I::if_above(goal[part], bound, level.part(part), value[part]);
-                rank[part] = I::if_above(goal[part], bound, place, rank[part]);
+                rank[part] = I::if_above(goal[part], bound, level_rank, rank[part]);
             }
         }
-        float places[kRows];
-        store(rank[0], rank[1], kRows, places);
-        for (int i = 0; i < count; ++i) ranks[i] = static_cast<uint8_t>(places[i]);
+        float rank_values[kRows];
+        store(rank[0], rank[1], kRows, rank_values);
+        for (int i = 0; i < count; ++i) ranks[i] = static_cast<uint8_t>(rank_values[i]);
     }
 
     static void strip(const Stretch& s, int64_t number, float* room) {
@@ -94,7 +95,7 @@ struct SettleKernel {
             }
             store(value[0], value[1], count, s.values + at);
             store(step[0], step[1], count, s.steps + at);
-            // Near the end of a descent next to no value changes.
+            // Near the end of a descent almost no value changes.
             static constexpr float kNone[kRows] = {};
             if (std::memcmp(s.steps + at, kNone, count * sizeof(float)) == 0) continue;
             for (int64_t later = column + 1; later < s.columns; ++later) {

@@ -1,4 +1,4 @@
-// All blocks of a decoder for one new token of each sequence, one after the other in one call.
+// All blocks of a decoder for one new token per sequence, in one call.
 #pragma once
 
 #include <vector>
@@ -8,7 +8,7 @@
 namespace shiftadd {
 
 struct DecoderStack {
-    std::vector<const DecoderBlock*> blocks;  // of equal sizes, in the order in which they are computed
+    std::vector<const DecoderBlock*> blocks;  // of equal sizes, in the order of computation
 };
 
 // Keys and values of one block, [rows][key_heads][capacity][head_size] in the type of the activations.
@@ -17,8 +17,8 @@ struct BlockCache {
     int64_t capacity;
 };
 
-// What `decode_heads` and `decode_rest` do for each block. The caches, one for each block, hold `tokens` tokens, and get
-// the new one behind them; `output` as `hidden`.
+// Runs `decode_heads` and `decode_rest` for each block. The caches, one per block, hold `tokens` tokens; the new token
+// is appended. `output` has the form of `hidden`.
 void decode_stack(const Run& run, const DecoderStack& stack, const Hidden& hidden, const Positions& positions,
                   const std::vector<BlockCache>& caches, int64_t tokens, void* output);
 

@@ -1,8 +1,8 @@
-// Tensors of torch as arguments of the extension, their type and memory order checked.
+// Torch tensors as arguments of the extension, with checks of their type and memory order.
 //
-// The extension is built without torch, so that it serves every version of it: a tensor is read through its Python
-// attributes, which takes 0.4 µs. DLPack (nb::ndarray) takes 5 µs, and a model whose blocks are not computed in one call
-// passes 400 tensors a token.
+// The extension is built without torch, so that it works with every version of torch. It reads a tensor through its
+// Python attributes, which takes 0.4 µs. DLPack (nb::ndarray) takes 5 µs, and a model whose blocks are not computed in
+// one call passes 400 tensors per token.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -30,7 +30,7 @@ struct TensorView {
     int64_t size = 1;
     bool contiguous = true;
 
-    // Whether `source` is such a tensor, which is then read.
+    // Reads `source`. Returns false if it is not such a tensor.
     bool read(PyObject* source);
 };
 
@@ -49,13 +49,13 @@ struct Tensor : TensorView {
     }
 };
 
-// A float32 matrix whose rows are contiguous, with any distance between them.
+// A float32 matrix with contiguous rows and any row stride.
 struct FloatRows : TensorView {
     const float* values() const { return static_cast<const float*>(data); }
     bool fits() const { return dtype == Dtype::kFloat32 && axes == 2 && (strides[1] == 1 || shape[1] == 1); }
 };
 
-// Activations, float32 or bfloat16, with any strides except along the last axis.
+// Activations in float32 or bfloat16, contiguous along the last axis and with any other strides.
 struct StridedActivations : TensorView {
     Number type() const { return dtype == Dtype::kFloat32 ? Number::kFloat32 : Number::kBFloat16; }
     int64_t columns() const { return axes ? shape[axes - 1] : 1; }
@@ -79,13 +79,13 @@ T* values_or_null(const std::optional<Tensor<T>>& tensor) {
 
 inline Dtype dtype_of(PyObject* dtype) {
     static const char* const names[] = {"float32", "bfloat16", "int8", "uint8", "int32", "int64"};
-    static PyObject* known[std::size(names)] = {};
-    if (!known[0]) {
+    static PyObject* dtypes[std::size(names)] = {};
+    if (!dtypes[0]) {
         PyObject* torch = PyImport_ImportModule("torch");
-        for (size_t i = 0; torch && i < std::size(names); ++i) known[i] = PyObject_GetAttrString(torch, names[i]);
+        for (size_t i = 0; torch && i < std::size(names); ++i) dtypes[i] = PyObject_GetAttrString(torch, names[i]);
         Py_XDECREF(torch);
     }
-    return static_cast<Dtype>(std::find(std::begin(known), std::end(known), dtype) - std::begin(known));
+    return static_cast<Dtype>(std::find(std::begin(dtypes), std::end(dtypes), dtype) - std::begin(dtypes));
 }
 
 inline bool TensorView::read(PyObject* source) {

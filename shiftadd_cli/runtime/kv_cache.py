@@ -1,7 +1,7 @@
 """Appends to transformers' cache of keys and values without copying its contents.
 
 `DynamicCache` copies all keys and values into a new tensor for every token, which at a thousand tokens takes as long as
-the layers of a small model. Here they lie in a buffer with room for more, and the cache holds the filled part of it.
+the layers of a small model. Here they are in a buffer with room for more, and the cache holds the filled part of it.
 The cache works as before: all other operations on it (crop, reorder, copy) see plain tensors.
 """
 
@@ -23,15 +23,15 @@ _SHARE, _LEAST = 4, 64
 
 
 class _Room(NamedTuple):
-    """views: the tensors that the cache was last given; buffers: those that the views begin, `[rows, heads, tokens with
-    room, size]`. Both for keys and values."""
+    """views: the tensors last assigned to the cache; buffers: the tensors whose beginnings they are, `[rows, heads,
+    tokens with room, size]`. Both for keys and values."""
 
     views: tuple[Tensor, Tensor]
     buffers: tuple[Tensor, Tensor]
 
 
 def append(cache: Any, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
-    """Append these `[rows, heads, tokens, size]` and return all keys and values of layer `index`, as `cache.update`.
+    """Append these `[rows, heads, tokens, size]` and return all keys and values of layer `index`, like `cache.update`.
 
     For use without gradients. The last dimension of the results is contiguous if the cache is a `DynamicCache`.
     """
@@ -55,7 +55,7 @@ def _go_together(layer: Any, keys: Tensor, values: Tensor) -> bool:
 
 
 def is_known(cache: Any) -> bool:
-    """Whether the whole state of a cache lies in its layers, separately for each."""
+    """Whether the layers of a cache hold its whole state, independently of each other."""
     return type(cache) is DynamicCache and not cache.offloading
 
 
@@ -71,7 +71,7 @@ def buffers_of(layer: Any, tokens: int, added: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a `DynamicLayer` of `tokens` tokens with room for `added` more, contiguous `[rows, heads,
     tokens with room, size]`; the layer holds the beginning of them."""
     room: _Room | None = layer.__dict__.get(ROOM)
-    # Only memory that nobody else was given may be written: that behind the tensors which the cache itself still holds.
+    # Only memory that is not shared may be written: the memory behind tensors that the cache itself still holds.
     unshared = room is not None and room.views[0] is layer.keys and room.views[1] is layer.values
     if room is not None and unshared and _has_room(room, tokens + added):
         return room.buffers
@@ -81,7 +81,7 @@ def buffers_of(layer: Any, tokens: int, added: int) -> tuple[Tensor, Tensor]:
 
 
 def hold(layer: Any, buffers: tuple[Tensor, Tensor], tokens: int) -> tuple[Tensor, Tensor]:
-    """Let a layer hold the first `tokens` tokens of its own buffers; returns them."""
+    """Let a layer hold the first `tokens` tokens of its own buffers, and return them."""
     views = (buffers[0].narrow(2, 0, tokens), buffers[1].narrow(2, 0, tokens))
     layer.keys, layer.values = views
     layer.__dict__[ROOM] = _Room(views, buffers)
@@ -95,7 +95,7 @@ def _has_room(room: _Room, tokens: int) -> bool:
 
 
 def grown_capacity(tokens: int) -> int:
-    """The tokens that a buffer has room for once a sequence that began with one token has grown to `tokens`."""
+    """The capacity of a buffer, in tokens, after a sequence has grown from one token to `tokens`."""
     capacity = 1
     while capacity < tokens:
         capacity = _capacity(capacity, 1)
@@ -178,7 +178,7 @@ class Rooms:
 
 
 class RoomLayer(DynamicLayer):
-    """A layer whose keys and values are the beginnings of buffers in `Rooms`; made from a `DynamicLayer` in place."""
+    """A `DynamicLayer`, converted in place, whose keys and values are the beginnings of buffers in `Rooms`."""
 
     @property
     def keys(self) -> Tensor:

@@ -26,7 +26,7 @@ COMMON = matrix_format(bits=3, group_size=16, group_rows=1, scale_format="apot2"
 
 
 def random_weight(layout: PackedLayout, seed: int = 0) -> QuantizedWeight:
-    """Random stored tensors; the decoded entries are of the size of a linear layer's weights."""
+    """Random stored tensors; the decoded entries are about as large as a linear layer's weights."""
     g = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (shape, dtype) in layout.tensors().items():
@@ -42,16 +42,16 @@ def random_weight(layout: PackedLayout, seed: int = 0) -> QuantizedWeight:
 
 
 def random_matrix(rows: int, seed: int, columns: int = 36, **changes: Any) -> QuantizedWeight:
-    """A random matrix whose rotation and outlier columns are the same for every seed, as those of one input are."""
+    """A random matrix whose rotation and outlier columns are the same for every seed, as in layers of one input."""
     weight = random_weight(PackedLayout(COMMON.replaced(**changes), rows, columns), seed)
-    # Those of a matrix of one row: how many numbers are drawn before them depends on the rows.
+    # From a matrix of one row, because the number of draws before them depends on the rows.
     same = random_weight(PackedLayout(COMMON.replaced(**changes), 1, columns), 99).tensors
     shared = {name: same[name] for name in ("weight_signs", "weight_column_ids") if name in same}
     return QuantizedWeight(weight.layout, weight.tensors | shared)
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint on disk and the dense model, float32, that it stands for."""
+    """A checkpoint on disk and its dense model in float32."""
 
     folder: Path
     dense: PreTrainedModel
@@ -67,15 +67,15 @@ def write_checkpoint(
     tables: bool = False,
     split: bool = True,
 ) -> Checkpoint:
-    """Replace all linears but the head by random matrices; `own` are formats of modules, by the end of their name.
+    """Replace all linears except the head by random matrices. own: formats of modules, by the end of their name.
 
-    tables: store the input embedding and the head as 8-bit rows; split: experts in stacks are linears too.
+    tables: store the input embedding and the head as 8-bit rows; split: stacked experts are linears too.
     """
     model = copy.deepcopy(model)
     split = split and bool(split_experts(model))
     dense = copy.deepcopy(model)
     modules: dict[str, PackedLayout] = {}
-    tensors = {name: each for name, each in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)) or name == "lm_head":
             continue
@@ -88,10 +88,10 @@ def write_checkpoint(
         modules[name] = weight.layout
         decoded = weight.decode()
         dense.get_submodule(name).weight.data = decoded.T.contiguous() if transposed else decoded
-    held = _replace_tables(dense, tensors) if tables else {}
+    table_shapes = _replace_tables(dense, tensors) if tables else {}
     config = json.loads(model.config.to_json_string())
     config |= {"architectures": [type(model).__name__], "dtype": "float32"}
-    config["quantization_config"] = ArtifactFormat(common, modules, held, split).to_dict()
+    config["quantization_config"] = ArtifactFormat(common, modules, table_shapes, split).to_dict()
     with ArtifactWriter(folder, shard_bytes=shard_bytes) as writer:
         writer.plan({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
         for name, tensor in tensors.items():
@@ -102,16 +102,16 @@ def write_checkpoint(
 
 def _replace_tables(dense: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
     names = {id(module): name for name, module in dense.named_modules()}
-    held = {}
+    shapes = {}
     for module in (dense.get_input_embeddings(), dense.get_output_embeddings()):
         name = names[id(module)]
         if (weight := tensors.pop(f"{name}.weight", None)) is None:  # tied
             continue
         codes, scale = encode_table(weight, name)
         tensors |= {f"{name}.weight_int8": codes, f"{name}.weight_int8_scale": scale}
-        held[name] = (codes.shape[0], codes.shape[1])
+        shapes[name] = (codes.shape[0], codes.shape[1])
         module.get_parameter("weight").data.copy_(decode_table(codes, scale))
-    return held
+    return shapes
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -126,9 +126,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def edit_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
-    """Replace tensors of a checkpoint of one file, or remove those given as None; its checksum no longer fits."""
+    """Replace tensors of a single-file checkpoint, or remove those given as None; its checksum no longer matches."""
     path = folder / "model.safetensors"
-    tensors = {name: each.clone() for name, each in load_file(path).items()}
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     for name, value in changes.items():
         tensors.pop(name, None)
         if value is not None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-# Examples are drawn the same in every run: what fails once fails again.
+# Examples are the same in every run, so failures are reproducible.
 quick = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
 )
@@ -49,7 +49,7 @@ def quadratic_error(difference: Tensor, form: Tensor) -> Tensor:
 
 
 def all_levels(scales: Tensor, offset: float = 0.0) -> Tensor:
-    """Every Σ ±α_b + offset of scales `[bits]`, float64, code by code (bit b of the code set: +α_b)."""
+    """Every level Σ ±α_b + offset of scales `[bits]`, float64, in the order of codes (bit b of the code set: +α_b)."""
     levels = []
     for code in range(2 ** len(scales)):
         signs = [1.0 if code >> b & 1 else -1.0 for b in range(len(scales))]
@@ -58,7 +58,7 @@ def all_levels(scales: Tensor, offset: float = 0.0) -> Tensor:
 
 
 def distances_to_levels(weights: Tensor, scales: Tensor, offset: float = 0.0) -> Tensor:
-    """Distance of each weight to the nearest level, float64, by looking at all of them."""
+    """Distance of each weight to the nearest level, float64, by comparison with all levels."""
     return (weights.double().unsqueeze(-1) - all_levels(scales, offset)).abs().amin(-1)
 
 

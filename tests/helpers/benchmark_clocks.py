@@ -1,4 +1,4 @@
-"""Clocks that tests move, in place of the machine's."""
+"""Clocks that tests control, in place of the machine's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from shiftadd_cli.benchmark.timing import Clock
 
 
 def ticking(cores: float = 1.0) -> Clock:
-    """A clock on which a second passes between readings, in which `cores` seconds of processor time go by."""
+    """A clock that advances one second per reading, and `cores` seconds of processor time."""
     wall, cpu = count(), count()
     return Clock(lambda: float(next(wall)), lambda: cores * next(cpu))

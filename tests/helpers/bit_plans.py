@@ -13,15 +13,15 @@ from shiftadd_cli.source import open_source
 
 
 def plan_for(model: Path, recipe: Recipe, bits: Callable[[int], int] = lambda index: 2 + index % 3) -> BitPlan:
-    """A plan with 2, 3 and 4 bits in turn, or as `bits` says of the number of a layer."""
+    """A plan with 2, 3 and 4 bits in turn, or with `bits` of the index of a layer."""
     source = open_source(str(model))
-    by_bits = {each: make_plan(source, recipe, EveryLayer(each)).linears for each in (2, 3, 4)}
+    by_bits = {width: make_plan(source, recipe, EveryLayer(width)).linears for width in (2, 3, 4)}
     layers = {
         linear.spec.name: PlannedLayer(
             bits=bits(index),
             shape=(linear.spec.out_features, linear.spec.in_features),
-            bytes={each: linears[index].layout.nbytes for each, linears in by_bits.items()},
-            cost={each: 4.0**-each for each in by_bits},
+            bytes={width: linears[index].layout.nbytes for width, linears in by_bits.items()},
+            cost={width: 4.0**-width for width in by_bits},
         )
         for index, linear in enumerate(by_bits[2])
     }

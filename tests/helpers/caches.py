@@ -1,4 +1,4 @@
-"""Caches of keys and values: compared, and what others do to them."""
+"""Key-value caches: comparison, and the changes that other code makes to them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def assert_same(one: DynamicCache, other: DynamicCache) -> None:
 
 
 def crop(caches: Iterable[DynamicCache]) -> None:
-    """Take two tokens from the end, and leave one at least."""
+    """Remove up to two tokens from the end, but leave at least one."""
     for cache in caches:
         cache.crop(-min(2, cache.get_seq_length() - 1))
 
 
 def reorder(caches: Iterable[DynamicCache]) -> None:
-    """Go on with the third of three rows, and twice with the first."""
+    """Continue with the third of three rows, and twice with the first."""
     for cache in caches:
         cache.reorder_cache(torch.LongTensor([2, 0, 0]))
 

@@ -1,4 +1,4 @@
-"""The mark of tests that need the compiled CPU kernels, and matrices that these can multiply by."""
+"""The marker of tests that need the compiled CPU kernels, and matrices that these kernels support."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ needs_kernels = pytest.mark.skipif(cpu_extension() is None, reason="installed wi
 
 @st.composite
 def supported_layouts(draw: st.DrawFn) -> PackedLayout:
-    """Layouts of all bits, formats and ragged sizes, several stripes of rows and several chunks of columns."""
+    """Layouts of all bits, formats and ragged sizes, with several stripes of rows and several chunks of columns."""
     columns = draw(st.integers(1, 40) | st.integers(100, 330))
     groups: list[int | str] = [16, 20, 32, 64, 100, 128, "all"]
     group = draw(st.sampled_from(groups))

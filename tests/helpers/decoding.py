@@ -1,4 +1,4 @@
-"""Decoders that write token after token."""
+"""Models that decode token by token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROTATED = COMMON.replaced(rotation="hadamard", offset=True)
 
 
 def write_decoders(families: Iterable[str], folder: Path) -> dict[str, Checkpoint]:
-    """A small compressed model of each family, of layers that are not all stored alike."""
+    """A small compressed model of each family, with layers in different formats."""
     return {
         name: write_checkpoint(tiny_model(name), folder / name, common=_ROTATED, own={"k_proj": COMMON}, tables=True)
         for name in families
@@ -27,15 +27,15 @@ def write_decoders(families: Iterable[str], folder: Path) -> dict[str, Checkpoin
 def decode(
     model: PreTrainedModel, rows: int = 1, tokens: int = 6, between: Between | None = None, **options: object
 ) -> Tensor:
-    """Logits `[tokens, rows, vocabulary]` of tokens that follow a prompt, with something done after half of them."""
+    """Logits `[tokens, rows, vocabulary]` of tokens after a prompt; calls `between` after half of them."""
     ids = torch.randint(0, VOCAB_SIZE, (rows, 9), generator=torch.Generator().manual_seed(1))
     following = torch.randint(0, VOCAB_SIZE, (tokens, rows, 1), generator=torch.Generator().manual_seed(2))
     cache = DynamicCache(config=model.config)
-    found = []
+    logits = []
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        for number, each in enumerate(following):
+        for number, token in enumerate(following):
             if number == tokens // 2 and between is not None:
                 between(model, cache)
-            found.append(model(each, past_key_values=cache, **options).logits[:, -1])
-    return torch.stack(found).float()
+            logits.append(model(token, past_key_values=cache, **options).logits[:, -1])
+    return torch.stack(logits).float()

@@ -1,6 +1,6 @@
 """A reader of compressed checkpoints written from docs/format.md alone, with numpy and the standard library.
 
-It shows that the page suffices. Whoever finds that it cannot do something mends the page first.
+It shows that the page is complete. If the reader lacks information, fix the page first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNITS = {"shift1": {2: 4, 3: 16, 4: 64}, "shift2": {2: 16, 3: 64, 4: 128, 5: 12
 
 
 class Reader:
-    """A folder: `modules` and `tables` by name, and every stored tensor."""
+    """A checkpoint folder: `modules` and `tables` by name, and every stored tensor."""
 
     def __init__(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
@@ -70,7 +70,7 @@ class Reader:
         return total * (row_scale[:, None] if len(row_scale) > 1 else row_scale[0])
 
     def matrix(self, name: str) -> Array:
-        """W, which multiplies the input itself: float64 `[out, in]` with a rotation, float32 without."""
+        """W, which multiplies the original input: float64 `[out, in]` with a rotation, float32 without."""
         weight, stored = self.planes(name), self._stored(name)
         if self.modules[name]["rotation"] == "hadamard":
             weight = _times_rotation(weight.astype(np.float64), stored["weight_signs"])
@@ -128,12 +128,12 @@ def _scales(form: dict[str, Any], stored: dict[str, Array], groups: int) -> tupl
         return stored["weight_scales"].astype(np.float32), offsets
     bits, fields = form["bits"], {"pot": 1, "apot2": 2, "apot3": 3}[form["scale_format"]]
     nibbles = _unpack_nibbles(stored["weight_exponents"], groups * bits * fields).reshape(-1, groups, bits, fields)
-    place = nibbles[..., 0]
-    scales = 2.0**-place
+    exponent = nibbles[..., 0]
+    scales = 2.0**-exponent
     for term in np.moveaxis(nibbles, -1, 0)[1:]:
         distance = term & 7
-        place = place + distance
-        scales += np.where(distance > 0, np.where(term & 8, -1, 1) * 2.0**-place, 0)
+        exponent = exponent + distance
+        scales += np.where(distance > 0, np.where(term & 8, -1, 1) * 2.0**-exponent, 0)
     scales = np.where(nibbles[..., 0] == 15, 0, scales).astype(np.float32)
     if not form["offset"]:
         return scales, None
@@ -146,7 +146,7 @@ def _shifts(form: dict[str, Any], bits: Array) -> Array:
     """Levels `[out, in]` of the codes whose bits are `[out, bits, in]`."""
     magnitudes = np.array(_MAGNITUDES[form["primitive"], form["bits"]]) / _UNITS[form["primitive"]][form["bits"]]
     *low, sign = np.moveaxis(bits, 1, 0).astype(int)
-    index = sum((bit << place for place, bit in enumerate(low)), np.zeros_like(sign))
+    index = sum((bit << position for position, bit in enumerate(low)), np.zeros_like(sign))
     return np.where(sign, 1, -1) * magnitudes[index]
 
 

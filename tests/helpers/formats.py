@@ -1,4 +1,4 @@
-"""Formats, layouts, solver options and recipes of the tests, with the values of `equal-bits` where none are given."""
+"""Formats, layouts, solver options and recipes of the tests, with the values of `equal-bits` as defaults."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from shiftadd_cli.recipe import Recipe
 
 
 def recipe_of(**fields: Any) -> Recipe:
-    """The recipe `equal-bits` with other values of some fields."""
+    """The recipe `equal-bits` with some fields changed."""
     return Recipe.load("equal-bits", fields)
 
 
 def solver_options(**fields: Any) -> SolverOptions:
-    """The solver's part of `equal-bits`, with other values of some fields, also of those of the format."""
+    """The solver options of `equal-bits` with some fields changed, including those of the format."""
     return changed(recipe_of().solver_options, **fields)
 
 
 def changed(options: SolverOptions, **fields: Any) -> SolverOptions:
-    """Options with other values of some fields, also of those of the format."""
+    """The options with some fields changed, including those of the format."""
     stored = {name: fields.pop(name) for name in MatrixFormat.model_fields if name in fields}
     return options.replaced(format=options.format.replaced(**stored), **fields)
 
@@ -62,7 +62,7 @@ def layout_on(
     rotation: bool = False,
     outliers: int = 0,
 ) -> PackedLayout:
-    """The layout of planes with scales on a grid, beside so many outlier columns."""
+    """The layout of planes with scales on a grid, and with `outliers` outlier columns."""
     form = matrix_format(
         bits,
         grid.group_columns,

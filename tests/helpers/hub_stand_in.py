@@ -3,8 +3,8 @@
 POST /api/repos/create
 POST /api/models/REPO/branch/BRANCH
 POST /api/validate-yaml
-POST /api/models/REPO/preupload/BRANCH      which files go as large ones
-POST /REPO.git/info/lfs/objects/batch       which of these are not there yet, and where they go
+POST /api/models/REPO/preupload/BRANCH      which files to upload as large ones
+POST /REPO.git/info/lfs/objects/batch       which of these are missing, and their upload addresses
 PUT  /large/SHA256
 POST /api/models/REPO/commit/BRANCH         the small files, and the names of the large ones
 """
@@ -29,7 +29,7 @@ class Hub(ThreadingHTTPServer):
     """Attributes:
 
     repos: `{name: {"private": bool, "branches": {branch: {file: bytes}}, "messages": [...]}}`.
-    large: bytes by SHA-256. sent: paths of all requests. refuse_large: whether large files are not taken.
+    large: bytes by SHA-256. sent: paths of all requests. refuse_large: whether to reject large files.
     """
 
     def __init__(self) -> None:
@@ -62,16 +62,16 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            found = b""
+            content = b""
             while size := int(self.rfile.readline(), 16):
-                found += self.rfile.read(size)
+                content += self.rfile.read(size)
                 self.rfile.readline()
             self.rfile.readline()
-            return found
+            return content
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def _answer(self, value: Any, code: int = 200) -> None:
@@ -111,42 +111,42 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer({"error": f"no such place: {self.path}"}, 404)
 
-    def _create(self, asked: dict[str, Any]) -> None:
-        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+    def _create(self, request: dict[str, Any]) -> None:
+        name = f"{request.get('organization') or 'me'}/{request['name']}"
         address = {"url": f"{self.server.address}/{name}"}
         if name in self.server.repos:
             self._answer(address | {"error": "You already created this model repo"}, 409)
             return
-        # Said in one way or the other, by the version of the library.
-        private = asked.get("private", asked.get("visibility") == "private")
+        # The field depends on the version of the library.
+        private = request.get("private", request.get("visibility") == "private")
         self.server.repos[name] = {"private": private, "branches": {"main": {}}, "messages": []}
         self._answer(address)
 
     def _branch(self, name: str, branch: str, _: bytes) -> None:
         repo = self.server.repos[name]
-        known = branch in repo["branches"]
+        exists = branch in repo["branches"]
         repo["branches"].setdefault(branch, {})
-        self._answer({"error": "Reference already exists"} if known else {}, 409 if known else 200)
+        self._answer({"error": "Reference already exists"} if exists else {}, 409 if exists else 200)
 
     def _preupload(self, _: str, __: str, body: bytes) -> None:
         files = [
             {
-                "path": each["path"],
-                "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular",
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
                 "shouldIgnore": False,
                 "oid": None,
             }
-            for each in json.loads(body)["files"]
+            for file in json.loads(body)["files"]
         ]
         self._answer({"files": files})
 
-    def _batch(self, asked: dict[str, Any]) -> None:
+    def _batch(self, request: dict[str, Any]) -> None:
         objects = []
-        for each in asked["objects"]:
-            found = {"oid": each["oid"], "size": each["size"]}
-            if each["oid"] not in self.server.large:
-                found["actions"] = {"upload": {"href": f"{self.server.address}/large/{each['oid']}"}}
-            objects.append(found)
+        for item in request["objects"]:
+            answer = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.server.large:
+                answer["actions"] = {"upload": {"href": f"{self.server.address}/large/{item['oid']}"}}
+            objects.append(answer)
         self._answer({"transfer": "basic", "objects": objects})
 
     def _commit(self, name: str, branch: str, body: bytes) -> None:

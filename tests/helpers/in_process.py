@@ -1,4 +1,4 @@
-"""Commands that benchmarks start as processes of their own, carried out in the test's: that spares them the imports."""
+"""Runs the commands that benchmarks start as separate processes in the test's own process, which saves the imports."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from shiftadd_cli.cli import main as shiftadd
 def in_process(
     patch: pytest.MonkeyPatch, mains: Mapping[str, Callable[[list[str]], None]] | None = None
 ) -> list[list[str]]:
-    """Let `python -m MODULE ARGUMENTS` of a benchmark run here: of `shiftadd_cli`, and of the modules that `mains` has
-    the main function of. Lists the commands, the module first."""
+    """Run `python -m MODULE ARGUMENTS` of a benchmark in this process: `shiftadd_cli`, and the modules whose main
+    functions are in `mains`. Returns the list of commands, the module first."""
     commands: list[list[str]] = []
 
     def run(command: list[str], *, stdout: BinaryIO, **_: Any) -> subprocess.CompletedProcess[bytes]:
@@ -25,7 +25,7 @@ def in_process(
         assert option == "-m"
         commands.append([module, *rest])
         if module != "shiftadd_cli":
-            assert mains is not None, f"nobody expected {module}"
+            assert mains is not None, f"unexpected module {module}"
             mains[module](rest)
             return subprocess.CompletedProcess(command, 0)
         done = CliRunner().invoke(shiftadd, rest)

@@ -1,4 +1,4 @@
-"""Compressed matrices for the tests of kernels, and what their products must come to."""
+"""Compressed matrices for the tests of kernels, and their expected products."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def decode_exactly(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
 
 
 def assert_product(y: Tensor, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, *, rounded: bool) -> None:
-    """Fails where `y` is not `x` times the transposed matrix, plus `bias`, but for float32 sums and one rounding to its
-    dtype; `rounded`: and weights rounded to that dtype."""
-    values, sizes = (each.to(x.device) for each in decode_exactly(weight))
+    """Assert that `y` is `x` times the transposed matrix plus `bias`, up to float32 sums and one rounding to its dtype.
+    rounded: the weights are rounded to that dtype too."""
+    values, sizes = (tensor.to(x.device) for tensor in decode_exactly(weight))
     wide = x.double()
     exact = wide @ values.T
     size = wide.abs() @ sizes.T
@@ -55,8 +55,8 @@ def assert_product(y: Tensor, x: Tensor, weight: QuantizedWeight, bias: Tensor |
     step = torch.finfo(y.dtype).eps
     allowed = 16 * torch.finfo(torch.float32).eps * size + step * exact.abs()
     if rounded and y.dtype != torch.float32:
-        # Of the weights; below the normal range of float16 their rounding is absolute.
+        # The rounding of the weights; below the normal range of float16 it is absolute.
         allowed += step * (wide.abs() @ values.abs().T) + wide.abs().sum(-1, keepdim=True) * 2.0**-25
     error = (y.double() - exact).abs()
     assert y.shape == exact.shape
-    assert (error <= allowed).all(), f"{(error / allowed).max().item():.3g} times what rounding explains"
+    assert (error <= allowed).all(), f"{(error / allowed).max().item():.3g} times the rounding error"

@@ -1,4 +1,4 @@
-"""Checkpoints loaded through transformers, and models compared."""
+"""Loads checkpoints through transformers, and compares models."""
 
 from __future__ import annotations
 

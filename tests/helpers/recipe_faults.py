@@ -1,4 +1,4 @@
-"""What a recipe file that is refused is told."""
+"""The error message for an invalid recipe file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that brings its own Python code, which leaves a mark in the current folder when it is executed."""
+"""A model with its own Python code, which leaves a marker file in the current folder when it is executed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class MyModel(PreTrainedModel):
 
 
 def save_remote_model(folder: Path) -> Path:
-    """Write the model with its code and the tiny tokenizer to `folder`; nothing of the code is executed."""
+    """Write the model with its code and the tiny tokenizer to `folder`; the code is not executed."""
     folder.mkdir(parents=True)
     (folder / "configuration_mine.py").write_text(_CONFIGURATION)
     (folder / "modeling_mine.py").write_text(_MODEL)

@@ -1,4 +1,4 @@
-"""Reports of runs that never were, for tests of what is made of them."""
+"""Reports of invented runs, for tests of their consumers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from shiftadd_cli.source import find_structure
 
 
 def sample_report(word: str = "sample", *, calibrated: bool = True, mixed: bool = True, **changes: Any) -> Report:
-    """A report of four layers; `word` is in every text that comes from outside."""
+    """A report of four layers; `word` is in every text from outside."""
     layers = [
         LayerReport(
             name=f"{word}.{block}.{kind}",
@@ -115,15 +115,15 @@ def sample_cost() -> Cost:
         f"{name}.{suffix}": shape for name, layout in layouts.items() for suffix, shape in layout.tensors().items()
     }
     tensors |= {
-        name: (tuple(each.shape), each.dtype)
-        for name, each in model.state_dict().items()
+        name: (tuple(tensor.shape), tensor.dtype)
+        for name, tensor in model.state_dict().items()
         if name.removesuffix(".weight") not in layouts
     }
     return model_cost(model, layouts, tensors, load_unit_costs())
 
 
 def sample_evaluation(word: str = "sample", *, original: bool = True) -> EvaluationReport:
-    """A model measured beside its original, or alone."""
+    """A model measured against its original, or alone."""
     score = ScoreReport(
         spec=word,
         dtype="bfloat16",

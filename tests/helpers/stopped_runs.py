@@ -1,4 +1,4 @@
-"""Runs that are stopped on their way, and what two artifacts have in common."""
+"""Runs that are stopped midway, and the comparable contents of artifacts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import shiftadd_cli
 from shiftadd_cli import context
 from shiftadd_cli.errors import Interrupted
 
-# Parts of report.json that no two runs have in common, and pages that are made of them and of the folder's name.
+# Parts of report.json that differ between runs, and the pages that are made of them and of the folder's name.
 _OF_THE_RUN = ("seconds", "machine", "command")
 _PAGES = ("report.html", "README.md")
 
@@ -32,7 +32,7 @@ _PROCESSES.set_forkserver_preload(
 
 
 def stop_before(monkeypatch: pytest.MonkeyPatch, step: int, failure: BaseException | None = None) -> None:
-    """Let every run fail before the block number `step` of those that it has left, or, past them, before the end."""
+    """Make every run fail before its remaining block number `step`, or before the end if it has no more blocks."""
 
     def bar(names: Sequence[str], text: str) -> Iterator[str]:
         for index, name in enumerate(names):
@@ -46,7 +46,7 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, step: int, failure: BaseExcepti
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any, **fields: Any) -> None:
-    """Begin `shiftadd_cli.quantize` and stop it there."""
+    """Start `shiftadd_cli.quantize` and stop it there."""
     with monkeypatch.context() as patch:
         stop_before(patch, step)
         with pytest.raises(Interrupted):
@@ -54,26 +54,26 @@ def stopped(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any, **field
 
 
 def counting_text(path: Path) -> Path:
-    """Write a short calibration text, which takes a hundredth of the time that the builtin one takes to tokenize."""
+    """Write a short calibration text, which takes a hundredth of the time of the builtin one to tokenize."""
     path.write_text("".join(f"{number} is a number. " for number in range(500)))
     return path
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Files of an artifact by name, as bytes; report.json without times, memory and command, the ends of its pages."""
-    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    report = json.loads(found.pop("report.json"))
-    found |= {name: found[name][-20:] for name in _PAGES}
-    return found | {"report.json": {name: value for name, value in report.items() if name not in _OF_THE_RUN}}
+    """Files of an artifact by name, as bytes: only the ends of pages; report.json without times, memory and command."""
+    files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = json.loads(files.pop("report.json"))
+    files |= {name: files[name][-20:] for name in _PAGES}
+    return files | {"report.json": {name: value for name, value in report.items() if name not in _OF_THE_RUN}}
 
 
 def run_disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) -> None:
-    """Be the command `shiftadd`, with a fault at its file operation number `moment` in a partial folder.
+    """Run the command `shiftadd` in this process, with a fault at file operation number `moment` in a partial folder.
 
-    For a process of its own. fault: a signal by name, or an errno by name, with which the next file to be written then
-    cannot be opened, or nothing. Python announces every open, rename and removal, so a moment is the same in every run.
-    The last line of `log`, which takes standard output and error too, is the number of operations, and which of them
-    kept the first block.
+    Needs a process of its own. fault: the name of a signal, or of an errno with which the next opening of a file for
+    writing fails, or empty. Python announces every open, rename and removal, so a moment is the same in every run.
+    `log` receives standard output and error; its last line is the number of operations, and which of them stored the
+    first block.
     """
     import errno
     import os
@@ -82,23 +82,23 @@ def run_disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) 
 
     from shiftadd_cli.cli import main
 
-    # Begun in the background of a shell, it would ignore this one.
+    # A process that a shell starts in the background would ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    seen, kept, failed = 0, 0, False
+    seen, stored_at, failed = 0, 0, False
 
     def watch(event: str, details: tuple[Any, ...]) -> None:
-        nonlocal seen, kept, failed
+        nonlocal seen, stored_at, failed
         if event not in _FILE_OPERATIONS or ".partial" not in str(details[0]):
             return
         if event == "open" and os.path.isdir(details[0]):
-            # A file without a name; `tempfile` tries another way when this one fails.
+            # An unnamed file; `tempfile` tries another way if this one fails.
             return
         seen += 1
         if event == "os.rename" and "block-00000" in str(details[0]):
-            kept = seen
+            stored_at = seen
         if fault.startswith("SIG"):
             if seen == moment:
                 os.kill(os.getpid(), getattr(signal, fault))
@@ -113,11 +113,11 @@ def run_disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) 
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.write(stream, f"\n{seen} {kept}".encode())
+        os.write(stream, f"\n{seen} {stored_at}".encode())
 
 
 def disturbed(fault: str, moment: int, arguments: Sequence[str], log: Path) -> tuple[int, str]:
-    """`run_disturbed` in a process of its own: its exit code (that of a signal negative) and what it wrote."""
+    """`run_disturbed` in a separate process: its exit code (negative for a signal) and its output."""
     process = _PROCESSES.Process(target=run_disturbed, args=(fault, moment, [*map(str, arguments)], log))
     process.start()
     process.join()

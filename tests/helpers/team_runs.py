@@ -1,4 +1,4 @@
-"""Teams of processes as torchrun starts them, some of which fail."""
+"""Teams of processes as torchrun starts them; some of the processes fail."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ _PROCESSES.set_forkserver_preload(
 
 
 def team(size: int, target: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`target(rank, *arguments)` in so many connected processes, which have not been waited for."""
+    """Start `target(rank, *arguments)` in `size` connected processes, without waiting for them."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     members = [_PROCESSES.Process(target=_member, args=(target, rank, size, port, *arguments)) for rank in range(size)]
-    for each in members:
-        each.start()
+    for member in members:
+        member.start()
     return members
 
 
 def codes(members: Sequence[Any], lost: Sequence[int] = ()) -> list[int]:
-    """Exit codes, that of a signal negative, when all have ended; those that are `lost` are killed after the others."""
+    """Exit codes when all have ended, negative for a signal; ranks in `lost` are killed after the others."""
     end = time.monotonic() + 120
-    for rank, each in enumerate(members):
+    for rank, member in enumerate(members):
         if rank not in lost:
-            each.join(max(0.0, end - time.monotonic()))
-    for each in members:
-        if each.is_alive():
-            each.kill()
-        each.join()
-    return [each.exitcode for each in members]
+            member.join(max(0.0, end - time.monotonic()))
+    for member in members:
+        if member.is_alive():
+            member.kill()
+        member.join()
+    return [member.exitcode for member in members]
 
 
 def results(size: int, target: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `target(team, *arguments)` returns in each of so many processes."""
+    """The results of `target(team, *arguments)` in each of `size` processes."""
     queue = _PROCESSES.SimpleQueue()
     members = team(size, _return, queue, target, *arguments)
-    found = dict(queue.get() for _ in members)
+    by_rank = dict(queue.get() for _ in members)
     assert codes(members) == [0] * size
-    return [found[rank] for rank in range(size)]
+    return [by_rank[rank] for rank in range(size)]
 
 
 def _return(rank: int, queue: Any, target: Callable[..., Any], *arguments: Any) -> None:
@@ -83,7 +83,7 @@ def _member(target: Callable[..., Any], rank: int, size: int, port: int, *argume
 
 
 def command(rank: int, log: Path, arguments: Sequence[str], faults: dict[int, str] | None = None) -> None:
-    """Be the command `shiftadd`; what it says goes to `log`, followed by the rank.
+    """Run the command `shiftadd` in this process; its output goes to `log` plus the rank.
 
     faults: by rank, the name of a signal that the process sends itself before its second block, or `hang`.
     """
@@ -93,7 +93,7 @@ def command(rank: int, log: Path, arguments: Sequence[str], faults: dict[int, st
     stream = os.open(log.with_name(f"{log.name}{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    # Or what one run has measured the next would remember.
+    # A cache of its own, or the next run would reuse measurements of this one.
     os.environ["SHIFTADD_CACHE"] = str(log.with_name("cache"))
     fault = (faults or {}).get(rank)
     quantize = Run.quantize_block

@@ -1,7 +1,7 @@
 """Small random checkpoints of real architectures, with a real tokenizer, built in well under a second each.
 
 Everything here is made from seeds and the standard library, so tests need no download. Widths are chosen to be
-awkward: several input widths are no multiple of 8, query and key heads differ in number, some models tie their
+awkward: several input widths are not multiples of 8, query and key heads differ in number, some models tie their
 embeddings and some do not.
 """
 
@@ -47,7 +47,7 @@ _SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
 }  # fmt: skip
 FAMILIES = tuple(_SETTINGS)
 
-# Further decoders, of which the kernels compute whole blocks.
+# More decoders whose whole blocks the kernels compute.
 _DECODERS: dict[str, tuple[str, dict[str, object]]] = {
     "smollm3": ("smollm3", {**_ROTARY, "hidden_size": 48, "intermediate_size": 88, "num_key_value_heads": 2,
                             "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
@@ -75,7 +75,7 @@ _MIXTURES: dict[str, tuple[str, dict[str, object]]] = {
 }  # fmt: skip
 MIXTURES = tuple(_MIXTURES)
 
-# Decoders whose blocks are given more than hidden states, masks and positions, differ in kind, or share weights.
+# Decoders whose blocks take more than hidden states, masks and positions, differ in kind, or share weights.
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _STREAMS = {**_ROTARY, "hidden_size": 32, "head_dim": 8, "intermediate_size": 48, "sliding_window": 16,
             "vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8,
@@ -107,7 +107,7 @@ _UNUSUAL: dict[str, tuple[str, dict[str, object]]] = {
 }  # fmt: skip
 UNUSUAL = tuple(_UNUSUAL)
 
-# Experts that lie below each other in one matrix, which nothing here takes apart.
+# Experts stacked in one matrix, which no code here splits.
 _PARTIAL: dict[str, tuple[str, dict[str, object]]] = {
     "dbrx": ("dbrx", {**_COMMON, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
                       "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
@@ -123,7 +123,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A random model in evaluation mode; no weight, bias or norm keeps the constant it is initialised with."""
+    """A random model in evaluation mode; no weight, bias or norm keeps its constant initial value."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
@@ -211,8 +211,8 @@ def save_tiny_gguf(
     """Write a random Llama with the tiny tokenizer as a GGUF file, as llama.cpp's converter lays it out.
 
     `kind` is the ggml type of the matrices (F16, Q8_0, Q4_1, ...); norms are F32. `tensors` (float32 arrays) and
-    `metadata` (text and numbers) are written too; `settings` are of the model's configuration. With `tensors_a_part`
-    the model is written in parts, beside `path` under llama.cpp's names for them. adds_bos: the file says that
+    `metadata` (text and numbers) are written too; `settings` belong to the model's configuration. With `tensors_a_part`
+    the model is written in parts next to `path`, under llama.cpp's names for them. adds_bos: the file says that
     a text begins with the bos token. Returns the model before rounding.
     """
     import gguf
@@ -241,13 +241,13 @@ def save_tiny_gguf(
     for name, value in model.state_dict().items():
         weight = value.numpy()
         for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if projection in name:  # rotary pairs are neighbours there, halves here
+            if projection in name:  # rotary pairs are adjacent in GGUF, halves here
                 weight = weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
         stored = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
         packed = gguf.quantize(np.ascontiguousarray(weight), stored)
-        known = names.get_name(name, (".weight",))
-        assert known is not None, name
-        writer.add_tensor(known, packed, raw_dtype=stored)
+        gguf_name = names.get_name(name, (".weight",))
+        assert gguf_name is not None, name
+        writer.add_tensor(gguf_name, packed, raw_dtype=stored)
     for name, array in (tensors or {}).items():
         writer.add_tensor(name, np.asarray(array, dtype=np.float32), raw_dtype=gguf.GGMLQuantizationType.F32)
     for key, value in (metadata or {}).items():

@@ -42,7 +42,7 @@ VISION_FAMILIES = tuple(_SETTINGS)
 
 
 def tiny_vision_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model in evaluation mode; no weight, bias or norm keeps the constant it is initialised with."""
+    """A random model in evaluation mode; no weight, bias or norm keeps its constant initial value."""
     import transformers
 
     model_type, class_name, settings = _SETTINGS[family]
@@ -80,15 +80,15 @@ def save_tiny_vision(family: str, folder: Path, *, seed: int = 0, **changes: Any
 
 
 def save_pictures(folder: Path, count: int, *, layout: str = "flat", seed: int = 0, mode: str = "RGB") -> Path:
-    """Write random pictures and return the folder: `flat` without labels, `folders` by class, or `table` beside it."""
+    """Write random pictures and return the folder: `flat` without labels, `folders` by class, or `table` next to it."""
     random = np.random.default_rng(seed)
     rows = []
     for number in range(count):
         name = CLASSES[number % len(CLASSES)]
-        place = folder / name if layout == "folders" else folder
-        place.mkdir(parents=True, exist_ok=True)
+        target = folder / name if layout == "folders" else folder
+        target.mkdir(parents=True, exist_ok=True)
         coarse = random.integers(0, 256, (4, 5, len(mode)), dtype=np.uint8).squeeze()
-        file = place / f"{number:03}.png"
+        file = target / f"{number:03}.png"
         Image.fromarray(coarse).resize((20, 18)).save(file)
         rows.append({"file": f"{folder.name}/{file.name}", "label": CLASSES.index(name), "name": name})
     if layout == "table":

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def vllm_world() -> Iterator[None]:
-    """vLLM's settings, and the group of one process in which its layers look up their place."""
+    """vLLM's settings, and the group of one process in which its layers look up their rank."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state as state
 

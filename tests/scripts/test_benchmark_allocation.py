@@ -224,7 +224,7 @@ def test_slow_sensitivities_can_be_measured_for_one_seed_alone(
         (["--recipe", "default:avg_bits=3"], "without bits"),
         (["--candidates", "2,9"], "--candidates"),
         (["--sample-bits", "5"], "--sample-bits"),
-        (["--once", "paper,guess"], "'guess' is none of output, divergence, paper"),
+        (["--once", "paper,guess"], "'guess' is not one of output, divergence, paper"),
         (["--once", "output"], "every seed needs it"),
         (["--test", "nowhere.txt"], "nowhere.txt"),
     ],

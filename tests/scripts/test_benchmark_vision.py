@@ -45,7 +45,7 @@ def test_rows_are_measured_once_and_the_table_grows(
 ) -> None:
     in_process(monkeypatch)
     first = table(folders, "--methods", "fast", "--bits", "3")
-    assert "0 of 1 rows are there already." in first.stderr
+    assert "0 of 1 rows already exist." in first.stderr
     lines = first.stdout.splitlines()
     assert lines[0].startswith("| method | bits | bits/weight | file bits/weight | top-1 | top-5 | same top class | KL")
     assert lines[2].startswith("| original | - | - |")
@@ -59,7 +59,7 @@ def test_rows_are_measured_once_and_the_table_grows(
     make_artifact = bench_module.make_artifact
     monkeypatch.setattr(bench_module, "make_artifact", spy)
     second = table(folders, "--methods", "fast", "--bits", "3,2")
-    assert "1 of 2 rows are there already." in second.stderr
+    assert "1 of 2 rows already exist." in second.stderr
     assert computed_bits == [2]
     stored_table = json.loads((tmp_path.parent / folders["work"] / "table.json").read_text())
     assert [row["bits"] for row in stored_table["rows"]] == [2, 3]
@@ -71,7 +71,7 @@ def test_rows_are_measured_once_and_the_table_grows(
 
 def test_calibration_images_are_refused_as_test_images(folders: dict[str, str]) -> None:
     result = table({**folders, "test": folders["calibration"]}, "--methods", "fast", "--bits", "3", code=2)
-    assert "both calibrated on and the test" in result.stderr
+    assert "both the calibration set and the test" in result.stderr
 
 
 def test_model_without_image_processor_is_refused_before_any_row(folders: dict[str, str], tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What `benchmark_allocation.py` is made of, beside the modules of `quality`."""
+"""The modules of `benchmark_allocation.py`, in addition to those of `quality`."""

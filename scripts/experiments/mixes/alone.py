@@ -1,4 +1,4 @@
-"""What one layer alone does to the model: its divergence with only that layer replaced by its compressed form."""
+"""The effect of one layer alone: the divergence of the model with only that layer replaced by its compressed form."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from shiftadd_cli.source import LinearSpec
 
 
 def sample_layers(linears: Sequence[LinearSpec], blocks: int) -> list[str]:
-    """Names of the linears of so many blocks, evenly spaced from the first to the last: every kind at every depth."""
+    """Names of the linears of `blocks` blocks, evenly spaced from the first to the last: every kind at every depth."""
     last = max(spec.block for spec in linears)
-    chosen = {round(last * place / max(blocks - 1, 1)) for place in range(blocks)}
+    chosen = {round(last * index / max(blocks - 1, 1)) for index in range(blocks)}
     return [spec.name for spec in linears if spec.block in chosen]
 
 
 def losses_alone(
     model: str, artifact: str, names: Sequence[str], dataset: str, context: int, max_tokens: int | None, dtype: str
 ) -> dict[str, float]:
-    """KL(original || model) in nats a token, by the name of the one linear that is the artifact's.
+    """KL(original || model) in nats per token, by the name of the only linear that comes from the artifact.
 
-    The artifact's layers were fitted one after another, on what the compressed ones before them give; here each reads
-    the inputs of the original. All variants share the original's tensors and see the same batches.
+    The artifact's layers were fitted in sequence, on the outputs of the compressed layers before them; here each layer
+    reads the inputs of the original. All variants share the original's tensors and see the same batches.
     """
     original, compressed = load_any(model, dtype), load_any(artifact, dtype)
     tokens = tokenise(load_text(dataset, split="test").text, original.tokenizer)[:max_tokens]
@@ -39,7 +39,7 @@ def losses_alone(
 
 def _with_layer(original: nn.Module, compressed: nn.Module, name: str) -> Any:
     """A copy of the original that shares all its tensors, with one module of the compressed model."""
-    shared: dict[int, Any] = {id(each): each for each in (*original.parameters(), *original.buffers())}
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}
     variant = copy.deepcopy(original, shared)
     parent, _, child = name.rpartition(".")
     setattr(variant.get_submodule(parent), child, compressed.get_submodule(name))

@@ -1,4 +1,4 @@
-"""Everything the benchmark of allocation measures, each part found on disk or made and written there."""
+"""All measurements of the allocation benchmark; each is read from disk, or made and written there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source
 
 SENSITIVITIES: tuple[SensitivityKind, ...] = get_args(SensitivityKind)
-# Sizes of files to ask for, as parts of the way from the smallest there can be to the largest.
+# File sizes to request, as parts of the range from the smallest possible size to the largest.
 SIZE_PARTS = (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6)
 SOLVER_BLOCKS, SOLVER_CANDIDATES, SOLVER_PARTS = 80, (2, 3, 4, 5), (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -44,12 +44,12 @@ class Allocations:
     """A benchmark in the folder `work`.
 
     Attributes:
-        conditions: of each calibration seed, alike but for the seed.
-        method: the recipe that all mixes are made with.
-        sample_blocks, sample_bits: layers that are replaced alone (those of the first seed), see `sample_layers`, and
-            their bits.
-        once: sensitivities of the first seed alone, for those that take very long.
-        mixes: settled once sensitivities are there; `bench` then holds their rows, those of equal bits once.
+        conditions: one for each calibration seed; only the seed differs.
+        method: the recipe of all mixes.
+        sample_blocks, sample_bits: number of blocks whose layers are replaced alone, for the first seed (see
+            `sample_layers`), and the bits of these layers.
+        once: sensitivities to measure only for the first seed, because they take very long.
+        mixes: set once the sensitivities are known; `bench` then holds their rows, one for mixes with the same bits.
     """
 
     conditions: Sequence[Conditions]
@@ -70,29 +70,29 @@ class Allocations:
     solver: SolverRow | None = None
 
     def __post_init__(self) -> None:
-        """Check everything that can be known now. Raises ShiftaddError."""
+        """Check everything that can be checked now. Raises ShiftaddError."""
         if self.method.peer or self.method.has_own_width:
-            raise RecipeError(f"{self.method.label} cannot get bits of a plan; give a recipe of ours without bits.")
+            raise RecipeError(f"{self.method.label} cannot take bits from a plan; give a recipe of ours without bits.")
         if SENSITIVITIES[0] in self.once:
             raise AllocationError(f"--once {SENSITIVITIES[0]}: every seed needs it; give another sensitivity.")
         if self.sample_bits not in self.candidates:
-            raise AllocationError(f"--sample-bits {self.sample_bits} is none of --candidates; give one of them.")
-        self.recipes = {each.seed: self._recipe(each) for each in self.conditions}
+            raise AllocationError(f"--sample-bits {self.sample_bits} is not one of --candidates; give one of them.")
+        self.recipes = {conditions.seed: self._recipe(conditions) for conditions in self.conditions}
         self._cells: list[Cell] = []
         self.bench = Bench(self.conditions[0], self._cells, self.work, self.together, self.keep_artifacts, self.say)
         self._jobs: dict[int, AllocationJob] = {}
-        for each in self.conditions:
-            # Also refuses a calibration text that is a test.
-            each.cell(self.method, self.sample_bits)
-            recipe = self.recipes[each.seed]
+        for conditions in self.conditions:
+            # Also rejects a calibration text that is a test text.
+            conditions.cell(self.method, self.sample_bits)
+            recipe = self.recipes[conditions.seed]
             request = Request(Budget.parse(max(self.budgets), None), self.candidates)
-            job = AllocationJob.prepare(open_source(each.model, dtype=recipe.dtype), recipe, request)
+            job = AllocationJob.prepare(open_source(conditions.model, dtype=recipe.dtype), recipe, request)
             for budget in self.budgets:
                 job.with_budget(Budget.parse(budget, None))
-            self._jobs[each.seed] = job
+            self._jobs[conditions.seed] = job
 
     def fill(self, finished: Callable[[], None]) -> None:
-        """Find or make all parts; `finished` is called whenever something is new."""
+        """Read or make all parts; calls `finished` after each new part."""
         for seed in self._jobs:
             for kind in self._kinds(seed):
                 self.sensitivities[kind, seed] = self._sensitivity(kind, seed)
@@ -107,7 +107,7 @@ class Allocations:
             finished()
 
     def row(self, mix: Mix) -> Row | None:
-        """What was measured of a mix; None if that failed."""
+        """The measured row of a mix; None if it failed."""
         return self.bench.rows.get(mix.place)
 
     def _kinds(self, seed: int) -> list[SensitivityKind]:
@@ -138,26 +138,26 @@ class Allocations:
             candidates = ",".join(map(str, self.candidates))
             module = ["-m", "experiments.mixes.measure_run", job.source.spec, str(recipe), kind, candidates, str(out)]
             run_logged(module, self.work / "logs" / f"{name}.log")
-            told = json.loads(out.read_text(encoding="utf-8"))
+            measured = json.loads(out.read_text(encoding="utf-8"))
             out.unlink()
-            return SensitivityRow(settings=settings, machine=machine(), code=code_fingerprint(), **told)
+            return SensitivityRow(settings=settings, machine=machine(), code=code_fingerprint(), **measured)
 
         return find_or_make(self.work, f"sensitivity {kind}", max(self.candidates), SensitivityRow, settings, make)
 
     def _settle_mixes(self) -> None:
         self.mixes.clear()
         self._cells.clear()
-        places: dict[str, int] = {}
+        indices: dict[str, int] = {}
         for conditions in self.conditions:
             seed = conditions.seed
             job = self._jobs[seed]
-            found = {kind: self.sensitivities[kind, seed].found for kind in self._kinds(seed)}
+            sensitivities = {kind: self.sensitivities[kind, seed].found for kind in self._kinds(seed)}
             for budget in self.budgets:
                 plans: dict[str, BitPlan] = {}
-                for kind in found:
+                for kind in sensitivities:
                     request = replace(job.request, budget=Budget.parse(budget, None), sensitivity=kind)
-                    plans[kind] = replace(job, request=request).choose(found[kind])
-                layers, tied = job.problem(found[SENSITIVITIES[0]])
+                    plans[kind] = replace(job, request=request).choose(sensitivities[kind])
+                layers, tied = job.problem(sensitivities[SENSITIVITIES[0]])
                 available = Budget.parse(budget, None).layer_bytes(plans[SENSITIVITIES[0]].weights, 0)
                 plans[RANDOM] = job.bit_plan(layers, random_bits(layers, tied, available, seed))
                 equal = uniform_bits(layers, available)
@@ -165,14 +165,14 @@ class Allocations:
                     plans[UNIFORM] = job.bit_plan(layers, equal)
                 for planner, plan in plans.items():
                     predicted: dict[str, float] = {
-                        kind: sum((each.costs[name][bits] for name, bits in plan.bits.items()), 0.0)
-                        for kind, each in found.items()
+                        kind: sum((sensitivity.costs[name][bits] for name, bits in plan.bits.items()), 0.0)
+                        for kind, sensitivity in sensitivities.items()
                     }
                     cell = self._cell(plan, conditions)
-                    place = places.setdefault(cell.row_name, len(places))
-                    if place == len(self._cells):
+                    index = indices.setdefault(cell.row_name, len(indices))
+                    if index == len(self._cells):
                         self._cells.append(cell)
-                    self.mixes.append(Mix(budget, planner, seed, plan, predicted, place))
+                    self.mixes.append(Mix(budget, planner, seed, plan, predicted, index))
                     self._write_plan(plan)
 
     def _plan_path(self, plan: BitPlan) -> Path:
@@ -183,20 +183,20 @@ class Allocations:
             write_text(self._plan_path(plan), plan.to_json())
 
     def _cell(self, plan: BitPlan, conditions: Conditions) -> Cell:
-        """The row of a mix: its settings hold the bits and not where, or why, the plan was written."""
+        """The row of a mix. Its settings hold the bits, not the path or the origin of the plan."""
         label = f"{self.method.label} mix of {plan.planes_per_weight:.3f} planes seed {conditions.seed}"
         overrides = {**self.method.overrides, "bit_plan": str(self._plan_path(plan))}
         cell = conditions.cell(Method(label, self.method.recipe, overrides), _most_bits(plan))
         recipe = {**cell.artifact_settings["recipe"], "bit_plan": fingerprint(dict(plan.bits))}
-        made = {**cell.artifact_settings, "recipe": recipe}
-        return replace(cell, artifact_settings=made, row_settings={**cell.row_settings, "artifact": made})
+        settings = {**cell.artifact_settings, "recipe": recipe}
+        return replace(cell, artifact_settings=settings, row_settings={**cell.row_settings, "artifact": settings})
 
     def _alone(self, conditions: Conditions) -> AloneRow:
         job = self._jobs[conditions.seed]
         layers, _ = job.problem(self.sensitivities[SENSITIVITIES[0], conditions.seed].found)
         plan = job.bit_plan(layers, dict.fromkeys((layer.name for layer in layers), self.sample_bits))
         cell = self._cell(plan, conditions)
-        names = sample_layers([each.spec for each in job.linears], self.sample_blocks)
+        names = sample_layers([linear.spec for linear in job.linears], self.sample_blocks)
         test, dataset = next(iter(conditions.tests.items()))
         settings = {**cell.row_settings, "layers": names, "test": test}
 
@@ -204,7 +204,7 @@ class Allocations:
             self.say(f"{len(names)} layers alone, seed {conditions.seed}: quantizing and measuring")
             self._write_plan(plan)
             artifact = make_artifact(cell, conditions.model, self.work)
-            found = losses_alone(
+            losses = losses_alone(
                 conditions.model,
                 str(artifact),
                 names,
@@ -213,16 +213,16 @@ class Allocations:
                 conditions.max_tokens,
                 conditions.dtype,
             )
-            if not self.keep_artifacts and cell.row_name not in {each.row_name for each in self._cells}:
+            if not self.keep_artifacts and cell.row_name not in {planned.row_name for planned in self._cells}:
                 shutil.rmtree(artifact)
             return AloneRow(
-                settings=settings, machine=machine(), code=code_fingerprint(), bits=self.sample_bits, kl=found
+                settings=settings, machine=machine(), code=code_fingerprint(), bits=self.sample_bits, kl=losses
             )
 
         return find_or_make(self.work, "layers alone", self.sample_bits, AloneRow, settings, make)
 
     def _size(self, part: float) -> SizeRow:
-        """A run that is asked for a size; how well its layers are fitted has no part in it, so that is done fast."""
+        """A run with a requested size. The fit of the layers does not affect the size, so a fast fit suffices."""
         conditions = self.conditions[0]
         job = self._jobs[conditions.seed]
         recipe = self.recipes[conditions.seed]
@@ -230,8 +230,8 @@ class Allocations:
         budget = Budget.parse(None, f"{round(low + part * (high - low)) / 1000:.3f}KB")
         target = budget.file_bytes
         assert target is not None
-        kept = (*MatrixStorage.model_fields, "embedding_bits", "skip", "dtype", "shard_size", "seed", "device")
-        fast = {name: getattr(recipe, name) for name in kept} | {"fit": "greedy", "fit_rounds": 1}
+        fields = (*MatrixStorage.model_fields, "embedding_bits", "skip", "dtype", "shard_size", "seed", "device")
+        fast = {name: getattr(recipe, name) for name in fields} | {"fit": "greedy", "fit_rounds": 1}
         plan = job.with_budget(budget).choose(self.sensitivities[SENSITIVITIES[0], conditions.seed].found)
         label = f"size {target}"
         method = Method(label, "fast", {**fast, "bit_plan": str(self._plan_path(plan))})
@@ -282,5 +282,5 @@ class Allocations:
 
 
 def _most_bits(plan: BitPlan) -> int:
-    """Bits of the layer that gets most."""
+    """The most bits that a layer gets."""
     return max(map(bits_of_choice, plan.bits.values()))

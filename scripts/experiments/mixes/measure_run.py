@@ -1,4 +1,4 @@
-"""Measure one sensitivity in a process of its own, so that its seconds and peak memory are its own.
+"""Measures one sensitivity in a separate process, so that its seconds and peak memory are its own.
 
 python -m experiments.mixes.measure_run MODEL RECIPE.yaml SENSITIVITY CANDIDATES OUT.json
 """
@@ -19,33 +19,33 @@ from shiftadd_cli.pipeline.memory import resident_bytes
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source
 
-# More than any layer takes: here nothing is chosen.
+# More than any layer takes: nothing is chosen here.
 _ANY = Budget.parse(1000.0, None)
 
 
 def measure(model: str, recipe: Recipe, sensitivity: Any) -> dict[str, Any]:
-    """The fields of a `SensitivityRow` that are measured, at the candidates of the recipe."""
+    """The measured fields of a `SensitivityRow`, at the candidates of the recipe."""
     request = Request(_ANY, recipe.candidates, sensitivity)
     job = AllocationJob.prepare(open_source(model, dtype=recipe.dtype), recipe, request)
     start = time.monotonic()
-    found = job.measure(recipe.candidates)
+    sensitivities = job.measure(recipe.candidates)
     return {
-        "costs": found.costs,
-        "shared_inputs": found.shared_inputs,
+        "costs": sensitivities.costs,
+        "shared_inputs": sensitivities.shared_inputs,
         "seconds": time.monotonic() - start,
         "peak_memory_bytes": resident_bytes(),
     }
 
 
 def main(arguments: list[str]) -> None:
-    """See the module."""
+    """See the docstring of the module."""
     model, recipe, sensitivity, candidates, out = arguments
     try:
         fields = {"candidates": tuple(map(int, candidates.split(",")))}
-        found = measure(model, Recipe.load(recipe, fields), sensitivity)
+        measured = measure(model, Recipe.load(recipe, fields), sensitivity)
     except ShiftaddError as error:
         sys.exit(f"Error: {error}")
-    write_text(Path(out), json.dumps(found))
+    write_text(Path(out), json.dumps(measured))
 
 
 if __name__ == "__main__":

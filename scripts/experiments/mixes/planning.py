@@ -18,7 +18,7 @@ class Mix:
     """Bits of all layers for one line of the table.
 
     budget: stored bits per weight; planner: a sensitivity, `random` or `uniform`; predicted: total loss by sensitivity;
-    place: of its row among all, which mixes with the same bits share.
+    place: index of its row; mixes with the same bits share one.
     """
 
     budget: float
@@ -34,38 +34,38 @@ def random_bits(
 ) -> dict[str, Choice]:
     """Bits of every layer by name, drawn at random until nothing more fits into `budget` bytes.
 
-    All begin with the fewest bits; a group of tied layers, drawn with equal chances out of those that a further number
-    of bits still fits, gets that number, and again. So the budget is used up as far as a planned mix uses it.
+    All layers start with the fewest bits. Each step draws a group of tied layers, uniformly from those whose next
+    candidate still fits, and gives it that candidate. So the mix uses as much of the budget as a planned mix.
     """
     by_name = {layer.name: layer for layer in layers}
     groups = [[by_name[name] for name in names] for names in tied]
     options = [sorted(group[0].bytes) for group in groups]
-    places = [0] * len(groups)
+    positions = [0] * len(groups)
 
-    def size(index: int, place: int) -> int:
-        return sum(layer.bytes[options[index][place]] for layer in groups[index])
+    def size(index: int, position: int) -> int:
+        return sum(layer.bytes[options[index][position]] for layer in groups[index])
 
     left = budget - sum(size(index, 0) for index in range(len(groups)))
     draw = random.Random(seed)
     open_groups = list(range(len(groups)))
     while True:
-        # What does not fit now never will: the room only shrinks.
+        # A group that does not fit now never will: the remaining budget only shrinks.
         open_groups = [
             index
             for index in open_groups
-            if places[index] + 1 < len(options[index])
-            and size(index, places[index] + 1) - size(index, places[index]) <= left
+            if positions[index] + 1 < len(options[index])
+            and size(index, positions[index] + 1) - size(index, positions[index]) <= left
         ]
         if not open_groups:
             break
         index = draw.choice(open_groups)
-        left -= size(index, places[index] + 1) - size(index, places[index])
-        places[index] += 1
-    return {layer.name: options[index][places[index]] for index, group in enumerate(groups) for layer in group}
+        left -= size(index, positions[index] + 1) - size(index, positions[index])
+        positions[index] += 1
+    return {layer.name: options[index][positions[index]] for index, group in enumerate(groups) for layer in group}
 
 
 def uniform_bits(layers: Sequence[LayerOptions], budget: int) -> dict[str, Choice] | None:
-    """Equal bits for all layers, the fewest that take `budget` bytes or more; None where no candidate does."""
+    """Equal bits for all layers, the fewest that take at least `budget` bytes; None if no candidate does."""
     for bits in sorted(set.intersection(*(set(layer.bytes) for layer in layers))):
         if sum(layer.bytes[bits] for layer in layers) >= budget:
             return {layer.name: bits for layer in layers}

@@ -1,4 +1,4 @@
-"""How long the integer program takes for a large model."""
+"""Times the integer program for a large model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from shiftadd_cli.allocation.solve import LayerOptions, allocate
 
-# Of a model of some 70 billion weights.
+# Shapes of a model with about 70 billion weights.
 _HIDDEN, _KEYS, _WIDE, _GROUP = 8192, 1024, 28672, 128
 _SHAPES = {
     "q": (_HIDDEN, _HIDDEN), "k": (_KEYS, _HIDDEN), "v": (_KEYS, _HIDDEN), "o": (_HIDDEN, _HIDDEN),
@@ -18,7 +18,7 @@ _SHAPES = {
 
 
 def synthetic_layers(blocks: int, candidates: Sequence[int], seed: int = 0) -> list[LayerOptions]:
-    """Seven linears a block with sensitivities spread over two orders of magnitude and errors of about 4^-bits."""
+    """Seven linears per block with sensitivities spread over two orders of magnitude and errors of about 4^-bits."""
     draw = random.Random(seed)
     layers = []
     for block in range(blocks):
@@ -35,11 +35,11 @@ def synthetic_layers(blocks: int, candidates: Sequence[int], seed: int = 0) -> l
 
 
 def solver_seconds(layers: Sequence[LayerOptions], parts: Sequence[float]) -> tuple[float, ...]:
-    """Wall-clock seconds of the choice at budgets that lie in these parts of the range, nothing tied."""
+    """Wall-clock seconds of the choice at budgets in these parts of the range, without tied layers."""
     low, high = (sum(choose(layer.bytes.values()) for layer in layers) for choose in (min, max))
-    found = []
+    seconds = []
     for part in parts:
         start = time.monotonic()
         allocate(layers, [], round(low + part * (high - low)))
-        found.append(time.monotonic() - start)
-    return tuple(found)
+        seconds.append(time.monotonic() - start)
+    return tuple(seconds)

@@ -1,4 +1,4 @@
-"""Measurements of the benchmark that are kept on disk, beside the rows of `quality.rows`."""
+"""Measurements of the benchmark on disk, in addition to the rows of `quality.rows`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ S = TypeVar("S", bound="Kept")
 
 
 class Kept(Stored[TestScore]):
-    """A measurement that has no scores by test; `code`: SHA-256 of the sources that made it."""
+    """A measurement without scores by test. `code`: SHA-256 of the sources that computed it."""
 
     scores: dict[str, TestScore] = Field(default_factory=dict)
     code: str
 
 
 class SensitivityRow(Kept):
-    """Sensitivities by linear and bits, and what measuring them took, in a process of its own."""
+    """Sensitivities by linear and bits, and the seconds and memory of measuring them in a separate process."""
 
     costs: dict[str, dict[Kind, float]]
     shared_inputs: tuple[tuple[str, ...], ...]
@@ -36,14 +36,14 @@ class SensitivityRow(Kept):
 
 
 class AloneRow(Kept):
-    """KL(original || model) in nats a token where only that linear is replaced, by its full name."""
+    """KL(original || model) in nats per token with only one linear replaced, by its full name."""
 
     bits: int
     kl: dict[str, float]
 
 
 class SizeRow(Kept):
-    """Bytes of the weight files that were asked for, and those that lay on disk."""
+    """Requested bytes of the weight files, and those on disk."""
 
     target_bytes: int
     file_bytes: int
@@ -61,10 +61,10 @@ class SolverRow(Kept):
 def find_or_make(
     work: Path, label: str, bits: int, kind: type[S], settings: dict[str, Any], make: Callable[[], S]
 ) -> S:
-    """The measurement of these settings in `work`, made and written if it is not there."""
+    """The measurement of these settings in `work`, made and written if it is missing."""
     path = work / "rows" / (file_name(label, bits, settings) + ".json")
-    found = read_stored(path, kind, settings)
-    if found is None:
-        found = make()
-        write_stored(path, found)
-    return found
+    stored = read_stored(path, kind, settings)
+    if stored is None:
+        stored = make()
+        write_stored(path, stored)
+    return stored

@@ -15,7 +15,7 @@ from shiftadd_cli.sizes import size
 
 
 def as_json(bench: Allocations) -> str:
-    """Conditions and everything that was measured so far."""
+    """Conditions and all measurements so far."""
     conditions = bench.conditions[0]
     original = bench.bench.original
     document: dict[str, Any] = {
@@ -25,7 +25,7 @@ def as_json(bench: Allocations) -> str:
             "calibration": conditions.calibration,
             "samples": conditions.samples,
             "seq_len": conditions.seq_len,
-            "seeds": [each.seed for each in bench.conditions],
+            "seeds": [seeded.seed for seeded in bench.conditions],
             "candidates": bench.candidates,
             "tests": conditions.tests,
             "scoring": conditions.scoring,
@@ -50,14 +50,14 @@ def as_json(bench: Allocations) -> str:
         ],
         "mix_tau": [
             {
-                "seed": each.seed,
+                "seed": seeded.seed,
                 "kendall_tau": {
                     kind: _tau([predicted[kind] for predicted, _ in mixes], [kl for _, kl in mixes])
                     for kind in mixes[0][0]
                 },
             }
-            for each in bench.conditions
-            if (mixes := mix_losses(bench, each.seed))
+            for seeded in bench.conditions
+            if (mixes := mix_losses(bench, seeded.seed))
         ],
         "sensitivities": [
             {
@@ -81,28 +81,28 @@ def as_json(bench: Allocations) -> str:
 
 
 def rank_correlations(bench: Allocations) -> dict[str, float | None]:
-    """Kendall's tau of predicted loss against the KL of layers replaced alone, by sensitivity of the first seed; None
-    where undefined, and nothing where no layer was replaced."""
+    """Kendall's tau of predicted loss against the KL of layers replaced alone, by sensitivity of the first seed. None
+    if undefined; empty if no layer was replaced."""
     row = bench.alone
     if row is None:
         return {}
     return {
-        kind: _tau([found.costs[name][row.bits] for name in row.kl], list(row.kl.values()))
-        for (kind, seed), found in bench.sensitivities.items()
+        kind: _tau([sensitivity.costs[name][row.bits] for name in row.kl], list(row.kl.values()))
+        for (kind, seed), sensitivity in bench.sensitivities.items()
         if seed == bench.conditions[0].seed
     }
 
 
 def mix_losses(bench: Allocations, seed: int) -> list[tuple[dict[str, float], float]]:
-    """Predicted total by sensitivity, and KL on the first test, of every different mix of a seed that was measured."""
+    """Predicted total by sensitivity, and KL on the first test, of every distinct measured mix of a seed."""
     test = next(iter(bench.conditions[0].tests))
-    found = {}
+    losses = {}
     for mix in bench.mixes:
         row = bench.row(mix)
         kl = None if row is None else row.scores[test].kl
         if mix.seed == seed and kl is not None:
-            found[tuple(mix.plan.bits.items())] = (mix.predicted, kl)
-    return list(found.values())
+            losses[tuple(mix.plan.bits.items())] = (mix.predicted, kl)
+    return list(losses.values())
 
 
 def _tau(predicted: Sequence[float], real: Sequence[float]) -> float | None:
@@ -115,7 +115,7 @@ def _tau(predicted: Sequence[float], real: Sequence[float]) -> float | None:
 
 
 def as_markdown(bench: Allocations) -> str:
-    """Mixes, rank correlations, what sensitivities take, sizes, the solver, and what the numbers depend on."""
+    """Mixes, rank correlations, costs of sensitivities, sizes, the solver, and the conditions of the numbers."""
     parts = [
         "## Mixes at equal budgets",
         "",
@@ -132,7 +132,7 @@ def as_markdown(bench: Allocations) -> str:
         "## Sizes of files",
         "",
         *_table(
-            ["asked, bytes", "on disk, bytes", "share of it"],
+            ["requested, bytes", "on disk, bytes", "share"],
             [[f"{row.target_bytes:,}", f"{row.file_bytes:,}", f"{row.file_bytes / row.target_bytes:.3%}"]
              for row in bench.sizes],
         ),
@@ -152,10 +152,10 @@ def _mixes(bench: Allocations) -> list[str]:
         groups.setdefault((mix.budget, mix.planner), []).append(mix)
     lines = []
     for (budget, planner), mixes in sorted(groups.items(), key=lambda item: item[0][0]):
-        # What has no unit is no prediction of a loss; others are predicted by the first sensitivity.
+        # A sensitivity without a unit predicts no loss; the first one predicts that of random and uniform mixes.
         kind = planner if planner in SENSITIVITIES else SENSITIVITIES[0]
-        told = _spread((mix.predicted[kind] for mix in mixes), 4) if UNITS.get(kind) == "nats/token" else "-"
-        cells = [f"{budget:g}", f"`{planner}`", _spread((mix.plan.bits_per_weight for mix in mixes), 3), told]
+        predicted = _spread((mix.predicted[kind] for mix in mixes), 4) if UNITS.get(kind) == "nats/token" else "-"
+        cells = [f"{budget:g}", f"`{planner}`", _spread((mix.plan.bits_per_weight for mix in mixes), 3), predicted]
         rows = [row for mix in mixes if (row := bench.row(mix)) is not None]
         for name in tests:
             scores = [row.scores[name] for row in rows]
@@ -171,20 +171,20 @@ def _mixes(bench: Allocations) -> list[str]:
 def _prediction(bench: Allocations) -> list[str]:
     lines, alone = [], rank_correlations(bench)
     for kind in SENSITIVITIES:
-        seeds = [seed for each, seed in bench.sensitivities if each == kind]
+        seeds = [seed for name, seed in bench.sensitivities if name == kind]
         single = [alone[kind]] if kind in alone else []
-        whole = [mix_losses(bench, seed) for seed in seeds]
-        taus = [_tau([predicted[kind] for predicted, _ in mixes], [kl for _, kl in mixes]) for mixes in whole]
-        ratios = [kl / predicted[kind] for mixes in whole for predicted, kl in mixes if predicted[kind] > 0]
-        said = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios and UNITS.get(kind) == "nats/token" else "-"
-        lines.append([f"`{kind}`", _spread(single, 3), _spread(taus, 3), said])
+        by_seed = [mix_losses(bench, seed) for seed in seeds]
+        taus = [_tau([predicted[kind] for predicted, _ in mixes], [kl for _, kl in mixes]) for mixes in by_seed]
+        ratios = [kl / predicted[kind] for mixes in by_seed for predicted, kl in mixes if predicted[kind] > 0]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios and UNITS.get(kind) == "nats/token" else "-"
+        lines.append([f"`{kind}`", _spread(single, 3), _spread(taus, 3), spread])
     return _table(["sensitivity", "tau, single layers", "tau, mixes", "KL / predicted total, mixes"], lines)
 
 
 def _sensitivities(bench: Allocations) -> list[str]:
     lines = []
     for kind in SENSITIVITIES:
-        rows = [row for (each, _), row in bench.sensitivities.items() if each == kind]
+        rows = [row for (name, _), row in bench.sensitivities.items() if name == kind]
         seconds = _spread((row.seconds for row in rows), 1)
         lines.append([f"`{kind}`", seconds, size(max(row.peak_memory_bytes for row in rows))])
     return _table(["sensitivity", "seconds", "peak memory"], lines)
@@ -194,13 +194,13 @@ def _notes(bench: Allocations) -> list[str]:
     conditions = bench.conditions[0]
     notes = [
         f"Model: {conditions.model} (fingerprint {conditions.model_fingerprint[:16]}), recipe {bench.method.label}, "
-        f"candidates {', '.join(map(str, bench.candidates))}; layers that read one input are tied.",
+        f"candidates {', '.join(map(str, bench.candidates))}; layers with the same input are tied.",
         f"Calibration {conditions.calibration}: {conditions.samples} x {conditions.seq_len} tokens, seeds "
-        f"{', '.join(str(each.seed) for each in bench.conditions)} (of everything random, windows included).",
+        f"{', '.join(str(seeded.seed) for seeded in bench.conditions)} (for everything random, including windows).",
         "± is the standard deviation over seeds.",
         *[f"`{kind}` was measured for the first seed alone." for kind in bench.once],
-        "uniform: equal bits, the fewest candidate that takes the budget or more, so it is the larger file. random: "
-        "drawn until the budget is full. Predicted loss: nats/token by the sensitivity that chose, by "
+        "uniform: equal bits, the smallest candidate that takes at least the budget, so it is the larger file. random: "
+        "drawn until the budget is full. Predicted loss: nats/token by the sensitivity that chose the bits, or by "
         f"'{SENSITIVITIES[0]}' for random and uniform.",
     ]
     if bench.bench.original is not None:
@@ -216,31 +216,31 @@ def _notes(bench: Allocations) -> list[str]:
         row = bench.alone
         notes.append(
             f"Single layers: {len(row.kl)} linears, all of {bench.sample_blocks} blocks spread evenly over depth, each "
-            f"alone at {row.bits} bits in the original (as fitted in a run with these bits for all, of the first seed)."
+            f"alone at {row.bits} bits in the original (as fitted in a run of the first seed with these bits for all)."
         )
     if bench.solver is not None:
         solver = bench.solver
         notes.append(
             f"Solver: {solver.linears} linears of {solver.blocks} blocks x {solver.candidates} candidates, random "
-            f"sensitivities, nothing tied: {', '.join(f'{seconds:.2f}' for seconds in solver.seconds)} s at budgets "
+            f"sensitivities, no tied layers: {', '.join(f'{seconds:.2f}' for seconds in solver.seconds)} s at budgets "
             "over the range."
         )
     machines = {", ".join(f"{key} {value}" for key, value in row.machine.items()): None
                 for row in bench.sensitivities.values()}  # fmt: skip
-    notes += [f"Machine: {each}; it may have had other work." for each in machines]
+    notes += [f"Machine: {name}; other jobs may have been running." for name in machines]
     notes += [f"Failed: {bench.bench.cells[index].method.label}: {error}"
               for index, error in sorted(bench.bench.failed.items())]  # fmt: skip
     return notes
 
 
 def _spread(values: Iterable[float | None], digits: int) -> str:
-    """Mean and standard deviation; the mean alone of one value, a dash where one is not known."""
-    found = list(values)
-    known = [value for value in found if value is not None]
-    if not known or len(known) < len(found):
+    """Mean and standard deviation; only the mean for a single value, a dash if a value is missing."""
+    everything = list(values)
+    present = [value for value in everything if value is not None]
+    if not present or len(present) < len(everything):
         return "-"
-    mean = f"{statistics.fmean(known):.{digits}f}"
-    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+    mean = f"{statistics.fmean(present):.{digits}f}"
+    return mean if len(present) == 1 else f"{mean} ± {statistics.stdev(present):.{digits}f}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,1 +1,1 @@
-"""What `benchmark_quality.py` is made of."""
+"""The modules of `benchmark_quality.py`."""

@@ -1,4 +1,4 @@
-"""Filling a table: rows on disk are read, the others made and measured, each written as soon as it is known."""
+"""Fills a table: reads the rows on disk, makes and measures the others, and writes each as soon as it is known."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ S = TypeVar("S", bound=BaseModel)
 
 @dataclass
 class Bench(Generic[S]):
-    """A table in the folder `work`; its scores are of the type `S`.
+    """A table in the folder `work`; its scores have the type `S`.
 
     Attributes:
-        together: compressed models measured at once, beside one run of the original.
-        keep_artifacts: leave compressed models in `work` after they were measured.
-        say: told what happens, in lines.
-        rows: finished ones by their place in `cells`; failed: what came of the others.
+        together: compressed models measured at once, with one run of the original.
+        keep_artifacts: leave compressed models in `work` after measuring them.
+        say: receives lines about the progress.
+        rows: finished rows by their index in `cells`; failed: errors of the others.
     """
 
     conditions: TableConditions[S]
@@ -46,14 +46,14 @@ class Bench(Generic[S]):
     failed: dict[int, str] = field(default_factory=dict)
 
     def fill(self, finished: Callable[[], None]) -> None:
-        """Find or measure every row; `finished` is called whenever some are new."""
+        """Read or measure every row; calls `finished` whenever there are new ones."""
         self.original = read_stored(self._original_path, self.conditions.original_kind, self.conditions.scoring)
         for index, cell in enumerate(self.cells):
             row = read_stored(self._row_path(cell), self.conditions.row_kind, cell.row_settings)
             if row is not None:
                 self.rows[index] = row.model_copy(update={"method": cell.method.label})
         missing = [index for index in range(len(self.cells)) if index not in self.rows]
-        self.say(f"{len(self.rows)} of {len(self.cells)} rows are there already.")
+        self.say(f"{len(self.rows)} of {len(self.cells)} rows already exist.")
         for start in range(0, len(missing), self.together):
             self._fill_some(missing[start : start + self.together])
             finished()
@@ -62,25 +62,25 @@ class Bench(Generic[S]):
         finished()
 
     def _fill_some(self, indices: Sequence[int]) -> None:
-        made: dict[int, Path] = {}
+        artifacts: dict[int, Path] = {}
         for index in indices:
             cell = self.cells[index]
             self.say(f"{cell.method.label}, {cell.bits} bits: quantizing")
             try:
-                made[index] = make_artifact(cell, self.conditions.model, self.work)
+                artifacts[index] = make_artifact(cell, self.conditions.model, self.work)
             except ShiftaddError as error:
                 self._fail(index, error)
         try:
-            scores = self._measure([str(path) for path in made.values()]) if made else []
+            scores = self._measure([str(path) for path in artifacts.values()]) if artifacts else []
         except ShiftaddError as error:
-            if len(made) == 1:
-                self._fail(next(iter(made)), error)
+            if len(artifacts) == 1:
+                self._fail(next(iter(artifacts)), error)
             else:
-                # One of them cannot be measured; the others can.
-                for index in made:
+                # One of them cannot be measured, but the others can.
+                for index in artifacts:
                     self._fill_some([index])
             return
-        for (index, path), score in zip(made.items(), scores, strict=True):
+        for (index, path), score in zip(artifacts.items(), scores, strict=True):
             cell = self.cells[index]
             row = self.conditions.row_kind(
                 settings=cell.row_settings,
@@ -101,10 +101,10 @@ class Bench(Generic[S]):
         self.say(f"{self.cells[index].method.label}, {self.cells[index].bits} bits: {error}")
 
     def _measure(self, artifacts: Sequence[str]) -> list[dict[str, S]]:
-        """Scores by test of each artifact; those of the original are written where they are not known yet."""
+        """Scores by test of each artifact. Scores of the original are written if they are not known yet."""
         conditions = self.conditions
-        self.say(f"measuring {len(artifacts)} beside the original")
-        found = {
+        self.say(f"measuring {len(artifacts)} compressed models and the original")
+        evaluations = {
             name: evaluate(
                 artifacts,
                 against=conditions.model,
@@ -115,27 +115,29 @@ class Bench(Generic[S]):
             for name, spec in conditions.tests.items()
         }
         if self.original is None:
-            originals = {name: each.original for name, each in found.items() if each.original}
+            originals = {name: evaluation.original for name, evaluation in evaluations.items() if evaluation.original}
             info = next(iter(originals.values())).info
             self.original = conditions.original_kind(
                 settings=conditions.scoring,
-                scores={name: self._score(found[name], each) for name, each in originals.items()},
+                scores={name: self._score(evaluations[name], original) for name, original in originals.items()},
                 machine=machine(),
                 file_bits_per_weight=info.file_bits_per_weight,
                 parameters=info.parameters,
             )
             write_stored(self._original_path, self.original)
         return [
-            {name: self._score(each, each.models[place]) for name, each in found.items()}
-            for place in range(len(artifacts))
+            {name: self._score(evaluation, evaluation.models[index]) for name, evaluation in evaluations.items()}
+            for index in range(len(artifacts))
         ]
 
     def _score(
         self, evaluation: Evaluation | ImageEvaluation, measured: ModelResult[Score] | ModelResult[ImageScore]
     ) -> S:
-        """What is kept of a measured model, and of how it was measured."""
-        kind, told = self.conditions.score_kind, measured.to_dict()
-        return kind(**{name: told[name] if name in told else getattr(evaluation, name) for name in kind.model_fields})
+        """The stored scores of a measured model, and the conditions of the measurement."""
+        kind, scores = self.conditions.score_kind, measured.to_dict()
+        return kind(
+            **{name: scores[name] if name in scores else getattr(evaluation, name) for name in kind.model_fields}
+        )
 
     def ordered_rows(self) -> list[RowOf[S]]:
         """Finished rows, by bits and then in the order of the methods."""
@@ -147,7 +149,7 @@ class Bench(Generic[S]):
 
     @property
     def _original_path(self) -> Path:
-        # The 16 bits are those of most originals and say nothing here; the name needs some.
+        # Most originals have 16 bits. The number only completes the name.
         return self.work / "rows" / (file_name("original", 16, self.conditions.scoring) + ".json")
 
 

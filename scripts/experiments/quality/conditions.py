@@ -1,4 +1,4 @@
-"""What all rows of a table share, and the settings that name a row."""
+"""The conditions that all rows of a table share, and the settings that name a row."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ S_co = TypeVar("S_co", bound=BaseModel, covariant=True)
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one bit width: what to run, and the settings that fix its artifact and its row.
+    """One method at one bit width: the recipe to run, and the settings that determine its artifact and its row.
 
-    bits: where it stands in the table; the planes of every layer, unless the method gives layers bits of their own.
+    bits: its bit width in the table; the planes of every layer, unless the method gives layers bits of their own.
     """
 
     method: Method
@@ -54,10 +54,11 @@ class Cell:
 
 
 class TableConditions(Protocol[S_co]):
-    """What a table needs of its conditions.
+    """The conditions that a table needs.
 
-    model: as typed; tests: by a short name; scoring: the settings that fix how a model is scored; evaluation_options:
-    for `evaluate`, beside models and test; score_kind, original_kind, row_kind: what rows on disk hold.
+    model: as typed; tests: by a short name; scoring: the settings that determine how a model is scored;
+    evaluation_options: for `evaluate`, in addition to models and test; score_kind, original_kind, row_kind: types of
+    the rows on disk.
     """
 
     @property
@@ -86,8 +87,8 @@ class TableConditions(Protocol[S_co]):
 class Conditions:
     """The model and the texts of a table.
 
-    model, calibration, tests, context: as typed; `tests` maps a short name to each, and `window` is the context that is
-    used. dtype: computed in, see `evaluate`.
+    model, calibration, tests, context: as typed; `tests` maps a short name to each, and `window` is the context in use.
+    dtype: of the computation, see `evaluate`.
     """
 
     score_kind: ClassVar[type[TestScore]] = TestScore
@@ -117,7 +118,7 @@ class Conditions:
 
     @cached_property
     def scoring(self) -> dict[str, Any]:
-        """The settings that fix how a model is scored."""
+        """The settings that determine how a model is scored."""
         return {
             "model": self.model_fingerprint,
             "tests": {name: self._text(spec, "test").fingerprint for name, spec in self.tests.items()},
@@ -128,9 +129,9 @@ class Conditions:
         }
 
     def cell(self, method: Method, bits: int) -> Cell:
-        """Settle everything about one row.
+        """Resolve everything about one row.
 
-        Raises RecipeError or CalibrationError, also where a method would be calibrated on a test text.
+        Raises RecipeError or CalibrationError, also if a method would be calibrated on a test text.
         """
         common = {
             "calibration": self.calibration,
@@ -145,18 +146,18 @@ class Conditions:
             if fingerprint in texts:
                 raise CalibrationError(f"{name} is the calibration text of {method.label} and a test; give another.")
         packages = (method.peer.package,) if method.peer else ()
-        made = {
+        settings = {
             "model": self.model_fingerprint,
             "peer": method.peer.name if method.peer else None,
             "recipe": recipe_settings(recipe),
-            # One text goes by its fingerprint alone, as it did before there were mixtures.
+            # A single text is named by its fingerprint alone, as before there were mixtures.
             "calibration": next(iter(texts), None) if len(texts) < 2 else texts,
             "versions": versions(*packages),
         }
-        return Cell(method, bits, recipe, made, {"artifact": made, "scoring": self.scoring})
+        return Cell(method, bits, recipe, settings, {"artifact": settings, "scoring": self.scoring})
 
     def _calibration_texts(self, calibration: str) -> dict[str, float]:
-        """Shares of the windows by the fingerprint of their text, or by the name of one that the model writes."""
+        """Shares of the windows by text fingerprint, or by name for text that the model writes."""
         return {
             part.spec if part.spec in KINDS else self._text(part.spec, "calibration").fingerprint: part.share
             for part in parse_mixture(calibration)
@@ -170,7 +171,7 @@ class Conditions:
 
 
 def name_tests(specs: tuple[str, ...]) -> dict[str, str]:
-    """A short name for each test text: the name of its file without ending. Raises RecipeError for two alike."""
+    """A short name for each test text: its file name without the extension. Raises RecipeError for duplicates."""
     names = {Path(spec).stem: spec for spec in specs}
     if len(names) < len(specs):
         raise RecipeError("Two test texts have the same name; give each once, and files of different names.")
@@ -178,28 +179,28 @@ def name_tests(specs: tuple[str, ...]) -> dict[str, str]:
 
 
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
-    """The fields that fix an artifact. What is calibrated on counts by itself, and not by the name of its file."""
+    """The fields that determine an artifact. The calibration text counts by its content, not by its file name."""
     written = written_by_model(recipe)
     unused = {"calibration", *(() if written else ("writing_length", "writing_temperature", "writing_min_p"))}
     fields = recipe.model_dump(mode="json", exclude=unused)
-    # Rows keep their names: where layers have bits of their own, recipes once had 3 here.
+    # Rows keep their names: recipes with bits for each layer once had 3 here.
     fields["bits"] = recipe.bits or 3
     return {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of what can change a number: ours, the libraries below, and `packages`."""
+    """Versions of the packages that can change a number: ours, the underlying libraries, and `packages`."""
     return {"shiftadd-cli": __version__} | {name: _version(name) for name in (*_LIBRARIES, *packages)}
 
 
 @cache
 def _version(package: str) -> str:
-    """Tables ask thousands of times, and to look it up takes a millisecond."""
+    """Cached, because tables need it thousands of times and a look-up takes a millisecond."""
     return importlib.metadata.version(package)
 
 
 def machine() -> dict[str, str]:
-    """What this runs on, for the lines below a table."""
+    """The machine, for the notes below a table."""
     return {
         "processor": _processor(),
         "cores": str(os.cpu_count()),

@@ -1,8 +1,8 @@
-"""Fields of recipes that came after the first rows were measured."""
+"""Recipe fields that are newer than the first measured rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# With the value that stands for a recipe without the field: rows keep their names.
+# By field, the value that equals its absence: rows keep their names.
 LATER: dict[str, Any] = {"primitive": "bcq", "distill_epochs": 0}

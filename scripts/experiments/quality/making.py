@@ -1,4 +1,4 @@
-"""Making the artifact of a row: our command, or a peer, in a process of its own, so that its peak memory is its own."""
+"""Makes the artifact of a row: runs our command or a peer in a separate process, so that its peak memory is its own."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SCRIPTS = Path(__file__).resolve().parent.parent
 
 
 class MakingError(ShiftaddError):
-    """A method could not be run; the message is the last line it printed, and where the others are.
+    """A method failed; the message is the last line that it printed, and the path of the log.
 
-    reason: without the place, which means nothing to whoever reads a table later.
+    reason: the message without the path, which means nothing to later readers of a table.
     """
 
     def __init__(self, reason: str, log: Path) -> None:
@@ -33,9 +33,9 @@ class MakingError(ShiftaddError):
 
 
 def make_artifact(cell: Cell, model: str, work: Path) -> Path:
-    """The folder with the compressed model, which may be there from an earlier run that was cut short.
+    """The folder of the compressed model, which may exist from an earlier run that was interrupted.
 
-    The recipe as resolved and everything the process prints lie beside it, under `recipes` and `logs`.
+    The resolved recipe and the output of the process are in the same folder `work`, under `recipes` and `logs`.
     Raises MakingError.
     """
     out = work / "artifacts" / cell.artifact_name
@@ -53,7 +53,7 @@ def make_artifact(cell: Cell, model: str, work: Path) -> Path:
 
 
 def run_logged(arguments: Sequence[str], log: Path) -> None:
-    """Run Python with these arguments, its output in the file `log`. Raises MakingError with the last line of it."""
+    """Run Python with these arguments and its output in the file `log`. Raises MakingError with the last line of it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as printed:
         done = subprocess.run(
@@ -65,10 +65,10 @@ def run_logged(arguments: Sequence[str], log: Path) -> None:
 
 
 def read_report(cell: Cell, artifact: Path) -> dict[str, Any]:
-    """The fields of a row that the report of the artifact fixes."""
+    """The fields of a row that come from the report of the artifact."""
     if cell.method.peer:
-        told = json.loads((artifact / REPORT_FILE).read_text(encoding="utf-8"))
-        return {**told, "native_bits": told["stored_bits"]}
+        peer_report = json.loads((artifact / REPORT_FILE).read_text(encoding="utf-8"))
+        return {**peer_report, "native_bits": peer_report["stored_bits"]}
     report = json.loads((artifact / "report.json").read_text(encoding="utf-8"))
     shapes = [(layer["out_features"], layer["in_features"]) for layer in report["layers"]]
     return {
@@ -82,6 +82,6 @@ def read_report(cell: Cell, artifact: Path) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with this checkout and its scripts importable, and nothing that happens to lie where this was started."""
+    """Our environment, with this checkout and its scripts importable, but without the current folder."""
     paths = [str(_SCRIPTS), str(_SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}

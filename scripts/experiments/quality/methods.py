@@ -1,4 +1,4 @@
-"""Methods of a comparison by name: recipes, recipes with changes, and other people's libraries."""
+"""Methods of a comparison by name: recipes, recipes with changes, and third-party libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shiftadd_cli.recipe import Recipe
 PEER_PREFIX = "peer:"
 
 _CONTINUES = re.compile(r"\s*[A-Za-z_]+=")
-# Text between commas; a comma within quotes separates nothing.
+# Text between commas; a comma within quotes does not separate.
 _BETWEEN_COMMAS = re.compile(r'(?:[^,"]|"[^"]*")+')
 
 
@@ -33,19 +33,19 @@ class Method:
 
     @property
     def has_own_width(self) -> bool:
-        """Whether the fields of the method say how many bits layers get."""
+        """Whether the fields of the method set the bits of layers."""
         return "avg_bits" in self.overrides or "bit_plan" in self.overrides
 
     def at(self, bits: int) -> bool:
-        """Whether the method has a row at this width: one with an average does at the whole number below it."""
+        """Whether the method has a row at this width. A method with an average has one at the average rounded down."""
         average = self.overrides.get("avg_bits")
         return not isinstance(average, int | float) or int(average) == bits
 
     def resolve(self, bits: int, common: dict[str, Any]) -> Recipe:
-        """The recipe at this bit width. `common`: what all methods share, given way to by the method's own changes;
-        a recipe that uses no calibration text stays without.
+        """The recipe at this bit width. `common`: fields that all methods share. The method's own changes override
+        them, and a recipe without a calibration text stays without one.
 
-        Raises RecipeError, naming the method, where the fields are wrong or do not go together.
+        Raises RecipeError, naming the method, if the fields are wrong or do not go together.
         """
         try:
             plain = Recipe.load(self.recipe, self.overrides)
@@ -58,7 +58,7 @@ class Method:
 
 def split_names(text: str) -> list[str]:
     """The methods of a list such as `default:group_size=128,offset=false,gptq`: a part of the form `field=value`
-    belongs to the method before it, and a value with commas stands in quotes."""
+    belongs to the method before it, and a value with commas is in quotes."""
     names: list[str] = []
     for part in _BETWEEN_COMMAS.findall(text):
         if names and _CONTINUES.match(part):
@@ -69,7 +69,7 @@ def split_names(text: str) -> list[str]:
 
 
 def parse_methods(lists: Iterable[str]) -> list[Method]:
-    """The methods of several lists, each once, in order; raises RecipeError with what is wrong with one of them."""
+    """The methods of several lists, in order and without duplicates. Raises RecipeError if one of them is wrong."""
     labels = dict.fromkeys(name for text in lists for name in split_names(text))
     return [_parse(label) for label in labels]
 
@@ -82,15 +82,15 @@ def _parse(label: str) -> Method:
     if not label.startswith(PEER_PREFIX):
         method = Method(label, name, overrides)
     elif name in PEERS:
-        foreign = [each for each in overrides if each not in PEER_FIELDS]
+        foreign = [key for key in overrides if key not in PEER_FIELDS]
         if foreign:
             raise RecipeError(f"Method {label}: peers take {', '.join(sorted(PEER_FIELDS))}, not {foreign[0]}.")
         PEERS[name].require()
-        # Peers have no such field, and a row of theirs must not be named anew when our default changes.
+        # Peers have no such field, and their rows must keep their names when our default changes.
         method = Method(label, "equal-bits", {"asymmetric": 0.0, **overrides}, PEERS[name])
     else:
         raise RecipeError(f"There is no peer {name!r}; there are {', '.join(PEERS)}.")
-    # Two bits are what every primitive has.
+    # Every primitive supports two bits.
     method.resolve(2, {})
     return method
 
@@ -101,7 +101,7 @@ def _change(label: str, text: str) -> tuple[str, Any]:
         raise RecipeError(f"Method {label}: {text!r} is not of the form field=value.")
     field_name = name.strip()
     if field_name == "skip":
-        # One pattern is what can be said without a comma.
+        # Without a comma there is only one pattern.
         return field_name, (value,)
     try:
         return field_name, json.loads(value)

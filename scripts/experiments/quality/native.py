@@ -1,4 +1,4 @@
-"""What a uniform grid would cost in a format of its own, where ours stores a scale per plane."""
+"""The cost of a uniform grid in a format of its own, where ours stores a scale per plane."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCALE_BITS = 16
 
 
 def is_uniform(recipe: Recipe) -> bool:
-    """Whether every group ends on evenly spaced levels, as many in every layer: only then does one scale say them."""
+    """Whether every group ends on evenly spaced levels, the same in every layer: only then does one scale suffice."""
     return (
         recipe.fit == "uniform"
         and recipe.scale_format == "float"
@@ -25,8 +25,8 @@ def is_uniform(recipe: Recipe) -> bool:
 
 
 def native_bits(shapes: Iterable[tuple[int, int]], recipe: Recipe) -> float | None:
-    """Bits per weight of layers `(out_features, in_features)`: planes, and per group a float16 scale and, where the
-    grid has an offset, an integer zero point of as many bits as there are planes. None for grids that are not uniform.
+    """Bits per weight of layers `(out_features, in_features)`: planes, and per group a float16 scale and, if the grid
+    has an offset, an integer zero point with as many bits as there are planes. None for grids that are not uniform.
     """
     if recipe.bits is None or not is_uniform(recipe):
         return None

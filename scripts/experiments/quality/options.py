@@ -1,4 +1,4 @@
-"""Options that comparisons have in common, and how all of them end."""
+"""Options that all comparisons share, and their last step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Widths(click.ParamType):
 
 
 def comparison_options(function: F) -> F:
-    """Add what is calibrated and measured on, and how: `calibration`, `samples`, `seq_len`, `tests`, those of
+    """Add the options of calibration and measurement: `calibration`, `samples`, `seq_len`, `tests`, those of
     `scoring_options`, `work`, `keep_artifacts` and `together`."""
     work = click.Path(file_okay=False, path_type=Path)
     for option in (
@@ -44,10 +44,10 @@ def comparison_options(function: F) -> F:
             type=POSITIVE,
             default=3,
             show_default=True,
-            help="Compressed models measured beside one run of the original; more saves time and needs more memory.",
+            help="Compressed models measured with one run of the original; more saves time and needs more memory.",
         ),
         click.option("--keep-artifacts", is_flag=True, help="Keep the compressed models in --work."),
-        click.option("--work", type=work, required=True, help="Folder of rows, logs and the table."),
+        click.option("--work", type=work, required=True, help="Folder for rows, logs and the table."),
         scoring_options,
         click.option(
             "--test", "tests", multiple=True, default=("builtin",), show_default=True, help="Text to measure on."
@@ -63,7 +63,7 @@ def comparison_options(function: F) -> F:
 
 
 def show_table(bench: B, work: Path, as_json: Callable[[B], str], as_markdown: Callable[[B], str]) -> None:
-    """Fill a bench, with its table in the folder `work` written anew whenever something is, and print the table."""
+    """Fill a bench, rewrite its table in the folder `work` whenever there are new rows, and print the table."""
 
     def write_table() -> None:
         write_text(work / "table.json", as_json(bench))

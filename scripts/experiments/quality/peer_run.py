@@ -1,4 +1,4 @@
-"""One peer on one model, in a process of its own: writes the model with the weights the peer decodes, and peer.json.
+"""Runs one peer on one model in a separate process: writes the model with the peer's decoded weights, and peer.json.
 
 python -m experiments.quality.peer_run hqq MODEL OUT RECIPE.yaml
 """
@@ -22,7 +22,7 @@ REPORT_FILE = "peer.json"
 
 
 def run_peer(name: str, spec: str, out: Path, recipe: Recipe) -> None:
-    """Quantize the linears our own recipes would, on their very calibration windows, and write what is decoded."""
+    """Quantize the same linears as our own recipes, on the same calibration windows, and write the decoded weights."""
     start = time.monotonic()
     peer, source = PEERS[name], open_source(spec)
     if not isinstance(recipe.group_size, int):
@@ -34,12 +34,12 @@ def run_peer(name: str, spec: str, out: Path, recipe: Recipe) -> None:
     calibration = draw_calibration(make_plan(source, recipe)) if peer.calibrated else None
     windows = None if calibration is None else calibration.samples
     model = source.load_model()
-    parameters, item = sum(each.numel() for each in model.parameters()), source.dtype.itemsize
-    names = [each.name for each in linears]
+    parameters, item = sum(tensor.numel() for tensor in model.parameters()), source.dtype.itemsize
+    names = [linear.name for linear in linears]
     job = PeerJob(model, tokenizer, names, windows, recipe.bits, recipe.group_size, recipe.batch_size, recipe.seed)
     stored = peer.adapter().compress(job)
-    weights = sum(each.out_features * each.in_features for each in linears)
-    # A hidden name until it is whole: a run that was killed must not pass for a finished one.
+    weights = sum(linear.out_features * linear.in_features for linear in linears)
+    # A hidden name until it is complete: a killed run must not pass for a finished one.
     scratch = out.with_name(f".{out.name}")
     model.save_pretrained(scratch)
     source.save_companions(scratch)

@@ -1,4 +1,4 @@
-"""Other people's quantizers that can be compared with: what each needs, and what an adapter is."""
+"""Third-party quantizers to compare with: the requirements of each, and the interface of an adapter."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from shiftadd_cli.errors import RecipeError
 
-# What a peer takes from a recipe; every other field describes our own solver.
+# The fields that a peer takes from a recipe; every other field describes our own solver.
 PEER_FIELDS = frozenset({"group_size", "calibration", "samples", "seq_len", "seed"})
 
 
 @dataclass(frozen=True)
 class PeerJob:
-    """What an adapter is asked for.
+    """The job of an adapter.
 
     Attributes:
         model, tokenizer: the original, in memory in evaluation mode; `names` are the linears to compress.
@@ -37,24 +37,25 @@ class PeerJob:
     seed: int
 
     def calibration_of(self, peer: str) -> Tensor:
-        """The windows. Raises RecipeError, naming the peer as its readers know it, where there are none."""
+        """The windows. Raises RecipeError, with the peer's usual name, if there are none."""
         if self.windows is None:
             raise RecipeError(f"{peer} needs calibration text.")
         return self.windows
 
     def linears(self) -> list[tuple[str, nn.Linear]]:
         """Name and module of each linear to compress."""
-        found = [(name, self.model.get_submodule(name)) for name in self.names]
-        if any(not isinstance(module, nn.Linear) for _, module in found):
+        linears = [(name, self.model.get_submodule(name)) for name in self.names]
+        if any(not isinstance(module, nn.Linear) for _, module in linears):
             raise RecipeError("Peers take models of plain linear layers only; leave them out for this model.")
-        return found
+        return linears
 
 
 class Adapter(Protocol):
-    """A module `peers_NAME`, `-` as `_`: replaces the weights of the linears by what the peer decodes, in place.
+    """A module `peers_NAME`, with `_` for `-`. `compress` replaces the weights of the linears by the decoded weights of
+    the peer, in place.
 
-    `compress` returns the bits it would store for these layers, scales and zero points counted; it raises RecipeError
-    for what the peer cannot do.
+    It returns the bits that the peer would store for these layers, including scales and zero points. It raises
+    RecipeError for a job that the peer cannot do.
     """
 
     def compress(self, job: PeerJob) -> int: ...
@@ -70,7 +71,7 @@ class Peer:
     calibrated: bool
 
     def require(self) -> None:
-        """Raise RecipeError with the cure where the package is absent."""
+        """Raise RecipeError with the fix if the package is missing."""
         if importlib.util.find_spec(self.module.partition(".")[0]) is None:
             raise RecipeError(
                 f"The peer {self.name!r} needs the package {self.package}, which is not installed; "
@@ -78,7 +79,7 @@ class Peer:
             )
 
     def adapter(self) -> Adapter:
-        """The adapter, imported now because its package may take long to come."""
+        """The adapter, imported only now because the import of its package may take long."""
         adapter: Any = importlib.import_module(f"experiments.quality.peers_{self.name.replace('-', '_')}")
         return adapter
 
@@ -96,11 +97,11 @@ PEERS = {
 
 
 def half_bits(*tensors: Tensor) -> int:
-    """Bits of tensors that a checkpoint would hold in half precision, whatever they were computed in."""
-    return sum(16 * each.numel() for each in tensors)
+    """Bits of tensors that a checkpoint would hold in half precision, whatever their dtype here."""
+    return sum(16 * tensor.numel() for tensor in tensors)
 
 
 def set_weight(linear: nn.Linear, decoded: Tensor) -> None:
-    """Give a linear the decoded weight, in the dtype it had."""
+    """Set the weight of a linear to the decoded one, in the dtype that it had."""
     with torch.no_grad():
         linear.weight.copy_(decoded.reshape(linear.weight.shape))

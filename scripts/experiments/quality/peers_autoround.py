@@ -7,7 +7,7 @@ from auto_round import AutoRound
 from experiments.quality.peers import PeerJob, half_bits, set_weight
 from shiftadd_cli.errors import RecipeError
 
-# It passes over other layers without an error (layer_config_resolver.py of 0.16).
+# It skips other layers without an error (layer_config_resolver.py of 0.16).
 _SIDE = 32
 
 
@@ -17,11 +17,11 @@ def compress(job: PeerJob) -> int:
 
 
 def round_by(job: PeerJob, **schedule: float) -> int:
-    """Asymmetric grids, as in the other uniform methods here; schedule: options of `AutoRound` about its iterations."""
+    """Round to asymmetric grids, as in the other uniform methods here; schedule: options of its iterations."""
     windows = job.calibration_of("auto-round")
     for name, linear in job.linears():
         if linear.in_features % _SIDE or linear.out_features % _SIDE:
-            raise RecipeError(f"auto-round leaves {name} as it is, for its sides are no multiples of {_SIDE}.")
+            raise RecipeError(f"auto-round skips {name}, because its sides are not multiples of {_SIDE}.")
     rounder = AutoRound(
         job.model,
         tokenizer=job.tokenizer,

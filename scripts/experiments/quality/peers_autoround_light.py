@@ -1,4 +1,4 @@
-"""auto-round by its own recipe `light`: a quarter of the iterations, in longer steps."""
+"""auto-round with its own recipe `light`: a quarter of the iterations, in longer steps."""
 
 from __future__ import annotations
 

@@ -11,23 +11,23 @@ from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from experiments.quality.peers import PeerJob, half_bits, set_weight
 from shiftadd_cli.errors import RecipeError
 
-# Its packing takes whole words of 32 values only (nn_modules/qlinear/__init__.py of 7.7).
+# Its packing takes only full words of 32 values (nn_modules/qlinear/__init__.py of 7.7).
 _SIDE = 32
 
 
 def compress(job: PeerJob) -> int:
-    """See `Adapter`; the peer's default order of columns, which needs no permutation at run time, and asymmetric grids,
-    as in the other uniform methods here."""
+    """See `Adapter`; with the peer's default order of columns, which needs no permutation at run time, and with
+    asymmetric grids, as in the other uniform methods here."""
     windows = job.calibration_of("GPTQModel")
     for name, linear in job.linears():
         if linear.out_features % _SIDE or linear.in_features % _SIDE or linear.in_features % job.group_size:
             raise RecipeError(
-                f"GPTQModel takes no {name} of {linear.out_features} x {linear.in_features} in groups of "
-                f"{job.group_size}: sides must be multiples of {_SIDE}, and columns of the group."
+                f"GPTQModel cannot take {name} of {linear.out_features} x {linear.in_features} in groups of "
+                f"{job.group_size}: sides must be multiples of {_SIDE}, and columns also of the group."
             )
-    # One worker, which it takes on two cores, is too few for its own loader.
+    # On two cores it defaults to one worker, which is too few for its own loader.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    # In the older `gptq` format of files zero points are off by one until a model is loaded again.
+    # In the older `gptq` file format, zero points are off by one until a model is loaded again.
     config = QuantizeConfig(
         bits=job.bits,
         group_size=job.group_size,
@@ -39,9 +39,9 @@ def compress(job: PeerJob) -> int:
     with TemporaryDirectory() as folder:
         job.model.save_pretrained(folder)
         job.tokenizer.save_pretrained(folder)
-        # The decoded weights go into the model we have; its own copy is read from the folder.
+        # The decoded weights go into our model; the peer reads its own copy from the folder.
         peer = GPTQModel.load(folder, config, backend=BACKEND.TORCH)
-        samples = [{"input_ids": each[None], "attention_mask": torch.ones_like(each[None])} for each in windows]
+        samples = [{"input_ids": window[None], "attention_mask": torch.ones_like(window[None])} for window in windows]
         peer.quantize(samples, batch_size=job.batch_size, calibration_sort=None, tokenizer=job.tokenizer)
     stored = 0
     for name, linear in job.linears():

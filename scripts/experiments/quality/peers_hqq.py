@@ -21,6 +21,6 @@ def compress(job: PeerJob) -> int:
             weight.float(), nbits=job.bits, group_size=job.group_size, axis=1, device="cpu"
         )
         set_weight(linear, Quantizer.dequantize(packed, meta))
-        # Its packing of 3 bits puts ten weights in an int32; counted are the bits themselves, as for all methods.
+        # HQQ packs ten 3-bit weights into an int32; this counts only the bits themselves, as for all methods.
         stored += job.bits * weight.numel() + half_bits(meta["scale"], meta["zero"])
     return stored

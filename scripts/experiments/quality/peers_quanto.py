@@ -16,7 +16,7 @@ def compress(job: PeerJob) -> int:
     stored = 0
     for _, linear in job.linears():
         weight = linear.weight.data.float()
-        # Quanto itself falls back to one group per row where the groups do not go into the columns.
+        # Quanto itself falls back to one group per row if the groups do not divide the columns.
         size = None if weight.shape[1] % job.group_size else job.group_size
         scale, shift = MaxOptimizer()(weight, kind, 0, size)
         packed = quantize_weight(weight, kind, axis=0, scale=scale, shift=shift, group_size=size, optimized=False)

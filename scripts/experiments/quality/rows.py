@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file per finished measurement, named by everything that fixes it."""
+"""Results on disk: one JSON file per finished measurement, named by all its settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ R = TypeVar("R", bound="Stored[BaseModel]")
 
 
 class TestScore(BaseModel):
-    """Scores of one model on one text, as `Evaluation` gives them; perplexity is None where it is beyond all bounds."""
+    """Scores of one model on one text, as `Evaluation` gives them; perplexity is None if it overflows."""
 
     __test__ = False
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,9 +38,9 @@ class TestScore(BaseModel):
 
 
 class Stored(BaseModel, Generic[S_co]):
-    """A measurement that can be written and found again; `settings` is what its fingerprint is taken of.
+    """A measurement that can be written and read again; its fingerprint is that of `settings`.
 
-    `scores` are by test; those of texts and of images have types of their own.
+    `scores` are by test; texts and images have score types of their own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,10 +62,10 @@ class RowOf(Stored[S_co], Generic[S_co]):
 
     Attributes:
         stored_bits, file_bits: bits per weight as stored, of the quantized layers and of the whole file.
-        native_bits: of the quantized layers in a uniform format of their own; None for other grids.
-        seconds, peak_memory_bytes: of quantizing, as its report says.
+        native_bits: bits per weight of the quantized layers in a uniform format of their own; None for other grids.
+        seconds, peak_memory_bytes: of the quantization, from its report.
         calibration: the text's name, None for a method that uses none.
-        code: SHA-256 of the sources that computed it; not among the settings, since most changes of them change no row.
+        code: SHA-256 of the sources that computed it; not in the settings, because most source changes change no row.
     """
 
     method: str
@@ -89,13 +89,13 @@ def fingerprint(settings: dict[str, Any]) -> str:
 
 
 def file_name(label: str, bits: int, settings: dict[str, Any]) -> str:
-    """A name for a row or a folder that says what it is and differs where settings do."""
+    """A readable name for a row or a folder, which differs if the settings differ."""
     readable = re.sub(r"[^A-Za-z0-9.=-]+", "_", label)[:80].strip("_.")
     return f"{readable}-{bits}bit-{fingerprint(settings)[:16]}"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
+    """Write a file completely or not at all, also after a power failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text.encode())
 
@@ -108,15 +108,15 @@ def write_stored(path: Path, stored: Stored[BaseModel]) -> None:
 def read_stored(path: Path, kind: type[R], settings: dict[str, Any]) -> R | None:
     """The measurement of these settings in `path`, or None without such a file.
 
-    Raises ShiftaddError for a file that holds something else.
+    Raises ShiftaddError for a file with other content.
     """
     if not path.is_file():
         return None
     try:
-        found = kind.model_validate_json(path.read_text(encoding="utf-8"))
+        stored = kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError):
-        raise ShiftaddError(f"{path} is no row of this benchmark; remove it to have it measured again.") from None
-    # Through JSON, as the file has been: tuples come back as lists.
-    if found.settings != json.loads(json.dumps(settings)):
-        raise ShiftaddError(f"{path} is named for other settings than it holds; remove it to have it measured again.")
-    return found
+        raise ShiftaddError(f"{path} is not a row of this benchmark; remove it to measure it again.") from None
+    # Through JSON, like the file: tuples become lists.
+    if stored.settings != json.loads(json.dumps(settings)):
+        raise ShiftaddError(f"{path} holds other settings than its name says; remove it to measure it again.")
+    return stored

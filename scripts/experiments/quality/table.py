@@ -14,7 +14,7 @@ from shiftadd_cli.sizes import size
 
 
 def as_json(bench: TextBench) -> str:
-    """Conditions, the original, all rows and what failed."""
+    """Conditions, the original, all rows and the failures."""
     conditions = bench.conditions
     document: dict[str, Any] = {
         "conditions": {
@@ -34,7 +34,7 @@ def as_json(bench: TextBench) -> str:
 
 
 def as_markdown(bench: TextBench) -> str:
-    """The original, a line per row, and below it everything the numbers depend on."""
+    """The original, a line per row, and below it the conditions of the numbers."""
     tests = list(bench.conditions.tests)
     header = ["method", "bits", "bits/weight", "native", "file bits/weight"]
     for name in tests:
@@ -79,26 +79,26 @@ def _notes(bench: TextBench) -> list[str]:
     notes += [
         f"Calibration windows, unless a method says otherwise: {conditions.samples} x {conditions.seq_len} tokens, "
         f"seed {conditions.seed}.",
-        "± is one standard error, windows taken as independent draws. ratio: of the perplexity to the original's. KL: "
+        "± is one standard error, with windows as independent draws. ratio: perplexity over that of the original. KL: "
         "KL(original || method).",
-        "bits/weight: everything stored for the quantized layers over their weights. native: the same for a uniform "
+        "bits/weight: all bits stored for the quantized layers over their weights. native: the same for a uniform "
         "grid in a format of its own, which needs a float16 scale and an integer zero point per group, bits + (16 + "
-        "bits) / group; our container stores a float16 scale per plane and an offset. Other grids have no other form.",
-        "seconds and peak memory: of the process that quantizes, from its report; the machine may have had other work.",
-        *(["Peers are scored from what they decode; bits/weight is what they would store."] if peers else []),
+        "bits) / group; our container stores a float16 scale per plane and an offset. Other grids have no such format.",
+        "seconds and peak memory: of the quantizing process, from its report; other jobs may have been running.",
+        *(["Peers are scored by their decoded weights; bits/weight is the size they would store."] if peers else []),
         *origins(bench, lambda row: row.method),
     ]
     return [f"- {note}" for note in notes]
 
 
 def _ratios(bench: TextBench, row: Row) -> dict[str, float | None]:
-    """Perplexity over that of the original, by test; from log-likelihoods, which stay finite."""
-    found: dict[str, float | None] = {}
+    """Perplexity over that of the original, by test, from log-likelihoods, which stay finite."""
+    ratios: dict[str, float | None] = {}
     for name, score in row.scores.items():
         reference = bench.original.scores[name].nll if bench.original else math.inf
-        # Beyond what exp can say.
-        found[name] = None if score.perplexity is None or math.isinf(reference) else math.exp(score.nll - reference)
-    return found
+        # None where exp would overflow.
+        ratios[name] = None if score.perplexity is None or math.isinf(reference) else math.exp(score.nll - reference)
+    return ratios
 
 
 def _perplexity(score: TestScore) -> str:
@@ -118,7 +118,7 @@ def json_text(document: dict[str, Any]) -> str:
 
 
 def origins(bench: Bench[S], name: Callable[[RowOf[S]], str]) -> list[str]:
-    """What rows were made by and on, and why others were not. name: of a row, where sources are told apart."""
+    """Versions, machines and sources of the rows, and errors of failed ones. name: of a row in the list of sources."""
     rows = bench.ordered_rows()
     return [
         f"Versions: {listed(told(row.settings['artifact']['versions']) for row in rows)}.",
@@ -127,7 +127,10 @@ def origins(bench: Bench[S], name: Callable[[RowOf[S]], str]) -> list[str]:
             f"Sources {code[:16]}: {listed(name(row) for row in rows if row.code == code)}."
             for code in dict.fromkeys(row.code for row in rows)
         ),
-        *(f"Failed: `{each['method']}` at {each['bits']} bits: {each['error']}" for each in failures(bench)),
+        *(
+            f"Failed: `{failure['method']}` at {failure['bits']} bits: {failure['error']}"
+            for failure in failures(bench)
+        ),
     ]
 
 
@@ -136,7 +139,7 @@ def told(values: dict[str, str]) -> str:
 
 
 def listed(texts: Iterable[str]) -> str:
-    """Each text once."""
+    """The texts without duplicates."""
     return "; ".join(dict.fromkeys(texts))
 
 

@@ -1,1 +1,1 @@
-"""What `scripts/benchmark_vision.py` is made of."""
+"""The modules of `benchmark_vision.py`."""

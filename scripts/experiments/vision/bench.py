@@ -1,4 +1,4 @@
-"""Filling a table of vision models, see `quality.bench`."""
+"""Fills a table of vision models, see `quality.bench`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all rows of a table of vision models share, see `quality.conditions`."""
+"""The conditions that all rows of a table of vision models share, see `quality.conditions`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from shiftadd_cli.source import open_source
 
 @dataclass
 class ImageConditions:
-    """The model and the images of a table. model, calibration, test: as typed; dtype: computed in, see `evaluate`.
+    """The model and the images of a table. model, calibration, test: as typed; dtype: of computation, see `evaluate`.
 
-    Raises ShiftaddError when the model has no image processor, or is calibrated on the images of the test.
+    Raises ShiftaddError if the model has no image processor, or is calibrated on the images of the test.
     """
 
     score_kind: ClassVar[type[ImageTestScore]] = ImageTestScore
@@ -36,13 +36,13 @@ class ImageConditions:
 
     def __post_init__(self) -> None:
         source = open_source(self.model)
-        # Every row needs it; without this each would fail on its own, after its model was quantized.
+        # Every row needs it; without this check each row would fail after its model was quantized.
         source.load_image_processor()
         self.model_fingerprint = source.fingerprint
         self.calibration_fingerprint = load_images(self.calibration, split="calibration").fingerprint
         self.test_fingerprint = load_images(self.test, split="test").fingerprint
         if self.test_fingerprint == self.calibration_fingerprint:
-            raise CalibrationError(f"{self.test} is both calibrated on and the test; give other images.")
+            raise CalibrationError(f"{self.test} is both the calibration set and the test; give other images.")
 
     @property
     def test_name(self) -> str:
@@ -58,7 +58,7 @@ class ImageConditions:
 
     @cached_property
     def scoring(self) -> dict[str, Any]:
-        """The settings that fix how a model is scored."""
+        """The settings that determine how a model is scored."""
         return {
             "model": self.model_fingerprint,
             "test": self.test_fingerprint,
@@ -68,17 +68,17 @@ class ImageConditions:
         }
 
     def cell(self, method: Method, bits: int) -> Cell:
-        """Settle everything about one row. Raises RecipeError."""
+        """Resolve everything about one row. Raises RecipeError."""
         if method.peer is not None:
-            raise RecipeError(f"Method {method.label}: peers compress language models alone.")
+            raise RecipeError(f"Method {method.label}: peers compress only language models.")
         recipe = method.resolve(
             bits, {"calibration": self.calibration, "samples": self.samples, "seed": self.seed, "dtype": self.dtype}
         )
-        made = {
+        settings = {
             "model": self.model_fingerprint,
             "peer": None,
             "recipe": recipe_settings(recipe),
             "calibration": None if recipe.calibration == "none" else self.calibration_fingerprint,
             "versions": versions(),
         }
-        return Cell(method, bits, recipe, made, {"artifact": made, "scoring": self.scoring})
+        return Cell(method, bits, recipe, settings, {"artifact": settings, "scoring": self.scoring})

@@ -22,7 +22,7 @@ _SCORES = (
 
 
 def as_json(bench: ImageBench) -> str:
-    """Conditions, the original, all rows and what failed."""
+    """Conditions, the original, all rows and the failures."""
     conditions = bench.conditions
     document: dict[str, Any] = {
         "conditions": {
@@ -41,11 +41,11 @@ def as_json(bench: ImageBench) -> str:
 
 
 def as_markdown(bench: ImageBench) -> str:
-    """The original, a line per row, and below it everything the numbers depend on."""
+    """The original, a line per row, and below it the conditions of the numbers."""
     name, rows = bench.conditions.test_name, bench.ordered_rows()
     originals = [bench.original.scores[name]] if bench.original else []
     scores = [*originals, *(row.scores[name] for row in rows)]
-    shown = [each for each in _SCORES if any(getattr(score, each[0]) is not None for score in scores)]
+    shown = [entry for entry in _SCORES if any(getattr(score, entry[0]) is not None for score in scores)]
     header = ["method", "bits", "bits/weight", "file bits/weight", *(title for _, title, _, _ in shown)]
     header += ["seconds", "peak memory"]
     lines = [line(header), line(["---"] + ["---:"] * (len(header) - 1))]
@@ -60,13 +60,13 @@ def as_markdown(bench: ImageBench) -> str:
 
 
 def _cells(score: ImageTestScore, shown: list[tuple[str, str, int, int]]) -> list[str]:
-    found = []
+    cells = []
     for name, _, factor, digits in shown:
         value, error = getattr(score, name), getattr(score, f"{name}_error")
         unit = "%" if factor == 100 and value is not None else ""
-        times = [None if each is None else factor * each for each in (value, error)]
-        found.append(with_error(times[0], times[1], digits) + unit)
-    return found
+        times = [None if number is None else factor * number for number in (value, error)]
+        cells.append(with_error(times[0], times[1], digits) + unit)
+    return cells
 
 
 def _notes(bench: ImageBench, rows: list[ImageRow]) -> list[str]:
@@ -85,9 +85,9 @@ def _notes(bench: ImageBench, rows: list[ImageRow]) -> list[str]:
         amount = f", {conditions.samples} of them, seed {conditions.seed}" if images else ""
         notes.append(f"Calibration {images or 'none (weights only)'}{amount}: {users}.")
     notes += [
-        "± is one standard error, images taken as independent draws. KL: KL(original || method) of the class scores.",
-        "bits/weight: everything stored for the quantized layers over their weights.",
-        "seconds and peak memory: of the process that quantizes, from its report; the machine may have had other work.",
+        "± is one standard error, with images as independent draws. KL: KL(original || method) of the class scores.",
+        "bits/weight: all bits stored for the quantized layers over their weights.",
+        "seconds and peak memory: of the quantizing process, from its report; other jobs may have been running.",
         *origins(bench, lambda row: f"{row.method} ({row.bits} bits)"),
     ]
     return [f"- {note}" for note in notes]

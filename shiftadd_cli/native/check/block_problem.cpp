@@ -33,7 +33,7 @@ void normalise(double* row, const float* weight, int64_t count) {
     for (int64_t i = 0; i < count; ++i) row[i] *= factor * weight[i];
 }
 
-// Every row of as many numbers as the norm has weights.
+// Each row has as many numbers as the norm has weights.
 void normalise_rows(std::vector<double>& rows, const Buffer<float>& norm) {
     for (size_t at = 0; at < rows.size(); at += norm.size()) normalise(rows.data() + at, norm.data(), norm.size());
 }
@@ -74,7 +74,7 @@ BlockProblem::BlockProblem(Random& random)
     parts.push_back(matrix(columns, heads * size, rows, false, signs, random));
     for (int i = 0; i < 2; ++i) parts.push_back(matrix(inner, columns, rows, false, signs, random));
     parts.push_back(matrix(columns, inner, rows, false, signs, random));
-    // Weights of the size of a model's: products of such rows are of the size of the rows.
+    // Weights as large as a model's, so that products are as large as their inputs.
     for (Problem& part : parts)
         for (int64_t i = 0; i < part.row_scale.size(); ++i)
             part.row_scale[i] /= std::sqrt(static_cast<float>(part.shape.columns));
@@ -99,23 +99,23 @@ std::string BlockProblem::name() const {
 }
 
 DecoderBlock BlockProblem::block() const {
-    DecoderBlock found{projection(parts[0]), projection(parts[1]), projection(parts[2]), projection(parts[3]),
+    DecoderBlock block{projection(parts[0]), projection(parts[1]), projection(parts[2]), projection(parts[3]),
                        projection(parts[4]), projection(parts[5]), projection(parts[6]),
                        {}, kEpsilon, activation, size, 1 / std::sqrt(static_cast<float>(size)), residual, turned};
-    found.norms.joint = joint;
+    block.norms.joint = joint;
     if (inner_norms) {
-        found.norms.before_attention = norms[0].data();
-        found.norms.before_mlp = norms[1].data();
+        block.norms.before_attention = norms[0].data();
+        block.norms.before_mlp = norms[1].data();
     }
     if (head_norms) {
-        found.norms.query = norms[2].data();
-        found.norms.key = norms[3].data();
+        block.norms.query = norms[2].data();
+        block.norms.key = norms[3].data();
     }
     if (outer_norms) {
-        found.norms.after_attention = norms[4].data();
-        found.norms.after_mlp = norms[5].data();
+        block.norms.after_attention = norms[4].data();
+        block.norms.after_mlp = norms[5].data();
     }
-    return found;
+    return block;
 }
 
 Positions BlockProblem::positions() const {
@@ -133,11 +133,11 @@ Numbers BlockProblem::repeated(const Kernels& kernels, bool fast, int threads, i
 }
 
 Numbers BlockProblem::stacked(const Kernels& kernels, bool fast, int threads, int depth) const {
-    const DecoderBlock found = block();
+    const DecoderBlock decoder_block = block();
     std::vector<Numbers> all_keys, all_values;
     std::vector<BlockCache> caches;
     for (int block = 0; block < depth; ++block) {
-        // Room for more tokens than there will be, and not the same for all.
+        // Room for more tokens than needed, and different for each block.
         const int64_t capacity = tokens + 1 + 2 * block, heads_in_all = rows * key_heads;
         all_keys.emplace_back(type, heads_in_all * capacity * size);
         all_values.emplace_back(type, heads_in_all * capacity * size);
@@ -149,21 +149,21 @@ Numbers BlockProblem::stacked(const Kernels& kernels, bool fast, int threads, in
         caches.push_back({all_keys.back().data(), all_values.back().data(), capacity});
     }
     Numbers result(type, rows * columns);
-    decode_stack({kernels, fast, threads}, {std::vector<const DecoderBlock*>(depth, &found)},
+    decode_stack({kernels, fast, threads}, {std::vector<const DecoderBlock*>(depth, &decoder_block)},
                  {hidden.data(), type, rows}, positions(), caches, tokens, result.data());
     return result;
 }
 
 Numbers BlockProblem::output_of(const Kernels& kernels, bool fast, int threads, const Numbers& input) const {
     const Run run{kernels, fast, threads};
-    const DecoderBlock found = block();
-    const Hidden given{input.data(), type, rows};
+    const DecoderBlock decoder_block = block();
+    const Hidden state{input.data(), type, rows};
     Buffer<float> queries(rows * heads * size);
     Numbers new_keys(type, rows * key_heads * size), new_values(type, rows * key_heads * size);
     Numbers result(type, rows * columns);
-    decode_heads(run, found, given, positions(), queries.data(),
+    decode_heads(run, decoder_block, state, positions(), queries.data(),
                  {new_keys.data(), key_heads * size, size}, {new_values.data(), key_heads * size, size});
-    // As a cache does: the new token after those before it.
+    // Like a cache: the new token follows the earlier ones.
     const int64_t stride = (tokens + 1) * size;
     Numbers all_keys(type, rows * key_heads * stride), all_values(type, rows * key_heads * stride);
     for (int64_t head = 0; head < rows * key_heads; ++head)
@@ -173,7 +173,7 @@ Numbers BlockProblem::output_of(const Kernels& kernels, bool fast, int threads, 
             all_keys.set(at, i < tokens * size ? keys.get(old) : new_keys.get(fresh));
             all_values.set(at, i < tokens * size ? values.get(old) : new_values.get(fresh));
         }
-    decode_rest(run, found, given, queries.data(), {all_keys.data(), key_heads * stride, stride, size},
+    decode_rest(run, decoder_block, state, queries.data(), {all_keys.data(), key_heads * stride, stride, size},
                 {all_values.data(), key_heads * stride, stride, size}, tokens + 1, result.data());
     return result;
 }
@@ -191,7 +191,7 @@ std::vector<double> BlockProblem::expected() {
     if (inner_norms) normalise_rows(normed, norms[0]);
     std::vector<double> query = product(0, normed), key = product(1, normed);
     const std::vector<double> value = product(2, normed);
-    const auto place = [&](std::vector<double>& all, int64_t count, const Buffer<float>& norm) {
+    const auto normalise_and_turn = [&](std::vector<double>& all, int64_t count, const Buffer<float>& norm) {
         if (head_norms && joint) normalise_rows(all, norm);
         for (int64_t head = 0; head < rows * count; ++head) {
             double* numbers = all.data() + head * size;
@@ -205,8 +205,8 @@ std::vector<double> BlockProblem::expected() {
             }
         }
     };
-    place(query, heads, norms[2]);
-    place(key, key_heads, norms[3]);
+    normalise_and_turn(query, heads, norms[2]);
+    normalise_and_turn(key, key_heads, norms[3]);
     std::vector<double> attended(rows * heads * size);
     for (int64_t task = 0; task < rows * heads; ++task) {
         const int64_t head = task / heads * key_heads + task % heads / (heads / key_heads);

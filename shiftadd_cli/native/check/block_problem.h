@@ -1,4 +1,4 @@
-// A random decoder block, and what it makes of a token by the plainest formulas in double precision.
+// A random decoder block, and its output for a token by the plainest formulas in double precision.
 #pragma once
 
 #include <string>
@@ -21,18 +21,17 @@ struct BlockProblem {
     Activation activation;
     std::vector<Problem> parts;  // query, key, value, output, gate, up, down
     std::vector<Buffer<float>> norms;
-    Numbers hidden, cosines, sines, keys, values;  // of the tokens before
+    Numbers hidden, cosines, sines, keys, values;  // keys, values: of the earlier tokens
 
     explicit BlockProblem(Random& random);
     std::string name() const;
 
-    // The block's output on this many threads, the cache of keys and values a plain tensor [rows][heads][tokens][size].
+    // The block's output, with a plain tensor [rows][heads][tokens][size] as the cache of keys and values.
     Numbers output(const Kernels& kernels, bool fast, int threads) const;
-    // The output of so many of these blocks one after the other, each with a cache of its own: in one call, and by
-    // calls of single blocks.
+    // The output of `depth` such blocks in sequence, each with its own cache: in one call, and with one call per block.
     Numbers stacked(const Kernels& kernels, bool fast, int threads, int depth) const;
     Numbers repeated(const Kernels& kernels, bool fast, int threads, int depth) const;
-    // Puts other activations into the parts.
+    // The exact output. Replaces the activations of the parts.
     std::vector<double> expected();
 
 private:

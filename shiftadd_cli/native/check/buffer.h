@@ -1,4 +1,4 @@
-// Memory of exactly the size that is asked for: an access outside it ends the program.
+// Memory of exactly the requested size: an access outside it ends the program.
 #pragma once
 
 #include <cstddef>
@@ -9,12 +9,12 @@
 
 namespace shiftadd::check {
 
-// Bytes up to an unreadable page, or from the address sanitizer's heap, which watches every byte around them.
+// Bytes that end at an unreadable page, or from the address sanitizer's heap, which watches every byte around them.
 void* exact_allocate(size_t bytes);
-// Ends the program if the bytes before the buffer, as far as they are readable, are not as they were.
+// Ends the program if the readable bytes before the buffer have changed.
 void exact_free(void* memory, size_t bytes);
 
-// `count` numbers, all bytes 0xff at first: as floats not-a-numbers, so that reading what nobody wrote shows.
+// `count` numbers, all bytes 0xff at first: NaN as floats, which exposes reads of unwritten numbers.
 template <class T>
 class Buffer {
     static_assert(std::is_trivially_copyable_v<T>);

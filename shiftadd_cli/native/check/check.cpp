@@ -1,10 +1,10 @@
-// Checks the kernels without Python, so that sanitizers and emulators can watch: every instruction set that this
-// processor runs against the plainest formula in double precision, in buffers of exactly the right size, from one
-// thread and from many.
+// Checks the kernels without Python, so that sanitizers and emulators can run them: compares every instruction set of
+// this processor with the plainest formula in double precision, in buffers of exactly the right size, on one thread and
+// on many.
 //
 // usage: check [--quick] [--seed N]
 //
-// One line per instruction set, then `N passed, N failed`; ends with 1 if anything failed.
+// One line per instruction set, then `N passed, N failed`; exits with 1 if anything failed.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -24,7 +24,7 @@ namespace {
 void check_all(uint64_t seed, bool quick) {
     Tally rest;
     std::vector<Tally> tallies;
-    for (const Kernels* const* each = available_kernels(); *each; ++each) tallies.emplace_back();
+    for (const Kernels* const* set = available_kernels(); *set; ++set) tallies.emplace_back();
 
     const int problems = quick ? 40 : 300;
     for (int number = 0; number < problems; ++number) {
@@ -60,20 +60,20 @@ void check_all(uint64_t seed, bool quick) {
     check_pool(quick ? 1000 : 20000, rest);
     check_together(quick ? 100 : 1000, rest);
 #if !defined(__SANITIZE_THREAD__)
-    // The thread sanitizer watches neither children nor the library that carries exceptions from thread to thread.
+    // The thread sanitizer watches neither child processes nor the library that passes exceptions between threads.
     check_exceptions(rest);
     check_fork(random, rest);
 #endif
 #if !SHIFTADD_SANITIZED && defined(__x86_64__)
-    // Sanitizers need more addresses than the limit leaves, and the emulator does not keep to it.
+    // Sanitizers need more addresses than the limit allows, and the emulator ignores it.
     check_without_threads(rest);
     check_without_memory(random, rest);
 #endif
     std::printf("%-12s %ld passed, %ld failed\n", "the rest", rest.passed, rest.failed);
-    for (const Tally& each : tallies) rest.add(each);
+    for (const Tally& tally : tallies) rest.add(tally);
     std::printf("%ld passed, %ld failed\n", rest.passed, rest.failed);
     std::fflush(nullptr);
-    // Ends while the workers still look for work, as a process may.
+    // Exits while the workers still wait for work, as any process may.
     Pool::shared().run(8, kThreads, [](int64_t) {});
     std::exit(rest.failed ? 1 : 0);
 }

@@ -10,7 +10,7 @@
 namespace shiftadd::check {
 namespace {
 
-// Of whole blocks, relative to the norm of their output; few and narrow layers average less of the 16 bits away.
+// Errors of whole blocks, relative to the norm of their output; few, narrow layers average out less 16-bit rounding.
 constexpr double kExactBlockError = 1e-5, kFastBlockError = 1e-2;
 
 }  // namespace
@@ -50,12 +50,13 @@ void check_rotation(const Kernels& kernels, Random& random, bool quick, Tally& t
             for (int64_t b = 0; b < rows; ++b) {
                 std::vector<double> row(columns);
                 for (int64_t c = 0; c < columns; ++c) row[c] = x.get(b * columns + c);
-                const std::vector<double> turned = rotated(row, signs, order);
+                const std::vector<double> rotated_row = rotated(row, signs, order);
                 double largest = 0;
-                for (double each : turned) largest = std::max(largest, std::fabs(each));
+                for (double value : rotated_row) largest = std::max(largest, std::fabs(value));
                 for (int64_t c = 0; c < columns; ++c) {
-                    const double rounding = type == Number::kBFloat16 ? kBFloat16Rounding * std::fabs(turned[c]) : 0;
-                    const double error = std::fabs(output.get(b * columns + c) - turned[c]);
+                    const double rounding =
+                        type == Number::kBFloat16 ? kBFloat16Rounding * std::fabs(rotated_row[c]) : 0;
+                    const double error = std::fabs(output.get(b * columns + c) - rotated_row[c]);
                     right = right && error <= kExactRoundings * kFloatRounding * (largest + 1) + rounding;
                 }
             }
@@ -81,15 +82,15 @@ void check_codes(const Kernels& kernels, Random& random, Tally& tally) {
         multiply_codes(kernels, matrix, {x.data(), type, batch, {nullptr, 1}}, together.data(), kThreads);
         bool right = together == alone;
         for (int64_t i = 0; i < batch * rows; ++i) {
-            double wanted = 0, size = 0;
+            double expected = 0, size = 0;
             for (int64_t column = 0; column < columns; ++column) {
                 const double term = codes[i % rows * columns + column] * static_cast<double>(scale.get(i % rows)) *
                                     x.get(i / rows * columns + column);
-                wanted += term;
+                expected += term;
                 size += std::fabs(term);
             }
-            const double last = type == Number::kBFloat16 ? kBFloat16Rounding * std::fabs(wanted) : 0;
-            right = right && std::fabs(alone.get(i) - wanted) <= kExactRoundings * kFloatRounding * size + last;
+            const double last = type == Number::kBFloat16 ? kBFloat16Rounding * std::fabs(expected) : 0;
+            right = right && std::fabs(alone.get(i) - expected) <= kExactRoundings * kFloatRounding * size + last;
         }
         tally.expect(right, described());
     }
@@ -97,14 +98,15 @@ void check_codes(const Kernels& kernels, Random& random, Tally& tally) {
 
 void check_attention(const Kernels& kernels, Random& random, Tally& tally) {
     for (int turn = 0; turn < 60; ++turn) {
-        const int64_t size = random.between(1, 80), tokens = random.between(1, 200), stride = size + random.between(0, 9);
+        const int64_t size = random.between(1, 80), tokens = random.between(1, 200);
+        const int64_t stride = size + random.between(0, 9);
         const Number type = turn % 2 ? Number::kFloat32 : Number::kBFloat16;
         describe(std::string(kernels.name) + " attention, " + std::to_string(tokens) + " tokens of " +
                  std::to_string(size));
         Buffer<float> query(size), scores(tokens), output(size);
-        // The last token has no gap behind it.
+        // No gap follows the last token.
         Numbers keys(type, (tokens - 1) * stride + size), values(type, keys.size());
-        // Also scores so far apart that most shares vanish.
+        // In some turns, scores are so far apart that most shares vanish.
         const double spread = turn % 3 == 0 ? 30 : 1;
         for (int64_t i = 0; i < size; ++i) query[i] = static_cast<float>(spread * random.normal());
         for (int64_t i = 0; i < keys.size(); ++i) {
@@ -113,7 +115,7 @@ void check_attention(const Kernels& kernels, Random& random, Tally& tally) {
         }
         kernels.attend({query.data(), keys.data(), values.data(), tokens, stride, stride, size, type, 0.25f,
                         scores.data(), output.data()});
-        std::vector<double> wanted(size), shares(tokens);
+        std::vector<double> expected(size), shares(tokens);
         double largest = -1e300, total = 0;
         for (int64_t token = 0; token < tokens; ++token) {
             for (int64_t i = 0; i < size; ++i) shares[token] += 0.25 * query[i] * keys.get(token * stride + i);
@@ -123,9 +125,9 @@ void check_attention(const Kernels& kernels, Random& random, Tally& tally) {
         bool right = true;
         for (int64_t i = 0; i < size; ++i) {
             for (int64_t token = 0; token < tokens; ++token)
-                wanted[i] += shares[token] / total * values.get(token * stride + i);
-            // Scores of some hundreds are only known to their last place.
-            right = right && std::fabs(output[i] - wanted[i]) <= 2e-6 * spread * 4;
+                expected[i] += shares[token] / total * values.get(token * stride + i);
+            // Scores of some hundreds are exact only to their last place.
+            right = right && std::fabs(output[i] - expected[i]) <= 2e-6 * spread * 4;
         }
         tally.expect(right, described());
         query[0] = std::numeric_limits<float>::quiet_NaN();
@@ -133,7 +135,7 @@ void check_attention(const Kernels& kernels, Random& random, Tally& tally) {
                         scores.data(), output.data()});
         bool spoilt = true;
         for (int64_t i = 0; i < size; ++i) spoilt = spoilt && !std::isfinite(output[i]);
-        tally.expect(spoilt, described() + ", of a query that is no number");
+        tally.expect(spoilt, described() + ", with NaN in the query");
     }
     describe(std::string(kernels.name) + " gate");
     Buffer<float> gate(301), up(301), output(301);
@@ -145,9 +147,9 @@ void check_attention(const Kernels& kernels, Random& random, Tally& tally) {
         kernels.gate(activation, gate.data(), up.data(), gate.size(), output.data());
         bool right = true;
         for (int64_t i = 0; i < gate.size(); ++i) {
-            const double wanted = activated(activation, gate[i]) * up[i];
-            // Large exponents are rounded, and of 1 + tanh double precision knows no less.
-            right = right && std::fabs(output[i] - wanted) <= 2e-5 * std::fabs(wanted) + 1e-14;
+            const double expected = activated(activation, gate[i]) * up[i];
+            // Large exponents are rounded, and double precision resolves 1 + tanh no better.
+            right = right && std::fabs(output[i] - expected) <= 2e-5 * std::fabs(expected) + 1e-14;
         }
         tally.expect(right, described());
     }
@@ -156,21 +158,21 @@ void check_attention(const Kernels& kernels, Random& random, Tally& tally) {
 void check_block(const Kernels& kernels, const BlockProblem& problem, const std::vector<double>& expected,
                  Tally& tally) {
     double norm = 0;
-    for (double each : expected) norm += each * each;
+    for (double value : expected) norm += value * value;
     for (bool fast : {false, true}) {
-        const std::string what = std::string(kernels.name) + (fast ? " fast, " : " exact, ") + problem.name();
-        describe(what);
+        const std::string name = std::string(kernels.name) + (fast ? " fast, " : " exact, ") + problem.name();
+        describe(name);
         const Numbers alone = problem.output(kernels, fast, 1);
         double errors = 0;
         for (int64_t i = 0; i < alone.size(); ++i)
             errors += (alone.get(i) - expected[i]) * (alone.get(i) - expected[i]);
         const double rounding = problem.type == Number::kBFloat16 ? kBFloat16Rounding : 0;
-        tally.expect(std::sqrt(errors / norm) <= rounding + (fast ? kFastBlockError : kExactBlockError), what);
+        tally.expect(std::sqrt(errors / norm) <= rounding + (fast ? kFastBlockError : kExactBlockError), name);
         const Numbers together = problem.output(kernels, fast, kThreads);
-        tally.expect(together == alone, what + ": other bits on more threads");
+        tally.expect(together == alone, name + ": other bits on more threads");
         const Numbers deep = problem.repeated(kernels, fast, 1, 3);
         for (int threads : {1, kThreads})
-            tally.expect(problem.stacked(kernels, fast, threads, 3) == deep, what + ": other bits in a stack");
+            tally.expect(problem.stacked(kernels, fast, threads, 3) == deep, name + ": other bits in a stack");
     }
 }
 

@@ -1,4 +1,4 @@
-// Checks of what a block of a model is made of beside its products, and of whole blocks.
+// Checks of the parts of a model's block other than its products, and of whole blocks.
 #pragma once
 
 #include <vector>
@@ -8,13 +8,13 @@
 
 namespace shiftadd::check {
 
-// Look-up tables and their sums are the same bits in every instruction set.
+// Look-up tables and their units have the same bits in every instruction set.
 void check_tables(const Kernels& kernels, Random& random, Tally& tally);
-// Rotations of rows by their definition.
+// Rotations of rows against their definition.
 void check_rotation(const Kernels& kernels, Random& random, bool quick, Tally& tally);
 // Rows of 8-bit codes against their formula.
 void check_codes(const Kernels& kernels, Random& random, Tally& tally);
-// One head's attention over tokens that lie apart, and the MLP's gate, each against its formula.
+// One head's attention over tokens with gaps between them, and the MLP's gate, each against its formula.
 void check_attention(const Kernels& kernels, Random& random, Tally& tally);
 // A whole block of a decoder, exact and fast, on one thread and on more.
 void check_block(const Kernels& kernels, const BlockProblem& problem, const std::vector<double>& expected,

@@ -15,7 +15,7 @@
 namespace shiftadd::check {
 namespace {
 
-// A team as torch's: the caller and threads beside it, of which some come late and one not at all.
+// A team like torch's: the caller and other threads, some of which start late and one never.
 void threads_of_our_own(void (*work)(void*), void* data, unsigned threads, unsigned) {
     std::vector<std::thread> others;
     for (unsigned i = 2; i < threads; ++i)
@@ -38,8 +38,8 @@ void check_pool(int rounds, Tally& tally) {
             const int64_t count = random.between(0, 9);
             std::vector<int> calls(count);
             pool.run(count, static_cast<int>(random.between(0, 5)), [&](int64_t i) { ++calls[i]; });
-            right = right && std::all_of(calls.begin(), calls.end(), [](int each) { return each == 1; });
-            // Long enough now and then for the workers to fall asleep.
+            right = right && std::all_of(calls.begin(), calls.end(), [](int number) { return number == 1; });
+            // From time to time, a pause long enough for the workers to fall asleep.
             if (round % 64 == 0) std::this_thread::sleep_for(std::chrono::microseconds(300));
         }
         return right;
@@ -74,7 +74,7 @@ void check_exceptions(Tally& tally) {
                 --inside;
             });
         } catch (const std::runtime_error&) {
-            // Only the task that threw has not left.
+            // Only the task that threw did not finish.
             caught = inside == 1;
         }
         tally.expect(caught, described());
@@ -98,7 +98,8 @@ void check_together(int rounds, Tally& tally) {
                         std::vector<int> calls(random.between(0, 9));
                         Pool::shared().run(static_cast<int64_t>(calls.size()), static_cast<int>(random.between(1, 4)),
                                            [&](int64_t i) { ++calls[i]; });
-                        const bool once = std::all_of(calls.begin(), calls.end(), [](int each) { return each == 1; });
+                        const bool once =
+                            std::all_of(calls.begin(), calls.end(), [](int number) { return number == 1; });
                         ++(once ? right : wrong);
                     }
                 });

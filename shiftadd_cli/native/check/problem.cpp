@@ -28,10 +28,10 @@ double Random::normal() {
 }
 
 Shape random_shape(Random& random, bool large) {
-    const auto size = [&](int64_t middle, int64_t most) {
+    const auto size = [&](int64_t middle, int64_t largest) {
         const int64_t kind = random.between(0, 3);
         return kind == 0 ? random.between(1, 40) : kind < 3 || !large ? random.between(41, middle)
-                                                                      : random.between(middle, most);
+                                                                      : random.between(middle, largest);
     };
     Shape shape{};
     shape.rows = size(200, 600);
@@ -64,7 +64,7 @@ float Numbers::get(int64_t at) const {
 }
 
 void Numbers::set(int64_t at, float value) {
-    // Cutting off instead of rounding is good enough for inputs; a not-a-number must not become infinite.
+    // Truncating instead of rounding is good enough for inputs; NaN must not become infinite.
     if (type_ == Number::kFloat32) floats_[at] = value;
     else halves_[at] = std::isnan(value) ? 0x7fc0 : static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);
 }
@@ -76,10 +76,10 @@ std::vector<double> rotated(const std::vector<double>& row, const Buffer<float>&
     while (4 * root * root <= order) root *= 2;
     std::vector<double> result(row.size());
     for (size_t i = 0; i < row.size(); ++i) {
-        const int64_t start = static_cast<int64_t>(i) / order * order, place = static_cast<int64_t>(i) - start;
+        const int64_t start = static_cast<int64_t>(i) / order * order, index = static_cast<int64_t>(i) - start;
         for (int64_t j = 0; j < order; ++j) {
             const double term = row[start + j] * signs[start + j];
-            result[i] += std::popcount(static_cast<uint64_t>(place & j)) % 2 ? -term : term;
+            result[i] += std::popcount(static_cast<uint64_t>(index & j)) % 2 ? -term : term;
         }
         result[i] /= static_cast<double>(root);
     }
@@ -96,7 +96,7 @@ Problem::Problem(const Shape& given, Values kind, Random& random)
         pack_stripe(layout, codes.data(), words.data(), stripe);
     });
 
-    // Scales of rows beyond the last are of no consequence, whatever they are.
+    // Scales of rows beyond the last have no effect.
     if (shape.scale_codes) {
         scale_codes = Buffer<uint8_t>(groups * shape.bits);
         for (int64_t i = 0; i < scale_codes.size(); ++i) scale_codes[i] = static_cast<uint8_t>(random.next());
@@ -151,21 +151,21 @@ Expected Problem::expected() const {
         return std::ldexp(1.0, -e) + (d == 0 ? 0 : std::ldexp(minus ? -1.0 : 1.0, -e - d));
     };
 
-    // Activations as they are multiplied, and by how much rounding may have moved them, in units of a rounding.
+    // The activations that are multiplied, and their possible rounding errors, in units of a rounding.
     std::vector<double> inputs(shape.batch * columns), moved(shape.batch * columns);
     for (int64_t b = 0; b < shape.batch; ++b) {
         std::vector<double> row(columns);
         for (int64_t c = 0; c < columns; ++c) row[c] = x.get(b * columns + c);
         if (shape.signs) {
             const int64_t order = rotation_order(columns);
-            const std::vector<double> turned = rotated(row, signs, order);
+            const std::vector<double> rotated_row = rotated(row, signs, order);
             for (int64_t start = 0; start < columns; start += order) {
                 double squares = 0;
-                for (int64_t c = start; c < start + order; ++c) squares += turned[c] * turned[c];
+                for (int64_t c = start; c < start + order; ++c) squares += rotated_row[c] * rotated_row[c];
                 for (int64_t c = start; c < start + order; ++c)
                     moved[b * columns + c] = std::sqrt(squares / static_cast<double>(order));
             }
-            row = turned;
+            row = rotated_row;
         }
         std::copy(row.begin(), row.end(), inputs.begin() + b * columns);
     }

@@ -10,7 +10,7 @@
 
 namespace shiftadd::check {
 
-// splitmix64 (Vigna), the same everywhere, which the distributions of <random> are not.
+// splitmix64 (Vigna), the same everywhere, unlike the distributions of <random>.
 class Random {
 public:
     explicit Random(uint64_t seed) : state_(seed) {}
@@ -45,7 +45,7 @@ public:
     void* data();
     const void* data() const;
     float get(int64_t at) const;
-    void set(int64_t at, float value);  // rounded to the type
+    void set(int64_t at, float value);  // truncated to the type
     int64_t size() const { return type_ == Number::kFloat32 ? floats_.size() : halves_.size(); }
     bool operator==(const Numbers& other) const { return floats_ == other.floats_ && halves_ == other.halves_; }
 
@@ -55,12 +55,12 @@ private:
     Buffer<uint16_t> halves_;
 };
 
-// What a product should be, [batch][rows].
+// The exact product, [batch][rows].
 struct Expected {
     std::vector<double> values;
-    // Sums of the absolute values of the terms of single planes, to measure roundings by.
+    // Sums of the absolute values of the terms of single planes, the measure for roundings.
     std::vector<double> sizes;
-    // Norm of the products without biases, or what it would be if no terms cancelled, whichever is larger.
+    // Norm of the products without biases, or their norm if no terms cancelled, whichever is larger.
     double norm = 0;
 };
 
@@ -68,7 +68,7 @@ struct Problem {
     Shape shape;
     Values values;
     Layout layout;
-    Buffer<uint8_t> codes;  // as stored, bits beyond the last column at random
+    Buffer<uint8_t> codes;  // as stored, with random bits beyond the last column
     Buffer<uint32_t> words;
     Buffer<uint8_t> scale_codes;
     Buffer<float> scales, offsets, row_scale, bias, signs;

@@ -16,7 +16,7 @@
 namespace shiftadd::check {
 namespace {
 
-// What `inside` returns in a child process, which gets half a minute.
+// The result of `inside` in a child process, which has half a minute.
 template <class Inside>
 bool in_child(Inside inside) {
     std::fflush(nullptr);
@@ -30,14 +30,14 @@ bool in_child(Inside inside) {
     return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
-// Leaves this process room for small things only.
+// Leaves this process memory for small allocations only.
 bool limit_memory() {
     long pages = 0;
     std::FILE* sizes = std::fopen("/proc/self/statm", "r");
     if (!sizes || std::fscanf(sizes, "%ld", &pages) != 1) return false;
     std::fclose(sizes);
-    const rlim_t most = static_cast<rlim_t>(pages) * sysconf(_SC_PAGESIZE) + (2 << 20);
-    const rlimit limit{most, most};
+    const rlim_t max_bytes = static_cast<rlim_t>(pages) * sysconf(_SC_PAGESIZE) + (2 << 20);
+    const rlimit limit{max_bytes, max_bytes};
     return setrlimit(RLIMIT_AS, &limit) == 0;
 }
 
@@ -59,7 +59,7 @@ void check_fork(Random& random, Tally& tally) {
     for (int i = 0; i < 10; ++i) right = right && in_child(same);
     stop = true;
     busy.join();
-    tally.expect(right, "children of a parent whose pool is at work");
+    tally.expect(right, "children of a parent whose pool is busy");
 }
 
 void check_without_threads(Tally& tally) {
@@ -69,7 +69,7 @@ void check_without_threads(Tally& tally) {
         std::atomic<int> calls{0};
         for (int round = 1; round <= 3; ++round) {
             try {
-                // The parent leaves some stacks over, but not hundreds.
+                // Some stacks of the parent's threads are left, but not hundreds.
                 Pool::shared().run(500, 500, [&](int64_t) { ++calls; });
             } catch (const std::exception&) {
                 return false;

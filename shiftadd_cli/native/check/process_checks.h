@@ -1,4 +1,4 @@
-// Checks in processes of their own: children, and what happens where threads or memory run out.
+// Checks in separate processes: children, and processes that run out of threads or memory.
 #pragma once
 
 #include "problem.h"
@@ -6,11 +6,11 @@
 
 namespace shiftadd::check {
 
-// Children have none of their parent's workers, and start their own.
+// Children do not have their parent's workers, and start their own.
 void check_fork(Random& random, Tally& tally);
-// A process that may start no more threads computes with those that it has.
+// A process that cannot start more threads computes with those that it has.
 void check_without_threads(Tally& tally);
-// A product that finds no memory says so, and the next one that does is right.
+// A product without enough memory throws, and the next one with enough memory is right.
 void check_without_memory(Random& random, Tally& tally);
 
 }  // namespace shiftadd::check

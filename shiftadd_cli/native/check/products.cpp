@@ -16,10 +16,10 @@ namespace shiftadd::check {
 namespace {
 
 constexpr double kFastError = 2e-3;
-// Equal numbers are rounded the same way every time: their roundings add up, and do not average.
+// Equal numbers are rounded the same way every time, so their roundings add up instead of averaging out.
 constexpr double kEqualFastError = 3e-3;
 
-// Whether a product is right, row `skip` of the batch apart.
+// Whether a product is right, except for row `skip` of the batch.
 bool is_right(const Problem& problem, const Expected& expected, const Numbers& output, bool fast, Tally& tally,
               int64_t skip = -1) {
     const bool rounded = problem.shape.type == Number::kBFloat16;
@@ -31,7 +31,7 @@ bool is_right(const Problem& problem, const Expected& expected, const Numbers& o
         if (i / problem.shape.rows == skip) continue;
         const double value = output.get(i), error = std::fabs(value - expected.values[i]);
         errors += error * error;
-        // Not-a-numbers must fail, so comparisons ask for what is right.
+        // NaN must fail, so the comparisons test for right values, not for wrong ones.
         if (fast) continue;
         const double last = rounded ? kBFloat16Rounding * std::fabs(expected.values[i]) : 0;
         const double unit = kFloatRounding * expected.sizes[i] * (1 + (rounded ? kBFloat16Rounding : 0));
@@ -41,8 +41,8 @@ bool is_right(const Problem& problem, const Expected& expected, const Numbers& o
     }
     if (!fast) return right;
     double values = 0;
-    for (double each : expected.values) values += each * each;
-    // Outputs in bfloat16 are rounded, and inputs once more if they were rotated first.
+    for (double value : expected.values) values += value * value;
+    // Outputs in bfloat16 are rounded, and so are inputs after a rotation.
     const double roundings = rounded ? kBFloat16Rounding * (problem.shape.signs ? 1.5 : 1) : 0;
     const double allowed = (equal ? kEqualFastError : kFastError) * expected.norm +
                            roundings * std::max(std::sqrt(values), expected.norm);
@@ -82,13 +82,13 @@ void check_packing(const Problem& problem, Tally& tally) {
 void check_products(const Kernels& kernels, const Problem& problem, const Expected& expected, Tally& tally) {
     static int turn = 0;
     for (Way way : kWays) {
-        const std::string what = std::string(kernels.name) + " " + way.name() + ", " + problem.name();
-        describe(what);
+        const std::string name = std::string(kernels.name) + " " + way.name() + ", " + problem.name();
+        describe(name);
         const Numbers alone = product(kernels, problem, way, 1);
-        tally.expect(is_right(problem, expected, alone, way.fast, tally), what);
+        tally.expect(is_right(problem, expected, alone, way.fast, tally), name);
         const int threads = 2 + turn++ % (kThreads - 1);
         const Numbers together = product(kernels, problem, way, threads);
-        tally.expect(together == alone, what + ": other bits on " + std::to_string(threads) + " threads");
+        tally.expect(together == alone, name + ": other bits on " + std::to_string(threads) + " threads");
     }
 }
 
@@ -105,32 +105,32 @@ void check_not_finite(const Kernels& kernels, Random& random, Tally& tally) {
             const Expected expected = problem.expected();
             problem.x.set(shape.columns + random.between(0, shape.columns - 1), value);
             for (Way way : kWays) {
-                const std::string what = std::string(kernels.name) + " " + way.name() + ", " + problem.name() +
+                const std::string name = std::string(kernels.name) + " " + way.name() + ", " + problem.name() +
                                          ", with " + std::to_string(value);
-                describe(what);
+                describe(name);
                 const Numbers output = product(kernels, problem, way, 2);
                 bool right = is_right(problem, expected, output, way.fast, tally, 1);
-                // Of the largest number only the neighbours are checked: its own row may overflow or not.
+                // For the largest number, only the other rows are checked: its own row may or may not overflow.
                 if (!(std::fabs(value) <= FLT_MAX))
                     for (int64_t row = 0; row < shape.rows; ++row)
                         right = right && !std::isfinite(output.get(shape.rows + row));
-                tally.expect(right, what);
+                tally.expect(right, name);
             }
         }
-    // Numbers so small that their unit in 16 bits is no normal one leave the bias.
+    // Numbers so small that their unit in 16 bits is subnormal leave only the bias.
     for (float value : {1e-45f, 1e-40f, 1e-36f, 1e-33f, 1e-28f}) {
         const Shape shape{40, 64, 32, 3, 2, true, true, true, false, Number::kFloat32};
         Problem problem(shape, Values::kNormal, random);
         for (int64_t i = 0; i < problem.x.size(); ++i) problem.x.set(i, random.coin() ? value : -value);
         const Expected expected = problem.expected();
         for (Way way : kWays) {
-            const std::string what = std::string(kernels.name) + " " + way.name() + " of " + std::to_string(value);
-            describe(what);
+            const std::string name = std::string(kernels.name) + " " + way.name() + " of " + std::to_string(value);
+            describe(name);
             const Numbers output = product(kernels, problem, way, 2);
             bool right = true;
             for (int64_t i = 0; i < output.size(); ++i)
                 right = right && std::fabs(output.get(i) - expected.values[i]) <= 1e-6 * expected.sizes[i];
-            tally.expect(right, what);
+            tally.expect(right, name);
         }
     }
 }
@@ -157,7 +157,7 @@ void check_concurrent_calls(const Kernels& kernels, Random& random, int repeats,
         });
     for (auto& caller : callers) caller.join();
     tally.passed += right;
-    if (wrong) tally.expect(false, described() + ": " + std::to_string(wrong) + " differ from calls alone");
+    if (wrong) tally.expect(false, described() + ": " + std::to_string(wrong) + " differ from single calls");
 }
 
 }  // namespace shiftadd::check

@@ -25,13 +25,13 @@ inline constexpr Way kWays[] = {{Method::kLookUp, false},   {Method::kLookUp, tr
 // The output of a problem, [batch][rows].
 Numbers product(const Kernels& kernels, const Problem& problem, Way way, int threads);
 
-// Unpacking gives back what was packed, and padding is zeros.
+// Unpacking restores the packed planes, and padding is zero.
 void check_packing(const Problem& problem, Tally& tally);
 // Every way against the expected values, and any number of threads against one.
 void check_products(const Kernels& kernels, const Problem& problem, const Expected& expected, Tally& tally);
-// An activation that is no number spoils its own row of the output, and no other.
+// An activation that is not finite spoils only its own row of the output.
 void check_not_finite(const Kernels& kernels, Random& random, Tally& tally);
-// Several threads of the program at once, each with a problem of its own.
+// Several threads of the program at the same time, each with its own problem.
 void check_concurrent_calls(const Kernels& kernels, Random& random, int repeats, Tally& tally);
 
 }  // namespace shiftadd::check

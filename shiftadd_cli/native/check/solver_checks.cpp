@@ -12,14 +12,14 @@
 namespace shiftadd::check {
 namespace {
 
-// Of sums of squares, whose terms do not cancel: rounding goes with the root of their number, times what is already there.
+// For sums of squares, whose terms do not cancel: rounding grows with the root of their number, times the present sum.
 constexpr double kMomentRoundings = 4 * kExactRoundings;
 
 }  // namespace
 
 void check_moments(const Kernels& kernels, Random& random, bool quick, Tally& tally) {
     for (int turn = 0; turn < (quick ? 24 : 120); ++turn) {
-        // Also more tokens than are added up at once, and an odd number of them.
+        // In some turns, more tokens than are summed in one pass, or an odd number of them.
         const int64_t columns = random.between(1, 110), tokens = random.between(1, turn % 3 ? 60 : 1200);
         const Number type = turn % 2 ? Number::kFloat32 : Number::kBFloat16;
         const bool crossed = random.coin(), weighted = turn % 4 > 1;
@@ -33,26 +33,26 @@ void check_moments(const Kernels& kernels, Random& random, bool quick, Tally& ta
         for (int64_t t = 0; t < tokens; ++t) roots[t] = static_cast<float>(random.uniform());
         for (int64_t i = 0; i < hessian.size(); ++i) hessian[i] = cross[i] = static_cast<float>(random.normal());
         Buffer<float> sums[2][2];
-        for (auto& each : sums)
-            for (auto& sum : each) {
+        for (auto& pair : sums)
+            for (auto& sum : pair) {
                 sum = Buffer<float>(columns * columns);
-                std::memcpy(sum.data(), (&sum == &each[0] ? hessian : cross).data(), sum.size() * sizeof(float));
+                std::memcpy(sum.data(), (&sum == &pair[0] ? hessian : cross).data(), sum.size() * sizeof(float));
             }
         for (int i = 0; i < 2; ++i)
             add_moments(kernels, {x.data(), type, columns, weighted ? roots.data() : nullptr, 0, tokens},
                         crossed ? other.data() : nullptr, sums[i][0].data(), crossed ? sums[i][1].data() : nullptr,
                         i ? kThreads : 1);
         bool right = true;
-        const auto compare = [&](const Buffer<float>& found, const Buffer<float>& before, const Numbers& left, int64_t i,
-                                 int64_t j) {
-            double wanted = before[i * columns + j], size = std::fabs(wanted);
+        const auto compare = [&](const Buffer<float>& result, const Buffer<float>& before, const Numbers& left,
+                                 int64_t i, int64_t j) {
+            double expected = before[i * columns + j], size = std::fabs(expected);
             for (int64_t t = 0; t < tokens; ++t) {
                 const double root = weighted ? roots[t] : 1;
                 const double term = root * left.get(t * columns + i) * root * x.get(t * columns + j);
-                wanted += term;
+                expected += term;
                 size += std::fabs(term);
             }
-            right = right && std::fabs(found[i * columns + j] - wanted) <= kMomentRoundings * kFloatRounding * size;
+            right = right && std::fabs(result[i * columns + j] - expected) <= kMomentRoundings * kFloatRounding * size;
         };
         for (int64_t i = 0; i < columns; ++i)
             for (int64_t j = 0; j < columns; ++j) {
@@ -60,7 +60,8 @@ void check_moments(const Kernels& kernels, Random& random, bool quick, Tally& ta
                 if (crossed) compare(sums[0][1], cross, other, i, j);
             }
         tally.expect(right, described());
-        tally.expect(sums[0][0] == sums[1][0] && sums[0][1] == sums[1][1], described() + ": other bits on more threads");
+        tally.expect(sums[0][0] == sums[1][0] && sums[0][1] == sums[1][1],
+                     described() + ": other bits on more threads");
     }
 }
 
@@ -71,7 +72,7 @@ void check_settle(const Kernels& kernels, Random& random, Tally& tally) {
         const bool descend = turn % 2;
         describe(std::string(kernels.name) + (descend ? " descent" : " sweep") + " of " + std::to_string(columns) +
                  " columns x " + std::to_string(rows));
-        // The last row of the coupling has no gap behind it.
+        // No gap follows the last row of the coupling.
         Buffer<float> goals(size), coupling((columns - 1) * stride + columns), before(size);
         Buffer<float> levels(count * groups * rows), midpoints((count - 1) * groups * rows);
         Buffer<int64_t> of_column(columns);
@@ -95,8 +96,8 @@ void check_settle(const Kernels& kernels, Random& random, Tally& tally) {
             values[i] = Buffer<float>(size), steps[i] = Buffer<float>(size), ranks[i] = Buffer<uint8_t>(size);
             if (descend) std::memcpy(values[i].data(), before.data(), size * sizeof(float));
             settle(kernels,
-                   {descend, columns, rows, goals.data(), coupling.data(), stride, levels.data(), midpoints.data(), count,
-                    groups, of_column.data(), values[i].data(), ranks[i].data(), steps[i].data()},
+                   {descend, columns, rows, goals.data(), coupling.data(), stride, levels.data(), midpoints.data(),
+                    count, groups, of_column.data(), values[i].data(), ranks[i].data(), steps[i].data()},
                    i ? kThreads : 1);
         }
         bool right = true;
@@ -105,7 +106,7 @@ void check_settle(const Kernels& kernels, Random& random, Tally& tally) {
                 const int64_t at = i * rows + row;
                 const double diagonal = coupling[i * stride + i];
                 double goal = goals[at];
-                // By the steps as they were written: an error does not grow from column to column.
+                // Uses the steps that were written, so that an error does not grow from column to column.
                 for (int64_t j = 0; j < i; ++j) goal -= coupling[j * stride + i] * double{steps[0][j * rows + row]};
                 if (descend) goal = before[at] + goal / diagonal;
                 const double value = values[0][at], step = descend ? value - before[at] : (goal - value) / diagonal;

@@ -1,4 +1,4 @@
-// Checks of what quantizing computes by the kernels.
+// Checks of the kernels for quantization.
 #pragma once
 
 #include "problem.h"
@@ -8,7 +8,7 @@ namespace shiftadd::check {
 
 // Sums of products of columns against their formula, on one thread and on more.
 void check_moments(const Kernels& kernels, Random& random, bool quick, Tally& tally);
-// Columns that settle on levels one after the other, by what each wanted.
+// Columns rounded to levels one after another, against the target of each.
 void check_settle(const Kernels& kernels, Random& random, Tally& tally);
 
 }  // namespace shiftadd::check

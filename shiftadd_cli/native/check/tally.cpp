@@ -13,10 +13,10 @@
 namespace shiftadd::check {
 namespace {
 
-// An array, since a handler of signals may not allocate.
+// An array, because a signal handler must not allocate.
 char current[400] = "start";
 
-void tell_current() {
+void print_current() {
     static constexpr char kIntro[] = "It happened in: ";
     (void)!write(2, kIntro, sizeof(kIntro) - 1);
     (void)!write(2, current, std::strlen(current));
@@ -25,16 +25,16 @@ void tell_current() {
 
 }  // namespace
 
-void describe(const std::string& what) { std::snprintf(current, sizeof(current), "%s", what.c_str()); }
+void describe(const std::string& name) { std::snprintf(current, sizeof(current), "%s", name.c_str()); }
 
 std::string described() { return current; }
 
 void watch_for_crashes() {
 #if SHIFTADD_SANITIZED
-    __sanitizer_set_death_callback(tell_current);
+    __sanitizer_set_death_callback(print_current);
 #else
     const auto crashed = [](int signal) {
-        tell_current();
+        print_current();
         std::signal(signal, SIG_DFL);
         std::raise(signal);
     };
@@ -42,10 +42,10 @@ void watch_for_crashes() {
 #endif
 }
 
-void Tally::expect(bool right, const std::string& what) {
+void Tally::expect(bool right, const std::string& name) {
     ++(right ? passed : failed);
-    if (!right && failed <= kShown) std::printf("FAILED %s\n", what.c_str());
-    if (!right && failed == kShown) std::printf("FAILED ... and whatever comes after these\n");
+    if (!right && failed <= kShown) std::printf("FAILED %s\n", name.c_str());
+    if (!right && failed == kShown) std::printf("FAILED ... and possibly more\n");
 }
 
 void Tally::add(const Tally& other) {

@@ -1,4 +1,4 @@
-// What is counted, what is being checked, and how exact the kernels have to be.
+// The number of checks, the current check, and the required exactness of the kernels.
 #pragma once
 
 #include <string>
@@ -11,26 +11,26 @@
 
 namespace shiftadd::check {
 
-// Half the distance between 1 and the next number. Sums of some hundred terms lose a few of them.
+// Half the distance between 1 and the next number. Sums of some hundred terms lose a few such roundings.
 inline constexpr double kFloatRounding = 0x1p-24, kBFloat16Rounding = 0x1p-8;
 inline constexpr double kExactRoundings = 32;
 inline constexpr int kThreads = 4;
 
-// Says what is being checked, for whoever ends the program.
-void describe(const std::string& what);
-// What was said last.
+// Sets the current check, for the report of a crash.
+void describe(const std::string& name);
+// The current check.
 std::string described();
-// Has a crash, or a sanitizer, tell it.
+// Lets crashes and sanitizers report it.
 void watch_for_crashes();
 
 class Tally {
 public:
-    // Counts a check, and prints the first that fail.
-    void expect(bool right, const std::string& what);
+    // Counts a check, and prints the first failures.
+    void expect(bool right, const std::string& name);
     void add(const Tally& other);
 
     long passed = 0, failed = 0;
-    double roundings = 0, fast_error = 0;  // the largest
+    double roundings = 0, fast_error = 0;  // the largest so far
 
 private:
     static constexpr long kShown = 20;

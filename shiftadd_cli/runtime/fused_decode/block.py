@@ -1,10 +1,10 @@
 """Decoder blocks that decode a token with the CPU kernels, for models that generate token by token.
 
-A transformers block runs some fifty operations for a token, each of which costs microseconds however little it
-computes: for a small model, more than all products with its weights. Here norms, rotations, look-ups, rotary
-embeddings, attention and the MLP are one pass over float32 numbers. It takes two calls, between which keys and values
-go through transformers' cache, or one call for all blocks (`stack`). Everything else (prompts, padding, training,
-hooks, compilation, other attention) takes the block's own forward.
+A transformers block runs some fifty operations per token, each of which costs microseconds even if it computes little:
+for a small model, more than all products with its weights. Here norms, rotations, look-ups, rotary embeddings,
+attention and the MLP are one pass over float32 numbers. It takes two calls, between which keys and values go through
+transformers' cache, or one call for all blocks (`stack`). Everything else (prompts, padding, training, hooks,
+compilation, other attention) uses the block's own forward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shiftadd_cli.runtime.fused_decode.made_class import Reduced, reduce_made
 from shiftadd_cli.runtime.fused_decode.stack import PLAN, STACK, LookupModel, current_pass, model_class
 from shiftadd_cli.runtime.kv_cache import append
 
-# Activation classes in transformers that are GELU in its tanh form, and SiLU.
+# Classes in transformers for GELU in its tanh form, and for SiLU.
 _GELU, _SILU = ("GELUTanh",), ("SiLUActivation", "SiLU")
 
 
@@ -35,7 +35,7 @@ class LookupBlock(nn.Module):
     mlp: Any
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`[rows, tokens, hidden]` → the same, like the class it was made from."""
+        """`[rows, tokens, hidden]` → the same, like `dense_class`."""
         if not args and kwargs.get("attention_mask") is None and _is_new_token(hidden_states):
             decoded = self._decode(hidden_states, kwargs.get("position_embeddings"), kwargs.get("past_key_values"))
             if decoded is not None:
@@ -63,11 +63,11 @@ class LookupBlock(nn.Module):
         return plan.rest(hidden, queries, keys, values)
 
     def _find_plan(self) -> BlockPlan | None:
-        """How the kernels compute this block, or None if they do not."""
+        """The plan of this block, or None if the kernels do not compute it."""
         plan: BlockPlan | None = self.__dict__.get(PLAN)
         if plan is None or not plan.watch.holds():
             plan = self.__dict__[PLAN] = self._make_plan()
-        # The kernels call no modules, so that hooks would not run.
+        # The kernels call no modules, so hooks would not run.
         return None if plan is None or plan.watch.is_heard() else plan
 
     def _make_plan(self) -> BlockPlan | None:
@@ -82,7 +82,7 @@ class LookupBlock(nn.Module):
         norms = dict.fromkeys(NORMS) | {role: holder.get(name) for role, (holder, name) in norm_places.items()}
         if any(norms[role] is None for role in family.norms if role not in ("query", "key")):
             return None
-        # A replacement for a part may have another forward.
+        # Parts of another class may have another forward.
         parts = [attention, mlp, *(norm for norm in norms.values() if norm is not None)]
         if any(type(part).__module__ != self.dense_class.__module__ for part in parts):
             return None
@@ -154,6 +154,6 @@ def _is_new_token(hidden: Tensor) -> bool:
 
 
 def _as_read(cached: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys or values in the form that the kernels read; some caches keep them in another one."""
+    """Keys or values in the form that the kernels read; some caches store another form."""
     cached = cached.to(dtype)
     return cached if cached.stride(-1) == 1 else cached.contiguous()

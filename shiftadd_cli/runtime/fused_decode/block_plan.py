@@ -27,7 +27,7 @@ class Form:
     """The settings of a block, in addition to its layers.
 
     heads, key_heads: of queries, and of keys and values; head_size: numbers per head; scale: of their products.
-    gelu: the gate goes through GELU, in its tanh form, instead of SiLU. unit: added to the weights of norms. joint: the
+    gelu: the gate uses GELU, in its tanh form, instead of SiLU. unit: added to the weights of norms. joint: the
     norms of queries and keys take all heads as one row. residual: factor of the outputs of attention and the MLP, which
     are added to the hidden state. turned: queries and keys are rotated by their positions.
     """
@@ -153,7 +153,7 @@ def _float32(tensor: Tensor) -> Tensor:
 
 
 def suits(linears: Mapping[str, Any], norms: Mapping[str, Any], form: Form) -> TypeGuard[Mapping[str, PackedLinear]]:
-    """Whether the kernels can compute the block: all linears use look-up tables alike, and sizes fit together."""
+    """Whether the kernels can compute the block: all linears use look-up tables of one kind, and sizes match."""
     packed = [linear for linear in linears.values() if isinstance(linear, PackedLinear)]
     if len(packed) < len(LINEARS):
         return False

@@ -15,7 +15,7 @@ Reduced = tuple[Callable[..., nn.Module], tuple[Maker, type[nn.Module]], dict[st
 def reduce_made(make: Maker, module: Any, *, without: str | None = None) -> Reduced:
     """The result of `__reduce_ex__` for a module of class `make(module.dense_class)`; `make` is a top-level function.
 
-    without: an attribute that is valid in this process only and goes into no copy and no file.
+    without: an attribute that is valid only in this process and is left out of copies and files.
     """
     state = {name: value for name, value in module.__getstate__().items() if name != without}
     return _bare, (make, module.dense_class), state

@@ -35,7 +35,7 @@ class Watch:
 
     @classmethod
     def over(cls, watches: Iterable[Watch]) -> Watch:
-        """A watch that checks everything that several check."""
+        """One watch with the checks of several."""
         joined, watches = cls.__new__(cls), tuple(watches)
         joined._set(
             tuple(entry for watch in watches for entry in watch._standing),
@@ -70,5 +70,5 @@ class Watch:
         )
 
     def is_heard(self) -> bool:
-        """Whether any of the modules has hooks, or a `forward` of its own in place of its class's."""
+        """Whether any of the modules has hooks, or its own `forward` instead of its class's."""
         return not self._dictionaries.silent("forward")

@@ -43,8 +43,7 @@ class LookupModel(nn.Module):
         return forward_pass.blocks(layers)
 
     def find_stack(self) -> StackPlan | None:
-        """How the kernels compute all blocks. None if they do not, or if that is not known yet: each block must have
-        been computed by them before."""
+        """The plan of all blocks. None if the kernels cannot compute them, or have not computed each of them before."""
         stack: StackPlan | None = self.__dict__.get(STACK)
         if stack is None or not stack.watch.holds():
             stack = self.__dict__[STACK] = self._make_stack()

@@ -16,7 +16,7 @@ from shiftadd_cli.runtime.kv_cache import Rooms
 class StackPlan:
     """The data that the kernels need for consecutive blocks, valid as long as `watch` holds.
 
-    first: the first block; plans: of all blocks; form: theirs, except for fields that may differ, see `alike`.
+    first: the first block; plans: of all blocks; form: of all blocks, except for fields that may differ, see `alike`.
     """
 
     def __init__(self, first: nn.Module, plans: Sequence[BlockPlan], watch: Watch) -> None:
@@ -30,8 +30,8 @@ class StackPlan:
     def decode(self, hidden: Tensor, cosines: Tensor, sines: Tensor, rooms: Rooms) -> Tensor:
         """The output of the last block for one new token of each sequence; appends its keys and values to `rooms`.
 
-        hidden, cosines, sines: as for `BlockPlan.heads`. rooms: one layer per block, with room for
-        the token. Returns `[rows, 1, in]`.
+        hidden, cosines, sines: as for `BlockPlan.heads`. rooms: one layer per block, with room for the token. Returns
+        `[rows, 1, in]`.
         """
         output = torch.empty_like(hidden)
         fast = self._precision.is_fast(hidden.dtype)

@@ -98,7 +98,7 @@ def test_wrong_calibration_inputs_are_detected(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("name", "tensor", "value", "sentence"),
     [
-        ("LlamaForCausalLM", "model.norm.weight", 3.0, "model.norm.weight is kept, and has other values"),
+        ("LlamaForCausalLM", "model.norm.weight", 3.0, "model.norm.weight is not compressed, but its values"),
         ("GPT2LMHeadModel", "transformer.h.1.mlp.c_fc.bias", torch.nan, "logits of the dense export are not finite"),
     ],
 )

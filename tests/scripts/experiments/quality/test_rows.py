@@ -45,7 +45,7 @@ def test_written_row_is_read_back(tmp_path: Path) -> None:
 def test_file_that_is_not_a_row_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "one.json"
     path.write_bytes(content)
-    with pytest.raises(ShiftaddError, match=r"one\.json is no row of this benchmark"):
+    with pytest.raises(ShiftaddError, match=r"one\.json is not a row of this benchmark"):
         read_stored(path, Original, SETTINGS)
 
 
