@@ -29,6 +29,8 @@ def add_products(
     if kernels == "torch" or extension is None or not x.is_cpu:
         _add_by_torch(x, other, roots, hessian, cross)
         return
+    if other is not None and other.dtype != x.dtype:
+        raise ValueError(f"The two activations have different dtypes: {x.dtype} and {other.dtype}.")
     x = _ready(x)
     other = None if other is None else _ready(other)
     roots = None if roots is None else roots.contiguous()

@@ -36,7 +36,7 @@ void check(bool fits, const char* message) {
 
 // The order of the Hadamard matrix is the largest power of two that divides the number of columns.
 Rotation rotation(const std::optional<Floats>& signs, int64_t columns) {
-    check(!signs || signs->size == columns, "the signs of a rotation must have one number a column");
+    check(!signs || signs->has_shape({columns}), "the signs of a rotation must have one number a column");
     return {values_or_null(signs), columns & -columns};
 }
 
@@ -49,7 +49,7 @@ Projection projection(const Layout& layout, const Tensor<const uint32_t>& words,
     const bool valid = words.size == layout.entries() && scale_codes.has_value() != scales.has_value() &&
                        (scales ? scales->size : scale_codes->size) == groups * layout.bits &&
                        (!offsets || offsets->size == groups) && row_scale.size == layout.rows &&
-                       (!bias || bias->size == layout.rows);
+                       (!bias || bias->has_shape({layout.rows}));
     check(valid, "the packed tensors do not fit the layout");
     const Matrix matrix{layout,
                         words.values(),
@@ -210,7 +210,7 @@ NB_MODULE(_native, m) {
         "codes_linear",
         [](const Tensor<const int8_t>& codes, const ActivationTensor& scale, const ActivationTensor& x,
            const ActivationTensor& output, int threads) {
-            check(codes.axes == 2 && scale.size == codes.shape[0] && x.columns() == codes.shape[1],
+            check(codes.axes == 2 && scale.has_shape({codes.shape[0]}) && x.has_shape({x.rows(), codes.shape[1]}),
                   "the codes do not fit the input or their scale");
             check_output(x, output, codes.shape[0]);
             multiply_codes(**available_kernels(),
@@ -224,11 +224,11 @@ NB_MODULE(_native, m) {
         [](const ActivationTensor& x, const std::optional<ActivationTensor>& other, const std::optional<Floats>& roots,
            const Tensor<float>& hessian, const std::optional<Tensor<float>>& cross, const std::string& kernels,
            int threads) {
-            const int64_t squared = x.columns() * x.columns();
-            check(other.has_value() == cross.has_value() &&
-                      (!other || (other->type() == x.type() && other->size == x.size)) &&
-                      (!roots || roots->size == x.rows()) && hessian.size == squared &&
-                      (!cross || cross->size == squared),
+            const int64_t columns = x.columns();
+            check(x.axes == 2 && other.has_value() == cross.has_value() &&
+                      (!other || (other->type() == x.type() && other->has_shape_of(x))) &&
+                      (!roots || roots->has_shape({x.rows()})) && hessian.has_shape({columns, columns}) &&
+                      (!cross || cross->has_shape({columns, columns})),
                   "the sums do not fit the activations");
             add_moments(kernels_named(kernels), {x.data, x.type(), x.columns(), values_or_null(roots), 0, x.rows()},
                         other ? other->data : nullptr, hessian.values(), values_or_null(cross), threads);
@@ -240,13 +240,11 @@ NB_MODULE(_native, m) {
         [](bool descend, const Floats& goals, const FloatRows& coupling, const Floats& levels, const Floats& midpoints,
            const Tensor<const int64_t>& groups, const Tensor<float>& values, const Tensor<uint8_t>& ranks,
            const Tensor<float>& steps, const std::string& kernels, int threads) {
-            check(goals.axes == 2 && levels.axes == 3 && midpoints.axes == 3,
-                  "goals must have two axes, levels and midpoints three");
+            check(goals.axes == 2 && levels.axes == 3, "goals must have two axes, and levels three");
             const int64_t columns = goals.shape[0], rows = goals.shape[1];
-            check(coupling.shape[0] == columns && coupling.shape[1] == columns && groups.size == columns &&
-                      levels.shape[2] == rows && midpoints.shape[0] == levels.shape[0] - 1 &&
-                      midpoints.size == (levels.shape[0] - 1) * levels.shape[1] * rows && values.size == goals.size &&
-                      ranks.size == goals.size && steps.size == goals.size,
+            check(coupling.has_shape({columns, columns}) && groups.has_shape({columns}) && levels.shape[2] == rows &&
+                      midpoints.has_shape({levels.shape[0] - 1, levels.shape[1], rows}) &&
+                      values.has_shape_of(goals) && ranks.has_shape_of(goals) && steps.has_shape_of(goals),
                   "the tensors do not fit the goals");
             for (int64_t i = 0; i < columns; ++i)
                 check(groups.values()[i] >= 0 && groups.values()[i] < levels.shape[1], "a column has no such group");

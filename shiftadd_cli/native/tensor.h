@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <iterator>
 #include <optional>
 #include <type_traits>
@@ -29,6 +30,13 @@ struct TensorView {
     int64_t shape[kMostAxes] = {}, strides[kMostAxes] = {};
     int64_t size = 1;
     bool contiguous = true;
+
+    bool has_shape(std::initializer_list<int64_t> expected) const {
+        return std::equal(shape, shape + axes, expected.begin(), expected.end());
+    }
+    bool has_shape_of(const TensorView& other) const {
+        return std::equal(shape, shape + axes, other.shape, other.shape + other.axes);
+    }
 
     // Reads `source`. Returns false if it is not such a tensor.
     bool read(PyObject* source);

@@ -80,3 +80,10 @@ def test_columns_of_a_larger_tensor_are_accepted(way: str) -> None:
     add_products(part, None, None, sums, None, way)
     expected = part.double().T @ part.double()
     assert ((sums.double() - expected).triu().abs() <= 1e-5 * expected.diagonal().max()).all()
+
+
+@needs_kernels
+def test_activations_of_two_dtypes_are_refused() -> None:
+    x, hessian, cross = torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(3, 3)
+    with pytest.raises(ValueError, match="different dtypes"):
+        add_products(x, x.half(), None, hessian, cross, "portable")
