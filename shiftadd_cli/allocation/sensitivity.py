@@ -111,7 +111,7 @@ def measure_sensitivities(
         result = walk_blocks(model, trace, divergence)
         return replace(result, costs=divergence.costs(result.costs))
     probe = samples[:: gradient_stride(len(samples), trace.hidden[0].shape[1])]
-    traced = trace_model(model, probe, trace.hidden.batch_size)
+    traced = trace_model(model, probe, trace.hidden.batch_size, passage=trace.passage)
     gradients = squared_gradients(model, probe, traced, seed=seed)
     estimate = OutputError(gradients.means, options, candidates, model.context.team)
     replay = ProbeModel(model, probe_samples(samples), len(trace.hidden[0]))

@@ -52,6 +52,7 @@ def trace_model(
     batch_size: int,
     hidden: HiddenStates | None = None,
     *,
+    passage: Passage | None = None,
     batches: Iterable[int] | None = None,
     spill: FilePath | None = None,
 ) -> Trace:
@@ -59,6 +60,7 @@ def trace_model(
 
     samples: int64 `[samples, seq_len]` tokens, or `[samples, channels, height, width]` pixels for a vision model.
     hidden: stores the states, by default in memory; batches that it already has are not appended.
+    passage: that of an earlier trace of `model` with the same first sample, which saves one pass through the blocks.
     batches: numbers of the batches whose calls are recorded, by default all.
     spill: folder for arguments that differ between batches, by default the system's temporary folder.
 
@@ -66,7 +68,8 @@ def trace_model(
     SourceError where running block by block differs from the model's forward, naming the block and the argument;
     NumericalError where weights or outputs of a block are not finite.
     """
-    passage = Passage.of(model, samples)
+    if passage is None:
+        passage = Passage.of(model, samples)
     passage.check(samples[-1:])
     states = HiddenStates(len(samples), batch_size) if hidden is None else hidden
     trace = Trace(states, passage)
