@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -12,11 +13,6 @@ import pytest
 
 import shiftadd_cli
 from shiftadd_cli.recipe_file import packaged_names
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomllib")
 
 
 def build_wheel(sources: Path, folder: Path, **environment: str) -> Path:
