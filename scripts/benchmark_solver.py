@@ -16,7 +16,6 @@ import click
 import torch
 from benchmark_kernels import Numbers
 
-from shiftadd_cli.bcq.column_updates import settle
 from shiftadd_cli.bcq.levels import LevelTable
 from shiftadd_cli.benchmark.timing import Clock, Timed, interleave
 from shiftadd_cli.calibration.products import add_products
@@ -47,10 +46,9 @@ def descent(columns: int) -> Callable[[str], object]:
         for start in range(0, columns, BLOCK):
             block = slice(start, min(start + BLOCK, columns))
             count = block.stop - block.start
-            settle(
+            tables.settle(
                 goals[block].clone(),
                 form[:count, :count],
-                tables,
                 groups[block],
                 values[block],
                 descend=True,

@@ -1,17 +1,18 @@
 """Searches masks for trellis codes, see `bcq.primitives.trellis.code`, on a unit Gaussian.
 
-Draws random masks, and then changes single bits of the best masks, as long as one improves. A code is measured by
-encoding Gaussian numbers and fitting the scales of its planes by least squares, in turns. The best codes are measured
-again on more numbers, endless and in stripes. Prints the mean squared error. Plain scalar levels have 0.3634, 0.1175,
-0.0345 and 0.0095 at 1 to 4 bits, and no code gets below 4^-bits.
+Draws random masks with few taps, and then changes one or two bits of the best masks, as long as one improves. A code is
+measured by encoding Gaussian numbers and fitting the scales of its planes by least squares, in turns. The best codes
+are measured again on more numbers, endless and in stripes. Prints the mean squared error. Plain scalar levels have
+0.3634, 0.1175, 0.0345 and 0.0095 at 1 to 4 bits, and no code gets below 4^-bits.
 
-    python scripts/search_trellis.py --bits 2 --planes 3 --memory 6 --candidates 2000
+    python scripts/search_trellis.py --bits 2 --planes 3 --minutes 5
 """
 
 from __future__ import annotations
 
+import random
 import sys
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 
 import click
@@ -20,12 +21,18 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.levels import code_signs
 from shiftadd_cli.bcq.primitives.trellis.code import TrellisCode
+from shiftadd_cli.bcq.primitives.trellis.paths import BestPaths
 from shiftadd_cli.cli.summary import table
 from shiftadd_cli.progress import progress
 
-# Codes that are encoded together: enough that an operation outweighs its call, few enough for the cache.
-BATCH = 32
-STRIPES = (256, 128, 64, 32)
+STRIPES = (256, 128, 64, 32, 16)
+# Numbers to sort out bad codes, to rank the others, and to measure the best; in stripes of a usual height.
+SHORT, MIDDLE, LONG = 3072, 24576, 131072
+RANKED_STRIPE = 192
+# Random codes have at most this many taps a plane.
+MOST_TAPS = 4
+# Of two codes whose errors differ by less, the one with fewer taps is better.
+TOLERANCE = 0.002
 
 
 @dataclass(frozen=True)
@@ -36,129 +43,107 @@ class Result:
     scales: tuple[float, ...]
     error: float
 
+    @property
+    def rank(self) -> float:
+        """The error, with a small price of a tap."""
+        return self.error * (1 + TOLERANCE * self.code.taps)
 
-def encode_alike(codes: Sequence[TrellisCode], goals: Tensor, levels: Tensor) -> Tensor:
-    """The selected levels, int64 `[codes, chains, rows]`, of codes of one size with the least squared error.
 
-    goals: float32 `[chains, rows]`; levels: float32 `[codes, 2^m]`. Every chain starts in state 0.
+def measure(
+    code: TrellisCode, goals: Tensor, rounds: int, scales: tuple[float, ...] | None = None, stripe: int = 0
+) -> Result:
+    """The error of a code on `goals` `[rows]` of unit Gaussian numbers.
+
+    rounds: of encoding and fitting; scales: to begin with; stripe: rows of a path, 0 for one endless path.
     """
-    first = codes[0]
-    labels = torch.stack([code.labels for code in codes]).flatten(1).unsqueeze(1)
-    predecessors, shape = first.predecessors, (len(codes), len(goals))
-    cost = torch.full((*shape, first.states), torch.inf)
-    cost[..., 0] = 0
-    branches = []
-    wide = labels.expand(*shape, -1)
-    for goal in goals.T:
-        errors = (goal.view(1, -1, 1) - levels.unsqueeze(1)) ** 2
-        arriving = cost[..., predecessors] + errors.gather(-1, wide).view(*shape, *predecessors.shape)
-        cost, branch = arriving.min(-2)
-        cost -= cost.amin(-1, keepdim=True)
-        branches.append(branch.to(torch.uint8))
-    state = cost.argmin(-1, keepdim=True)
-    selected = torch.empty(*shape, goals.shape[1], dtype=torch.int64)
-    for row in reversed(range(goals.shape[1])):
-        branch = branches[row].gather(-1, state).long()
-        selected[..., row] = wide.gather(-1, branch * first.states + state).squeeze(-1)
-        state = predecessors[branch, state]
-    return selected
-
-
-def measure(codes: Sequence[TrellisCode], goals: Tensor, rounds: int, scales: Tensor | None = None) -> list[Result]:
-    """Results of codes of one size on `goals` `[chains, rows]` of unit Gaussian numbers.
-
-    rounds: of encoding and fitting; scales: float32 `[codes, m]` to begin with.
-    """
-    planes = codes[0].planes
-    signs = code_signs(planes).float()
-    if scales is None:
-        # Evenly spaced levels up to 2.2 standard deviations.
-        scales = (2.2 / (2**planes - 1) * 2.0 ** torch.arange(planes)).expand(len(codes), -1)
-    errors = torch.full((len(codes),), torch.inf)
+    planes, rows, stripe = code.planes, len(goals), stripe or len(goals)
+    signs = code_signs(planes)
+    # By default, evenly spaced levels up to 2.2 standard deviations.
+    even = 2.2 / (2**planes - 1) * 2.0 ** torch.arange(planes)
+    fitted = even if scales is None else torch.tensor(scales)
+    form, group, error = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), torch.inf
     for _ in range(rounds):
-        selected = encode_alike(codes, goals, scales @ signs.T)
-        basis = signs[selected].flatten(1, 2)
-        gram = basis.transpose(1, 2) @ basis
-        target = basis.transpose(1, 2) @ goals.flatten().unsqueeze(-1)
-        scales = torch.linalg.solve(gram + 1e-3 * torch.eye(planes), target).squeeze(-1)
-        errors = (goals.flatten() - (basis @ scales.unsqueeze(-1)).squeeze(-1)).square().mean(-1)
-    return [
-        Result(code, tuple(fitted), float(error))
-        for code, fitted, error in zip(codes, scales.tolist(), errors, strict=True)
-    ]
+        levels = (fitted @ signs.T).expand(1, rows, -1).contiguous()
+        values = torch.empty(1, rows)
+        stored, _ = BestPaths(code, stripe, levels).settle(goals[None].clone(), form, group, values, descend=False)
+        labels = code.selected(stored[0], stripe)
+        counts = torch.bincount(labels, minlength=len(signs)).double()
+        sums = torch.bincount(labels, weights=goals.double(), minlength=len(signs))
+        basis = signs.double()
+        gram = basis.T @ (counts.unsqueeze(1) * basis) + 1e-3 * torch.eye(planes)
+        solution = torch.linalg.solve(gram, basis.T @ sums)
+        decoded = basis @ solution
+        squares = float(goals.double().square().sum())
+        error = (squares - 2 * float(decoded @ sums) + float(counts @ decoded.square())) / rows
+        fitted = solution.float()
+    return Result(code, tuple(fitted.tolist()), error)
 
 
-def random_code(bits: int, planes: int, memory: int, generator: torch.Generator) -> TrellisCode:
-    """A code whose planes mix the stored bits of all rows; a plane may be a stored bit alone."""
-    top = 1 << (memory + bits)
-    masks: list[int] = []
+def random_masks(bits: int, planes: int, memory: int, source: random.Random) -> tuple[int, ...]:
+    """Masks with few taps, all different."""
+    masks: set[int] = set()
     while len(masks) < planes:
-        mask = int(torch.randint(1, top, (1,), generator=generator))
-        if mask not in masks:
-            masks.append(mask)
-    return TrellisCode(bits, memory, tuple(masks))
+        taps = source.sample(range(memory + bits), source.randint(1, MOST_TAPS))
+        masks.add(sum(1 << tap for tap in taps))
+    return tuple(masks)
 
 
-def neighbours(code: TrellisCode) -> list[TrellisCode]:
-    """The codes that differ in a single bit of a single mask."""
-    codes = []
-    for plane, mask in enumerate(code.masks):
-        for bit in range(code.memory + code.bits):
-            masks = [*code.masks]
-            masks[plane] = mask ^ 1 << bit
-            if masks[plane] and len(set(masks)) == len(masks):
-                codes.append(TrellisCode(code.bits, code.memory, tuple(masks)))
-    return codes
-
-
-def measure_all(codes: Sequence[TrellisCode], goals: Tensor, title: str) -> list[Result]:
-    """`measure` in batches, best first."""
-    results: list[Result] = []
-    starts = range(0, len(codes), BATCH)
-    for start in progress(starts, len(starts), title):
-        results += measure(codes[start : start + BATCH], goals, rounds=5)
-    return sorted(results, key=error_of)
-
-
-def error_of(result: Result) -> float:
-    """For sorting."""
-    return result.error
+def changed_masks(masks: tuple[int, ...], width: int, source: random.Random) -> tuple[int, ...] | None:
+    """The masks with one or two bits changed, or None if the result is no code."""
+    changed = [*masks]
+    for _ in range(source.randint(1, 2)):
+        changed[source.randrange(len(changed))] ^= 1 << source.randrange(width)
+    return tuple(changed) if all(changed) and len(set(changed)) == len(changed) else None
 
 
 @click.command(help=__doc__)
 @click.option("--bits", type=click.IntRange(1, 4), default=2, show_default=True, help="Stored bits per weight.")
 @click.option("--planes", type=click.IntRange(2, 6), help="Computed planes.  [default: bits + 1]")
 @click.option("--memory", type=click.IntRange(1, 10), default=6, show_default=True, help="Binary logarithm of states.")
-@click.option("--candidates", type=click.IntRange(min=1), default=2000, show_default=True, help="Codes to try.")
-@click.option("--best", type=click.IntRange(min=1), default=8, show_default=True, help="Codes to measure again.")
-@click.option(
-    "--climbs", type=click.IntRange(min=0), default=4, show_default=True, help="Steps of changing single bits."
-)
+@click.option("--minutes", type=click.FloatRange(min=0), default=5, show_default=True, help="Time to search.")
+@click.option("--best", type=click.IntRange(min=1), default=12, show_default=True, help="Codes to measure again.")
+@click.option("--start", help="Masks to begin with, hexadecimal, separated by commas.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(bits: int, planes: int | None, memory: int, candidates: int, best: int, climbs: int, seed: int) -> None:
+def main(bits: int, planes: int | None, memory: int, minutes: float, best: int, start: str | None, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    source = random.Random(seed)
     planes = bits + 1 if planes is None else planes
-    codes = [random_code(bits, planes, memory, generator) for _ in range(candidates)]
-    short, long = (torch.randn(chains, 1024, generator=generator) for chains in (1, 16))
-    chosen = measure_all(codes, short, "Random codes")[:best]
-    for step in range(1, climbs + 1):
-        known = {result.code for result in chosen}
-        near = [code for result in chosen for code in neighbours(result.code) if code not in known]
-        improved = sorted([*chosen, *measure_all(near, short, f"Step {step}")], key=error_of)[:best]
-        if improved == chosen:
-            break
-        chosen = improved
-    scales = torch.tensor([result.scales for result in chosen])
-    again = measure([result.code for result in chosen], long, 4, scales)
+    short, middle, long = (torch.randn(count, generator=generator) for count in (SHORT, MIDDLE, LONG))
+    measured: set[frozenset[int]] = set()
+    chosen: list[Result] = []
+
+    def offer(masks: tuple[int, ...], scales: tuple[float, ...] | None) -> None:
+        if frozenset(masks) in measured:
+            return
+        code = TrellisCode(bits, memory, masks)
+        result = measure(code, short, 4 if scales is None else 2, scales, RANKED_STRIPE)
+        measured.add(frozenset(masks))
+        if len(chosen) < best or result.rank < 1.01 * chosen[-1].rank:
+            chosen.append(measure(code, middle, 2, result.scales, RANKED_STRIPE))
+            chosen.sort(key=lambda result: result.rank)
+            del chosen[best:]
+
+    if start:
+        offer(tuple(int(mask, 16) for mask in start.split(",")), None)
+    steps = 200
+    for step in progress(range(steps), steps, "Searching"):
+        end = time.monotonic() + 60 * minutes / steps
+        while time.monotonic() < end:
+            if step < steps // 4 or not chosen:
+                offer(random_masks(bits, planes, memory, source), None)
+                continue
+            origin = source.choice(chosen)
+            if (masks := changed_masks(origin.code.masks, memory + bits, source)) is not None:
+                offer(masks, origin.scales)
     rows = []
-    for result in sorted(again, key=error_of):
-        cells = [" ".join(f"{mask:x}" for mask in result.code.masks), str(result.code.taps), f"{result.error:.4f}"]
-        start_scales = torch.tensor([result.scales])
-        for stripe in STRIPES:
-            cells.append(f"{measure([result.code], long.reshape(-1, stripe), 1, start_scales)[0].error:.4f}")
-        rows.append([*cells, " ".join(f"{scale:.3f}" for scale in result.scales)])
-    header = ["masks", "taps", "rows 1024", *(f"rows {stripe}" for stripe in STRIPES), "scales"]
-    click.echo(table(header, rows))
+    again = [measure(result.code, long, 3, result.scales) for result in chosen]
+    for result in sorted(again, key=lambda result: result.error):
+        code, scales = result.code, result.scales
+        cells = [" ".join(f"{mask:x}" for mask in code.masks), str(code.taps), f"{result.error:.4f}"]
+        cells += [f"{measure(code, long, 1, scales, stripe).error:.4f}" for stripe in STRIPES]
+        rows.append([*cells, " ".join(f"{scale:.3f}" for scale in scales)])
+    click.echo(f"{len(measured)} codes measured")
+    click.echo(table(["masks", "taps", "endless", *(f"rows {stripe}" for stripe in STRIPES), "scales"], rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The ways to store a layer: a primitive and the number of bits in a weight's code.
 
-A *choice* is a number of binary planes, or a word: `shift1-3` is one power of two in a code of 3 bits, `shift2-4` a sum
-of two in a code of 4 bits. `shift1` and `shift2` are short for these two.
+A *choice* is a number of binary planes, or a word: `trellis1-2` is 3 planes computed from 2 stored bits, `trellis2-2` 4
+planes; `shift1-3` is one power of two in a code of 3 bits, `shift2-4` a sum of two in a code of 4 bits. `shift1` and
+`shift2` are short for the last two.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, TypeAlias, cast
 
-Primitive = Literal["bcq", "shift1", "shift2"]
+Primitive = Literal["bcq", "trellis1", "trellis2", "shift1", "shift2"]
 Choice: TypeAlias = int | str
 
 # The supported bits of a weight's code, ascending.
 CODE_BITS: dict[Primitive, tuple[int, ...]] = {
     "bcq": (1, 2, 3, 4, 5, 6, 7, 8),
+    "trellis1": (1, 2, 3),
+    "trellis2": (2, 3),
     "shift1": (2, 3, 4),
     "shift2": (2, 3, 4, 5),
 }
@@ -61,7 +64,7 @@ ALL_CHOICES = tuple(choice_of(primitive, bits) for primitive, widths in CODE_BIT
 
 
 def ordered_choices(choices: Iterable[Choice]) -> tuple[Choice, ...]:
-    """The distinct choices: planes by number, then shifts by word."""
+    """The distinct choices: planes by number, then the others by word."""
     return tuple(sorted(set(choices), key=lambda choice: (isinstance(choice, str), choice)))
 
 
@@ -79,6 +82,6 @@ def choice_words(choice: Choice) -> str:
 
 
 def choice_symbols(choices: Iterable[Choice]) -> dict[Choice, str]:
-    """One character per choice, in order: the digit for planes, letters from `a` on for shifts."""
+    """One character per choice, in order: the digit for planes, letters from `a` on for the others."""
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     return {choice: str(choice) if isinstance(choice, int) else next(letters) for choice in ordered_choices(choices)}

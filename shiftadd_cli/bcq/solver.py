@@ -1,7 +1,8 @@
 """Quantize the weights that read one input: from `[out, in]` matrices and a Hessian to their compressed form.
 
 Rows of matrices with row-wise groups, and of shift layers, are independent, so all matrices that read the same input
-are solved as one tall matrix. Column-wise and block forms share scales across rows and are solved one by one.
+are solved as one tall matrix. Stripes of trellis-coded planes are independent too. Column-wise and block forms share
+scales across rows and are solved one by one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from shiftadd_cli.bcq.levels import planes_of
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.outliers import choose_outliers, corrections, outlier_count, without_columns, without_inputs
 from shiftadd_cli.bcq.primitives import PRIMITIVES
+from shiftadd_cli.bcq.primitives.base import Primitive
 from shiftadd_cli.bcq.rotation import random_signs, rotate_moment, rotate_weight
 from shiftadd_cli.bcq.snap import SnappedScales
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
@@ -29,6 +31,8 @@ __all__ = ["Solution", "SolverOptions", "quantize_matrices"]
 _LARGEST_WEIGHT = 1e12
 # Enough rows that an operation outweighs its call, few enough that a small matrix still yields a piece per core.
 _PIECE_ROWS = 512
+# The same where a piece consists of stripes, which threads divide among themselves.
+_STRIPE_PIECE_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,10 @@ def quantize_matrices(
             group_columns=width,
             whole_groups=primitive.fits_on_arrival(options),
         )
-    independent = primitive.independent_rows(options.format)
-    pieces = _even_pieces(torch.cat(matrices)) if independent else matrices
+    pieces, separate = _pieces(matrices, primitive, options)
     solved_pieces = team.map(lambda piece: _as_tensors(*primitive.solve(piece, objective, options)), pieces)
     solved = [_from_tensors(tensors, matrices[0].device) for tensors in solved_pieces]
-    if independent:
+    if separate:
         solved = _regroup(solved, [len(matrix) for matrix in matrices])
     packed = [_pack(codes, snapped, options, columns, signs) for codes, snapped in solved]
     if split.ids is not None:
@@ -109,9 +112,19 @@ def quantize_matrices(
     ]
 
 
-def _even_pieces(tall: Tensor) -> Sequence[Tensor]:
-    """Pieces of nearly equal height, at most `_PIECE_ROWS` rows each."""
-    return tall.tensor_split(-(-len(tall) // _PIECE_ROWS))
+def _pieces(matrices: Sequence[Tensor], primitive: Primitive, options: SolverOptions) -> tuple[Sequence[Tensor], bool]:
+    """The rows of all matrices, in pieces to be solved separately, and whether a matrix may be several pieces."""
+    together = [primitive.rows_together(options.format, len(matrix)) for matrix in matrices]
+    if None in together:
+        return matrices, False
+    if set(together) == {1}:
+        tall = torch.cat(list(matrices))
+        return tall.tensor_split(-(-len(tall) // _PIECE_ROWS)), True
+    pieces: list[Tensor] = []
+    for matrix, rows in zip(matrices, together, strict=True):
+        assert rows is not None, "excluded above"
+        pieces += matrix.split(rows * max(1, _STRIPE_PIECE_ROWS // rows))
+    return pieces, True
 
 
 def _as_tensors(codes: Tensor, snapped: SnappedScales) -> dict[str, Tensor]:

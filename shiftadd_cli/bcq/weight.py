@@ -115,9 +115,9 @@ class QuantizedWeight:
     ) -> QuantizedWeight:
         """Pack a solution whose scales already lie on the scale format.
 
-        planes: bool `[out, bits, in]`; ratios: float32 `[R, C, bits]`, ignored if groups have no scales; row_scale:
-        `[out]` or `[1]`; offsets: float32 `[R, C]` relative to the row scale, or None; signs: ±1 `[in]` of the
-        rotation, or None.
+        planes: stored bits, bool `[out, bits, in]`; ratios: float32 `[R, C, planes]`, ignored if groups have no scales;
+        row_scale: `[out]` or `[1]`; offsets: float32 `[R, C]` relative to the row scale, or None; signs: ±1 `[in]` of
+        the rotation, or None.
         """
         tensors = {"weight_codes": pack_planes(planes)}
         tensors |= layout.primitive.pack_scales(layout.scales, ratios, offsets)
@@ -127,7 +127,7 @@ class QuantizedWeight:
         return cls(layout, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
     def ratios(self) -> Tensor:
-        """Scales relative to the row scale, float32 `[R, C, bits]`, for a primitive whose groups have scales."""
+        """Scales relative to the row scale, float32 `[R, C, planes]`, for a primitive whose groups have scales."""
         ratios = self.layout.primitive.ratios(self.layout.scales, self.layout.bits, self.tensors)
         assert ratios is not None, f"{self.layout.format.primitive} has no group scales"
         return ratios

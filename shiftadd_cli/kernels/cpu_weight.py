@@ -16,6 +16,8 @@ from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 from shiftadd_cli.native.extension import cpu_extension
 
 _BLOCK_ROWS = 32
+# Even rows of a block come before odd ones in its scales and offsets.
+_ROW_ORDER = [*range(0, _BLOCK_ROWS, 2), *range(1, _BLOCK_ROWS, 2)]
 _HUGE_PAGE = 2 << 20
 # Groups are padded to 16 columns, so narrower ones would be mostly padding.
 _NARROWEST_GROUP = 16
@@ -26,8 +28,8 @@ class CpuWeight:
     """The tensors for `ops.lookup_linear`; scales are either codes or numbers.
 
     Attributes:
-        words: int32 `[entries]`, the planes.
-        scale_codes: uint8, or None; scales: float32, or None: `[blocks, C, bits, 32]` with C groups of columns.
+        words: int32 `[entries]`, the stored planes.
+        scale_codes: uint8, or None; scales: float32, or None: `[blocks, C, planes, 32]` with C groups of columns.
         offsets: float32 `[blocks, C, 32]`, or None.
         row_scale: float32 `[out]`.
         signs: float32 `[in]` of the rotation, or None.
@@ -43,8 +45,7 @@ class CpuWeight:
     @classmethod
     def pack(cls, weight: QuantizedWeight) -> CpuWeight:
         """Rearrange a matrix whose layout `supports` accepts; its tensors must be on the CPU."""
-        layout, grid = weight.layout, weight.layout.grid
-        native = native_layout(grid.rows, grid.columns, grid.group_columns, layout.bits)
+        grid, native = weight.layout.grid, native_form(weight.layout)
         words = _huge_pages(native.entries)
         codes = weight.tensors["weight_codes"].contiguous()
         _extension().pack(native, codes, words, torch.get_num_threads())
@@ -63,8 +64,7 @@ class CpuWeight:
     def codes(self, layout: PackedLayout) -> Tensor:
         """The planes in stored form, uint8 `[out, bits, ceil(in / 8)]`; bits beyond the last column are 0."""
         shape, kind = layout.tensors()["weight_codes"]
-        grid = layout.grid
-        native = native_layout(grid.rows, grid.columns, grid.group_columns, layout.bits)
+        native = native_form(layout)
         codes = torch.empty(shape, dtype=kind, device="cpu")
         _extension().unpack(native, self.words, codes, torch.get_num_threads())
         return codes
@@ -80,10 +80,16 @@ def supports(layout: PackedLayout) -> bool:
     return layout.primitive.lookup_kernels and grid.group_columns >= min(_NARROWEST_GROUP, grid.columns)
 
 
-@cache
-def native_layout(rows: int, columns: int, group_columns: int, bits: int) -> Any:
+def native_form(layout: PackedLayout) -> Any:
     """The extension's own description of a layout."""
-    return _extension().Layout(rows, columns, group_columns, bits)
+    grid, planes = layout.grid, layout.primitive.planes(layout.bits)
+    return native_layout(grid.rows, grid.columns, grid.group_columns, layout.bits, planes)
+
+
+@cache
+def native_layout(rows: int, columns: int, group_columns: int, bits: int, planes: int) -> Any:
+    """The same from numbers; see native/layout.h."""
+    return _extension().Layout(rows, columns, group_columns, bits, planes)
 
 
 def _extension() -> Any:
@@ -106,18 +112,19 @@ def _huge_pages(entries: int) -> Tensor:
 
 
 def _scale_codes(weight: QuantizedWeight) -> Tensor | None:
-    """Codes of scales with at most two terms, uint8 `[R, C, bits]`; None for other formats."""
+    """Codes of scales with at most two terms, uint8 `[R, C, planes]`; None for other formats."""
     layout, nibbles = weight.layout, scale_format(weight.layout.scales.scale_format).nibbles
     if nibbles not in (1, 2):
         return None
-    count = layout.grid.column_groups * layout.bits * nibbles
-    fields = unpack_nibbles(weight.tensors["weight_exponents"], count)
-    first, *rest = fields.view(-1, layout.grid.column_groups, layout.bits, nibbles).unbind(-1)
+    groups, planes = layout.grid.column_groups, layout.primitive.planes(layout.bits)
+    fields = unpack_nibbles(weight.tensors["weight_exponents"], groups * planes * nibbles)
+    first, *rest = fields.view(-1, groups, planes, nibbles).unbind(-1)
     return first | rest[0] << 4 if rest else first
 
 
 def _by_block(values: Tensor) -> Tensor:
-    """`[out, ...]` → `[blocks, ..., 32]`, missing rows as zeros."""
+    """`[out, ...]` → `[blocks, ..., 32]`, even rows first, missing rows as zeros."""
     missing = -values.shape[0] % _BLOCK_ROWS
     padded = pad(values, [0, 0] * (values.ndim - 1) + [0, missing])
-    return padded.view(-1, _BLOCK_ROWS, *values.shape[1:]).movedim(1, -1).contiguous()
+    blocks = padded.view(-1, _BLOCK_ROWS, *values.shape[1:])[:, _ROW_ORDER]
+    return blocks.movedim(1, -1).contiguous()

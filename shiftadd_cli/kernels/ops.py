@@ -24,7 +24,8 @@ METHODS = {"auto": 0, "look-up": 1, "multiply": 2}
 _library = torch.library.Library("shiftadd", "DEF")
 _library.define(
     "lookup_linear(Tensor x, Tensor words, Tensor? scale_codes, Tensor? scales, Tensor? offsets, Tensor row_scale, "
-    "Tensor? bias, Tensor? signs, int group_columns, int bits, bool fast, str method, str kernels) -> Tensor"
+    "Tensor? bias, Tensor? signs, int group_columns, int bits, int planes, bool fast, str method, str kernels) "
+    "-> Tensor"
 )
 _library.define("rotate(Tensor x, Tensor signs) -> Tensor")
 _library.define("codes_linear(Tensor x, Tensor codes, Tensor scale) -> Tensor")
@@ -59,6 +60,7 @@ def lookup_linear(
     signs: Tensor | None,
     group_columns: int,
     bits: int,
+    planes: int,
     fast: bool,
     method: str = "auto",
     kernels: str = "",
@@ -66,9 +68,11 @@ def lookup_linear(
     """`x` `[..., in]` → `[..., out]` in the dtype of `x`, which is float32, bfloat16 or float16.
 
     words to row_scale: fields of a `CpuWeight`; bias: `[out]` or None; signs: those of the weight if `x` is not rotated
-    yet. fast: use 16-bit tables. method: one of `METHODS`; kernels: an instruction set, "" for the best.
+    yet; bits and planes: numbers of stored and computed planes. fast: use 16-bit tables. method: one of `METHODS`;
+    kernels: an instruction set, "" for the best.
     """
-    args = x, words, scale_codes, scales, offsets, row_scale, bias, signs, group_columns, bits, fast, method, kernels
+    stored = words, scale_codes, scales, offsets, row_scale
+    args = (x, *stored, bias, signs, group_columns, bits, planes, fast, method, kernels)
     if is_plain(x) and words.is_cpu:
         return _lookup_linear(*args)
     result: Tensor = torch.ops.shiftadd.lookup_linear.default(*args)
@@ -121,6 +125,7 @@ def _lookup_linear(
     signs: Tensor | None,
     group_columns: int,
     bits: int,
+    planes: int,
     fast: bool,
     method: str,
     kernels: str,
@@ -129,7 +134,7 @@ def _lookup_linear(
     bias = None if bias is None else bias.float().contiguous()
     activations = _ready(x)
     output = torch.empty(*x.shape[:-1], rows, dtype=activations.dtype)
-    extension, layout = _extension(), native_layout(rows, columns, group_columns, bits)
+    extension, layout = _extension(), native_layout(rows, columns, group_columns, bits, planes)
     projection = extension.Projection(layout, words, scale_codes, scales, offsets, row_scale, bias, signs)
     extension.linear(projection, activations, output, fast, METHODS[method], kernels, torch.get_num_threads())
     return output if output.dtype == x.dtype else output.to(x.dtype)

@@ -47,11 +47,12 @@ class TritonWeight:
 
 
 def supports(layout: PackedLayout) -> bool:
-    """Whether the kernels can multiply by a matrix of this layout: planes, in groups that do not span rows and that end
-    at the end of a byte of the planes or at the end of the row."""
+    """Whether the kernels can multiply by a matrix of this layout: planes that are stored as they are, in groups that
+    do not span rows and that end at the end of a byte of the planes or at the end of the row."""
     grid = layout.grid
     ends = grid.group_columns % 8 == 0 or grid.column_groups == 1
-    return layout.primitive.lookup_kernels and grid.group_rows == 1 and ends
+    stored = layout.primitive.planes(layout.bits) == layout.bits
+    return layout.primitive.lookup_kernels and stored and grid.group_rows == 1 and ends
 
 
 def prepare(weight: QuantizedWeight) -> TritonWeight:

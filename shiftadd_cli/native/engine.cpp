@@ -102,7 +102,7 @@ void linear(const Kernels& kernels, const Matrix& matrix, const Activations& inp
     const bool convert = input.type != Number::kFloat32;
     thread_local Scratch output_scratch;
     const bool look_up = method == Method::kLookUp ||
-                         (method == Method::kAutomatic && input.rows <= kernels.most_lookups(layout.bits, fast));
+                         (method == Method::kAutomatic && input.rows <= kernels.most_lookups(layout.planes, fast));
     if (!look_up) {
         float* result = convert ? output_scratch.room<float>(input.rows * layout.rows) : static_cast<float*>(output);
         const bool half = fast && kernels.multiply_half && input.type == Number::kBFloat16;

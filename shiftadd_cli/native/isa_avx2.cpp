@@ -44,6 +44,23 @@ struct Avx2 {
     static Float if_above(Float x, Float bound, Float yes, Float no) {
         return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, bound, _CMP_GT_OQ));
     }
+    static Float least(Float a, Float b) { return _mm256_min_ps(a, b); }
+    // Bit i: a < b in lane i.
+    static uint32_t below(Float a, Float b) {
+        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)));
+    }
+    // Lane i gets from[i / N].
+    template <int N>
+    static Float repeat(const float* from) {
+        if constexpr (N == 2) {
+            const __m128 four = _mm_loadu_ps(from);
+            return _mm256_set_m128(_mm_unpackhi_ps(four, four), _mm_unpacklo_ps(four, four));
+        } else if constexpr (N == 4) {
+            return _mm256_set_m128(_mm_set1_ps(from[1]), _mm_set1_ps(from[0]));
+        } else {
+            return _mm256_set1_ps(from[0]);
+        }
+    }
     static float sum(Float x) {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -61,6 +78,13 @@ struct Avx2 {
     }
     static Word shift_right(Word x, int n) { return Word(Words32(x) >> n); }
     static Word shift_left(Word x, int n) { return Word(Words32(x) << n); }
+    static Word exclusive_or(Word a, Word b) { return _mm256_xor_si256(a, b); }
+    // The same with 0 in the first N halves.
+    template <int N>
+    static Word without(Word x) {
+        const __m256i place = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm256_and_si256(x, _mm256_cmpgt_epi16(place, _mm256_set1_epi16(N - 1)));
+    }
     static void prefetch(const char* from) { _mm_prefetch(from, _MM_HINT_T0); }
 
     static Float negate(Float x) { return flip(x, _mm256_set1_epi32(INT32_MIN)); }

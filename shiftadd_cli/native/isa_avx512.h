@@ -40,6 +40,24 @@ struct Avx512 {
     static Float if_above(Float x, Float bound, Float yes, Float no) {
         return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), no, yes);
     }
+    static Float least(Float a, Float b) { return _mm512_min_ps(a, b); }
+    // Bit i: a < b in lane i.
+    static uint32_t below(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+    // Lane i gets from[i / N].
+    template <int N>
+    static Float repeat(const float* from) {
+        if constexpr (N == 2) {
+            const __m512i index = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+            return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(from)));
+        } else if constexpr (N == 4) {
+            const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+            return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(from)), index);
+        } else if constexpr (N == 8) {
+            return _mm512_insertf32x8(_mm512_set1_ps(from[0]), _mm256_set1_ps(from[1]), 1);
+        } else {
+            return _mm512_set1_ps(from[0]);
+        }
+    }
     // Lane i gets the value of lane i ^ H.
     template <int H>
     static Float swap(Float x) {
@@ -51,6 +69,12 @@ struct Avx512 {
     static Word load_words(const uint32_t* from) { return _mm512_loadu_si512(from); }
     static Word shift_right(Word x, int n) { return Word(Words32(x) >> n); }
     static Word shift_left(Word x, int n) { return Word(Words32(x) << n); }
+    static Word exclusive_or(Word a, Word b) { return _mm512_xor_si512(a, b); }
+    // The same with 0 in the first N halves.
+    template <int N>
+    static Word without(Word x) {
+        return _mm512_maskz_mov_epi16(~__mmask32{0} << N, x);
+    }
     static void prefetch(const char* from) { _mm_prefetch(from, _MM_HINT_T0); }
 
     static Float negate(Float x) { return flip(x, _mm512_set1_epi32(INT32_MIN)); }

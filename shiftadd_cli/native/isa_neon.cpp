@@ -33,6 +33,22 @@ struct Neon {
     static float sum(Float x) { return vaddvq_f32(x); }
     // x > bound ? yes : no, per lane.
     static Float if_above(Float x, Float bound, Float yes, Float no) { return vbslq_f32(vcgtq_f32(x, bound), yes, no); }
+    static Float least(Float a, Float b) { return vminq_f32(a, b); }
+    // Bit i: a < b in lane i.
+    static uint32_t below(Float a, Float b) {
+        static constexpr uint32_t kBits[] = {1, 2, 4, 8};
+        return vaddvq_u32(vandq_u32(vcltq_f32(a, b), vld1q_u32(kBits)));
+    }
+    // Lane i gets from[i / N].
+    template <int N>
+    static Float repeat(const float* from) {
+        if constexpr (N == 2) {
+            const float32x2_t two = vld1_f32(from);
+            return vcombine_f32(vdup_lane_f32(two, 0), vdup_lane_f32(two, 1));
+        } else {
+            return vdupq_n_f32(from[0]);
+        }
+    }
     // Lane i gets the value of lane i ^ H.
     template <int H>
     static Float swap(Float x) {
@@ -41,6 +57,14 @@ struct Neon {
     static Word load_words(const uint32_t* from) { return vld1q_u32(from); }
     static Word shift_right(Word x, int n) { return vshlq_u32(x, vdupq_n_s32(-n)); }
     static Word shift_left(Word x, int n) { return vshlq_u32(x, vdupq_n_s32(n)); }
+    static Word exclusive_or(Word a, Word b) { return veorq_u32(a, b); }
+    // The same with 0 in the first N halves.
+    template <int N>
+    static Word without(Word x) {
+        static constexpr uint16_t kPlaces[] = {0, 1, 2, 3, 4, 5, 6, 7};
+        const uint16x8_t kept = vcgeq_u16(vld1q_u16(kPlaces), vdupq_n_u16(N));
+        return vandq_u32(x, vreinterpretq_u32_u16(kept));
+    }
     static void prefetch(const char* from) { __builtin_prefetch(from); }
 
     static Float negate(Float x) { return vnegq_f32(x); }

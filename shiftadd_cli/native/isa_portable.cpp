@@ -58,6 +58,20 @@ struct Portable {
     static Float if_above(const Float& x, const Float& bound, const Float& yes, const Float& no) {
         return generate<Float>([&](int i) { return x.lane[i] > bound.lane[i] ? yes.lane[i] : no.lane[i]; });
     }
+    static Float least(const Float& a, const Float& b) {
+        return generate<Float>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    // Bit i: a < b in lane i.
+    static uint32_t below(const Float& a, const Float& b) {
+        uint32_t bits = 0;
+        for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a.lane[i] < b.lane[i]) << i;
+        return bits;
+    }
+    // Lane i gets from[i / N].
+    template <int N>
+    static Float repeat(const float* from) {
+        return generate<Float>([&](int i) { return from[i / N]; });
+    }
     static float sum(Float x) {
         for (int half = kLanes / 2; half > 0; half /= 2)
             for (int i = 0; i < half; ++i) x.lane[i] += x.lane[i + half];
@@ -69,13 +83,26 @@ struct Portable {
         return generate<Float>([&](int i) { return x.lane[i ^ H]; });
     }
     static Word load_words(const uint32_t* from) {
-        return generate<Word>([&](int i) { return from[i]; });
+        Word result;
+        std::memcpy(result.lane, from, sizeof(result.lane));
+        return result;
     }
     static Word shift_right(const Word& x, int n) {
         return generate<Word>([&](int i) { return x.lane[i] >> n; });
     }
     static Word shift_left(const Word& x, int n) {
         return generate<Word>([&](int i) { return x.lane[i] << n; });
+    }
+    static Word exclusive_or(const Word& a, const Word& b) {
+        return generate<Word>([&](int i) { return a.lane[i] ^ b.lane[i]; });
+    }
+    // The same with 0 in the first N halves.
+    template <int N>
+    static Word without(const Word& x) {
+        return generate<Word>([&](int i) {
+            const uint32_t low = 2 * i < N ? 0 : 0xffff, high = 2 * i + 1 < N ? 0 : 0xffff0000u;
+            return x.lane[i] & (low | high);
+        });
     }
     static void prefetch(const char* from) { __builtin_prefetch(from); }
 

@@ -8,6 +8,8 @@
 
 namespace shiftadd {
 
+struct PathScratch;
+
 // Types of activations.
 enum class Number { kFloat32, kBFloat16 };
 
@@ -85,9 +87,8 @@ struct MomentKernels {
                 int columns);
 };
 
-// Columns that are rounded to levels one after another, with their rows in parallel. All matrices are [columns][rows],
-// except `coupling`. Column i takes the level nearest to its target and then adds -coupling[i][j] times its step to the
-// goals of each later column j:
+// Columns that are quantized one after another. All matrices are [columns][rows], except `coupling`. Column i takes
+// levels close to its target and then adds -coupling[i][j] times its step to the goals of each later column j:
 //
 //     sweep      target = goal, step = (target - level) / coupling[i][i]
 //     descent    target = value + goal / coupling[i][i], where goals are gradients, step = level - value
@@ -97,18 +98,37 @@ struct Stretch {
     const float* goals;
     const float* coupling;  // [columns][columns] with a row stride; only its upper triangle is used
     int64_t coupling_stride;
-    const float *levels, *midpoints;  // [levels][groups][rows] and [levels - 1][groups][rows], ascending
-    int64_t level_count, group_count;
     const int64_t* groups;  // [columns], the group of each column
     float* values;          // the chosen levels; before a descent, the present values
-    uint8_t* ranks;         // the indices of these levels
+    uint8_t* codes;         // the indices of these levels, or the stored bits that select them
     float* steps;
+};
+
+// Every weight takes its nearest level.
+struct LevelTables {
+    const float *levels, *midpoints;  // [levels][groups][rows] and [levels - 1][groups][rows], ascending
+    int64_t level_count, group_count;
+};
+
+// The levels of a column are a path through a trellis; see viterbi_impl.h.
+constexpr int kTrellisMemory = 6, kTrellisStates = 1 << kTrellisMemory;
+constexpr int kMostTrellisBits = 4, kMostTrellisPlanes = 6;
+
+struct TrellisCode {
+    int bits, planes;
+    uint16_t masks[kMostTrellisPlanes];
+};
+
+struct Paths {
+    TrellisCode code;
+    int64_t stripe;       // rows of a path; the last one may have fewer
+    const float* levels;  // [groups][rows][2^planes], in the order of their labels
 };
 
 struct Kernels {
     const char* name;
     // The largest number of rows of activations for which look-up beats decoding and multiplying; measured.
-    int64_t (*most_lookups)(int bits, bool fast);
+    int64_t (*most_lookups)(int planes, bool fast);
 
     // Multiplies columns by their signs, then every `order` columns by 2^-k H, as in shiftadd_cli/bcq/rotation.py.
     void (*rotate)(float* row, const float* signs, int64_t columns, int64_t order);
@@ -133,9 +153,11 @@ struct Kernels {
     // activation(gate) * up, elementwise; `out` may be one of the inputs.
     void (*gate)(Activation, const float* gate, const float* up, int64_t count, float* out);
 
-    // Rounds a strip of `settle_rows` rows; `room` is scratch [columns][settle_rows].
+    // Quantizes a strip of `settle_rows` rows; `room` is scratch [columns][settle_rows].
     int settle_rows;
-    void (*settle)(const Stretch&, int64_t strip, float* room);
+    void (*settle)(const Stretch&, const LevelTables&, int64_t strip, float* room);
+    // Quantizes a stripe.
+    void (*settle_path)(const Stretch&, const Paths&, int64_t stripe, PathScratch&);
 
     MomentKernels moments;
     // For bfloat16 numbers without roots; `add` is null if the processor has no bfloat16 products.

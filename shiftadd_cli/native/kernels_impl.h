@@ -13,12 +13,17 @@
 #include "moments_impl.h"
 #include "rotate_impl.h"
 #include "settle_impl.h"
+#include "trellis_masks.h"
+#include "viterbi_impl.h"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 namespace shiftadd {
 
@@ -38,9 +43,9 @@ struct Kernel {
 
     // ---- scales -------------------------------------------------------------------------------------------------
 
-    // Scales of one plane for 16 rows, starting at row `half · 16` of the block.
+    // Scales of one plane for the 16 even (`half` 0) or odd rows of a block.
     static inline void load_scales(const Matrix& m, int64_t block, int64_t group, int plane, int half, Float* out) {
-        const int64_t at = ((block * m.layout.groups() + group) * m.layout.bits + plane) * kBlockRows + half * kPairs;
+        const int64_t at = ((block * m.layout.groups() + group) * m.layout.planes + plane) * kBlockRows + half * kPairs;
         for (int part = 0; part < kParts; ++part)
             out[part] = m.scale_codes ? I::decode_scales(m.scale_codes + at + part * kLanes)
                                       : I::load(m.scales + at + part * kLanes);
@@ -52,16 +57,82 @@ struct Kernel {
 
     // ---- output -------------------------------------------------------------------------------------------------
 
-    // Converts the sums of a block's rows, in units of the row scales, to output.
+    // Converts the sums of a block's rows (even rows first), in units of the row scales, to output.
     static inline void finish(const Matrix& m, const float* sums, int64_t block, float* output) {
         const int64_t first = block * kBlockRows;
         const int64_t rows = std::min<int64_t>(kBlockRows, m.layout.rows - first);
         const float* scale = m.row_scale + first;
+        float ordered[kBlockRows];
+        for (int i = 0; i < kPairs; ++i) ordered[2 * i] = sums[i], ordered[2 * i + 1] = sums[kPairs + i];
         if (m.bias)
-            for (int64_t i = 0; i < rows; ++i) output[first + i] = sums[i] * scale[i] + m.bias[first + i];
+            for (int64_t i = 0; i < rows; ++i) output[first + i] = ordered[i] * scale[i] + m.bias[first + i];
         else
-            for (int64_t i = 0; i < rows; ++i) output[first + i] = sums[i] * scale[i];
+            for (int64_t i = 0; i < rows; ++i) output[first + i] = ordered[i] * scale[i];
     }
+
+    // ---- planes -------------------------------------------------------------------------------------------------
+
+    // The computed planes of a word are the `P::kPlanes` results of `P::load`, for a part of the rows of a block.
+    // kPrefetches: also prefetch later words.
+
+    // Planes that are stored as they are.
+    template <int Q>
+    struct Stored {
+        static constexpr int kPlanes = Q;
+        static constexpr bool kCoded = false;
+
+        template <bool Prefetches, bool Top>
+        static inline void load(const uint32_t* words, int64_t, int part, Word (&index)[Q]) {
+            for (int plane = 0; plane < Q; ++plane) {
+                const uint32_t* at = words + plane * kPairs + part * kLanes;
+                index[plane] = I::load_words(at);
+                if constexpr (Prefetches) I::prefetch(reinterpret_cast<const char*>(at) + kPrefetch);
+            }
+        }
+    };
+
+    // Planes that are exclusive-ors of stored bits of a row and of the rows above it, see trellis_masks.h.
+    template <class Entry>
+    struct Coded {
+        static constexpr int Bits = Entry::kBits, Planes = Entry::kPlanes, kPlanes = Planes;
+        static constexpr bool kCoded = true;
+
+        // Top: this is the first block of a stripe.
+        template <bool Prefetches, bool Top>
+        static inline void load(const uint32_t* words, int64_t plane_stride, int part, Word (&index)[Planes]) {
+            const uint32_t* from = words + part * kLanes;
+            if constexpr (Prefetches)
+                for (int bit = 0; bit < Bits; ++bit)
+                    I::prefetch(reinterpret_cast<const char*>(from + bit * plane_stride) + kPrefetch);
+            combine<Top>(from, plane_stride, part, index, std::make_integer_sequence<int, Planes>{});
+        }
+
+    private:
+        template <bool Top, int... Plane>
+        static inline void combine(const uint32_t* from, int64_t stride, int part, Word (&index)[Planes],
+                                   std::integer_sequence<int, Plane...>) {
+            ((index[Plane] = parity<Top, Entry::kMasks[Plane]>(from, stride, part)), ...);
+        }
+
+        template <bool Top, unsigned Mask>
+        static inline Word parity(const uint32_t* from, int64_t stride, int part) {
+            constexpr int kFirst = std::countr_zero(Mask);
+            Word result = tap<Top, kFirst>(from, stride, part);
+            if constexpr ((Mask & (Mask - 1)) != 0)
+                result = I::exclusive_or(result, parity<Top, (Mask & (Mask - 1))>(from, stride, part));
+            return result;
+        }
+
+        // A stored bit of the rows that are `kDistance` above.
+        template <bool Top, int Tap>
+        static inline Word tap(const uint32_t* from, int64_t stride, int part) {
+            constexpr int kDistance = Tap / Bits;
+            const auto* rows = reinterpret_cast<const char*>(from + Tap % Bits * stride) - 2 * kDistance;
+            const Word word = I::load_words(reinterpret_cast<const uint32_t*>(rows));
+            if constexpr (Top && kDistance > 0) return part == 0 ? I::template without<kDistance>(word) : word;
+            return word;
+        }
+    };
 
     // ---- look-up ------------------------------------------------------------------------------------------------
 
@@ -119,7 +190,7 @@ struct Kernel {
     }
 
     // Adds `sum · scale` of every plane, and the offset term, to the sums of a block.
-    template <int Q, int B>
+    template <int B, int Q>
     static inline void accumulate(const Matrix& m, const Lookups& in, int64_t block, int64_t group, int64_t chunk,
                                   const Float (&plane_sums)[B][Q][2][kParts], float (*sums)[B][kBlockRows]) {
         for (int half = 0; half < 2; ++half) {
@@ -146,28 +217,18 @@ struct Kernel {
         }
     }
 
-    // Loads the planes of one word and prefetches later ones.
-    template <int Q>
-    static inline void load_word(const uint32_t* words, Word (&index)[Q][kParts]) {
-        for (int plane = 0; plane < Q; ++plane)
-            for (int part = 0; part < kParts; ++part) {
-                const uint32_t* at = words + plane * kPairs + part * kLanes;
-                index[plane][part] = I::load_words(at);
-                I::prefetch(reinterpret_cast<const char*>(at) + kPrefetch);
-            }
-    }
-
     // Sums over a chunk of one block, by look-up in 32-bit tables.
-    template <int Q, int B>
-    static inline void chunk_exact(const uint32_t* words, int count, const float* tables, int64_t stride,
-                                   Float (&plane_sums)[B][Q][2][kParts]) {
+    template <class P, bool Top, int B, int Q>
+    static inline void chunk_exact(const uint32_t* words, const Strides& strides, int count, const float* tables,
+                                   int64_t stride, Float (&plane_sums)[B][Q][2][kParts]) {
         for (auto& row : plane_sums)
             for (auto& plane : row)
                 for (auto& half : plane)
                     for (auto& sum : half) sum = I::zero();
-        for (int word = 0; word < count; ++word, words += Q * kPairs, tables += kWordTables * kTable) {
-            Word index[Q][kParts];
-            load_word<Q>(words, index);
+        for (int word = 0; word < count; ++word, words += strides.word, tables += kWordTables * kTable) {
+            Word index[kParts][Q];
+            for (int part = 0; part < kParts; ++part)
+                P::template load<true, Top>(words, strides.plane, part, index[part]);
 #pragma GCC unroll 4
             for (int step = 0; step < kWordTables; ++step)
                 for (int b = 0; b < B; ++b) {
@@ -176,24 +237,26 @@ struct Kernel {
                         for (int part = 0; part < kParts; ++part) {
                             auto& low = plane_sums[b][plane][0][part];
                             auto& high = plane_sums[b][plane][1][part];
-                            low = I::add(low, I::look_up(table, I::shift_right(index[plane][part], 4 * step)));
-                            high = I::add(high, I::look_up(table, I::shift_right(index[plane][part], 16 + 4 * step)));
+                            low = I::add(low, I::look_up(table, I::shift_right(index[part][plane], 4 * step)));
+                            high = I::add(high, I::look_up(table, I::shift_right(index[part][plane], 16 + 4 * step)));
                         }
                 }
         }
     }
 
     // The same in 16-bit tables; sums stay in range, see `build_fast`.
-    template <int Q, int B>
-    static inline void chunk_fast(const uint32_t* words, int count, const int16_t* tables, int64_t stride,
-                                  const float* units, int64_t unit_stride, Float (&plane_sums)[B][Q][2][kParts]) {
+    template <class P, bool Top, int B, int Q>
+    static inline void chunk_fast(const uint32_t* words, const Strides& strides, int count, const int16_t* tables,
+                                  int64_t stride, const float* units, int64_t unit_stride,
+                                  Float (&plane_sums)[B][Q][2][kParts]) {
         Half sums[B][Q][kParts];
         for (auto& row : sums)
             for (auto& plane : row)
                 for (auto& sum : plane) sum = I::zero_half();
-        for (int word = 0; word < count; ++word, words += Q * kPairs, tables += kWordTables * kTable) {
-            Word index[Q][kParts];
-            load_word<Q>(words, index);
+        for (int word = 0; word < count; ++word, words += strides.word, tables += kWordTables * kTable) {
+            Word index[kParts][Q];
+            for (int part = 0; part < kParts; ++part)
+                P::template load<true, Top>(words, strides.plane, part, index[part]);
 #pragma GCC unroll 4
             for (int step = 0; step < kWordTables; ++step)
                 for (int b = 0; b < B; ++b) {
@@ -202,7 +265,7 @@ struct Kernel {
                         for (int part = 0; part < kParts; ++part)
                             sums[b][plane][part] = I::add_half(
                                 sums[b][plane][part],
-                                I::look_up_half(table, I::shift_right_half(index[plane][part], 4 * step)));
+                                I::look_up_half(table, I::shift_right_half(index[part][plane], 4 * step)));
                 }
         }
         for (int b = 0; b < B; ++b) {
@@ -215,7 +278,17 @@ struct Kernel {
         }
     }
 
-    template <int Q, int B, bool Fast>
+    template <class P, bool Fast, bool Top, int B, int Q>
+    static inline void chunk(const Lookups& in, const uint32_t* words, const Strides& strides, int count, int64_t table,
+                             int64_t stride, const float* units, int64_t unit_stride,
+                             Float (&plane_sums)[B][Q][2][kParts]) {
+        if constexpr (Fast)
+            chunk_fast<P, Top>(words, strides, count, in.fast + table, stride, units, unit_stride, plane_sums);
+        else
+            chunk_exact<P, Top>(words, strides, count, in.exact + table, stride, plane_sums);
+    }
+
+    template <class P, int B, bool Fast>
     static void stripe(const Matrix& m, const Lookups& in, int first_row, int64_t number) {
         const Layout& layout = m.layout;
         const int blocks = layout.stripe_blocks(number);
@@ -224,25 +297,30 @@ struct Kernel {
         // Row 0 is now the first of these B rows.
         Lookups rows = in;
         rows.sums = in.sums ? in.sums + first_row * layout.chunks() : nullptr;
-        alignas(64) float sums[kStripeBlocks][B][kBlockRows] = {};
-        int64_t chunk = 0;
+        constexpr int kMostBlocks = P::kCoded ? kTrellisStripeBlocks : kStripeBlocks;
+        alignas(64) float sums[kMostBlocks][B][kBlockRows] = {};
+        int64_t number_of_chunk = 0;
         for_each_chunk(layout, [&](int64_t group, int64_t word, int count) {
+            const Strides strides = layout.strides(count, blocks);
+            const int64_t table = first_row * stride + word * kWordTables * kTable;
+            const float* units = Fast ? in.units + first_row * layout.chunks() + number_of_chunk : nullptr;
             for (int block = 0; block < blocks; ++block) {
-                Float plane_sums[B][Q][2][kParts];
-                const int64_t table = first_row * stride + word * kWordTables * kTable;
-                if constexpr (Fast)
-                    chunk_fast<Q, B>(words, count, in.fast + table, stride,
-                                     in.units + first_row * layout.chunks() + chunk, layout.chunks(), plane_sums);
+                Float plane_sums[B][P::kPlanes][2][kParts];
+                const uint32_t* from = words + block * strides.block;
+                if (P::kCoded && block == 0)
+                    chunk<P, Fast, true>(in, from, strides, count, table, stride, units, layout.chunks(), plane_sums);
                 else
-                    chunk_exact<Q, B>(words, count, in.exact + table, stride, plane_sums);
-                accumulate<Q, B>(m, rows, number * kStripeBlocks + block, group, chunk, plane_sums, &sums[block]);
-                words += count * layout.word_entries();
+                    chunk<P, Fast, false>(in, from, strides, count, table, stride, units, layout.chunks(), plane_sums);
+                accumulate(m, rows, number * layout.most_stripe_blocks() + block, group, number_of_chunk, plane_sums,
+                           &sums[block]);
             }
-            ++chunk;
+            words += blocks * count * layout.word_entries();
+            ++number_of_chunk;
         });
         for (int b = 0; b < B; ++b)
             for (int block = 0; block < blocks; ++block)
-                finish(m, sums[block][b], number * kStripeBlocks + block, in.output + (first_row + b) * layout.rows);
+                finish(m, sums[block][b], number * layout.most_stripe_blocks() + block,
+                       in.output + (first_row + b) * layout.rows);
     }
 
     // The number of rows whose accumulators fit in registers.
@@ -253,36 +331,49 @@ struct Kernel {
         return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
     }
 
-    template <int Q, bool Fast>
+    template <class P, bool Fast>
     static void all_rows(const Matrix& m, const Lookups& in, int64_t number) {
         int row = 0;
-        constexpr int max_rows = rows_at_once<Q>();
-        for (; row + max_rows <= in.batch; row += max_rows) stripe<Q, max_rows, Fast>(m, in, row, number);
+        constexpr int max_rows = rows_at_once<P::kPlanes>();
+        for (; row + max_rows <= in.batch; row += max_rows) stripe<P, max_rows, Fast>(m, in, row, number);
         if constexpr (max_rows > 2)
-            for (; row + 2 <= in.batch; row += 2) stripe<Q, 2, Fast>(m, in, row, number);
-        for (; row < in.batch; ++row) stripe<Q, 1, Fast>(m, in, row, number);
+            for (; row + 2 <= in.batch; row += 2) stripe<P, 2, Fast>(m, in, row, number);
+        for (; row < in.batch; ++row) stripe<P, 1, Fast>(m, in, row, number);
+    }
+
+    // Calls `run` with the planes of a layout as a type.
+    template <class Run>
+    static inline void with_planes(const Layout& layout, Run run) {
+        if (layout.coded()) return with_code(layout, run, TrellisCodes{});
+        switch (layout.bits) {
+            case 1: return run(Stored<1>{});
+            case 2: return run(Stored<2>{});
+            case 3: return run(Stored<3>{});
+            case 4: return run(Stored<4>{});
+            case 5: return run(Stored<5>{});
+            case 6: return run(Stored<6>{});
+            case 7: return run(Stored<7>{});
+            case 8: return run(Stored<8>{});
+        }
+    }
+
+    template <class Run, class... Entries>
+    static inline void with_code(const Layout& layout, Run run, std::tuple<Entries...>) {
+        ((layout.bits == Entries::kBits && layout.planes == Entries::kPlanes ? run(Coded<Entries>{}) : void()), ...);
     }
 
     template <bool Fast>
     static void look_up(const Matrix& m, const Lookups& in, int64_t number) {
-        switch (m.layout.bits) {
-            case 1: return all_rows<1, Fast>(m, in, number);
-            case 2: return all_rows<2, Fast>(m, in, number);
-            case 3: return all_rows<3, Fast>(m, in, number);
-            case 4: return all_rows<4, Fast>(m, in, number);
-            case 5: return all_rows<5, Fast>(m, in, number);
-            case 6: return all_rows<6, Fast>(m, in, number);
-            case 7: return all_rows<7, Fast>(m, in, number);
-            case 8: return all_rows<8, Fast>(m, in, number);
-        }
+        with_planes(m.layout, [&](auto planes) { all_rows<decltype(planes), Fast>(m, in, number); });
     }
 
     // ---- multiplication -----------------------------------------------------------------------------------------
 
-    // Decodes a chunk of one block, in units of the row scales: `decoded` [columns of the chunk][32 rows].
-    template <int Q>
-    static inline void decode(const Matrix& m, const uint32_t* words, int count, int64_t block, int64_t group,
-                              float* decoded) {
+    // Decodes a chunk of one block, in units of the row scales: `decoded` [columns of the chunk][32 rows, even first].
+    template <class P, bool Top>
+    static inline void decode(const Matrix& m, const uint32_t* words, const Strides& strides, int count, int64_t block,
+                              int64_t group, float* decoded) {
+        constexpr int Q = P::kPlanes;
         Float negative[Q][2][kParts], start[2][kParts];
         for (int half = 0; half < 2; ++half) {
             for (int part = 0; part < kParts; ++part)
@@ -293,11 +384,10 @@ struct Kernel {
                 for (auto& scale : negative[plane][half]) scale = I::negate(scale);
             }
         }
-        for (int word = 0; word < count; ++word, words += Q * kPairs)
+        for (int word = 0; word < count; ++word, words += strides.word)
             for (int part = 0; part < kParts; ++part) {
                 Word index[Q];
-                for (int plane = 0; plane < Q; ++plane)
-                    index[plane] = I::load_words(words + plane * kPairs + part * kLanes);
+                P::template load<false, Top>(words, strides.plane, part, index);
                 float* out = decoded + word * kWordColumns * kBlockRows + part * kLanes;
 #pragma GCC unroll 16
                 for (int column = 0; column < kWordColumns; ++column, out += kBlockRows) {
@@ -372,11 +462,12 @@ struct Kernel {
             for (int r = 0; r < kParts32; ++r) I::store(sums + b * kBlockRows + r * kLanes, total[b][r]);
     }
 
-    template <int Q, class Weights>
+    template <class P, class Weights>
     static void multiply_block(const Matrix& m, const Panel& in, int64_t block) {
         const Layout& layout = m.layout;
-        const int64_t number = block / kStripeBlocks;
-        const int blocks = layout.stripe_blocks(number), position = static_cast<int>(block % kStripeBlocks);
+        const int64_t number = block / layout.most_stripe_blocks();
+        const int blocks = layout.stripe_blocks(number);
+        const int position = static_cast<int>(block % layout.most_stripe_blocks());
         Weights weights;
         constexpr int kTile = I::kTile;
         // Batches are processed in slices whose sums stay in the L1 or L2 cache.
@@ -388,7 +479,12 @@ struct Kernel {
             const uint32_t* words = m.words + layout.stripe_start(number);
             for_each_chunk(layout, [&](int64_t group, int64_t word, int count) {
                 const int columns = count * kWordColumns;
-                decode<Q>(m, words + position * count * layout.word_entries(), count, block, group, weights.decoded);
+                const Strides strides = layout.strides(count, blocks);
+                const uint32_t* from = words + position * strides.block;
+                if (P::kCoded && position == 0)
+                    decode<P, true>(m, from, strides, count, block, group, weights.decoded);
+                else
+                    decode<P, false>(m, from, strides, count, block, group, weights.decoded);
                 weights.arrange(columns);
                 const auto* values = Weights::values(in) + word * kWordColumns * in.batch + first * columns;
                 int64_t b = 0;
@@ -404,16 +500,7 @@ struct Kernel {
 
     template <class Weights>
     static void multiply(const Matrix& m, const Panel& in, int64_t block) {
-        switch (m.layout.bits) {
-            case 1: return multiply_block<1, Weights>(m, in, block);
-            case 2: return multiply_block<2, Weights>(m, in, block);
-            case 3: return multiply_block<3, Weights>(m, in, block);
-            case 4: return multiply_block<4, Weights>(m, in, block);
-            case 5: return multiply_block<5, Weights>(m, in, block);
-            case 6: return multiply_block<6, Weights>(m, in, block);
-            case 7: return multiply_block<7, Weights>(m, in, block);
-            case 8: return multiply_block<8, Weights>(m, in, block);
-        }
+        with_planes(m.layout, [&](auto planes) { multiply_block<decltype(planes), Weights>(m, in, block); });
     }
 
     static const Kernels* table() {
@@ -434,6 +521,7 @@ struct Kernel {
             result.gate = DecoderKernel<I>::gate;
             result.settle_rows = SettleKernel<I>::kRows;
             result.settle = SettleKernel<I>::strip;
+            result.settle_path = ViterbiKernel<I>::stripe;
             using Moments = MomentsKernel<I>;
             result.moments = Moments::template form<typename Moments::Plain>();
             if constexpr (I::kHasPairs) result.moments_half = Moments::template form<typename Moments::Paired>();

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "block.h"
@@ -15,6 +16,7 @@
 #include "settle.h"
 #include "stack.h"
 #include "tensor.h"
+#include "trellis_masks.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -47,7 +49,7 @@ Projection projection(const Layout& layout, const Tensor<const uint32_t>& words,
                       const std::optional<Floats>& signs) {
     const int64_t groups = layout.blocks() * layout.groups() * kBlockRows;
     const bool valid = words.size == layout.entries() && scale_codes.has_value() != scales.has_value() &&
-                       (scales ? scales->size : scale_codes->size) == groups * layout.bits &&
+                       (scales ? scales->size : scale_codes->size) == groups * layout.planes &&
                        (!offsets || offsets->size == groups) && row_scale.size == layout.rows &&
                        (!bias || bias->has_shape({layout.rows}));
     check(valid, "the packed tensors do not fit the layout");
@@ -59,6 +61,37 @@ Projection projection(const Layout& layout, const Tensor<const uint32_t>& words,
                         row_scale.values(),
                         values_or_null(bias)};
     return {matrix, rotation(signs, layout.columns)};
+}
+
+// Columns to quantize, with `group_count` groups of levels.
+Stretch stretch(bool descend, const Floats& goals, const FloatRows& coupling, const Tensor<const int64_t>& groups,
+                int64_t group_count, const Tensor<float>& values, const Tensor<uint8_t>& codes,
+                const Tensor<float>& steps) {
+    check(goals.axes == 2, "goals must have two axes");
+    const int64_t columns = goals.shape[0];
+    check(coupling.has_shape({columns, columns}) && groups.has_shape({columns}) && values.has_shape_of(goals) &&
+              codes.has_shape_of(goals) && steps.has_shape_of(goals),
+          "the tensors do not fit the goals");
+    for (int64_t i = 0; i < columns; ++i)
+        check(groups.values()[i] >= 0 && groups.values()[i] < group_count, "a column has no such group");
+    return {descend,         columns,         goals.shape[1], goals.values(),  coupling.values(), coupling.strides[0],
+            groups.values(), values.values(), codes.values(), steps.values()};
+}
+
+TrellisCode trellis_code(int bits, const std::vector<int>& masks) {
+    check(bits >= 1 && bits <= kMostTrellisBits, "a trellis code has 1 to 4 bits");
+    check(!masks.empty() && masks.size() <= kMostTrellisPlanes, "a trellis code has 1 to 6 planes");
+    TrellisCode code{bits, static_cast<int>(masks.size()), {}};
+    for (size_t plane = 0; plane < masks.size(); ++plane) {
+        check(masks[plane] > 0 && masks[plane] < kTrellisStates << bits, "a mask does not fit the register");
+        code.masks[plane] = static_cast<uint16_t>(masks[plane]);
+    }
+    return code;
+}
+
+bool has_code(int bits, int planes) {
+    return std::apply([&](auto... code) { return ((code.kBits == bits && code.kPlanes == planes) || ...); },
+                      TrellisCodes{});
 }
 
 Activations activations(const ActivationTensor& x, const Rotation& rotation) {
@@ -129,18 +162,32 @@ NB_MODULE(_native, m) {
     nb::class_<Layout>(m, "Layout")
         .def(
             "__init__",
-            [](Layout* self, int64_t rows, int64_t columns, int64_t group_columns, int bits) {
+            [](Layout* self, int64_t rows, int64_t columns, int64_t group_columns, int bits, int planes) {
                 check(rows >= 1 && columns >= 1 && group_columns >= 1 && bits >= 1 && bits <= 8,
                       "sizes must be positive, and bits 1 to 8");
-                new (self) Layout{rows, columns, group_columns < columns ? group_columns : columns, bits};
+                check(planes == bits || has_code(bits, planes), "there is no trellis code of so many bits and planes");
+                new (self) Layout{rows, columns, group_columns < columns ? group_columns : columns, bits, planes};
             },
-            "rows"_a, "columns"_a, "group_columns"_a, "bits"_a)
+            "rows"_a, "columns"_a, "group_columns"_a, "bits"_a, "planes"_a)
         .def_prop_ro("entries", &Layout::entries);
 
     m.def("available", [] {
         std::vector<std::string> names;
         for (const Kernels* const* set = available_kernels(); *set; ++set) names.emplace_back((*set)->name);
         return names;
+    });
+
+    // The masks of the trellis codes that the kernels know: (bits, planes, masks).
+    m.def("trellis_codes", [] {
+        std::vector<std::tuple<int, int, std::vector<unsigned>>> codes;
+        std::apply(
+            [&](auto... code) {
+                (codes.emplace_back(code.kBits, code.kPlanes,
+                                    std::vector<unsigned>(std::begin(code.kMasks), std::end(code.kMasks))),
+                 ...);
+            },
+            TrellisCodes{});
+        return codes;
     });
 
     // The address of GOMP_parallel in the OpenMP runtime that torch uses, see pool.h.
@@ -240,23 +287,32 @@ NB_MODULE(_native, m) {
         [](bool descend, const Floats& goals, const FloatRows& coupling, const Floats& levels, const Floats& midpoints,
            const Tensor<const int64_t>& groups, const Tensor<float>& values, const Tensor<uint8_t>& ranks,
            const Tensor<float>& steps, const std::string& kernels, int threads) {
-            check(goals.axes == 2 && levels.axes == 3, "goals must have two axes, and levels three");
-            const int64_t columns = goals.shape[0], rows = goals.shape[1];
-            check(coupling.has_shape({columns, columns}) && groups.has_shape({columns}) && levels.shape[2] == rows &&
-                      midpoints.has_shape({levels.shape[0] - 1, levels.shape[1], rows}) &&
-                      values.has_shape_of(goals) && ranks.has_shape_of(goals) && steps.has_shape_of(goals),
-                  "the tensors do not fit the goals");
-            for (int64_t i = 0; i < columns; ++i)
-                check(groups.values()[i] >= 0 && groups.values()[i] < levels.shape[1], "a column has no such group");
-            const Stretch stretch{descend,           columns,          rows,
-                                  goals.values(),    coupling.values(), coupling.strides[0],
-                                  levels.values(),   midpoints.values(), levels.shape[0],
-                                  levels.shape[1],   groups.values(),  values.values(),
-                                  ranks.values(),    steps.values()};
-            settle(kernels_named(kernels), stretch, threads);
+            check(levels.axes == 3 && levels.shape[2] == goals.shape[1] &&
+                      midpoints.has_shape({levels.shape[0] - 1, levels.shape[1], levels.shape[2]}),
+                  "the levels do not fit the goals");
+            const Stretch columns = stretch(descend, goals, coupling, groups, levels.shape[1], values, ranks, steps);
+            settle(kernels_named(kernels), columns,
+                   LevelTables{levels.values(), midpoints.values(), levels.shape[0], levels.shape[1]}, threads);
         },
         "descend"_a, "goals"_a, "coupling"_a, "levels"_a, "midpoints"_a, "groups"_a, "values"_a, "ranks"_a, "steps"_a,
         "kernels"_a, "threads"_a, without_gil);
+
+    m.def(
+        "settle_paths",
+        [](bool descend, const Floats& goals, const FloatRows& coupling, const Floats& levels, int bits,
+           const std::vector<int>& masks, int64_t stripe, const Tensor<const int64_t>& groups,
+           const Tensor<float>& values, const Tensor<uint8_t>& stored, const Tensor<float>& steps,
+           const std::string& kernels, int threads) {
+            const Paths paths{trellis_code(bits, masks), stripe, levels.values()};
+            check(levels.axes == 3 && levels.shape[1] == goals.shape[1] &&
+                      levels.shape[2] == int64_t{1} << paths.code.planes,
+                  "the levels do not fit the goals or the code");
+            check(stripe >= 1, "a stripe has at least one row");
+            const Stretch columns = stretch(descend, goals, coupling, groups, levels.shape[0], values, stored, steps);
+            settle(kernels_named(kernels), columns, paths, threads);
+        },
+        "descend"_a, "goals"_a, "coupling"_a, "levels"_a, "bits"_a, "masks"_a, "stripe"_a, "groups"_a, "values"_a,
+        "stored"_a, "steps"_a, "kernels"_a, "threads"_a, without_gil);
 
     nb::class_<DecoderBlock>(m, "DecoderBlock")
         .def(

@@ -60,4 +60,9 @@ private:
     size_t bytes_ = 0;
 };
 
+// Working memory of a stripe, see viterbi_impl.h.
+struct PathScratch {
+    Scratch goals, decisions;
+};
+
 }  // namespace shiftadd

@@ -30,25 +30,30 @@ void write_bits(uint8_t* row, int64_t first, int64_t count, uint32_t value) {
 // Calls `visit(row, plane, first column, columns, entry, high half)` for all bits of a stripe that lie in the matrix.
 template <class Visit>
 void for_each_half(const Layout& layout, int64_t stripe, Visit visit) {
-    int64_t entry = layout.stripe_start(stripe);
+    int64_t chunk_start = layout.stripe_start(stripe);
     const int blocks = layout.stripe_blocks(stripe);
     for_each_chunk(layout, [&](int64_t group, int64_t first_word, int words) {
+        const Strides strides = layout.strides(words, blocks);
         const int64_t group_end = group * layout.group_columns + layout.group_columns;
         const int64_t end = group_end < layout.columns ? group_end : layout.columns;
         const int64_t inside = first_word - group * layout.group_words();
         for (int block = 0; block < blocks; ++block) {
-            const int64_t first_row = (stripe * kStripeBlocks + block) * kBlockRows;
+            const int64_t first_row = (stripe * layout.most_stripe_blocks() + block) * kBlockRows;
             for (int word = 0; word < words; ++word) {
                 const int64_t column = group * layout.group_columns + (inside + word) * kWordColumns;
                 const int64_t count = end - column < kWordColumns ? end - column : kWordColumns;
-                for (int plane = 0; plane < layout.bits; ++plane)
-                    for (int pair = 0; pair < kPairs; ++pair, ++entry)
+                for (int plane = 0; plane < layout.bits; ++plane) {
+                    const int64_t start =
+                        chunk_start + block * strides.block + word * strides.word + plane * strides.plane;
+                    for (int pair = 0; pair < kPairs; ++pair)
                         for (int high = 0; high < 2; ++high) {
-                            const int64_t row = first_row + pair + high * kPairs;
-                            if (row < layout.rows && count > 0) visit(row, plane, column, count, entry, high);
+                            const int64_t row = first_row + 2 * pair + high;
+                            if (row < layout.rows && count > 0) visit(row, plane, column, count, start + pair, high);
                         }
+                }
             }
         }
+        chunk_start += blocks * words * layout.word_entries();
     });
 }
 
@@ -56,6 +61,7 @@ void for_each_half(const Layout& layout, int64_t stripe, Visit visit) {
 
 void pack_stripe(const Layout& layout, const uint8_t* codes, uint32_t* words, int64_t stripe) {
     const int64_t row_bytes = (layout.columns + 7) / 8;
+    if (stripe == 0) std::memset(words, 0, layout.lead() * sizeof(uint32_t));
     const int64_t start = layout.stripe_start(stripe);
     const int64_t entries = layout.stripe_blocks(stripe) * layout.padded_words() * layout.word_entries();
     std::memset(words + start, 0, entries * sizeof(uint32_t));
@@ -67,7 +73,7 @@ void pack_stripe(const Layout& layout, const uint8_t* codes, uint32_t* words, in
 
 void unpack_stripe(const Layout& layout, const uint32_t* words, uint8_t* codes, int64_t stripe) {
     const int64_t row_bytes = (layout.columns + 7) / 8;
-    const int64_t first = stripe * kStripeBlocks * kBlockRows;
+    const int64_t first = stripe * layout.most_stripe_blocks() * kBlockRows;
     const int64_t end = first + layout.stripe_blocks(stripe) * kBlockRows;
     const int64_t rows = (end < layout.rows ? end : layout.rows) - first;
     std::memset(codes + first * layout.bits * row_bytes, 0, rows * layout.bits * row_bytes);

@@ -6,6 +6,7 @@
 namespace shiftadd {
 
 // See `Stretch`. The bits of the results depend neither on `threads` nor on concurrent calls.
-void settle(const Kernels& kernels, const Stretch& stretch, int threads);
+void settle(const Kernels& kernels, const Stretch& stretch, const LevelTables& tables, int threads);
+void settle(const Kernels& kernels, const Stretch& stretch, const Paths& paths, int threads);
 
 }  // namespace shiftadd

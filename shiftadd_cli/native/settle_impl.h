@@ -43,17 +43,17 @@ struct SettleKernel {
     }
 
     // The values and ranks of the levels nearest to the goals; a goal on a midpoint takes the lower level.
-    static inline void nearest(const Stretch& s, int64_t column, int64_t row, int count, const Float (&goal)[kParts],
-                               Float (&value)[kParts], uint8_t* ranks) {
-        const int64_t at = s.groups[column] * s.rows + row, step = s.group_count * s.rows;
+    static inline void nearest(const Stretch& s, const LevelTables& tables, int64_t column, int64_t row, int count,
+                               const Float (&goal)[kParts], Float (&value)[kParts]) {
+        const int64_t at = s.groups[column] * s.rows + row, step = tables.group_count * s.rows;
         Float rank[kParts];
         for (int part = 0; part < kParts; ++part) {
-            value[part] = Rows{s.levels + at, count}.part(part);
+            value[part] = Rows{tables.levels + at, count}.part(part);
             rank[part] = I::zero();
         }
-        for (int64_t above = 1; above < s.level_count; ++above) {
-            const Rows level{s.levels + at + above * step, count};
-            const Rows midpoint{s.midpoints + at + (above - 1) * step, count};
+        for (int64_t above = 1; above < tables.level_count; ++above) {
+            const Rows level{tables.levels + at + above * step, count};
+            const Rows midpoint{tables.midpoints + at + (above - 1) * step, count};
             const Float level_rank = I::set(static_cast<float>(above));
             for (int part = 0; part < kParts; ++part) {
                 const Float bound = midpoint.part(part);
@@ -63,10 +63,11 @@ struct SettleKernel {
         }
         float rank_values[kRows];
         store(rank[0], rank[1], kRows, rank_values);
+        uint8_t* ranks = s.codes + column * s.rows + row;
         for (int i = 0; i < count; ++i) ranks[i] = static_cast<uint8_t>(rank_values[i]);
     }
 
-    static void strip(const Stretch& s, int64_t number, float* room) {
+    static void strip(const Stretch& s, const LevelTables& tables, int64_t number, float* room) {
         const int64_t row = number * kRows;
         const int count = static_cast<int>(std::min<int64_t>(kRows, s.rows - row));
         for (int64_t column = 0; column < s.columns; ++column) {
@@ -86,10 +87,10 @@ struct SettleKernel {
                     before[part] = values.part(part);
                     goal[part] = I::fma(goal[part], inverse, before[part]);
                 }
-                nearest(s, column, row, count, goal, value, s.ranks + at);
+                nearest(s, tables, column, row, count, goal, value);
                 for (int part = 0; part < kParts; ++part) step[part] = I::fma(before[part], minus, value[part]);
             } else {
-                nearest(s, column, row, count, goal, value, s.ranks + at);
+                nearest(s, tables, column, row, count, goal, value);
                 for (int part = 0; part < kParts; ++part)
                     step[part] = I::mul(I::fma(value[part], minus, goal[part]), inverse);
             }

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shiftadd_cli.bcq.column_updates import compensated_sweep, descend_codes, settle
+from shiftadd_cli.bcq.column_updates import compensated_sweep, descend_codes
 from shiftadd_cli.bcq.hessian import Objective, build_objective
 from shiftadd_cli.bcq.levels import LevelTable, nearest_ranks, values_of
 from shiftadd_cli.native.extension import instruction_sets
@@ -114,7 +114,7 @@ def test_dynamic_sweep_fits_each_group_once_on_arrival(columns: int, width: int,
     def levels(group: int, current: Tensor) -> LevelTable:
         arrived.append(group)
         assert current.shape == (min(width, columns - group * width), 6)
-        return fitted_levels(current)
+        return fitted_levels(current)[None]
 
     _, values = compensated_sweep(weights, objective, width, levels)
     assert sorted(arrived) == list(range(-(-columns // width)))
@@ -149,12 +149,13 @@ def test_descent_never_raises_the_objective(
 ) -> None:
     weights, hessian, tables = problem(out, columns, width, bits, seed)
     start = torch.randint(0, 2**bits, (columns, out), generator=generator(seed)).to(torch.uint8)
-    untouched = start.clone()
-    ranks, values = descend_codes(weights, hessian, tables, width, start, passes)
-    assert torch.equal(start, untouched)
+    given_values = values_of(tables, width, start)
+    untouched = given_values.clone()
+    ranks, values = descend_codes(weights, hessian, tables, width, given_values, passes)
+    assert torch.equal(given_values, untouched)
     assert ranks.dtype == torch.uint8
     assert torch.equal(values, values_of(tables, width, ranks))
-    before = quadratic_error((weights - values_of(tables, width, start)).T, hessian)
+    before = quadratic_error((weights - given_values).T, hessian)
     after = quadratic_error((weights - values).T, hessian)
     assert (after <= before * (1 + 1e-5) + 1e-9).all()
 
@@ -162,9 +163,9 @@ def test_descent_never_raises_the_objective(
 @pytest.mark.parametrize(("columns", "width", "bits"), [(1, 1, 2), (20, 7, 3), (150, 64, 2), (300, 100, 1), (20, 8, 5)])
 def test_no_single_weight_can_improve_at_rest(columns: int, width: int, bits: int) -> None:
     weights, hessian, tables = problem(3, columns, width, bits)
-    start, rounded = nearest_ranks(weights, tables, width)
-    ranks, values = descend_codes(weights, hessian, tables, width, start, 200)
-    again, _ = descend_codes(weights, hessian, tables, width, ranks, 1)
+    _, rounded = nearest_ranks(weights, tables, width)
+    ranks, values = descend_codes(weights, hessian, tables, width, rounded, 200)
+    again, _ = descend_codes(weights, hessian, tables, width, values, 1)
     assert torch.equal(again, ranks)
     wide, form = (weights - values).double(), hessian.double()
     gradient = form @ wide
@@ -180,8 +181,8 @@ def test_no_single_weight_can_improve_at_rest(columns: int, width: int, bits: in
 def test_blocks_do_not_change_results() -> None:
     # One pass over 300 columns is compared with a pass that refreshes the whole gradient after every weight.
     weights, hessian, tables = problem(4, 300, 50, 3)
-    start, values = nearest_ranks(weights, tables, 50)
-    _, descended = descend_codes(weights, hessian, tables, 50, start, 1)
+    _, values = nearest_ranks(weights, tables, 50)
+    _, descended = descend_codes(weights, hessian, tables, 50, values, 1)
     expected, form = values.double(), hessian.double()
     for column in range(300):
         goal = expected[column] + (form[column] @ (weights.double() - expected)) / form[column, column]
@@ -197,7 +198,7 @@ def test_a_diagonal_hessian_gives_nearest_levels_in_one_pass() -> None:
     weights, _, tables = problem(5, 60, 20, 3)
     start = torch.randint(0, 8, (60, 5), generator=generator(1)).to(torch.uint8)
     hessian = torch.diag(torch.rand(60, generator=generator(2)) + 0.1)
-    _, values = descend_codes(weights, hessian, tables, 20, start, 1)
+    _, values = descend_codes(weights, hessian, tables, 20, values_of(tables, 20, start), 1)
     _, nearest = nearest_ranks(weights, tables, 20)
     torch.testing.assert_close((weights - values).abs(), (weights - nearest).abs(), rtol=0, atol=1e-6)
 
@@ -237,7 +238,7 @@ def test_every_column_takes_the_level_nearest_to_its_goal(
 ) -> None:
     goals, coupling, tables, of_column, before = columns_problem(columns, rows, groups, bits, seed)
     values = before.clone()
-    ranks, steps = settle(goals.clone(), coupling, tables, of_column, values, descend=descend, kernels=way)
+    ranks, steps = tables.settle(goals.clone(), coupling, of_column, values, descend=descend, kernels=way)
     levels = tables.levels.movedim(1, 0)[of_column].double()
     assert torch.equal(levels.gather(1, ranks.long().unsqueeze(1)).squeeze(1), values.double())
     # The effect of earlier columns comes from the returned steps, so errors do not grow from column to column.
@@ -255,8 +256,8 @@ def test_a_goal_on_a_midpoint_takes_the_lower_level(way: str) -> None:
     tables = LevelTable.build(torch.tensor([[[1.0, 2.0]] * 3]), None)
     goals = torch.tensor([[-2.0, 0.0, 2.0]])
     values = torch.zeros_like(goals)
-    ranks, _ = settle(
-        goals, torch.ones(1, 1), tables, torch.zeros(1, dtype=torch.int64), values, descend=False, kernels=way
+    ranks, _ = tables.settle(
+        goals, torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), values, descend=False, kernels=way
     )
     assert ranks.tolist() == [[0, 1, 2]]
     assert values.tolist() == [[-3.0, -1.0, 1.0]]
@@ -271,7 +272,7 @@ def test_threads_change_no_bit(descend: bool) -> None:
         for count in (1, 3):
             torch.set_num_threads(count)
             values = before.clone()
-            results.append((*settle(goals.clone(), coupling, tables, of_column, values, descend=descend), values))
+            results.append((*tables.settle(goals.clone(), coupling, of_column, values, descend=descend), values))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

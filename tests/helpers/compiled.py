@@ -7,12 +7,18 @@ from artifacts import FORMATS
 from formats import layout_on
 from hypothesis import strategies as st
 
+from shiftadd_cli.bcq.choices import CODE_BITS, PLANES, Primitive
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.kernels.cpu_weight import supports
 from shiftadd_cli.native.extension import cpu_extension
 
 needs_kernels = pytest.mark.skipif(cpu_extension() is None, reason="installed without compiled kernels")
+
+
+TRELLISES: list[tuple[Primitive, int]] = [
+    (primitive, bits) for primitive in ("trellis1", "trellis2") for bits in CODE_BITS[primitive]
+]
 
 
 @st.composite
@@ -22,13 +28,15 @@ def supported_layouts(draw: st.DrawFn) -> PackedLayout:
     groups: list[int | str] = [16, 20, 32, 64, 100, 128, "all"]
     group = draw(st.sampled_from(groups))
     grid = ScaleGrid.resolve(draw(st.integers(1, 40) | st.integers(120, 300)), columns, draw(st.integers(1, 9)), group)
+    primitive, bits = draw(st.one_of(st.tuples(st.just(PLANES), st.integers(1, 8)), st.sampled_from(TRELLISES)))
     layout = layout_on(
         grid,
-        draw(st.integers(1, 8)),
+        bits,
         draw(st.sampled_from(FORMATS)),
         draw(st.booleans()),
         draw(st.booleans()),
         draw(st.booleans()),
+        primitive=primitive,
     )
     assert supports(layout)
     return layout

@@ -61,6 +61,7 @@ def layout_on(
     offset: bool,
     rotation: bool = False,
     outliers: int = 0,
+    primitive: Primitive = "bcq",
 ) -> PackedLayout:
     """The layout of planes with scales on a grid, and with `outliers` outlier columns."""
     form = matrix_format(
@@ -72,5 +73,6 @@ def layout_on(
         offset,
         "hadamard" if rotation else "none",
         outliers / grid.columns,
+        primitive,
     )
     return PackedLayout(form, grid.rows, grid.columns)

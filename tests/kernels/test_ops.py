@@ -44,6 +44,7 @@ def run(
         bias=bias,
         group_columns=weight.layout.grid.group_columns,
         bits=weight.layout.bits,
+        planes=weight.layout.primitive.planes(weight.layout.bits),
         fast=fast,
         method=method,
         kernels=kernels,
@@ -182,6 +183,7 @@ def arguments(x: Tensor) -> dict[str, Any]:
         "bias": torch.ones(40),
         "group_columns": 32,
         "bits": 2,
+        "planes": 2,
         "fast": False,
         "method": "auto",
         "kernels": "",
@@ -223,13 +225,13 @@ def test_backward_pass_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"words": torch.zeros(5, dtype=torch.int32)}, {"x": torch.randn(3, 60)}, {"bits": 3}, {"scale_codes": None},
+    [{"words": torch.zeros(5, dtype=torch.int32)}, {"x": torch.randn(3, 60)}, {"bits": 3}, {"planes": 3}, {"bits": 1}, {"scale_codes": None},
      {"scale_codes": torch.zeros(3, dtype=torch.uint8)}, {"offsets": torch.zeros(1)}, {"signs": torch.ones(3)},
      {"bias": torch.ones(3)}, {"signs": torch.ones(64).bfloat16()}, {"row_scale": torch.ones(40).bfloat16()},
      {"row_scale": torch.ones(80)[::2]}, {"offsets": torch.ones(2, 2, 32).half()}],
 )  # fmt: skip
 def test_mismatched_tensors_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises((TypeError, ValueError), match=r"do not fit|incompatible|one number a column"):
+    with pytest.raises((TypeError, ValueError), match=r"do not fit|incompatible|one number a column|no trellis code"):
         ops.lookup_linear(**{**arguments(torch.randn(3, 64)), **change})
 
 

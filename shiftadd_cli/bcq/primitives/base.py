@@ -61,13 +61,17 @@ class Primitive(ABC):
     def scales(self, form: MatrixFormat, rows: int, columns: int) -> Scales:
         """The scales of a `[rows, columns]` matrix of this format."""
 
+    def planes(self, bits: int) -> int:
+        """Number of planes that are computed from the stored bits of a code."""
+        return bits
+
     @abstractmethod
     def tensors(self, scales: Scales, bits: int) -> TensorShapes:
         """Shape and dtype of the stored scales and offsets by suffix, including the row scale."""
 
     @abstractmethod
-    def independent_rows(self, form: MatrixFormat) -> bool:
-        """Whether no two rows share a scale, so that rows can be solved separately."""
+    def rows_together(self, form: MatrixFormat, rows: int) -> int | None:
+        """Parts of this many consecutive rows of a matrix can be solved separately; None if no part can."""
 
     @abstractmethod
     def fits_on_arrival(self, options: SolverOptions) -> bool:
@@ -83,7 +87,7 @@ class Primitive(ABC):
 
     @abstractmethod
     def ratios(self, scales: Scales, bits: int, tensors: Tensors) -> Tensor | None:
-        """Stored scales relative to the row scale, float32 `[R, C, bits]`; None if there are none."""
+        """Stored scales relative to the row scale, float32 `[R, C, planes]`; None if there are none."""
 
     @abstractmethod
     def offsets(self, scales: Scales, tensors: Tensors, ratios: Tensor) -> Tensor | None:
@@ -91,7 +95,7 @@ class Primitive(ABC):
 
     @abstractmethod
     def levels(self, bits: int, ratios: Tensor | None, offsets: Tensor | None) -> Tensor:
-        """The value of every code relative to the row scale, float32 `[R, C, 2 ** bits]`, where R and C may be 1."""
+        """The value of every level relative to the row scale, float32 `[R, C, 2 ** planes]`, where R and C may be 1."""
 
     @abstractmethod
     def decoder(self, scales: Scales, bits: int, tensors: Tensors) -> RowDecoder:

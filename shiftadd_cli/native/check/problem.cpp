@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <tuple>
+#include <utility>
 
 #include "../pack.h"
 #include "../pool.h"
+#include "../trellis_masks.h"
 
 namespace shiftadd::check {
 
@@ -38,7 +41,11 @@ Shape random_shape(Random& random, bool large) {
     shape.columns = random.coin() ? size(300, 700) : 16 * random.between(1, large ? 40 : 20);
     static constexpr int64_t kGroups[] = {16, 17, 20, 32, 64, 100, 128, 144, 256, 1 << 20};
     shape.group_columns = std::min(kGroups[random.between(0, std::size(kGroups) - 1)], shape.columns);
-    shape.bits = static_cast<int>(random.between(1, 8));
+    shape.bits = shape.planes = static_cast<int>(random.between(1, 8));
+    if (random.coin()) {
+        const std::vector<std::pair<int, int>> codes = trellis_sizes();
+        std::tie(shape.bits, shape.planes) = codes[random.between(0, static_cast<int64_t>(codes.size()) - 1)];
+    }
     shape.batch = random.coin() ? random.between(1, 6) : random.between(7, 40);
     shape.scale_codes = random.coin();
     shape.offsets = random.coin();
@@ -46,6 +53,23 @@ Shape random_shape(Random& random, bool large) {
     shape.signs = random.coin();
     shape.type = random.coin() ? Number::kFloat32 : Number::kBFloat16;
     return shape;
+}
+
+std::vector<std::pair<int, int>> trellis_sizes() {
+    std::vector<std::pair<int, int>> sizes;
+    std::apply([&](auto... code) { (sizes.emplace_back(code.kBits, code.kPlanes), ...); }, TrellisCodes{});
+    return sizes;
+}
+
+// The masks of the code of a layout; empty for planes that are stored as they are.
+std::vector<unsigned> trellis_masks(const Layout& layout) {
+    std::vector<unsigned> masks;
+    const auto take = [&](auto code) {
+        if (code.kBits == layout.bits && code.kPlanes == layout.planes)
+            masks.assign(std::begin(code.kMasks), std::end(code.kMasks));
+    };
+    std::apply([&](auto... code) { (take(code), ...); }, TrellisCodes{});
+    return masks;
 }
 
 Numbers::Numbers(Number type, int64_t count) : type_(type) {
@@ -87,7 +111,7 @@ std::vector<double> rotated(const std::vector<double>& row, const Buffer<float>&
 }
 
 Problem::Problem(const Shape& given, Values kind, Random& random)
-    : shape(given), values(kind), layout{given.rows, given.columns, given.group_columns, given.bits} {
+    : shape(given), values(kind), layout{given.rows, given.columns, given.group_columns, given.bits, given.planes} {
     const int64_t row_bytes = (shape.columns + 7) / 8, groups = layout.blocks() * layout.groups() * kBlockRows;
     codes = Buffer<uint8_t>(shape.rows * shape.bits * row_bytes);
     for (int64_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(random.next());
@@ -98,10 +122,10 @@ Problem::Problem(const Shape& given, Values kind, Random& random)
 
     // Scales of rows beyond the last have no effect.
     if (shape.scale_codes) {
-        scale_codes = Buffer<uint8_t>(groups * shape.bits);
+        scale_codes = Buffer<uint8_t>(groups * shape.planes);
         for (int64_t i = 0; i < scale_codes.size(); ++i) scale_codes[i] = static_cast<uint8_t>(random.next());
     } else {
-        scales = Buffer<float>(groups * shape.bits);
+        scales = Buffer<float>(groups * shape.planes);
         for (int64_t i = 0; i < scales.size(); ++i) scales[i] = static_cast<float>(random.normal());
     }
     if (shape.offsets) {
@@ -141,10 +165,27 @@ int Problem::bit(int64_t row, int plane, int64_t column) const {
     return codes[(row * shape.bits + plane) * row_bytes + column / 8] >> (column % 8) & 1;
 }
 
+std::vector<int> Problem::signs_of(int64_t row, int64_t column) const {
+    std::vector<int> planes(shape.planes);
+    const std::vector<unsigned> masks = trellis_masks(layout);
+    for (int plane = 0; plane < shape.planes; ++plane) {
+        if (masks.empty()) planes[plane] = bit(row, plane, column);
+        for (unsigned tap = 0; !masks.empty() && masks[plane] >> tap; ++tap) {
+            const int64_t above = tap / shape.bits;
+            if (masks[plane] >> tap & 1 && row % (kTrellisStripeBlocks * kBlockRows) >= above)
+                planes[plane] ^= bit(row - above, static_cast<int>(tap) % shape.bits, column);
+        }
+    }
+    return planes;
+}
+
+// The number of a row in scales and offsets of its block: even rows come first.
+int64_t number_in_block(int64_t row) { return row % 2 * kPairs + row % kBlockRows / 2; }
+
 Expected Problem::expected() const {
     const int64_t rows = shape.rows, columns = shape.columns, groups = layout.groups();
     const auto scale_of = [&](int64_t row, int64_t group, int plane) -> double {
-        const int64_t at = ((row / kBlockRows * groups + group) * shape.bits + plane) * kBlockRows + row % kBlockRows;
+        const int64_t at = ((row / kBlockRows * groups + group) * shape.planes + plane) * kBlockRows + number_in_block(row);
         if (!shape.scale_codes) return scales[at];
         const int e = scale_codes[at] & 15, d = scale_codes[at] >> 4 & 7, minus = scale_codes[at] >> 7;
         if (e == 15) return 0;
@@ -179,13 +220,14 @@ Expected Problem::expected() const {
         for (int64_t c = 0; c < columns; ++c) {
             const int64_t group = c / shape.group_columns;
             const double offset =
-                shape.offsets ? offsets[(r / kBlockRows * groups + group) * kBlockRows + r % kBlockRows] : 0;
+                shape.offsets ? offsets[(r / kBlockRows * groups + group) * kBlockRows + number_in_block(r)] : 0;
             weights[c] = offset;
             sizes[c] = std::fabs(offset);
             powers[c] = offset * offset;
-            for (int plane = 0; plane < shape.bits; ++plane) {
+            const std::vector<int> planes = signs_of(r, c);
+            for (int plane = 0; plane < shape.planes; ++plane) {
                 const double scale = scale_of(r, group, plane);
-                weights[c] += bit(r, plane, c) ? scale : -scale;
+                weights[c] += planes[plane] ? scale : -scale;
                 sizes[c] += std::fabs(scale);
                 powers[c] += scale * scale;
             }
@@ -211,7 +253,7 @@ Expected Problem::expected() const {
 
 std::string Problem::name() const {
     std::string text = std::to_string(shape.rows) + "x" + std::to_string(shape.columns) + " groups of " +
-                       std::to_string(shape.group_columns) + ", " + std::to_string(shape.bits) + " bits, batch " +
+                       std::to_string(shape.group_columns) + ", " + std::to_string(shape.bits) + " bits, " + std::to_string(shape.planes) + " planes, batch " +
                        std::to_string(shape.batch);
     text += shape.scale_codes ? ", scale codes" : ", float scales";
     if (shape.offsets) text += ", offsets";

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../engine.h"
@@ -27,13 +28,16 @@ private:
 
 struct Shape {
     int64_t rows, columns, group_columns;
-    int bits;
+    int bits, planes;
     int64_t batch;
     bool scale_codes, offsets, bias, signs;
     Number type;
 };
 
 Shape random_shape(Random&, bool large);
+
+// Stored bits and computed planes of the trellis codes.
+std::vector<std::pair<int, int>> trellis_sizes();
 
 enum class Values { kNormal, kOutliers, kEqual, kZero };
 
@@ -77,7 +81,9 @@ struct Problem {
     Problem(const Shape&, Values kind, Random&);
     Matrix matrix() const;
     Activations activations() const;
+    // A stored bit, and the computed planes (1 for +1) of a weight.
     int bit(int64_t row, int plane, int64_t column) const;
+    std::vector<int> signs_of(int64_t row, int64_t column) const;
     Expected expected() const;
     std::string name() const;
 };

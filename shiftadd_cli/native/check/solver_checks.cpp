@@ -96,9 +96,9 @@ void check_settle(const Kernels& kernels, Random& random, Tally& tally) {
             values[i] = Buffer<float>(size), steps[i] = Buffer<float>(size), ranks[i] = Buffer<uint8_t>(size);
             if (descend) std::memcpy(values[i].data(), before.data(), size * sizeof(float));
             settle(kernels,
-                   {descend, columns, rows, goals.data(), coupling.data(), stride, levels.data(), midpoints.data(),
-                    count, groups, of_column.data(), values[i].data(), ranks[i].data(), steps[i].data()},
-                   i ? kThreads : 1);
+                   {descend, columns, rows, goals.data(), coupling.data(), stride, of_column.data(), values[i].data(),
+                    ranks[i].data(), steps[i].data()},
+                   LevelTables{levels.data(), midpoints.data(), count, groups}, i ? kThreads : 1);
         }
         bool right = true;
         for (int64_t row = 0; row < rows; ++row)

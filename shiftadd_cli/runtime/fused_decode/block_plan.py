@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from shiftadd_cli.kernels.cpu_weight import CpuWeight, native_layout
+from shiftadd_cli.kernels.cpu_weight import CpuWeight, native_form
 from shiftadd_cli.kernels.select import Kernel
 from shiftadd_cli.native.extension import TYPES, cpu_extension
 from shiftadd_cli.runtime.fused_decode.module_watch import Place, Watch
@@ -125,9 +125,9 @@ class BlockPlan:
         return output
 
     def _projection(self, linear: PackedLinear) -> Any:
-        weight, layout = linear.on_cpu(), linear.layout
+        weight = linear.on_cpu()
         return cpu_extension().Projection(
-            native_layout(linear.out_features, linear.in_features, layout.grid.group_columns, layout.bits),
+            native_form(linear.layout),
             weight.words,
             weight.scale_codes,
             weight.scales,

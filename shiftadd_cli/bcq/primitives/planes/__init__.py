@@ -50,12 +50,12 @@ class BinaryPlanes(Primitive):
 
     def tensors(self, scales: Scales, bits: int) -> TensorShapes:
         grid, nibbles = scales.grid, scale_format(scales.scale_format).nibbles
-        rows, groups = grid.row_groups, grid.column_groups
+        rows, groups, planes = grid.row_groups, grid.column_groups, self.planes(bits)
         shapes: TensorShapes = {}
         if nibbles:
-            shapes["weight_exponents"] = ((rows, -(-groups * bits * nibbles // 2)), torch.uint8)
+            shapes["weight_exponents"] = ((rows, -(-groups * planes * nibbles // 2)), torch.uint8)
         else:
-            shapes["weight_scales"] = ((rows, groups, bits), torch.float16)
+            shapes["weight_scales"] = ((rows, groups, planes), torch.float16)
         shapes["weight_row_scale"] = ((grid.rows if scales.row_scale else 1,), torch.bfloat16)
         if scales.offset and nibbles:
             shapes["weight_offset"] = ((rows, -(-groups // 2)), torch.uint8)
@@ -63,8 +63,8 @@ class BinaryPlanes(Primitive):
             shapes["weight_offset"] = ((rows, groups), torch.float16)
         return shapes
 
-    def independent_rows(self, form: MatrixFormat) -> bool:
-        return form.group_rows == 1 and form.row_scale
+    def rows_together(self, form: MatrixFormat, rows: int) -> int | None:
+        return 1 if form.group_rows == 1 and form.row_scale else None
 
     def fits_on_arrival(self, options: SolverOptions) -> bool:
         return options.sweep == "dynamic"
@@ -86,11 +86,11 @@ class BinaryPlanes(Primitive):
         return tensors
 
     def ratios(self, scales: Scales, bits: int, tensors: Tensors) -> Tensor:
-        form, groups = scale_format(scales.scale_format), scales.grid.column_groups
+        form, groups, planes = scale_format(scales.scale_format), scales.grid.column_groups, self.planes(bits)
         if not form.nibbles:
             return tensors["weight_scales"].float()
-        fields = unpack_nibbles(tensors["weight_exponents"], groups * bits * form.nibbles).int()
-        fields = fields.view(-1, groups, bits, form.nibbles)
+        fields = unpack_nibbles(tensors["weight_exponents"], groups * planes * form.nibbles).int()
+        fields = fields.view(-1, groups, planes, form.nibbles)
         return form.decode((fields << _nibble_shifts(form.nibbles, fields)).sum(-1))
 
     def offsets(self, scales: Scales, tensors: Tensors, ratios: Tensor) -> Tensor | None:
@@ -103,7 +103,7 @@ class BinaryPlanes(Primitive):
 
     def levels(self, bits: int, ratios: Tensor | None, offsets: Tensor | None) -> Tensor:
         assert ratios is not None, "planes have scales"
-        levels = ratios @ code_signs(bits).to(ratios).T
+        levels = ratios @ code_signs(self.planes(bits)).to(ratios).T
         return levels if offsets is None else levels + offsets.unsqueeze(-1)
 
     def decoder(self, scales: Scales, bits: int, tensors: Tensors) -> RowDecoder:
@@ -112,17 +112,22 @@ class BinaryPlanes(Primitive):
         by_plane = ratios.permute(2, 0, 1).contiguous()
 
         def decode(rows: slice, out: Tensor) -> None:
-            codes = tensors["weight_codes"][rows]
+            planes = self.packed_planes(tensors["weight_codes"], rows, bits)
             for plane, plane_scales in enumerate(by_plane):
-                signs = unpack_signs(codes[:, plane], grid.columns)
+                signs = unpack_signs(planes[:, plane], grid.columns)
                 _add_products(out, signs, grid.select_rows(plane_scales, rows), grid.group_columns)
             if offsets is not None:
                 out += grid.expand_columns(grid.select_rows(offsets, rows))
 
         return decode
 
+    def packed_planes(self, codes: Tensor, rows: slice, bits: int) -> Tensor:
+        """The computed planes of some rows, uint8 `[rows, planes, ceil(in / 8)]`, from the stored bits of all rows,
+        uint8 `[out, bits, ceil(in / 8)]`."""
+        return codes[rows]
+
     def operations(self, scales: Scales, bits: int, *, tables: bool) -> Counts:
-        grid = scales.grid
+        grid, bits = scales.grid, self.planes(bits)
         rows, columns = grid.rows, grid.columns
         counts: Counts = Counter()
         # Scales multiply the sums of groups or, if many rows share them, the inputs.

@@ -12,7 +12,7 @@ from torch import Tensor
 from shiftadd_cli.bcq.column_updates import compensated_sweep, descend_codes
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective
-from shiftadd_cli.bcq.levels import LevelTable, codes_of, flip_negative, nearest_ranks, ranks_of
+from shiftadd_cli.bcq.levels import LevelTable, codes_of, flip_negative, nearest_ranks, ranks_of, values_of
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.primitives.planes.fit import GroupFit, fit_groups
 from shiftadd_cli.bcq.primitives.planes.refit import refit_scales
@@ -64,7 +64,7 @@ class PlaneProblem:
             snapped = self._snap_fit(fit, strip, row_scale)
             table = self._tables(snapped)
             solved[group] = (snapped, table)
-            return table[0]
+            return table
 
         ranks, values = compensated_sweep(self.weights, self.objective, width, fit_on_arrival)
         parts = [solved[group] for group in range(self.grid.column_groups)]
@@ -90,9 +90,8 @@ class PlaneProblem:
             codes, scales, curvature = flip_negative(codes, scales, curvature, width)
             snapped = snap_scales(scales, offsets, curvature, self.form, fixed_row_scale=self.row_scale)
             tables = self._tables(snapped)
-            ranks, values = descend_codes(
-                self.transposed, hessian, tables, width, ranks_of(tables, width, codes), self.options.descent_passes
-            )
+            values = values_of(tables, width, ranks_of(tables, width, codes))
+            ranks, values = descend_codes(self.transposed, hessian, tables, width, values, self.options.descent_passes)
             codes = codes_of(tables, width, ranks)
             error = self._row_errors(values)
             better = error < best_error

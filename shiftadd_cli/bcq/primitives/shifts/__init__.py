@@ -39,8 +39,8 @@ class ShiftLayers(Primitive):
     def tensors(self, scales: Scales, bits: int) -> TensorShapes:
         return {"weight_row_scale": ((scales.grid.rows,), torch.bfloat16)}
 
-    def independent_rows(self, form: MatrixFormat) -> bool:
-        return True
+    def rows_together(self, form: MatrixFormat, rows: int) -> int:
+        return 1
 
     def fits_on_arrival(self, options: SolverOptions) -> bool:
         return False

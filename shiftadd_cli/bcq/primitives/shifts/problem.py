@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.column_updates import compensated_sweep, descend_codes
 from shiftadd_cli.bcq.hessian import Objective
-from shiftadd_cli.bcq.levels import LevelTable, nearest_ranks
+from shiftadd_cli.bcq.levels import LevelTable, nearest_ranks, values_of
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.primitives.shifts.levels import ascending_levels
 from shiftadd_cli.bcq.snap import SnappedScales
@@ -58,12 +58,13 @@ class ShiftProblem:
             self._offer(ranks, values, scale)
         for _ in range(self.options.refine_rounds):
             scale = self._refit(values, scale)
+            table = self._table(scale)
             ranks, values = descend_codes(
                 self.transposed,
                 self.objective.damped,
-                self._table(scale),
+                table,
                 self.width,
-                ranks,
+                values_of(table, self.width, ranks),
                 self.options.descent_passes,
             )
             self._offer(ranks, values, scale)

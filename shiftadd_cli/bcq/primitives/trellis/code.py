@@ -52,6 +52,11 @@ class TrellisCode:
         """Number of register bits that all planes read together, a measure of the decoding time."""
         return sum(mask.bit_count() for mask in self.masks)
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the compiled kernels encode it: with 64 states, 1 to 4 bits and at most 6 planes."""
+        return self.memory == 6 and self.bits <= 4 and self.planes <= 6
+
     @cached_property
     def labels(self) -> Tensor:
         """The level that every branch selects, int64 `[2^bits, states]`: `labels[j, s]` for the branch into state `s`
@@ -85,6 +90,23 @@ class TrellisCode:
             (_parity(register & mask) << plane for plane, mask in enumerate(self.masks)), torch.zeros_like(register)
         )
 
+    def packed_planes(self, stored: Tensor, rows: slice, stripe: int) -> Tensor:
+        """The computed planes of some rows, uint8 `[rows, m, bytes]`, from packed stored bits uint8 `[out, k, bytes]`.
+
+        Exclusive-or works on all columns of a byte at once.
+        """
+        numbers = torch.arange(rows.start, rows.stop, device=stored.device)
+        above = []
+        for distance in range(-(-(self.memory + self.bits) // self.bits)):
+            inside = (numbers % stripe >= distance).to(torch.uint8).view(-1, 1, 1)
+            above.append(stored[(numbers - distance).clamp_min(0)] * inside)
+        planes = stored.new_zeros(len(numbers), self.planes, stored.shape[-1])
+        for plane, mask in enumerate(self.masks):
+            for tap in range(self.memory + self.bits):
+                if mask >> tap & 1:
+                    planes[:, plane] ^= above[tap // self.bits][:, tap % self.bits]
+        return planes
+
     def encode(self, goals: Tensor, levels: Tensor, stripe: int) -> tuple[Tensor, Tensor]:
         """The stored bits uint8 `[rows, ...]` and levels `[rows, ...]` with the least Σ (goal - level)².
 
@@ -105,8 +127,8 @@ class TrellisCode:
         branches = []
         for goal, choices in zip(goals, levels, strict=True):
             errors = (goal.unsqueeze(-1) - choices) ** 2
-            cost, branch = (cost[..., predecessors] + errors[..., labels]).min(-2)
-            branches.append(branch.to(torch.uint8))
+            cost, branch = _first_least(cost[..., predecessors] + errors[..., labels])
+            branches.append(branch)
         state = cost.argmin(-1, keepdim=True)
         stored = torch.empty(goals.shape, dtype=torch.uint8, device=goals.device)
         values = torch.empty_like(goals)
@@ -117,6 +139,16 @@ class TrellisCode:
             values[row] = levels[row].expand(*goals.shape[1:], -1).gather(-1, label).squeeze(-1)
             state = predecessors[branch, state]
         return stored, values
+
+
+def _first_least(costs: Tensor) -> tuple[Tensor, Tensor]:
+    """The least of `costs` `[..., branches, states]` over branches and, as uint8, the first branch that has it."""
+    best, branch = costs[..., 0, :], torch.zeros_like(costs[..., 0, :], dtype=torch.uint8)
+    for number in range(1, costs.shape[-2]):
+        better = costs[..., number, :] < best
+        best = torch.where(better, costs[..., number, :], best)
+        branch.masked_fill_(better, number)
+    return best, branch
 
 
 def _parity(numbers: Tensor) -> Tensor:
