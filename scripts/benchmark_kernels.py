@@ -28,6 +28,7 @@ from matrices import plane_format, random_matrix
 from torch import Tensor
 from torch.nn.functional import linear
 
+from shiftadd_cli.bcq.choices import Choice, parse_choice
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 from shiftadd_cli.benchmark.layer_speed import SAMPLE_SECONDS, Ring, copies_for
 from shiftadd_cli.benchmark.machine import ASSUMED_CACHE_BYTES, Machine, free_memory
@@ -60,12 +61,26 @@ class Numbers(click.ParamType):
         return tuple(int(part) for part in parts)
 
 
+class Layers(click.ParamType):
+    """Ways to store a layer such as `2,trellis1-2`, see `bcq.choices`."""
+
+    name = "choice,choice,..."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Choice, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(parse_choice(part) for part in str(value).split(","))
+        except ValueError as failure:
+            self.fail(str(failure), param, ctx)
+
+
 @dataclass(frozen=True)
 class Row:
     """All candidates on one problem; seconds are medians of one call."""
 
     shape: str
-    bits: int
+    bits: Choice
     batch: int
     threads: int
     bits_per_weight: float
@@ -106,6 +121,7 @@ def packed_call(weight: QuantizedWeight, fast: bool, kernels: str) -> tuple[Call
         signs=packed.signs,
         group_columns=layout.grid.group_columns,
         bits=layout.bits,
+        planes=layout.primitive.planes(layout.bits),
         fast=fast,
         kernels=kernels,
     )
@@ -188,7 +204,7 @@ def measure(
         timed = {name: Timed(tuple(spans)) for name, spans in interleave(samples, rounds).items()}
     return Row(
         shape=f"{layout.grid.rows}x{layout.grid.columns}",
-        bits=layout.bits,
+        bits=layout.format.choice,
         batch=batch,
         threads=threads,
         bits_per_weight=layout.bits_per_weight,
@@ -230,7 +246,7 @@ def ggml_cells(row: Row) -> list[str]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--shape", "shapes", multiple=True, default=SHAPES, show_default=True, help="Rows x columns; repeatable.")
-@click.option("--bits", type=Numbers(), default="2,3,4", show_default=True)
+@click.option("--bits", "choices", type=Layers(), default="2,3,4", show_default=True)
 @click.option("--batch", type=Numbers(), default="1,4,16,64,256", show_default=True, help="Rows of activations.")
 @click.option("--threads", type=Numbers(), default="1,2", show_default=True)
 @click.option("--group-size", default=128, show_default=True, help="Columns that share a scale set.")
@@ -247,7 +263,7 @@ def ggml_cells(row: Row) -> list[str]:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(
     shapes: tuple[str, ...],
-    bits: tuple[int, ...],
+    choices: tuple[Choice, ...],
     batch: tuple[int, ...],
     threads: tuple[int, ...],
     group_size: int,
@@ -275,10 +291,10 @@ def main(
         torch.set_num_threads(count)
         roofs[count] = read_roof(roof_bytes(cache, free_memory()))
     rows = []
-    problems = [(shape, bit_width) for shape in shapes for bit_width in bits]
-    for shape, bit_width in progress(problems, total=len(problems), desc="Layers"):
+    problems = [(shape, choice) for shape in shapes for choice in choices]
+    for shape, choice in progress(problems, total=len(problems), desc="Layers"):
         height, width = (int(part) for part in shape.split("x"))
-        layout = PackedLayout(plane_format(bit_width, group_size, scale_format), height, width)
+        layout = PackedLayout(plane_format(choice, group_size, scale_format), height, width)
         rings = rings_of(layout, cache, kernels)
         rows += [
             measure(rings, layout, size, count, rounds, roofs[count], library, cache)

@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 
+from shiftadd_cli.bcq.choices import Choice, parts_of_choice
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 
 
-def plane_format(bits: int, group_size: int, scale_format: Any) -> MatrixFormat:
+def plane_format(choice: Choice, group_size: int, scale_format: Any) -> MatrixFormat:
     """Planes in groups along the rows, without rotation."""
+    primitive, bits = parts_of_choice(choice)
     return MatrixFormat(
-        primitive="bcq",
+        primitive=primitive,
         bits=bits,
         group_size=group_size,
         group_rows=1,

@@ -49,18 +49,14 @@ class Result:
         return self.error * (1 + TOLERANCE * self.code.taps)
 
 
-def measure(
-    code: TrellisCode, goals: Tensor, rounds: int, scales: tuple[float, ...] | None = None, stripe: int = 0
-) -> Result:
+def measure(code: TrellisCode, goals: Tensor, rounds: int, scales: tuple[float, ...], stripe: int = 0) -> Result:
     """The error of a code on `goals` `[rows]` of unit Gaussian numbers.
 
     rounds: of encoding and fitting; scales: to begin with; stripe: rows of a path, 0 for one endless path.
     """
     planes, rows, stripe = code.planes, len(goals), stripe or len(goals)
     signs = code_signs(planes)
-    # By default, evenly spaced levels up to 2.2 standard deviations.
-    even = 2.2 / (2**planes - 1) * 2.0 ** torch.arange(planes)
-    fitted = even if scales is None else torch.tensor(scales)
+    fitted = torch.tensor(scales)
     form, group, error = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), torch.inf
     for _ in range(rounds):
         levels = (fitted @ signs.T).expand(1, rows, -1).contiguous()
@@ -79,12 +75,22 @@ def measure(
     return Result(code, tuple(fitted.tolist()), error)
 
 
+def random_scales(planes: int, source: random.Random) -> tuple[float, ...]:
+    """Scales in a geometric series with a ratio from 1 to 2, so that the levels have the deviation 1 of the numbers."""
+    ratio = source.uniform(1, 2)
+    series = [ratio**plane for plane in range(planes)]
+    size = sum(scale**2 for scale in series) ** 0.5
+    return tuple(scale / size for scale in series)
+
+
 def random_masks(bits: int, planes: int, memory: int, source: random.Random) -> tuple[int, ...]:
     """Masks with few taps, all different."""
-    masks: set[int] = set()
+    masks: list[int] = []
     while len(masks) < planes:
         taps = source.sample(range(memory + bits), source.randint(1, MOST_TAPS))
-        masks.add(sum(1 << tap for tap in taps))
+        mask = sum(1 << tap for tap in taps)
+        if mask not in masks:
+            masks.append(mask)
     return tuple(masks)
 
 
@@ -109,32 +115,32 @@ def main(bits: int, planes: int | None, memory: int, minutes: float, best: int, 
     source = random.Random(seed)
     planes = bits + 1 if planes is None else planes
     short, middle, long = (torch.randn(count, generator=generator) for count in (SHORT, MIDDLE, LONG))
-    measured: set[frozenset[int]] = set()
+    measured: set[tuple[int, ...]] = set()
     chosen: list[Result] = []
 
-    def offer(masks: tuple[int, ...], scales: tuple[float, ...] | None) -> None:
-        if frozenset(masks) in measured:
+    def offer(masks: tuple[int, ...], scales: tuple[float, ...], rounds: int) -> None:
+        if masks in measured:
             return
         code = TrellisCode(bits, memory, masks)
-        result = measure(code, short, 4 if scales is None else 2, scales, RANKED_STRIPE)
-        measured.add(frozenset(masks))
+        result = measure(code, short, rounds, scales, RANKED_STRIPE)
+        measured.add(masks)
         if len(chosen) < best or result.rank < 1.01 * chosen[-1].rank:
             chosen.append(measure(code, middle, 2, result.scales, RANKED_STRIPE))
             chosen.sort(key=lambda result: result.rank)
             del chosen[best:]
 
     if start:
-        offer(tuple(int(mask, 16) for mask in start.split(",")), None)
+        offer(tuple(int(mask, 16) for mask in start.split(",")), random_scales(planes, source), 8)
     steps = 200
     for step in progress(range(steps), steps, "Searching"):
         end = time.monotonic() + 60 * minutes / steps
         while time.monotonic() < end:
             if step < steps // 4 or not chosen:
-                offer(random_masks(bits, planes, memory, source), None)
+                offer(random_masks(bits, planes, memory, source), random_scales(planes, source), 4)
                 continue
             origin = source.choice(chosen)
             if (masks := changed_masks(origin.code.masks, memory + bits, source)) is not None:
-                offer(masks, origin.scales)
+                offer(masks, origin.scales, 2)
     rows = []
     again = [measure(result.code, long, 3, result.scales) for result in chosen]
     for result in sorted(again, key=lambda result: result.error):

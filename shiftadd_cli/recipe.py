@@ -41,8 +41,9 @@ class BitOptions(OptionFields):
     primitive: Annotated[
         Primitive,
         Field(
-            description="Form of the weights: 'bcq', binary planes times scales; 'shift1', a signed power of two times "
-            "the row scale; 'shift2', a signed sum of two powers of two times the row scale."
+            description="Form of the weights: 'bcq', binary planes times scales; 'trellis1' and 'trellis2', one or two "
+            "more planes than are stored, computed from the stored ones; 'shift1', a signed power of two times the row "
+            "scale; 'shift2', a signed sum of two powers of two times the row scale."
         ),
     ]
     bits: Annotated[
@@ -50,8 +51,8 @@ class BitOptions(OptionFields):
         Field(
             ge=1,
             le=8,
-            description="Binary planes per weight, 1 to 8. With --primitive shift1 or shift2, the bits of a weight's "
-            "code: 2 to 4 for shift1, 2 to 5 for shift2.",
+            description="Binary planes per weight, 1 to 8. With another --primitive, the stored bits of a weight: 1 to "
+            "4 for trellis1, 2 to 3 for trellis2, 2 to 4 for shift1, 2 to 5 for shift2.",
         ),
     ] = None
     avg_bits: Annotated[
@@ -67,9 +68,9 @@ class BitOptions(OptionFields):
         tuple[Choice, ...],
         Field(
             strict=False,
-            description="Choices for a layer when bits are allocated per layer: numbers of planes, and shift1 and "
-            "shift2. shift1-2 to shift1-4 and shift2-2 to shift2-5 set the bits of the code; without a number, shift1 "
-            "has 3 and shift2 has 4.",
+            description="Choices for a layer when bits are allocated per layer: numbers of planes, trellis-coded "
+            "planes (trellis1-1 to trellis1-4, trellis2-2 and trellis2-3), and shifts (shift1-2 to shift1-4, shift2-2 "
+            "to shift2-5; without a number, shift1 has 3 bits and shift2 has 4).",
         ),
     ]
     tie_fused: Annotated[
@@ -92,7 +93,7 @@ class BitOptions(OptionFields):
     @classmethod
     def _choices(cls, value: object) -> object:
         if not isinstance(value, (list, tuple)) or not value:
-            raise ValueError("must be a list of numbers of planes and shifts, such as [2, 3, 4] or [2, 3, shift2]")
+            raise ValueError("must be a list of numbers of planes and other forms, such as [2, 3, 4] or [2, 3, shift2]")
         return ordered_choices(parse_choice(choice) for choice in value)
 
     @model_validator(mode="after")
@@ -105,7 +106,7 @@ class BitOptions(OptionFields):
         if self.primitive != PLANES and self.bits is None:
             raise ValueError(
                 f"primitive {self.primitive} applies to all layers, but {ways[0]} sets each layer separately; give "
-                f"bits in place of {ways[0]}, or set primitive to {PLANES} and list shifts among the candidates"
+                f"bits in place of {ways[0]}, or set primitive to {PLANES} and list other forms among the candidates"
             )
         widths = CODE_BITS[self.primitive]
         if self.bits is not None and self.bits not in widths:

@@ -10,7 +10,8 @@ or measured for layers of given shapes, `[out, in]`:
     {"format": "shiftadd cost table", "version": 1, "cost": "energy", "unit": "mJ",
      "measured": [{"shape": [576, 576], "bits": 2, "cost": 0.031}, ...]}
 
-Shift layers have a word, such as "shift2-4", in place of a number of bits. The costs of all layers are summed.
+Shift layers and trellis-coded planes have a word, such as "shift2-4", in place of a number of bits. The costs of all
+layers are summed.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ be compared line by line.
                                                     "cost": {"2": 0.0123, ...}}, ...}}
 
 `bytes` has the stored bytes of the layer and `cost` its predicted loss, for every allowed number of bits. `bits` may be
-edited by hand to any of these. Shift layers have a word, such as `shift2-4`, in place of a number; a plan that allows
-shift layers has version 2.
+edited by hand to any of these. Shift layers and trellis-coded planes have a word, such as `shift2-4` or `trellis1-2`,
+in place of a number. A plan that allows shift layers has version 2, and one that allows trellis-coded planes version 3.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from shiftadd_cli.bcq.choices import Choice, bits_of_choice, ordered_choices, parse_choice
+from shiftadd_cli.bcq.choices import Choice, bits_of_choice, ordered_choices, parse_choice, parts_of_choice
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.errors import AllocationError, first_fault
 from shiftadd_cli.recipe_file import word
@@ -34,7 +34,7 @@ from shiftadd_cli.storage.file_part import FilePart
 
 PLAN_FORMAT: Final = "shiftadd bit plan"
 # The newest readable version; plans are written with the lowest version they need.
-PLAN_VERSION: Final = 2
+PLAN_VERSION: Final = 3
 # A layer takes about 300 bytes, so this is room for a hundred thousand layers.
 MAX_BYTES = 50_000_000
 
@@ -111,7 +111,7 @@ class BitPlan(_Part):
     """Bits for every layer of one model."""
 
     format: Literal["shiftadd bit plan"] = PLAN_FORMAT
-    version: Literal[1, 2] = 1
+    version: Literal[1, 2, 3] = 1
     model: PlannedModel
     storage: MatrixStorage
     made_by: Origin
@@ -119,13 +119,13 @@ class BitPlan(_Part):
 
     @model_validator(mode="after")
     def _version_knows_primitives(self) -> BitPlan:
-        if self.version < plan_version(self.layers.values()):
-            raise ValueError(f"shift layers need version {PLAN_VERSION}, but this is version {self.version}")
+        if self.version < (needed := plan_version(self.layers.values())):
+            raise ValueError(f"its layers need version {needed}, but this is version {self.version}")
         return self
 
     @property
     def bits(self) -> dict[str, Choice]:
-        """Bits, or the word of a shift primitive, by layer name."""
+        """Bits, or the word of another primitive, by layer name."""
         return {name: layer.bits for name, layer in self.layers.items()}
 
     @property
@@ -228,10 +228,12 @@ def load_plan(path: Path) -> BitPlan:
         raise AllocationError(f"Bit plan {path}, {' '.join(location)}: {message}; fix it, or {again}.") from None
 
 
-def plan_version(layers: Iterable[PlannedLayer]) -> Literal[1, 2]:
+def plan_version(layers: Iterable[PlannedLayer]) -> Literal[1, 2, 3]:
     """The lowest version that a plan of these layers needs."""
-    shifts = any(isinstance(choice, str) for layer in layers for choice in layer.bytes)
-    return 2 if shifts else 1
+    primitives = {parts_of_choice(choice)[0] for layer in layers for choice in layer.bytes}
+    if primitives & {"trellis1", "trellis2"}:
+        return 3
+    return 2 if primitives & {"shift1", "shift2"} else 1
 
 
 def round_cost(cost: float) -> float:

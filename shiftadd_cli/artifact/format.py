@@ -19,9 +19,11 @@ and listed once, under the name that comes first in the model. Without tables th
 With `"split_experts": true` the experts of a mixture, which transformers keeps in stacks of matrices, are stored one by
 one, compressed or not, as linear layers named `<module>.<expert>.gate_proj`, `up_proj` and `down_proj`.
 
-A module with `primitive` "shift1" or "shift2" is a shift layer, see `bcq.primitives.shifts`: `bits` is the width of its
-codes, and `group_size`, `group_rows`, `scale_format`, `row_scale` and `offset` do not apply. The default is "bcq".
-`format_version` is 3 if a table belongs to a convolution, else 2 if there are shift layers, else 1.
+A module with `primitive` "trellis1" or "trellis2" has trellis-coded planes, see `bcq.primitives.trellis`: `bits` planes
+are stored, and one or two more are computed. A module with "shift1" or "shift2" is a shift layer, see
+`bcq.primitives.shifts`: `bits` is the width of its codes, and `group_size`, `group_rows`, `scale_format`, `row_scale`
+and `offset` do not apply. The default is "bcq". `format_version` is 4 if there are trellis-coded planes, else 3 if a
+table belongs to a convolution, else 2 if there are shift layers, else 1.
 
 Unknown keys are kept and ignored. Any change to the meaning of the tensors raises `format_version`.
 """
@@ -42,8 +44,8 @@ from shiftadd_cli.errors import ArtifactError, first_fault
 from shiftadd_cli.version import QUANT_METHOD
 
 # The newest version that is read. A checkpoint gets the lowest version it needs: 2 for shift layers, 3 for tables of
-# convolutions.
-FORMAT_VERSION = 3
+# convolutions, 4 for trellis-coded planes.
+FORMAT_VERSION = 4
 
 # Maximum digits of a size; larger numbers overflow byte counters.
 _MAX_DIGITS = 9

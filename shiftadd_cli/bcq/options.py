@@ -15,7 +15,8 @@ FitMethod = Literal["search", "greedy", "uniform"]
 class FitOptions(OptionFields):
     """How codes and scales are found.
 
-    Shift layers have only row scales: the fields about fitting groups do not apply, and their sweep is static.
+    Shift layers have only row scales, and trellis-coded planes start from the scales of their code: the fields about
+    fitting groups do not apply to either, and their sweep is static.
     """
 
     fit: Annotated[

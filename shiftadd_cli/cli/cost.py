@@ -94,6 +94,7 @@ _COLUMNS = (
     "multiplications",
     "additions",
     "shifts",
+    "exclusive-ors",
     "arithmetic",
     "on chip",
     "DRAM",
@@ -110,7 +111,7 @@ def _rows(costs: tuple[WayCost, ...]) -> list[list[str]]:
     rows = []
     for way_cost in costs:
         counts = way_cost.counts
-        grouped = (("fp16_multiply", "int8_multiply"), ("fp32_add", "int32_add"), ("shift",))
+        grouped = (("fp16_multiply", "int8_multiply"), ("fp32_add", "int32_add"), ("shift",), ("xor_16_bits",))
         rows.append(
             [
                 WAYS[way_cost.way],

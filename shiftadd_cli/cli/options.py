@@ -120,7 +120,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         settings["type"] = _NumberOrWord()
         settings["metavar"] = "N|all" if name == "group_size" else "N|all|1/N"
     elif annotation == tuple[Choice, ...]:
-        settings |= {"type": _Choices(), "metavar": "N|SHIFT,..."}
+        settings |= {"type": _Choices(), "metavar": "N|FORM,..."}
     elif origin is tuple:
         settings |= {"type": click.STRING, "multiple": True, "metavar": "PATTERN"}
     elif annotation in (int, float, str):

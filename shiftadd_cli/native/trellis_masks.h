@@ -12,10 +12,10 @@ struct TrellisEntry {
     static constexpr unsigned kMasks[] = {Masks...};
 };
 
-using TrellisCodes = std::tuple<TrellisEntry<1, 2, 0x3a, 0x43>,                       //
-                                TrellisEntry<2, 3, 0x59, 0x16, 0xc1>,                 //
-                                TrellisEntry<2, 4, 0x14, 0x89, 0xd1, 0xa6>,           //
-                                TrellisEntry<3, 4, 0x181, 0x2, 0x124, 0x160>,         //
+using TrellisCodes = std::tuple<TrellisEntry<1, 2, 0x22, 0x75>,                       //
+                                TrellisEntry<2, 3, 0xc1, 0x34, 0x62>,                 //
+                                TrellisEntry<2, 4, 0x61, 0x04, 0x59, 0x82>,           //
+                                TrellisEntry<3, 4, 0x20, 0x84, 0x111, 0x4e>,          //
                                 TrellisEntry<3, 5, 0x148, 0x24, 0x1fb, 0x12a, 0x78>>;
 
 }  // namespace shiftadd

@@ -166,6 +166,7 @@ struct ViterbiKernel {
             std::memcpy(s.steps + column * s.rows + first, steps, count * sizeof(float));
             if (std::all_of(steps, steps + count, [](float step) { return step == 0; })) continue;
             for (int64_t later = column + 1; later < s.columns; ++later) {
+                if (coupling[later] == 0) continue;
                 const Float factor = I::set(-coupling[later]);
                 float* to = goals + later * padded;
                 for (int64_t row = 0; row < padded; row += kLanes)

@@ -4,6 +4,7 @@ The stored values are discrete: codes, scales in their format, offsets in nibble
 value. The forward pass rounds exactly as the stored form does, and the backward pass treats the rounding as the
 identity (straight-through, Bengio et al. 2013, arXiv:1308.3432). The code is that of the level nearest to the latent
 weight, so it changes when the latent weight crosses a midpoint (as in learned rounding, AdaRound, arXiv:2004.10568).
+For trellis-coded planes, the codes of a column are the path nearest to its latent weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from shiftadd_cli.bcq.weight import QuantizedWeight
 # A latent weight starts this fraction of the way from its level to the original weight, clipped to its cell. Weights
 # near a midpoint then change codes early and the others late, but none at the first step.
 _TOWARDS_WEIGHT = 0.7
+# The same for paths, without clipping.
+_TOWARDS_WEIGHT_OF_PATHS = 0.5
 
 
 class TunableWeight(nn.Module):
@@ -27,8 +30,8 @@ class TunableWeight(nn.Module):
 
     - `latent` float32 `[out, in]`, in the rotated basis,
     - `row_scale` float32 `[out]`, absent if one power of two serves the whole matrix,
-    - `ratios` float32 `[out, C, bits]` and `offsets` float32 `[out, C]`, relative to the row scale; None if groups have
-      none,
+    - `ratios` float32 `[out, C, planes]` and `offsets` float32 `[out, C]`, relative to the row scale; None if groups
+      have none,
     - `columns` float32 `[out, K]` or None, the outlier columns.
 
     weight: float32 `[out, in]`, the matrix that `quantized` approximates, in the basis of the layer's own input.
@@ -62,7 +65,7 @@ class TunableWeight(nn.Module):
     def forward(self) -> Tensor:
         """The matrix after storing and decoding, float32 `[out, in]`."""
         levels = self._levels()
-        values = self._ungroup(levels.gather(-1, self._codes(levels)))
+        values = self._ungroup(levels.gather(-1, self._closest(levels)[1]))
         values = values + (self.latent - self.latent.detach())
         values = values if self.signs is None else restore_weight(values, self.signs)
         if self.columns is None or self.ids is None:
@@ -73,7 +76,7 @@ class TunableWeight(nn.Module):
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """The compressed form of the current values."""
-        codes = self._ungroup(self._codes(self._levels())).to(torch.uint8)
+        codes = self._ungroup(self._closest(self._levels())[0]).to(torch.uint8)
         planes = planes_of(codes, self.layout.bits)
         if self.ratios is None:
             nothing = self.row_scale.new_zeros(len(self.row_scale), 1, 0)
@@ -93,6 +96,9 @@ class TunableWeight(nn.Module):
 
     def _start(self, values: Tensor, target: Tensor) -> Tensor:
         """Latent weights `[out, in]`: between the current values and the target, inside the cells of the values."""
+        if self.layout.primitive.planes(self.layout.bits) > self.layout.bits:
+            # Paths have no cells.
+            return values + _TOWARDS_WEIGHT_OF_PATHS * (target - values)
         ratios, offsets = (None if free is None else free.detach() for free in (self.ratios, self.offsets))
         levels = self.layout.primitive.levels(self.layout.bits, ratios, offsets).to(values.device)
         levels = levels.sort(dim=-1, stable=True).values.expand(len(values), -1, -1)
@@ -117,17 +123,15 @@ class TunableWeight(nn.Module):
         return ratios, _straight(self.offsets, form.round_offsets(self.offsets.detach(), ratios.detach()))
 
     def _levels(self) -> Tensor:
-        """Level of every code: `[out, C, 2 ** bits]`."""
+        """All levels: `[out, C, 2 ** planes]`."""
         row_scale = self._row_scale().view(-1, 1, 1)
         ratios, offsets = (None, None) if self.ratios is None else self._snapped(self.ratios)
         return self.layout.primitive.levels(self.layout.bits, ratios, offsets).to(row_scale) * row_scale
 
     @torch.no_grad()
-    def _codes(self, levels: Tensor) -> Tensor:
-        """Code of the nearest level for each latent weight: int64 `[out, C, group]`."""
-        ordered, order = levels.sort(dim=-1, stable=True)
-        midpoints = (ordered[..., 1:] + ordered[..., :-1]) / 2
-        return order.gather(-1, ranks_within(self._group(self.latent), midpoints))
+    def _closest(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes closest to the latent weights and the numbers of their levels, both `[out, C, group]`."""
+        return self.layout.primitive.closest(self.layout.bits, self._group(self.latent), levels.detach())
 
     def _group(self, matrix: Tensor) -> Tensor:
         """Reshape `[out, in]` to `[out, C, group]`, padded."""

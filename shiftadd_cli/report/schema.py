@@ -137,8 +137,8 @@ class LayerReport(FilePart):
     block: int
     out_features: int
     in_features: int
-    primitive: Annotated[Primitive, Field(description="bcq, shift1 or shift2.")] = "bcq"
-    bits: Annotated[int, Field(description="Binary planes, or bits of the codes of a shift layer.")]
+    primitive: Annotated[Primitive, Field(description="bcq, trellis1, trellis2, shift1 or shift2.")] = "bcq"
+    bits: Annotated[int, Field(description="Stored bits of a weight: binary planes, or bits of another code.")]
     bits_per_weight: float
     weight_error: Annotated[float, Field(description="‖W - Ŵ‖² / ‖W‖².")]
     output_error: Annotated[

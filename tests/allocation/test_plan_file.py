@@ -124,7 +124,11 @@ FAULTS: dict[str, tuple[str | dict[str, Any], str]] = {
     "another file": ('{"bits": 3}', "is not a bit plan"),
     "no layers": ({"layers": {}}, "layers: "),
     "unknown key": ({"colour": "red"}, "colour: "),
-    "later": ({"version": 3}, "has version 3"),
+    "later": ({"version": 4}, "has version 4"),
+    "trellis too early": (
+        {"bytes": {"trellis1-2": 9}, "cost": {"trellis1-2": 9.0}, "bits": "trellis1-2"},
+        "need version 3",
+    ),
     "shifts too early": ({"bytes": {"shift1-3": 9}, "cost": {"shift1-3": 9.0}, "bits": "shift1"}, "need version 2"),
     "nine bits": ({"bits": 9}, "bits: "),
     "bits not offered": ({"bits": 7}, "bits is 7, which is none of 2, 3, 4"),
@@ -189,6 +193,12 @@ def test_a_plan_without_shift_layers_has_version_one(plan: BitPlan) -> None:
     assert plan_version(with_shifts(plan).layers.values()) == 2
 
 
-def test_the_fields_are_those_of_version_two() -> None:
+def test_a_plan_that_allows_trellis_coded_planes_has_version_three(plan: BitPlan) -> None:
+    layer = next(iter(with_shifts(plan).layers.values()))
+    coded = layer.model_copy(update={"bytes": {**layer.bytes, "trellis1-2": 600}})
+    assert plan_version([layer, coded]) == 3
+
+
+def test_the_fields_are_those_of_version_three() -> None:
     """A change here needs a new version."""
     assert set(BitPlan.model_fields) == {"format", "version", "model", "storage", "made_by", "layers"}

@@ -136,6 +136,19 @@ def test_tables_of_convolutions_need_version_three() -> None:
             ArtifactFormat.from_dict(written | {"tables": {"patches": {"shape": sides}}})
 
 
+@pytest.mark.parametrize(("primitive", "planes"), [("trellis1", 3), ("trellis2", 4)])
+def test_trellis_coded_planes_need_version_four(primitive: Any, planes: int) -> None:
+    layout = PackedLayout(COMMON.replaced(primitive=primitive, bits=2), 576, 576)
+    mixed = ArtifactFormat(COMMON, {**MODULES, "t": layout}, {"patches": (384, 3, 14, 14)})
+    written = json.loads(json.dumps(mixed.to_dict()))
+    assert written["format_version"] == 4
+    assert written["modules"]["t"] == {"shape": [576, 576], "bits": 2, "primitive": primitive}
+    assert ArtifactFormat.from_dict(written) == mixed
+    shapes = layout.tensors()
+    assert shapes["weight_codes"][0] == (576, 2, 72)
+    assert shapes["weight_exponents"][0] == (576, layout.grid.column_groups * planes * 2 // 2)
+
+
 def test_planes_among_shift_layers_are_declared() -> None:
     mixed = ArtifactFormat(SHIFT, {"a": PackedLayout(SHIFT, 8, 8), "b": PackedLayout(COMMON, 8, 8)})
     written = json.loads(json.dumps(mixed.to_dict()))

@@ -28,10 +28,13 @@ from tiny_vision import save_tiny_vision
 import shiftadd_cli
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.format import FORMAT_VERSION, SUFFIXES
-from shiftadd_cli.bcq.choices import PLANES
+from shiftadd_cli.bcq.choices import CODE_BITS
 from shiftadd_cli.bcq.int8 import decode_table
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
+from shiftadd_cli.bcq.primitives import PRIMITIVES
+from shiftadd_cli.bcq.primitives.planes import BinaryPlanes
 from shiftadd_cli.bcq.primitives.shifts.levels import MAGNITUDES
+from shiftadd_cli.bcq.primitives.trellis.codes import CODES
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.runtime.linear import PackedLinear
 
@@ -46,6 +49,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "float with offset": ("llama", {"scale_format": "float", "offset": True, "row_scale": False, "rotation": "none"}),
     "groups by rows": ("llama", {"recipe": "shiftaddllm-lat", "embedding_bits": 16}),
     "one group of all rows": ("llama", {"recipe": "shiftaddllm-acc", "shard_size": "30KB"}),
+    "trellis1": ("llama", {"primitive": "trellis1", "bits": 2, "group_size": "all", "scale_format": "apot3"}),
+    "trellis2 with offset": ("llama", {"primitive": "trellis2", "bits": 3, "offset": True, "rotation": "none"}),
     "shift1": ("llama", {"primitive": "shift1", "bits": 3}),
     "shift2": ("llama", {"primitive": "shift2", "bits": 4, "rotation": "none"}),
     "outlier columns": ("llama", {"outlier_columns": 0.05}),
@@ -81,12 +86,11 @@ def test_every_kind_of_run_is_read(
     assert packed_names == set(reader.modules)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    form=st.builds(
+def formats(primitive: Any, bits: int) -> st.SearchStrategy[MatrixFormat]:
+    return st.builds(
         MatrixFormat,
-        primitive=st.just(PLANES),
-        bits=st.integers(1, 8),
+        primitive=st.just(primitive),
+        bits=st.just(bits),
         group_size=st.sampled_from(["all", 1, 5, 8, 16, 999]),
         group_rows=st.sampled_from(["all", 1, 3, "1/8", "1/5", 999]),
         scale_format=st.sampled_from(["pot", "apot2", "apot3", "float"]),
@@ -94,9 +98,19 @@ def test_every_kind_of_run_is_read(
         offset=st.booleans(),
         rotation=st.sampled_from(["none", "hadamard"]),
         outlier_columns=st.sampled_from([0.0, 0.01, 0.11]),
-    ),
-    tables=st.booleans(),
-)
+    )
+
+
+PLANE_CODES = [
+    (primitive, bits)
+    for primitive in PRIMITIVES
+    if isinstance(PRIMITIVES[primitive], BinaryPlanes)
+    for bits in CODE_BITS[primitive]
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(form=st.sampled_from(PLANE_CODES).flatmap(lambda code: formats(*code)), tables=st.booleans())
 def test_every_byte_means_what_the_page_says(
     tmp_path_factory: pytest.TempPathFactory, form: MatrixFormat, tables: bool
 ) -> None:
@@ -155,9 +169,12 @@ def test_page_names_every_tensor_key_and_version(repository: Path) -> None:
     names = set(re.findall(r"^\| `(\w+)`", page, flags=re.MULTILINE))
     assert set(SUFFIXES) <= names
     assert {*MatrixFormat.model_fields, "quant_method", "format_version"} <= names
-    assert FORMAT_VERSION == 3, "the page speaks of versions 1 to 3"
+    assert FORMAT_VERSION == 4, "the page speaks of versions 1 to 4"
     example = json.loads(re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)[0])
     assert {*MatrixFormat.model_fields} - {"primitive"} <= example.keys()
     rows = re.findall(r"^\| `(shift\d)` \| (\d) \| ([\d, ]+) \| (\d+) \|", page, flags=re.MULTILINE)
     listed = {(name, int(bits)): tuple(map(int, values.split(","))) for name, bits, values, _ in rows}
     assert listed == MAGNITUDES
+    rows = re.findall(r"^\| `trellis\d` \| (\d) \| (\d) \| ([`0-9a-f, ]+) \|", page, flags=re.MULTILINE)
+    masks = {(int(k), int(m)): tuple(int(mask, 16) for mask in re.findall(r"\w+", row)) for k, m, row in rows}
+    assert masks == {sizes: entry.code.masks for sizes, entry in CODES.items()}

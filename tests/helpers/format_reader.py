@@ -28,12 +28,18 @@ _MAGNITUDES = {
 _UNITS = {"shift1": {2: 4, 3: 16, 4: 64}, "shift2": {2: 16, 3: 64, 4: 128, 5: 128}}
 
 
+_TRELLISES = {
+    ("trellis1", 1): [0x3A, 0x43],
+}
+_STRIPE, _STATE_BITS = 256, 6
+
+
 class Reader:
     """A checkpoint folder: `modules` and `tables` by name, and every stored tensor."""
 
     def __init__(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        if config["quant_method"] != "shiftadd" or config["format_version"] not in (1, 2, 3):
+        if config["quant_method"] != "shiftadd" or config["format_version"] not in (1, 2, 3, 4):
             raise ValueError("not a checkpoint that this reader knows")
         common = {"primitive": "bcq", "rotation": "none", "outlier_columns": 0.0} | config
         self.modules: dict[str, dict[str, Any]] = {
@@ -54,15 +60,17 @@ class Reader:
         rows, columns = form["shape"]
         bits = _unpack_bits(stored["weight_codes"], columns)
         row_scale = stored["weight_row_scale"]
-        if form["primitive"] != "bcq":
+        if form["primitive"] in ("shift1", "shift2"):
             return (_shifts(form, bits) * row_scale[:, None]).astype(np.float32)
         width = columns if form["group_size"] == "all" else min(form["group_size"], columns)
         height = _group_height(form["group_rows"], rows)
         groups = -(-columns // width)
-        scales, offsets = _scales(form, stored, groups)
+        if form["primitive"] != "bcq":
+            bits = _trellis_planes(form, bits)
+        scales, offsets = _scales(form, stored, groups, bits.shape[1])
         row, column = np.arange(rows) // height, np.arange(columns) // width
         total = np.zeros((rows, columns), np.float32)
-        for plane in range(form["bits"]):
+        for plane in range(bits.shape[1]):
             signs = np.where(bits[:, plane], np.float32(1), np.float32(-1))
             total += signs * scales[row][:, column, plane]
         if offsets is not None:
@@ -121,12 +129,26 @@ def _group_height(group_rows: int | str, rows: int) -> int:
     return min(group_rows, rows)
 
 
-def _scales(form: dict[str, Any], stored: dict[str, Array], groups: int) -> tuple[Array, Array | None]:
-    """Scales float32 `[R, C, bits]` and offsets `[R, C]`, relative to the row scale."""
+def _trellis_planes(form: dict[str, Any], stored: Array) -> Array:
+    """Computed planes `[out, m, in]` of stored bits `[out, bits, in]`."""
+    rows, bits, columns = stored.shape
+    masks = _TRELLISES[form["primitive"], bits]
+    planes = np.zeros((rows, len(masks), columns), int)
+    for row in range(rows):
+        for plane, mask in enumerate(masks):
+            for place in range(_STATE_BITS + bits):
+                above, bit = divmod(place, bits)
+                if mask >> place & 1 and row % _STRIPE >= above:
+                    planes[row, plane] ^= stored[row - above, bit]
+    return planes
+
+
+def _scales(form: dict[str, Any], stored: dict[str, Array], groups: int, bits: int) -> tuple[Array, Array | None]:
+    """Scales float32 `[R, C, bits]` of `bits` planes and offsets `[R, C]`, relative to the row scale."""
     if form["scale_format"] == "float":
         offsets = stored["weight_offset"].astype(np.float32) if form["offset"] else None
         return stored["weight_scales"].astype(np.float32), offsets
-    bits, fields = form["bits"], {"pot": 1, "apot2": 2, "apot3": 3}[form["scale_format"]]
+    fields = {"pot": 1, "apot2": 2, "apot3": 3}[form["scale_format"]]
     nibbles = _unpack_nibbles(stored["weight_exponents"], groups * bits * fields).reshape(-1, groups, bits, fields)
     exponent = nibbles[..., 0]
     scales = 2.0**-exponent

@@ -225,9 +225,10 @@ def test_backward_pass_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"words": torch.zeros(5, dtype=torch.int32)}, {"x": torch.randn(3, 60)}, {"bits": 3}, {"planes": 3}, {"bits": 1}, {"scale_codes": None},
-     {"scale_codes": torch.zeros(3, dtype=torch.uint8)}, {"offsets": torch.zeros(1)}, {"signs": torch.ones(3)},
-     {"bias": torch.ones(3)}, {"signs": torch.ones(64).bfloat16()}, {"row_scale": torch.ones(40).bfloat16()},
+    [{"words": torch.zeros(5, dtype=torch.int32)}, {"x": torch.randn(3, 60)}, {"bits": 3}, {"planes": 3},
+     {"bits": 1}, {"scale_codes": None}, {"scale_codes": torch.zeros(3, dtype=torch.uint8)},
+     {"offsets": torch.zeros(1)}, {"signs": torch.ones(3)}, {"bias": torch.ones(3)},
+     {"signs": torch.ones(64).bfloat16()}, {"row_scale": torch.ones(40).bfloat16()},
      {"row_scale": torch.ones(80)[::2]}, {"offsets": torch.ones(2, 2, 32).half()}],
 )  # fmt: skip
 def test_mismatched_tensors_are_refused(change: dict[str, Any]) -> None:

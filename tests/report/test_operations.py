@@ -12,6 +12,7 @@ from formats import matrix_format
 
 from shiftadd_cli.bcq.packing import unpack_signs
 from shiftadd_cli.bcq.primitives.base import Operation
+from shiftadd_cli.bcq.primitives.trellis.codes import CODES
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.report import operations
 
@@ -101,6 +102,17 @@ def test_counts_of_planes_are_those_of_a_counting_machine(tables: bool, row_scal
     assert dict(machine.counts) == {
         name: count for name, count in operations.compressed(layout, tables=tables).items() if count
     }
+
+
+@pytest.mark.parametrize("tables", [False, True])
+def test_trellis_coded_planes_add_exclusive_ors_to_those_of_their_planes(tables: bool) -> None:
+    coded = operations.compressed(layout_of(40, 36, primitive="trellis1", bits=2), tables=tables)
+    plain = operations.compressed(layout_of(40, 36, bits=3), tables=tables)
+    # Three words of 16 columns in each row, and one exclusive-or fewer than there are bits in a mask.
+    expected = 40 * 3 * sum(bin(mask).count("1") - 1 for mask in CODES[2, 3].code.masks)
+    assert coded.pop("xor_16_bits") == expected
+    assert plain.pop("dram_byte") - coded.pop("dram_byte") == 40 * 5
+    assert coded == plain
 
 
 def test_dense_and_integer_weights_take_one_multiplication_and_one_addition() -> None:

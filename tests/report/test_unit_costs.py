@@ -17,6 +17,7 @@ HOROWITZ: dict[Operation, float] = {
     "int8_multiply": 0.2,
     "int32_add": 0.1,
     "shift": 0.03,
+    "xor_16_bits": 2 * 0.03,
 }
 
 

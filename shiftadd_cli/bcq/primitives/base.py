@@ -19,11 +19,14 @@ from torch import Tensor
 from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective
+from shiftadd_cli.bcq.levels import ranks_within
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.snap import SnappedScales
 
-Operation = Literal["fp16_multiply", "fp32_add", "int8_multiply", "int32_add", "shift", "sram_16_bits", "dram_byte"]
+Operation = Literal[
+    "fp16_multiply", "fp32_add", "int8_multiply", "int32_add", "shift", "xor_16_bits", "sram_16_bits", "dram_byte"
+]  # fmt: skip
 Counts: TypeAlias = Counter[Operation]
 
 TensorShapes: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -96,6 +99,14 @@ class Primitive(ABC):
     @abstractmethod
     def levels(self, bits: int, ratios: Tensor | None, offsets: Tensor | None) -> Tensor:
         """The value of every level relative to the row scale, float32 `[R, C, 2 ** planes]`, where R and C may be 1."""
+
+    def closest(self, bits: int, values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes whose levels are closest to `values` float32 `[out, C, group]`, and the numbers of these levels,
+        both integers `[out, C, group]`. levels: `[R, C, 2 ** planes]`, where R may be 1."""
+        ordered, order = levels.expand(len(values), -1, -1).sort(dim=-1, stable=True)
+        midpoints = (ordered[..., 1:] + ordered[..., :-1]) / 2
+        numbers = order.gather(-1, ranks_within(values, midpoints))
+        return numbers, numbers
 
     @abstractmethod
     def decoder(self, scales: Scales, bits: int, tensors: Tensors) -> RowDecoder:

@@ -19,6 +19,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective
 from shiftadd_cli.bcq.levels import code_signs
@@ -40,7 +41,7 @@ _TABLE_ADDITIONS = 4 + _TABLE_ENTRIES
 class BinaryPlanes(Primitive):
     """Planes of signs times scales of their group."""
 
-    name = "bcq"
+    name: PrimitiveName = "bcq"
     format_version = 1
     lookup_kernels = True
 

@@ -13,8 +13,7 @@ Rows are divided into stripes of 256, and the register starts with zeros in each
 
 from __future__ import annotations
 
-from collections import Counter
-
+import torch
 from torch import Tensor
 
 from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
@@ -25,6 +24,7 @@ from shiftadd_cli.bcq.primitives.base import Counts, Scales
 from shiftadd_cli.bcq.primitives.planes import BinaryPlanes
 from shiftadd_cli.bcq.primitives.trellis.code import TrellisCode
 from shiftadd_cli.bcq.primitives.trellis.codes import CODES, STRIPE_ROWS
+from shiftadd_cli.bcq.primitives.trellis.paths import BestPaths
 from shiftadd_cli.bcq.primitives.trellis.problem import TrellisProblem
 from shiftadd_cli.bcq.snap import SnappedScales
 
@@ -32,6 +32,7 @@ from shiftadd_cli.bcq.snap import SnappedScales
 class TrellisPlanes(BinaryPlanes):
     """Planes that are computed from fewer stored bits, `extra` more than there are bits."""
 
+    name: PrimitiveName
     format_version = 4
 
     def __init__(self, name: PrimitiveName, extra: int) -> None:
@@ -54,11 +55,22 @@ class TrellisPlanes(BinaryPlanes):
         form = options.format
         return TrellisProblem(weights, objective, options, CODES[form.bits, self.planes(form.bits)]).solve()
 
+    def closest(self, bits: int, values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        code = self.code(bits)
+        columns = values.flatten(1).T.contiguous()
+        groups = torch.arange(len(columns), device=values.device) // values.shape[2]
+        paths = BestPaths(code, STRIPE_ROWS, levels.expand(len(values), -1, -1).transpose(0, 1).contiguous())
+        stored = paths.closest(columns, groups)[0].T.contiguous()
+        return stored.view(values.shape), code.selected(stored, STRIPE_ROWS).view(values.shape)
+
     def packed_planes(self, codes: Tensor, rows: slice, bits: int) -> Tensor:
         return self.code(bits).packed_planes(codes, rows, STRIPE_ROWS)
 
     def operations(self, scales: Scales, bits: int, *, tables: bool) -> Counts:
-        counts: Counts = Counter(super().operations(scales, bits, tables=tables))
+        """Those of its planes, and the exclusive-ors of words of 16 columns that compute them."""
+        counts = super().operations(scales, bits, tables=tables)
+        code, words = self.code(bits), -(-scales.grid.columns // 16)
+        counts.update(xor_16_bits=scales.grid.rows * words * (code.taps - code.planes))
         return counts
 
     def words(self, scales: Scales) -> tuple[str, ...]:

@@ -15,6 +15,9 @@ from shiftadd_cli.bcq.levels import Levels, settle_column
 from shiftadd_cli.bcq.primitives.trellis.code import TrellisCode
 from shiftadd_cli.native.extension import cpu_extension
 
+# Columns that take their paths in one call where no column corrects another.
+_BLOCK = 64
+
 
 @dataclass(frozen=True)
 class BestPaths(Levels):
@@ -29,6 +32,16 @@ class BestPaths(Levels):
     code: TrellisCode
     stripe: int
     levels: Tensor
+
+    def closest(self, columns: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """The best path of every column by itself: stored bits uint8 and values float32 `[n, out]` for `columns`
+        float32 `[n, out]`, where `groups` int64 `[n]` has the group of each."""
+        codes, values = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
+        for start in range(0, len(columns), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            goals, alone = columns[part].clone(), torch.eye(len(groups[part]), device=columns.device)
+            codes[part], _ = self.settle(goals, alone, groups[part], values[part], descend=False)
+        return codes, values
 
     def settle(
         self, goals: Tensor, coupling: Tensor, groups: Tensor, values: Tensor, *, descend: bool, kernels: str = ""

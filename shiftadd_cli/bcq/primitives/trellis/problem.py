@@ -24,9 +24,6 @@ from shiftadd_cli.bcq.primitives.trellis.paths import BestPaths
 from shiftadd_cli.bcq.scale_formats import scale_format
 from shiftadd_cli.bcq.snap import SnappedScales, matrix_scale, snap_scales
 
-# Columns that take their paths in one call where no column corrects another.
-_BLOCK = 128
-
 
 class TrellisProblem:
     """The problem of coding `weights` float32 `[out, in]` under `options` with the least error in `objective`.
@@ -50,7 +47,8 @@ class TrellisProblem:
         snapped = self._starting_scales()
         paths, width = self._paths(snapped), self.grid.group_columns
         if self.options.sweep == "none":
-            codes, values = self._nearest(paths)
+            groups = torch.arange(len(self.transposed), device=self.weights.device) // width
+            codes, values = paths.closest(self.transposed, groups)
         else:
             codes, values = compensated_sweep(self.weights, self.objective, width, paths)
         if self.options.refine_rounds:
@@ -67,18 +65,6 @@ class TrellisProblem:
         curvature = torch.eye(terms, device=scales.device).expand(*scales.shape[:2], terms, terms)
         offsets = torch.zeros_like(scales[..., 0]) if self.offset else None
         return snap_scales(scales, offsets, curvature, self.form, fixed_row_scale=self.row_scale)
-
-    def _nearest(self, paths: BestPaths) -> tuple[Tensor, Tensor]:
-        """The best path of every column by itself: stored bits uint8 and values float32, `[in, out]`."""
-        codes, values = torch.empty_like(self.transposed, dtype=torch.uint8), torch.empty_like(self.transposed)
-        groups = torch.arange(len(codes), device=codes.device) // self.grid.group_columns
-        for start in range(0, len(codes), _BLOCK):
-            part = slice(start, start + _BLOCK)
-            alone = torch.eye(len(groups[part]), device=codes.device)
-            codes[part], _ = paths.settle(
-                self.transposed[part].clone(), alone, groups[part], values[part], descend=False
-            )
-        return codes, values
 
     def _refine(self, codes: Tensor, snapped: SnappedScales, values: Tensor) -> tuple[Tensor, SnappedScales]:
         """Alternate joint refit and coordinate descent; each stripe keeps its best. codes, values: `[in, out]`."""
