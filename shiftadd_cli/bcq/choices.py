@@ -16,7 +16,7 @@ Choice: TypeAlias = int | str
 # The supported bits of a weight's code, ascending.
 CODE_BITS: dict[Primitive, tuple[int, ...]] = {
     "bcq": (1, 2, 3, 4, 5, 6, 7, 8),
-    "trellis1": (1, 2, 3),
+    "trellis1": (1, 2, 3, 4),
     "trellis2": (2, 3),
     "shift1": (2, 3, 4),
     "shift2": (2, 3, 4, 5),

@@ -16,6 +16,7 @@ using TrellisCodes = std::tuple<TrellisEntry<1, 2, 0x22, 0x75>,                 
                                 TrellisEntry<2, 3, 0xc1, 0x34, 0x62>,                 //
                                 TrellisEntry<2, 4, 0x61, 0x04, 0x59, 0x82>,           //
                                 TrellisEntry<3, 4, 0x20, 0x84, 0x111, 0x4e>,          //
-                                TrellisEntry<3, 5, 0x148, 0x24, 0x1fb, 0x12a, 0x78>>;
+                                TrellisEntry<3, 5, 0x20, 0x10e, 0x88, 0x119, 0x45>,   //
+                                TrellisEntry<4, 5, 0x122, 0x25, 0x261, 0x21c, 0xc4>>;
 
 }  // namespace shiftadd
