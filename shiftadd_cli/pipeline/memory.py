@@ -36,7 +36,8 @@ _ACTIVATION_COPIES = 8
 # codes; and activations kept for the backward pass, in units of `_ACTIVATION_COPIES`.
 _TUNING_BYTES = 32
 _TUNING_ACTIVATIONS = 3
-# A run still loads libraries and allocator slack after planning, and a tokenizer, by entry of its vocabulary.
+# A run still loads libraries after planning. A tokenizer takes memory by entry of its vocabulary while it is read, most
+# of which it frees again.
 _LATER_BYTES = 120_000_000
 _VOCABULARY_ENTRY_BYTES = 3000
 # The allocator keeps some freed memory: SmolLM2 took from 0.98 to 1.12 times the sum of its parts.
@@ -221,6 +222,11 @@ def distilling(sizes: RunSizes) -> int:
     return sizes.outside + decoded + inputs + max(_TUNING_ACTIVATIONS * sizes.activations, slices)
 
 
+def loading_tokenizer(sizes: RunSizes) -> int:
+    """The vocabulary while it is read."""
+    return _VOCABULARY_ENTRY_BYTES * sizes.vocabulary
+
+
 def writing_text(sizes: RunSizes) -> int:
     """The whole model, and the pieces of calibration text that it writes at once."""
     requests = [] if sizes.source.reads_images else written_by_model(sizes.recipe)
@@ -238,6 +244,7 @@ def without_data(sizes: RunSizes) -> int:
 
 
 CALIBRATED: tuple[Callable[[RunSizes], int], ...] = (
+    loading_tokenizer,
     writing_text,
     starting,
     choosing_bits,
@@ -245,7 +252,7 @@ CALIBRATED: tuple[Callable[[RunSizes], int], ...] = (
     distilling,
     checking,
 )
-UNCALIBRATED: tuple[Callable[[RunSizes], int], ...] = (without_data, checking)
+UNCALIBRATED: tuple[Callable[[RunSizes], int], ...] = (loading_tokenizer, without_data, checking)
 
 
 def peak_memory(
@@ -257,17 +264,17 @@ def peak_memory(
 ) -> int:
     """Expected peak resident memory, in bytes, of the process that runs `source`.
 
-    That is what is resident now, what any model loads later, and the largest of the stages, with some slack. Hidden
-    states are on disk except while gradients and sensitivities are measured.
+    That is what is resident now, what any model loads later, and the largest of the stages, with some slack; or the
+    peak so far. Hidden states are on disk except while gradients and sensitivities are measured.
 
     loaded_bytes: of the result, which is loaded at the end.
     """
     sizes = RunSizes(source, structure, tables, recipe, loaded_bytes)
-    resident = resident_bytes() + _LATER_BYTES + _VOCABULARY_ENTRY_BYTES * sizes.vocabulary
-    if recipe.calibration == NO_CALIBRATION:
-        return int(_SLACK * (resident + max(stage(sizes) for stage in UNCALIBRATED)))
-    samples = recipe.samples * sizes.flow.sample_bytes
-    return int(_SLACK * (resident + samples + max(stage(sizes) for stage in CALIBRATED)))
+    present, stages = _status("VmRSS") or resident_bytes(), UNCALIBRATED
+    if recipe.calibration != NO_CALIBRATION:
+        present, stages = present + recipe.samples * sizes.flow.sample_bytes, CALIBRATED
+    expected = present + _LATER_BYTES + max(stage(sizes) for stage in stages)
+    return max(resident_bytes(), int(_SLACK * expected))
 
 
 def _expert_bytes(linears: Sequence[LinearSpec], *, cross: bool) -> int:
@@ -287,8 +294,16 @@ def _module_bytes(module: nn.Module) -> int:
 def resident_bytes() -> int:
     """Peak resident memory of this process so far, in bytes."""
     # Not ru_maxrss where this is known: Linux hands a process the peak of the one that started it, at exec.
+    if peak := _status("VmHWM"):
+        return peak
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+def _status(field: str) -> int | None:
+    """Bytes of a field of this process's status, on Linux."""
     status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), flags=re.MULTILINE)):
-        return 1024 * int(found[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if not status.is_file():
+        return None
+    line = re.search(rf"^{field}:\s*(\d+) kB", status.read_text(), flags=re.MULTILINE)
+    return 1024 * int(line[1]) if line else None

@@ -21,8 +21,8 @@ from shiftadd_cli.bcq.weight import QuantizedWeight
 # A latent weight starts this fraction of the way from its level to the original weight, clipped to its cell. Weights
 # near a midpoint then change codes early and the others late, but none at the first step.
 _TOWARDS_WEIGHT = 0.7
-# The same for paths, without clipping.
-_TOWARDS_WEIGHT_OF_PATHS = 0.5
+# The same for a path, which takes the last of these that leaves its codes unchanged.
+_PATHS_TOWARDS_WEIGHT = (0.1, 0.2, 0.35, 0.5, 0.7)
 
 
 class TunableWeight(nn.Module):
@@ -65,7 +65,7 @@ class TunableWeight(nn.Module):
     def forward(self) -> Tensor:
         """The matrix after storing and decoding, float32 `[out, in]`."""
         levels = self._levels()
-        values = self._ungroup(levels.gather(-1, self._closest(levels)[1]))
+        values = self._ungroup(levels.gather(-1, self._closest(levels, self.latent)[1]))
         values = values + (self.latent - self.latent.detach())
         values = values if self.signs is None else restore_weight(values, self.signs)
         if self.columns is None or self.ids is None:
@@ -76,7 +76,7 @@ class TunableWeight(nn.Module):
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """The compressed form of the current values."""
-        codes = self._ungroup(self._closest(self._levels())[0]).to(torch.uint8)
+        codes = self._ungroup(self._closest(self._levels(), self.latent)[0]).to(torch.uint8)
         planes = planes_of(codes, self.layout.bits)
         if self.ratios is None:
             nothing = self.row_scale.new_zeros(len(self.row_scale), 1, 0)
@@ -96,9 +96,8 @@ class TunableWeight(nn.Module):
 
     def _start(self, values: Tensor, target: Tensor) -> Tensor:
         """Latent weights `[out, in]`: between the current values and the target, inside the cells of the values."""
-        if self.layout.primitive.planes(self.layout.bits) > self.layout.bits:
-            # Paths have no cells.
-            return values + _TOWARDS_WEIGHT_OF_PATHS * (target - values)
+        if self.layout.primitive.stripe > 1:
+            return self._start_of_paths(values, target)
         ratios, offsets = (None if free is None else free.detach() for free in (self.ratios, self.offsets))
         levels = self.layout.primitive.levels(self.layout.bits, ratios, offsets).to(values.device)
         levels = levels.sort(dim=-1, stable=True).values.expand(len(values), -1, -1)
@@ -109,6 +108,19 @@ class TunableWeight(nn.Module):
         high = torch.cat((midpoints, ends), dim=-1).gather(-1, rank)
         inside = self._ungroup(torch.minimum(torch.maximum(self._group(target), low), high))
         return values + _TOWARDS_WEIGHT * (inside - values)
+
+    @torch.no_grad()
+    def _start_of_paths(self, values: Tensor, target: Tensor) -> Tensor:
+        """The same for stripes, whose columns move towards the target as far as they keep their path."""
+        levels, latent = self._levels(), values.clone()
+        codes, _ = self._closest(levels, values)
+        for share in _PATHS_TOWARDS_WEIGHT:
+            moved = values + share * (target - values)
+            kept = self._ungroup(self._closest(levels, moved)[0] == codes)
+            for rows in torch.arange(len(values)).split(self.layout.primitive.stripe):
+                columns = kept[rows].all(0)
+                latent[rows] = torch.where(columns, moved[rows], latent[rows])
+        return latent
 
     def _row_scale(self) -> Tensor:
         """The row scale as stored, with a straight-through gradient."""
@@ -129,9 +141,9 @@ class TunableWeight(nn.Module):
         return self.layout.primitive.levels(self.layout.bits, ratios, offsets).to(row_scale) * row_scale
 
     @torch.no_grad()
-    def _closest(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes closest to the latent weights and the numbers of their levels, both `[out, C, group]`."""
-        return self.layout.primitive.closest(self.layout.bits, self._group(self.latent), levels.detach())
+    def _closest(self, levels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes closest to weights `[out, in]` and the numbers of their levels, both `[out, C, group]`."""
+        return self.layout.primitive.closest(self.layout.bits, self._group(weights), levels.detach())
 
     def _group(self, matrix: Tensor) -> Tensor:
         """Reshape `[out, in]` to `[out, C, group]`, padded."""

@@ -15,15 +15,18 @@ _OF_COLUMNS = ("weight_signs", "weight_column_ids")
 
 
 def can_join(first: QuantizedWeight, second: QuantizedWeight) -> bool:
-    """Whether one matrix can hold the rows of both: equal forms except for the number of rows, no scales shared
-    between rows, and the same rotation and outlier columns."""
+    """Whether one matrix can hold the rows of the first and, below them, those of the second: equal forms except for
+    the number of rows, no scales shared between rows, the first in whole stripes, and the same rotation and outlier
+    columns."""
     if first.layout.grid.group_rows != 1 or _form(first.layout) != _form(second.layout):
+        return False
+    if first.layout.rows % first.layout.primitive.stripe:
         return False
     return all(torch.equal(first.tensors[name], second.tensors[name]) for name in _OF_COLUMNS if name in first.tensors)
 
 
 def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """The matrices stacked into one; each must satisfy `can_join` with the first. A single one is returned itself.
+    """The matrices stacked into one; each must satisfy `can_join` with the one above. A single one is returned itself.
 
     Every weight decodes to the same number as before. A row scale of a whole matrix is repeated for each of its rows.
     """
@@ -43,7 +46,7 @@ def runs(weights: Sequence[QuantizedWeight]) -> list[list[QuantizedWeight]]:
     """The matrices in their order, with neighbours grouped if they can be joined."""
     grouped: list[list[QuantizedWeight]] = []
     for weight in weights:
-        if grouped and can_join(grouped[-1][0], weight):
+        if grouped and can_join(grouped[-1][-1], weight):
             grouped[-1].append(weight)
         else:
             grouped.append([weight])

@@ -64,6 +64,29 @@ def test_shift_layers_match_their_stored_form_before_and_after_changes(
     assert all(parameter.grad is not None for parameter in tunable.parameters())
 
 
+@pytest.mark.parametrize(("primitive", "bits"), [("trellis1", 1), ("trellis1", 2), ("trellis2", 3)])
+@pytest.mark.parametrize("fields", [{}, {"offset": True, "group_size": "all"}, {"row_scale": False}], ids=str)
+def test_paths_match_their_stored_form_before_and_after_changes(
+    primitive: str, bits: int, fields: dict[str, Any]
+) -> None:
+    weights, quantized = solved(primitive=primitive, bits=bits, rows=300, **fields)
+    tunable = TunableWeight(quantized, weights)
+    assert torch.equal(tunable.quantized().decode(), quantized.decode())
+    torch.testing.assert_close(tunable(), quantized.decode(), rtol=1e-5, atol=1e-6)
+    signs = quantized.signs()
+    rotated = weights if signs is None else rotate_weight(weights, signs)
+    assert (tunable.latent - rotated).norm() < 0.95 * (quantized.decode_stored() - rotated).norm()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tunable.parameters():
+            parameter.add_(0.2 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator))
+    stored = tunable.quantized()
+    assert not torch.equal(stored.tensors["weight_codes"], quantized.tensors["weight_codes"])
+    torch.testing.assert_close(tunable(), stored.decode(), rtol=1e-4, atol=1e-5)
+    tunable().square().sum().backward()
+    assert all(parameter.grad is not None for parameter in tunable.parameters() if parameter.requires_grad)
+
+
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("outlier_columns", [0.0, 0.1])

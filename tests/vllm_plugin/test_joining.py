@@ -31,6 +31,15 @@ def test_joined_matrices_decode_to_the_same_numbers(form: dict[str, Any]) -> Non
     assert torch.equal(joined.decode(), torch.cat([weight.decode() for weight in weights]))
 
 
+@pytest.mark.parametrize("primitive", ["trellis1", "trellis2"])
+def test_trellis_coded_planes_are_joined_in_whole_stripes(primitive: str) -> None:
+    weights = [random_matrix(rows, seed, primitive=primitive, bits=2) for seed, rows in enumerate((512, 256, 300))]
+    assert [len(run) for run in runs(weights)] == [3]
+    assert torch.equal(join(weights).decode_stored(), torch.cat([weight.decode_stored() for weight in weights]))
+    assert [len(run) for run in runs([*reversed(weights)])] == [1, 2]
+    assert not can_join(weights[2], weights[0])
+
+
 @pytest.mark.parametrize(
     "form", [{"bits": 2}, {"group_size": 32}, {"scale_format": "pot"}, {"offset": True}, {"primitive": "shift1"}]
 )

@@ -53,11 +53,13 @@ class Primitive(ABC):
 
     Attributes:
         format_version: the lowest checkpoint version that can contain it.
+        stripe: rows are decoded in stripes of this many, beginning with the first row.
         lookup_kernels: whether its product is one of sign planes and scales, which the look-up kernels compute.
     """
 
     name: PrimitiveName
     format_version: ClassVar[int]
+    stripe: ClassVar[int] = 1
     lookup_kernels: ClassVar[bool]
 
     @abstractmethod

@@ -34,6 +34,7 @@ class TrellisPlanes(BinaryPlanes):
 
     name: PrimitiveName
     format_version = 4
+    stripe = STRIPE_ROWS
 
     def __init__(self, name: PrimitiveName, extra: int) -> None:
         self.name, self._extra = name, extra
