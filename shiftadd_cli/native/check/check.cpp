@@ -51,6 +51,7 @@ void check_all(uint64_t seed, bool quick) {
         check_rotation(kernels, random, quick, tallies[i]);
         check_moments(kernels, random, quick, tallies[i]);
         check_settle(kernels, random, tallies[i]);
+        check_paths(kernels, random, quick, tallies[i]);
         check_not_finite(kernels, random, tallies[i]);
         check_concurrent_calls(kernels, random, quick ? 3 : 20, tallies[i]);
         std::printf("%-12s %ld passed, %ld failed; exact within %.2f roundings, fast within %.1e\n", kernels.name,

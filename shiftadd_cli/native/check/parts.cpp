@@ -18,7 +18,7 @@ constexpr double kExactBlockError = 1e-5, kFastBlockError = 1e-2;
 void check_tables(const Kernels& kernels, Random& random, Tally& tally) {
     for (int64_t columns : {16, 48, 128, 272}) {
         describe(std::string(kernels.name) + " tables of " + std::to_string(columns));
-        const Layout layout{1, columns, std::min<int64_t>(columns, 144), 1};
+        const Layout layout{1, columns, std::min<int64_t>(columns, 144), 1, 1};
         const int64_t padded = layout.padded_columns(), entries = padded / kLookupColumns * kTable;
         Buffer<float> row(padded), tables(entries), plain(entries);
         Buffer<float> units(layout.chunks()), plain_units(layout.chunks());

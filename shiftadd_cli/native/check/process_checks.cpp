@@ -45,7 +45,7 @@ bool limit_memory() {
 
 void check_fork(Random& random, Tally& tally) {
     describe("fork");
-    const Shape shape{300, 400, 128, 4, 3, true, true, true, true, Number::kFloat32};
+    const Shape shape{300, 400, 128, 4, 4, 3, true, true, true, true, Number::kFloat32};
     const Problem problem(shape, Values::kNormal, random);
     const Kernels& kernels = **available_kernels();
     const Numbers alone = product(kernels, problem, kWays[0], 1);
@@ -82,7 +82,7 @@ void check_without_threads(Tally& tally) {
 
 void check_without_memory(Random& random, Tally& tally) {
     describe("no more memory");
-    const Shape shape{1, 400, 128, 1, 5, true, false, false, false, Number::kFloat32};
+    const Shape shape{1, 400, 128, 1, 1, 5, true, false, false, false, Number::kFloat32};
     Shape large_shape = shape;
     large_shape.batch = 40000;
     const Problem small(shape, Values::kNormal, random), large(large_shape, Values::kNormal, random);

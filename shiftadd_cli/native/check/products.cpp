@@ -97,7 +97,7 @@ void check_not_finite(const Kernels& kernels, Random& random, Tally& tally) {
     for (float value : {kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN(), FLT_MAX, -FLT_MAX})
         for (int turn = 0; turn < 4; ++turn) {
             const Shape shape{random.between(1, 150), random.between(20, 150), 20 + 30 * turn, 1 + 2 * turn,
-                              3, turn % 2 == 0, turn < 2, true, turn == 1,
+                              1 + 2 * turn, 3, turn % 2 == 0, turn < 2, true, turn == 1,
                               turn < 3 ? Number::kFloat32 : Number::kBFloat16};
             Shape fitting = shape;
             fitting.group_columns = std::min(shape.group_columns, shape.columns);
@@ -119,7 +119,7 @@ void check_not_finite(const Kernels& kernels, Random& random, Tally& tally) {
         }
     // Numbers so small that their unit in 16 bits is subnormal leave only the bias.
     for (float value : {1e-45f, 1e-40f, 1e-36f, 1e-33f, 1e-28f}) {
-        const Shape shape{40, 64, 32, 3, 2, true, true, true, false, Number::kFloat32};
+        const Shape shape{40, 64, 32, 3, 3, 2, true, true, true, false, Number::kFloat32};
         Problem problem(shape, Values::kNormal, random);
         for (int64_t i = 0; i < problem.x.size(); ++i) problem.x.set(i, random.coin() ? value : -value);
         const Expected expected = problem.expected();
@@ -140,7 +140,7 @@ void check_concurrent_calls(const Kernels& kernels, Random& random, int repeats,
     std::vector<Problem> problems;
     std::vector<std::vector<Numbers>> alone(kThreads);
     for (int i = 0; i < kThreads; ++i) {
-        const Shape shape{290 + 31 * i, 150, 50, 2 + i, 1 + 4 * i, i % 2 == 0, i % 2 == 1, true, i < 2,
+        const Shape shape{290 + 31 * i, 150, 50, 2 + i, 2 + i, 1 + 4 * i, i % 2 == 0, i % 2 == 1, true, i < 2,
                           i < 2 ? Number::kFloat32 : Number::kBFloat16};
         problems.emplace_back(shape, Values::kNormal, random);
         for (Way way : kWays) alone[i].push_back(product(kernels, problems[i], way, 1));

@@ -1,9 +1,11 @@
 #include "solver_checks.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "../moments.h"
 #include "../settle.h"
@@ -14,6 +16,27 @@ namespace {
 
 // For sums of squares, whose terms do not cancel: rounding grows with the root of their number, times the present sum.
 constexpr double kMomentRoundings = 4 * kExactRoundings;
+
+// The least squared error of a path of `rows` levels [rows][2^planes] to goals, in double.
+double least_error(const TrellisCode& code, const double* goals, const float* levels, int64_t rows) {
+    std::vector<double> costs(kTrellisStates, 1e300), next(kTrellisStates);
+    costs[0] = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+        std::fill(next.begin(), next.end(), 1e300);
+        for (int state = 0; state < kTrellisStates; ++state)
+            for (int stored = 0; stored < 1 << code.bits; ++stored) {
+                const unsigned reg = static_cast<unsigned>(state << code.bits | stored);
+                int label = 0;
+                for (int plane = 0; plane < code.planes; ++plane)
+                    label |= std::popcount(reg & code.masks[plane]) % 2 << plane;
+                const double difference = goals[row] - levels[(row << code.planes) + label];
+                double& cost = next[reg % kTrellisStates];
+                cost = std::min(cost, costs[state] + difference * difference);
+            }
+        costs.swap(next);
+    }
+    return *std::min_element(costs.begin(), costs.end());
+}
 
 }  // namespace
 
@@ -118,6 +141,67 @@ void check_settle(const Kernels& kernels, Random& random, Tally& tally) {
             }
         tally.expect(right, described());
         tally.expect(values[0] == values[1] && steps[0] == steps[1] && ranks[0] == ranks[1],
+                     described() + ": other bits on more threads");
+    }
+}
+
+void check_paths(const Kernels& kernels, Random& random, bool quick, Tally& tally) {
+    for (int turn = 0; turn < (quick ? 20 : 80); ++turn) {
+        TrellisCode code{static_cast<int>(random.between(1, 4)), static_cast<int>(random.between(1, 6)), {}};
+        for (auto& mask : code.masks)
+            mask = static_cast<uint16_t>(random.between(1, (kTrellisStates << code.bits) - 1));
+        const int64_t columns = random.between(1, 8), rows = random.between(1, 90), groups = random.between(1, 3);
+        const int64_t stripe = random.between(1, 60), stride = columns + random.between(0, 5), size = columns * rows;
+        const bool descend = turn % 2;
+        describe(std::string(kernels.name) + " paths of " + std::to_string(code.bits) + " bits and " +
+                 std::to_string(code.planes) + " planes through " + std::to_string(rows) + " rows");
+        Buffer<float> goals(size), coupling((columns - 1) * stride + columns), before(size);
+        Buffer<float> levels(groups * rows << code.planes);
+        Buffer<int64_t> of_column(columns);
+        for (int64_t i = 0; i < size; ++i) {
+            goals[i] = static_cast<float>(random.normal());
+            before[i] = static_cast<float>(random.normal());
+        }
+        for (int64_t i = 0; i < coupling.size(); ++i) coupling[i] = static_cast<float>(0.05 * random.normal());
+        for (int64_t i = 0; i < columns; ++i) {
+            coupling[i * stride + i] = static_cast<float>(0.5 + random.uniform());
+            of_column[i] = random.between(0, groups - 1);
+        }
+        for (int64_t i = 0; i < levels.size(); ++i) levels[i] = static_cast<float>(random.normal());
+        Buffer<float> values[2], steps[2];
+        Buffer<uint8_t> stored[2];
+        for (int i = 0; i < 2; ++i) {
+            values[i] = Buffer<float>(size), steps[i] = Buffer<float>(size), stored[i] = Buffer<uint8_t>(size);
+            if (descend) std::memcpy(values[i].data(), before.data(), size * sizeof(float));
+            settle(kernels,
+                   {descend, columns, rows, goals.data(), coupling.data(), stride, of_column.data(), values[i].data(),
+                    stored[i].data(), steps[i].data()},
+                   Paths{code, stripe, levels.data()}, i ? kThreads : 1);
+        }
+        bool right = true;
+        for (int64_t i = 0; i < columns; ++i) {
+            std::vector<double> targets(rows);
+            for (int64_t row = 0; row < rows; ++row) {
+                const double diagonal = coupling[i * stride + i];
+                double goal = goals[i * rows + row];
+                for (int64_t j = 0; j < i; ++j) goal -= coupling[j * stride + i] * double{steps[0][j * rows + row]};
+                targets[row] = descend ? before[i * rows + row] + goal / diagonal : goal;
+            }
+            for (int64_t first = 0; first < rows; first += stripe) {
+                const int64_t count = std::min(stripe, rows - first);
+                const float* choices = levels.data() + ((of_column[i] * rows + first) << code.planes);
+                double error = 0;
+                for (int64_t row = first; row < first + count; ++row) {
+                    const double difference = targets[row] - values[0][i * rows + row];
+                    error += difference * difference;
+                    right = right && stored[0][i * rows + row] < 1 << code.bits;
+                }
+                const double least = least_error(code, targets.data() + first, choices, count);
+                right = right && error <= least * (1 + 1e-4) + 1e-4 && error >= least * (1 - 1e-4) - 1e-4;
+            }
+        }
+        tally.expect(right, described());
+        tally.expect(values[0] == values[1] && steps[0] == steps[1] && stored[0] == stored[1],
                      described() + ": other bits on more threads");
     }
 }

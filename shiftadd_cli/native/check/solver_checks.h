@@ -10,5 +10,6 @@ namespace shiftadd::check {
 void check_moments(const Kernels& kernels, Random& random, bool quick, Tally& tally);
 // Columns rounded to levels one after another, against the target of each.
 void check_settle(const Kernels& kernels, Random& random, Tally& tally);
+void check_paths(const Kernels& kernels, Random& random, bool quick, Tally& tally);
 
 }  // namespace shiftadd::check
