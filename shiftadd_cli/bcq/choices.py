@@ -57,7 +57,8 @@ def parse_choice(value: object) -> Choice:
         value = int(word) if word.isdecimal() else value
     if type(value) is int and value in CODE_BITS[PLANES]:
         return value
-    raise ValueError(f"{value!r} is neither a number of planes from 1 to 8 nor one of {', '.join((*_SHORT, *_WORDS))}")
+    words = [*_SHORT, *(f"{name}-{bits[0]} to {bits[-1]}" for name, bits in CODE_BITS.items() if name != PLANES)]
+    raise ValueError(f"{value!r} is neither a number of planes from 1 to 8 nor one of {', '.join(words)}")
 
 
 ALL_CHOICES = tuple(choice_of(primitive, bits) for primitive, widths in CODE_BITS.items() for bits in widths)
