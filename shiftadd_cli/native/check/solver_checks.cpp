@@ -17,6 +17,25 @@ namespace {
 // For sums of squares, whose terms do not cancel: rounding grows with the root of their number, times the present sum.
 constexpr double kMomentRoundings = 4 * kExactRoundings;
 
+// Columns to quantize. No gap follows the last row of the coupling.
+struct Columns {
+    Buffer<float> goals, coupling, before;
+    Buffer<int64_t> groups;
+
+    Columns(int64_t columns, int64_t rows, int64_t stride, int64_t group_count, Random& random)
+        : goals(columns * rows), coupling((columns - 1) * stride + columns), before(columns * rows), groups(columns) {
+        for (int64_t i = 0; i < goals.size(); ++i) {
+            goals[i] = static_cast<float>(random.normal());
+            before[i] = static_cast<float>(random.normal());
+        }
+        for (int64_t i = 0; i < coupling.size(); ++i) coupling[i] = static_cast<float>(0.05 * random.normal());
+        for (int64_t i = 0; i < columns; ++i) {
+            coupling[i * stride + i] = static_cast<float>(0.5 + random.uniform());
+            groups[i] = random.between(0, group_count - 1);
+        }
+    }
+};
+
 // The least squared error of a path of `rows` levels [rows][2^planes] to goals, in double.
 double least_error(const TrellisCode& code, const double* goals, const float* levels, int64_t rows) {
     std::vector<double> costs(kTrellisStates, 1e300), next(kTrellisStates);
@@ -95,19 +114,9 @@ void check_settle(const Kernels& kernels, Random& random, Tally& tally) {
         const bool descend = turn % 2;
         describe(std::string(kernels.name) + (descend ? " descent" : " sweep") + " of " + std::to_string(columns) +
                  " columns x " + std::to_string(rows));
-        // No gap follows the last row of the coupling.
-        Buffer<float> goals(size), coupling((columns - 1) * stride + columns), before(size);
+        const Columns given(columns, rows, stride, groups, random);
+        const auto &[goals, coupling, before, of_column] = given;
         Buffer<float> levels(count * groups * rows), midpoints((count - 1) * groups * rows);
-        Buffer<int64_t> of_column(columns);
-        for (int64_t i = 0; i < size; ++i) {
-            goals[i] = static_cast<float>(random.normal());
-            before[i] = static_cast<float>(random.normal());
-        }
-        for (int64_t i = 0; i < coupling.size(); ++i) coupling[i] = static_cast<float>(0.05 * random.normal());
-        for (int64_t i = 0; i < columns; ++i) {
-            coupling[i * stride + i] = static_cast<float>(0.5 + random.uniform());
-            of_column[i] = random.between(0, groups - 1);
-        }
         const int64_t above = groups * rows;
         for (int64_t i = 0; i < levels.size(); ++i)
             levels[i] = i < above ? static_cast<float>(-2 * random.uniform())
@@ -155,18 +164,9 @@ void check_paths(const Kernels& kernels, Random& random, bool quick, Tally& tall
         const bool descend = turn % 2;
         describe(std::string(kernels.name) + " paths of " + std::to_string(code.bits) + " bits and " +
                  std::to_string(code.planes) + " planes through " + std::to_string(rows) + " rows");
-        Buffer<float> goals(size), coupling((columns - 1) * stride + columns), before(size);
+        const Columns given(columns, rows, stride, groups, random);
+        const auto &[goals, coupling, before, of_column] = given;
         Buffer<float> levels(groups * rows << code.planes);
-        Buffer<int64_t> of_column(columns);
-        for (int64_t i = 0; i < size; ++i) {
-            goals[i] = static_cast<float>(random.normal());
-            before[i] = static_cast<float>(random.normal());
-        }
-        for (int64_t i = 0; i < coupling.size(); ++i) coupling[i] = static_cast<float>(0.05 * random.normal());
-        for (int64_t i = 0; i < columns; ++i) {
-            coupling[i * stride + i] = static_cast<float>(0.5 + random.uniform());
-            of_column[i] = random.between(0, groups - 1);
-        }
         for (int64_t i = 0; i < levels.size(); ++i) levels[i] = static_cast<float>(random.normal());
         Buffer<float> values[2], steps[2];
         Buffer<uint8_t> stored[2];
