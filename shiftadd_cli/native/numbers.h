@@ -62,7 +62,7 @@ private:
 
 // Working memory of a stripe, see viterbi_impl.h.
 struct PathScratch {
-    Scratch goals, decisions;
+    Scratch goals, levels, decisions;
 };
 
 }  // namespace shiftadd

@@ -11,7 +11,8 @@
 // so the errors of all labels are permuted into `spread` once per row, for each possible value of that exclusive-or.
 // Working memory of a stripe:
 //
-//     goals      float32 [column][padded rows]
+//     goals      float32 [column][padded rows], and the steps of a column
+//     levels     float32 [row][16], of one group, if a code has fewer labels: whole registers can be loaded
 //     decisions  uint64  [row][2^bits - 1]     bit s: this branch into state s beats all lower ones
 #pragma once
 
@@ -42,7 +43,7 @@ struct ViterbiKernel {
     struct Trellis {
         static constexpr int kBranches = 1 << Bits, kRegisters = kTrellisStates << Bits;
         static constexpr int kMostLabels = 1 << kMostTrellisPlanes, kTable = 16;
-        int labels;
+        int labels, width;  // labels, and their number in a row of levels
         uint8_t label_of[kRegisters];
         // By part of the states and branch: where its errors are in `spread`.
         int first_label[kParts][kBranches];
@@ -50,7 +51,7 @@ struct ViterbiKernel {
         alignas(64) uint32_t lane_labels[kMostLabels][kLanes];
         alignas(64) float lane_tables[kMostLabels][kLanes];
 
-        explicit Trellis(const TrellisCode& code) : labels(1 << code.planes) {
+        explicit Trellis(const TrellisCode& code) : labels(1 << code.planes), width(std::max(labels, kTable)) {
             for (int reg = 0; reg < kRegisters; ++reg) label_of[reg] = static_cast<uint8_t>(label(code, reg));
             for (int part = 0; part < kParts; ++part)
                 for (int branch = 0; branch < kBranches; ++branch)
@@ -67,15 +68,11 @@ struct ViterbiKernel {
     template <int Bits>
     static inline void spread_errors(const Trellis<Bits>& trellis, float goal, const float* levels, float* spread) {
         using T = Trellis<Bits>;
-        alignas(64) float errors[std::max(T::kMostLabels, T::kTable)] = {};
-        if (trellis.labels % kLanes == 0) {
-            const Float minus = I::set(-1.0f), target = I::set(goal);
-            for (int at = 0; at < trellis.labels; at += kLanes) {
-                const Float difference = I::add(target, I::mul(I::load(levels + at), minus));
-                I::store(errors + at, I::mul(difference, difference));
-            }
-        } else {
-            for (int at = 0; at < trellis.labels; ++at) errors[at] = (goal - levels[at]) * (goal - levels[at]);
+        alignas(64) float errors[std::max(T::kMostLabels, T::kTable)];
+        const Float minus = I::set(-1.0f), target = I::set(goal);
+        for (int at = 0; at < trellis.width; at += kLanes) {
+            const Float difference = I::add(target, I::mul(I::load(levels + at), minus));
+            I::store(errors + at, I::mul(difference, difference));
         }
         if (trellis.labels <= T::kTable) {
             const auto table = I::load_table(errors);
@@ -94,7 +91,7 @@ struct ViterbiKernel {
         }
     }
 
-    // The path with the least squared error: stored bits and values of `count` rows. levels: [count][labels].
+    // The path with the least squared error: stored bits and values of `count` rows. levels: [count][width].
     template <int Bits>
     static void search(const Trellis<Bits>& trellis, const float* goals, const float* levels, int count,
                        uint64_t* decisions, uint8_t* stored, float* values) {
@@ -106,7 +103,7 @@ struct ViterbiKernel {
         for (int row = 0; row < count; ++row) {
             const float* before = costs[row % 2];
             float* after = costs[(row + 1) % 2];
-            spread_errors<Bits>(trellis, goals[row], levels + row * trellis.labels, spread);
+            spread_errors<Bits>(trellis, goals[row], levels + row * trellis.width, spread);
             uint64_t better[kChoices] = {};
             for (int part = 0; part < kParts; ++part) {
                 const float* from = before + (part * kLanes >> Bits);
@@ -130,7 +127,7 @@ struct ViterbiKernel {
             for (int choice = 0; choice < kChoices; ++choice)
                 branch = better[choice] >> state & 1 ? choice + 1 : branch;
             stored[row] = static_cast<uint8_t>(state & (T::kBranches - 1));
-            values[row] = levels[row * trellis.labels + trellis.label_of[branch << kTrellisMemory | state]];
+            values[row] = levels[row * trellis.width + trellis.label_of[branch << kTrellisMemory | state]];
             state = state >> Bits | branch << kRemembered;
         }
     }
@@ -141,9 +138,11 @@ struct ViterbiKernel {
         const int64_t first = number * paths.stripe;
         const int count = static_cast<int>(std::min(paths.stripe, s.rows - first));
         const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-        // The last row of goals holds the steps of a column.
         float* goals = scratch.goals.room<float>((s.columns + 1) * padded);
         float* steps = goals + s.columns * padded;
+        const bool narrow = trellis.labels < trellis.width;
+        float* wide = narrow ? scratch.levels.room<float>(count * trellis.width) : nullptr;
+        int64_t wide_group = -1;
         uint64_t* decisions = scratch.decisions.room<uint64_t>(count * (Trellis<Bits>::kBranches - 1));
         std::fill(goals, steps + padded, 0.0f);
         for (int64_t column = 0; column < s.columns; ++column)
@@ -151,6 +150,13 @@ struct ViterbiKernel {
         for (int64_t column = 0; column < s.columns; ++column) {
             const float* coupling = s.coupling + column * s.coupling_stride;
             const float* levels = paths.levels + (s.groups[column] * s.rows + first) * trellis.labels;
+            if (narrow && wide_group != s.groups[column]) {
+                wide_group = s.groups[column];
+                std::fill(wide, wide + count * trellis.width, 0.0f);
+                for (int row = 0; row < count; ++row)
+                    std::memcpy(wide + row * trellis.width, levels + row * trellis.labels,
+                                trellis.labels * sizeof(float));
+            }
             float* goal = goals + column * padded;
             float* values = s.values + column * s.rows + first;
             const float inverse = 1.0f / coupling[column];
@@ -158,7 +164,7 @@ struct ViterbiKernel {
                 std::memcpy(steps, values, count * sizeof(float));
                 for (int row = 0; row < count; ++row) goal[row] = values[row] + goal[row] * inverse;
             }
-            search<Bits>(trellis, goal, levels, count, decisions, s.codes + column * s.rows + first, values);
+            search<Bits>(trellis, goal, narrow ? wide : levels, count, decisions, s.codes + column * s.rows + first, values);
             if (s.descend)
                 for (int row = 0; row < count; ++row) steps[row] = values[row] - steps[row];
             else
