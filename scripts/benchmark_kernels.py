@@ -121,7 +121,7 @@ def packed_call(weight: QuantizedWeight, fast: bool, kernels: str) -> tuple[Call
         signs=packed.signs,
         group_columns=layout.grid.group_columns,
         bits=layout.bits,
-        planes=layout.primitive.planes(layout.bits),
+        planes=layout.planes,
         fast=fast,
         kernels=kernels,
     )

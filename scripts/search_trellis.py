@@ -1,7 +1,7 @@
 """Searches masks for trellis codes, see `bcq.primitives.trellis.code`, on a unit Gaussian.
 
-Draws random masks with few taps, and then changes one or two bits of the best masks, as long as one improves. A code is
-measured by encoding Gaussian numbers and fitting the scales of its planes by least squares, in turns. The best codes
+Draws random masks with few taps for a quarter of the time, and then changes one or two bits of the best masks. A code
+is measured by encoding Gaussian numbers and fitting the scales of its planes by least squares, in turns. The best codes
 are measured again on more numbers, endless and in stripes. Prints the mean squared error. Plain scalar levels have
 0.3634, 0.1175, 0.0345 and 0.0095 at 1 to 4 bits, and no code gets below 4^-bits.
 
@@ -26,13 +26,13 @@ from shiftadd_cli.cli.summary import table
 from shiftadd_cli.progress import progress
 
 STRIPES = (256, 128, 64, 32, 16)
-# Numbers to sort out bad codes, to rank the others, and to measure the best; in stripes of a usual height.
+# Numbers of a first measurement, of the ranking of codes that pass it, and of the last one; rows of a usual stripe.
 SHORT, MIDDLE, LONG = 3072, 24576, 131072
 RANKED_STRIPE = 192
 # Random codes have at most this many taps a plane.
 MOST_TAPS = 4
-# Of two codes whose errors differ by less, the one with fewer taps is better.
-TOLERANCE = 0.002
+# A tap counts as much as this share of the error, so that of two nearly equal codes the simpler one ranks first.
+TAP_PRICE = 0.002
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Result:
 
     @property
     def rank(self) -> float:
-        """The error, with a small price of a tap."""
-        return self.error * (1 + TOLERANCE * self.code.taps)
+        """The error, raised by the price of the taps."""
+        return self.error * (1 + TAP_PRICE * self.code.taps)
 
 
 def measure(code: TrellisCode, goals: Tensor, rounds: int, scales: tuple[float, ...], stripe: int = 0) -> Result:

@@ -27,6 +27,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_
 
 from shiftadd_cli.bcq.choices import Choice, bits_of_choice, ordered_choices, parse_choice, parts_of_choice
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
+from shiftadd_cli.bcq.primitives import PRIMITIVES
 from shiftadd_cli.errors import AllocationError, first_fault
 from shiftadd_cli.recipe_file import word
 from shiftadd_cli.source import LinearSpec
@@ -231,9 +232,7 @@ def load_plan(path: Path) -> BitPlan:
 def plan_version(layers: Iterable[PlannedLayer]) -> Literal[1, 2, 3]:
     """The lowest version that a plan of these layers needs."""
     primitives = {parts_of_choice(choice)[0] for layer in layers for choice in layer.bytes}
-    if primitives & {"trellis1", "trellis2"}:
-        return 3
-    return 2 if primitives & {"shift1", "shift2"} else 1
+    return max((PRIMITIVES[name].plan_version for name in primitives), default=1)
 
 
 def round_cost(cost: float) -> float:

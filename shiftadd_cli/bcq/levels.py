@@ -30,12 +30,16 @@ def code_signs(bits: int) -> Tensor:
     return ((codes >> torch.arange(bits, device="cpu")) & 1).float() * 2 - 1
 
 
+def code_levels(scales: Tensor, offsets: Tensor | None) -> Tensor:
+    """The level of every code, `[..., 2 ** bits]`, of `scales` `[..., bits]` and `offsets` `[...]` or None."""
+    levels = scales @ code_signs(scales.shape[-1]).to(scales).T
+    return levels if offsets is None else levels + offsets.unsqueeze(-1)
+
+
 def sorted_levels(scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     """Ascending levels of non-negative `scales` `[..., bits]` and `offsets` `[...]` or None, and the code of each
     (int64), both `[..., 2 ** bits]`."""
-    levels = scales @ code_signs(scales.shape[-1]).to(scales).T
-    if offsets is not None:
-        levels = levels + offsets.unsqueeze(-1)
+    levels = code_levels(scales, offsets)
     # A stable sort keeps equal levels (a zero scale) in the order of their codes, whatever the machine.
     ordered, codes = levels.sort(dim=-1, stable=True)
     return ordered, codes

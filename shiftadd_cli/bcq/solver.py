@@ -114,17 +114,14 @@ def quantize_matrices(
 
 def _pieces(matrices: Sequence[Tensor], primitive: Primitive, options: SolverOptions) -> tuple[Sequence[Tensor], bool]:
     """The rows of all matrices, in pieces to be solved separately, and whether a matrix may be several pieces."""
-    together = [primitive.rows_together(options.format, len(matrix)) for matrix in matrices]
-    if None in together:
+    together = primitive.rows_together(options.format)
+    if together is None:
         return matrices, False
-    if set(together) == {1}:
+    if together == 1:
         tall = torch.cat(list(matrices))
         return tall.tensor_split(-(-len(tall) // _PIECE_ROWS)), True
-    pieces: list[Tensor] = []
-    for matrix, rows in zip(matrices, together, strict=True):
-        assert rows is not None, "excluded above"
-        pieces += matrix.split(rows * max(1, _STRIPE_PIECE_ROWS // rows))
-    return pieces, True
+    height = together * max(1, _STRIPE_PIECE_ROWS // together)
+    return [piece for matrix in matrices for piece in matrix.split(height)], True
 
 
 def _as_tensors(codes: Tensor, snapped: SnappedScales) -> dict[str, Tensor]:

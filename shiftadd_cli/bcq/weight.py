@@ -49,6 +49,11 @@ class PackedLayout:
         """Bits of a weight's code."""
         return self.format.bits
 
+    @cached_property
+    def planes(self) -> int:
+        """Number of computed planes, see `Primitive.planes`."""
+        return self.primitive.planes(self.bits)
+
     @property
     def primitive(self) -> Primitive:
         """The primitive that represents weights by codes and scales."""

@@ -82,8 +82,8 @@ def supports(layout: PackedLayout) -> bool:
 
 def native_form(layout: PackedLayout) -> Any:
     """The extension's own description of a layout."""
-    grid, planes = layout.grid, layout.primitive.planes(layout.bits)
-    return native_layout(grid.rows, grid.columns, grid.group_columns, layout.bits, planes)
+    grid = layout.grid
+    return native_layout(grid.rows, grid.columns, grid.group_columns, layout.bits, layout.planes)
 
 
 @cache
@@ -116,7 +116,7 @@ def _scale_codes(weight: QuantizedWeight) -> Tensor | None:
     layout, nibbles = weight.layout, scale_format(weight.layout.scales.scale_format).nibbles
     if nibbles not in (1, 2):
         return None
-    groups, planes = layout.grid.column_groups, layout.primitive.planes(layout.bits)
+    groups, planes = layout.grid.column_groups, layout.planes
     fields = unpack_nibbles(weight.tensors["weight_exponents"], groups * planes * nibbles)
     first, *rest = fields.view(-1, groups, planes, nibbles).unbind(-1)
     return first | rest[0] << 4 if rest else first

@@ -51,8 +51,8 @@ def supports(layout: PackedLayout) -> bool:
     do not span rows and that end at the end of a byte of the planes or at the end of the row."""
     grid = layout.grid
     ends = grid.group_columns % 8 == 0 or grid.column_groups == 1
-    stored = layout.primitive.planes(layout.bits) == layout.bits
-    return layout.primitive.lookup_kernels and stored and grid.group_rows == 1 and ends
+    stored = layout.primitive.lookup_kernels and layout.planes == layout.bits
+    return stored and grid.group_rows == 1 and ends
 
 
 def prepare(weight: QuantizedWeight) -> TritonWeight:

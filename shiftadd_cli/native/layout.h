@@ -2,8 +2,8 @@
 //
 // A block is 32 rows. A stripe is 4 blocks, or 8 for trellis-coded planes; the last stripe may have fewer. Groups of
 // columns are padded to whole words of 16 columns and cut into chunks of at most 8 words (128 columns), so that the
-// look-up tables of a chunk stay in the L1 cache while the blocks of a stripe use them. The bits of stored planes are in
-// the order in which they are read:
+// tables of a chunk stay in the L1 cache while the blocks of a stripe use them. The bits of stored planes are in the
+// order in which they are read:
 //
 //     words   uint32  [stripe][group][chunk][block][word][plane][16]      planes
 //                     [stripe][group][chunk][word][plane][block][16]      trellis-coded planes, after a lead of 16

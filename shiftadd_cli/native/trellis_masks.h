@@ -1,5 +1,5 @@
-// The masks of the trellis codes of the format, which equal those of shiftadd_cli/bcq/primitives/trellis/codes.py. Tap t
-// of a mask is stored bit t % kBits of the row that is t / kBits above.
+// The masks of the trellis codes of the format, which equal those of shiftadd_cli/bcq/primitives/trellis/codes.py. Tap
+// t of a mask is stored bit t % kBits of the row that is t / kBits above.
 #pragma once
 
 #include <tuple>

@@ -164,7 +164,8 @@ struct ViterbiKernel {
                 std::memcpy(steps, values, count * sizeof(float));
                 for (int row = 0; row < count; ++row) goal[row] = values[row] + goal[row] * inverse;
             }
-            search<Bits>(trellis, goal, narrow ? wide : levels, count, decisions, s.codes + column * s.rows + first, values);
+            search<Bits>(trellis, goal, narrow ? wide : levels, count, decisions, s.codes + column * s.rows + first,
+                         values);
             if (s.descend)
                 for (int row = 0; row < count; ++row) steps[row] = values[row] - steps[row];
             else

@@ -175,7 +175,7 @@ class PackedLinear(StoredWeight):
             signs,
             self.layout.grid.group_columns,
             self.layout.bits,
-            self.layout.primitive.planes(self.layout.bits),
+            self.layout.planes,
             self.precision.is_fast(x.dtype),
         )
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bcq_problems import generator, quadratic_error, quick, random_hessian, random_weights
-from compiled import needs_kernels
+from compiled import needs_kernels, on_threads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -267,12 +267,10 @@ def test_a_goal_on_a_midpoint_takes_the_lower_level(way: str) -> None:
 @pytest.mark.parametrize("descend", [False, True])
 def test_threads_change_no_bit(descend: bool) -> None:
     goals, coupling, tables, of_column, before = columns_problem(128, 300, 3, 3, 1)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            values = before.clone()
-            results.append((*tables.settle(goals.clone(), coupling, of_column, values, descend=descend), values))
-    finally:
-        torch.set_num_threads(threads)
+
+    def settled() -> tuple[Tensor, ...]:
+        values = before.clone()
+        return *tables.settle(goals.clone(), coupling, of_column, values, descend=descend), values
+
+    results = on_threads((1, 3), settled)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

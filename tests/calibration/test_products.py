@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled import needs_kernels
+from compiled import needs_kernels, on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -57,16 +57,13 @@ def test_sums_equal_the_formula(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     x, other = activations(700, 150, dtype, 1), activations(700, 150, dtype, 2)
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            sums = torch.zeros(2, 150, 150)
-            add_products(x, other, None, sums[0], sums[1])
-            results.append(sums)
-    finally:
-        torch.set_num_threads(threads)
+
+    def sums_of_products() -> Tensor:
+        sums = torch.zeros(2, 150, 150)
+        add_products(x, other, None, sums[0], sums[1])
+        return sums
+
+    results = on_threads((1, 2, 5), sums_of_products)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

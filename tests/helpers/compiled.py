@@ -1,8 +1,12 @@
-"""The marker of tests that need the compiled CPU kernels, and matrices that these kernels support."""
+"""For tests of the compiled CPU kernels: their marker, matrices that they support, and numbers of threads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
 import pytest
+import torch
 from artifacts import FORMATS
 from formats import layout_on
 from hypothesis import strategies as st
@@ -12,6 +16,8 @@ from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.kernels.cpu_weight import supports
 from shiftadd_cli.native.extension import cpu_extension
+
+T = TypeVar("T")
 
 needs_kernels = pytest.mark.skipif(cpu_extension() is None, reason="installed without compiled kernels")
 
@@ -40,3 +46,15 @@ def supported_layouts(draw: st.DrawFn) -> PackedLayout:
     )
     assert supports(layout)
     return layout
+
+
+def on_threads(counts: Iterable[int], run: Callable[[], T]) -> list[T]:
+    """The results of `run` with each of these numbers of threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return results

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from artifacts import random_weight
-from compiled import needs_kernels, supported_layouts
+from compiled import needs_kernels, on_threads, supported_layouts
 from formats import layout_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,7 +44,7 @@ def run(
         bias=bias,
         group_columns=weight.layout.grid.group_columns,
         bits=weight.layout.bits,
-        planes=weight.layout.primitive.planes(weight.layout.bits),
+        planes=weight.layout.planes,
         fast=fast,
         method=method,
         kernels=kernels,
@@ -136,14 +136,7 @@ def test_shapes_are_those_of_a_linear_layer(kernels: str) -> None:
 def test_threads_change_no_bit(method: str, fast: bool) -> None:
     weight = random_weight(layout_on(ScaleGrid.resolve(700, 1024, 1, 128), 3, "apot2", True, True, True))
     x = torch.randn(20, 1024).bfloat16()
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in range(1, 5):
-            torch.set_num_threads(threads)
-            results.append(run(x, weight, fast=fast, method=method))
-    finally:
-        torch.set_num_threads(before)
+    results = on_threads(range(1, 5), lambda: run(x, weight, fast=fast, method=method))
     assert all(torch.equal(result, results[0]) for result in results)
 
 

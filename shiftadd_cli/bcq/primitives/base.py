@@ -52,13 +52,14 @@ class Primitive(ABC):
     """One primitive. `name` is its name in recipes and checkpoints.
 
     Attributes:
-        format_version: the lowest checkpoint version that can contain it.
+        format_version, plan_version: the lowest versions of checkpoints and of bit plans that can contain it.
         stripe: rows are decoded in stripes of this many, beginning with the first row.
         lookup_kernels: whether its product is one of sign planes and scales, which the look-up kernels compute.
     """
 
     name: PrimitiveName
     format_version: ClassVar[int]
+    plan_version: ClassVar[Literal[1, 2, 3]]
     stripe: ClassVar[int] = 1
     lookup_kernels: ClassVar[bool]
 
@@ -75,7 +76,7 @@ class Primitive(ABC):
         """Shape and dtype of the stored scales and offsets by suffix, including the row scale."""
 
     @abstractmethod
-    def rows_together(self, form: MatrixFormat, rows: int) -> int | None:
+    def rows_together(self, form: MatrixFormat) -> int | None:
         """Parts of this many consecutive rows of a matrix can be solved separately; None if no part can."""
 
     @abstractmethod

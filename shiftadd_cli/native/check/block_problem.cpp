@@ -1,8 +1,6 @@
 #include "block_problem.h"
 
 #include <algorithm>
-#include <tuple>
-#include <utility>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -17,11 +15,7 @@ constexpr float kEpsilon = 1e-5f;
 Problem matrix(int64_t rows, int64_t columns, int64_t batch, bool bias, bool signs, Random& random) {
     static constexpr int64_t kGroups[] = {16, 20, 32, 64, 128, 1 << 20};
     const int64_t group = std::min(kGroups[random.between(0, 5)], columns);
-    int bits = static_cast<int>(random.between(1, 5)), planes = bits;
-    if (random.coin()) {
-        const std::vector<std::pair<int, int>> codes = trellis_sizes();
-        std::tie(bits, planes) = codes[random.between(0, static_cast<int64_t>(codes.size()) - 1)];
-    }
+    const auto [bits, planes] = random_planes(random, 5);
     const Shape shape{rows,          columns,       group, bits,  planes,          batch,
                       random.coin(), random.coin(), bias,  signs, Number::kFloat32};
     return Problem(shape, Values::kNormal, random);

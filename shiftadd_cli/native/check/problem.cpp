@@ -41,11 +41,7 @@ Shape random_shape(Random& random, bool large) {
     shape.columns = random.coin() ? size(300, 700) : 16 * random.between(1, large ? 40 : 20);
     static constexpr int64_t kGroups[] = {16, 17, 20, 32, 64, 100, 128, 144, 256, 1 << 20};
     shape.group_columns = std::min(kGroups[random.between(0, std::size(kGroups) - 1)], shape.columns);
-    shape.bits = shape.planes = static_cast<int>(random.between(1, 8));
-    if (random.coin()) {
-        const std::vector<std::pair<int, int>> codes = trellis_sizes();
-        std::tie(shape.bits, shape.planes) = codes[random.between(0, static_cast<int64_t>(codes.size()) - 1)];
-    }
+    std::tie(shape.bits, shape.planes) = random_planes(random, 8);
     shape.batch = random.coin() ? random.between(1, 6) : random.between(7, 40);
     shape.scale_codes = random.coin();
     shape.offsets = random.coin();
@@ -55,10 +51,12 @@ Shape random_shape(Random& random, bool large) {
     return shape;
 }
 
-std::vector<std::pair<int, int>> trellis_sizes() {
-    std::vector<std::pair<int, int>> sizes;
-    std::apply([&](auto... code) { (sizes.emplace_back(code.kBits, code.kPlanes), ...); }, TrellisCodes{});
-    return sizes;
+std::pair<int, int> random_planes(Random& random, int most) {
+    const int bits = static_cast<int>(random.between(1, most));
+    if (!random.coin()) return {bits, bits};
+    std::vector<std::pair<int, int>> codes;
+    std::apply([&](auto... code) { (codes.emplace_back(code.kBits, code.kPlanes), ...); }, TrellisCodes{});
+    return codes[random.between(0, static_cast<int64_t>(codes.size()) - 1)];
 }
 
 // The masks of the code of a layout; empty for planes that are stored as they are.
@@ -185,7 +183,8 @@ int64_t number_in_block(int64_t row) { return row % 2 * kPairs + row % kBlockRow
 Expected Problem::expected() const {
     const int64_t rows = shape.rows, columns = shape.columns, groups = layout.groups();
     const auto scale_of = [&](int64_t row, int64_t group, int plane) -> double {
-        const int64_t at = ((row / kBlockRows * groups + group) * shape.planes + plane) * kBlockRows + number_in_block(row);
+        const int64_t block_group = row / kBlockRows * groups + group;
+        const int64_t at = (block_group * shape.planes + plane) * kBlockRows + number_in_block(row);
         if (!shape.scale_codes) return scales[at];
         const int e = scale_codes[at] & 15, d = scale_codes[at] >> 4 & 7, minus = scale_codes[at] >> 7;
         if (e == 15) return 0;
@@ -253,8 +252,8 @@ Expected Problem::expected() const {
 
 std::string Problem::name() const {
     std::string text = std::to_string(shape.rows) + "x" + std::to_string(shape.columns) + " groups of " +
-                       std::to_string(shape.group_columns) + ", " + std::to_string(shape.bits) + " bits, " + std::to_string(shape.planes) + " planes, batch " +
-                       std::to_string(shape.batch);
+                       std::to_string(shape.group_columns) + ", " + std::to_string(shape.bits) + " bits, " +
+                       std::to_string(shape.planes) + " planes, batch " + std::to_string(shape.batch);
     text += shape.scale_codes ? ", scale codes" : ", float scales";
     if (shape.offsets) text += ", offsets";
     if (shape.bias) text += ", bias";

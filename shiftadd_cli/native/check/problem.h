@@ -36,8 +36,8 @@ struct Shape {
 
 Shape random_shape(Random&, bool large);
 
-// Stored bits and computed planes of the trellis codes.
-std::vector<std::pair<int, int>> trellis_sizes();
+// Stored bits and computed planes: at most `most` planes that are stored as they are, or those of a trellis code.
+std::pair<int, int> random_planes(Random&, int most);
 
 enum class Values { kNormal, kOutliers, kEqual, kZero };
 

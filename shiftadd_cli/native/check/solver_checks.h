@@ -10,6 +10,7 @@ namespace shiftadd::check {
 void check_moments(const Kernels& kernels, Random& random, bool quick, Tally& tally);
 // Columns rounded to levels one after another, against the target of each.
 void check_settle(const Kernels& kernels, Random& random, Tally& tally);
+// Columns that take the best path through a trellis, against the least error of all paths.
 void check_paths(const Kernels& kernels, Random& random, bool quick, Tally& tally);
 
 }  // namespace shiftadd::check

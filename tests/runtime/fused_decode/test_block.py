@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from artifacts import Checkpoint
-from compiled import needs_kernels
+from compiled import needs_kernels, on_threads
 from decoding import decode, write_decoders
 from loading import IDS, assert_close, assert_same_state, load
 from torch import Tensor, nn
@@ -104,14 +104,7 @@ def test_logits_match_without_a_cache_and_beyond_a_sliding_window(
 
 def test_number_of_threads_changes_no_bit(checkpoints: dict[str, Checkpoint]) -> None:
     model = load(checkpoints["llama"].folder)
-    threads = torch.get_num_threads()
-    logits = []
-    try:
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            logits.append(decode(model, 2))
-    finally:
-        torch.set_num_threads(threads)
+    logits = on_threads((1, 2, 4), lambda: decode(model, 2))
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
 

@@ -15,6 +15,7 @@ Tensors stored next to the codes, with R and C groups along rows and columns and
 from __future__ import annotations
 
 from collections import Counter
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective
-from shiftadd_cli.bcq.levels import code_signs
+from shiftadd_cli.bcq.levels import code_levels
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.packing import pack_nibbles, unpack_nibbles, unpack_signs
@@ -43,6 +44,7 @@ class BinaryPlanes(Primitive):
 
     name: PrimitiveName = "bcq"
     format_version = 1
+    plan_version: ClassVar[Literal[1, 2, 3]] = 1
     lookup_kernels = True
 
     def scales(self, form: MatrixFormat, rows: int, columns: int) -> Scales:
@@ -64,8 +66,8 @@ class BinaryPlanes(Primitive):
             shapes["weight_offset"] = ((rows, groups), torch.float16)
         return shapes
 
-    def rows_together(self, form: MatrixFormat, rows: int) -> int | None:
-        return 1 if form.group_rows == 1 and form.row_scale else None
+    def rows_together(self, form: MatrixFormat) -> int | None:
+        return self.stripe if form.group_rows == 1 and form.row_scale else None
 
     def fits_on_arrival(self, options: SolverOptions) -> bool:
         return options.sweep == "dynamic"
@@ -104,8 +106,7 @@ class BinaryPlanes(Primitive):
 
     def levels(self, bits: int, ratios: Tensor | None, offsets: Tensor | None) -> Tensor:
         assert ratios is not None, "planes have scales"
-        levels = ratios @ code_signs(self.planes(bits)).to(ratios).T
-        return levels if offsets is None else levels + offsets.unsqueeze(-1)
+        return code_levels(ratios, offsets)
 
     def decoder(self, scales: Scales, bits: int, tensors: Tensors) -> RowDecoder:
         grid, ratios = scales.grid, self.ratios(scales, bits, tensors)

@@ -28,6 +28,7 @@ class ShiftLayers(Primitive):
     """Levels that are sums of `terms` powers of two."""
 
     format_version = 2
+    plan_version = 2
     lookup_kernels = False
 
     def __init__(self, name: PrimitiveName, terms: int) -> None:
@@ -39,8 +40,8 @@ class ShiftLayers(Primitive):
     def tensors(self, scales: Scales, bits: int) -> TensorShapes:
         return {"weight_row_scale": ((scales.grid.rows,), torch.bfloat16)}
 
-    def rows_together(self, form: MatrixFormat, rows: int) -> int:
-        return 1
+    def rows_together(self, form: MatrixFormat) -> int:
+        return self.stripe
 
     def fits_on_arrival(self, options: SolverOptions) -> bool:
         return False

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
 from shiftadd_cli.bcq.hessian import Objective
-from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.primitives.base import Counts, Scales
 from shiftadd_cli.bcq.primitives.planes import BinaryPlanes
@@ -34,6 +33,7 @@ class TrellisPlanes(BinaryPlanes):
 
     name: PrimitiveName
     format_version = 4
+    plan_version = 3
     stripe = STRIPE_ROWS
 
     def __init__(self, name: PrimitiveName, extra: int) -> None:
@@ -45,9 +45,6 @@ class TrellisPlanes(BinaryPlanes):
     def code(self, bits: int) -> TrellisCode:
         """The code for `bits` stored bits."""
         return CODES[bits, self.planes(bits)].code
-
-    def rows_together(self, form: MatrixFormat, rows: int) -> int | None:
-        return STRIPE_ROWS if super().rows_together(form, rows) else None
 
     def fits_on_arrival(self, options: SolverOptions) -> bool:
         return False

@@ -6,7 +6,7 @@ of the register bits in mask b. The register starts with zeros at the first row 
 one of 2^m levels, so k bits choose among paths through 2^m levels (trellis-coded quantization: Marcellin and Fischer
 1990; for weights of language models QTIP, arXiv:2406.11235).
 
-    register of row r   u[r] | u[r - 1] << k | u[r - 2] << 2k | ...        (states + k bits)
+    register of row r   u[r] | u[r - 1] << k | u[r - 2] << 2k | ...        (memory + k bits)
     plane b of row r    parity(register & mask[b])
 
 `encode` finds the stored bits with the least squared error by the Viterbi algorithm (Viterbi 1967).
@@ -53,6 +53,11 @@ class TrellisCode:
         return sum(mask.bit_count() for mask in self.masks)
 
     @property
+    def height(self) -> int:
+        """Number of rows whose stored bits are in a register, at least in part."""
+        return -(-(self.memory + self.bits) // self.bits)
+
+    @property
     def has_kernel(self) -> bool:
         """Whether the compiled kernels encode it: with 64 states, 1 to 4 bits and at most 6 planes."""
         return self.memory == 6 and self.bits <= 4 and self.planes <= 6
@@ -63,10 +68,7 @@ class TrellisCode:
         from its predecessor number j, see `predecessors`."""
         branches = torch.arange(1 << self.bits).unsqueeze(1)
         states = torch.arange(self.states)
-        registers = branches << self.memory | states
-        return sum(
-            (_parity(registers & mask) << plane for plane, mask in enumerate(self.masks)), torch.zeros_like(registers)
-        )
+        return self._labels_of(branches << self.memory | states)
 
     @cached_property
     def predecessors(self) -> Tensor:
@@ -82,13 +84,18 @@ class TrellisCode:
         codes = stored.long()
         register = codes.clone()
         rows = torch.arange(len(codes)).view(-1, *[1] * (codes.ndim - 1)) % stripe
-        for distance in range(1, min(len(codes), -(-(self.memory + self.bits) // self.bits))):
+        for distance in range(1, min(len(codes), self.height)):
             above = torch.zeros_like(codes)
             above[distance:] = codes[: len(codes) - distance]
             register |= torch.where(rows >= distance, above, 0) << (self.bits * distance)
-        return sum(
-            (_parity(register & mask) << plane for plane, mask in enumerate(self.masks)), torch.zeros_like(register)
-        )
+        return self._labels_of(register)
+
+    def _labels_of(self, registers: Tensor) -> Tensor:
+        """The levels that registers select, integers of the same shape."""
+        labels = torch.zeros_like(registers)
+        for plane, mask in enumerate(self.masks):
+            labels |= _parity(registers & mask) << plane
+        return labels
 
     def packed_planes(self, stored: Tensor, rows: slice, stripe: int) -> Tensor:
         """The computed planes of some rows, uint8 `[rows, m, bytes]`, from packed stored bits uint8 `[out, k, bytes]`.
@@ -97,7 +104,7 @@ class TrellisCode:
         """
         numbers = torch.arange(rows.start, rows.stop, device=stored.device)
         above = []
-        for distance in range(-(-(self.memory + self.bits) // self.bits)):
+        for distance in range(self.height):
             inside = (numbers % stripe >= distance).to(torch.uint8).view(-1, 1, 1)
             above.append(stored[(numbers - distance).clamp_min(0)] * inside)
         planes = stored.new_zeros(len(numbers), self.planes, stored.shape[-1])

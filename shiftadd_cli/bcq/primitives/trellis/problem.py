@@ -16,7 +16,7 @@ from torch import Tensor
 from shiftadd_cli.bcq.column_updates import compensated_sweep, descend_codes
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective
-from shiftadd_cli.bcq.levels import code_signs
+from shiftadd_cli.bcq.levels import code_levels
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.primitives.planes.refit import refit_scales
 from shiftadd_cli.bcq.primitives.trellis.codes import STRIPE_ROWS, FormatCode
@@ -89,9 +89,7 @@ class TrellisProblem:
         return best_codes, best
 
     def _paths(self, snapped: SnappedScales) -> BestPaths:
-        levels = snapped.scales() @ code_signs(self.code.planes).to(self.weights).T
-        if (offsets := snapped.offset_values()) is not None:
-            levels = levels + offsets.unsqueeze(-1)
+        levels = code_levels(snapped.scales(), snapped.offset_values())
         return BestPaths(self.code, STRIPE_ROWS, levels[self.row_groups].transpose(0, 1).contiguous())
 
     def _values(self, paths: BestPaths, labels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from bcq_problems import generator, quick
-from compiled import needs_kernels
+from compiled import needs_kernels, on_threads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -102,14 +102,12 @@ def test_every_instruction_set_gives_the_bits_of_the_reference(code: TrellisCode
 def test_threads_change_no_bit(descend: bool) -> None:
     paths = paths_of(CODES[2, 3].code, 600, 2, 256, seed=1)
     goals, coupling, of_column, before = columns_problem(40, 600, 2, 1)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            values = before.clone()
-            results.append((*paths.settle(goals.clone(), coupling, of_column, values, descend=descend), values))
-    finally:
-        torch.set_num_threads(threads)
+
+    def settled() -> tuple[Tensor, ...]:
+        values = before.clone()
+        return *paths.settle(goals.clone(), coupling, of_column, values, descend=descend), values
+
+    results = on_threads((1, 3), settled)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
