@@ -127,7 +127,9 @@ struct Avx2 {
     static Half zero_half() { return _mm256_setzero_si256(); }
     static Half add_half(Half a, Half b) { return _mm256_add_epi16(a, b); }
     static Word shift_right_half(Word x, int n) { return Word(Words16(x) >> n); }
-    static HalfTable load_table_half(const int16_t* table) {
+    static constexpr HalfTables kHalfTables = kTablesOf16;
+    template <int>
+    static HalfTable load_half_table(const int16_t* table) {
         const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
         const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 8));
         const __m128i bytes = _mm_set1_epi16(255);

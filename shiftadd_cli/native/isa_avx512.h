@@ -118,11 +118,20 @@ struct Avx512 {
     static Half zero_half() { return _mm512_setzero_si512(); }
     static Half add_half(Half a, Half b) { return _mm512_add_epi16(a, b); }
     static Word shift_right_half(Word x, int n) { return Word(Words16(x) >> n); }
-    // Stores the 16 entries twice, so that the fifth bit of an index, which belongs to the next look-up, has no effect.
-    static Half load_table_half(const int16_t* table) {
-        return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+    // The entries of 5 columns fill a register, those of 6 two.
+    static constexpr HalfTables kHalfTables{3, {5, 5, 6}};
+    struct TwoRegisters {
+        __m512i low, high;
+    };
+    template <int N>
+    static auto load_half_table(const int16_t* table) {
+        if constexpr (N == 5) return _mm512_loadu_si512(table);
+        else return TwoRegisters{_mm512_loadu_si512(table), _mm512_loadu_si512(table + 32)};
     }
     static Half look_up_half(Half table, Word index) { return _mm512_permutexvar_epi16(index, table); }
+    static Half look_up_half(const TwoRegisters& table, Word index) {
+        return _mm512_permutex2var_epi16(table.low, index, table.high);
+    }
     static Float low_halves(Half x) {
         return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(x, 16), 16));
     }

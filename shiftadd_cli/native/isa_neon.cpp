@@ -111,7 +111,9 @@ struct Neon {
     static Word shift_right_half(Word x, int n) {
         return vreinterpretq_u32_u16(vshlq_u16(vreinterpretq_u16_u32(x), vdupq_n_s16(-n)));
     }
-    static uint8x16x2_t load_table_half(const int16_t* table) {
+    static constexpr HalfTables kHalfTables = kTablesOf16;
+    template <int>
+    static uint8x16x2_t load_half_table(const int16_t* table) {
         return vld1q_u8_x2(reinterpret_cast<const uint8_t*>(table));
     }
     static Half look_up_half(const uint8x16x2_t& table, Word index) {

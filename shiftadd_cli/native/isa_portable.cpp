@@ -144,7 +144,9 @@ struct Portable {
     }
     // Only the low four bits of each half are used, so one shift of the whole word will do.
     static Word shift_right_half(const Word& x, int n) { return shift_right(x, n); }
-    static const int16_t* load_table_half(const int16_t* table) { return table; }
+    static constexpr HalfTables kHalfTables = kTablesOf16;
+    template <int>
+    static const int16_t* load_half_table(const int16_t* table) { return table; }
     static Half look_up_half(const int16_t* table, const Word& index) {
         return generate<Half>([&](int i) { return table[(index.lane[i / 2] >> (16 * (i % 2))) & 15]; });
     }

@@ -27,10 +27,28 @@ struct Matrix {
     const float* bias;       // [rows], or null
 };
 
+// How the 16 columns of a word are split into 16-bit tables, from the least significant bit up.
+struct HalfTables {
+    int count;
+    int columns[kWordTables];
+
+    // The first column of a table, and where it starts in the entries of its word.
+    constexpr int first_column(int table) const {
+        return table == 0 ? 0 : first_column(table - 1) + columns[table - 1];
+    }
+    constexpr int start(int table) const { return table == 0 ? 0 : start(table - 1) + (1 << columns[table - 1]); }
+    // All entries of a word.
+    constexpr int entries() const { return start(count); }
+};
+
+// Tables of 16 entries, the most that a byte shuffle looks up.
+constexpr HalfTables kTablesOf16{4, {4, 4, 4, 4}};
+
 // Look-up tables for `batch` rows of activations.
 struct Lookups {
     int batch;
-    // [batch][padded_columns / 4][16] sums ± ± ± ±, in float32 or (fast) in multiples of `units`.
+    // [batch][words][tables][2^columns] sums ± ± ... of the columns of a table: `exact` in float32, 4 columns per table;
+    // `fast` in multiples of `units`, columns as in `HalfTables`.
     const float* exact;
     const int16_t* fast;
     const float* units;  // [batch][chunks]
@@ -135,6 +153,7 @@ struct Kernels {
     // Writes the tables of one padded row [padded_columns].
     void (*build_exact)(const float* row, int64_t columns, float* tables);
     // The same in 16 bits, with a unit per chunk that keeps every sum over the chunk in range.
+    HalfTables half_tables;
     void (*build_fast)(const Layout&, const float* row, int16_t* tables, float* units);
     // Sums each chunk of one padded row.
     void (*sum_chunks)(const Layout&, const float* row, float* sums);

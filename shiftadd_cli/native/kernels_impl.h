@@ -176,17 +176,32 @@ struct Kernel {
                 for (int i = 0; i < columns; ++i)
                     rounded[i] = static_cast<int16_t>(std::bit_cast<uint32_t>(values[i] * inverse + kShift));
             }
-            int16_t* table = tables + word * kWordTables * kTable;
-            for (int i = 0; i < columns; i += kLookupColumns, table += kTable) build_half(rounded + i, table);
+            int16_t* entries = tables + word * I::kHalfTables.entries();
+            for (int i = 0; i < columns; i += kWordColumns, entries += I::kHalfTables.entries())
+                for_each_half_table([&](auto table) {
+                    build_half<I::kHalfTables.columns[table]>(rounded + i + I::kHalfTables.first_column(table),
+                                                              entries + I::kHalfTables.start(table));
+                });
         });
     }
 
+    // In 16 bits throughout, which compilers vectorize.
+    template <int N>
     static inline void build_half(const int16_t* values, int16_t* table) {
-        for (int entry = 0; entry < kTable; ++entry) {
-            int sum = 0;
-            for (int c = 0; c < kLookupColumns; ++c) sum += (entry >> c & 1 ? 1 : -1) * values[c];
-            table[entry] = static_cast<int16_t>(sum);
+        for (int entry = 0; entry < 1 << N; ++entry) {
+            int16_t sum = 0;
+            for (int c = 0; c < N; ++c)
+                sum = static_cast<int16_t>(sum + (entry >> c & 1 ? values[c] : -values[c]));
+            table[entry] = sum;
         }
+    }
+
+    // Calls `use` with the number of each 16-bit table of a word, as a constant.
+    template <class Use>
+    static inline void for_each_half_table(Use use) {
+        [&]<int... Table>(std::integer_sequence<int, Table...>) {
+            (use(std::integral_constant<int, Table>{}), ...);
+        }(std::make_integer_sequence<int, I::kHalfTables.count>{});
     }
 
     // Adds `sum · scale` of every plane, and the offset term, to the sums of a block.
@@ -253,20 +268,22 @@ struct Kernel {
         for (auto& row : sums)
             for (auto& plane : row)
                 for (auto& sum : plane) sum = I::zero_half();
-        for (int word = 0; word < count; ++word, words += strides.word, tables += kWordTables * kTable) {
+        for (int word = 0; word < count; ++word, words += strides.word, tables += I::kHalfTables.entries()) {
             Word index[kParts][Q];
             for (int part = 0; part < kParts; ++part)
                 P::template load<true, Top>(words, strides.plane, part, index[part]);
-#pragma GCC unroll 4
-            for (int step = 0; step < kWordTables; ++step)
+            for_each_half_table([&](auto number) {
+                constexpr int kFirst = I::kHalfTables.first_column(number), kStart = I::kHalfTables.start(number);
                 for (int b = 0; b < B; ++b) {
-                    const auto table = I::load_table_half(tables + b * stride + step * kTable);
+                    const auto table =
+                        I::template load_half_table<I::kHalfTables.columns[number]>(tables + b * stride + kStart);
                     for (int plane = 0; plane < Q; ++plane)
                         for (int part = 0; part < kParts; ++part)
-                            sums[b][plane][part] = I::add_half(
-                                sums[b][plane][part],
-                                I::look_up_half(table, I::shift_right_half(index[part][plane], 4 * step)));
+                            sums[b][plane][part] =
+                                I::add_half(sums[b][plane][part],
+                                            I::look_up_half(table, I::shift_right_half(index[part][plane], kFirst)));
                 }
+            });
         }
         for (int b = 0; b < B; ++b) {
             const Float unit = I::set(units[b * unit_stride]);
@@ -292,7 +309,8 @@ struct Kernel {
     static void stripe(const Matrix& m, const Lookups& in, int first_row, int64_t number) {
         const Layout& layout = m.layout;
         const int blocks = layout.stripe_blocks(number);
-        const int64_t stride = layout.padded_words() * kWordTables * kTable;
+        constexpr int kEntries = Fast ? I::kHalfTables.entries() : kWordTables * kTable;
+        const int64_t stride = layout.padded_words() * kEntries;
         const uint32_t* words = m.words + layout.stripe_start(number);
         // Row 0 is now the first of these B rows.
         Lookups rows = in;
@@ -302,7 +320,7 @@ struct Kernel {
         int64_t number_of_chunk = 0;
         for_each_chunk(layout, [&](int64_t group, int64_t word, int count) {
             const Strides strides = layout.strides(count, blocks);
-            const int64_t table = first_row * stride + word * kWordTables * kTable;
+            const int64_t table = first_row * stride + word * kEntries;
             const float* units = Fast ? in.units + first_row * layout.chunks() + number_of_chunk : nullptr;
             for (int block = 0; block < blocks; ++block) {
                 Float plane_sums[B][P::kPlanes][2][kParts];
@@ -510,6 +528,7 @@ struct Kernel {
             result.most_lookups = I::most_lookups;
             result.rotate = RotateKernel<I>::rotate;
             result.build_exact = build_exact;
+            result.half_tables = I::kHalfTables;
             result.build_fast = build_fast;
             result.sum_chunks = sum_chunks;
             result.look_up = look_up<false>;

@@ -21,8 +21,8 @@
 //     row_scale, bias  float32 [rows]
 //
 // where the planes of scales are computed ones. The order of planes inside words follows shiftadd_cli/bcq/weight.py.
-// In-register look-up of four columns at a time follows T-MAC (arXiv:2407.00088, section 3), here with 32-bit tables,
-// which are exact.
+// In-register look-up of four columns at a time follows T-MAC (arXiv:2407.00088, section 3), here also with 32-bit
+// tables, which are exact. 16-bit tables cover as many columns as a permutation can index, see `HalfTables`.
 #pragma once
 
 #include <cstddef>

@@ -37,7 +37,8 @@ void fill_padded(const Kernels& kernels, const Layout& layout, const Rotation& r
 Lookups build_lookups(const Kernels& kernels, const Layout& layout, const Rotation& rotation, const FillRow& fill,
                       int count, bool fast, bool with_sums, int threads, LookupScratch& scratch) {
     const int64_t columns = layout.padded_columns(), chunks = layout.chunks();
-    const int64_t tables = columns / kLookupColumns * kTable;
+    const int64_t word_entries = fast ? kernels.half_tables.entries() : kWordTables * kTable;
+    const int64_t tables = columns / kWordColumns * word_entries;
     float* rows = scratch.rows.room<float>(count * columns);
     float* sums = with_sums ? scratch.sums.room<float>(count * chunks) : nullptr;
     float* units = fast ? scratch.units.room<float>(count * chunks) : nullptr;

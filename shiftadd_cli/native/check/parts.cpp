@@ -13,6 +13,14 @@ namespace {
 // Errors of whole blocks, relative to the norm of their output; few, narrow layers average out less 16-bit rounding.
 constexpr double kExactBlockError = 1e-5, kFastBlockError = 1e-2;
 
+// The sum over the columns of a word with these signs, from its 16-bit tables.
+int looked_up(const HalfTables& halves, const int16_t* entries, int bits) {
+    int sum = 0;
+    for (int table = 0; table < halves.count; ++table)
+        sum += entries[halves.start(table) + (bits >> halves.first_column(table) & ((1 << halves.columns[table]) - 1))];
+    return sum;
+}
+
 }  // namespace
 
 void check_tables(const Kernels& kernels, Random& random, Tally& tally) {
@@ -20,15 +28,21 @@ void check_tables(const Kernels& kernels, Random& random, Tally& tally) {
         describe(std::string(kernels.name) + " tables of " + std::to_string(columns));
         const Layout layout{1, columns, std::min<int64_t>(columns, 144), 1, 1};
         const int64_t padded = layout.padded_columns(), entries = padded / kLookupColumns * kTable;
+        const int64_t words = padded / kWordColumns;
+        const HalfTables &halves = kernels.half_tables, &plain_halves = portable_kernels()->half_tables;
         Buffer<float> row(padded), tables(entries), plain(entries);
         Buffer<float> units(layout.chunks()), plain_units(layout.chunks());
-        Buffer<int16_t> fast(entries), plain_fast(entries);
+        Buffer<int16_t> fast(words * halves.entries()), plain_fast(words * plain_halves.entries());
         for (int64_t i = 0; i < padded; ++i) row[i] = static_cast<float>(random.normal());
         kernels.build_exact(row.data(), padded, tables.data());
         portable_kernels()->build_exact(row.data(), padded, plain.data());
         kernels.build_fast(layout, row.data(), fast.data(), units.data());
         portable_kernels()->build_fast(layout, row.data(), plain_fast.data(), plain_units.data());
-        const bool same = tables == plain && fast == plain_fast && units == plain_units;
+        bool same = tables == plain && units == plain_units;
+        for (int64_t word = 0; word < words; ++word)
+            for (int bits = 0; bits < 1 << kWordColumns; ++bits)
+                same = same && looked_up(halves, fast.data() + word * halves.entries(), bits) ==
+                                   looked_up(plain_halves, plain_fast.data() + word * plain_halves.entries(), bits);
         tally.expect(same, described() + " differ from portable ones");
     }
 }

@@ -8,7 +8,7 @@
 
 namespace shiftadd::check {
 
-// Look-up tables and their units have the same bits in every instruction set.
+// 32-bit tables and units have the same bits in every instruction set, and 16-bit tables the same sums over words.
 void check_tables(const Kernels& kernels, Random& random, Tally& tally);
 // Rotations of rows against their definition.
 void check_rotation(const Kernels& kernels, Random& random, bool quick, Tally& tally);
