@@ -5,6 +5,10 @@ plane b of output o, in words of LANES = 8 (uint8) or 32 (int32) columns. Machin
 bit t of word w is the sign of column LANES · w + t. Scales keep their stored form: field g · bits + b of output o, in
 rows of `scale_stride` bytes of nibbles or of `scale_stride` float16 numbers.
 
+Trellis-coded planes are computed from the stored ones, all columns of a word at once (see `bcq.primitives.trellis`).
+Tap t of the register of output o is stored plane t % bits of output o - t // bits, or zeros if that output belongs to
+the stripe above. A plane is the exclusive-or of its taps: plane b has tap t if bit 6 · t + b of `TAPS` is set.
+
 No number comes from a table: a sign moves from its bit into the sign bit of a float, and a power of two is assembled
 from its exponent. This is the "shift and add" of ShiftAddLLM (arXiv:2406.05981, section 4.1) for float32. The only
 remaining multiplication, by the scale, is exact for `pot`, as the mantissa of the scale is 1.
@@ -24,15 +28,28 @@ _ZERO_EXPONENT = tl.constexpr(15)
 
 
 @triton.jit
-def load_words(pointers, mask):
-    """Words of codes as uint32, inverted: bit t is set if the sign of lane t is minus. Masked words are undefined."""
-    words = tl.load(pointers, mask=mask, other=0)
-    return (~words.to(tl.int32)).to(tl.uint32, bitcast=True)
+def load_words(codes, row, word, words, mask):
+    """Words of rows `row` of the codes (int64), int32. Masked words are 0."""
+    return tl.load(codes + row * words + word, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def load_tap(codes, output, word, words, mask, TAP: tl.constexpr, BITS: tl.constexpr, STRIPE: tl.constexpr):
+    """Words of one tap of the registers of outputs `output` (int64), int32. Masked words are 0."""
+    distance = TAP // BITS
+    inside = output % STRIPE >= distance
+    return load_words(codes, (output - distance) * BITS + TAP % BITS, word, words, mask & inside)
+
+
+@triton.jit
+def minus_signs(words):
+    """Words of a plane as uint32, inverted: bit t is set if the sign of lane t is minus."""
+    return (~words).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def apply_sign(values, words, lane):
-    """Float32 `values`, negated where bit `lane` of `words` (from `load_words`) is set."""
+    """Float32 `values`, negated where bit `lane` of `words` (from `minus_signs`) is set."""
     sign = (words << (31 - lane)) & _SIGN
     return (values.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 

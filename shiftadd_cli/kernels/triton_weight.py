@@ -5,6 +5,7 @@ See `triton_decode` for words and lanes. Large tensors (codes, scales) are not c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ class TritonWeight:
     """The planes of one `[out, in]` matrix, without its rotation and outlier columns, if there are any.
 
     codes:     int32 or uint8 `[out · bits, words]`, a view of `weight_codes`
-    scales:    uint8 `[out, bytes]` or float16 `[out, groups · bits]`, a view of `weight_exponents` or `weight_scales`
+    scales:    uint8 `[out, bytes]` or float16 `[out, groups · planes]`, a view of `weight_exponents` or `weight_scales`
     offsets:   float16 `[out, groups]`, or float32 where float16 would round them, relative to the row scale; or None
     row_scale: float32 `[out]`
     """
@@ -29,7 +30,13 @@ class TritonWeight:
     offsets: Tensor | None
     row_scale: Tensor
     columns: int
+    # Stored and computed planes; more of the latter if planes are trellis-coded.
     bits: int
+    planes: int
+    # The taps of computed planes, see `triton_decode`; 0 if planes are stored as they are.
+    taps: int
+    # Outputs whose registers do not reach into each other.
+    stripe: int
     # 4-bit fields per scale; 0 if scales are float16 numbers.
     nibbles: int
     groups: int
@@ -47,12 +54,11 @@ class TritonWeight:
 
 
 def supports(layout: PackedLayout) -> bool:
-    """Whether the kernels can multiply by a matrix of this layout: planes that are stored as they are, in groups that
-    do not span rows and that end at the end of a byte of the planes or at the end of the row."""
+    """Whether the kernels can multiply by a matrix of this layout: planes in groups that do not span rows and that end
+    at the end of a byte of the planes or at the end of the row."""
     grid = layout.grid
     ends = grid.group_columns % 8 == 0 or grid.column_groups == 1
-    stored = layout.primitive.lookup_kernels and layout.planes == layout.bits
-    return stored and grid.group_rows == 1 and ends
+    return layout.primitive.lookup_kernels and grid.group_rows == 1 and ends
 
 
 def prepare(weight: QuantizedWeight) -> TritonWeight:
@@ -71,10 +77,26 @@ def prepare(weight: QuantizedWeight) -> TritonWeight:
         row_scale=row_scale.expand(grid.rows).contiguous(),
         columns=grid.columns,
         bits=layout.bits,
+        planes=layout.planes,
+        taps=register_taps(layout.primitive.masks(layout.bits)),
+        stripe=layout.primitive.stripe,
         nibbles=nibbles,
         groups=grid.column_groups,
         group_words=codes.shape[1] if single_group else grid.group_columns // (8 * codes.itemsize),
     )
+
+
+def register_taps(masks: Sequence[int]) -> int:
+    """The register masks of at most six computed planes, by tap instead of by plane; see `triton_decode`."""
+    taps = 0
+    for plane, mask in enumerate(masks):
+        taps |= sum(1 << (6 * tap + plane) for tap in range(mask.bit_length()) if mask >> tap & 1)
+    return taps
+
+
+def tap_count(taps: int) -> int:
+    """One more than the highest tap in `register_taps`."""
+    return -(-taps.bit_length() // 6)
 
 
 def _begins_at_a_word(codes: Tensor) -> bool:

@@ -7,6 +7,7 @@ from artifacts import random_weight
 from formats import layout_on
 from torch import Tensor
 
+from shiftadd_cli.bcq.choices import Primitive
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.packing import unpack_planes
 from shiftadd_cli.bcq.weight import QuantizedWeight
@@ -22,10 +23,28 @@ def row_wise(
     offset: bool = False,
     row_scale: bool = True,
     seed: int = 0,
+    primitive: Primitive = "bcq",
 ) -> QuantizedWeight:
     """A random matrix `[rows, columns]` with groups along its rows."""
     grid = ScaleGrid.resolve(rows, columns, 1, group_size)
-    return random_weight(layout_on(grid, bits, scale_format, row_scale, offset), seed)
+    return random_weight(layout_on(grid, bits, scale_format, row_scale, offset, primitive=primitive), seed)
+
+
+def computed_planes(weight: QuantizedWeight) -> Tensor:
+    """The planes, integers 0 or 1 `[out, planes, in]`: those stored, or the parities of a register (docs/format.md)."""
+    layout = weight.layout
+    stored = unpack_planes(weight.tensors["weight_codes"], layout.grid.columns)
+    masks = layout.primitive.masks(layout.bits)
+    if not masks:
+        return stored
+    planes = stored.new_zeros(layout.grid.rows, len(masks), layout.grid.columns)
+    for row in range(layout.grid.rows):
+        for plane, mask in enumerate(masks):
+            for tap in range(mask.bit_length()):
+                above, bit = divmod(tap, layout.bits)
+                if mask >> tap & 1 and row % layout.primitive.stripe >= above:
+                    planes[row, plane] ^= stored[row - above, bit]
+    return planes
 
 
 def decode_exactly(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
@@ -33,7 +52,7 @@ def decode_exactly(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     grid = weight.layout.grid
     ratios = weight.ratios()
     offsets = weight.offsets(ratios)
-    signs = unpack_planes(weight.tensors["weight_codes"], grid.columns).double() * 2 - 1
+    signs = computed_planes(weight).double() * 2 - 1
     scales = grid.expand_columns(grid.expand_rows(ratios).double().mT)
     values, sizes = (signs * scales).sum(1), scales.abs().sum(1)
     if offsets is not None:

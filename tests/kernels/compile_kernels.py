@@ -1,7 +1,8 @@
 """Compiles the kernels for NVIDIA GPUs, which needs no GPU, and prints properties of the binaries as JSON.
 
 Run by test_triton_compile.py in a process of its own, because the tests beside it interpret the kernels. A variant is
-named by its kernel, compute capability, bits, nibbles of a scale, lanes of a word and dtype of the activations.
+named by its kernel, compute capability, primitive, bits, nibbles of a scale, lanes of a word and dtype of the
+activations.
 """
 
 from __future__ import annotations
@@ -19,10 +20,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from shiftadd_cli.bcq.choices import Primitive
+from shiftadd_cli.bcq.primitives import PRIMITIVES
 from shiftadd_cli.kernels import triton_gemm, triton_gemv, triton_passes
+from shiftadd_cli.kernels.triton_weight import register_taps, tap_count
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # All other arguments are integers.
+# Primitive, bits, nibbles of a scale, lanes of a word, offsets.
+FORMS: tuple[tuple[Primitive, int, int, int, bool], ...] = (
+    ("bcq", 3, 1, 32, False),
+    ("bcq", 8, 3, 32, True),
+    ("bcq", 4, 0, 8, False),
+    ("trellis1", 3, 2, 32, False),
+    ("trellis2", 2, 2, 32, False),
+)
 POINTERS = {"row_scale": "*fp32", "bias": "*fp32", "partial": "*fp32"}
 
 
@@ -54,14 +66,25 @@ def stack_bytes(binary: bytes) -> int:
     return max(int(size) for size in re.findall(r"STACK:(\d+)", usage))
 
 
-def matrix(bits: int, nibbles: int, lanes: int, offset: bool) -> tuple[dict[str, str], dict[str, Any]]:
+def matrix(name: Primitive, bits: int, nibbles: int, lanes: int, offset: bool) -> tuple[dict[str, str], dict[str, Any]]:
     """Pointers and constants of a matrix with groups of 128 columns."""
     pointers = {
         "codes": "*i32" if lanes == 32 else "*u8",
         "scales": "*u8" if nibbles else "*fp16",
         "offsets": "*fp16",
     }
-    constants: dict[str, Any] = {"BITS": bits, "NIBBLES": nibbles, "GROUP": 128 // lanes, "LANES": lanes}
+    primitive = PRIMITIVES[name]
+    taps = register_taps(primitive.masks(bits))
+    constants: dict[str, Any] = {
+        "BITS": bits,
+        "PLANES": primitive.planes(bits),
+        "TAPS": taps,
+        "TAP_COUNT": tap_count(taps),
+        "STRIPE": primitive.stripe,
+        "NIBBLES": nibbles,
+        "GROUP": 128 // lanes,
+        "LANES": lanes,
+    }
     if not offset:
         constants["offsets"] = None
     return pointers, constants | {"OFFSET": offset}
@@ -70,11 +93,11 @@ def matrix(bits: int, nibbles: int, lanes: int, offset: bool) -> tuple[dict[str,
 def main() -> None:
     variants = {}
     for capability in (80, 90):
-        for bits, nibbles, lanes, offset in ((3, 1, 32, False), (8, 3, 32, True), (4, 0, 8, False)):
+        for name, bits, nibbles, lanes, offset in FORMS:
             if capability == 90 and bits != 3:
                 continue
-            pointers, constants = matrix(bits, nibbles, lanes, offset)
-            kind = f"{capability}-{bits}-{nibbles}-{lanes}"
+            pointers, constants = matrix(name, bits, nibbles, lanes, offset)
+            kind = f"{capability}-{name}-{bits}-{nibbles}-{lanes}"
             words = triton_gemv._BLOCKS_OF_WORDS[0 if bits == 3 else 1]
             tile = {"BLOCK_PLANES": triton_gemv._BLOCK // words, "BLOCK_WORDS": words}
             types = pointers | {"x": "*fp32"}
@@ -85,9 +108,10 @@ def main() -> None:
                 rows = triton_gemm._MOST_ROWS[dtype]
                 tile = {"BLOCK_OUT": triton_gemm._BLOCK_OUT, "BLOCK_WORDS": triton_gemm._BLOCK_WORDS}
                 types, warps = pointers | {"x": TYPES[dtype]}, triton_gemm.warps(rows)
-                name = f"gemm-{kind}-{str(dtype)[6:]}"
                 constants |= tile | {"BLOCK_ROWS": rows}
-                variants[name] = build(triton_gemm._gemm_kernel, capability, types, constants, warps)
+                variants[f"gemm-{kind}-{str(dtype)[6:]}"] = build(
+                    triton_gemm._gemm_kernel, capability, types, constants, warps
+                )
         blocks = {"LANES": 32, "JOINED": 4, "BLOCK": 64}
         types = {"x": "*bf16", "spread": "*bf16"}
         variants[f"spread-{capability}"] = build(triton_passes._spread_kernel, capability, types, blocks)

@@ -47,13 +47,21 @@ WEIGHTS = [
     row_wise(5, 13, "all", 8, "pot", offset=True),
     row_wise(33, 75, 8, 7, "float", offset=True),
     row_wise(1, 1, "all", 1, "apot2"),
+    # Trellis-coded planes: words and bytes, every number of stored bits, rows of a second stripe.
+    row_wise(20, 128, 64, 1, "apot2", primitive="trellis1"),
+    row_wise(270, 64, "all", 2, "apot2", primitive="trellis1"),
+    row_wise(9, 100, 40, 3, "apot3", offset=True, primitive="trellis1"),
+    row_wise(67, 45, "all", 4, "float", primitive="trellis1"),
+    row_wise(259, 13, "all", 2, "pot", offset=True, primitive="trellis2"),
+    row_wise(12, 288, 32, 3, "apot2", row_scale=False, primitive="trellis2"),
 ]
 
 
 def name(weight: QuantizedWeight) -> str:
     layout = weight.layout
     grid = layout.grid
-    return f"{grid.rows}x{grid.columns}-{grid.group_columns}-{layout.bits}{layout.scales.scale_format}"
+    form = f"{layout.primitive.name}-{layout.bits}{layout.scales.scale_format}"
+    return f"{grid.rows}x{grid.columns}-{grid.group_columns}-{form}"
 
 
 def on_device(weight: QuantizedWeight) -> QuantizedWeight:

@@ -71,6 +71,10 @@ class Primitive(ABC):
         """Number of planes that are computed from the stored bits of a code."""
         return bits
 
+    def masks(self, bits: int) -> tuple[int, ...]:
+        """The register masks of trellis-coded planes, see `trellis.code`; none if planes are stored as they are."""
+        return ()
+
     @abstractmethod
     def tensors(self, scales: Scales, bits: int) -> TensorShapes:
         """Shape and dtype of the stored scales and offsets by suffix, including the row scale."""
