@@ -113,8 +113,8 @@ def gemm(x: Tensor, weight: TritonWeight, bias: Tensor | None = None) -> Tensor:
     _gemm_kernel[(*grid, splits)](
         weight.codes, weight.scales, weight.offsets, weight.row_scale, spread, partial, rows, outputs, weight.words,
         tiles * _BLOCK_WORDS, weight.scales.stride(0), weight.groups, tiles_per_split,
-        BITS=weight.bits, PLANES=weight.planes, TAPS=weight.taps, TAP_COUNT=tap_count(weight.taps), STRIPE=weight.stripe,
-        NIBBLES=weight.nibbles, GROUP=weight.group_words, LANES=weight.lanes,
+        BITS=weight.bits, PLANES=weight.planes, TAPS=weight.taps, TAP_COUNT=tap_count(weight.taps),
+        STRIPE=weight.stripe, NIBBLES=weight.nibbles, GROUP=weight.group_words, LANES=weight.lanes,
         OFFSET=weight.offsets is not None, BLOCK_OUT=_BLOCK_OUT, BLOCK_ROWS=block_rows, BLOCK_WORDS=_BLOCK_WORDS,
         num_warps=warps(block_rows),
     )  # fmt: skip

@@ -102,8 +102,8 @@ def gemv(x: Tensor, weight: TritonWeight, bias: Tensor | None = None) -> Tensor:
     _gemv_kernel[(rows * blocks, splits)](
         weight.codes, weight.scales, weight.offsets, spread, partial, rows, planes, weight.words, tiles * block_words,
         weight.scales.stride(0), weight.groups, tiles_per_split,
-        BITS=weight.bits, PLANES=weight.planes, TAPS=weight.taps, TAP_COUNT=tap_count(weight.taps), STRIPE=weight.stripe,
-        NIBBLES=weight.nibbles, GROUP=weight.group_words, LANES=weight.lanes,
+        BITS=weight.bits, PLANES=weight.planes, TAPS=weight.taps, TAP_COUNT=tap_count(weight.taps),
+        STRIPE=weight.stripe, NIBBLES=weight.nibbles, GROUP=weight.group_words, LANES=weight.lanes,
         OFFSET=weight.offsets is not None, BLOCK_PLANES=block_planes, BLOCK_WORDS=block_words, num_warps=_WARPS,
     )  # fmt: skip
     return sum_partials(partial, weight.planes, weight.row_scale, bias, x.dtype)

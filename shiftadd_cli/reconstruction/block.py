@@ -96,7 +96,7 @@ class _Tuning:
 
     def descend(self, batches: Sequence[int], epochs: int, seed: int) -> None:
         """Train on the batches, in a new random order in every epoch."""
-        optimizers: list[torch.optim.Optimizer] = [self._latent_optimizer(), self._scale_optimizer()]
+        optimizers = [*self._latent_optimizers(), self._scale_optimizer()]
         schedules = [LambdaLR(optimizer, rising_and_falling(epochs * len(batches))) for optimizer in optimizers]
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
@@ -135,10 +135,13 @@ class _Tuning:
             parameters[name] = matrix.T if kind in self.transposed else matrix
         return parameters
 
-    def _latent_optimizer(self) -> FactoredDescent:
-        return FactoredDescent(
-            {"params": [weight.latent], "lr": _LATENT_RATE * weight.level_spacing()} for weight in self.weights.values()
-        )
+    def _latent_optimizers(self) -> list[torch.optim.Optimizer]:
+        groups: list[dict[str, object]] = [
+            {"params": [weight.latent], "lr": _LATENT_RATE * weight.level_spacing()}
+            for weight in self.weights.values()
+            if weight.latent is not None
+        ]
+        return [FactoredDescent(groups)] if groups else []
 
     def _scale_optimizer(self) -> torch.optim.Adam:
         parameters: list[nn.Parameter] = list(self.vectors.values())

@@ -4,7 +4,9 @@ The stored values are discrete: codes, scales in their format, offsets in nibble
 value. The forward pass rounds exactly as the stored form does, and the backward pass treats the rounding as the
 identity (straight-through, Bengio et al. 2013, arXiv:1308.3432). The code is that of the level nearest to the latent
 weight, so it changes when the latent weight crosses a midpoint (as in learned rounding, AdaRound, arXiv:2004.10568).
-For trellis-coded planes, the codes of a column are the path nearest to its latent weights.
+
+The codes of trellis-coded planes stay as they are. One that changes takes the rest of its path along, which the
+gradient of a single weight knows nothing about: blocks of SmolLM2 became worse than with scales alone.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from shiftadd_cli.bcq.levels import planes_of, ranks_within
+from shiftadd_cli.bcq.packing import unpack_codes, unpack_planes
 from shiftadd_cli.bcq.rotation import restore_weight, rotate_weight
 from shiftadd_cli.bcq.scale_formats import scale_format
 from shiftadd_cli.bcq.weight import QuantizedWeight
@@ -21,14 +24,12 @@ from shiftadd_cli.bcq.weight import QuantizedWeight
 # A latent weight starts this fraction of the way from its level to the original weight, clipped to its cell. Weights
 # near a midpoint then change codes early and the others late, but none at the first step.
 _TOWARDS_WEIGHT = 0.7
-# The same for a path, which takes the last of these that leaves its codes unchanged.
-_PATHS_TOWARDS_WEIGHT = (0.1, 0.2, 0.35, 0.5, 0.7)
 
 
 class TunableWeight(nn.Module):
     """`quantized`, whose groups lie in rows (`group_rows` 1), with parameters
 
-    - `latent` float32 `[out, in]`, in the rotated basis,
+    - `latent` float32 `[out, in]`, in the rotated basis, or None if codes stay as they are,
     - `row_scale` float32 `[out]`, absent if one power of two serves the whole matrix,
     - `ratios` float32 `[out, C, planes]` and `offsets` float32 `[out, C]`, relative to the row scale; None if groups
       have none,
@@ -37,11 +38,15 @@ class TunableWeight(nn.Module):
     weight: float32 `[out, in]`, the matrix that `quantized` approximates, in the basis of the layer's own input.
     """
 
+    latent: nn.Parameter | None
     ratios: nn.Parameter | None
     offsets: nn.Parameter | None
     columns: nn.Parameter | None
     signs: Tensor | None
     ids: Tensor | None
+    # Codes that stay, as stored, and the levels that they select, uint8 `[out, C, group]`.
+    codes: Tensor | None
+    labels: Tensor | None
 
     def __init__(self, quantized: QuantizedWeight, weight: Tensor) -> None:
         super().__init__()
@@ -56,6 +61,13 @@ class TunableWeight(nn.Module):
         outliers = quantized.outliers()
         self.columns = None if outliers is None else nn.Parameter(outliers[0].float())
         self.register_buffer("ids", None if outliers is None else outliers[1])
+        self.register_buffer("codes", None)
+        self.register_buffer("labels", None)
+        if self.layout.primitive.stripe > 1:
+            self.latent, self.codes = None, quantized.tensors["weight_codes"]
+            planes = self.layout.primitive.packed_planes(self.codes, slice(0, self.layout.rows), self.layout.bits)
+            self.labels = self._group(unpack_codes(planes, self.layout.columns).to(torch.uint8))
+            return
         if outliers is not None:
             # The remainder, which the planes approximate.
             weight = weight.index_add(1, outliers[1], outliers[0].float(), alpha=-1)
@@ -65,8 +77,9 @@ class TunableWeight(nn.Module):
     def forward(self) -> Tensor:
         """The matrix after storing and decoding, float32 `[out, in]`."""
         levels = self._levels()
-        values = self._ungroup(levels.gather(-1, self._closest(levels, self.latent)[1]))
-        values = values + (self.latent - self.latent.detach())
+        values = self._ungroup(levels.gather(-1, self._labels(levels)))
+        if self.latent is not None:
+            values = values + (self.latent - self.latent.detach())
         values = values if self.signs is None else restore_weight(values, self.signs)
         if self.columns is None or self.ids is None:
             return values
@@ -76,8 +89,10 @@ class TunableWeight(nn.Module):
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """The compressed form of the current values."""
-        codes = self._ungroup(self._closest(self._levels(), self.latent)[0]).to(torch.uint8)
-        planes = planes_of(codes, self.layout.bits)
+        if self.codes is not None:
+            planes = unpack_planes(self.codes, self.layout.columns)
+        else:
+            planes = planes_of(self._ungroup(self._labels(self._levels())).to(torch.uint8), self.layout.bits)
         if self.ratios is None:
             nothing = self.row_scale.new_zeros(len(self.row_scale), 1, 0)
             packed = QuantizedWeight.pack(self.layout, planes, nothing, self._row_scale(), None, self.signs)
@@ -96,8 +111,6 @@ class TunableWeight(nn.Module):
 
     def _start(self, values: Tensor, target: Tensor) -> Tensor:
         """Latent weights `[out, in]`: between the current values and the target, inside the cells of the values."""
-        if self.layout.primitive.stripe > 1:
-            return self._start_of_paths(values, target)
         ratios, offsets = (None if free is None else free.detach() for free in (self.ratios, self.offsets))
         levels = self.layout.primitive.levels(self.layout.bits, ratios, offsets).to(values.device)
         levels = levels.sort(dim=-1, stable=True).values.expand(len(values), -1, -1)
@@ -108,19 +121,6 @@ class TunableWeight(nn.Module):
         high = torch.cat((midpoints, ends), dim=-1).gather(-1, rank)
         inside = self._ungroup(torch.minimum(torch.maximum(self._group(target), low), high))
         return values + _TOWARDS_WEIGHT * (inside - values)
-
-    @torch.no_grad()
-    def _start_of_paths(self, values: Tensor, target: Tensor) -> Tensor:
-        """The same for stripes, whose columns move towards the target as far as they keep their path."""
-        levels, latent = self._levels(), values.clone()
-        codes, _ = self._closest(levels, values)
-        for share in _PATHS_TOWARDS_WEIGHT:
-            moved = values + share * (target - values)
-            kept = self._ungroup(self._closest(levels, moved)[0] == codes)
-            for rows in torch.arange(len(values)).split(self.layout.primitive.stripe):
-                columns = kept[rows].all(0)
-                latent[rows] = torch.where(columns, moved[rows], latent[rows])
-        return latent
 
     def _row_scale(self) -> Tensor:
         """The row scale as stored, with a straight-through gradient."""
@@ -141,9 +141,14 @@ class TunableWeight(nn.Module):
         return self.layout.primitive.levels(self.layout.bits, ratios, offsets).to(row_scale) * row_scale
 
     @torch.no_grad()
-    def _closest(self, levels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes closest to weights `[out, in]` and the numbers of their levels, both `[out, C, group]`."""
-        return self.layout.primitive.closest(self.layout.bits, self._group(weights), levels.detach())
+    def _labels(self, levels: Tensor) -> Tensor:
+        """The numbers of the levels that the weights take, int64 `[out, C, group]`."""
+        if self.latent is None:
+            assert self.labels is not None
+            return self.labels.long()
+        ordered, order = levels.expand(len(self.latent), -1, -1).sort(dim=-1, stable=True)
+        midpoints = (ordered[..., 1:] + ordered[..., :-1]) / 2
+        return order.gather(-1, ranks_within(self._group(self.latent), midpoints))
 
     def _group(self, matrix: Tensor) -> Tensor:
         """Reshape `[out, in]` to `[out, C, group]`, padded."""

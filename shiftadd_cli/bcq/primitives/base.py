@@ -19,7 +19,6 @@ from torch import Tensor
 from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective
-from shiftadd_cli.bcq.levels import ranks_within
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.snap import SnappedScales
@@ -75,6 +74,11 @@ class Primitive(ABC):
         """The register masks of trellis-coded planes, see `trellis.code`; none if planes are stored as they are."""
         return ()
 
+    def packed_planes(self, codes: Tensor, rows: slice, bits: int) -> Tensor:
+        """The computed planes of some rows, uint8 `[rows, planes, ceil(in / 8)]`, from the stored bits of all rows,
+        uint8 `[out, bits, ceil(in / 8)]`."""
+        return codes[rows]
+
     @abstractmethod
     def tensors(self, scales: Scales, bits: int) -> TensorShapes:
         """Shape and dtype of the stored scales and offsets by suffix, including the row scale."""
@@ -106,14 +110,6 @@ class Primitive(ABC):
     @abstractmethod
     def levels(self, bits: int, ratios: Tensor | None, offsets: Tensor | None) -> Tensor:
         """The value of every level relative to the row scale, float32 `[R, C, 2 ** planes]`, where R and C may be 1."""
-
-    def closest(self, bits: int, values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes whose levels are closest to `values` float32 `[out, C, group]`, and the numbers of these levels,
-        both integers `[out, C, group]`. levels: `[R, C, 2 ** planes]`, where R may be 1."""
-        ordered, order = levels.expand(len(values), -1, -1).sort(dim=-1, stable=True)
-        midpoints = (ordered[..., 1:] + ordered[..., :-1]) / 2
-        numbers = order.gather(-1, ranks_within(values, midpoints))
-        return numbers, numbers
 
     @abstractmethod
     def decoder(self, scales: Scales, bits: int, tensors: Tensors) -> RowDecoder:

@@ -123,11 +123,6 @@ class BinaryPlanes(Primitive):
 
         return decode
 
-    def packed_planes(self, codes: Tensor, rows: slice, bits: int) -> Tensor:
-        """The computed planes of some rows, uint8 `[rows, planes, ceil(in / 8)]`, from the stored bits of all rows,
-        uint8 `[out, bits, ceil(in / 8)]`."""
-        return codes[rows]
-
     def operations(self, scales: Scales, bits: int, *, tables: bool) -> Counts:
         grid, bits = scales.grid, self.planes(bits)
         rows, columns = grid.rows, grid.columns

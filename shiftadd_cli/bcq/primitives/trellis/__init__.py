@@ -13,7 +13,6 @@ Rows are divided into stripes of 256, and the register starts with zeros in each
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
@@ -23,7 +22,6 @@ from shiftadd_cli.bcq.primitives.base import Counts, Scales
 from shiftadd_cli.bcq.primitives.planes import BinaryPlanes
 from shiftadd_cli.bcq.primitives.trellis.code import TrellisCode
 from shiftadd_cli.bcq.primitives.trellis.codes import CODES, STRIPE_ROWS
-from shiftadd_cli.bcq.primitives.trellis.paths import BestPaths
 from shiftadd_cli.bcq.primitives.trellis.problem import TrellisProblem
 from shiftadd_cli.bcq.snap import SnappedScales
 
@@ -55,14 +53,6 @@ class TrellisPlanes(BinaryPlanes):
     def solve(self, weights: Tensor, objective: Objective, options: SolverOptions) -> tuple[Tensor, SnappedScales]:
         form = options.format
         return TrellisProblem(weights, objective, options, CODES[form.bits, self.planes(form.bits)]).solve()
-
-    def closest(self, bits: int, values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        code = self.code(bits)
-        columns = values.flatten(1).T.contiguous()
-        groups = torch.arange(len(columns), device=values.device) // values.shape[2]
-        paths = BestPaths(code, STRIPE_ROWS, levels.expand(len(values), -1, -1).transpose(0, 1).contiguous())
-        stored = paths.closest(columns, groups)[0].T.contiguous()
-        return stored.view(values.shape), code.selected(stored, STRIPE_ROWS).view(values.shape)
 
     def packed_planes(self, codes: Tensor, rows: slice, bits: int) -> Tensor:
         return self.code(bits).packed_planes(codes, rows, STRIPE_ROWS)
