@@ -11,7 +11,7 @@ from formats import recipe_of
 from pydantic import ValidationError
 from recipe_faults import refusal
 
-from shiftadd_cli.bcq.choices import parts_of_choice
+from shiftadd_cli.bcq.choices import bits_of_choice, parts_of_choice
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.recipe import BITS, Recipe
@@ -65,7 +65,9 @@ def test_unnamed_recipe_is_the_default() -> None:
 def test_best_is_the_default_with_tuning() -> None:
     best, default = Recipe.load("best"), Recipe.load()
     changed = {name for name in Recipe.model_fields if getattr(best, name) != getattr(default, name)}
-    assert changed == {"reconstruct_epochs", "distill_epochs"}
+    assert changed == {"candidates", "reconstruct_epochs", "distill_epochs"}
+    bits = [[bits_of_choice(choice) for choice in recipe.candidates] for recipe in (best, default)]
+    assert sorted(bits[0]) == sorted(bits[1])
 
 
 @pytest.mark.parametrize(

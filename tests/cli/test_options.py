@@ -173,7 +173,7 @@ def test_defaults_in_the_help_are_those_of_the_default_recipe() -> None:
     assert (defaults["row_scale"], defaults["offset"], defaults["candidates"], defaults["group_size"]) == (
         "on",
         "off",
-        "2,3,4,5",
+        "5,trellis1-1,trellis1-2,trellis1-3,trellis1-4",
         "all",
     )
     numbers = {name: value for name, value in Recipe.load() if type(value) in (int, float) and name != "bits"}
