@@ -66,7 +66,12 @@ struct Avx512 {
         else if constexpr (H == 4) return _mm512_shuffle_f32x4(x, x, 0xb1);
         else return _mm512_shuffle_f32x4(x, x, 0x4e);
     }
-    static Word load_words(const uint32_t* from) { return _mm512_loadu_si512(from); }
+    // Compilers otherwise load a value again for each of its uses, which then wait for the load units.
+    static __m512i in_register(__m512i x) {
+        asm("" : "+v"(x));
+        return x;
+    }
+    static Word load_words(const uint32_t* from) { return in_register(_mm512_loadu_si512(from)); }
     static Word shift_right(Word x, int n) { return Word(Words32(x) >> n); }
     static Word shift_left(Word x, int n) { return Word(Words32(x) << n); }
     static Word exclusive_or(Word a, Word b) { return _mm512_xor_si512(a, b); }
@@ -125,8 +130,9 @@ struct Avx512 {
     };
     template <int N>
     static auto load_half_table(const int16_t* table) {
-        if constexpr (N == 5) return _mm512_loadu_si512(table);
-        else return TwoRegisters{_mm512_loadu_si512(table), _mm512_loadu_si512(table + 32)};
+        const __m512i first = in_register(_mm512_loadu_si512(table));
+        if constexpr (N == 5) return first;
+        else return TwoRegisters{first, in_register(_mm512_loadu_si512(table + 32))};
     }
     static Half look_up_half(Half table, Word index) { return _mm512_permutexvar_epi16(index, table); }
     static Half look_up_half(const TwoRegisters& table, Word index) {
