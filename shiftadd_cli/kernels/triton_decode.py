@@ -2,8 +2,8 @@
 
 Data (see `bcq.weight`): the codes of a matrix `[out, in]` are read as `[out · bits, words]`, where row o · bits + b is
 plane b of output o, in words of LANES = 8 (uint8) or 32 (int32) columns. Machines are little-endian, so in both cases
-bit t of word w is the sign of column LANES · w + t. Scales keep their stored form: field g · bits + b of output o, in
-rows of `scale_stride` bytes of nibbles or of `scale_stride` float16 numbers.
+bit t of word w is the sign of column LANES · w + t. Scales keep their stored form: field g · planes + b of output o,
+in rows of `scale_stride` bytes of nibbles or of `scale_stride` float16 numbers.
 
 Trellis-coded planes are computed from the stored ones, all columns of a word at once (see `bcq.primitives.trellis`).
 Tap t of the register of output o is stored plane t % bits of output o - t // bits, or zeros if that output belongs to

@@ -59,8 +59,8 @@ def _gemm_kernel(
     split = tl.program_id(2)
     output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    output_mask, row_mask, tall = output < outputs, row < rows, output.to(tl.int64)
-    scale_row = (tall * scale_stride)[:, None]
+    output_mask, row_mask, output_64 = output < outputs, row < rows, output.to(tl.int64)
+    scale_row = (output_64 * scale_stride)[:, None]
     own_scale = tl.load(row_scale + output, mask=output_mask, other=0.0)[:, None]
     x_row = x + (row.to(tl.int64) * LANES * padded_words)[None, :]
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
@@ -72,17 +72,19 @@ def _gemm_kernel(
         signs, scale = (), ()
         for plane in tl.static_range(PLANES):
             if TAPS == 0:
-                bits = load_words(codes, (tall * BITS + plane)[:, None], word[None, :], words, weight_mask)
+                bits = load_words(codes, (output_64 * BITS + plane)[:, None], word[None, :], words, weight_mask)
             else:
                 bits = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.int32)
                 for tap in tl.static_range(TAP_COUNT):
                     if (TAPS >> (6 * tap + plane)) & 1:
-                        bits ^= load_tap(codes, tall[:, None], word[None, :], words, weight_mask, tap, BITS, STRIPE)
+                        bits ^= load_tap(
+                            codes, output_64[:, None], word[None, :], words, weight_mask, tap, BITS, STRIPE
+                        )
             signs += (minus_signs(bits),)  # type: ignore[assignment]
             ratio = load_scale(scales, scale_row, group * PLANES + plane, weight_mask, NIBBLES)
             scale += (ratio * own_scale,)  # type: ignore[assignment]
         if OFFSET:
-            offset = tl.load(offsets + tall[:, None] * groups + group, mask=weight_mask, other=0.0)
+            offset = tl.load(offsets + output_64[:, None] * groups + group, mask=weight_mask, other=0.0)
             offset = offset.to(tl.float32) * own_scale
         else:
             offset = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)

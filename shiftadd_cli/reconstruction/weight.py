@@ -5,8 +5,8 @@ value. The forward pass rounds exactly as the stored form does, and the backward
 identity (straight-through, Bengio et al. 2013, arXiv:1308.3432). The code is that of the level nearest to the latent
 weight, so it changes when the latent weight crosses a midpoint (as in learned rounding, AdaRound, arXiv:2004.10568).
 
-The codes of trellis-coded planes stay as they are. One that changes takes the rest of its path along, which the
-gradient of a single weight knows nothing about: blocks of SmolLM2 became worse than with scales alone.
+The codes of trellis-coded planes stay as they are. Changing one changes the rest of its path, of which the gradient of
+a single weight knows nothing: blocks of SmolLM2 became worse than with tuned scales alone.
 """
 
 from __future__ import annotations
@@ -61,12 +61,11 @@ class TunableWeight(nn.Module):
         outliers = quantized.outliers()
         self.columns = None if outliers is None else nn.Parameter(outliers[0].float())
         self.register_buffer("ids", None if outliers is None else outliers[1])
-        self.register_buffer("codes", None)
-        self.register_buffer("labels", None)
-        if self.layout.primitive.stripe > 1:
-            self.latent, self.codes = None, quantized.tensors["weight_codes"]
-            planes = self.layout.primitive.packed_planes(self.codes, slice(0, self.layout.rows), self.layout.bits)
-            self.labels = self._group(unpack_codes(planes, self.layout.columns).to(torch.uint8))
+        codes = quantized.tensors["weight_codes"] if self.layout.primitive.stripe > 1 else None
+        self.register_buffer("codes", codes)
+        self.register_buffer("labels", None if codes is None else self._labels_of(codes))
+        if codes is not None:
+            self.latent = None
             return
         if outliers is not None:
             # The remainder, which the planes approximate.
@@ -139,6 +138,11 @@ class TunableWeight(nn.Module):
         row_scale = self._row_scale().view(-1, 1, 1)
         ratios, offsets = (None, None) if self.ratios is None else self._snapped(self.ratios)
         return self.layout.primitive.levels(self.layout.bits, ratios, offsets).to(row_scale) * row_scale
+
+    def _labels_of(self, codes: Tensor) -> Tensor:
+        """The numbers of the levels that stored codes select, uint8 `[out, C, group]`."""
+        planes = self.layout.primitive.packed_planes(codes, slice(0, self.layout.rows), self.layout.bits)
+        return self._group(unpack_codes(planes, self.layout.columns).to(torch.uint8))
 
     @torch.no_grad()
     def _labels(self, levels: Tensor) -> Tensor:
