@@ -128,6 +128,6 @@ def _bit_plan(plan: Plan) -> list[str]:
         return []
     budget = plan.bit_plan.made_by.budget
     return [
-        f"Bit plan      {plan.recipe.bit_plan or budget}: {plan.planes_per_weight:.3f} planes, "
-        f"{plan.bits_per_weight:.3f} stored bits per weight on average"
+        f"Bit plan      {plan.recipe.bit_plan or budget}: {plan.bits_per_weight:.3f} stored bits per "
+        f"weight on average, {plan.planes_per_weight:.3f} without scales"
     ]

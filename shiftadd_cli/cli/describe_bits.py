@@ -53,12 +53,12 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
     unit = unit_of(plan)
     return "\n".join(
         (
-            table(("layers", "bits from first to last block", "planes", "bits/weight", "predicted loss"), rows),
+            table(("layers", "bits from first to last block", "code bits", "bits/weight", "predicted loss"), rows),
             "",
             *_letters(symbols),
             f"Budget        {origin.budget}",
             f"Stored        {size(plan.stored_bytes)} for the quantized layers: {plan.bits_per_weight:.3f} stored bits "
-            f"per weight, {plan.planes_per_weight:.3f} planes",
+            f"per weight, {plan.planes_per_weight:.3f} without scales",
             f"Predicted     {plan.predicted_loss:.4g} ({unit}), from the sensitivity '{origin.sensitivity}' on "
             f"{origin.calibration.name}, {origin.calibration.amount}",
         )
@@ -82,7 +82,7 @@ def describe_front(plans: Sequence[BitPlan]) -> str:
         )
         for plan in plans
     ]
-    return table(("budget", "planes", "bits/weight", "stored", "predicted loss"), rows)
+    return table(("budget", "code bits", "bits/weight", "stored", "predicted loss"), rows)
 
 
 def _numbers(layers: Sequence[PlannedLayer], bits: Sequence[Choice]) -> tuple[str, str, str]:

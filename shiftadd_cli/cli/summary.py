@@ -46,7 +46,7 @@ def summarize(report: Report, out: str) -> str:
             "",
             f"Calibration   {calibration}",
             f"Size          {size(before)} -> {size(after)} ({before / after:.2f} x smaller)",
-            f"Bits/weight   {report.size.bits_per_weight:.3f} in the quantized layers{_planes(report)}, "
+            f"Bits/weight   {report.size.bits_per_weight:.3f} in the quantized layers{_code_bits(report)}, "
             f"{report.size.whole_file_bits_per_weight:.3f} over the whole file",
             *_left_behind(report),
             *_starved(report),
@@ -66,10 +66,10 @@ def summarize(report: Report, out: str) -> str:
     )
 
 
-def _planes(report: Report) -> str:
+def _code_bits(report: Report) -> str:
     if len({layer.bits for layer in report.layers}) == 1:
         return ""
-    return f" ({report.size.planes_per_weight:.3f} planes on average)"
+    return f" ({report.size.planes_per_weight:.3f} without scales)"
 
 
 def _left_behind(report: Report) -> list[str]:

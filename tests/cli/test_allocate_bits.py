@@ -37,7 +37,7 @@ def test_plan_is_written_shown_and_used(model: Path, tmp_path: Path) -> None:
         "self_attn.q_proj",
         "uniform 3",
         "Budget        5 bits per weight",
-        "planes",
+        "code bits",
         "Peak memory",
         str(plan),
     ):

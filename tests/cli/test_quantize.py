@@ -195,7 +195,7 @@ def test_dry_run_shows_the_bits_of_a_plan(model: Path, tmp_path: Path) -> None:
     )
     assert result.exit_code == 0
     assert "2-4" in result.output
-    assert "planes" in result.output
+    assert "without scales" in result.output
 
 
 def test_bits_of_layers_are_allocated_in_the_same_run(

@@ -235,7 +235,7 @@ def test_table_shows_bits_over_depth_and_both_averages(model: str) -> None:
     text = describe_bit_plan(plan, [linear.spec for linear in job.linears])
     row = next(line for line in text.splitlines() if line.startswith("self_attn.q_proj"))
     assert row.split()[1] == "".join(str(plan.layers[f"model.layers.{i}.self_attn.q_proj"].bits) for i in range(2))
-    assert f"{plan.bits_per_weight:.3f} stored bits per weight, {plan.planes_per_weight:.3f} planes" in text
+    assert f"{plan.bits_per_weight:.3f} stored bits per weight, {plan.planes_per_weight:.3f} without scales" in text
     assert f"{plan.predicted_loss:.4g} (nats/token)" in text
     uniform = sum(layer.cost[3] for layer in plan.layers.values())
     assert f"{uniform:.4g}" in next(line for line in text.splitlines() if line.startswith("uniform 3"))
