@@ -31,7 +31,7 @@ _library.define("rotate(Tensor x, Tensor signs) -> Tensor")
 _library.define("codes_linear(Tensor x, Tensor codes, Tensor scale) -> Tensor")
 _library.define(
     "triton_linear(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor row_scale, Tensor? bias, "
-    "int columns, int bits, int planes, int taps, int stripe, int nibbles, int groups, int group_words) -> Tensor"
+    "int columns, int bits, int planes, int nibbles, int groups, int group_words) -> Tensor"
 )
 
 
@@ -108,8 +108,6 @@ def gpu_linear(x: Tensor, weight: TritonWeight, bias: Tensor | None) -> Tensor:
         weight.columns,
         weight.bits,
         weight.planes,
-        weight.taps,
-        weight.stripe,
         weight.nibbles,
         weight.groups,
         weight.group_words,
@@ -167,8 +165,6 @@ def _triton_linear(
     columns: int,
     bits: int,
     planes: int,
-    taps: int,
-    stripe: int,
     nibbles: int,
     groups: int,
     group_words: int,
@@ -176,9 +172,7 @@ def _triton_linear(
     # Triton is optional, and takes a second to import.
     from shiftadd_cli.kernels.triton_linear import multiply
 
-    weight = TritonWeight(
-        codes, scales, offsets, row_scale, columns, bits, planes, taps, stripe, nibbles, groups, group_words
-    )
+    weight = TritonWeight(codes, scales, offsets, row_scale, columns, bits, planes, nibbles, groups, group_words)
     # Detached, because all operators here refuse gradients in the backward pass, not before.
     return multiply(x.detach(), weight, bias)
 

@@ -19,37 +19,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shiftadd_cli.bcq.primitives.trellis.codes import MEMORY, STRIPE_ROWS
+
 # Kernels may read only globals that are constexpr.
 _SIGN = tl.constexpr(0x80000000)
 # The float32 format.
 _EXPONENT_BIAS = tl.constexpr(127)
 _MANTISSA_BITS = tl.constexpr(23)
 _ZERO_EXPONENT = tl.constexpr(15)
+_MEMORY = tl.constexpr(MEMORY)
+_STRIPE = tl.constexpr(STRIPE_ROWS)
 
 
 @triton.jit
-def load_words(codes, row, word, words, mask):
-    """Words of rows `row` of the codes (int64), int32. Masked words are 0."""
-    return tl.load(codes + row * words + word, mask=mask, other=0).to(tl.int32)
-
-
-@triton.jit
-def load_tap(codes, output, word, words, mask, TAP: tl.constexpr, BITS: tl.constexpr, STRIPE: tl.constexpr):
-    """Words of one tap of the registers of outputs `output` (int64), int32. Masked words are 0."""
-    distance = TAP // BITS
-    inside = output % STRIPE >= distance
-    return load_words(codes, (output - distance) * BITS + TAP % BITS, word, words, mask & inside)
-
-
-@triton.jit
-def minus_signs(words):
-    """Words of a plane as uint32, inverted: bit t is set if the sign of lane t is minus."""
-    return (~words).to(tl.uint32, bitcast=True)
+def load_plane(codes, output, plane, word, words, mask, BITS: tl.constexpr, TAPS: tl.constexpr):
+    """Words of plane `plane` of outputs `output` (both int32) as uint32, inverted: bit t is set if the sign of lane t
+    is minus. Masked words are undefined."""
+    first = codes + output.to(tl.int64) * BITS * words + word
+    if TAPS == 0:
+        bits = tl.load(first + plane * words, mask=mask, other=0).to(tl.int32)
+    else:
+        bits = 0
+        for tap in tl.static_range(_MEMORY + BITS):
+            # If `plane` is a constant, the compiler drops the loads of the taps that it does not have.
+            has_tap = ((((TAPS >> (6 * tap)) & 63) >> plane) & 1) != 0
+            tap_mask = mask & has_tap & (output % _STRIPE >= tap // BITS)
+            bits ^= tl.load(first + (tap % BITS - tap // BITS * BITS) * words, mask=tap_mask, other=0).to(tl.int32)
+    return (~bits).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def apply_sign(values, words, lane):
-    """Float32 `values`, negated where bit `lane` of `words` (from `minus_signs`) is set."""
+    """Float32 `values`, negated where bit `lane` of `words` (from `load_plane`) is set."""
     sign = (words << (31 - lane)) & _SIGN
     return (values.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
 

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shiftadd_cli.kernels.triton_decode import apply_sign, load_scale, load_tap, load_words, minus_signs
+from shiftadd_cli.kernels.triton_decode import apply_sign, load_plane, load_scale
 from shiftadd_cli.kernels.triton_passes import choose_splits, spread_activations, sum_partials
-from shiftadd_cli.kernels.triton_weight import TritonWeight, tap_count
+from shiftadd_cli.kernels.triton_weight import TritonWeight
 
 _BLOCK_OUT = 64
 _BLOCK_WORDS = 16
@@ -52,15 +52,15 @@ def _decode(scale, signs, offset, lane, PLANES: tl.constexpr):
 def _gemm_kernel(
     codes, scales, offsets, row_scale, x, partial, rows, outputs, words, padded_words, scale_stride, groups,
     tiles_per_split,
-    BITS: tl.constexpr, PLANES: tl.constexpr, TAPS: tl.constexpr, TAP_COUNT: tl.constexpr, STRIPE: tl.constexpr,
-    NIBBLES: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, OFFSET: tl.constexpr,
+    BITS: tl.constexpr, PLANES: tl.constexpr, TAPS: tl.constexpr, NIBBLES: tl.constexpr, GROUP: tl.constexpr,
+    LANES: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(2)
     output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    output_mask, row_mask, output_64 = output < outputs, row < rows, output.to(tl.int64)
-    scale_row = (output_64 * scale_stride)[:, None]
+    output_mask, row_mask = output < outputs, row < rows
+    scale_row = (output.to(tl.int64) * scale_stride)[:, None]
     own_scale = tl.load(row_scale + output, mask=output_mask, other=0.0)[:, None]
     x_row = x + (row.to(tl.int64) * LANES * padded_words)[None, :]
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
@@ -71,20 +71,12 @@ def _gemm_kernel(
         group = (word // GROUP)[None, :]
         signs, scale = (), ()
         for plane in tl.static_range(PLANES):
-            if TAPS == 0:
-                bits = load_words(codes, (output_64 * BITS + plane)[:, None], word[None, :], words, weight_mask)
-            else:
-                bits = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.int32)
-                for tap in tl.static_range(TAP_COUNT):
-                    if (TAPS >> (6 * tap + plane)) & 1:
-                        bits ^= load_tap(
-                            codes, output_64[:, None], word[None, :], words, weight_mask, tap, BITS, STRIPE
-                        )
-            signs += (minus_signs(bits),)  # type: ignore[assignment]
+            plane_signs = load_plane(codes, output[:, None], plane, word[None, :], words, weight_mask, BITS, TAPS)
+            signs += (plane_signs,)  # type: ignore[assignment]
             ratio = load_scale(scales, scale_row, group * PLANES + plane, weight_mask, NIBBLES)
             scale += (ratio * own_scale,)  # type: ignore[assignment]
         if OFFSET:
-            offset = tl.load(offsets + output_64[:, None] * groups + group, mask=weight_mask, other=0.0)
+            offset = tl.load(offsets + output.to(tl.int64)[:, None] * groups + group, mask=weight_mask, other=0.0)
             offset = offset.to(tl.float32) * own_scale
         else:
             offset = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
@@ -115,9 +107,8 @@ def gemm(x: Tensor, weight: TritonWeight, bias: Tensor | None = None) -> Tensor:
     _gemm_kernel[(*grid, splits)](
         weight.codes, weight.scales, weight.offsets, weight.row_scale, spread, partial, rows, outputs, weight.words,
         tiles * _BLOCK_WORDS, weight.scales.stride(0), weight.groups, tiles_per_split,
-        BITS=weight.bits, PLANES=weight.planes, TAPS=weight.taps, TAP_COUNT=tap_count(weight.taps),
-        STRIPE=weight.stripe, NIBBLES=weight.nibbles, GROUP=weight.group_words, LANES=weight.lanes,
-        OFFSET=weight.offsets is not None, BLOCK_OUT=_BLOCK_OUT, BLOCK_ROWS=block_rows, BLOCK_WORDS=_BLOCK_WORDS,
-        num_warps=warps(block_rows),
+        BITS=weight.bits, PLANES=weight.planes, TAPS=weight.taps, NIBBLES=weight.nibbles,
+        GROUP=weight.group_words, LANES=weight.lanes, OFFSET=weight.offsets is not None,
+        BLOCK_OUT=_BLOCK_OUT, BLOCK_ROWS=block_rows, BLOCK_WORDS=_BLOCK_WORDS, num_warps=warps(block_rows),
     )  # fmt: skip
     return sum_partials(partial, 1, None, bias, x.dtype)

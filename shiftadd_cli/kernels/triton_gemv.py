@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shiftadd_cli.kernels.triton_decode import apply_sign, load_scale, load_tap, load_words, minus_signs
+from shiftadd_cli.kernels.triton_decode import apply_sign, load_plane, load_scale
 from shiftadd_cli.kernels.triton_passes import choose_splits, spread_activations, sum_partials
-from shiftadd_cli.kernels.triton_weight import TritonWeight, tap_count
+from shiftadd_cli.kernels.triton_weight import TritonWeight
 
 # Words of a tile, from wide to narrow: fewer than a program has threads. Only then does the compiler let every thread
 # load the activations that it needs; otherwise they pass through shared memory, with barriers for each lane.
@@ -37,8 +37,8 @@ _PROGRAMS = 1024
 @triton.jit
 def _gemv_kernel(
     codes, scales, offsets, x, partial, rows, planes, words, padded_words, scale_stride, groups, tiles_per_split,
-    BITS: tl.constexpr, PLANES: tl.constexpr, TAPS: tl.constexpr, TAP_COUNT: tl.constexpr, STRIPE: tl.constexpr,
-    NIBBLES: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, OFFSET: tl.constexpr,
+    BITS: tl.constexpr, PLANES: tl.constexpr, TAPS: tl.constexpr, NIBBLES: tl.constexpr, GROUP: tl.constexpr,
+    LANES: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PLANES: tl.constexpr, BLOCK_WORDS: tl.constexpr,
 ):  # fmt: skip
     # Rows of activations that use the same codes run at the same time, so that only the first misses the cache.
@@ -53,15 +53,7 @@ def _gemv_kernel(
     for tile in range(first, tl.minimum(first + tiles_per_split, padded_words // BLOCK_WORDS)):
         word = tile * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
         code_mask = plane_mask[:, None] & (word < words)[None, :]
-        if TAPS == 0:
-            bits = load_words(codes, plane.to(tl.int64)[:, None], word[None, :], words, code_mask)
-        else:
-            bits = tl.zeros((BLOCK_PLANES, BLOCK_WORDS), tl.int32)
-            for tap in tl.static_range(TAP_COUNT):
-                has_tap = (((TAPS >> 6 * tap & 63) >> number) & 1) != 0
-                tap_mask = code_mask & has_tap[:, None]
-                bits ^= load_tap(codes, output.to(tl.int64)[:, None], word[None, :], words, tap_mask, tap, BITS, STRIPE)
-        signs = minus_signs(bits)
+        signs = load_plane(codes, output[:, None], number[:, None], word[None, :], words, code_mask, BITS, TAPS)
         group = (word // GROUP)[None, :]
         scale = load_scale(scales, scale_row, group * PLANES + number[:, None], code_mask, NIBBLES)
         dot = tl.zeros((BLOCK_PLANES, BLOCK_WORDS), tl.float32)
@@ -102,8 +94,8 @@ def gemv(x: Tensor, weight: TritonWeight, bias: Tensor | None = None) -> Tensor:
     _gemv_kernel[(rows * blocks, splits)](
         weight.codes, weight.scales, weight.offsets, spread, partial, rows, planes, weight.words, tiles * block_words,
         weight.scales.stride(0), weight.groups, tiles_per_split,
-        BITS=weight.bits, PLANES=weight.planes, TAPS=weight.taps, TAP_COUNT=tap_count(weight.taps),
-        STRIPE=weight.stripe, NIBBLES=weight.nibbles, GROUP=weight.group_words, LANES=weight.lanes,
-        OFFSET=weight.offsets is not None, BLOCK_PLANES=block_planes, BLOCK_WORDS=block_words, num_warps=_WARPS,
+        BITS=weight.bits, PLANES=weight.planes, TAPS=weight.taps, NIBBLES=weight.nibbles,
+        GROUP=weight.group_words, LANES=weight.lanes, OFFSET=weight.offsets is not None,
+        BLOCK_PLANES=block_planes, BLOCK_WORDS=block_words, num_warps=_WARPS,
     )  # fmt: skip
     return sum_partials(partial, weight.planes, weight.row_scale, bias, x.dtype)

@@ -5,12 +5,13 @@ See `triton_decode` for words and lanes. Large tensors (codes, scales) are not c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from shiftadd_cli.bcq.primitives.trellis.codes import CODES
 from shiftadd_cli.bcq.scale_formats import scale_format
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 
@@ -33,15 +34,15 @@ class TritonWeight:
     # Stored and computed planes; more of the latter if planes are trellis-coded.
     bits: int
     planes: int
-    # The taps of computed planes, see `triton_decode`; 0 if planes are stored as they are.
-    taps: int
-    # Outputs whose registers do not reach into each other.
-    stripe: int
     # 4-bit fields per scale; 0 if scales are float16 numbers.
     nibbles: int
     groups: int
     # Words that share their scales; the last group may have fewer.
     group_words: int
+
+    @property
+    def taps(self) -> int:
+        return register_taps(self.bits, self.planes)
 
     @property
     def words(self) -> int:
@@ -78,25 +79,21 @@ def prepare(weight: QuantizedWeight) -> TritonWeight:
         columns=grid.columns,
         bits=layout.bits,
         planes=layout.planes,
-        taps=register_taps(layout.primitive.masks(layout.bits)),
-        stripe=layout.primitive.stripe,
         nibbles=nibbles,
         groups=grid.column_groups,
         group_words=codes.shape[1] if single_group else grid.group_columns // (8 * codes.itemsize),
     )
 
 
-def register_taps(masks: Sequence[int]) -> int:
-    """The register masks of at most six computed planes, by tap instead of by plane; see `triton_decode`."""
+@cache
+def register_taps(bits: int, planes: int) -> int:
+    """The register masks of computed planes, at most six, by tap instead of by plane, see `triton_decode`; 0 if planes
+    are stored as they are."""
     taps = 0
-    for plane, mask in enumerate(masks):
-        taps |= sum(1 << (6 * tap + plane) for tap in range(mask.bit_length()) if mask >> tap & 1)
+    if planes > bits:
+        for plane, mask in enumerate(CODES[bits, planes].code.masks):
+            taps |= sum(1 << (6 * tap + plane) for tap in range(mask.bit_length()) if mask >> tap & 1)
     return taps
-
-
-def tap_count(taps: int) -> int:
-    """One more than the highest tap in `register_taps`."""
-    return -(-taps.bit_length() // 6)
 
 
 def _begins_at_a_word(codes: Tensor) -> bool:

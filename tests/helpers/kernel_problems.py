@@ -30,29 +30,13 @@ def row_wise(
     return random_weight(layout_on(grid, bits, scale_format, row_scale, offset, primitive=primitive), seed)
 
 
-def computed_planes(weight: QuantizedWeight) -> Tensor:
-    """The planes, integers 0 or 1 `[out, planes, in]`: those stored, or the parities of a register (docs/format.md)."""
-    layout = weight.layout
-    stored = unpack_planes(weight.tensors["weight_codes"], layout.grid.columns)
-    masks = layout.primitive.masks(layout.bits)
-    if not masks:
-        return stored
-    planes = stored.new_zeros(layout.grid.rows, len(masks), layout.grid.columns)
-    for row in range(layout.grid.rows):
-        for plane, mask in enumerate(masks):
-            for tap in range(mask.bit_length()):
-                above, bit = divmod(tap, layout.bits)
-                if mask >> tap & 1 and row % layout.primitive.stripe >= above:
-                    planes[row, plane] ^= stored[row - above, bit]
-    return planes
-
-
 def decode_exactly(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     """The matrix of the planes in float64 `[out, in]`, and the sums of the absolute values of its terms."""
-    grid = weight.layout.grid
+    layout, grid = weight.layout, weight.layout.grid
     ratios = weight.ratios()
     offsets = weight.offsets(ratios)
-    signs = computed_planes(weight).double() * 2 - 1
+    planes = layout.primitive.packed_planes(weight.tensors["weight_codes"], slice(0, grid.rows), layout.bits)
+    signs = unpack_planes(planes, grid.columns).double() * 2 - 1
     scales = grid.expand_columns(grid.expand_rows(ratios).double().mT)
     values, sizes = (signs * scales).sum(1), scales.abs().sum(1)
     if offsets is not None:

@@ -23,10 +23,9 @@ from triton.compiler import ASTSource
 from shiftadd_cli.bcq.choices import Primitive
 from shiftadd_cli.bcq.primitives import PRIMITIVES
 from shiftadd_cli.kernels import triton_gemm, triton_gemv, triton_passes
-from shiftadd_cli.kernels.triton_weight import register_taps, tap_count
+from shiftadd_cli.kernels.triton_weight import register_taps
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-# All other arguments are integers.
 # Primitive, bits, nibbles of a scale, lanes of a word, offsets.
 FORMS: tuple[tuple[Primitive, int, int, int, bool], ...] = (
     ("bcq", 3, 1, 32, False),
@@ -35,6 +34,7 @@ FORMS: tuple[tuple[Primitive, int, int, int, bool], ...] = (
     ("trellis1", 3, 2, 32, False),
     ("trellis2", 2, 2, 32, False),
 )
+# All other arguments are integers.
 POINTERS = {"row_scale": "*fp32", "bias": "*fp32", "partial": "*fp32"}
 
 
@@ -73,14 +73,11 @@ def matrix(name: Primitive, bits: int, nibbles: int, lanes: int, offset: bool) -
         "scales": "*u8" if nibbles else "*fp16",
         "offsets": "*fp16",
     }
-    primitive = PRIMITIVES[name]
-    taps = register_taps(primitive.masks(bits))
+    planes = PRIMITIVES[name].planes(bits)
     constants: dict[str, Any] = {
         "BITS": bits,
-        "PLANES": primitive.planes(bits),
-        "TAPS": taps,
-        "TAP_COUNT": tap_count(taps),
-        "STRIPE": primitive.stripe,
+        "PLANES": planes,
+        "TAPS": register_taps(bits, planes),
         "NIBBLES": nibbles,
         "GROUP": 128 // lanes,
         "LANES": lanes,

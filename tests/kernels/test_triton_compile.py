@@ -35,8 +35,8 @@ def test_kernels_compile_into_registers_and_fit_the_shared_memory(compiled: dict
     for capability in ("80", "90"):
         kinds = {name.split("-")[0] for name in compiled if f"-{capability}" in name}
         assert kinds == {"gemv", "gemm", "spread", "sum"}
-    # Four registers may be spilled: the compiler stops at a round number of them.
-    assert {name: properties["stack"] for name, properties in compiled.items() if properties["stack"] > 16} == {}
+    # Two registers may be spilled: the compiler stops at a round number of them.
+    assert {name: properties["stack"] for name, properties in compiled.items() if properties["stack"] > 8} == {}
     assert max(properties["shared"] for properties in compiled.values()) <= SHARED_MEMORY
 
 

@@ -70,10 +70,6 @@ class Primitive(ABC):
         """Number of planes that are computed from the stored bits of a code."""
         return bits
 
-    def masks(self, bits: int) -> tuple[int, ...]:
-        """The register masks of trellis-coded planes, see `trellis.code`; none if planes are stored as they are."""
-        return ()
-
     def packed_planes(self, codes: Tensor, rows: slice, bits: int) -> Tensor:
         """The computed planes of some rows, uint8 `[rows, planes, ceil(in / 8)]`, from the stored bits of all rows,
         uint8 `[out, bits, ceil(in / 8)]`."""

@@ -40,9 +40,6 @@ class TrellisPlanes(BinaryPlanes):
     def planes(self, bits: int) -> int:
         return bits + self._extra
 
-    def masks(self, bits: int) -> tuple[int, ...]:
-        return self.code(bits).masks
-
     def code(self, bits: int) -> TrellisCode:
         """The code for `bits` stored bits."""
         return CODES[bits, self.planes(bits)].code

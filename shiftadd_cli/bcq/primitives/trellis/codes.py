@@ -13,7 +13,8 @@ from shiftadd_cli.bcq.primitives.trellis.code import TrellisCode
 # Rows of a stripe, except the last one of a matrix. A path that starts in state 0 has less choice in its first rows:
 # with 2 bits and 3 planes, stripes of 256, 128, 64 and 32 rows have 2, 4, 8 and 16 % more error than endless ones.
 STRIPE_ROWS = 256
-_MEMORY = 6
+# Binary logarithm of the states.
+MEMORY = 6
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class FormatCode:
 
 
 def _entry(bits: int, masks: tuple[int, ...], scales: tuple[float, ...]) -> FormatCode:
-    return FormatCode(TrellisCode(bits, _MEMORY, masks), scales)
+    return FormatCode(TrellisCode(bits, MEMORY, masks), scales)
 
 
 # By stored bits and computed planes.
