@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.shards import nbytes
+from shiftadd_cli.bcq.choices import Primitive
 from shiftadd_cli.device import dtype_name
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -26,7 +27,7 @@ class Packed:
     bits: int
     scale_format: str
     stored_bytes: int
-    primitive: str = "bcq"
+    primitive: Primitive
 
     @property
     def weights(self) -> int:

@@ -38,7 +38,7 @@ def inspect(folder: Path, check: bool, layers: bool, as_json: bool) -> None:
 
 
 def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
-    from shiftadd_cli.bcq.primitives.base import NO_SCALES
+    from shiftadd_cli.bcq.choices import choice_of
     from shiftadd_cli.cli.summary import table
     from shiftadd_cli.sizes import size
 
@@ -47,8 +47,8 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
             row.name,
             str(row.count),
             f"{row.out_features} x {row.in_features}",
-            str(row.bits),
-            row.primitive if row.scale_format == NO_SCALES else row.scale_format,
+            str(choice_of(row.primitive, row.bits)),
+            row.scale_format,
             f"{8 * row.stored_bytes / row.weights:.3f}",
             size(row.stored_bytes),
         )
@@ -62,7 +62,7 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
         f"{contents.folder}: {contents.architecture}, format version {contents.format_version}, "
         f"{contents.files} weight file{'s' if contents.files > 1 else ''}",
         "",
-        table(("compressed", "count", "shape", "bits", "form", "bits/weight", "stored"), rows),
+        table(("compressed", "count", "shape", "bits", "scales", "bits/weight", "stored"), rows),
         *_tables(contents),
         "",
         table(("kept as they were", "count", "shape", "dtype", "stored"), unchanged),

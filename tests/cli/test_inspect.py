@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from artifacts import edit_config, write_checkpoint
 from click.testing import CliRunner, Result
+from formats import matrix_format
 from tiny_models import tiny_model
 
 from shiftadd_cli.cli import main
@@ -33,6 +34,16 @@ def test_table_and_totals_are_shown(folder: Path) -> None:
     assert re.search(r"model\.embed_tokens\.weight +1 +320 x 32 +float32 +41\.0 kB", result.output)
     assert f"Files         {stored / 1000:.1f} kB" in result.output
     assert "Verified" not in result.output
+
+
+def test_primitives_other_than_planes_are_named(tmp_path: Path) -> None:
+    own = {
+        "q_proj": matrix_format(2, primitive="trellis1"),
+        "up_proj": matrix_format(4, primitive="shift2"),
+    }
+    result = inspect(write_checkpoint(tiny_model("qwen2"), tmp_path / "out", own=own).folder)
+    assert re.search(r"q_proj +2 +32 x 32 +trellis1-2 +apot2 ", result.output)
+    assert re.search(r"up_proj +2 +84 x 32 +shift2-4 +none ", result.output)
 
 
 def test_embedding_tables_are_listed_separately(tmp_path: Path) -> None:
