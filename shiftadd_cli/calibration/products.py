@@ -9,7 +9,7 @@ from torch import Tensor
 from shiftadd_cli.native.extension import TYPES, cpu_extension, instruction_sets
 
 # The kernel sets that are faster than torch; on other processors torch is faster.
-_FASTER = ("avx512_bf16", "avx512", "avx2")
+_FASTER = ("amx", "avx512_bf16", "avx512", "avx2")
 # Columns of a second moment that torch updates at once.
 _STRIP = 256
 

@@ -6,6 +6,12 @@
 #include "lookups.h"
 #include "pool.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace shiftadd {
 namespace {
 
@@ -34,16 +40,14 @@ void scatter(const Layout& layout, const T* row, int64_t b, int64_t batch, T* pa
     });
 }
 
-void multiply_rows(const Kernels& kernels, const Matrix& m, const Activations& input, bool half, float* output,
+// `output` is bfloat16 if `half`, otherwise float32.
+void multiply_rows(const Kernels& kernels, const Matrix& m, const Activations& input, bool half, void* output,
                    int threads) {
     const Layout& layout = m.layout;
     const int64_t columns = layout.padded_columns();
     thread_local Scratch panel_scratch;
-    Panel in{input.rows, nullptr, nullptr, output};
     float* values = half ? nullptr : panel_scratch.room<float>(input.rows * columns);
-    uint16_t* halves = half ? panel_scratch.room<uint16_t>(input.rows * columns) : nullptr;
-    in.values = values;
-    in.halves = halves;
+    uint16_t* halves = half ? panel_scratch.room<uint16_t>(input.rows * columns + kPanelMargin) : nullptr;
     const FillRow fill = rows_of(input, layout.columns, 0);
     Pool::shared().run(input.rows, threads, [&](int64_t b) {
         thread_local Scratch row_scratch, half_scratch;
@@ -57,6 +61,8 @@ void multiply_rows(const Kernels& kernels, const Matrix& m, const Activations& i
             scatter(layout, row, b, input.rows, values);
         }
     });
+    const Panel in{input.rows, values, half ? nullptr : static_cast<float*>(output), halves,
+                   half ? static_cast<uint16_t*>(output) : nullptr};
     const auto multiply = half ? kernels.multiply_half : kernels.multiply;
     Pool::shared().run(layout.blocks(), threads, [&](int64_t block) { multiply(m, in, block); });
 }
@@ -67,16 +73,32 @@ bool runs_avx512() {
     return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// The bits of CPUID are those of Intel's manual; not every compiler has names for them. Linux lets a process use tiles
+// when it asks for them: its documentation, arch/x86/xstate.rst.
+bool runs_amx() {
+#if defined(__linux__)
+    constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned eax, ebx, ecx, edx;
+    return runs_avx512_bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBfloat16) &&
+           (edx & kTiles) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 #endif
 
 }  // namespace
 
 const Kernels* const* available_kernels() {
-    static const Kernels* sets[5] = {};
+    static const Kernels* sets[6] = {};
     static const bool filled = [] {
         const Kernels** next = sets;
 #if defined(__x86_64__)
-        if (runs_avx512() && __builtin_cpu_supports("avx512bf16")) *next++ = avx512_bf16_kernels();
+        if (runs_amx()) *next++ = amx_kernels();
+        if (runs_avx512_bf16()) *next++ = avx512_bf16_kernels();
         if (runs_avx512()) *next++ = avx512_kernels();
         if (runs_avx2()) *next++ = avx2_kernels();
 #elif defined(__aarch64__)
@@ -104,10 +126,11 @@ void linear(const Kernels& kernels, const Matrix& matrix, const Activations& inp
     const bool look_up = method == Method::kLookUp ||
                          (method == Method::kAutomatic && input.rows <= kernels.most_lookups(layout.planes, fast));
     if (!look_up) {
-        float* result = convert ? output_scratch.room<float>(input.rows * layout.rows) : static_cast<float*>(output);
         const bool half = fast && kernels.multiply_half && input.type == Number::kBFloat16;
+        if (half || !convert) return multiply_rows(kernels, matrix, input, half, output, threads);
+        float* result = output_scratch.room<float>(input.rows * layout.rows);
         multiply_rows(kernels, matrix, input, half, result, threads);
-        if (convert) write_numbers(result, input.rows * layout.rows, input.type, output, 0);
+        write_numbers(result, input.rows * layout.rows, input.type, output, 0);
         return;
     }
     for (int64_t first = 0; first < input.rows; first += kTileRows) {

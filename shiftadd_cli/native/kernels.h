@@ -56,12 +56,17 @@ struct Lookups {
     float* output;       // [batch][rows], float32
 };
 
-// Activations of many rows: `values` holds the chunks one after another, each [batch][columns of the chunk].
+// Kernels that take 16 rows at a time read this far past the last row, and drop the results.
+constexpr int64_t kPanelMargin = 15 * kChunkColumns;
+
+// Activations of many rows: the chunks one after another, each [batch][columns of the chunk].
 struct Panel {
     int64_t batch;
     const float* values;
-    const uint16_t* halves;  // bfloat16, in place of `values` for `multiply_half`
-    float* output;           // [batch][rows], float32
+    float* output;  // [batch][rows]
+    // In bfloat16, in place of both, for `multiply_half`. The numbers are followed by `kPanelMargin` others.
+    const uint16_t* halves;
+    uint16_t* half_output;
 };
 
 // One head's query, and the keys and values that it attends to.
@@ -163,7 +168,7 @@ struct Kernels {
     void (*look_up_fast)(const Matrix&, const Lookups&, int64_t stripe);
     // Computes the rows of one block of the output, from weights decoded into the cache.
     void (*multiply)(const Matrix&, const Panel&, int64_t block);
-    // The same with bfloat16 products, summed in float32; null if the processor has none.
+    // The same in bfloat16, where sums are still in float32; null if the processor has no such products.
     void (*multiply_half)(const Matrix&, const Panel&, int64_t block);
 
     // Computes the products of all rows with all activations.
@@ -189,6 +194,7 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+const Kernels* amx_kernels();
 const Kernels* neon_kernels();
 
 }  // namespace shiftadd

@@ -70,6 +70,29 @@ struct Kernel {
             for (int64_t i = 0; i < rows; ++i) output[first + i] = ordered[i] * scale[i];
     }
 
+    // The same for bfloat16 output of several rows of activations, `columns` apart.
+    static inline void finish_pairs(const Matrix& m, const float* sums, int64_t batch, int64_t block, uint16_t* output) {
+        const int64_t first = block * kBlockRows;
+        const int64_t rows = std::min<int64_t>(kBlockRows, m.layout.rows - first);
+        alignas(64) float scales[kBlockRows] = {}, biases[kBlockRows] = {};  // even rows first
+        for (int64_t i = 0; i < rows; ++i) {
+            scales[i % 2 * kPairs + i / 2] = m.row_scale[first + i];
+            if (m.bias) biases[i % 2 * kPairs + i / 2] = m.bias[first + i];
+        }
+        alignas(64) uint16_t last[kBlockRows];
+        for (int64_t b = 0; b < batch; ++b, sums += kBlockRows) {
+            uint16_t* out = output + b * m.layout.rows + first;
+            uint16_t* room = rows == kBlockRows ? out : last;
+            for (int i = 0; i < kPairs; i += kLanes) {
+                const Float even = I::fma(I::load(sums + i), I::load(scales + i), I::load(biases + i));
+                const Float odd = I::fma(I::load(sums + kPairs + i), I::load(scales + kPairs + i),
+                                         I::load(biases + kPairs + i));
+                I::store_pairs(reinterpret_cast<uint32_t*>(room + 2 * i), I::pair(even, odd));
+            }
+            if (room == last) std::memcpy(out, last, rows * sizeof(uint16_t));
+        }
+    }
+
     // ---- planes -------------------------------------------------------------------------------------------------
 
     // The computed planes of a word are the `P::kPlanes` results of `P::load`, for a part of the rows of a block.
@@ -421,36 +444,49 @@ struct Kernel {
             }
     }
 
-    // Weights of one chunk and block for `multiply_tile`, and their products with activations.
+    // Weights of one block, decoded chunk by chunk, and their products with activations. `add` takes a chunk that is
+    // decoded and the activations of its columns; `flush` makes `sums` [batch][32 rows] complete.
     struct Plain {
         using Value = float;
         static constexpr int kColumns = 1;  // per step
+        // Batches are processed in slices whose sums stay in the L1 or L2 cache.
+        static constexpr int64_t kSlice = 256;
         alignas(64) float decoded[kChunkColumns * kBlockRows];
 
         static const Value* values(const Panel& in) { return in.values; }
-        void arrange(int) {}
+        void add(const Value* values, int columns, int64_t batch, float* sums) {
+            multiply_tiles(*this, values, columns, batch, sums);
+        }
+        void flush(int64_t, float*) {}
         Float load(int at) const { return I::load(decoded + at); }
         static Float add_product(const Value* value, Float weight, Float sum) {
             return I::fma(I::set(*value), weight, sum);
         }
     };
 
-    // Pairs of columns, rounded to bfloat16: [columns / 2][32 rows].
+    // Writes decoded columns in pairs, rounded to bfloat16: [columns / 2][32 rows].
+    static inline void round_pairs(const float* decoded, int columns, uint32_t* pairs) {
+        for (int column = 0; column < columns; column += 2)
+            for (int row = 0; row < kBlockRows; row += kLanes) {
+                const float* from = decoded + column * kBlockRows + row;
+                I::store_pairs(pairs + column / 2 * kBlockRows + row,
+                               I::pair(I::load(from), I::load(from + kBlockRows)));
+            }
+    }
+
     struct Paired {
         using Value = uint16_t;
         static constexpr int kColumns = 2;
+        static constexpr int64_t kSlice = 256;
         alignas(64) float decoded[kChunkColumns * kBlockRows];
         alignas(64) uint32_t pairs[kChunkColumns / 2 * kBlockRows];
 
         static const Value* values(const Panel& in) { return in.halves; }
-        void arrange(int columns) {
-            for (int column = 0; column < columns; column += 2)
-                for (int row = 0; row < kBlockRows; row += kLanes) {
-                    const float* from = decoded + column * kBlockRows + row;
-                    I::store_pairs(pairs + column / 2 * kBlockRows + row,
-                                   I::pair(I::load(from), I::load(from + kBlockRows)));
-                }
+        void add(const Value* values, int columns, int64_t batch, float* sums) {
+            round_pairs(decoded, columns, pairs);
+            multiply_tiles(*this, values, columns, batch, sums);
         }
+        void flush(int64_t, float*) {}
         auto load(int at) const { return I::load_pairs(pairs + at); }
         template <class Pairs>
         static Float add_product(const Value* value, Pairs weight, Float sum) {
@@ -460,7 +496,17 @@ struct Kernel {
         }
     };
 
-    // sums[B][32] += values[B][columns] · weights[columns][32]
+    // sums[batch][32] += values[batch][columns] · weights[columns][32]
+    template <class Weights>
+    static inline void multiply_tiles(const Weights& weights, const typename Weights::Value* values, int columns,
+                                      int64_t batch, float* sums) {
+        constexpr int kTile = I::kTile;
+        int64_t b = 0;
+        for (; b + kTile <= batch; b += kTile)
+            multiply_tile<kTile>(weights, values + b * columns, columns, sums + b * kBlockRows);
+        for (; b < batch; ++b) multiply_tile<1>(weights, values + b * columns, columns, sums + b * kBlockRows);
+    }
+
     template <int B, class Weights>
     static inline void multiply_tile(const Weights& weights, const typename Weights::Value* values, int columns,
                                      float* sums) {
@@ -486,10 +532,8 @@ struct Kernel {
         const int64_t number = block / layout.most_stripe_blocks();
         const int blocks = layout.stripe_blocks(number);
         const int position = static_cast<int>(block % layout.most_stripe_blocks());
+        constexpr int64_t kSlice = Weights::kSlice;
         Weights weights;
-        constexpr int kTile = I::kTile;
-        // Batches are processed in slices whose sums stay in the L1 or L2 cache.
-        constexpr int64_t kSlice = 256;
         alignas(64) float sums[kSlice * kBlockRows];
         for (int64_t first = 0; first < in.batch; first += kSlice) {
             const int64_t batch = std::min<int64_t>(kSlice, in.batch - first);
@@ -503,16 +547,15 @@ struct Kernel {
                     decode<P, true>(m, from, strides, count, block, group, weights.decoded);
                 else
                     decode<P, false>(m, from, strides, count, block, group, weights.decoded);
-                weights.arrange(columns);
-                const auto* values = Weights::values(in) + word * kWordColumns * in.batch + first * columns;
-                int64_t b = 0;
-                for (; b + kTile <= batch; b += kTile)
-                    multiply_tile<kTile>(weights, values + b * columns, columns, sums + b * kBlockRows);
-                for (; b < batch; ++b) multiply_tile<1>(weights, values + b * columns, columns, sums + b * kBlockRows);
+                weights.add(Weights::values(in) + word * kWordColumns * in.batch + first * columns, columns, batch, sums);
                 words += blocks * count * layout.word_entries();
             });
-            for (int64_t b = 0; b < batch; ++b)
-                finish(m, sums + b * kBlockRows, block, in.output + (first + b) * layout.rows);
+            weights.flush(batch, sums);
+            if constexpr (std::is_same_v<typename Weights::Value, uint16_t>)
+                finish_pairs(m, sums, batch, block, in.half_output + first * layout.rows);
+            else
+                for (int64_t b = 0; b < batch; ++b)
+                    finish(m, sums + b * kBlockRows, block, in.output + (first + b) * layout.rows);
         }
     }
 

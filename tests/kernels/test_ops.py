@@ -81,6 +81,38 @@ def test_float32_is_exact_to_rounding(kernels: str, layout: PackedLayout, batch:
 
 
 @pytest.mark.parametrize("kernels", instruction_sets())
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(supported_layouts(), st.integers(1, 70), st.integers(0, 2**31))
+def test_bfloat16_multiplication_rounds_weights_and_output(
+    kernels: str, layout: PackedLayout, batch: int, seed: int
+) -> None:
+    weight = random_weight(layout, seed)
+    x = torch.randn(batch, layout.grid.columns, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    bias = torch.randn(layout.grid.rows, generator=torch.Generator().manual_seed(seed + 1))
+    expected, sizes = exact_product(x, weight)
+    result = run(x, weight, bias=bias, fast=True, method="multiply", kernels=kernels)
+    assert result.dtype == torch.bfloat16
+    # Rounding of rotated activations, of weights, and of the output.
+    eps = torch.finfo(torch.bfloat16).eps
+    expected = expected + bias
+    assert ((result.double() - expected).abs() <= eps * sizes + eps / 2 * expected.abs()).all()
+
+
+@pytest.mark.parametrize("kernels", instruction_sets())
+@pytest.mark.parametrize("batch", [20, 31, 1050])
+@pytest.mark.parametrize("columns", [48, 320, 1088])
+def test_a_row_that_is_not_finite_leaves_the_others_alone(kernels: str, batch: int, columns: int) -> None:
+    weight = random_weight(layout_on(ScaleGrid.resolve(70, columns, 1, columns), 3, "apot2", True, False))
+    x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
+    sound = run(x, weight, fast=True, method="multiply", kernels=kernels)
+    x[7] = torch.inf
+    result = run(x, weight, fast=True, method="multiply", kernels=kernels)
+    others = torch.arange(batch) != 7
+    assert torch.equal(result[others], sound[others])
+    assert not result[7].isfinite().any()
+
+
+@pytest.mark.parametrize("kernels", instruction_sets())
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("outlier", [1, 30, 1000])
 def test_sixteen_bit_tables_lose_less_than_bfloat16(kernels: str, bits: int, outlier: float) -> None:

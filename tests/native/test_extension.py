@@ -20,7 +20,7 @@ def test_kernels_are_built_where_there_is_a_compiler() -> None:
 def test_the_plain_kernels_are_the_last_resort() -> None:
     assert instruction_sets()[-1] == "portable"
     if platform.machine() == "x86_64":
-        assert set(instruction_sets()) <= {"avx512_bf16", "avx512", "avx2", "portable"}
+        assert set(instruction_sets()) <= {"amx", "avx512_bf16", "avx512", "avx2", "portable"}
 
 
 @pytest.mark.skipif(cpu_extension() is None, reason="installed without compiled kernels")
