@@ -71,7 +71,8 @@ struct Kernel {
     }
 
     // The same for bfloat16 output of several rows of activations, `columns` apart.
-    static inline void finish_pairs(const Matrix& m, const float* sums, int64_t batch, int64_t block, uint16_t* output) {
+    static inline void finish_pairs(const Matrix& m, const float* sums, int64_t batch, int64_t block,
+                                    uint16_t* output) {
         const int64_t first = block * kBlockRows;
         const int64_t rows = std::min<int64_t>(kBlockRows, m.layout.rows - first);
         alignas(64) float scales[kBlockRows] = {}, biases[kBlockRows] = {};  // even rows first
@@ -547,7 +548,8 @@ struct Kernel {
                     decode<P, true>(m, from, strides, count, block, group, weights.decoded);
                 else
                     decode<P, false>(m, from, strides, count, block, group, weights.decoded);
-                weights.add(Weights::values(in) + word * kWordColumns * in.batch + first * columns, columns, batch, sums);
+                const auto* values = Weights::values(in) + word * kWordColumns * in.batch + first * columns;
+                weights.add(values, columns, batch, sums);
                 words += blocks * count * layout.word_entries();
             });
             weights.flush(batch, sums);
