@@ -10,7 +10,6 @@ struct Avx2 {
     static constexpr const char* kName = "avx2";
     static constexpr int kLanes = 8, kRegisters = 16;
     static constexpr int kTile = 2;  // rows of a tile: 8 registers of sums, 4 of weights, 2 of activations
-    static constexpr bool kHasPairs = false;
     using Word = __m256i;
     using Float = __m256;
     using Half = __m256i;

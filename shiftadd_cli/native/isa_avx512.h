@@ -12,7 +12,6 @@ struct Avx512 {
     static constexpr const char* kName = "avx512";
     static constexpr int kLanes = 16, kRegisters = 32;
     static constexpr int kTile = 12;  // rows of a tile: 24 registers of sums, 2 of weights, 1 of activations
-    static constexpr bool kHasPairs = false;
     using Word = __m512i;
     using Float = __m512;
     using Half = __m512i;

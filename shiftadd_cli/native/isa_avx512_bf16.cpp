@@ -7,7 +7,6 @@ namespace {
 
 struct Avx512Bf16 : Avx512 {
     static constexpr const char* kName = "avx512_bf16";
-    static constexpr bool kHasPairs = true;
     using Pairs = __m512i;
 
     // Per lane, the first number in the low half and the second in the high half, rounded to nearest even.
@@ -51,6 +50,7 @@ private:
 };
 
 using Bf16Kernel = Kernel<Avx512Bf16>;
+using Bf16Moments = MomentsKernel<Avx512Bf16>;
 
 // Weights of several chunks at a time, so that sums stay in tiles for as many columns as the L1 cache has room for.
 struct Tiled {
@@ -145,7 +145,17 @@ void multiply_tiled(const Matrix& m, const Panel& in, int64_t block) {
 
 }  // namespace
 
-const Kernels* avx512_bf16_kernels() { return Bf16Kernel::table(); }
+// Everything else is the same as with AVX-512 alone, and not compiled a second time.
+const Kernels* avx512_bf16_kernels() {
+    static const Kernels kernels = [] {
+        Kernels result = *avx512_kernels();
+        result.name = Avx512Bf16::kName;
+        result.multiply_half = Bf16Kernel::multiply<Bf16Kernel::Paired>;
+        result.moments_half = Bf16Moments::form<Bf16Moments::Paired>();
+        return result;
+    }();
+    return &kernels;
+}
 
 const Kernels* amx_kernels() {
     static const Kernels kernels = [] {

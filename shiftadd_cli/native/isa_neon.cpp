@@ -10,7 +10,6 @@ struct Neon {
     static constexpr const char* kName = "neon";
     static constexpr int kLanes = 4, kRegisters = 32;
     static constexpr int kTile = 2;  // rows of a tile: 16 registers of sums, 8 of weights, 2 of activations
-    static constexpr bool kHasPairs = false;
     using Word = uint32x4_t;
     using Float = float32x4_t;
     using Half = int16x8_t;

@@ -10,7 +10,6 @@ struct Portable {
     static constexpr const char* kName = "portable";
     static constexpr int kLanes = 8, kRegisters = 32;
     static constexpr int kTile = 2;
-    static constexpr bool kHasPairs = false;
     struct Word {
         uint32_t lane[kLanes];
     };

@@ -579,7 +579,6 @@ struct Kernel {
             result.look_up = look_up<false>;
             result.look_up_fast = look_up<true>;
             result.multiply = multiply<Plain>;
-            if constexpr (I::kHasPairs) result.multiply_half = multiply<Paired>;
             result.dot_codes = CodesKernel<I>::dot;
             result.attend = DecoderKernel<I>::attend;
             result.gate = DecoderKernel<I>::gate;
@@ -588,7 +587,6 @@ struct Kernel {
             result.settle_path = ViterbiKernel<I>::stripe;
             using Moments = MomentsKernel<I>;
             result.moments = Moments::template form<typename Moments::Plain>();
-            if constexpr (I::kHasPairs) result.moments_half = Moments::template form<typename Moments::Paired>();
             return result;
         }();
         return &kernels;
