@@ -306,7 +306,12 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
     @property
     def follows_original(self) -> bool:
         """Whether a run needs the hidden states of the original model in addition to those of the compressed one."""
-        return bool(self.asymmetric or self.reconstruct_epochs or self.distill_epochs)
+        return bool(self.compares_inputs or self.reconstruct_epochs or self.distill_epochs)
+
+    @property
+    def compares_inputs(self) -> bool:
+        """Whether layers are fitted to what they read in the original model."""
+        return bool(self.asymmetric or self.drift)
 
     @property
     def shard_bytes(self) -> int:

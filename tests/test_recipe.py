@@ -242,6 +242,7 @@ def test_fingerprint_depends_on_every_field() -> None:
         "bias_correction": False,
         "true_sequential": False,
         "asymmetric": 1.0,
+        "drift": 0.5,
         "loss_aware": 0.5,
         "reconstruct_epochs": 3,
         "distill_epochs": 2,

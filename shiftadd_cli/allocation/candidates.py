@@ -14,11 +14,11 @@ from shiftadd_cli.distributed.team import ALONE, Team
 
 class CandidateSolver:
     """The solver of the run, without its refinement rounds (these lower all errors by similar factors and take most of
-    its time) and without asymmetric calibration (no layer before the linear is quantized here)."""
+    its time) and without asymmetric calibration or drift (no layer before the linear is quantized here)."""
 
     def __init__(self, options: SolverOptions, candidates: Sequence[Choice], team: Team = ALONE) -> None:
         """options: those of the run; their choice is ignored. team: its processes share the rows."""
-        self._options = options.replaced(refine_rounds=0, asymmetric=0.0)
+        self._options = options.replaced(refine_rounds=0, asymmetric=0.0, drift=0.0)
         self._candidates, self._team = candidates, team
 
     def __call__(

@@ -15,6 +15,8 @@ from shiftadd_cli.errors import NumericalError
 
 # Even with λ = 0, the factorisation needs a diagonal well above rounding errors.
 _LEAST_DAMPING = 1e-6
+# λ of `drift_target`; measured, see docs/how-it-works.md.
+_DRIFT_DAMPING = 0.3
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,25 @@ def corrected_target(
     s = 1 the result minimises E‖W x̃ − V x‖² + λ‖W − V‖² over V, which compensates for the errors of earlier layers
     (GPTAQ, arXiv:2504.02692, section 3; Qronos, arXiv:2505.11695, section 3).
     """
+    return weights + strength * _regress(weights @ (cross - hessian), hessian, weight_error, layer)
+
+
+def drift_target(weights: Tensor, hessian: Tensor, drift: Tensor, strength: float, layer: str) -> Tensor:
+    """The weights that bring the hidden states closest to the original's: W + s · D (H + λI)⁻¹, float32 `[out, in]`.
+
+    `drift` is D = E[(h̃ − h) xᵀ], where h are the hidden states with W x added to them and h̃ those of the original. For
+    s = 1 the result minimises E‖h̃ − h − (V − W) x‖² + λ‖W − V‖² over V. This is `corrected_target` with the errors that
+    the hidden states have without this layer, which depend less on x. So λ is larger: most of what a small λ finds in
+    calibration text is not there in other text.
+    """
+    return weights + strength * _regress(drift, hessian, _DRIFT_DAMPING, layer)
+
+
+def _regress(moment: Tensor, hessian: Tensor, damping: float, layer: str) -> Tensor:
+    """M (H + λ · mean(diag H) · I)⁻¹ for a moment M `[out, in]`."""
     natural = torch.arange(len(hessian), device=hessian.device)
-    _, factor = factorise(damp(hessian, weight_error, layer), natural, layer)
-    return weights + strength * (weights @ (cross - hessian)) @ factor.T @ factor
+    _, factor = factorise(damp(hessian, damping, layer), natural, layer)
+    return moment @ factor.T @ factor
 
 
 def column_order(diagonal: Tensor, group_columns: int, order: str, whole_groups: bool) -> Tensor:

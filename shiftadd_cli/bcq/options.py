@@ -61,6 +61,16 @@ class FitOptions(OptionFields):
             "instead of its own weights: 0 not at all, 1 fully (as in GPTAQ).",
         ),
     ]
+    drift: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="How far a linear layer that adds its output to the hidden states also corrects what these "
+            "lost in earlier layers: 0 not at all, 1 as far as its inputs tell. For these layers it replaces "
+            "`asymmetric`.",
+        ),
+    ]
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Seed of all random numbers.")]
 
 

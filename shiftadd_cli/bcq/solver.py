@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shiftadd_cli.bcq.hessian import Objective, build_objective, corrected_target
+from shiftadd_cli.bcq.hessian import Objective, build_objective, corrected_target, drift_target
 from shiftadd_cli.bcq.levels import planes_of
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.outliers import choose_outliers, corrections, outlier_count, without_columns, without_inputs
@@ -52,11 +52,13 @@ def quantize_matrices(
     options: SolverOptions,
     cross: Tensor | None = None,
     team: Team = ALONE,
+    drift: Tensor | None = None,
 ) -> list[Solution]:
     """Quantize matrices `[out_i, in]` that read the same input, with second moment `hessian` `[in, in]` or None.
 
-    `cross` `[in, in]` is E[x̃ xᵀ] with the input x̃ of the original model, for asymmetric calibration. Computes in
-    float32. The processes of a team divide the rows among themselves, and each returns all solutions.
+    `cross` `[in, in]` is E[x̃ xᵀ] with the input x̃ of the original model, for asymmetric calibration; `drift`
+    `[out, in]`, for a single matrix, is that of `drift_target`. Computes in float32. The processes of a team divide the
+    rows among themselves, and each returns all solutions.
 
     Raises NumericalError, naming the layer, for weights or inputs that are not finite and for Hessians that cannot be
     factorised.
@@ -75,6 +77,8 @@ def quantize_matrices(
             torch.cat(matrices), hessian.float(), cross.float(), options.weight_error, options.asymmetric, names[0]
         )
         matrices = list(tall.split(heights))
+    if hessian is not None and drift is not None and options.drift:
+        matrices = [drift_target(matrices[0], hessian.float(), drift.float(), options.drift, names[0])]
     split = _OutlierSplit(matrices, hessian, outlier_count(columns, options.format.outlier_columns))
     if split.ids is not None:
         matrices = [without_columns(matrix, split.ids) for matrix in matrices]

@@ -17,6 +17,9 @@ from shiftadd_cli.blockwise.output_cache import OutputCache
 from shiftadd_cli.context import ALONE_ON_CPU, Context
 from shiftadd_cli.source.experts import SplitExperts
 
+# In place of the path of a module: the one that reads the output of the block.
+OUTPUT = ""
+
 
 @dataclass(frozen=True)
 class BlockStream:
@@ -37,10 +40,14 @@ class BlockStream:
     def inputs(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Inputs of the modules `names` (paths in the block) in batch `index`, in the order they run.
 
-        The input of split experts is the numbers of the experts that each token is sent to. Modules that do not run
-        are left out. The forward stops as soon as all inputs have been seen.
+        The name `OUTPUT` stands for the reader of the block's output. The input of split experts is the numbers of the
+        experts that each token is sent to. Modules that do not run are left out. The forward stops as soon as all
+        inputs have been seen.
         """
-        seen: dict[str, Tensor] = {}
+        if OUTPUT in names:
+            seen, output = self.run_seeing(index, [name for name in names if name != OUTPUT])
+            return seen | {OUTPUT: output}
+        seen = {}
 
         def leave() -> None:
             if len(seen) == len(names):

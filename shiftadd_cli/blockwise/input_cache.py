@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shiftadd_cli.blockwise.block_runner import BlockStream
+from shiftadd_cli.blockwise.block_runner import OUTPUT, BlockStream
 from shiftadd_cli.blockwise.tensor_file import TensorFile
 
 
@@ -28,8 +28,10 @@ class InputCache:
         self._stream.advance(names, self._note)
 
     def inputs(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Inputs of the modules in batch `index`, on the CPU; modules that did not run are left out."""
-        return {name: self._file[index, name] for name in names if (index, name) in self._file}
+        """Inputs of the modules in batch `index`, on the CPU; `OUTPUT` stands for the reader of the block's output;
+        modules that did not run are left out."""
+        seen = {name: self._file[index, name] for name in names if (index, name) in self._file}
+        return seen | {OUTPUT: self._stream.hidden[index]} if OUTPUT in names else seen
 
     def _note(self, index: int, seen: dict[str, Tensor]) -> None:
         for name, inputs in seen.items():

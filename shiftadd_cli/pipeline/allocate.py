@@ -40,7 +40,7 @@ from shiftadd_cli.source import Source
 # Recipe fields that no sensitivity depends on. The text is identified by the samples drawn from it, not by its name.
 _IRRELEVANT = (
     "primitive", "bits", "avg_bits", "candidates", "tie_fused", "bit_plan", "refine_rounds", "descent_passes",
-    "bias_correction", "true_sequential", "asymmetric", "loss_aware", "reconstruct_epochs", "distill_epochs",
+    "bias_correction", "true_sequential", "asymmetric", "drift", "loss_aware", "reconstruct_epochs", "distill_epochs",
     "embedding_bits", "calibration", "writing_length", "writing_temperature",
     "writing_min_p", "batch_size", "device", "shard_size",
 )  # fmt: skip

@@ -13,6 +13,7 @@ from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import Solution, quantize_matrices
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.input_cache import InputCache
+from shiftadd_cli.blockwise.junctions import find_junctions
 from shiftadd_cli.calibration.hessian import Moments, gather_moments
 from shiftadd_cli.calibration.mixtures import Group, enough_tokens, in_room, in_turns
 from shiftadd_cli.distributed.team import ALONE, Team
@@ -59,16 +60,21 @@ class BlockQuantizer:
         """Quantize on the inputs of `stream`. Linears that get no input, or belong to an expert with too few tokens
         (see `calibration.mixtures`), are quantized on their weights alone.
 
-        original: of the unquantized block, for asymmetric calibration; its hidden states advance to its outputs.
+        original: of the unquantized block, to compare inputs and hidden states with; its hidden states advance to its
+        outputs.
         """
         turns = self._turns(stream)
+        junctions: dict[str, str] = {}
         if original is not None:
             with self.clock.phase("forward"):
+                if self.recipe.drift:
+                    junctions = self._junctions(stream, turns)
                 mixtures = {spec.experts for spec in self.specs.values() if spec.experts is not None}
-                original.advance([*sorted(mixtures), *(group[0] for turn in turns for group in turn)])
+                read = [group[0] for turn in turns for group in turn]
+                original.advance([*sorted(mixtures), *dict.fromkeys([*read, *filter(None, junctions.values())])])
         for turn in turns:
             with self.clock.phase("forward"):
-                turn_moments = gather_moments(stream, turn, original, self._weights(turn))
+                turn_moments = gather_moments(stream, turn, original, self._weights(turn), junctions)
             with self.clock.phase("solve"):
                 for group, moments in zip(turn, turn_moments, strict=True):
                     self.tokens |= dict.fromkeys(group, moments.tokens)
@@ -90,6 +96,12 @@ class BlockQuantizer:
             return [[group for turn in turns for group in turn]]
         cross = bool(self.recipe.asymmetric)
         return [part for turn in turns for part in in_room(turn, list(self.specs.values()), cross=cross)]
+
+    def _junctions(self, stream: BlockStream, turns: Sequence[Sequence[Group]]) -> dict[str, str]:
+        """Where linears that read an input alone join the hidden states. The outputs of experts are weighted and
+        summed first."""
+        alone = [group[0] for turn in turns for group in turn if len(group) == 1]
+        return find_junctions(stream, [kind for kind in alone if self.specs[kind].experts is None])
 
     def _weights(self, groups: Sequence[Group]) -> list[Tensor | None] | None:
         """Token weights of each group. Linears that read one tensor share the mean of their weights, and so one moment.
@@ -152,17 +164,26 @@ class BlockQuantizer:
             solutions = quantize_matrices(weights, names, None, options.without_data(), team=self.team)
         elif self._biases_take_the_mean(kinds):
             centered = moments.about_mean()
-            solutions = quantize_matrices(weights, names, centered.hessian, options, centered.cross, self.team)
+            solutions = self._solutions(weights, names, options, centered)
             for kind, weight, solution in zip(kinds, weights, solutions, strict=True):
                 shift = (weight.float() - solution.weight.decode()) @ moments.mean
-                if moments.cross_mean is not None:
+                if moments.drift_mean is not None:
+                    shift += self.recipe.drift * moments.drift_mean
+                elif moments.cross_mean is not None:
                     shift += self.recipe.asymmetric * weight.float() @ (moments.cross_mean - moments.mean)
                 bias = self.block.get_submodule(kind).get_parameter("bias")
                 bias.data = (bias.float() + shift).to(bias.dtype)
         else:
-            solutions = quantize_matrices(weights, names, moments.hessian, options, moments.cross, self.team)
+            solutions = self._solutions(weights, names, options, moments)
         for kind, solution in zip(kinds, solutions, strict=True):
             self._put(kind, solution)
+
+    def _solutions(
+        self, weights: Sequence[Tensor], names: Sequence[str], options: SolverOptions, moments: Moments
+    ) -> list[Solution]:
+        return quantize_matrices(
+            weights, names, moments.hessian, options, moments.cross, self.team, drift=moments.drift
+        )
 
     def _biases_take_the_mean(self, kinds: Sequence[str]) -> bool:
         """Whether the linears have biases to correct (Nagel et al. 2019, arXiv:1906.04721, section 4.2). If so, the

@@ -171,13 +171,13 @@ class RunSizes:
         ]
         squares = [[width**2 for width, _ in block] for block in inputs]
         gathered = max(max(block, default=0) if recipe.true_sequential else sum(block) for block in squares)
-        moments = 4 * (2 if recipe.asymmetric else 1) * gathered
+        moments = 4 * (2 if recipe.compares_inputs else 1) * gathered
         if recipe.true_sequential:
             # Those of experts side by side.
-            moments = max(moments, min(_expert_bytes(linears, cross=bool(recipe.asymmetric)), ROOM_BYTES) // COPIES)
+            moments = max(moments, min(_expert_bytes(linears, cross=recipe.compares_inputs), ROOM_BYTES) // COPIES)
         # A batch's inputs in the original, as they are read and in float32.
         itemsize = self.source.dtype.itemsize
-        recalled = recipe.batch_size * (itemsize + 4) * self.inputs if recipe.asymmetric else 0
+        recalled = recipe.batch_size * (itemsize + 4) * self.inputs if recipe.compares_inputs else 0
         # Sums of a shard, of all shards, and in the end the moments themselves.
         gathering = max(2 * moments + self.activations + recalled, 3 * moments)
         tuning = 0

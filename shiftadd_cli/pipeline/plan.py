@@ -147,7 +147,7 @@ class Plan:
             spec = linear.spec
             experts = f"{self.structure.blocks[spec.block]}.{spec.experts}"
             read = flow.tokens[spec.block] * (1.0 if spec.experts is None else shares[experts])
-            recalled = spec.in_features if recipe.asymmetric else 0
+            recalled = spec.in_features if recipe.compares_inputs else 0
             played = spec.out_features if recipe.true_sequential else 0
             values[spec.block] += read * (recalled + played)
         return int(max(values.values())) * recipe.samples * self.running.dtype.itemsize

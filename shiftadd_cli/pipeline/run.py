@@ -125,12 +125,12 @@ class Run:
         with TensorFile(self.recorder.spill) as waiting:
             stream, original = self._streams(trace, depth, quantizer, waiting)
             self._take_shared(depth)
-            if original is None or not recipe.asymmetric:
+            if original is None or not recipe.compares_inputs:
                 quantizer.on(stream)
             else:
                 quantizer.on(stream, InputCache(original, waiting))
             with self.clock.phase("forward"):
-                if original is not None and not recipe.asymmetric:
+                if original is not None and not recipe.compares_inputs:
                     original.advance()
             if original is not None and recipe.reconstruct_epochs and quantizer.specs:
                 report = quantizer.reconstruct(stream, original)

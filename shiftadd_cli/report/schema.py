@@ -260,7 +260,7 @@ class Report(FilePart):
         list[LayerReport],
         Field(
             description="Errors are measured before any block reconstruction and distillation. With asymmetric "
-            "calibration, W is the weight corrected for the errors of the preceding layers."
+            "calibration or `drift`, W is the weight corrected for the errors of the preceding layers."
         ),
     ]
     blocks: Annotated[list[BlockReport], Field(description="Empty without block reconstruction.")] = Field(

@@ -51,6 +51,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "bias_correction": (["--no-bias-correction"], False),
     "true_sequential": (["--no-true-sequential"], False),
     "asymmetric": (["--asymmetric", "0.25"], 0.25),
+    "drift": (["--drift", "0.25"], 0.25),
     "loss_aware": (["--loss-aware", "1"], 1.0),
     "reconstruct_epochs": (["--reconstruct-epochs", "2"], 2),
     "distill_epochs": (["--distill-epochs", "2"], 2),

@@ -27,7 +27,7 @@ from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import LinearSpec, find_structure, open_source
 
 CPU = torch.device("cpu")
-Moments = dict[str, tuple[Tensor | None, Tensor | None]]
+Moments = dict[str, tuple[Tensor | None, Tensor | None, Tensor | None]]
 WINDOWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -50,7 +50,7 @@ def recipe(**fields: Any) -> Recipe:
 
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> Moments:
-    """The Hessian and the cross moment that each linear is solved with, by name."""
+    """The Hessian, the cross moment and the drift that each linear is solved with, by name."""
     moments: Moments = {}
     real = block_module.quantize_matrices
 
@@ -61,9 +61,10 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> Moments:
         options: SolverOptions,
         cross: Tensor | None = None,
         team: Team = ALONE,
+        drift: Tensor | None = None,
     ) -> list[Solution]:
-        moments.update(dict.fromkeys(names, (hessian, cross)))
-        return real(weights, names, hessian, options, cross, team)
+        moments.update(dict.fromkeys(names, (hessian, cross, drift)))
+        return real(weights, names, hessian, options, cross, team, drift)
 
     monkeypatch.setattr(block_module, "quantize_matrices", spy)
     return moments
@@ -95,8 +96,9 @@ def test_true_sequential_linears_read_quantized_predecessors(
     untouched = copy.deepcopy(stream.block)
     BlockQuantizer(stream.block, specs, recipe(true_sequential=true_sequential), PhaseClock()).on(stream)
     for kind in ("self_attn.o_proj", "mlp.down_proj"):
-        hessian, cross = solved[next(spec.name for spec in specs if spec.kind == kind)]
+        hessian, cross, drift = solved[next(spec.name for spec in specs if spec.kind == kind)]
         assert cross is None
+        assert drift is None
         assert hessian is not None
         # The block is fully quantized by now. Linears that run later do not change the input of this one.
         expected, other = (stream.block, untouched) if true_sequential else (untouched, stream.block)
@@ -111,7 +113,7 @@ def test_asymmetric_linears_aim_at_the_original(tmp_path: Path, solved: Moments)
     quantizer.on(stream, InputCache(original, TensorFile(tmp_path)))
     for spec in specs:
         now, before = read_by(stream.block, stream, spec.kind), read_by(original.block, stream, spec.kind)
-        _, cross = solved[spec.name]
+        _, cross, _ = solved[spec.name]
         torch.testing.assert_close(cross, (before.T @ now / len(now)).float(), rtol=1e-3, atol=1e-5)
 
 
@@ -129,6 +131,63 @@ def test_asymmetric_calibration_brings_the_block_closer_to_the_original(tmp_path
         stream.advance()
         errors[strength] = (stream.hidden[0] - original.hidden[0]).square().sum()
     assert errors[1.0] < errors[0.0]
+
+
+def behind(stream: BlockStream) -> tuple[BlockStream, BlockStream]:
+    """The original of a block, and the block itself where noise stands in for the errors of earlier blocks."""
+    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
+    noise = torch.randn(stream.hidden[0].shape, generator=torch.Generator().manual_seed(0))
+    stream.hidden.replace(0, stream.hidden[0] + 0.3 * noise * stream.hidden[0].std())
+    return original, stream
+
+
+def test_drift_is_that_of_the_hidden_states_that_the_output_is_added_to(tmp_path: Path, solved: Moments) -> None:
+    original, stream = behind(first_block(tmp_path)[0])
+    specs = first_block(tmp_path)[1]
+    # The linears that run later, and the one itself, are not quantized yet.
+    parts = {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": None}
+    unquantized = copy.deepcopy(stream.block)
+    quantizer = BlockQuantizer(stream.block, specs, recipe(drift=1.0), PhaseClock())
+    quantizer.on(stream, InputCache(original, TensorFile(tmp_path)))
+    start = first_block(tmp_path)[0]
+    for kind, reader in parts.items():
+        later = list(specs_in_order(specs))[[spec.kind for spec in specs_in_order(specs)].index(kind) :]
+        state = copy.deepcopy(stream.block)
+        for spec in later:
+            state.get_submodule(spec.kind).load_state_dict(unquantized.get_submodule(spec.kind).state_dict())
+        x = read_by(state, stream, kind)
+        if reader is None:
+            before = start.calls[0].run(start.block, start.hidden[0]).double()
+            after = stream.calls[0].run(state, stream.hidden[0]).double()
+        else:
+            before, after = read_by(start.block, start, reader), read_by(state, stream, reader)
+        moment = (before - after).reshape(-1, before.shape[-1]).detach().T @ x / len(x)
+        _, cross, drift = solved[next(spec.name for spec in specs if spec.kind == kind)]
+        assert cross is None
+        torch.testing.assert_close(drift, moment.float(), rtol=1e-3, atol=1e-5)
+    _, cross, drift = solved[next(spec.name for spec in specs if spec.kind == "mlp.gate_proj")]
+    assert cross is not None
+    assert drift is None
+
+
+def specs_in_order(specs: list[LinearSpec]) -> list[LinearSpec]:
+    """The linears of a llama block as they run."""
+    order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return sorted(specs, key=lambda spec: order.index(spec.kind.rpartition(".")[2]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_correct_the_drift_of_the_hidden_states(tmp_path: Path, family: str) -> None:
+    errors = {}
+    for strength in (0.0, 1.0):
+        stream, specs = first_block(tmp_path / str(strength), family)
+        original, stream = behind(stream)
+        fields = {"bits": 8, "asymmetric": 1.0, "drift": strength}
+        quantizer = BlockQuantizer(stream.block, specs, recipe(**fields), PhaseClock())
+        quantizer.on(stream, InputCache(original, TensorFile()))
+        stream.advance()
+        errors[strength] = (stream.hidden[0] - original.hidden[0]).square().sum()
+    assert errors[1.0] < 0.98 * errors[0.0]
 
 
 def test_linears_that_share_an_input_keep_their_own_bits(tmp_path: Path) -> None:
@@ -184,6 +243,17 @@ def test_biases_absorb_the_mean_error(tmp_path: Path) -> None:
     for kind, (error, mean) in corrected.items():
         assert mean < 1e-5 < plain[kind][1]
         assert error < plain[kind][0]
+
+
+def test_biases_absorb_the_mean_drift(tmp_path: Path) -> None:
+    stream, specs = first_block(tmp_path, "gpt2")
+    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
+    stream.hidden.replace(0, 1.1 * stream.hidden[0] + 0.2)
+    quantizer = BlockQuantizer(stream.block, specs, recipe(drift=1.0), PhaseClock())
+    quantizer.on(stream, InputCache(original, TensorFile(tmp_path)))
+    stream.advance()
+    gap = (stream.hidden[0] - original.hidden[0]).mean((0, 1))
+    assert gap.norm() < 1e-4 * original.hidden[0].mean((0, 1)).norm()
 
 
 def test_biases_absorb_the_mean_error_of_asymmetric_calibration(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ QUICK: dict[str, Any] = {
 }
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
-    "asymmetric": {"asymmetric": 0.5},
+    "asymmetric": {"asymmetric": 0.5, "drift": 1.0},
     "loss_aware": {"loss_aware": 1.0},
     "reconstruct": {"reconstruct_epochs": 2, "asymmetric": 0.5},
     "distill": {"distill_epochs": 2, "asymmetric": 0.0, "bits": 1},
