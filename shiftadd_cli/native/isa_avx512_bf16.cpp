@@ -76,48 +76,40 @@ struct Tiled {
     void flush(int64_t batch, float* sums) {
         const Tiles tiles;
         int64_t b = 0;
-        for (; b + kTileRows < batch; b += 2 * kTileRows) two_tiles(b, sums + b * kBlockRows);
-        if (b < batch) one_tile(b, sums + b * kBlockRows);
+        for (; b + kTileRows < batch; b += 2 * kTileRows) multiply_rows<2>(b, sums + b * kBlockRows);
+        if (b < batch) multiply_rows<1>(b, sums + b * kBlockRows);
         chunks = filled = 0;
     }
 
-    // Sums of 32 rows of activations from `b`, in tiles 0 to 3.
-    void two_tiles(int64_t b, float* sums) const {
+    // Sums of 16 N rows of activations from `b`: in tiles 0 and 1, and for N = 2 also in 2 and 3.
+    template <int N>
+    void multiply_rows(int64_t b, float* sums) const {
         constexpr int64_t kStride = kBlockRows * sizeof(float);
         float* next = sums + kTileRows * kBlockRows;
         _tile_loadd(0, sums, kStride);
         _tile_loadd(1, sums + kTileRows, kStride);
-        _tile_loadd(2, next, kStride);
-        _tile_loadd(3, next + kTileRows, kStride);
+        if constexpr (N == 2) {
+            _tile_loadd(2, next, kStride);
+            _tile_loadd(3, next + kTileRows, kStride);
+        }
         for_each_step(b, [&](const Value* x, int64_t stride, const uint32_t* w) {
             _tile_loadd(4, x, stride);
             _tile_loadd(6, w, kStride);
             _tile_loadd(7, w + kTileRows, kStride);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, reinterpret_cast<const char*>(x) + kTileRows * stride, stride);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            if constexpr (N == 2) {
+                _tile_loadd(5, reinterpret_cast<const char*>(x) + kTileRows * stride, stride);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
         });
         _tile_stored(0, sums, kStride);
         _tile_stored(1, sums + kTileRows, kStride);
-        _tile_stored(2, next, kStride);
-        _tile_stored(3, next + kTileRows, kStride);
-    }
-
-    void one_tile(int64_t b, float* sums) const {
-        constexpr int64_t kStride = kBlockRows * sizeof(float);
-        _tile_loadd(0, sums, kStride);
-        _tile_loadd(1, sums + kTileRows, kStride);
-        for_each_step(b, [&](const Value* x, int64_t stride, const uint32_t* w) {
-            _tile_loadd(4, x, stride);
-            _tile_loadd(6, w, kStride);
-            _tile_loadd(7, w + kTileRows, kStride);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-        });
-        _tile_stored(0, sums, kStride);
-        _tile_stored(1, sums + kTileRows, kStride);
+        if constexpr (N == 2) {
+            _tile_stored(2, next, kStride);
+            _tile_stored(3, next + kTileRows, kStride);
+        }
     }
 
     // Calls `step(activations, bytes from row to row, weights)` for every 32 columns.
