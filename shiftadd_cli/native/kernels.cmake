@@ -24,8 +24,9 @@ function(shiftadd_add_kernels target)
   set(folder "${SHIFTADD_KERNELS_FOLDER}")
   set_source_files_properties("${folder}/isa_avx2.cpp" PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma")
   set_source_files_properties("${folder}/isa_avx512.cpp" PROPERTIES COMPILE_OPTIONS "${avx512}")
+  # It throws nothing. Code that gives tiles back while unwinding would share a symbol with other files.
   set_source_files_properties("${folder}/isa_avx512_bf16.cpp" PROPERTIES COMPILE_OPTIONS
-                              "${avx512};-mavx512bf16;-mamx-tile;-mamx-bf16")
+                              "${avx512};-mavx512bf16;-mamx-tile;-mamx-bf16;-fno-exceptions")
   # Only a fallback for other processors: at -O3 it takes most of the build time and is no faster.
   set_source_files_properties("${folder}/isa_portable.cpp" PROPERTIES COMPILE_OPTIONS "-O2")
 endfunction()
