@@ -8,29 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from block_streams import block_stream
 from tiny_models import save_tiny
 from torch import Tensor, nn
 
 from shiftadd_cli.blockwise.block_runner import BlockStream
-from shiftadd_cli.blockwise.model import BlockwiseModel
-from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration.hessian import Moments, gather_moments
-from shiftadd_cli.source import find_structure, open_source
 
 WINDOWS = torch.randint(0, 256, (5, 16), generator=torch.Generator().manual_seed(1))
 
 
 def first_block(path: Path, batch_size: int) -> tuple[BlockStream, list[str]]:
     """The first block as a stream, and the linears in it."""
-    source = open_source(str(path))
-    structure = find_structure(source.skeleton())
-    source.materialise(structure.outside)
-    trace = trace_model(BlockwiseModel(source, structure), WINDOWS, batch_size)
-    source.materialise([structure.blocks[0]])
-    block = source.skeleton().get_submodule(structure.blocks[0])
-    calls = {index: block_calls[0] for index, block_calls in trace.calls.items()}
-    kinds = [spec.kind for spec in structure.linears if spec.block == 0]
-    return BlockStream("block", block, trace.hidden, calls), kinds
+    stream, specs = block_stream(path, WINDOWS, batch_size)
+    return stream, [spec.kind for spec in specs]
 
 
 def inputs_of(block: nn.Module, stream: BlockStream, kinds: list[str]) -> dict[str, Tensor]:

@@ -8,31 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from block_streams import block_stream
 from tiny_models import MIXTURES, save_tiny
 from torch import Tensor, nn
 
 from shiftadd_cli.blockwise.block_runner import BlockStream
-from shiftadd_cli.blockwise.model import BlockwiseModel
-from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration import mixtures
 from shiftadd_cli.calibration.hessian import gather_moments
 from shiftadd_cli.calibration.mixtures import Group, enough_tokens, expert_bytes, in_room, in_turns
-from shiftadd_cli.source import LinearSpec, find_structure, open_source
+from shiftadd_cli.source import LinearSpec
 
 WINDOWS = torch.randint(0, 256, (5, 16), generator=torch.Generator().manual_seed(1))
 
 
 def last_block(path: Path, batch_size: int = 2) -> tuple[BlockStream, list[LinearSpec]]:
     """The last block as a stream, and the linears in it."""
-    source = open_source(str(path))
-    structure = find_structure(source.skeleton())
-    source.materialise(structure.outside)
-    trace = trace_model(BlockwiseModel(source, structure), WINDOWS, batch_size)
-    depth = len(structure.blocks) - 1
-    source.materialise([structure.blocks[depth]])
-    block = source.skeleton().get_submodule(structure.blocks[depth])
-    calls = {index: block_calls[depth] for index, block_calls in trace.calls.items()}
-    return BlockStream("block", block, trace.hidden, calls), [spec for spec in structure.linears if spec.block == depth]
+    return block_stream(path, WINDOWS, batch_size, depth=-1)
 
 
 def rows_by_token(stream: BlockStream, spec: LinearSpec) -> dict[tuple[int, int], Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from block_streams import block_stream
 from tiny_models import save_tiny
 from torch import Tensor, nn
 
@@ -16,15 +17,13 @@ from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.solver import Solution
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.input_cache import InputCache
-from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.tensor_file import TensorFile
-from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.pipeline import block as block_module
 from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.recipe import Recipe
-from shiftadd_cli.source import LinearSpec, find_structure, open_source
+from shiftadd_cli.source import LinearSpec
 
 CPU = torch.device("cpu")
 Moments = dict[str, tuple[Tensor | None, Tensor | None, Tensor | None]]
@@ -34,14 +33,15 @@ WINDOWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed
 def first_block(path: Path, family: str = "llama") -> tuple[BlockStream, list[LinearSpec]]:
     path.mkdir(exist_ok=True)
     save_tiny(family, path)
-    source = open_source(str(path))
-    structure = find_structure(source.skeleton())
-    source.materialise(structure.outside)
-    trace = trace_model(BlockwiseModel(source, structure), WINDOWS, 6)
-    source.materialise([structure.blocks[0]])
-    block = source.skeleton().get_submodule(structure.blocks[0])
-    calls = {index: block_calls[0] for index, block_calls in trace.calls.items()}
-    return BlockStream("block", block, trace.hidden, calls), [spec for spec in structure.linears if spec.block == 0]
+    return block_stream(path, WINDOWS, 6)
+
+
+def behind(stream: BlockStream) -> BlockStream:
+    """The original of a block. In the block itself, noise stands in for the errors of earlier blocks from now on."""
+    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
+    noise = torch.randn(stream.hidden[0].shape, generator=torch.Generator().manual_seed(0))
+    stream.hidden.replace(0, stream.hidden[0] + 0.3 * noise * stream.hidden[0].std())
+    return original
 
 
 def recipe(**fields: Any) -> Recipe:
@@ -121,10 +121,7 @@ def test_asymmetric_calibration_brings_the_block_closer_to_the_original(tmp_path
     errors = {}
     for strength in (0.0, 1.0):
         stream, specs = first_block(tmp_path / str(strength))
-        original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
-        # The noise stands in for the errors of earlier blocks.
-        noise = torch.randn(stream.hidden[0].shape, generator=torch.Generator().manual_seed(0))
-        stream.hidden.replace(0, stream.hidden[0] + 0.3 * noise * stream.hidden[0].std())
+        original = behind(stream)
         fields = {"bits": 4, "asymmetric": strength, "weight_error": 0.001}
         quantizer = BlockQuantizer(stream.block, specs, recipe(**fields), PhaseClock())
         quantizer.on(stream, InputCache(original, TensorFile()))
@@ -133,47 +130,34 @@ def test_asymmetric_calibration_brings_the_block_closer_to_the_original(tmp_path
     assert errors[1.0] < errors[0.0]
 
 
-def behind(stream: BlockStream) -> tuple[BlockStream, BlockStream]:
-    """The original of a block, and the block itself where noise stands in for the errors of earlier blocks."""
-    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
-    noise = torch.randn(stream.hidden[0].shape, generator=torch.Generator().manual_seed(0))
-    stream.hidden.replace(0, stream.hidden[0] + 0.3 * noise * stream.hidden[0].std())
-    return original, stream
-
-
 def test_drift_is_that_of_the_hidden_states_that_the_output_is_added_to(tmp_path: Path, solved: Moments) -> None:
-    original, stream = behind(first_block(tmp_path)[0])
-    specs = first_block(tmp_path)[1]
-    # The linears that run later, and the one itself, are not quantized yet.
-    parts = {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": None}
-    unquantized = copy.deepcopy(stream.block)
+    stream, specs = first_block(tmp_path)
+    original = behind(stream)
+    names = {spec.kind: spec.name for spec in specs}
+    in_order = [kind for group in stream.shared_inputs(list(names)) for kind in group]
+    start, unquantized = original.hidden[0], copy.deepcopy(stream.block)
     quantizer = BlockQuantizer(stream.block, specs, recipe(drift=1.0), PhaseClock())
     quantizer.on(stream, InputCache(original, TensorFile(tmp_path)))
-    start = first_block(tmp_path)[0]
-    for kind, reader in parts.items():
-        later = list(specs_in_order(specs))[[spec.kind for spec in specs_in_order(specs)].index(kind) :]
-        state = copy.deepcopy(stream.block)
-        for spec in later:
-            state.get_submodule(spec.kind).load_state_dict(unquantized.get_submodule(spec.kind).state_dict())
-        x = read_by(state, stream, kind)
+    # The original's states have advanced to its outputs.
+    original.hidden.replace(0, start)
+    for kind, reader in {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": None}.items():
+        block = copy.deepcopy(stream.block)
+        # The linear itself and those that run later were not quantized yet.
+        for later in in_order[in_order.index(kind) :]:
+            block.get_submodule(later).load_state_dict(unquantized.get_submodule(later).state_dict())
+        x = read_by(block, stream, kind)
         if reader is None:
-            before = start.calls[0].run(start.block, start.hidden[0]).double()
-            after = stream.calls[0].run(state, stream.hidden[0]).double()
+            before = original.calls[0].run(original.block, start).double()
+            after = stream.calls[0].run(block, stream.hidden[0]).double()
         else:
-            before, after = read_by(start.block, start, reader), read_by(state, stream, reader)
+            before, after = read_by(original.block, original, reader), read_by(block, stream, reader)
         moment = (before - after).reshape(-1, before.shape[-1]).detach().T @ x / len(x)
-        _, cross, drift = solved[next(spec.name for spec in specs if spec.kind == kind)]
+        _, cross, drift = solved[names[kind]]
         assert cross is None
         torch.testing.assert_close(drift, moment.float(), rtol=1e-3, atol=1e-5)
-    _, cross, drift = solved[next(spec.name for spec in specs if spec.kind == "mlp.gate_proj")]
+    _, cross, drift = solved[names["mlp.gate_proj"]]
     assert cross is not None
     assert drift is None
-
-
-def specs_in_order(specs: list[LinearSpec]) -> list[LinearSpec]:
-    """The linears of a llama block as they run."""
-    order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return sorted(specs, key=lambda spec: order.index(spec.kind.rpartition(".")[2]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -181,7 +165,7 @@ def test_layers_correct_the_drift_of_the_hidden_states(tmp_path: Path, family: s
     errors = {}
     for strength in (0.0, 1.0):
         stream, specs = first_block(tmp_path / str(strength), family)
-        original, stream = behind(stream)
+        original = behind(stream)
         fields = {"bits": 8, "asymmetric": 1.0, "drift": strength}
         quantizer = BlockQuantizer(stream.block, specs, recipe(**fields), PhaseClock())
         quantizer.on(stream, InputCache(original, TensorFile()))

@@ -9,18 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from block_streams import block_stream
 from tiny_models import save_tiny
 
 from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.hidden_states import HiddenStates
-from shiftadd_cli.blockwise.model import BlockwiseModel
-from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.reconstruction import block as module
 from shiftadd_cli.reconstruction.block import Reconstruction, reconstruct_block
-from shiftadd_cli.source import find_structure, open_source
 
 CPU = torch.device("cpu")
 
@@ -54,18 +52,11 @@ class Case:
 
 def quantized_block(path: Path, family: str = "llama", bits: int = 2) -> Case:
     save_tiny(family, path)
-    source = open_source(str(path))
-    structure = find_structure(source.skeleton())
-    source.materialise(structure.outside)
     windows = torch.randint(0, 256, (96, 64), generator=torch.Generator().manual_seed(1))
-    trace = trace_model(BlockwiseModel(source, structure), windows, 8)
-    source.materialise([structure.blocks[0]])
-    block = source.skeleton().get_submodule(structure.blocks[0])
-    calls = {index: block_calls[0] for index, block_calls in trace.calls.items()}
-    original = BlockStream("block", copy.deepcopy(block), trace.hidden.copy(), calls)
-    stream = BlockStream("block", block, trace.hidden, calls)
+    stream, specs = block_stream(path, windows, 8)
+    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
     recipe = Recipe.load("best", {"bits": bits, "group_size": 16, "samples": 96, "seq_len": 64})
-    quantizer = BlockQuantizer(block, [spec for spec in structure.linears if spec.block == 0], recipe, PhaseClock())
+    quantizer = BlockQuantizer(stream.block, specs, recipe, PhaseClock())
     quantizer.on(stream)
     original.advance()
     return Case(stream, original, quantizer)
