@@ -9,7 +9,7 @@
 # A part whose tools are missing is skipped with a message. The exit code is 1 if any part fails.
 #
 # usage: scripts/check_native.sh [--quick] [--seed N] [--build FOLDER] [PART ...]
-#   --quick    fewer and smaller matrices, and plain and aarch64 with less optimisation: 15 seconds each
+#   --quick    fewer and smaller matrices, and plain and aarch64 with less optimisation: a minute each
 #   --seed     seed of the random matrices (default 1)
 #   --build    build folder, with a subfolder for each part (default build/check); reused next time
 #   PART       part to run (default: all). CXX and CMAKE_BUILD_PARALLEL_LEVEL work as with any CMake.

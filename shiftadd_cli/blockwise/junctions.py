@@ -7,7 +7,7 @@ output of a linear is changed, and its *junction* is the last reader whose input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shiftadd_cli.blockwise.block_runner import OUTPUT, BlockStream
 from shiftadd_cli.blockwise.forward import hooked
+from shiftadd_cli.source.linear import linear_sizes
 
 # Largest relative distance between vectors that count as equal, and the share of tokens for which they must. Sums in
 # bfloat16 are rounded by .002 to .004 of their size.
@@ -30,24 +31,28 @@ def find_junctions(stream: BlockStream, linears: Sequence[str]) -> dict[str, str
 
 def _junctions(stream: BlockStream, linears: Sequence[str]) -> dict[str, str]:
     before = _states(stream)
+    shape, size = before[OUTPUT].shape, before[OUTPUT].square().mean().sqrt().cpu()
     generator = torch.Generator().manual_seed(0)
     junctions: dict[str, str] = {}
     for linear in linears:
+        module = stream.block.get_submodule(linear)
+        # A linear of another width adds to something else.
+        if (sizes := linear_sizes(module)) is None or sizes[0] != shape[-1]:
+            continue
         outputs: list[tuple[Tensor, Tensor]] = []
 
         def change(_: Any, __: Any, output: Tensor, outputs: list[tuple[Tensor, Tensor]] = outputs) -> Tensor:
             # As large as the hidden states, so that the rounding of a sum is small beside it.
-            size = before[OUTPUT].square().mean().sqrt().cpu()
             changed = output + (torch.randn(output.shape, generator=generator) * size).to(output)
             outputs.append((output.float(), changed.float()))
             return changed
 
-        after = _states(stream, linear, change)
-        # A linear of another width adds to something else.
-        if len(outputs) != 1 or outputs[0][0].shape != before[OUTPUT].shape:
+        with hooked([module.register_forward_hook(change)]):
+            after = _states(stream)
+        if len(outputs) != 1 or outputs[0][0].shape != shape:
             continue
         ((output, changed),) = outputs
-        states = {name: state for name, state in before.items() if name in after and state.shape == output.shape}
+        states = {name: state for name, state in before.items() if name in after and state.shape == shape}
         readers = [name for name, state in states.items() if _agree(after[name] - state, changed - output)]
         # Readers are in the order in which they run; the output of the block is the last. A norm may read the output
         # alone, and then only the norm's is added.
@@ -61,11 +66,9 @@ def _agree(state: Tensor, expected: Tensor) -> bool:
     return float((distance <= _TOLERANCE).float().mean()) >= _SHARE
 
 
-def _states(
-    stream: BlockStream, linear: str | None = None, change: Callable[..., Tensor] | None = None
-) -> dict[str, Tensor]:
+def _states(stream: BlockStream) -> dict[str, Tensor]:
     """First arguments of all modules of the block in the first batch, float32, in the order in which they run, and its
-    output. `change` is a forward hook of `linear`."""
+    output."""
     states: dict[str, Tensor] = {}
 
     def note(name: str, args: tuple[Any, ...]) -> None:
@@ -77,8 +80,6 @@ def _states(
         for name, module in stream.block.named_modules()
         if name
     ]
-    if linear is not None and change is not None:
-        handles.append(stream.block.get_submodule(linear).register_forward_hook(change))
     with hooked(handles):
         _, output = stream.run_seeing(0, [])
     states[OUTPUT] = output.float()

@@ -131,8 +131,8 @@ def gather_moments(
     linears in the original model, the cross moments are gathered too. Each process of a team runs its own batches, and
     all get all moments.
 
-    junctions: see `find_junctions`. A linear that has one and is the only one of its group gets its drift in place of
-    the cross moments.
+    junctions: see `find_junctions`; only of linears that are alone in their group, and only with `original`. These
+    linears get their drift in place of the cross moments.
     weights: for each group `[samples, tokens]` or None, not negative and of mean 1: a token's x xᵀ is multiplied by its
     weight (GuidedQuant, arXiv:2505.07004, section 3). Inputs that do not contain every token, see `is_whole` (experts
     read some of them), are not weighted.
@@ -143,8 +143,7 @@ def gather_moments(
     positions = {name: position for name in names if (position := place_in_mixture(stream.block, name)) is not None}
     # The routing is needed to match the tokens of an expert with those that it reads in the original.
     mixtures = [] if original is None else list(dict.fromkeys(mixture for mixture, _ in positions.values()))
-    alone = {group[0] for group in groups if len(group) == 1} if original is not None else set()
-    readers = {name: reader for name, reader in (junctions or {}).items() if name in alone}
+    readers = {name: junctions[name] for name in names if junctions is not None and name in junctions}
     sums = {}
     for name in names:
         rows, columns = _sizes(stream.block.get_submodule(name))

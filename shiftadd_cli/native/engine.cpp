@@ -129,7 +129,7 @@ void linear(const Kernels& kernels, const Matrix& matrix, const Activations& inp
         const bool half = fast && kernels.multiply_half && input.type == Number::kBFloat16;
         if (half || !convert) return multiply_rows(kernels, matrix, input, half, output, threads);
         float* result = output_scratch.room<float>(input.rows * layout.rows);
-        multiply_rows(kernels, matrix, input, half, result, threads);
+        multiply_rows(kernels, matrix, input, false, result, threads);
         write_numbers(result, input.rows * layout.rows, input.type, output, 0);
         return;
     }

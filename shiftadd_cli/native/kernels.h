@@ -157,8 +157,8 @@ struct Kernels {
     void (*rotate)(float* row, const float* signs, int64_t columns, int64_t order);
     // Writes the tables of one padded row [padded_columns].
     void (*build_exact)(const float* row, int64_t columns, float* tables);
-    // The same in 16 bits, in tables as `half_tables` has them, with a unit per chunk that keeps every sum over the chunk
-    // in range.
+    // The same in 16 bits, in tables as `half_tables` has them, with a unit per chunk that keeps every sum over the
+    // chunk in range.
     HalfTables half_tables;
     void (*build_fast)(const Layout&, const float* row, int16_t* tables, float* units);
     // Sums each chunk of one padded row.

@@ -70,7 +70,7 @@ struct Kernel {
             for (int64_t i = 0; i < rows; ++i) output[first + i] = ordered[i] * scale[i];
     }
 
-    // The same for bfloat16 output of several rows of activations, `columns` apart.
+    // The same for bfloat16 output, and for several rows of activations.
     static inline void finish_pairs(const Matrix& m, const float* sums, int64_t batch, int64_t block,
                                     uint16_t* output) {
         const int64_t first = block * kBlockRows;
