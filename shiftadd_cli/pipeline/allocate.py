@@ -22,7 +22,6 @@ from shiftadd_cli.allocation.plan_file import (
 )
 from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, measure_sensitivities
 from shiftadd_cli.allocation.solve import LayerOptions, allocate, allocate_smallest, tied_groups
-from shiftadd_cli.artifact.shards import plan_shards
 from shiftadd_cli.bcq.choices import Choice, ordered_choices
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.bcq.weight import PackedLayout
@@ -134,7 +133,7 @@ class AllocationJob:
             return
         smallest, largest = self.plan_at(min), self.plan_at(max)
         weights = smallest.quantized_weights
-        other = file_bytes(smallest) - smallest.quantized_bytes
+        other = smallest.file_bytes - smallest.quantized_bytes
         if budget.layer_bytes(weights, other) < smallest.quantized_bytes:
             low, high = (budget.in_words(plan.quantized_bytes, weights, other) for plan in (smallest, largest))
             raise AllocationError(
@@ -166,11 +165,11 @@ class AllocationJob:
         if budget.divergence is not None:
             return self.bit_plan(layers, allocate_smallest(layers, tied, budget.divergence))
         smallest = self.plan_at(min)
-        other = file_bytes(smallest) - smallest.quantized_bytes
+        other = smallest.file_bytes - smallest.quantized_bytes
         available = budget.layer_bytes(smallest.quantized_weights, other)
         chosen = allocate(layers, tied, available)
         while budget.file_bytes is not None:
-            above = file_bytes(self.data.plan.at(chosen)) - budget.file_bytes
+            above = self.data.plan.at(chosen).file_bytes - budget.file_bytes
             if above <= 0:
                 break
             # The size of the file headers depends slightly on the choice.
@@ -317,8 +316,3 @@ class AllocationJob:
             ),
             layers=planned,
         )
-
-
-def file_bytes(plan: Plan) -> int:
-    """Size of the weight files of a run, headers included."""
-    return sum(shard.nbytes for shard in plan_shards(plan.tensors, plan.recipe.shard_bytes))

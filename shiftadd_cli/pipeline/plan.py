@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from shiftadd_cli.allocation.plan_file import BitPlan, load_plan
 from shiftadd_cli.artifact.format import ArtifactFormat
-from shiftadd_cli.artifact.shards import TensorShape
+from shiftadd_cli.artifact.shards import TensorShape, nbytes, plan_shards
 from shiftadd_cli.bcq.choices import Choice
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.bcq.weight import PackedLayout
@@ -95,12 +94,12 @@ class Plan:
 
     @property
     def kept_bytes(self) -> int:
-        return sum(_nbytes(self.tensors[name]) for name in self.kept)
+        return sum(nbytes(self.tensors[name]) for name in self.kept)
 
     @property
-    def after_bytes(self) -> int:
-        """Bytes of all written tensors, without the headers of the files."""
-        return self.quantized_bytes + self.table_bytes + self.kept_bytes
+    def file_bytes(self) -> int:
+        """Size of the weight files at the bits of `linears`, headers included."""
+        return sum(shard.nbytes for shard in plan_shards(self.tensors, self.recipe.shard_bytes))
 
     @property
     def open_bits(self) -> bool:
@@ -109,9 +108,10 @@ class Plan:
 
     @property
     def most_bytes(self) -> int:
-        """Upper limit on `after_bytes`: if the bits have yet to be chosen, the size that their average allows."""
+        """`file_bytes`; if the bits have yet to be chosen, the size that their average allows, up to the few bytes by
+        which a choice changes the headers."""
         allowed = int((self.recipe.avg_bits or 0) * self.quantized_weights / 8) if self.open_bits else 0
-        return self.after_bytes + max(0, allowed - self.quantized_bytes)
+        return self.file_bytes + max(0, allowed - self.quantized_bytes)
 
     @property
     def state_bytes(self) -> int:
@@ -280,7 +280,3 @@ def _tensors(
             tensors[name] = (tuple(tensor.shape), tensor.dtype)
             kept.append(name)
     return tensors, tuple(kept)
-
-
-def _nbytes(shape: TensorShape) -> int:
-    return torch.Size(shape[0]).numel() * shape[1].itemsize

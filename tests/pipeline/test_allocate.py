@@ -17,7 +17,7 @@ from shiftadd_cli.bcq.choices import Choice, parts_of_choice
 from shiftadd_cli.cli.describe_bits import describe_bit_plan
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline import allocate as allocate_module
-from shiftadd_cli.pipeline.allocate import AllocationJob, Request, file_bytes
+from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.job import Job
 from shiftadd_cli.pipeline.plan import make_plan
 from shiftadd_cli.recipe import Recipe
@@ -83,7 +83,7 @@ def test_plan_is_optimal_within_the_budget(model: str, tie_fused: bool) -> None:
 def test_files_fill_the_requested_size_and_never_exceed_it(model: str, tmp_path: Path, part: float) -> None:
     """From the smallest possible size upwards."""
     generous = job_for(model, bits=9.0)
-    low, high = (file_bytes(generous.plan_at(choose)) for choose in (min, max))
+    low, high = (generous.plan_at(choose).file_bytes for choose in (min, max))
     target = low + round(part * (high - low))
     job = job_for(model, size=f"{target / 1000:.3f}KB", tie_fused=False)
     budget = job.request.budget

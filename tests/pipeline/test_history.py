@@ -135,7 +135,7 @@ def test_disk_space_must_also_fit_the_hidden_states(
     fields = dict(QUICK)
     plan = job.Job.prepare(str(model), tmp_path / "out", Recipe.load(fields.pop("recipe"), fields)).plan
     assert plan.state_bytes > 0
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=plan.after_bytes + plan.state_bytes - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=plan.file_bytes + plan.state_bytes - 1))
     with pytest.raises(OutputError, match="MB are needed"):
         shiftadd_cli.quantize(str(model), tmp_path / "out", **QUICK)
     assert not list(tmp_path.iterdir())

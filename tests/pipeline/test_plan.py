@@ -50,7 +50,8 @@ def test_sizes_match_the_planned_tensors(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     plan = plan_of(tmp_path, bits=2)
     assert plan.table_bytes == 2 * 320 * (48 + 2)
-    assert plan.after_bytes == sum(torch.Size(s).numel() * d.itemsize for s, d in plan.tensors.values())
+    stored = sum(torch.Size(s).numel() * d.itemsize for s, d in plan.tensors.values())
+    assert plan.quantized_bytes + plan.table_bytes + plan.kept_bytes == stored
     assert plan.bits_per_weight == pytest.approx(8 * plan.quantized_bytes / plan.quantized_weights)
 
 
@@ -64,7 +65,6 @@ def test_bits_per_layer_reach_layouts_and_format(tmp_path: Path) -> None:
     assert parsed.modules == {linear.spec.name: linear.layout for linear in plan.linears}
     weights = {linear.spec.name: linear.spec.out_features * linear.spec.in_features for linear in plan.linears}
     assert plan.planes_per_weight == sum(bits[name] * weights[name] for name in names) / sum(weights.values())
-    assert plan.after_bytes == sum(torch.Size(s).numel() * d.itemsize for s, d in plan.tensors.values())
     assert "2-4" not in describe_plan(plan)
     bits[names[0]] = 3
     described = describe_plan(make_plan(open_source(str(tmp_path)), Recipe.load("equal-bits", {}), bits))
@@ -114,12 +114,12 @@ def test_all_processes_but_the_first_hold_the_hidden_states_of_their_samples(tmp
 def test_undecided_bits_give_an_upper_limit_on_the_size(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     plan = plan_of(tmp_path, avg_bits=6.0)
-    other = plan.after_bytes - plan.quantized_bytes
+    other = plan.file_bytes - plan.quantized_bytes
     assert plan.bits_per_weight < 6
     assert 8 * (plan.most_bytes - other) / plan.quantized_weights == pytest.approx(6, rel=1e-3)
     assert f"-> at most {size(plan.most_bytes)}, " in describe_plan(plan)
     settled = plan_of(tmp_path, bits=3)
-    assert settled.most_bytes == settled.after_bytes
+    assert settled.most_bytes == settled.file_bytes
     assert "at most" not in describe_plan(settled)
 
 

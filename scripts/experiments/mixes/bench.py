@@ -28,7 +28,7 @@ from shiftadd_cli.bcq.choices import bits_of_choice
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import AllocationError, RecipeError
-from shiftadd_cli.pipeline.allocate import AllocationJob, Request, file_bytes
+from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.history import samples_fingerprint
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import open_source
@@ -226,7 +226,7 @@ class Allocations:
         conditions = self.conditions[0]
         job = self._jobs[conditions.seed]
         recipe = self.recipes[conditions.seed]
-        low, high = (file_bytes(job.plan_at(choose)) for choose in (min, max))
+        low, high = (job.plan_at(choose).file_bytes for choose in (min, max))
         budget = Budget.parse(None, f"{round(low + part * (high - low)) / 1000:.3f}KB")
         target = budget.file_bytes
         assert target is not None
