@@ -17,9 +17,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from shiftadd_cli.bcq.choices import CODE_BITS, PLANES, Choice, Primitive, choice_of, ordered_choices, parse_choice
+from shiftadd_cli.bcq.choices import (
+    CODE_BITS,
+    PLANES,
+    Choice,
+    Primitive,
+    choice_of,
+    ordered_choices,
+    parse_choice,
+    parts_of_choice,
+)
 from shiftadd_cli.bcq.matrix_format import MatrixStorage, OptionFields
 from shiftadd_cli.bcq.options import FitOptions, SolverOptions
+from shiftadd_cli.bcq.primitives import PRIMITIVES
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.recipe_file import configs_folder, packaged_names, read_mapping, short
 
@@ -30,6 +40,8 @@ NO_CALIBRATION = "none"
 # The fields that set the bits of the layers.
 BITS = ("bits", "avg_bits", "bit_plan")
 _STAND_IN_BITS = 3
+# Values of `embedding_bits` that are not choices of a compressed matrix.
+_ROWS, _UNCHANGED = 8, 16
 
 _SIZE = re.compile(r"([1-9][0-9]{0,8})(KB|MB|GB)")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -216,10 +228,11 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
         int, Field(ge=1, description="Calibration windows, or images, per batch; larger batches need more memory.")
     ]
     embedding_bits: Annotated[
-        Literal[8, 16],
+        Choice,
         Field(
-            description="Bits of the input embedding and output head, or of the patch embedding: 8 stores 8-bit rows "
-            "with one scale each, 16 leaves them unchanged."
+            description="Form of the input embedding and output head, or of the patch embedding: 8 stores 8-bit rows "
+            "with one scale each, 1 to 7 binary planes, trellis1-1 to trellis1-4, trellis2-2 and trellis2-3 "
+            "trellis-coded planes; 16 leaves them unchanged."
         ),
     ]
     skip: Annotated[
@@ -238,6 +251,16 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
         ),
     ]
     shard_size: Annotated[str, Field(description="Maximum size of a weight file, in KB, MB or GB.")]
+
+    @field_validator("embedding_bits", mode="before")
+    @classmethod
+    def _known_form(cls, value: object) -> object:
+        if value in (_ROWS, _UNCHANGED):
+            return value
+        choice = parse_choice(value) if isinstance(value, str) or (type(value) is int and 0 < value < _ROWS) else None
+        if choice is None or not PRIMITIVES[parts_of_choice(choice)[0]].lookup_kernels:
+            raise ValueError("must be 16, 8, a number of planes from 1 to 7, or a form of trellis-coded planes")
+        return choice
 
     @field_validator("skip")
     @classmethod

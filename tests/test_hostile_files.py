@@ -111,7 +111,7 @@ def unfinished_run(folder: Path) -> Path:
         for batch in torch.ones(3, 4, 5).split(2):
             states.append(batch)
         weights = {"model.layers.0.q": torch.ones(3, 4)}
-        history.keep_start(writer, {"quantized": states}, weights, PhaseClock())
+        history.keep_start(writer, {"quantized": states}, [], weights, PhaseClock())
         for index, batch in enumerate(torch.zeros(3, 4, 5).split(2)):
             states.replace(index, batch)
         states.turn()

@@ -36,12 +36,14 @@ class Packed:
 
 @dataclass(frozen=True)
 class Table:
-    """One embedding, output head or patch embedding stored as 8-bit rows."""
+    """One compressed embedding, output head or patch embedding. `primitive` is None for 8-bit rows."""
 
     name: str
     rows: int
     columns: int
     stored_bytes: int
+    bits: int = 8
+    primitive: Primitive | None = None
 
     @property
     def weights(self) -> int:
@@ -111,8 +113,15 @@ class Contents:
             has_checksums="files" in (artifact.report or {}),
             layers=layers,
             tables=tuple(
-                Table(name, shape[0], math.prod(shape[1:]), stored[name])
-                for name, shape in artifact.format.tables.items()
+                Table(
+                    name,
+                    table.rows,
+                    table.columns,
+                    stored[name],
+                    8 if table.format is None else table.format.bits,
+                    None if table.format is None else table.format.primitive,
+                )
+                for name, table in artifact.format.tables.items()
             ),
             kept=tuple(sorted(unpacked, key=lambda tensor: (-tensor.stored_bytes, tensor.name))),
         )

@@ -11,7 +11,6 @@ from typing import Any
 
 from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.artifact.shards import TensorShape, read_header
-from shiftadd_cli.bcq.int8 import table_tensors
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.storage.safetensors_names import INDEX_FILE, SINGLE_FILE
@@ -43,13 +42,19 @@ class Artifact:
 
     @property
     def layouts(self) -> Mapping[str, PackedLayout]:
-        """Layout of every compressed matrix, by module name."""
+        """Layout of every compressed linear layer, by module name."""
         return self.format.modules
 
     @cached_property
     def tables(self) -> dict[str, dict[str, TensorShape]]:
-        """Tensors of every table of 8-bit rows, by module name and suffix."""
-        return {name: table_tensors(*shape) for name, shape in self.format.tables.items()}
+        """Tensors of every table, by module name and suffix."""
+        return {name: table.tensors() for name, table in self.format.tables.items()}
+
+    @property
+    def matrices(self) -> dict[str, PackedLayout]:
+        """Layout of every compressed matrix, those of tables included, by module name."""
+        packed = {name: table.packed for name, table in self.format.tables.items()}
+        return {**self.layouts, **{name: layout for name, layout in packed.items() if layout is not None}}
 
     @cached_property
     def report(self) -> dict[str, Any] | None:

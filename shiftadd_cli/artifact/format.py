@@ -5,16 +5,18 @@
      "rotation": "hadamard", "outlier_columns": 0.0,
      "modules": {"model.layers.0.self_attn.q_proj": {"shape": [576, 576]},
                  "model.layers.0.mlp.down_proj": {"shape": [576, 1536], "bits": 2}},
-     "tables": {"model.embed_tokens": {"shape": [49152, 576]}}}
+     "tables": {"model.embed_tokens": {"shape": [49152, 576], "primitive": "trellis1", "bits": 4}}}
 
 `modules` lists all compressed modules. `shape` is [out_features, in_features], and any other key of a module overrides
 the common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8"). If `rotation` or `outlier_columns` is
 absent, there is no rotation or there are no outlier columns.
 
-`tables` lists all embeddings, output heads and patch embeddings stored as 8-bit rows (see `bcq.int8`). They replace
-`<module>.weight` by `<module>.weight_int8`, int8 of the same shape, and `<module>.weight_int8_scale`, bfloat16 [rows].
-`shape` is [rows, columns], or [rows, channels, height, width] for a convolution. Modules with tied weights are stored
-and listed once, under the name that comes first in the model. Without tables the key may be absent.
+`tables` lists all compressed embeddings, output heads and patch embeddings. `shape` is [rows, columns], or
+[rows, channels, height, width] for a convolution. With the key `bits` such a weight is a compressed matrix, and its
+other keys are those of a module; the matrix of a convolution has a column for each number of a kernel. Without `bits`
+it is 8-bit rows (see `bcq.int8`), which replace `<module>.weight` by `<module>.weight_int8`, int8 of the same shape,
+and `<module>.weight_int8_scale`, bfloat16 [rows]. Modules with tied weights are stored and listed once, under the name
+that comes first in the model. Without tables the key may be absent.
 
 With `"split_experts": true` the experts of a mixture, which transformers keeps in stacks of matrices, are stored one by
 one, compressed or not, as linear layers named `<module>.<expert>.gate_proj`, `up_proj` and `down_proj`.
@@ -22,8 +24,9 @@ one, compressed or not, as linear layers named `<module>.<expert>.gate_proj`, `u
 A module with `primitive` "trellis1" or "trellis2" has trellis-coded planes, see `bcq.primitives.trellis`: `bits` planes
 are stored, and one or two more are computed. A module with "shift1" or "shift2" is a shift layer, see
 `bcq.primitives.shifts`: `bits` is the width of its codes, and `group_size`, `group_rows`, `scale_format`, `row_scale`
-and `offset` do not apply. The default is "bcq". `format_version` is 4 if there are trellis-coded planes, else 3 if a
-table belongs to a convolution, else 2 if there are shift layers, else 1.
+and `offset` do not apply. The default is "bcq". `format_version` is 5 if a table is a
+compressed matrix, else 4 if there are trellis-coded planes, else 3 if a table belongs to a convolution, else 2 if there
+are shift layers, else 1.
 
 Unknown keys are kept and ignored. Any change to the meaning of the tensors raises `format_version`.
 """
@@ -39,13 +42,14 @@ from pydantic import ValidationError
 from shiftadd_cli.bcq import int8
 from shiftadd_cli.bcq.choices import PLANES
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError, first_fault
 from shiftadd_cli.version import QUANT_METHOD
 
 # The newest version that is read. A checkpoint gets the lowest version it needs: 2 for shift layers, 3 for tables of
-# convolutions, 4 for trellis-coded planes.
-FORMAT_VERSION = 4
+# convolutions, 4 for trellis-coded planes, 5 for tables that are compressed matrices.
+FORMAT_VERSION = 5
 
 # Maximum digits of a size; larger numbers overflow byte counters.
 _MAX_DIGITS = 9
@@ -64,12 +68,12 @@ _ABSENT: Mapping[str, Any] = {"primitive": PLANES, "rotation": "none", "outlier_
 
 @dataclass(frozen=True)
 class ArtifactFormat:
-    """The compressed modules of a checkpoint by name, its tables (name → shape of the weight), and whether experts that
-    transformers keeps in stacks are stored one by one. `common` is the format of modules that override nothing."""
+    """The compressed modules and the tables of a checkpoint by name, and whether experts that transformers keeps in
+    stacks are stored one by one. `common` is the format of modules that override nothing."""
 
     common: MatrixFormat
     modules: Mapping[str, PackedLayout]
-    tables: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tables: Mapping[str, TableLayout] = field(default_factory=dict)
     split_experts: bool = False
 
     @classmethod
@@ -101,25 +105,35 @@ class ArtifactFormat:
         _check("tables", tables, isinstance(tables, Mapping))
         split = config.get("split_experts", False)
         _check("split_experts", split, type(split) is bool)
-        shapes = {name: _shape(name, entry, (2, 4)) for name, entry in tables.items()}
-        return cls(common, modules, shapes, split)
+        layouts = {}
+        for name, entry in tables.items():
+            shape = _shape(name, entry, (2, 4))
+            own = {key: entry[key] for key in fields if key in entry}
+            layouts[name] = TableLayout(shape, _format(shared | own) if "bits" in own else None)
+        return cls(common, modules, layouts, split)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that `from_dict` reads; a module lists only values that differ from the common ones."""
         common = _fields(self.common)
         modules = {
-            name: {"shape": [layout.rows, layout.columns]}
-            | {key: value for key, value in _fields(layout.format).items() if value != common[key]}
+            name: {"shape": [layout.rows, layout.columns]} | _differing(layout.format, common)
             for name, layout in self.modules.items()
+        }
+        tables = {
+            name: {"shape": list(table.shape)}
+            | ({} if table.format is None else {"bits": table.format.bits} | _differing(table.format, common))
+            for name, table in self.tables.items()
         }
         version = max((layout.primitive.format_version for layout in self.modules.values()), default=1)
         if version == 1:
             del common["primitive"]
-        if any(len(shape) > 2 for shape in self.tables.values()):
+        if any(len(table.shape) > 2 for table in self.tables.values()):
             version = max(version, 3)
+        if any(table.format is not None for table in self.tables.values()):
+            version = 5
         config = {"quant_method": QUANT_METHOD, "format_version": version, **common, "modules": modules}
-        if self.tables:
-            config["tables"] = {name: {"shape": list(shape)} for name, shape in self.tables.items()}
+        if tables:
+            config["tables"] = tables
         if self.split_experts:
             config["split_experts"] = True
         return config
@@ -129,6 +143,10 @@ def _fields(form: MatrixFormat) -> dict[str, Any]:
     """The fields of a format, in the order of the file."""
     fields = form.model_dump()
     return {"bits": fields.pop("bits"), **fields}
+
+
+def _differing(form: MatrixFormat, common: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in _fields(form).items() if value != common[key]}
 
 
 def _format(fields: Mapping[str, Any]) -> MatrixFormat:

@@ -85,7 +85,7 @@ def _values(artifact: Artifact) -> Iterator[str]:
             name: stack.enter_context(safe_open(artifact.folder / name, framework="pt")) for name in artifact.headers
         }
         where = {tensor: files[file] for file, header in artifact.headers.items() for tensor in header}
-        for module, layout in artifact.layouts.items():
+        for module, layout in artifact.matrices.items():
             stored = {
                 suffix: where[f"{module}.{suffix}"].get_tensor(f"{module}.{suffix}") for suffix in layout.tensors()
             }
@@ -96,14 +96,16 @@ def _values(artifact: Artifact) -> Iterator[str]:
                 yield f"{module}.weight_column_ids names columns that are not there, or not in order"
             elif not all(_finite(tile) for _, tile in QuantizedWeight(layout, stored).tiles(_TILE_ROWS)):
                 yield f"{module} decodes to weights that are not finite"
-        for module in artifact.tables:
+        for module, table in artifact.format.tables.items():
+            if table.packed is not None:
+                continue
             codes, scale = (where[f"{module}.{suffix}"].get_tensor(f"{module}.{suffix}") for suffix in int8.SUFFIXES)
             if bool((codes == torch.iinfo(torch.int8).min).any()):
                 yield f"{module}.{int8.CODES} holds the code -128, which is not valid"
             # 127 is the largest magnitude of a code.
             if not _finite(127 * scale.float()):
                 yield f"{module} decodes to weights that are not finite"
-        packed = {f"{module}.{suffix}" for module, layout in artifact.layouts.items() for suffix in layout.tensors()}
+        packed = {f"{module}.{suffix}" for module, layout in artifact.matrices.items() for suffix in layout.tensors()}
         for name, file in where.items():
             if name not in packed and not name.endswith(int8.SUFFIXES) and not _finite(file.get_tensor(name)):
                 yield f"{name} holds values that are not finite"

@@ -82,6 +82,11 @@ def choice_words(choice: Choice) -> str:
     return f"{choice} bits" if isinstance(choice, int) else choice
 
 
+def table_words(primitive: Primitive | None, bits: int) -> str:
+    """The form of an embedding or a head in words: `8-bit rows` without a primitive, `5 bits`, or `trellis1-4`."""
+    return "8-bit rows" if primitive is None else choice_words(choice_of(primitive, bits))
+
+
 def choice_symbols(choices: Iterable[Choice]) -> dict[Choice, str]:
     """One character per choice, in order: the digit for planes, letters from `a` on for the others."""
     letters = iter("abcdefghijklmnopqrstuvwxyz")

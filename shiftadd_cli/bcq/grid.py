@@ -8,9 +8,18 @@ Row-wise groups are `1 × 64`; the column-wise form of ShiftAddLLM (section 4.2,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+# Rows of a matrix: consecutive ones, or int64 `[n]` numbers in any order.
+Rows: TypeAlias = slice | Tensor
+
+
+def numbers_of(rows: Rows, device: torch.device) -> Tensor:
+    """The numbers of the rows, int64 `[n]`."""
+    return rows.to(device) if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=device)
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,11 @@ class ScaleGrid:
             return values
         return values.repeat_interleave(self.group_rows, dim=0)[: self.rows]
 
-    def select_rows(self, values: Tensor, rows: slice) -> Tensor:
-        """The per-row-group `values` `[row_groups, ...]` for a slice of the matrix rows: `[rows, ...]`."""
+    def select_rows(self, values: Tensor, rows: Rows) -> Tensor:
+        """The per-row-group `values` `[row_groups, ...]` for some rows of the matrix: `[rows, ...]`."""
         if self.group_rows == 1:
             return values[rows]
-        groups = torch.arange(rows.start, rows.stop, device=values.device) // self.group_rows
-        return values.index_select(0, groups)
+        return values.index_select(0, numbers_of(rows, values.device) // self.group_rows)
 
     def expand_columns(self, values: Tensor) -> Tensor:
         """Repeat per-column-group `values` `[..., column_groups]` for every column: `[..., columns]`."""

@@ -34,11 +34,6 @@ def table_tensors(*shape: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]
     return {CODES: (shape, torch.int8), SCALE: (shape[:1], torch.bfloat16)}
 
 
-def table_bytes(*shape: int) -> int:
-    """Bytes stored for a table, scales included."""
-    return math.prod(shape) * torch.int8.itemsize + shape[0] * torch.bfloat16.itemsize
-
-
 def encode_table(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Round a floating-point weight `[rows, ...]` to codes int8 `[rows, ...]` and scales bfloat16 `[rows]`.
 
@@ -64,20 +59,6 @@ def decode_table(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float
     """Decode rows of codes `[*scales.shape, ...]`: products in float32, rounded to `dtype`."""
     factors = scales.float().view(*scales.shape, *[1] * (codes.ndim - scales.ndim))
     return (codes.float() * factors).to(dtype)
-
-
-def decode_table_into(codes: Tensor, scales: Tensor, out: Tensor) -> float:
-    """Overwrite `out` `[rows, ...]` with the decoded table; returns ‖W - Ŵ‖² / ‖W‖², where W is its previous value.
-
-    The result is 0 for a weight of zeros. The sums are float64.
-    """
-    error = size = 0.0
-    for rows in _tiles(out):
-        decoded, before = decode_table(codes[rows], scales[rows]), out[rows].float()
-        error += float((before - decoded).square_().sum(dtype=torch.float64))
-        size += float(before.square_().sum(dtype=torch.float64))
-        out[rows] = decoded.to(out.dtype)
-    return error / size if size else 0.0
 
 
 def _tiles(weight: Tensor) -> list[slice]:

@@ -48,7 +48,7 @@ def _signs(packed: Tensor, columns: int) -> Tensor:
     """Planes as int8 signs `[..., columns]`, −1 and +1."""
     # One 64-bit load fetches the eight signs of a byte; a table of floats would move four times as much memory.
     eights = sign_table(packed.device).index_select(0, packed.flatten().int())
-    return eights.view(torch.int8).view(*packed.shape[:-1], -1)[..., :columns]
+    return eights.view(torch.int8).view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :columns]
 
 
 @cache

@@ -23,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.grid import Rows, ScaleGrid
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.outliers import outlier_count
 from shiftadd_cli.bcq.packing import pack_planes, unpack_signs
@@ -159,11 +159,7 @@ class QuantizedWeight:
 
     def decode(self) -> Tensor:
         """The decoded matrix, with the rotation undone: float32 `[out, in]`."""
-        decoded = self.decode_planes()
-        if (outliers := self.outliers()) is not None:
-            columns, ids = outliers
-            decoded.index_add_(1, ids, columns.float())
-        return decoded
+        return self.completed(self.decode_stored())
 
     def decode_planes(self) -> Tensor:
         """`decode()` without the outlier columns."""
@@ -173,6 +169,24 @@ class QuantizedWeight:
     def decode_stored(self) -> Tensor:
         """The matrix of the planes, which multiplies (rotated) inputs: float32 `[out, in]`."""
         return next(self.tiles(self.layout.rows))[1]
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """The rows `numbers` `[...]` of `decode()`, float32 `[..., in]`, without decoding the others."""
+        rows, layout = numbers.reshape(-1), self.layout
+        out = torch.zeros(len(rows), layout.columns, device=numbers.device)
+        layout.primitive.decoder(layout.scales, layout.bits, self.tensors)(rows, out)
+        row_scale = self.tensors["weight_row_scale"].float()
+        out.mul_(row_scale if row_scale.numel() == 1 else row_scale[rows].unsqueeze(-1))
+        return self.completed(out, rows).view(*numbers.shape, layout.columns)
+
+    def completed(self, stored: Tensor, rows: Rows = slice(None)) -> Tensor:
+        """The same rows of `decode()` as `stored`, float32 `[n, in]`, has of `decode_stored()`; may change `stored`."""
+        signs, outliers = self.signs(), self.outliers()
+        decoded = stored if signs is None else restore_weight(stored, signs)
+        if outliers is not None:
+            columns, ids = outliers
+            decoded.index_add_(1, ids, columns[rows].float())
+        return decoded
 
     def tiles(self, height: int) -> Iterator[tuple[slice, Tensor]]:
         """`decode_stored()` in tiles of at most `height` rows: pairs of the slice of rows and its float32 `[rows, in]`.

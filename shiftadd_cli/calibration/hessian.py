@@ -65,7 +65,7 @@ class Inputs(Protocol):
         experts is the numbers of the experts that tokens are sent to."""
 
 
-class _Sum:
+class MomentSum:
     """Σ x xᵀ and Σ x over the tokens of a shard, and over all shards, see `distributed.shards`; with `cross` also
     Σ x̃ xᵀ and Σ x̃, or with `drift` Σ (h̃ − h) xᵀ and Σ (h̃ − h)."""
 
@@ -148,7 +148,7 @@ def gather_moments(
     for name in names:
         rows, columns = _sizes(stream.block.get_submodule(name))
         drift = rows if name in readers else 0
-        sums[name] = _Sum(columns, stream.device, cross=original is not None and not drift, drift=drift)
+        sums[name] = MomentSum(columns, stream.device, cross=original is not None and not drift, drift=drift)
     for shards, batches in team.shards(len(stream.hidden)).rounds():
         for index in batches:
             watched = [*mixtures, *names, *dict.fromkeys(readers.values())]

@@ -61,7 +61,7 @@ def cost(
     artifact = Artifact.open(folder)
     tensors = artifact.tensors
     skeleton = artifact_skeleton(folder, trust_remote_code=trust_remote_code)
-    result = model_cost(skeleton, artifact.layouts, tensors, units, batch=batch)
+    result = model_cost(skeleton, artifact.format, tensors, units, batch=batch)
     if cost_table is not None:
         table = energy_table(artifact.layouts, units, batch=batch).model_dump(mode="json", exclude_none=True)
         write_file(cost_table, json.dumps(table, indent=2) + "\n")

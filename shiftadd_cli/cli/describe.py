@@ -48,8 +48,8 @@ def describe_plan(plan: Plan) -> str:
             "",
             *_bit_plan(plan),
             *(
-                f"8-bit rows    {size(matrix.nbytes)}: {' and '.join(matrix.modules)}, "
-                f"{' x '.join(map(str, matrix.shape))}"
+                f"Embedding     {size(matrix.nbytes)}: {' and '.join(matrix.modules)}, "
+                f"{' x '.join(map(str, matrix.shape))}, {matrix.form}"
                 for matrix in plan.tables
             ),
             *_partial(plan),

@@ -69,7 +69,7 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
         "",
         f"Compressed    {size(contents.packed_bytes)} for {contents.packed_weights:,} weights, "
         f"{contents.bits_per_weight:.3f} bits/weight",
-        *([f"8-bit rows    {size(contents.table_bytes)}"] if contents.tables else []),
+        *([f"Embeddings    {size(contents.table_bytes)}"] if contents.tables else []),
         f"Kept          {size(contents.kept_bytes)}",
         f"Files         {size(contents.file_bytes)}, {contents.file_bits_per_weight:.3f} bits/weight over everything",
     ]
@@ -82,6 +82,7 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
 
 
 def _tables(contents: Contents) -> list[str]:
+    from shiftadd_cli.bcq.choices import table_words
     from shiftadd_cli.cli.summary import table
     from shiftadd_cli.sizes import size
 
@@ -89,9 +90,10 @@ def _tables(contents: Contents) -> list[str]:
         (
             tensor.name,
             f"{tensor.rows} x {tensor.columns}",
+            table_words(tensor.primitive, tensor.bits),
             f"{8 * tensor.stored_bytes / tensor.weights:.3f}",
             size(tensor.stored_bytes),
         )
         for tensor in contents.tables
     ]
-    return ["", table(("8-bit rows", "shape", "bits/weight", "stored"), rows)] if rows else []
+    return ["", table(("embeddings", "shape", "form", "bits/weight", "stored"), rows)] if rows else []

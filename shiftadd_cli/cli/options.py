@@ -118,7 +118,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         settings["type"] = click.INT
     elif origin in (Union, types.UnionType):
         settings["type"] = _NumberOrWord()
-        settings["metavar"] = "N|all" if name == "group_size" else "N|all|1/N"
+        settings["metavar"] = _WORDS[name]
     elif annotation == tuple[Choice, ...]:
         settings |= {"type": _Choices(), "metavar": "N|FORM,..."}
     elif origin is tuple:
@@ -129,6 +129,9 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         raise TypeError(f"no option type for recipe field {name!r} of type {annotation!r}")
     return click.option(flag, name, **settings)
 
+
+# Metavars of the fields that take a number or a word.
+_WORDS = {"group_size": "N|all", "group_rows": "N|all|1/N", "embedding_bits": "N|FORM"}
 
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 

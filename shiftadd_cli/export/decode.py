@@ -89,7 +89,7 @@ class DecodedModel:
         """Shape of the dense tensor, derived from its stored tensors."""
         module = name.rpartition(".")[0]
         if name == f"{module}.weight" and module in self._artifact.format.tables:
-            return self._artifact.format.tables[module]
+            return self._artifact.format.tables[module].shape
         if name == f"{module}.weight" and module in self._transposed:
             grid = self._artifact.layouts[module].grid
             return (grid.columns, grid.rows) if self._transposed[module] else (grid.rows, grid.columns)
@@ -99,6 +99,9 @@ class DecodedModel:
         module = name.rpartition(".")[0]
         if int8.CODES in stored:
             return _decode_table(stored[int8.CODES], stored[int8.SCALE], dtype)
+        table = self._artifact.format.tables.get(module)
+        if table is not None and table.packed is not None and name == f"{module}.weight":
+            return _decode_matrix(QuantizedWeight(table.packed, stored), dtype).view(table.shape)
         if module not in self._transposed or name != f"{module}.weight":
             return next(iter(stored.values())).to(dtype)
         decoded = QuantizedWeight(self._artifact.layouts[module], stored).decode().to(dtype)
@@ -110,6 +113,14 @@ def _decode_table(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     for start in range(0, len(codes), _TABLE_ROWS):
         rows = slice(start, start + _TABLE_ROWS)
         decoded[rows] = int8.decode_table(codes[rows], scales[rows], dtype)
+    return decoded
+
+
+def _decode_matrix(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Like `decode()`, but without the whole matrix in float32."""
+    decoded = torch.empty(weight.layout.rows, weight.layout.columns, dtype=dtype)
+    for rows, tile in weight.tiles(_TABLE_ROWS):
+        decoded[rows] = weight.completed(tile, rows).to(dtype)
     return decoded
 
 

@@ -4,6 +4,7 @@
     shiftadd::rotate            the rotation of its input, on a CPU
     shiftadd::triton_linear     a compressed linear layer on a GPU
     shiftadd::codes_linear      a product with rows of 8-bit codes, on a CPU
+    shiftadd::gather_rows       rows of a compressed matrix, on a CPU
 
 They are for inference: a backward pass through them raises RuntimeError.
 """
@@ -29,6 +30,10 @@ _library.define(
 )
 _library.define("rotate(Tensor x, Tensor signs) -> Tensor")
 _library.define("codes_linear(Tensor x, Tensor codes, Tensor scale) -> Tensor")
+_library.define(
+    "gather_rows(Tensor ids, Tensor words, Tensor? scale_codes, Tensor? scales, Tensor? offsets, Tensor row_scale, "
+    "int columns, int group_columns, int bits, int planes) -> Tensor"
+)
 _library.define(
     "triton_linear(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor row_scale, Tensor? bias, "
     "int columns, int bits, int planes, int nibbles, int groups, int group_words) -> Tensor"
@@ -96,6 +101,28 @@ def codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return result
 
 
+def gather_rows(
+    ids: Tensor,
+    words: Tensor,
+    scale_codes: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    row_scale: Tensor,
+    columns: int,
+    group_columns: int,
+    bits: int,
+    planes: int,
+) -> Tensor:
+    """The rows `ids` `[...]` of the matrix that `lookup_linear` multiplies (rotated) inputs by: float32 `[..., in]`,
+    with the bits of `QuantizedWeight.decode_stored`. Raises IndexError for a row that is not there."""
+    stored = words, scale_codes, scales, offsets, row_scale
+    args = (ids, *stored, columns, group_columns, bits, planes)
+    if is_plain(ids) and words.is_cpu:
+        return _gather_rows(*args)
+    result: Tensor = torch.ops.shiftadd.gather_rows.default(*args)
+    return result
+
+
 def gpu_linear(x: Tensor, weight: TritonWeight, bias: Tensor | None) -> Tensor:
     """`x` `[..., in]` → `[..., out]`, where `x` is rotated if the weight is; see `triton_linear.multiply`."""
     result: Tensor = torch.ops.shiftadd.triton_linear.default(
@@ -155,6 +182,26 @@ def _codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
+def _gather_rows(
+    ids: Tensor,
+    words: Tensor,
+    scale_codes: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    row_scale: Tensor,
+    columns: int,
+    group_columns: int,
+    bits: int,
+    planes: int,
+) -> Tensor:
+    output = torch.empty(*ids.shape, columns, dtype=torch.float32)
+    extension, layout = _extension(), native_layout(row_scale.shape[0], columns, group_columns, bits, planes)
+    projection = extension.Projection(layout, words, scale_codes, scales, offsets, row_scale, None, None)
+    numbers = ids.reshape(-1).to(torch.int64).contiguous()
+    extension.gather(projection, numbers, output.view(-1, columns), torch.get_num_threads())
+    return output
+
+
 def _triton_linear(
     x: Tensor,
     codes: Tensor,
@@ -203,10 +250,11 @@ def _refuse(*_: Any) -> NoReturn:
 _library.impl("lookup_linear", _lookup_linear, "CPU")
 _library.impl("rotate", _rotate, "CPU")
 _library.impl("codes_linear", _codes_linear, "CPU")
+_library.impl("gather_rows", _gather_rows, "CPU")
 _library.impl("triton_linear", _triton_linear, "CUDA")
 # For the interpreter of Triton, which runs on the CPU.
 _library.impl("triton_linear", _triton_linear, "CPU")
-for _name in ("lookup_linear", "rotate", "codes_linear", "triton_linear"):
+for _name in ("lookup_linear", "rotate", "codes_linear", "gather_rows", "triton_linear"):
     torch.library.register_autograd(f"shiftadd::{_name}", _refuse, lib=_library)
 
 
@@ -219,6 +267,12 @@ def _fake_linear(x: Tensor, words: Tensor, *rest: Any) -> Tensor:
 @torch.library.register_fake("shiftadd::codes_linear", lib=_library)
 def _fake_codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@torch.library.register_fake("shiftadd::gather_rows", lib=_library)
+def _fake_gather_rows(ids: Tensor, words: Tensor, *rest: Any) -> Tensor:
+    columns: int = rest[4]
+    return words.new_empty(*ids.shape, columns, dtype=torch.float32)
 
 
 @torch.library.register_fake("shiftadd::triton_linear", lib=_library)

@@ -5,7 +5,7 @@
 set(SHIFTADD_KERNELS_FOLDER "${CMAKE_CURRENT_LIST_DIR}")
 
 function(shiftadd_add_kernels target)
-  set(sources block codes engine lookups moments pack pool settle stack isa_portable)
+  set(sources block codes engine gather lookups moments pack pool settle stack isa_portable)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     list(APPEND sources isa_avx2 isa_avx512 isa_avx512_bf16)
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")

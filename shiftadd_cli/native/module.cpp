@@ -10,6 +10,7 @@
 #include "codes.h"
 #include "dictionaries.h"
 #include "engine.h"
+#include "gather.h"
 #include "moments.h"
 #include "pack.h"
 #include "pool.h"
@@ -250,6 +251,20 @@ NB_MODULE(_native, m) {
             check_output(x, output, self.matrix.layout.rows);
             linear(kernels_named(kernels), self.matrix, activations(x, self.rotation), output.data, fast,
                    static_cast<Method>(method), threads);
+        },
+        without_gil);
+
+    // The rows `ids` of the matrix, which is for rotated inputs if the projection rotates.
+    m.def(
+        "gather",
+        [](const Projection& self, const Tensor<const int64_t>& ids, const Tensor<float>& output, int threads) {
+            const Layout& layout = self.matrix.layout;
+            check(output.has_shape({ids.size, layout.columns}), "the output does not fit the rows");
+            for (int64_t i = 0; i < ids.size; ++i)
+                if (ids.values()[i] < 0 || ids.values()[i] >= layout.rows) throw nb::index_error("there is no such row");
+            Pool::shared().run(ids.size, useful_threads(threads, output.size * int64_t{sizeof(float)}), [&](int64_t i) {
+                gather_row(self.matrix, ids.values()[i], output.values() + i * layout.columns);
+            });
         },
         without_gil);
 

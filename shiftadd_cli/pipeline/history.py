@@ -28,7 +28,7 @@ from shiftadd_cli.pipeline.account import PhaseClock, Spent, versions
 from shiftadd_cli.pipeline.calibration import samples_fingerprint
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.recipe_file import word
-from shiftadd_cli.report.schema import BlockReport, DistillationReport, LayerReport
+from shiftadd_cli.report.schema import BlockReport, DistillationReport, LayerReport, TableReport
 from shiftadd_cli.signals import uninterrupted
 from shiftadd_cli.storage.durable import sync
 from shiftadd_cli.storage.file_part import FilePart
@@ -114,6 +114,7 @@ class Start(Step):
     """The step before the blocks; `token_weights` is the SHA-256 of their file, if there is one."""
 
     token_weights: str | None
+    tables: list[TableReport]
 
 
 class Block(Step):
@@ -238,6 +239,7 @@ class History:
         self,
         writer: ArtifactWriter,
         states: Mapping[str, StoredStates],
+        tables: list[TableReport],
         token_weights: Mapping[str, Tensor] | None,
         clock: PhaseClock,
     ) -> None:
@@ -246,6 +248,7 @@ class History:
             record = Start(
                 written=writer.sync(),
                 states=_synced(states),
+                tables=tables,
                 token_weights=None if token_weights is None else self._save(_TOKEN_WEIGHTS, token_weights),
                 spent=clock.spent(),
             )

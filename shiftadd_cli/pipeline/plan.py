@@ -41,8 +41,8 @@ class PlannedLinear:
 class Plan:
     """The fixed plan of a run. `source` is the model as it will be stored, `running` the same model in the compute
     dtype; `tensors` are all tensors of the artifact in file order; `kept` are those stored unquantized, and
-    `kept_modules` their modules, each with the reason; `tables` are the weights stored as 8-bit rows; `bit_plan` is the
-    source of the bits, if any. `not_written` says why the model cannot write its own calibration text, so that the
+    `kept_modules` their modules, each with the reason; `tables` are the compressed embeddings and heads; `bit_plan` is
+    the source of the bits, if any. `not_written` says why the model cannot write its own calibration text, so that the
     recipe has the builtin text instead; None if it can, or if the recipe does not ask for it."""
 
     source: Source
@@ -173,7 +173,7 @@ class Plan:
         # With the most common choice as the default, most layers need no entry.
         common = Counter(linear.layout.format.choice for linear in self.linears).most_common(1)[0][0]
         modules = {linear.spec.name: linear.layout for linear in self.linears}
-        tables = {table.name: table.shape for table in self.tables}
+        tables = {table.name: table.layout for table in self.tables}
         return ArtifactFormat(
             self.recipe.at(common), modules, tables, split_experts=has_split_experts(self.source.skeleton())
         )

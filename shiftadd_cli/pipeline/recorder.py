@@ -53,12 +53,14 @@ class Recorder:
         bit_plan: the bits that an earlier run chose.
         done: number of blocks that an earlier run finished.
         tuned: whether an earlier run finished distillation.
+        tables: reports of the tables that an earlier run stored; None if it did not get that far.
         spill: folder for data kept out of memory; None for the system's own.
     """
 
     bit_plan: BitPlan | None = None
     done: int = 0
     tuned: bool = False
+    tables: list[TableReport] | None = None
     spill: Path | None = None
 
     def keep_bits(self, bit_plan: BitPlan) -> None:
@@ -71,7 +73,7 @@ class Recorder:
         """Write the unquantized tensors outside the blocks, which must be loaded."""
 
     def add_table(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of an embedding table."""
+        """Write a tensor of a table."""
 
     def hidden_states(self, samples: int, batch_size: int) -> HiddenStates:
         """Storage for the hidden states of this process: those at the input of the next block in a resumed run."""
@@ -129,10 +131,10 @@ class CheckpointRecorder(Recorder):
         self._history, self._calibration, self._context, self._clock = history, calibration, context, clock
         self._stack, self._overwrite, self._command = stack, overwrite, list(command)
         self._states: dict[str, StoredStates] = {}
-        self._tables: list[TableReport] = []
         self._layers = [layer for block in history.blocks for layer in block.layers]
         self._blocks = [report for block in history.blocks for report in block.blocks]
         self.bit_plan, self.done = history.bit_plan, history.done
+        self.tables = None if history.start is None else history.start.tables
         self.tuned, self.spill = history.distilled is not None, history.workspace.folder
 
     def keep_bits(self, bit_plan: BitPlan) -> None:
@@ -171,10 +173,10 @@ class CheckpointRecorder(Recorder):
         return self._history.token_weights()
 
     def keep_start(self, tables: list[TableReport], token_weights: dict[str, Tensor] | None) -> None:
-        self._tables = tables
+        self.tables = tables
         if self._history.start is None:
             with self._clock.phase("read_and_write"):
-                self._history.keep_start(self._writer, self._states, token_weights, self._clock)
+                self._history.keep_start(self._writer, self._states, tables, token_weights, self._clock)
 
     def keep_block(self, name: str, quantizer: BlockQuantizer, report: BlockReport | None) -> None:
         if self._history.done + 1 == len(self._plan.structure.blocks):
@@ -217,7 +219,7 @@ class CheckpointRecorder(Recorder):
                 self._layers,
                 self._blocks,
                 distillation,
-                self._tables,
+                self.tables or [],
                 files_bytes=files_bytes,
                 clock=self._clock,
                 context=self._context,
@@ -307,8 +309,7 @@ def recording(
 
 def checkpoint_pages(plan: Plan, report: Report, name: str) -> dict[str, str]:
     """The text files, by name, of a checkpoint whose folder is called `name`."""
-    layouts = {linear.spec.name: linear.layout for linear in plan.linears}
-    cost = model_cost(plan.source.skeleton(), layouts, plan.tensors, load_unit_costs())
+    cost = model_cost(plan.source.skeleton(), plan.artifact_format(), plan.tensors, load_unit_costs())
     run = Run(name, report, cost)
     return {PAGE_FILE: render_page([run]), CARD_FILE: render_card(run), **code_files(plan.source.config)}
 

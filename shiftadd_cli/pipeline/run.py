@@ -22,14 +22,15 @@ from shiftadd_cli.blockwise.output_cache import OutputCache
 from shiftadd_cli.blockwise.tensor_file import TensorFile
 from shiftadd_cli.blockwise.trace import Trace, trace_model
 from shiftadd_cli.calibration.gradients import squared_gradients
+from shiftadd_cli.calibration.table_inputs import table_moment
 from shiftadd_cli.context import Context
 from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.pipeline.plan import Plan
 from shiftadd_cli.pipeline.recorder import Recorder
 from shiftadd_cli.pipeline.stored_model import StoredModel
-from shiftadd_cli.pipeline.tables import store_table
-from shiftadd_cli.report.schema import BlockReport, Report
+from shiftadd_cli.pipeline.tables import PlannedTable, by_suffix, encode_weight, place_weight, table_report
+from shiftadd_cli.report.schema import BlockReport, Report, TableReport
 
 
 @dataclass
@@ -81,14 +82,38 @@ class Run:
             with self.clock.phase("read_and_write"):
                 stack.enter_context(self.model.outside())
                 self.recorder.add_outside()
-                skeleton, add = self.model.skeleton, self.recorder.add_table
-                tables = [store_table(table, skeleton, add) for table in self.plan.tables]
+            tables = self._tables()
             if self.samples is not None and not finished:
                 with self.clock.phase("trace"):
                     self.trace = self._trace(self.samples)
                     if self.plan.recipe.loss_aware:
                         self.token_weights = self._token_weights(self.samples, self.trace)
         self.recorder.keep_start(tables, self.token_weights)
+
+    def _tables(self) -> list[TableReport]:
+        """Store the tables, or read those of an earlier run, and give the model their values."""
+        recorder, team, skeleton = self.recorder, self.context.team, self.model.skeleton
+        if team.share(recorder.tables is not None):
+            for table in self.plan.tables:
+                stored = {name: recorder.read(name) for name in table.tensors()} if team.first else None
+                place_weight(table, skeleton, by_suffix(table.name, team.share_tensors(stored)))
+            return recorder.tables or []
+        # All moments are of the original, whose weights are replaced afterwards.
+        with self.clock.phase("forward"):
+            moments = [self._table_moment(table) for table in self.plan.tables]
+        reports = []
+        for table, moment in zip(self.plan.tables, moments, strict=True):
+            with self.clock.phase("solve"):
+                tensors, error = encode_weight(table, skeleton, self.plan.recipe, moment, self.context)
+                for suffix, tensor in tensors.items():
+                    recorder.add_table(f"{table.name}.{suffix}", tensor)
+                reports.append(table_report(table, place_weight(table, skeleton, tensors), error))
+        return reports
+
+    def _table_moment(self, table: PlannedTable) -> Tensor | None:
+        if self.samples is None or table.reader is None or table.layout.packed is None:
+            return None
+        return table_moment(self.model, self.samples, self.plan.recipe.batch_size, table.reader)
 
     def _trace(self, samples: Tensor) -> Trace:
         recipe, team = self.plan.recipe, self.context.team
@@ -185,8 +210,7 @@ class Run:
             if planned is None:
                 value = tensors[stored]
             else:
-                suffixes = {part.removeprefix(f"{module}."): tensor for part, tensor in tensors.items()}
-                value = planned.spec.turned(QuantizedWeight(planned.layout, suffixes).decode())
+                value = planned.spec.turned(QuantizedWeight(planned.layout, by_suffix(module, tensors)).decode())
             parameter = model.get_parameter(name)
             parameter.data = value.to(parameter).contiguous()
 

@@ -21,7 +21,7 @@ from shiftadd_cli.distillation.end import EndGap
 from shiftadd_cli.distillation.stack import Stack
 from shiftadd_cli.distillation.vectors import Reader
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.pipeline.tables import store_table
+from shiftadd_cli.pipeline.tables import by_suffix, place_weight
 
 # Number of tokens in the final check of a run without data.
 _CHECKED_TOKENS = 32
@@ -84,9 +84,10 @@ class StoredModel:
             return sample, head.predict(state, slice(0, 1), tokens).values
 
     def _decode_tables(self) -> None:
-        """Give embeddings their stored values; encoding them again is quicker than reading them."""
+        """Give embeddings and heads their stored values."""
         for table in self.plan.tables:
-            store_table(table, self.model.skeleton, lambda name, tensor: None)
+            stored = {name: self.read(name) for name in table.tensors()}
+            place_weight(table, self.model.skeleton, by_suffix(table.name, stored))
 
     def _buffers(self) -> list[str]:
         """Names of buffers in blocks, such as masks, which are not part of an artifact."""

@@ -1,10 +1,10 @@
-"""Tables of 8-bit rows for embeddings, output heads and patch embeddings: planning and storing them."""
+"""Embeddings, output heads and patch embeddings, stored as 8-bit rows or as compressed matrices: planning and storing
+them."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.artifact.shards import TensorShape
-from shiftadd_cli.bcq.int8 import CODES, SCALE, decode_table_into, encode_table, table_bytes, table_tensors
+from shiftadd_cli.bcq.choices import table_words
+from shiftadd_cli.bcq.int8 import CODES, SCALE, decode_table, encode_table
+from shiftadd_cli.bcq.options import SolverOptions
+from shiftadd_cli.bcq.primitives import PRIMITIVES
+from shiftadd_cli.bcq.solver import Solution, quantize_matrices
+from shiftadd_cli.bcq.table_layout import TableLayout
+from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
+from shiftadd_cli.context import Context
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import TableReport
 from shiftadd_cli.runtime.table import can_hold_table, hold_table
@@ -20,27 +27,54 @@ from shiftadd_cli.source import Structure
 from shiftadd_cli.source.structure import PATCH_EMBEDDING, matching_pattern
 from shiftadd_cli.source.vision import IMAGE_INPUT
 
+# A tied matrix is read by the head, whose error counts in the second moment of its inputs, and by the embedding, whose
+# error counts alike in all directions. This is the weight of the latter, relative to the mean diagonal of the moment.
+_EMBEDDING_WEIGHT = 0.3
+# Weights that are solved or decoded at a time: a large vocabulary in float32, several times over, takes gigabytes.
+_TILE_WEIGHTS = 1 << 23
 _PROBE_ROWS = 4
 
 
 @dataclass(frozen=True)
 class PlannedTable:
-    """A weight of `shape` to be stored as 8-bit rows under the first of `modules`, which share it."""
+    """A weight to be stored under the first of `modules`, which share it. `reader` is the head or the convolution among
+    them, whose inputs decide what an error of the weight costs; None for an embedding alone."""
 
     modules: tuple[str, ...]
-    shape: tuple[int, ...]
+    layout: TableLayout
+    reader: str | None = None
 
     @property
     def name(self) -> str:
         return self.modules[0]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape
+
+    @property
     def nbytes(self) -> int:
-        return table_bytes(*self.shape)
+        return self.layout.nbytes
+
+    @property
+    def form(self) -> str:
+        """The form in words, such as `8-bit rows` or `trellis1-4`."""
+        form = self.layout.format
+        return table_words(None, 8) if form is None else table_words(form.primitive, form.bits)
 
     def tensors(self) -> dict[str, TensorShape]:
         """Shape and dtype of the stored tensors, by full name."""
-        return {f"{self.name}.{suffix}": shape for suffix, shape in table_tensors(*self.shape).items()}
+        return {f"{self.name}.{suffix}": shape for suffix, shape in self.layout.tensors().items()}
+
+    def options(self, recipe: Recipe) -> SolverOptions:
+        """The options of the solver for a compressed matrix."""
+        assert self.layout.format is not None, "8-bit rows are rounded, not solved"
+        options = recipe.solver_options.replaced(format=self.layout.format, asymmetric=0.0, drift=0.0)
+        if self.reader is None:
+            return options.without_data()
+        if len(self.modules) == 1:
+            return options
+        return options.replaced(weight_error=max(options.weight_error, _EMBEDDING_WEIGHT))
 
 
 def plan_tables(
@@ -55,6 +89,7 @@ def plan_tables(
     """
     if recipe.embedding_bits == 16:
         return (), structure.kept
+    form = None if recipe.embedding_bits == 8 else recipe.at(recipe.embedding_bits)
     order = list(model.state_dict())
     tables: dict[str, PlannedTable] = {}
     refused: dict[str, str] = {}
@@ -65,7 +100,9 @@ def plan_tables(
         if reason := _refusal(model, group, recipe.skip):
             refused[end] = reason
         elif group[0] not in tables:
-            tables[group[0]] = PlannedTable(group, tuple(model.get_parameter(weight).shape))
+            shape = tuple(model.get_parameter(weight).shape)
+            readers = [name for name in group if not isinstance(model.get_submodule(name), nn.Embedding)]
+            tables[group[0]] = PlannedTable(group, TableLayout(shape, form), readers[0] if readers else None)
     planned = {module for table in tables.values() for module in table.modules}
     kept = tuple(
         (name, f"{reason}, {refused[name]}" if name in refused else reason)
@@ -85,24 +122,108 @@ def _ends(model: Any, structure: Structure) -> list[str]:
     return list(dict.fromkeys(names[id(module)] for module in ends if id(module) in names))
 
 
-def store_table(table: PlannedTable, model: nn.Module, add: Callable[[str, Tensor], None]) -> TableReport:
-    """Pass the table's tensors to `add`, and replace the weight in memory, and so its ties, by the decoded one.
+def encode_weight(
+    table: PlannedTable, model: nn.Module, recipe: Recipe, moment: Tensor | None, context: Context
+) -> tuple[dict[str, Tensor], float | None]:
+    """The stored tensors of a table by suffix, and E‖(W − Ŵ)x‖² / E‖Wx‖² over the inputs of its reader, if known. The
+    processes of a team share the work.
 
-    Raises NumericalError, naming the module, if a weight is not finite.
+    moment: of these inputs, see `table_moment`; None to compress the weight alone. Raises NumericalError, naming the
+    module, if a weight is not finite.
     """
-    weight = model.get_parameter(f"{table.name}.weight")
-    codes, scale = encode_table(weight.detach(), table.name)
-    add(f"{table.name}.{CODES}", codes)
-    add(f"{table.name}.{SCALE}", scale)
-    with torch.no_grad():
+    weight = model.get_parameter(f"{table.name}.weight").detach()
+    if table.layout.packed is None:
+        codes, scale = encode_table(weight, table.name)
+        return {CODES: codes, SCALE: scale}, None
+    options = table.options(recipe)
+    if moment is None:
+        options = options.without_data()
+    else:
+        moment = moment.to(context.device)
+    spans = _spans(table.layout.packed, options)
+    names, solutions, signals = [f"rows {rows.start}" for rows in spans], [], []
+    # One tile after another: a vocabulary takes longer than a block.
+    for rows, _ in zip(spans, context.progress(names, f"Solving {table.name}"), strict=True):
+        tile = weight[rows].flatten(1).to(context.device).float()
+        solutions += quantize_matrices([tile], [table.name], moment, options, team=context.team)
+        signals.append(0.0 if moment is None else float(((tile @ moment) * tile).sum(dtype=torch.float64)))
+    return _joined(solutions, table.layout.packed), _mean_error(solutions, signals)
+
+
+def _spans(layout: PackedLayout, options: SolverOptions) -> list[slice]:
+    """The rows of the matrix in tiles that can be solved separately."""
+    together = None if layout.outliers else PRIMITIVES[layout.format.primitive].rows_together(options.format)
+    if together is None:
+        return [slice(0, layout.rows)]
+    height = together * max(1, _TILE_WEIGHTS // (together * layout.columns))
+    return [slice(start, min(start + height, layout.rows)) for start in range(0, layout.rows, height)]
+
+
+def _joined(solutions: Sequence[Solution], layout: PackedLayout) -> dict[str, Tensor]:
+    """The stored tensors of a matrix from those of its tiles, which share the signs of the rotation."""
+    first = solutions[0].weight.tensors
+    return {
+        suffix: torch.cat([solution.weight.tensors[suffix] for solution in solutions])
+        if shape != tuple(first[suffix].shape)
+        else first[suffix]
+        for suffix, (shape, _) in layout.tensors().items()
+    }
+
+
+def _mean_error(solutions: Sequence[Solution], signals: Sequence[float]) -> float | None:
+    """The relative output error of a matrix from those of its tiles and E‖Wx‖² of each."""
+    if any(solution.output_error is None for solution in solutions) or not sum(signals):
+        return None
+    pairs = zip(solutions, signals, strict=True)
+    return sum((solution.output_error or 0.0) * signal for solution, signal in pairs) / sum(signals)
+
+
+def place_weight(table: PlannedTable, model: nn.Module, tensors: Mapping[str, Tensor]) -> float:
+    """Replace the weight in memory by what the stored tensors stand for.
+
+    Returns ‖W − Ŵ‖² / ‖W‖², where W is its previous value; 0 for a weight of zeros. The sums are float64.
+    """
+    weight = model.get_parameter(f"{table.name}.weight").detach()
+    error = size = 0.0
+    for rows, decoded in _decoded(table.layout, tensors):
+        before = weight[rows].flatten(1).float()
+        error += float((before - decoded.to(before)).square_().sum(dtype=torch.float64))
+        size += float(before.square_().sum(dtype=torch.float64))
         # In place, so that tied modules see it, and calibration uses the same values as the artifact.
-        error = decode_table_into(codes, scale, weight)
+        weight[rows] = decoded.view(weight[rows].shape).to(weight)
+    return error / size if size else 0.0
+
+
+def _decoded(layout: TableLayout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a table in tiles, float32 `[rows, columns]`."""
+    height = max(1, _TILE_WEIGHTS // layout.columns)
+    if layout.packed is not None:
+        packed = QuantizedWeight(layout.packed, dict(tensors))
+        for rows, tile in packed.tiles(height):
+            yield rows, packed.completed(tile, rows)
+        return
+    for start in range(0, layout.rows, height):
+        rows = slice(start, min(start + height, layout.rows))
+        yield rows, decode_table(tensors[CODES][rows], tensors[SCALE][rows]).flatten(1)
+
+
+def by_suffix(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stored tensors of a module by suffix, from their full names."""
+    return {name.removeprefix(f"{module}."): tensor for name, tensor in tensors.items()}
+
+
+def table_report(table: PlannedTable, weight_error: float, output_error: float | None) -> TableReport:
+    """The entry of report.json."""
+    form = table.layout.format
     return TableReport(
         modules=list(table.modules),
-        rows=table.shape[0],
-        columns=math.prod(table.shape[1:]),
-        bits_per_weight=8 * table.nbytes / math.prod(table.shape),
-        weight_error=error,
+        rows=table.layout.rows,
+        columns=table.layout.columns,
+        primitive=None if form is None else form.primitive,
+        bits=8 if form is None else form.bits,
+        bits_per_weight=table.layout.bits_per_weight,
+        weight_error=weight_error,
+        output_error=output_error,
     )
 
 
@@ -132,10 +253,10 @@ def _reads_by_lookup(module: nn.Module) -> bool:
     with torch.no_grad():
         try:
             codes, scale = encode_table(dense.weight, "probe")
-            decode_table_into(codes, scale, dense.weight)
-            table = hold_table(copy.deepcopy(dense))
-            table.weight_int8.copy_(codes)
-            table.weight_int8_scale.copy_(scale)
+            dense.weight.copy_(decode_table(codes, scale))
+            table = hold_table(copy.deepcopy(dense), TableLayout(tuple(dense.weight.shape)))
+            table.get_parameter(CODES).copy_(codes)
+            table.get_buffer(SCALE).copy_(scale)
             expected, actual = dense(ids), table(ids)
         except Exception:  # a class may fail in any way on sizes that it was not made for
             return False

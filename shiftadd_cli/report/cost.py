@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 
 from shiftadd_cli.allocation.cost_table import TABLE_FORMAT, CostTable, MeasuredCost
+from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.artifact.shards import TensorShape, nbytes
 from shiftadd_cli.bcq.choices import ALL_CHOICES
-from shiftadd_cli.bcq.int8 import SUFFIXES as TABLE_SUFFIXES
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.report import operations
 from shiftadd_cli.report.operations import WAYS, Counts, Way
@@ -33,7 +34,7 @@ _PARTS = {
     "weight_columns": "outlier columns",
     "weight_column_ids": "outlier columns",
 }
-ROWS, KEPT = "8-bit rows", "kept as they were"
+EMBEDDINGS, KEPT = "embeddings", "kept as they were"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Cost:
 
 def model_cost(
     model: nn.Module,
-    layouts: Mapping[str, PackedLayout],
+    form: ArtifactFormat,
     tensors: Mapping[str, TensorShape],
     units: UnitCosts,
     *,
@@ -104,17 +105,17 @@ def model_cost(
 ) -> Cost:
     """Costs of a checkpoint, from headers alone.
 
-    model: the dense model on meta; layouts: of the compressed layers by name; tensors: all stored tensors; batch:
-    tokens that share one read of the weights, above 0.
+    model: the dense model on meta; form: of the checkpoint; tensors: all stored tensors; batch: tokens that share one
+    read of the weights, above 0.
     """
     layers: dict[Way, Counts] = {way: Counter() for way in WAYS}
-    for layout in layouts.values():
+    for layout in form.modules.values():
         for way in WAYS:
             layers[way].update(layer_counts(layout, way))
-    others, others_dense = _other_counts(model, layouts, tensors)
+    others, others_dense = _other_counts(model, form, tensors)
     totals = {way: counts + (others_dense if way == "fp16" else others) for way, counts in layers.items()}
     return Cost(
-        parts=stored_parts(layouts, tensors),
+        parts=stored_parts(form, tensors),
         dense_bytes=2 * sum(parameter.numel() for parameter in model.parameters()),
         batch=batch,
         unit_costs=units.name,
@@ -135,16 +136,17 @@ def layer_counts(layout: PackedLayout, way: Way) -> Counts:
     return operations.compressed(layout, tables=way == "look-ups")
 
 
-def stored_parts(layouts: Mapping[str, PackedLayout], tensors: Mapping[str, TensorShape]) -> dict[str, int]:
+def stored_parts(form: ArtifactFormat, tensors: Mapping[str, TensorShape]) -> dict[str, int]:
     """Bytes by kind of tensor, for the kinds that the checkpoint has."""
     parts: Counter[str] = Counter()
     for name, shape in tensors.items():
         module, _, suffix = name.rpartition(".")
-        if module in layouts and suffix in _PARTS:
-            parts[_PARTS[suffix]] += nbytes(shape)
+        if module in form.modules and suffix in _PARTS:
+            part = _PARTS[suffix]
         else:
-            parts[ROWS if suffix in TABLE_SUFFIXES else KEPT] += nbytes(shape)
-    order = [*dict.fromkeys(_PARTS.values()), ROWS, KEPT]
+            part = EMBEDDINGS if module in form.tables and suffix in form.tables[module].tensors() else KEPT
+        parts[part] += nbytes(shape)
+    order = [*dict.fromkeys(_PARTS.values()), EMBEDDINGS, KEPT]
     return {part: parts[part] for part in order if parts[part]}
 
 
@@ -165,63 +167,68 @@ def energy_table(layouts: Mapping[str, PackedLayout], units: UnitCosts, *, batch
     return CostTable(format=TABLE_FORMAT, version=1, cost="energy", unit="nJ", measured=tuple(rows))
 
 
-def _other_counts(
-    model: nn.Module, layouts: Mapping[str, PackedLayout], tensors: Mapping[str, TensorShape]
-) -> tuple[Counts, Counts]:
+def _other_counts(model: nn.Module, form: ArtifactFormat, tensors: Mapping[str, TensorShape]) -> tuple[Counts, Counts]:
     """Operations outside the compressed layers: with tensors as stored, and with everything in 16 bits.
 
-    All other linear layers multiply, an embedding gives one row of its matrix, and other tensors are read once.
+    A head of planes looks up, all other linear layers multiply, an embedding gives one row of its matrix, and other
+    tensors are read once.
     """
     stored: Counts = Counter()
     dense: Counts = Counter()
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    packed = {f"{name}.weight" for name in layouts}
+    packed = {f"{name}.weight" for name in form.modules}
     multiplied: set[int] = set()
     looked_up: set[int] = set()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Embedding):
             looked_up.add(id(weight))
-        if (sizes := linear_sizes(module)) is not None and name not in layouts:
+        if (sizes := linear_sizes(module)) is not None and name not in form.modules:
             # A head that is tied to the embedding is stored under the embedding's name.
             multiplied.add(id(weight))
             rows, columns = sizes[:2]
             dense.update(operations.dense(rows, columns))
-            stored.update(_stored_counts(names.get(id(weight), []), rows, columns, tensors))
+            stored.update(_product_counts(names.get(id(weight), []), rows, columns, form, tensors))
     for parameter in model.parameters():
         aliases = names[id(parameter)]
         if packed.intersection(aliases):
             continue
-        nbytes_stored, table = _stored_bytes(aliases, tensors)
+        table = _table_of(aliases, form)
+        nbytes_stored = _stored_bytes(aliases, tensors) if table is None else table.nbytes
         if id(parameter) in looked_up:
             dense.update(dram_byte=2 * parameter.shape[-1])
-            # The scale of the row is read as well.
-            stored.update(dram_byte=parameter.shape[-1] + 2 if table else nbytes_stored // parameter.shape[0])
+            stored.update(dram_byte=nbytes_stored // parameter.shape[0])
         elif id(parameter) not in multiplied:
             dense.update(dram_byte=2 * parameter.numel())
             stored.update(dram_byte=nbytes_stored)
     return stored, dense
 
 
-def _stored_counts(aliases: Sequence[str], rows: int, columns: int, tensors: Mapping[str, TensorShape]) -> Counts:
-    stored, table = _stored_bytes(aliases, tensors)
-    if table:
-        return operations.table_of_rows(rows, columns, stored)
+def _product_counts(
+    aliases: Sequence[str], rows: int, columns: int, form: ArtifactFormat, tensors: Mapping[str, TensorShape]
+) -> Counts:
+    """Counts of a linear layer outside `form.modules`, whose weight has these names."""
+    table = _table_of(aliases, form)
+    if table is not None and table.packed is not None:
+        return operations.compressed(table.packed, tables=True)
+    if table is not None:
+        return operations.table_of_rows(rows, columns, table.nbytes)
     counts = operations.dense(rows, columns)
-    counts["dram_byte"] = stored
+    counts["dram_byte"] = _stored_bytes(aliases, tensors)
     return counts
 
 
-def _stored_bytes(aliases: Sequence[str], tensors: Mapping[str, TensorShape]) -> tuple[int, bool]:
-    """Stored bytes of a parameter under any of its names, and whether it is a table of 8-bit rows."""
-    for name in aliases:
-        if f"{name}_int8" in tensors:
-            return nbytes(tensors[f"{name}_int8"]) + nbytes(tensors[f"{name}_int8_scale"]), True
-        if name in tensors:
-            return nbytes(tensors[name]), False
-    return 0, False
+def _table_of(aliases: Sequence[str], form: ArtifactFormat) -> TableLayout | None:
+    """The table that a parameter with these names is stored as."""
+    modules = (name.removesuffix(".weight") for name in aliases)
+    return next((form.tables[module] for module in modules if module in form.tables), None)
+
+
+def _stored_bytes(aliases: Sequence[str], tensors: Mapping[str, TensorShape]) -> int:
+    """Stored bytes of an uncompressed parameter, which is stored under one of its names."""
+    return next((nbytes(tensors[name]) for name in aliases if name in tensors), 0)
 
 
 def _priced(way: Way, counts: Counts, units: UnitCosts, batch: int) -> WayCost:

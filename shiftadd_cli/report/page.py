@@ -95,7 +95,7 @@ def open_run(folder: Path, *, trust_remote_code: bool = False) -> Run:
             f"{message}); quantize the model again."
         ) from None
     skeleton = artifact_skeleton(folder, trust_remote_code=trust_remote_code)
-    cost = model_cost(skeleton, artifact.layouts, artifact.tensors, load_unit_costs())
+    cost = model_cost(skeleton, artifact.format, artifact.tensors, load_unit_costs())
     return Run(folder.resolve().name, report, cost, load_evaluations(folder))
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from shiftadd_cli.artifact.contents import alike
-from shiftadd_cli.bcq.choices import Choice, Primitive, choice_of
+from shiftadd_cli.bcq.choices import Choice, Primitive, choice_of, table_words
 from shiftadd_cli.storage.file_part import FilePart
 
 SCHEMA_VERSION = 1
@@ -89,7 +89,9 @@ class SizeReport(FilePart):
 
     files_bytes: Annotated[int, Field(description="All weight files, headers included.")]
     quantized_bytes: Annotated[int, Field(description="Planes, scales, row scales and offsets.")]
-    table_bytes: Annotated[int, Field(description="Matrices stored as 8-bit rows, scales included.")] = 0
+    table_bytes: Annotated[
+        int, Field(description="Embeddings, output heads and patch embeddings, scales included.")
+    ] = 0
     kept_bytes: Annotated[int, Field(description="Tensors stored unchanged.")]
     quantized_weights: int
     bits_per_weight: Annotated[float, Field(description="Of the quantized layers, with all their stored tensors.")]
@@ -208,13 +210,27 @@ class KeptReport(FilePart):
 
 
 class TableReport(FilePart):
-    """An embedding, output head or patch embedding stored as 8-bit rows."""
+    """A compressed embedding, output head or patch embedding."""
 
     modules: Annotated[list[str], Field(description="Modules that share the matrix; it is stored under the first.")]
     rows: int
     columns: int
+    primitive: Annotated[Primitive | None, Field(description="As of a layer; null for 8-bit rows.")] = None
+    bits: Annotated[int, Field(description="Stored bits of a weight.")] = 8
     bits_per_weight: float
     weight_error: Annotated[float, Field(description="‖W - Ŵ‖² / ‖W‖².")]
+    output_error: Annotated[
+        float | None,
+        Field(
+            description="E‖(W - Ŵ)x‖² / E‖Wx‖² over the inputs of the head or of the patch embedding in the original; "
+            "null for 8-bit rows, for an embedding alone, and without calibration."
+        ),
+    ] = None
+
+    @property
+    def form(self) -> str:
+        """The form in words, such as `8-bit rows` or `trellis1-4`."""
+        return table_words(self.primitive, self.bits)
 
 
 class TimeReport(FilePart):
@@ -269,7 +285,7 @@ class Report(FilePart):
     distillation: Annotated[DistillationReport | None, Field(description="null without distillation.")] = None
     tables: Annotated[
         list[TableReport],
-        Field(description="Embeddings, output heads and patch embeddings stored as 8-bit rows."),
+        Field(description="Compressed embeddings, output heads and patch embeddings."),
     ] = Field(default_factory=list)
     kept: list[KeptReport]
     seconds: TimeReport

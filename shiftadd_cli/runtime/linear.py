@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +10,21 @@ from torch.nn.functional import linear
 
 from shiftadd_cli.bcq.rotation import rotate_input
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
-from shiftadd_cli.kernels import triton_weight
-from shiftadd_cli.kernels.cpu_weight import CpuWeight
 from shiftadd_cli.kernels.ops import gpu_linear, lookup_linear
-from shiftadd_cli.kernels.select import Kernel, Precision, chosen_precision, suited_kernel
-from shiftadd_cli.kernels.triton_weight import TritonWeight
-from shiftadd_cli.runtime.stored import StoredWeight
+from shiftadd_cli.kernels.select import Kernel
+from shiftadd_cli.runtime.packed import PackedWeight
 
 # Size of one tile of decoded float32 rows; a matrix of a small model fits in one.
 TILE_BYTES = 4 << 20
 
-_CODES = "weight_codes"
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class PackedLinear(StoredWeight):
+class PackedLinear(PackedWeight):
     """`x @ W.T + bias` with W in compressed form.
 
-    The stored tensors are frozen parameters named as in `bcq.weight`. After `prepare`, the layer computes with the
-    kernels that suit its device: on a CPU, look-ups and additions. Before that, and for inputs that the kernels do not
-    take (float64, gradients), every call decodes the matrix tile by tile.
+    A prepared layer on a CPU computes with look-ups and additions. Before `prepare`, and for inputs that the kernels do
+    not take (float64, gradients), every call decodes the matrix tile by tile.
 
     The output equals `F.linear(R x, packed().decode_stored().to(x.dtype), bias)`, where R is the rotation, if any, plus
     the part of the outlier columns, if any. It differs by the rounding of the dot products, which are summed in another
@@ -44,13 +37,6 @@ class PackedLinear(StoredWeight):
     """
 
     bias: nn.Parameter | None
-    # Buffers of a prepared layer, see `kernels.cpu_weight`.
-    words: Tensor
-    scale_codes: Tensor | None
-    scales: Tensor | None
-    offsets: Tensor | None
-    row_scale: Tensor
-    signs: Tensor | None
     # (x `[..., in]`, signs `[in]`) → R x; layers that read the same input may share one that remembers its result.
     rotate: Callable[[Tensor, Tensor], Tensor]
 
@@ -65,18 +51,9 @@ class PackedLinear(StoredWeight):
     ) -> None:
         """`dtype`: of the bias and of `weight.dtype`, the default dtype if None. Stored tensors start as 0."""
         super().__init__()
-        self.layout = layout
         self.transposed = transposed
         self.rotate = rotate_input
-        self.kernel: Kernel | None = None
-        self.precision = Precision.AUTO
-        self._arranged: CpuWeight | None = None
-        self._on_gpu: TritonWeight | None = None
-        self._rotation: Tensor | None = None
-        self._stand_for(tuple(layout.tensors()), (layout.rows, layout.columns), dtype)
-        for suffix, (shape, kind) in layout.tensors().items():
-            empty = torch.zeros(shape, dtype=kind, device=device)
-            self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
+        self._hold(layout, (layout.rows, layout.columns), device, dtype)
         self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=self._dtype, device=device)) if bias else None
 
     @classmethod
@@ -104,43 +81,6 @@ class PackedLinear(StoredWeight):
     @property
     def out_features(self) -> int:
         return self.layout.rows
-
-    def packed(self) -> QuantizedWeight:
-        """The compressed matrix; shares memory with the parameters, except for planes that `prepare` rearranged."""
-        tensors = {name: self.get_parameter(name).detach() for name in self.layout.tensors()}
-        if self.kernel is Kernel.CPU:
-            tensors[_CODES] = self.on_cpu().codes(self.layout)
-        return QuantizedWeight(self.layout, tensors)
-
-    def prepare(self) -> None:
-        """Choose the kernels that suit the layer's device and arrange its tensors for them, see `kernels.choice`.
-
-        For the CPU kernels the planes are rearranged and the stored ones dropped: their parameter is empty afterwards,
-        but state dicts still contain them. A layer that moves to another device is prepared again.
-        """
-        self.restore()
-        weight, kernel = self.packed(), suited_kernel(self.layout, self._device)
-        if kernel is Kernel.CPU:
-            self._arranged = CpuWeight.pack(weight)
-            for name, tensor in self._arranged.tensors().items():
-                self.register_buffer(name, tensor, persistent=False)
-            self.get_parameter(_CODES).data = torch.empty(0, dtype=torch.uint8)
-        elif kernel is Kernel.TRITON:
-            self._on_gpu, self._rotation = triton_weight.prepare(weight), weight.signs()
-        self.kernel, self.precision = kernel, chosen_precision()
-
-    def restore(self) -> None:
-        """Undo `prepare`."""
-        if self.kernel is Kernel.CPU:
-            arranged = self.on_cpu()
-            self.get_parameter(_CODES).data = arranged.codes(self.layout)
-            for name in arranged.tensors():
-                delattr(self, name)
-        self.kernel = self._arranged = self._on_gpu = self._rotation = None
-
-    def decode(self) -> Tensor:
-        """The decoded matrix: float32 `[out, in]`."""
-        return self.packed().decode()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` → `[..., out]` in the dtype of `x` (float32, bfloat16, float16 or float64)."""
@@ -194,40 +134,8 @@ class PackedLinear(StoredWeight):
             tiles.append(linear(rotated, tile.to(x.dtype), bias))
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
 
-    def on_cpu(self) -> CpuWeight:
-        """The tensors of a layer prepared for the CPU kernels."""
-        # A compiler tracks a module's buffers but not its other attributes.
-        if self._arranged is not None and not torch.compiler.is_compiling():
-            return self._arranged
-        return CpuWeight(self.words, self.scale_codes, self.scales, self.offsets, self.row_scale, self.signs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        with self._restored():
-            super()._apply(fn, recurse)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.kernel is Kernel.CPU:
-            destination[prefix + _CODES] = self.on_cpu().codes(self.layout)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        with self._restored():
-            super()._load_from_state_dict(*arguments)
-
-    @contextmanager
-    def _restored(self) -> Iterator[None]:
-        """Restore the stored tensors for the duration, and prepare the layer again afterwards if it was prepared."""
-        prepared = self.kernel is not None
-        self.restore()
-        yield
-        if prepared:
-            self.prepare()
-
     def extra_repr(self) -> str:
-        layout = self.layout
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"primitive={layout.format.primitive}, bits={layout.bits}, scale_format={layout.scales.scale_format}, "
-            f"rotation={layout.rotation}"
+            f"{super().extra_repr()}"
         )

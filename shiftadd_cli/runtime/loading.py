@@ -17,8 +17,9 @@ from shiftadd_cli.artifact.format import SUFFIXES
 from shiftadd_cli.artifact.shards import read_header
 from shiftadd_cli.bcq.int8 import CODES, SCALE
 from shiftadd_cli.bcq.outliers import are_columns
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.errors import ArtifactError
-from shiftadd_cli.runtime.table import Int8Embedding, Table, can_hold_table, drop_table, hold_table
+from shiftadd_cli.runtime.table import Int8Table, Table, can_hold_table, drop_table, hold_table
 
 
 def find_module(model: nn.Module, name: str) -> tuple[str, Any]:
@@ -155,31 +156,36 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
 
 
-def place_tables(model: Any, tables: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None) -> None:
+def place_tables(model: Any, tables: Mapping[str, TableLayout], dtype: torch.dtype | None) -> None:
     """Turn the listed modules of a model on meta, and the modules tied to them, into empty tables.
 
     A model of another class than the checkpoint's may lack a listed module: a body has no head. Raises ArtifactError
     for a module that does not fit.
     """
-    ties, replaced = Ties(model), set()
+    ties = Ties(model)
     find = find_module if type(model).__name__ in (model.config.architectures or ()) else try_find_module
-    for name, shape in tables.items():
+    for name, layout in tables.items():
         if (location := find(model, name)) is None:
             continue
         path = location[0]
-        for member in ties.group(path):
-            _check(model.get_submodule(member), name, shape, type(model).__name__)
-        stored = hold_table(model.get_submodule(path), dtype)
-        for member in ties.group(path):
+        members = ties.group(path)
+        for member in members:
+            _check(model.get_submodule(member), name, layout.shape, type(model).__name__)
+        stored = hold_table(model.get_submodule(path), layout, dtype)
+        for member in members:
             if member != path:
-                hold_table(model.get_submodule(member), dtype).share(stored)
-            replaced.add(member)
-    ties.rename(replaced, "weight", CODES)
+                hold_table(model.get_submodule(member), layout, dtype).connect(stored)
+        ties.rename(members, "weight", *_tied_parameters(layout))
+
+
+def _tied_parameters(layout: TableLayout) -> list[str]:
+    """Suffixes of the parameters that tied modules share; the scale of 8-bit rows is a buffer."""
+    return [CODES] if layout.packed is None else list(layout.tensors())
 
 
 def connect_tables(model: Any) -> None:
-    """Let tied modules read one table after loading: transformers ties parameters, but a scale is a buffer. Then mark
-    embeddings with their dtype, for `model.dtype`.
+    """Let tied modules read one table after loading: transformers ties parameters, but neither buffers nor what
+    kernels read. Then mark embeddings with their dtype, for `model.dtype`.
 
     Raises ArtifactError if the checkpoint holds codes for a module that the model ties to another, or scales that are
     not finite.
@@ -190,17 +196,18 @@ def connect_tables(model: Any) -> None:
         # transformers would copy the stand-in weights, which are NaN, into new embeddings.
         model.resize_token_embeddings = _refuse_resizing
     for name, module in tables.items():
-        if isinstance(module, Int8Embedding):
+        if isinstance(module, nn.Embedding):
             module.show_dtype()
-        if SCALE not in module._non_persistent_buffers_set:
+        source = ties.get(f"{name}.{module.suffixes[0]}")
+        if isinstance(module, Int8Table) and source is None:
+            if SCALE in module._non_persistent_buffers_set:
+                raise ArtifactError(
+                    f"The checkpoint holds {name}.{CODES}, which its config.json ties to another table; quantize the "
+                    "model again."
+                )
             check_values(name, {SCALE: module.weight_int8_scale}, module.weight.shape[1])
-            continue
-        if (source := ties.get(f"{name}.{CODES}")) is None:
-            raise ArtifactError(
-                f"The checkpoint holds {name}.{CODES}, which its config.json ties to another table; quantize the "
-                "model again."
-            )
-        module.share(model.get_submodule(source.rpartition(".")[0]))
+        if source is not None:
+            module.connect(model.get_submodule(source.rpartition(".")[0]))
 
 
 def restore_dense(model: nn.Module, dtype: torch.dtype) -> None:
@@ -211,21 +218,26 @@ def restore_dense(model: nn.Module, dtype: torch.dtype) -> None:
     ties, tables = Ties(model), _tables(model)
     dense: dict[int, nn.Parameter] = {}
     for name, module in tables.items():
-        if module.weight_int8.is_meta:
+        codes = module.get_parameter(module.suffixes[0])
+        if codes.is_meta:
             raise ArtifactError(f"{name} is offloaded to disk; load the model without offloading to dequantize it.")
-        key = id(module.weight_int8)
-        if key not in dense:
-            dense[key] = nn.Parameter(module.decode().to(dtype))
-    for module in tables.values():
-        drop_table(module, dense[id(module.weight_int8)])
+        if id(codes) not in dense:
+            dense[id(codes)] = nn.Parameter(module.decode().to(dtype))
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, module in tables.items():
+        alike.setdefault(module.suffixes, []).append(name)
+        drop_table(module, dense[id(module.get_parameter(module.suffixes[0]))])
         if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
             bias.data = bias.data.to(dtype)
-    ties.rename(tables.keys(), CODES, "weight")
+    for (first, *others), names in alike.items():
+        ties.rename(names, first, "weight")
+        for suffix in others:
+            ties.rename(names, suffix)
     model.__dict__.pop("resize_token_embeddings", None)
 
 
 def _refuse_resizing(*_: Any, **__: Any) -> NoReturn:
-    raise ArtifactError("Embeddings of 8-bit rows cannot be resized; call the model's dequantize() first.")
+    raise ArtifactError("Compressed embeddings cannot be resized; call the model's dequantize() first.")
 
 
 def _tables(model: nn.Module) -> dict[str, Table]:

@@ -233,16 +233,24 @@ def computing_dtype(requested: str, stored: torch.dtype, device: torch.device) -
 
 
 def _count(model: torch.nn.Module) -> tuple[int, float | None]:
-    """Number of parameters before compression, and stored bits per compressed weight."""
-    from shiftadd_cli.runtime.linear import PackedLinear
+    """Number of parameters before compression, and stored bits per weight of the compressed linear layers."""
+    from shiftadd_cli.runtime.packed import PackedWeight
+    from shiftadd_cli.runtime.table import Table
 
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    stored = {id(module.get_parameter(name)) for module in packed for name in module.layout.tensors()}
-    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in stored)
-    weights = sum(module.out_features * module.in_features for module in packed)
-    if not packed:
-        return dense, None
-    return dense + weights, 8 * sum(module.layout.nbytes for module in packed) / weights
+    # Tied modules share their codes.
+    packed = {
+        id(module.get_parameter("weight_codes")): module
+        for module in model.modules()
+        if isinstance(module, PackedWeight)
+    }
+    stored = {id(module.get_parameter(name)) for module in packed.values() for name in module.layout.tensors()}
+    count = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in stored)
+    count += sum(module.layout.rows * module.layout.columns for module in packed.values())
+    layers = [module.layout for module in packed.values() if not isinstance(module, Table)]
+    if not layers:
+        return count, None
+    weights = sum(layout.rows * layout.columns for layout in layers)
+    return count, 8 * sum(layout.nbytes for layout in layers) / weights
 
 
 def _calibration_of(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from shiftadd_cli.kernels.select import Kernel, chosen_kernel
 from shiftadd_cli.native.extension import cpu_extension
-from shiftadd_cli.runtime.linear import PackedLinear
+from shiftadd_cli.runtime.packed import PackedWeight
 
 _log = logging.getLogger(__name__)
 _NO_KERNELS = (
@@ -17,7 +17,7 @@ _NO_KERNELS = (
 _said: set[str] = set()
 
 
-def prepare_layers(layers: Iterable[PackedLinear]) -> None:
+def prepare_layers(layers: Iterable[PackedWeight]) -> None:
     """Prepare all layers except those that a hook moves between devices (offloading). Raises RuntimeChoiceError."""
     resident = [layer for layer in layers if not hasattr(layer, "_hf_hook")]
     on_cpu = any(layer.get_parameter("weight_codes").device.type == "cpu" for layer in resident)
@@ -25,4 +25,6 @@ def prepare_layers(layers: Iterable[PackedLinear]) -> None:
         _said.add(_NO_KERNELS)
         _log.warning(_NO_KERNELS)
     for layer in resident:
-        layer.prepare()
+        # A tied layer may be prepared already.
+        if layer.kernel is None:
+            layer.prepare()

@@ -27,6 +27,11 @@ class StoredWeight(nn.Module):
         self._dtype = dtype or torch.get_default_dtype()
 
     @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Names of the stored tensors, the largest first."""
+        return self._stored
+
+    @property
     def weight(self) -> Tensor:
         """Stand-in with the weight's shape, the layer's dtype and its device, for code that asks a layer for these.
 

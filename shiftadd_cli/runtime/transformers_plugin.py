@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from shiftadd_cli.artifact.format import SUFFIXES, ArtifactFormat
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.fused_decode.block import fuse_blocks, part_blocks
@@ -31,9 +32,11 @@ from shiftadd_cli.runtime.loading import (
     place_tables,
     restore_dense,
 )
+from shiftadd_cli.runtime.packed import PackedWeight
 from shiftadd_cli.runtime.prepare import prepare_layers
 from shiftadd_cli.runtime.remote_code import forget_unused_entry
 from shiftadd_cli.runtime.rotation import share_rotations
+from shiftadd_cli.runtime.table import Table
 from shiftadd_cli.source.experts import SplitExperts, join_experts, split_experts
 from shiftadd_cli.version import QUANT_METHOD
 
@@ -57,8 +60,8 @@ class ShiftAddConfig(QuantizationConfigMixin):
         """Whether experts that transformers keeps in stacks are stored one by one."""
         return ArtifactFormat.from_dict(self.__dict__).split_experts
 
-    def table_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every weight stored as 8-bit rows, by the name of its module in the model."""
+    def table_layouts(self) -> Mapping[str, TableLayout]:
+        """Layout of every table, by the name of its module in the model."""
         return ArtifactFormat.from_dict(self.__dict__).tables
 
 
@@ -115,7 +118,7 @@ class ShiftAddQuantizer(HfQuantizer):
                 model.set_submodule(member, packed)
             if len(members) > 1:
                 ties.rename(members, "weight", *layout.tensors())
-        place_tables(model, self.quantization_config.table_shapes(), dtype)
+        place_tables(model, self.quantization_config.table_layouts(), dtype)
         if checkpoint_files is not None:
             check_files(model, checkpoint_files)
 
@@ -142,7 +145,7 @@ class ShiftAddQuantizer(HfQuantizer):
         part_blocks(model)
         names: dict[PackedLinear, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedLinear) and not isinstance(module, Table):
                 names.setdefault(module, []).append(name)
         ties = Ties(model)
         for module, members in names.items():
@@ -178,8 +181,8 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(ShiftAddQuantizer)
 
 
-def _packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+def _packed_modules(model: nn.Module) -> dict[str, PackedWeight]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
 
 
 def _merges(conversion: Any, stacks: set[str]) -> bool:

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from shiftadd_cli.artifact.format import ArtifactFormat
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.version import QUANT_METHOD
@@ -21,7 +22,7 @@ from shiftadd_cli.vllm_plugin.table_method import ShiftaddTableMethod, ShiftaddT
 
 
 class ShiftaddConfig(QuantizationConfig):
-    """Layouts of the compressed modules and shapes of the tables, by the names that vLLM gives their modules."""
+    """Layouts of the compressed modules and of the tables, by the names that vLLM gives their modules."""
 
     def __init__(self, form: ArtifactFormat) -> None:
         """Raises ArtifactError for mixtures of experts."""
@@ -32,7 +33,7 @@ class ShiftaddConfig(QuantizationConfig):
                 "shiftadd export OUT -o DIR --format dense."
             )
         self.layouts: Mapping[str, PackedLayout] = form.modules
-        self.tables: Mapping[str, tuple[int, ...]] = form.tables
+        self.tables: Mapping[str, TableLayout] = form.tables
         self.ties_head = False
 
     def get_name(self) -> str:
@@ -89,5 +90,5 @@ class ShiftaddConfig(QuantizationConfig):
     def _embedding_method(self, name: str, shape: tuple[int, ...]) -> QuantizeMethodBase | None:
         # Some models of vLLM (Llama) do not pass an embedding its name. Tables are listed in the order of the model,
         # the embedding before the head.
-        listed = name or next((table for table, size in self.tables.items() if size == shape), "")
+        listed = name or next((table for table, layout in self.tables.items() if layout.shape == shape), "")
         return ShiftaddTableMethod(listed, self.tables[listed]) if listed in self.tables else None

@@ -1,4 +1,4 @@
-"""Embeddings and output heads of 8-bit rows in vLLM's terms."""
+"""Compressed embeddings and output heads in vLLM's terms."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.vllm_plugin.linear_method import ONE_GPU
 from shiftadd_cli.vllm_plugin.loading import close_gates, open_gates
@@ -17,9 +18,9 @@ from shiftadd_cli.vllm_plugin.vocabulary import Vocabulary
 class ShiftaddTableMethod(QuantizeMethodBase):
     """Computes an embedding or a head with a `Vocabulary`, which becomes the layer's module `vocabulary`."""
 
-    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
-        """name: of the module in the checkpoint; shape: `(rows, columns)` of its table."""
-        self.name, self.shape = name, shape
+    def __init__(self, name: str, layout: TableLayout) -> None:
+        """name: of the module in the checkpoint; layout: of its table."""
+        self.name, self.layout = name, layout
 
     def create_weights(
         self,
@@ -32,7 +33,7 @@ class ShiftaddTableMethod(QuantizeMethodBase):
         **_: Any,
     ) -> None:
         """Raises ArtifactError for tensor parallelism, and for sizes that differ from the checkpoint's."""
-        (rows, columns), padded = self.shape, sum(output_partition_sizes)
+        (rows, columns), padded = self.layout.shape, sum(output_partition_sizes)
         if padded != output_size:
             raise ArtifactError(ONE_GPU)
         if (layer.org_vocab_size, input_size) != (rows, columns):
@@ -40,7 +41,7 @@ class ShiftaddTableMethod(QuantizeMethodBase):
                 f"{self.name} is {layer.org_vocab_size} x {input_size} by the model's sizes in config.json, but "
                 f"{rows} x {columns} by its quantization_config; quantize the model again."
             )
-        layer.vocabulary = Vocabulary(self.name, rows, columns, padded=padded, dtype=params_dtype)
+        layer.vocabulary = Vocabulary(self.name, self.layout, padded=padded, dtype=params_dtype)
         open_gates(layer, layer.vocabulary)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -71,7 +72,7 @@ class ShiftaddTiedHeadMethod(ShiftaddTableMethod):
     until it is tied."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, (0, 0))
+        super().__init__(name, TableLayout((0, 0)))
 
     def create_weights(self, layer: Any, *_: Any, **__: Any) -> None:
         """Do nothing: the table is the embedding's."""

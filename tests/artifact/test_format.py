@@ -9,6 +9,8 @@ import pytest
 from formats import matrix_format
 
 from shiftadd_cli.artifact.format import FORMAT_VERSION, ArtifactFormat
+from shiftadd_cli.bcq.matrix_format import MatrixFormat
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 
@@ -21,7 +23,7 @@ MODULES = {
     "e": PackedLayout(COMMON.replaced(outlier_columns=0.01), 7, 500),
 }
 VALID = ArtifactFormat(COMMON, MODULES).to_dict()
-TABLES = {"embed": (49152, 576), "head": (49152, 576)}
+TABLES = {"embed": TableLayout((49152, 576)), "head": TableLayout((49152, 576))}
 
 
 def test_a_configuration_survives_being_written_and_read() -> None:
@@ -125,7 +127,7 @@ def test_shift_layers_are_declared_and_need_version_two() -> None:
 
 
 def test_tables_of_convolutions_need_version_three() -> None:
-    tables = {"patches": (384, 3, 14, 14)}
+    tables = {"patches": TableLayout((384, 3, 14, 14))}
     with_images = ArtifactFormat(COMMON, MODULES, tables)
     written = json.loads(json.dumps(with_images.to_dict()))
     assert (written["format_version"], written["tables"]) == (3, {"patches": {"shape": [384, 3, 14, 14]}})
@@ -136,10 +138,27 @@ def test_tables_of_convolutions_need_version_three() -> None:
             ArtifactFormat.from_dict(written | {"tables": {"patches": {"shape": sides}}})
 
 
+@pytest.mark.parametrize("form", [COMMON, COMMON.replaced(bits=5), COMMON.replaced(primitive="trellis1", bits=4)])
+def test_tables_of_planes_need_version_five(form: MatrixFormat) -> None:
+    tables = {"embed": TableLayout((49152, 576), form), "patches": TableLayout((384, 3, 14, 14), form)}
+    mixed = ArtifactFormat(COMMON, MODULES, {**tables, "head": TableLayout((49152, 576))})
+    written = json.loads(json.dumps(mixed.to_dict()))
+    assert written["format_version"] == 5
+    assert ArtifactFormat.from_dict(written) == mixed
+    # The number of bits tells such a table from one of 8-bit rows, so it is never left out.
+    assert all(written["tables"][name]["bits"] == form.bits for name in tables)
+    assert written["tables"]["head"] == {"shape": [49152, 576]}
+    packed = mixed.tables["patches"].packed
+    assert packed is not None
+    assert (packed.rows, packed.columns) == (384, 3 * 14 * 14)
+    with pytest.raises(ArtifactError, match="bits = 12"):
+        ArtifactFormat.from_dict(written | {"tables": {"embed": {"shape": [3, 4], "bits": 12}}})
+
+
 @pytest.mark.parametrize(("primitive", "planes"), [("trellis1", 3), ("trellis2", 4)])
 def test_trellis_coded_planes_need_version_four(primitive: Any, planes: int) -> None:
     layout = PackedLayout(COMMON.replaced(primitive=primitive, bits=2), 576, 576)
-    mixed = ArtifactFormat(COMMON, {**MODULES, "t": layout}, {"patches": (384, 3, 14, 14)})
+    mixed = ArtifactFormat(COMMON, {**MODULES, "t": layout}, {"patches": TableLayout((384, 3, 14, 14))})
     written = json.loads(json.dumps(mixed.to_dict()))
     assert written["format_version"] == 4
     assert written["modules"]["t"] == {"shape": [576, 576], "bits": 2, "primitive": primitive}

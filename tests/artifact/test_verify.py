@@ -114,6 +114,34 @@ def test_faulty_tables_are_refused(tmp_path: Path, name: str, value: torch.Tenso
     refused(folder, message)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (f"{EMBED}.weight_codes", None, f"{EMBED}.weight_codes is missing"),
+        (
+            f"{EMBED}.weight_codes",
+            torch.zeros(320, 4, 8, dtype=torch.uint8),
+            r"weight_codes is torch.uint8 \[320, 4, 8\]",
+        ),
+        (
+            f"{EMBED}.weight_row_scale",
+            torch.full((320,), torch.nan).bfloat16(),
+            f"{EMBED}.weight_row_scale holds values",
+        ),
+        (f"{EMBED}.weight_row_scale", torch.full((320,), 3e38).bfloat16(), f"{EMBED} decodes to weights that are not"),
+        (f"{EMBED}.weight_int8", torch.zeros(320, 32, dtype=torch.int8), f"{EMBED}.weight_int8 belongs to no module"),
+    ],
+)
+def test_faulty_embeddings_in_planes_are_refused(
+    tmp_path: Path, name: str, value: torch.Tensor | None, message: str
+) -> None:
+    folder = write_checkpoint(tiny_model("qwen2"), tmp_path / "out", shard_bytes=10**9, tables=COMMON).folder
+    (folder / "report.json").unlink()
+    verify(Artifact.open(folder))
+    edit_tensors(folder, {name: value})
+    refused(folder, message)
+
+
 def test_further_faults_are_counted(single: Path) -> None:
     edit_tensors(single, {f"{NAME}.weight_codes": None, f"{NAME}.weight_row_scale": None})
     refused(single, r"weight_codes is missing \(1 more faults\)")

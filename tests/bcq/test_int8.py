@@ -9,13 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shiftadd_cli.bcq import int8
-from shiftadd_cli.bcq.int8 import (
-    decode_table,
-    decode_table_into,
-    encode_table,
-    table_bytes,
-    table_tensors,
-)
+from shiftadd_cli.bcq.int8 import decode_table, encode_table, table_tensors
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.errors import NumericalError
 
 
@@ -71,18 +66,6 @@ def test_tiles_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.Monkey
     assert all(torch.equal(one, other) for one, other in zip(encode_table(weight, "x"), table, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_in_place_returns_the_error(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "_TILE_WEIGHTS", 4 * 21)
-    weight = matrix().to(dtype)
-    before, table = weight.clone().double(), encode_table(weight, "x")
-    error = decode_table_into(*table, weight)
-    assert torch.equal(weight, decode_table(*table, dtype))
-    expected = (before - decode_table(*table).double()).square().sum() / before.square().sum()
-    assert error == pytest.approx(float(expected), rel=1e-5)
-    assert decode_table_into(*encode_table(torch.zeros(2, 3), "x"), torch.zeros(2, 3)) == 0
-
-
 def test_kernels_of_a_convolution_are_rows_that_keep_their_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "_TILE_WEIGHTS", 4 * 21)
     flat = matrix()[:, :18]
@@ -92,9 +75,8 @@ def test_kernels_of_a_convolution_are_rows_that_keep_their_shape(monkeypatch: py
     assert torch.equal(codes, as_rows[0].view(9, 2, 3, 3))
     assert torch.equal(scales, as_rows[1])
     assert torch.equal(decode_table(codes, scales), decode_table(*as_rows).view(9, 2, 3, 3))
-    assert decode_table_into(codes, scales, kernels) == pytest.approx(decode_table_into(*as_rows, flat.clone()))
     assert table_tensors(9, 2, 3, 3)["weight_int8"][0] == (9, 2, 3, 3)
-    assert table_bytes(9, 2, 3, 3) == table_bytes(9, 18)
+    assert TableLayout((9, 2, 3, 3)).nbytes == TableLayout((9, 18)).nbytes
 
 
 def test_sizes_are_those_of_the_tensors() -> None:
@@ -103,4 +85,4 @@ def test_sizes_are_those_of_the_tensors() -> None:
         "weight_int8": (tuple(codes.shape), codes.dtype),
         "weight_int8_scale": (tuple(scales.shape), scales.dtype),
     }
-    assert table_bytes(9, 21) == codes.nbytes + scales.nbytes == 9 * (21 + 2)
+    assert TableLayout((9, 21)).nbytes == codes.nbytes + scales.nbytes == 9 * (21 + 2)

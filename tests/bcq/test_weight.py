@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from artifacts import random_weight
 from bcq_problems import generator, quick
 from formats import layout_on, matrix_format
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shiftadd_cli.bcq.choices import Primitive
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.bcq.primitives.shifts.levels import MAGNITUDES
 from shiftadd_cli.bcq.scale_formats import scale_format
@@ -219,3 +221,32 @@ def test_shift_layers_decode_to_the_levels_that_were_packed(
             assert float(weight.decode_stored()[o, i]) == pytest.approx(expected, rel=1e-7)
     for height in (1, 4):
         assert torch.equal(torch.cat([tile for _, tile in weight.tiles(height)]), weight.decode_stored())
+
+
+CODES: list[tuple[Primitive, int]] = [("bcq", 3), ("trellis1", 2), ("trellis2", 3), ("shift2", 4)]
+WIDTHS: list[int | str] = ["all", 5, 16]
+HEIGHTS: list[int | str] = [1, 3, "all", "1/8"]
+
+
+@quick
+@given(st.data())
+def test_gathered_rows_are_those_of_the_decoded_matrix(data: st.DataObject) -> None:
+    primitive, bits = data.draw(st.sampled_from(CODES))
+    form = matrix_format(
+        bits,
+        data.draw(st.sampled_from(WIDTHS)),
+        data.draw(st.sampled_from(HEIGHTS)),
+        data.draw(st.sampled_from(FORMATS)),
+        data.draw(st.booleans()),
+        data.draw(st.booleans()),
+        data.draw(st.sampled_from(["none", "hadamard"])),
+        data.draw(st.sampled_from([0.0, 0.1])),
+        primitive,
+    )
+    # Two stripes of trellis-coded planes.
+    layout = PackedLayout(form, 300, data.draw(st.sampled_from([9, 40])))
+    weight = random_weight(layout, seed=data.draw(st.integers(0, 99)))
+    numbers = torch.tensor(data.draw(st.lists(st.sampled_from([0, 1, 3, 7, 255, 256, 260, 299]), max_size=6))).long()
+    torch.testing.assert_close(weight.gather(numbers), weight.decode()[numbers], rtol=1e-6, atol=1e-6)
+    grid = numbers.repeat(2, 1)
+    assert torch.equal(weight.gather(grid), torch.stack((weight.gather(numbers),) * 2))

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from artifacts import edit_config, write_checkpoint
+from artifacts import COMMON, edit_config, write_checkpoint
 from click.testing import CliRunner, Result
 from formats import matrix_format
 from tiny_models import tiny_model
@@ -49,12 +49,16 @@ def test_primitives_other_than_planes_are_named(tmp_path: Path) -> None:
 def test_embedding_tables_are_listed_separately(tmp_path: Path) -> None:
     folder = write_checkpoint(tiny_model("qwen2"), tmp_path / "rows", tables=True).folder
     result = inspect(folder, "--verify")
-    assert re.search(r"model\.embed_tokens +320 x 32 +8\.500 +10\.9 kB", result.output)
-    assert "8-bit rows    10.9 kB" in result.output
+    assert re.search(r"model\.embed_tokens +320 x 32 +8-bit rows +8\.500 +10\.9 kB", result.output)
+    assert "Embeddings    10.9 kB" in result.output
     assert "model.embed_tokens.weight" not in result.output
     document = json.loads(inspect(folder, "--json").output)
-    assert document["tables"] == [{"name": "model.embed_tokens", "rows": 320, "columns": 32, "stored_bytes": 320 * 34}]
+    sizes = {"rows": 320, "columns": 32, "stored_bytes": 320 * 34}
+    assert document["tables"] == [{"name": "model.embed_tokens", **sizes, "bits": 8, "primitive": None}]
     assert document["table_bytes"] == 320 * 34
+    in_planes = COMMON.replaced(primitive="trellis1", bits=4)
+    result = inspect(write_checkpoint(tiny_model("qwen2"), tmp_path / "planes", tables=in_planes).folder, "--verify")
+    assert re.search(r"model\.embed_tokens +320 x 32 +trellis1-4 +\d\.\d{3} ", result.output)
 
 
 def test_layers_are_listed_one_by_one(folder: Path) -> None:

@@ -62,7 +62,7 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "samples": (["--samples", "4"], 4),
     "seq_len": (["--seq-len", "32"], 32),
     "batch_size": (["--batch-size", "1"], 1),
-    "embedding_bits": (["--embedding-bits", "16"], 16),
+    "embedding_bits": (["--embedding-bits", "trellis1-4"], "trellis1-4"),
     "skip": (["--skip", "lm_head", "--skip", "*.k_proj"], ("lm_head", "*.k_proj")),
     "allow_partial": (["--allow-partial"], True),
     "seed": (["--seed", "3"], 3),

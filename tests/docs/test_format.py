@@ -37,6 +37,7 @@ from shiftadd_cli.bcq.primitives.shifts.levels import MAGNITUDES
 from shiftadd_cli.bcq.primitives.trellis.codes import CODES
 from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.runtime.linear import PackedLinear
+from shiftadd_cli.runtime.table import Table
 
 # Relative to the largest magnitude, for several passes of float32 sums of up to 64 terms.
 ROUNDING = 1e-5
@@ -57,7 +58,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "a mixture": ("llama", {"recipe": "shiftaddvit", "avg_bits": 4.2, "candidates": (2, 4, "shift1", "shift2")}),
     "stored transposed by the model": ("gpt2", {}),
     "tied embeddings": ("qwen2", {"bits": 2}),
+    "embedding in planes": ("llama", {"embedding_bits": 5}),
+    "tied embedding in trellis-coded planes": ("qwen2", {"embedding_bits": "trellis1-4", "outlier_columns": 0.05}),
     "patches of images": ("vit", {"recipe": "fast"}),
+    "patches of images in planes": ("vit", {"recipe": "fast", "embedding_bits": 4}),
 }
 
 
@@ -80,10 +84,12 @@ def test_every_kind_of_run_is_read(
     check(tmp_path / "out")
     reader, model = Reader(tmp_path / "out"), shiftadd_cli.load(tmp_path / "out")
     for module, packed in model.named_modules():
-        if isinstance(packed, PackedLinear):
+        if isinstance(packed, PackedLinear) and not isinstance(packed, Table):
             close(reader.matrix(module), packed.decode())
-    packed_names = {module for module, packed in model.named_modules() if isinstance(packed, PackedLinear)}
-    assert packed_names == set(reader.modules)
+        elif isinstance(packed, Table) and module in reader.tables:
+            close(reader.table(module), packed.decode())
+    linears = {name for name, packed in model.named_modules() if isinstance(packed, PackedLinear)}
+    assert {name for name in linears if not isinstance(model.get_submodule(name), Table)} == set(reader.modules)
 
 
 def formats(primitive: Any, bits: int) -> st.SearchStrategy[MatrixFormat]:
@@ -110,13 +116,16 @@ PLANE_CODES = [
 
 
 @settings(max_examples=40, deadline=None)
-@given(form=st.sampled_from(PLANE_CODES).flatmap(lambda code: formats(*code)), tables=st.booleans())
+@given(
+    form=st.sampled_from(PLANE_CODES).flatmap(lambda code: formats(*code)), tables=st.sampled_from([False, True, None])
+)
 def test_every_byte_means_what_the_page_says(
-    tmp_path_factory: pytest.TempPathFactory, form: MatrixFormat, tables: bool
+    tmp_path_factory: pytest.TempPathFactory, form: MatrixFormat, tables: bool | None
 ) -> None:
     """Random bytes also contain codes that no run happens to write."""
     folder = tmp_path_factory.mktemp("random") / "out"
-    check(write_checkpoint(tiny_model("llama"), folder, common=form, tables=tables).folder)
+    stored = form if tables is None else tables
+    check(write_checkpoint(tiny_model("llama"), folder, common=form, tables=stored).folder)
 
 
 @pytest.mark.parametrize(("primitive", "bits"), MAGNITUDES)
@@ -135,8 +144,14 @@ def check(folder: Path) -> None:
         weight = QuantizedWeight(layout, {suffix: stored[f"{name}.{suffix}"] for suffix in layout.tensors()})
         equal(reader.planes(name), weight.decode_stored())
         (close if layout.rotation else equal)(reader.matrix(name), weight.decode())
-    for name in artifact.tables:
-        equal(reader.table(name), decode_table(stored[f"{name}.weight_int8"], stored[f"{name}.weight_int8_scale"]))
+    for name, table in artifact.format.tables.items():
+        own = {suffix: stored[f"{name}.{suffix}"] for suffix in table.tensors()}
+        if table.packed is None:
+            equal(reader.table(name), decode_table(own["weight_int8"], own["weight_int8_scale"]))
+            continue
+        weight = QuantizedWeight(table.packed, own)
+        equal(reader.planes(name), weight.decode_stored())
+        (close if table.packed.rotation else equal)(reader.table(name), weight.decode().view(table.shape))
 
 
 def equal(decoded: Any, ours: torch.Tensor) -> None:
@@ -169,7 +184,7 @@ def test_page_names_every_tensor_key_and_version(repository: Path) -> None:
     names = set(re.findall(r"^\| `(\w+)`", page, flags=re.MULTILINE))
     assert set(SUFFIXES) <= names
     assert {*MatrixFormat.model_fields, "quant_method", "format_version"} <= names
-    assert FORMAT_VERSION == 4, "the page speaks of versions 1 to 4"
+    assert FORMAT_VERSION == 5, "the page speaks of versions 1 to 5"
     example = json.loads(re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)[0])
     assert {*MatrixFormat.model_fields} - {"primitive"} <= example.keys()
     rows = re.findall(r"^\| `(shift\d)` \| (\d) \| ([\d, ]+) \| (\d+) \|", page, flags=re.MULTILINE)

@@ -16,6 +16,7 @@ from tiny_models import FAMILIES, MIXTURES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import shiftadd_cli  # noqa: F401 - registers the format with transformers
+from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.errors import ArtifactError, ExportError, OutputError
 from shiftadd_cli.export.dense import export_dense
 
@@ -74,8 +75,9 @@ def test_the_export_loads_without_this_package(tmp_path: Path, family: str) -> N
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
 
 
-def test_another_dtype_is_rounded_once(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tiny_model("gpt2"), tmp_path / "packed", tables=True)
+@pytest.mark.parametrize("tables", [True, COMMON.replaced(outlier_columns=0.05)], ids=["8-bit rows", "planes"])
+def test_another_dtype_is_rounded_once(tmp_path: Path, tables: bool | MatrixFormat) -> None:
+    checkpoint = write_checkpoint(tiny_model("gpt2"), tmp_path / "packed", tables=tables)
     export_dense(checkpoint.folder, tmp_path / "dense", torch.bfloat16)
     state = checkpoint.dense.state_dict()
     for name, tensor in tensors_of(tmp_path / "dense").items():

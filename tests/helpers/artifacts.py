@@ -18,6 +18,7 @@ from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.artifact.writer import ArtifactWriter
 from shiftadd_cli.bcq.int8 import decode_table, encode_table
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 from shiftadd_cli.source.experts import split_experts
 
@@ -64,12 +65,13 @@ def write_checkpoint(
     common: MatrixFormat = COMMON,
     own: dict[str, MatrixFormat] | None = None,
     shard_bytes: int = 20_000,
-    tables: bool = False,
+    tables: bool | MatrixFormat = False,
     split: bool = True,
 ) -> Checkpoint:
     """Replace all linears except the head by random matrices. own: formats of modules, by the end of their name.
 
-    tables: store the input embedding and the head as 8-bit rows; split: stacked experts are linears too.
+    tables: store the input embedding and the head as 8-bit rows (True) or in this format; split: stacked experts are
+    linears too.
     """
     model = copy.deepcopy(model)
     split = split and bool(split_experts(model))
@@ -88,10 +90,11 @@ def write_checkpoint(
         modules[name] = weight.layout
         decoded = weight.decode()
         dense.get_submodule(name).weight.data = decoded.T.contiguous() if transposed else decoded
-    table_shapes = _replace_tables(dense, tensors) if tables else {}
+    in_planes = tables if isinstance(tables, MatrixFormat) else None
+    layouts = _replace_tables(dense, tensors, in_planes) if tables else {}
     config = json.loads(model.config.to_json_string())
     config |= {"architectures": [type(model).__name__], "dtype": "float32"}
-    config["quantization_config"] = ArtifactFormat(common, modules, table_shapes, split).to_dict()
+    config["quantization_config"] = ArtifactFormat(common, modules, layouts, split).to_dict()
     with ArtifactWriter(folder, shard_bytes=shard_bytes) as writer:
         writer.plan({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
         for name, tensor in tensors.items():
@@ -100,18 +103,25 @@ def write_checkpoint(
     return Checkpoint(folder, dense)
 
 
-def _replace_tables(dense: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+def _replace_tables(
+    dense: PreTrainedModel, tensors: dict[str, torch.Tensor], form: MatrixFormat | None
+) -> dict[str, TableLayout]:
     names = {id(module): name for name, module in dense.named_modules()}
-    shapes = {}
+    layouts = {}
     for module in (dense.get_input_embeddings(), dense.get_output_embeddings()):
         name = names[id(module)]
         if (weight := tensors.pop(f"{name}.weight", None)) is None:  # tied
             continue
-        codes, scale = encode_table(weight, name)
-        tensors |= {f"{name}.weight_int8": codes, f"{name}.weight_int8_scale": scale}
-        shapes[name] = (codes.shape[0], codes.shape[1])
-        module.get_parameter("weight").data.copy_(decode_table(codes, scale))
-    return shapes
+        layout = layouts[name] = TableLayout(tuple(weight.shape), form)
+        if layout.packed is None:
+            codes, scale = encode_table(weight, name)
+            stored, decoded = {"weight_int8": codes, "weight_int8_scale": scale}, decode_table(codes, scale)
+        else:
+            packed = random_weight(layout.packed, seed=1000 + len(layouts))
+            stored, decoded = packed.tensors, packed.decode()
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.items()}
+        module.get_parameter("weight").data.copy_(decoded)
+    return layouts
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -6,6 +6,7 @@ It shows that the page is complete. If the reader lacks information, fix the pag
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,19 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        if config["quant_method"] != "shiftadd" or config["format_version"] not in (1, 2, 3, 4):
+        if config["quant_method"] != "shiftadd" or config["format_version"] not in (1, 2, 3, 4, 5):
             raise ValueError("not a checkpoint that this reader knows")
         common = {"primitive": "bcq", "rotation": "none", "outlier_columns": 0.0} | config
         self.modules: dict[str, dict[str, Any]] = {
             name: common | entry for name, entry in config.pop("modules").items()
         }
         self.tables: dict[str, dict[str, Any]] = config.get("tables", {})
+        # A compressed matrix has the keys of a module; that of a convolution has a column for each number of a kernel.
+        self._matrices = self.modules | {
+            name: common | entry | {"shape": [entry["shape"][0], math.prod(entry["shape"][1:])]}
+            for name, entry in self.tables.items()
+            if "bits" in entry
+        }
         index = folder / "model.safetensors.index.json"
         files = ["model.safetensors"]
         if index.exists():
@@ -61,7 +68,7 @@ class Reader:
 
     def planes(self, name: str) -> Array:
         """W′: float32 `[out, in]`."""
-        form, stored = self.modules[name], self._stored(name)
+        form, stored = self._matrices[name], self._stored(name)
         rows, columns = form["shape"]
         bits = _unpack_bits(stored["weight_codes"], columns)
         row_scale = stored["weight_row_scale"]
@@ -85,14 +92,16 @@ class Reader:
     def matrix(self, name: str) -> Array:
         """W, which multiplies the original input: float64 `[out, in]` with a rotation, float32 without."""
         weight, stored = self.planes(name), self._stored(name)
-        if self.modules[name]["rotation"] == "hadamard":
+        if self._matrices[name]["rotation"] == "hadamard":
             weight = _times_rotation(weight.astype(np.float64), stored["weight_signs"])
-        if self.modules[name]["outlier_columns"] > 0:
+        if self._matrices[name]["outlier_columns"] > 0:
             weight[:, stored["weight_column_ids"]] += stored["weight_columns"]
         return weight
 
     def table(self, name: str) -> Array:
-        """An embedding, output head or patch embedding: float32 `[rows, ...]`."""
+        """An embedding, output head or patch embedding `[rows, ...]`: float32, or like `matrix`."""
+        if name in self._matrices:
+            return self.matrix(name).reshape(self.tables[name]["shape"])
         stored = self._stored(name)
         codes = stored["weight_int8"].astype(np.float32)
         return codes * stored["weight_int8_scale"].reshape(-1, *[1] * (codes.ndim - 1))

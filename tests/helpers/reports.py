@@ -9,6 +9,7 @@ from artifacts import COMMON
 from formats import recipe_of
 from tiny_models import tiny_model
 
+from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.report.cost import Cost, model_cost
 from shiftadd_cli.report.evaluation_file import EvaluationReport, ScoreReport
@@ -119,7 +120,7 @@ def sample_cost() -> Cost:
         for name, tensor in model.state_dict().items()
         if name.removesuffix(".weight") not in layouts
     }
-    return model_cost(model, layouts, tensors, load_unit_costs())
+    return model_cost(model, ArtifactFormat(COMMON, layouts), tensors, load_unit_costs())
 
 
 def sample_evaluation(word: str = "sample", *, original: bool = True) -> EvaluationReport:

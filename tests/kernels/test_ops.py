@@ -292,3 +292,56 @@ def test_direct_and_dispatched_calls_give_the_same_bits(rotated: bool) -> None:
     fields["signs"] = fields["signs"] if rotated else None
     with torch.no_grad():
         assert torch.equal(ops.lookup_linear(**fields), torch.ops.shiftadd.lookup_linear.default(**fields))
+
+
+def gathered(numbers: Tensor, weight: QuantizedWeight) -> Tensor:
+    stored: dict[str, Any] = CpuWeight.pack(weight).tensors()
+    del stored["signs"]
+    layout = weight.layout
+    return ops.gather_rows(
+        numbers,
+        **stored,
+        columns=layout.columns,
+        group_columns=layout.grid.group_columns,
+        bits=layout.bits,
+        planes=layout.planes,
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(supported_layouts(), st.integers(0, 99), st.data())
+def test_gathered_rows_have_the_bits_of_the_reference(layout: PackedLayout, seed: int, data: st.DataObject) -> None:
+    weight = random_weight(layout, seed)
+    numbers = data.draw(st.lists(st.integers(0, layout.rows - 1), max_size=9))
+    dtype = data.draw(st.sampled_from([torch.int64, torch.int32]))
+    ids = torch.tensor(numbers, dtype=dtype).view(data.draw(st.sampled_from([(len(numbers),), (1, len(numbers), 1)])))
+    result = gathered(ids, weight)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, weight.decode_stored()[ids.long()])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_rows_of_every_stripe_are_gathered(bits: int) -> None:
+    form = LAYOUT.format.replaced(primitive="trellis1", bits=bits, group_size="all")
+    weight = random_weight(PackedLayout(form, 700, 48))
+    expected, backwards = weight.decode_stored(), torch.arange(700).flip(0)
+    for result in on_threads((1, 2), lambda: gathered(backwards, weight)):
+        assert torch.equal(result, expected.flip(0))
+
+
+@pytest.mark.parametrize("wrong", [-1, 150])
+def test_rows_that_are_not_there_are_refused(wrong: int) -> None:
+    with pytest.raises(IndexError, match="no such row"):
+        gathered(torch.tensor([0, wrong]), random_weight(LAYOUT))
+
+
+def test_gathering_compiles_into_one_graph() -> None:
+    weight = random_weight(LAYOUT)
+    packed, ids = CpuWeight.pack(weight), torch.tensor([[3, 149], [0, 3]])
+
+    def step(numbers: Tensor) -> Tensor:
+        stored = packed.words, packed.scale_codes, packed.scales, packed.offsets, packed.row_scale
+        return 2 * ops.gather_rows(numbers, *stored, 320, 128, 3, 3)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids), 2 * weight.decode_stored()[ids])

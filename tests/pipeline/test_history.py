@@ -45,8 +45,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "asymmetric": {"asymmetric": 0.5, "drift": 1.0},
     "loss_aware": {"loss_aware": 1.0},
     "reconstruct": {"reconstruct_epochs": 2, "asymmetric": 0.5},
-    "distill": {"distill_epochs": 2, "asymmetric": 0.0, "bits": 1},
-    "no data": {"calibration": "none", "sweep": "none", "refine_rounds": 0},
+    "distill": {"distill_epochs": 2, "asymmetric": 0.0, "bits": 1, "embedding_bits": "trellis1-4"},
+    "no data": {"calibration": "none", "sweep": "none", "refine_rounds": 0, "embedding_bits": 4},
 }
 
 

@@ -180,7 +180,7 @@ def test_description_names_kinds_sizes_and_kept_parts(tmp_path: Path) -> None:
     text = describe_plan(plan_of(tmp_path))
     for part in ("self_attn.q_proj", "mlp.down_proj", "LlamaForCausalLM", "at the peak", "self"):
         assert part in text
-    assert "8-bit rows    16.0 kB: lm_head, 320 x 48" in text
+    assert "Embedding     16.0 kB: lm_head, 320 x 48, 8-bit rows" in text
     description = describe_plan(plan_of(tmp_path, embedding_bits=16))
     assert "1 x embedding" in description
     assert "1 x output head" in description

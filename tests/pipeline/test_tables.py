@@ -1,4 +1,4 @@
-"""The matrices that become 8-bit rows, and the decoded values that the rest of a run sees."""
+"""Embeddings and heads in 8-bit rows and in planes, and the decoded values that the rest of a run sees."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ import shiftadd_cli
 from shiftadd_cli.artifact.contents import Contents
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
+from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import Trace
+from shiftadd_cli.context import ALONE_ON_CPU
 from shiftadd_cli.errors import NumericalError
 from shiftadd_cli.pipeline import run as run_module
+from shiftadd_cli.pipeline import tables as tables_module
 from shiftadd_cli.pipeline.job import Job
 from shiftadd_cli.pipeline.plan import Plan, make_plan
-from shiftadd_cli.pipeline.tables import PlannedTable, plan_tables, store_table
+from shiftadd_cli.pipeline.tables import PlannedTable, encode_weight, place_weight, plan_tables
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.runtime.opened import load_any
-from shiftadd_cli.runtime.table import Table
+from shiftadd_cli.runtime.table import PackedTable, Table
 from shiftadd_cli.source import find_structure, open_source
 
 Planned = tuple[tuple[PlannedTable, ...], tuple[tuple[str, str], ...]]
@@ -136,15 +139,15 @@ def test_storing_decodes_tied_modules_in_place() -> None:
     model = tiny_model("qwen2", dtype=torch.bfloat16)
     (table,), _ = planned(model)
     before = model.get_parameter("lm_head.weight").float().clone()
-    stored: dict[str, Tensor] = {}
-    report = store_table(table, model, stored.__setitem__)
-    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()} == table.tensors()
-    decoded = stored["model.embed_tokens.weight_int8"] * stored["model.embed_tokens.weight_int8_scale"].float()[:, None]
+    stored, output_error = encode_weight(table, model, recipe_of(), None, ALONE_ON_CPU)
+    assert {suffix: (tuple(tensor.shape), tensor.dtype) for suffix, tensor in stored.items()} == table.layout.tensors()
+    weight_error = place_weight(table, model, stored)
+    decoded = stored["weight_int8"] * stored["weight_int8_scale"].float()[:, None]
     assert torch.equal(model.get_parameter("lm_head.weight"), decoded.bfloat16())
     assert model.lm_head.weight is model.model.embed_tokens.weight
     error = (before - decoded).square().sum() / before.square().sum()
-    assert report.weight_error == pytest.approx(error.item(), rel=1e-4)
-    assert report.modules == ["model.embed_tokens", "lm_head"]
+    assert weight_error == pytest.approx(error.item(), rel=1e-4)
+    assert output_error is None
 
 
 def test_non_finite_weight_is_named(tmp_path: Path) -> None:
@@ -222,3 +225,74 @@ def test_patch_embedding_stays_unquantized_on_request(tmp_path: Path) -> None:
         assert reason in {module.reason for module in report.kept if module.name == name}
     dense = open_source(str(source)).load_model().get_parameter(f"{name}.weight")
     assert torch.equal(shiftadd_cli.load(tmp_path / "skipped").get_parameter(f"{name}.weight"), dense)
+
+
+IN_PLANES = {"embedding_bits": "trellis1-3", "bits": 3, "primitive": "bcq"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embedding_and_head_in_planes_load_and_agree_with_the_report(tmp_path: Path, family: str) -> None:
+    save_tiny(family, tmp_path / "source")
+    plan, report = quantize(tmp_path / "source", tmp_path / "out", "equal-bits", **IN_PLANES)
+    assert [entry.modules for entry in report.tables] == [list(table.modules) for table in plan.tables]
+    assert plan.file_bytes == report.size.files_bytes
+    model, dense = shiftadd_cli.load(tmp_path / "out"), open_source(str(tmp_path / "source")).load_model()
+    for table, entry in zip(plan.tables, report.tables, strict=True):
+        assert (entry.primitive, entry.bits) == ("trellis1", 3)
+        before, after = dense.get_parameter(f"{table.name}.weight").float(), model.get_submodule(table.name)
+        assert isinstance(after, PackedTable)
+        error = (before - after.decode()).square().sum() / before.square().sum()
+        assert entry.weight_error == pytest.approx(float(error), rel=1e-3)
+        assert (entry.output_error is None) == (table.modules == (EMBEDDINGS[family],))
+    info = load_any(str(tmp_path / "out")).info
+    assert info.parameters == plan.parameters
+    assert info.quantized_bits_per_weight == pytest.approx(report.size.bits_per_weight)
+
+
+def test_head_is_fitted_to_what_it_reads(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source")
+    model = open_source(str(tmp_path / "source")).load_model()
+    table = next(table for table in planned(model, **IN_PLANES)[0] if table.name == "lm_head")
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(500, 48, generator=generator) * torch.logspace(0, -2, 48)
+    moment = inputs.T @ inputs / 500
+    weight = model.get_parameter("lm_head.weight").detach().clone()
+    errors = []
+    for form in (moment, None):
+        tensors, reported = encode_weight(table, model, recipe_of(**IN_PLANES), form, ALONE_ON_CPU)
+        layout = table.layout.packed
+        assert layout is not None
+        difference = (weight - QuantizedWeight(layout, tensors).decode()) @ inputs.T
+        errors.append(float(difference.square().sum() / (weight @ inputs.T).square().sum()))
+        assert reported == (pytest.approx(errors[-1], rel=1e-3) if form is not None else None)
+    assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("form", ["trellis1-2", 3])
+def test_large_vocabularies_are_solved_in_tiles(monkeypatch: pytest.MonkeyPatch, form: int | str) -> None:
+    model = tiny_model("llama")
+    recipe = recipe_of(embedding_bits=form, bits=3)
+    table = planned(model, embedding_bits=form, bits=3)[0][0]
+    whole, _ = encode_weight(table, model, recipe, None, ALONE_ON_CPU)
+    # A tile of 256 rows and one of 64.
+    monkeypatch.setattr(tables_module, "_TILE_WEIGHTS", 256 * 48)
+    parts, _ = encode_weight(table, model, recipe, None, ALONE_ON_CPU)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    weight = model.get_parameter(f"{table.name}.weight")
+    place_weight(table, model, parts)
+    assert table.layout.packed is not None
+    torch.testing.assert_close(weight.detach(), QuantizedWeight(table.layout.packed, whole).decode())
+
+
+@pytest.mark.parametrize("fields", [{}, {"calibration": "none", "sweep": "none", "refine_rounds": 0}])
+def test_patch_embedding_in_planes(tmp_path: Path, fields: dict[str, Any]) -> None:
+    source = save_tiny_vision("vit", tmp_path / "source")
+    options = {"calibration": "noise", "embedding_bits": 4, **fields}
+    _, report = quantize(source, tmp_path / "out", "equal-bits", **options)
+    (entry,) = report.tables
+    assert (entry.bits, entry.primitive, entry.output_error is None) == (4, "bcq", bool(fields))
+    loaded = shiftadd_cli.load(tmp_path / "out").get_submodule(entry.modules[0])
+    assert isinstance(loaded, PackedTable)
+    dense = open_source(str(source)).load_model().get_parameter(f"{entry.modules[0]}.weight")
+    assert 0 < (loaded.decode() - dense).norm() < 0.3 * dense.norm()

@@ -75,7 +75,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, source: Inputs) -> Callable[
     [
         (2, ()),
         (7, ("--outlier-columns=0.05",)),
-        (2, ("--loss-aware=0.5", "--asymmetric=0", "--drift=1")),
+        (2, ("--loss-aware=0.5", "--asymmetric=0", "--drift=1", "--embedding-bits=trellis1-4")),
         (3, ("--reconstruct-epochs=2", "--bits=2", "--distill-epochs=1")),
         (3, ("--avg-bits=4.5",)),
         (2, ("--recipe=rtn",)),

@@ -18,7 +18,7 @@ from shiftadd_cli.runtime.skeleton import artifact_skeleton
 
 def cost_of(artifact: Artifact, batch: int = 1) -> Cost:
     skeleton = artifact_skeleton(artifact.folder)
-    return model_cost(skeleton, artifact.layouts, artifact.tensors, load_unit_costs(), batch=batch)
+    return model_cost(skeleton, artifact.format, artifact.tensors, load_unit_costs(), batch=batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

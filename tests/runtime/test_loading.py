@@ -19,8 +19,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
+from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.errors import ArtifactError
-from shiftadd_cli.runtime.table import Int8Embedding, Int8Linear
+from shiftadd_cli.runtime.table import PackedTable, Table
 from shiftadd_cli.runtime.transformers_plugin import register
 
 register()
@@ -127,16 +128,24 @@ TIED = ("qwen2", "qwen3", "gemma3", "opt", "gpt2", "bloom")
 UNTIED = ("llama", "mistral", "phi")
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return {name: write_checkpoint(tiny_model(name), folder / name, tables=True) for name in FAMILIES}
+FORMS: dict[str, bool | MatrixFormat] = {
+    "8-bit rows": True,
+    "planes": COMMON.replaced(bits=4, offset=True, outlier_columns=0.05),
+    "trellis": COMMON.replaced(primitive="trellis1", group_size="all", rotation="hadamard"),
+}
 
 
-def ends(model: PreTrainedModel) -> tuple[Int8Embedding, Int8Linear]:
+@pytest.fixture(scope="module", params=FORMS)
+def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    folder, form = tmp_path_factory.mktemp("checkpoints"), FORMS[request.param]
+    return {name: write_checkpoint(tiny_model(name), folder / name, tables=form) for name in FAMILIES}
+
+
+def ends(model: PreTrainedModel) -> tuple[Table, Table]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(embedding, Int8Embedding)
-    assert isinstance(head, Int8Linear)
+    assert isinstance(embedding, Table)
+    assert isinstance(head, Table)
+    assert embedding.suffixes == head.suffixes
     return embedding, head
 
 
@@ -151,9 +160,12 @@ def generate(model: Any) -> torch.Tensor:
 
 def is_one_table(model: PreTrainedModel) -> bool:
     embedding, head = ends(model)
-    shared = embedding.weight_int8 is head.weight_int8
-    assert shared == (embedding.weight_int8_scale is head.weight_int8_scale)
-    return shared
+    same = [getattr(embedding, name) is getattr(head, name) for name in embedding.suffixes]
+    if isinstance(embedding, PackedTable):
+        # Nor is there a second copy of what the kernels read.
+        same.append(embedding.words.data_ptr() == getattr(head, "words").data_ptr())  # noqa: B009
+    assert len(set(same)) == 1
+    return same[0]
 
 
 def test_families_include_tied_and_untied_embeddings() -> None:
@@ -267,7 +279,7 @@ def test_body_loads_alone_and_with_another_head(checkpoints: dict[str, Checkpoin
         assert_close(AutoModel.from_pretrained(folder)(IDS).last_hidden_state, expected)
         classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
         assert_close(classifier.base_model(IDS).last_hidden_state, expected)
-    assert isinstance(classifier.get_input_embeddings(), Int8Embedding)
+    assert isinstance(classifier.get_input_embeddings(), Table)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

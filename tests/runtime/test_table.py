@@ -5,19 +5,26 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from artifacts import random_weight
+from formats import matrix_format
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from shiftadd_cli.bcq.int8 import encode_table
+from shiftadd_cli.bcq.matrix_format import MatrixFormat
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.runtime import table as table_module
 from shiftadd_cli.runtime.table import (
     Int8Conv2d,
     Int8Embedding,
     Int8Linear,
+    Int8Table,
+    PackedTable,
     Table,
     can_hold_table,
     drop_table,
@@ -27,25 +34,26 @@ from shiftadd_cli.runtime.table import (
 IDS = torch.tensor([[0, 5, 29], [7, 7, 1]])
 
 
-def filled(module: nn.Embedding | nn.Linear | nn.Conv2d, dtype: torch.dtype | None = None) -> Table:
+def filled(module: nn.Embedding | nn.Linear | nn.Conv2d, dtype: torch.dtype | None = None) -> Int8Table:
     codes, scale = encode_table(module.weight.detach(), "x")
-    table = hold_table(module, dtype)
+    table = hold_table(module, TableLayout(tuple(module.weight.shape)), dtype)
+    assert isinstance(table, Int8Table)
     table.weight_int8.data.copy_(codes)
     table.weight_int8_scale.copy_(scale)
     return table
 
 
-def embedding() -> Table:
+def embedding() -> Int8Table:
     torch.manual_seed(0)
     return filled(nn.Embedding(30, 20))
 
 
-def head(bias: bool = True) -> Table:
+def head(bias: bool = True) -> Int8Table:
     torch.manual_seed(1)
     return filled(nn.Linear(20, 30, bias=bias))
 
 
-def patches() -> Table:
+def patches() -> Int8Table:
     torch.manual_seed(2)
     return filled(nn.Conv2d(3, 10, (4, 2), stride=(4, 2)))
 
@@ -215,7 +223,9 @@ def test_only_modules_of_known_behaviour_can_hold_a_table() -> None:
 @pytest.mark.parametrize("make", [embedding, head, patches])
 @pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu", torch.float16),
                                   lambda m: m.type(torch.float16)])  # fmt: skip
-def test_dtype_moves_leave_stored_tensors_alone(make: Callable[[], Table], move: Callable[[nn.Module], Table]) -> None:
+def test_dtype_moves_leave_stored_tensors_alone(
+    make: Callable[[], Int8Table], move: Callable[[nn.Module], Int8Table]
+) -> None:
     module = make()
     # This scale overflows in float16.
     module.weight_int8_scale[3] = 2.0**20
@@ -229,7 +239,7 @@ def test_dtype_moves_leave_stored_tensors_alone(make: Callable[[], Table], move:
 
 
 def test_stand_in_weight_has_shape_dtype_and_device() -> None:
-    module = hold_table(nn.Embedding(30, 20, device="meta"), torch.bfloat16)
+    module = hold_table(nn.Embedding(30, 20, device="meta"), TableLayout((30, 20)), torch.bfloat16)
     assert (module.weight.shape, module.weight.dtype, module.weight.device.type) == ((30, 20), torch.bfloat16, "meta")
     assert embedding().weight.isnan().all()
     assert head().state_dict().keys() == {"weight_int8", "weight_int8_scale", "bias"}
@@ -237,15 +247,17 @@ def test_stand_in_weight_has_shape_dtype_and_device() -> None:
 
 
 def test_shared_table_is_saved_once() -> None:
-    module, tied = embedding(), hold_table(nn.Linear(20, 30))
-    tied.share(module)
+    module, tied = embedding(), hold_table(nn.Linear(20, 30), TableLayout((30, 20)))
+    assert isinstance(tied, Int8Table)
+    tied.connect(module)
     assert tied.weight_int8 is module.weight_int8
     assert tied.weight_int8_scale is module.weight_int8_scale
     x = torch.randn(4, 20)
     assert torch.allclose(tied(x), functional.linear(x, module.decode(), bias_of(tied)), rtol=1e-5, atol=1e-5)
     assert tied.state_dict().keys() == {"weight_int8", "bias"}
     first, second = copy.deepcopy(nn.ModuleList([module, tied])).half()
-    assert isinstance(second, Table)
+    assert isinstance(first, Int8Table)
+    assert isinstance(second, Int8Table)
     assert first.weight_int8 is second.weight_int8
     assert torch.equal(second.decode(), module.decode())
 
@@ -282,3 +294,111 @@ def test_dropped_table_becomes_the_dense_module_again(make: Callable[[], Table])
     assert torch.equal(module.weight, decoded)
     assert "weight_int8" not in module.state_dict()
     assert "weight_int8_scale" not in module.state_dict()
+
+
+PLANES = matrix_format(4, offset=True, rotation="hadamard", outlier_columns=0.05)
+TRELLIS = matrix_format(3, "all", primitive="trellis1")
+
+
+def in_planes(module: nn.Embedding | nn.Linear | nn.Conv2d, form: MatrixFormat = PLANES) -> PackedTable:
+    """The module over random planes, prepared for the kernels."""
+    layout = TableLayout(tuple(module.weight.shape), form)
+    assert layout.packed is not None
+    weight = random_weight(layout.packed)
+    table = hold_table(module, layout)
+    assert isinstance(table, PackedTable)
+    for suffix, tensor in weight.tensors.items():
+        table.get_parameter(suffix).data = tensor
+    assert torch.equal(table.decode(), weight.decode().view(layout.shape))
+    table.prepare()
+    return table
+
+
+@pytest.mark.parametrize("form", [PLANES, TRELLIS], ids=["planes", "trellis"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("ids", [IDS, IDS[0], IDS.int(), IDS[0, 1]], ids=lambda ids: f"{list(ids.shape)} {ids.dtype}")
+def test_rows_of_planes_are_looked_up(form: MatrixFormat, dtype: torch.dtype, ids: Tensor) -> None:
+    module = in_planes(nn.Embedding(30, 20), form).to(dtype)
+    result = module(ids)
+    assert result.dtype == dtype
+    expected = functional.embedding(ids, module.decode()).to(dtype)
+    # A rotation sums in an order that depends on the number of rows.
+    torch.testing.assert_close(result, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    module.restore()
+    torch.testing.assert_close(module(ids), result, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("wrong", [-1, 30])
+def test_ids_outside_the_planes_are_refused(wrong: int, prepared: bool) -> None:
+    module = in_planes(nn.Embedding(30, 20))
+    if not prepared:
+        module.restore()
+    with pytest.raises(IndexError, match="no such row"):
+        module(torch.tensor([0, wrong]))
+
+
+def test_scaled_embedding_over_planes_keeps_its_scaling() -> None:
+    dense = Gemma3TextScaledWordEmbedding(30, 20, 0, embed_scale=4.5)
+    module = in_planes(copy.deepcopy(dense))
+    assert isinstance(module, Gemma3TextScaledWordEmbedding)
+    dense.weight.data = module.decode()
+    torch.testing.assert_close(module(IDS), dense(IDS), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_head_of_planes_is_the_dense_product(bias: bool) -> None:
+    module = in_planes(nn.Linear(20, 30, bias=bias))
+    assert isinstance(module, nn.Linear)
+    x = torch.randn(2, 3, 20)
+    expected = functional.linear(x, module.decode(), bias_of(module) if bias else None)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_in_planes_match_the_convolution() -> None:
+    module = in_planes(nn.Conv2d(3, 10, (4, 2), stride=(4, 2)))
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(module(images), functional.conv2d(images, module.decode(), bias_of(module), stride=(4, 2)))
+
+
+def test_tied_planes_are_in_memory_once() -> None:
+    module, tied = in_planes(nn.Embedding(30, 20)), in_planes(nn.Linear(20, 30, bias=False))
+    module.tie(tied)
+    module.tie(tied)
+    module.prepare()
+    decoded, x = module.decode(), torch.randn(4, 20)
+    for one, other in ((module, tied), copy.deepcopy(nn.ModuleList([module, tied])).half()):
+        assert isinstance(one, PackedTable)
+        assert isinstance(other, PackedTable)
+        assert one.words is other.words
+        assert one.get_parameter("weight_codes") is other.get_parameter("weight_codes")
+        assert torch.equal(one.decode(), decoded)
+        assert torch.equal(other.state_dict()["weight_codes"], one.state_dict()["weight_codes"])
+    torch.testing.assert_close(tied(x), x @ decoded.T, rtol=1e-4, atol=1e-4)
+    drop_table(module, nn.Parameter(decoded))
+    torch.testing.assert_close(tied(x), x @ decoded.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: nn.Embedding(30, 20), IDS),
+        (lambda: nn.Linear(20, 30), torch.ones(2, 20)),
+        (lambda: nn.Conv2d(3, 10, (4, 2)), torch.ones(2, 3, 4, 2)),
+        (lambda: Gemma3TextScaledWordEmbedding(30, 20, 0, 2.0), IDS),
+    ],
+)
+def test_tables_of_planes_are_copied_pickled_and_dropped(make: Callable[[], Any], x: Tensor) -> None:
+    module = in_planes(make())
+    expected, stream = module(x), io.BytesIO()
+    torch.save(module, stream)
+    stream.seek(0)
+    for other in (copy.deepcopy(module), torch.load(stream, weights_only=False)):
+        assert type(other) is type(module)
+        assert torch.equal(other(x), expected)
+    decoded, attributes = module.decode(), vars(make()).keys()
+    drop_table(module, nn.Parameter(decoded))
+    assert type(module) is type(make())
+    assert vars(module).keys() == attributes
+    assert module.state_dict().keys() == make().state_dict().keys()
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)

@@ -4,10 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from artifacts import random_weight
+from formats import matrix_format
 from torch.nn.functional import linear
 
 from shiftadd_cli.bcq.int8 import decode_table, encode_table
+from shiftadd_cli.bcq.matrix_format import MatrixFormat
+from shiftadd_cli.bcq.table_layout import TableLayout
+from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.runtime.table import PackedTable
 from shiftadd_cli.vllm_plugin.vocabulary import Vocabulary
 
 ROWS, COLUMNS, PADDED = 50, 12, 64
@@ -18,8 +24,10 @@ def table() -> dict[str, torch.Tensor]:
     return dict(zip(("weight_int8", "weight_int8_scale"), encode_table(weight, "a"), strict=True))
 
 
-def vocabulary(stored: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Vocabulary:
-    result = Vocabulary("a", ROWS, COLUMNS, padded=PADDED, dtype=dtype)
+def vocabulary(
+    stored: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, form: MatrixFormat | None = None
+) -> Vocabulary:
+    result = Vocabulary("a", TableLayout((ROWS, COLUMNS), form), padded=PADDED, dtype=dtype)
     for suffix, tensor in stored.items():
         result.load(suffix, tensor)
     result.finish()
@@ -42,8 +50,8 @@ def test_vocabulary_looks_up_rows_and_multiplies_by_them(dtype: torch.dtype) -> 
 
 def test_embedding_and_head_share_one_table() -> None:
     loaded = vocabulary(table())
-    assert loaded.head.weight_int8 is loaded.embedding.weight_int8
-    assert loaded.head.weight_int8_scale is loaded.embedding.weight_int8_scale
+    assert loaded.head.get_parameter("weight_int8") is loaded.embedding.get_parameter("weight_int8")
+    assert loaded.head.get_buffer("weight_int8_scale") is loaded.embedding.get_buffer("weight_int8_scale")
 
 
 def test_missing_tensor_is_named() -> None:
@@ -57,3 +65,34 @@ def test_mismatched_tensors_are_refused() -> None:
         vocabulary(stored | {"weight_int8": stored["weight_int8"][1:]})
     with pytest.raises(ArtifactError, match=r"^a.weight_int8_scale holds values that are not finite"):
         vocabulary(stored | {"weight_int8_scale": torch.full((ROWS,), torch.nan, dtype=torch.bfloat16)})
+
+
+PLANES = [
+    matrix_format(4, rotation="hadamard", offset=True, outlier_columns=0.1),
+    matrix_format(3, "all", primitive="trellis1"),
+    matrix_format(3, "all", "all", row_scale=False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", PLANES, ids=["planes", "trellis", "one group"])
+def test_vocabulary_of_planes_looks_up_rows_and_multiplies_by_them(form: MatrixFormat, dtype: torch.dtype) -> None:
+    weight = random_weight(PackedLayout(form, ROWS, COLUMNS))
+    loaded, dense = vocabulary(weight.tensors, dtype, form), weight.decode()
+    loaded.finish()
+    ids, x = torch.tensor([[0, 49], [7, 7]]), torch.randn(3, COLUMNS).to(dtype)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(loaded.look_up(ids), dense[ids].to(dtype), rtol=4 * eps, atol=4 * eps)
+    logits = loaded.multiply(x)
+    exact, size = linear(x.double(), dense.double()), linear(x.double().abs(), dense.double().abs())
+    assert ((logits[:, :ROWS].double() - exact).abs() <= 4 * eps * size + 1e-5).all()
+    if form.row_scale:
+        assert not logits[:, ROWS:].any()
+    assert isinstance(loaded.embedding, PackedTable)
+    assert isinstance(loaded.head, PackedTable)
+    assert loaded.embedding.get_parameter("weight_codes") is loaded.head.get_parameter("weight_codes")
+
+
+def test_padding_that_changes_the_groups_is_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"groups are 1/8 of the rows; .* --embedding-bits 8"):
+        Vocabulary("a", TableLayout((ROWS, COLUMNS), matrix_format(4, group_rows="1/8")), padded=PADDED)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
-from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.grid import Rows, ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.options import SolverOptions
@@ -30,8 +30,8 @@ Counts: TypeAlias = Counter[Operation]
 
 TensorShapes: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Tensors: TypeAlias = Mapping[str, Tensor]
-# Writes a slice of rows of the decoded matrix, relative to the row scale, into float32 zeros `[rows, in]`.
-RowDecoder: TypeAlias = Callable[[slice, Tensor], None]
+# Writes some rows of the decoded matrix, relative to the row scale, into float32 zeros `[rows, in]`.
+RowDecoder: TypeAlias = Callable[[Rows, Tensor], None]
 
 NO_SCALES = "none"
 
@@ -70,7 +70,7 @@ class Primitive(ABC):
         """Number of planes that are computed from the stored bits of a code."""
         return bits
 
-    def packed_planes(self, codes: Tensor, rows: slice, bits: int) -> Tensor:
+    def packed_planes(self, codes: Tensor, rows: Rows, bits: int) -> Tensor:
         """The computed planes of some rows, uint8 `[rows, planes, ceil(in / 8)]`, from the stored bits of all rows,
         uint8 `[out, bits, ceil(in / 8)]`."""
         return codes[rows]

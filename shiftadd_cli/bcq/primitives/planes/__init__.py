@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
-from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.grid import Rows, ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective
 from shiftadd_cli.bcq.levels import code_levels
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
@@ -113,7 +113,7 @@ class BinaryPlanes(Primitive):
         offsets = self.offsets(scales, tensors, ratios)
         by_plane = ratios.permute(2, 0, 1).contiguous()
 
-        def decode(rows: slice, out: Tensor) -> None:
+        def decode(rows: Rows, out: Tensor) -> None:
             planes = self.packed_planes(tensors["weight_codes"], rows, bits)
             for plane, plane_scales in enumerate(by_plane):
                 signs = unpack_signs(planes[:, plane], grid.columns)

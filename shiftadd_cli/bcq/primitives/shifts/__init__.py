@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
-from shiftadd_cli.bcq.grid import ScaleGrid
+from shiftadd_cli.bcq.grid import Rows, ScaleGrid
 from shiftadd_cli.bcq.hessian import Objective
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.options import SolverOptions
@@ -62,7 +62,7 @@ class ShiftLayers(Primitive):
         return shift_levels(self.name, bits).view(1, 1, -1)
 
     def decoder(self, scales: Scales, bits: int, tensors: Tensors) -> RowDecoder:
-        def decode(rows: slice, out: Tensor) -> None:
+        def decode(rows: Rows, out: Tensor) -> None:
             levels = shift_levels(self.name, bits).to(out.device)
             codes = unpack_codes(tensors["weight_codes"][rows], scales.grid.columns)
             out.copy_(levels.index_select(0, codes.flatten()).view_as(out))

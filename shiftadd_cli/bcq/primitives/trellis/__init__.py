@@ -16,6 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from shiftadd_cli.bcq.choices import Primitive as PrimitiveName
+from shiftadd_cli.bcq.grid import Rows
 from shiftadd_cli.bcq.hessian import Objective
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.primitives.base import Counts, Scales
@@ -51,7 +52,7 @@ class TrellisPlanes(BinaryPlanes):
         form = options.format
         return TrellisProblem(weights, objective, options, CODES[form.bits, self.planes(form.bits)]).solve()
 
-    def packed_planes(self, codes: Tensor, rows: slice, bits: int) -> Tensor:
+    def packed_planes(self, codes: Tensor, rows: Rows, bits: int) -> Tensor:
         return self.code(bits).packed_planes(codes, rows, STRIPE_ROWS)
 
     def operations(self, scales: Scales, bits: int, *, tables: bool) -> Counts:

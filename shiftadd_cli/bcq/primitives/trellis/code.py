@@ -20,6 +20,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from shiftadd_cli.bcq.grid import Rows, numbers_of
+
 
 @dataclass(frozen=True)
 class TrellisCode:
@@ -97,12 +99,12 @@ class TrellisCode:
             labels |= _parity(registers & mask) << plane
         return labels
 
-    def packed_planes(self, stored: Tensor, rows: slice, stripe: int) -> Tensor:
+    def packed_planes(self, stored: Tensor, rows: Rows, stripe: int) -> Tensor:
         """The computed planes of some rows, uint8 `[rows, m, bytes]`, from packed stored bits uint8 `[out, k, bytes]`.
 
         Exclusive-or works on all columns of a byte at once.
         """
-        numbers = torch.arange(rows.start, rows.stop, device=stored.device)
+        numbers = numbers_of(rows, stored.device)
         above = []
         for distance in range(self.height):
             inside = (numbers % stripe >= distance).to(torch.uint8).view(-1, 1, 1)
