@@ -15,13 +15,14 @@ from pathlib import Path
 from torch import nn
 
 from shiftadd_cli.allocation.sensitivity import gradient_stride
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.blockwise.flow import Flow, measure_flow
 from shiftadd_cli.blockwise.passage import BYTES_PER_LOGIT, LOGIT_BYTES
 from shiftadd_cli.calibration.gradients import MEMORY_BYTES as GRADIENT_BYTES
 from shiftadd_cli.calibration.mixtures import COPIES, ROOM_BYTES, expert_bytes
 from shiftadd_cli.distillation.end import SLICE_BYTES as DISTILLED_SLICE_BYTES
 from shiftadd_cli.distillation.stack import MEMORY_BYTES as DECODED_BYTES
-from shiftadd_cli.pipeline.tables import PlannedTable
+from shiftadd_cli.pipeline.tables import TILE_WEIGHTS, PlannedTable
 from shiftadd_cli.recipe import NO_CALIBRATION, Recipe
 from shiftadd_cli.self_text.write import writing_bytes, written_by_model
 from shiftadd_cli.source import LinearSpec, Source, Structure
@@ -72,7 +73,7 @@ class RunSizes:
 
     Attributes:
         source: the model, at the dtype that is computed in.
-        tables: embeddings and heads to be stored as 8-bit rows.
+        tables: embeddings and heads to be compressed.
         loaded: bytes of the result, which is loaded at the end.
     """
 
@@ -105,8 +106,15 @@ class RunSizes:
 
     @property
     def codes(self) -> int:
-        """Codes of a table, made next to the matrix that they replace, before any block is loaded."""
-        return max((table.nbytes for table in self.tables), default=0)
+        """Codes of a table, made next to the matrix that they replace, before any block is loaded, and the working
+        copies of a tile where they are solved for."""
+        return max((table.nbytes + self._tile(table.layout) for table in self.tables), default=0)
+
+    def _tile(self, layout: TableLayout) -> int:
+        if layout.packed is None:
+            return 0
+        weights = min(layout.rows * layout.columns, TILE_WEIGHTS)
+        return 4 * (_MATRIX_COPIES * weights + _HESSIAN_COPIES * layout.columns**2)
 
     @cached_property
     def tall(self) -> dict[tuple[int, str, int], int]:
@@ -190,8 +198,10 @@ class RunSizes:
 
 
 def starting(sizes: RunSizes) -> int:
-    """Embeddings and one block while the inputs of the first block are made, and gradients where the loss counts."""
-    first = sizes.outside + max(sizes.codes, sizes.reading, sizes.block + sizes.activations)
+    """Embeddings and one block while the inputs of the first block and of the head are made, and gradients where the
+    loss counts."""
+    walked = sizes.hidden if any(table.reader is not None and table.layout.packed for table in sizes.tables) else 0
+    first = sizes.outside + max(sizes.codes, max(sizes.reading, sizes.block + sizes.activations) + walked)
     if not sizes.recipe.loss_aware:
         return first
     # Squared gradients, and their powers, in addition to the inputs of the blocks.

@@ -31,7 +31,7 @@ from shiftadd_cli.source.vision import IMAGE_INPUT
 # error counts alike in all directions. This is the weight of the latter, relative to the mean diagonal of the moment.
 _EMBEDDING_WEIGHT = 0.3
 # Weights that are solved or decoded at a time: a large vocabulary in float32, several times over, takes gigabytes.
-_TILE_WEIGHTS = 1 << 23
+TILE_WEIGHTS = 1 << 23
 _PROBE_ROWS = 4
 
 
@@ -155,7 +155,7 @@ def _spans(layout: PackedLayout, options: SolverOptions) -> list[slice]:
     together = None if layout.outliers else PRIMITIVES[layout.format.primitive].rows_together(options.format)
     if together is None:
         return [slice(0, layout.rows)]
-    height = together * max(1, _TILE_WEIGHTS // (together * layout.columns))
+    height = together * max(1, TILE_WEIGHTS // (together * layout.columns))
     return [slice(start, min(start + height, layout.rows)) for start in range(0, layout.rows, height)]
 
 
@@ -196,7 +196,7 @@ def place_weight(table: PlannedTable, model: nn.Module, tensors: Mapping[str, Te
 
 def _decoded(layout: TableLayout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[slice, Tensor]]:
     """The rows of a table in tiles, float32 `[rows, columns]`."""
-    height = max(1, _TILE_WEIGHTS // layout.columns)
+    height = max(1, TILE_WEIGHTS // layout.columns)
     if layout.packed is not None:
         packed = QuantizedWeight(layout.packed, dict(tensors))
         for rows, tile in packed.tiles(height):

@@ -275,7 +275,7 @@ def test_large_vocabularies_are_solved_in_tiles(monkeypatch: pytest.MonkeyPatch,
     table = planned(model, embedding_bits=form, bits=3)[0][0]
     whole, _ = encode_weight(table, model, recipe, None, ALONE_ON_CPU)
     # A tile of 256 rows and one of 64.
-    monkeypatch.setattr(tables_module, "_TILE_WEIGHTS", 256 * 48)
+    monkeypatch.setattr(tables_module, "TILE_WEIGHTS", 256 * 48)
     parts, _ = encode_weight(table, model, recipe, None, ALONE_ON_CPU)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
