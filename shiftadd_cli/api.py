@@ -70,6 +70,7 @@ def allocate_bits(
     tie: Iterable[str] = (),
     *,
     max_divergence: float | None = None,
+    avg_file_bits: float | None = None,
     cost: CostKind = "bits",
     cost_table: str | Path | None = None,
     max_cost: float | None = None,
@@ -84,8 +85,9 @@ def allocate_bits(
     Args:
         model: hub id, folder, .gguf file or `demo`.
         avg_bits: upper limit on the stored bits per weight of the quantized layers; target_size: upper limit on the
-            size of all weight files, such as "70MB"; max_divergence: upper limit on the predicted loss, in nats per
-            token, at the fewest bytes possible. Give one of them, unless `cost` is not "bits".
+            size of all weight files, such as "70MB"; avg_file_bits: the same in bits per parameter; max_divergence:
+            upper limit on the predicted loss, in nats per token, at the fewest bytes possible. Give one of them, unless
+            `cost` is not "bits".
         recipe: a packaged name, a YAML file or a `Recipe`; `fields` override its fields (`candidates=(2, 3)`,
             `tie_fused=False`, ...). The same as for `quantize`.
         sensitivity: see `allocation.sensitivity`.
@@ -97,7 +99,7 @@ def allocate_bits(
     Raises ShiftaddError with one sentence that says what to do.
     """
     table = None if cost_table is None else Path(cost_table)
-    budget = parse_budget(avg_bits, target_size, max_divergence, cost, table, max_cost)
+    budget = parse_budget(avg_bits, target_size, max_divergence, cost, table, max_cost, avg_file_bits)
     settings = _settings(recipe, fields)
     request = Request(budget, settings.candidates, sensitivity, tuple(keep), tuple(tie), settings.tie_fused)
     source = open_source(model, dtype=settings.dtype, trust_remote_code=trust_remote_code)

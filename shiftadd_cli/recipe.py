@@ -32,13 +32,14 @@ from shiftadd_cli.bcq.options import FitOptions, SolverOptions
 from shiftadd_cli.bcq.primitives import PRIMITIVES
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.recipe_file import configs_folder, packaged_names, read_mapping, short
+from shiftadd_cli.sizes import parse_size
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 NO_CALIBRATION = "none"
 # The fields that set the bits of the layers.
-BITS = ("bits", "avg_bits", "bit_plan")
+BITS = ("bits", "avg_bits", "avg_file_bits", "target_size", "bit_plan")
 _STAND_IN_BITS = 3
 # Values of `embedding_bits` that are not choices of a compressed matrix.
 _ROWS, _UNCHANGED = 8, 16
@@ -48,7 +49,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class BitOptions(OptionFields):
-    """How layers are stored. Exactly one of `bits`, `avg_bits` and `bit_plan` is set, and the others are None."""
+    """How layers are stored. Exactly one of the fields `BITS` is set, and the others are None."""
 
     primitive: Annotated[
         Primitive,
@@ -72,9 +73,21 @@ class BitOptions(OptionFields):
         Field(
             gt=0,
             description="Upper limit on the stored bits per weight of the quantized layers, including planes, scales "
-            "and all other overhead. Measures the sensitivity of every layer and allocates bits per layer, instead of "
-            "--bits for all.",
+            "and all other overhead, but not the embedding. Measures the sensitivity of every layer and allocates bits "
+            "per layer, instead of --bits for all.",
         ),
+    ] = None
+    avg_file_bits: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="The same limit for the whole file: its bits, those of the embedding included, divided by the "
+            "number of parameters.",
+        ),
+    ] = None
+    target_size: Annotated[
+        str | None,
+        Field(description="The same limit as the size of all weight files, such as 55MB."),
     ] = None
     candidates: Annotated[
         tuple[Choice, ...],
@@ -108,11 +121,18 @@ class BitOptions(OptionFields):
             raise ValueError("must be a list of numbers of planes and other forms, such as [2, 3, 4] or [2, 3, shift2]")
         return ordered_choices(parse_choice(choice) for choice in value)
 
+    @field_validator("target_size")
+    @classmethod
+    def _size_of_a_file(cls, value: str | None) -> str | None:
+        if value is not None and parse_size(value) is None:
+            raise ValueError("must be a size such as 70MB or 1.5GB")
+        return value
+
     @model_validator(mode="after")
     def _one_way(self) -> BitOptions:
         ways = [name for name in BITS if getattr(self, name) is not None]
         if not ways:
-            raise ValueError("no field sets the bits of the layers; give bits, avg_bits or bit_plan")
+            raise ValueError(f"no field sets the bits of the layers; give {', '.join(BITS[:-1])} or {BITS[-1]}")
         if len(ways) > 1:
             raise ValueError(f"{' and '.join(ways)} cannot both set the bits of the layers; give one of them")
         if self.primitive != PLANES and self.bits is None:
@@ -127,6 +147,16 @@ class BitOptions(OptionFields):
                 "range"
             )
         return self
+
+    @property
+    def way(self) -> str:
+        """The field that sets the bits of the layers."""
+        return next(name for name in BITS if getattr(self, name) is not None)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the bits of each layer are chosen within a budget."""
+        return self.bits is None and self.bit_plan is None
 
     @property
     def choice(self) -> Choice:
@@ -305,7 +335,7 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
             wrong = [
                 text
                 for text, on in (
-                    ("bits in place of avg_bits", self.avg_bits is not None),
+                    (f"bits in place of {self.way}", self.allocates),
                     ("sweep to none", self.sweep != "none"),
                     ("refine_rounds to 0", self.refine_rounds > 0),
                     ("reconstruct_epochs to 0", self.reconstruct_epochs > 0),

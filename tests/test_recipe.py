@@ -33,7 +33,7 @@ def test_packaged_recipe_loads_and_describes_itself(name: str) -> None:
 
 def test_default_states_every_field_except_alternatives_to_avg_bits() -> None:
     stated = yaml.safe_load((configs_folder() / "default.yaml").read_text())
-    assert [*stated] == [name for name in Recipe.model_fields if name not in ("bits", "bit_plan")]
+    assert [*stated] == [name for name in Recipe.model_fields if name not in BITS or name == "avg_bits"]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,8 @@ def test_fingerprint_depends_on_every_field() -> None:
         "primitive": "shift1",
         "bits": 2,
         "avg_bits": 2.5,
+        "avg_file_bits": 3.5,
+        "target_size": "55MB",
         "candidates": (2, 4),
         "tie_fused": False,
         "bit_plan": "plan.json",

@@ -143,15 +143,17 @@ def parse_budget(
     cost: CostKind = "bits",
     cost_table: Path | None = None,
     max_cost: float | None = None,
+    average_file_bits: float | None = None,
 ) -> Budget | CostLimit:
     """The budget from the command-line options. Raises AllocationError if they do not fit together."""
     if cost == "bits":
         if cost_table is not None or max_cost is not None:
             raise AllocationError("`cost_table` and `max_cost` are for `cost` latency or energy; give one of these.")
-        return Budget.parse(average_bits, target_size, max_divergence)
-    if any(option is not None for option in (average_bits, target_size, max_divergence)):
+        return Budget.parse(average_bits, target_size, max_divergence, average_file_bits)
+    if any(option is not None for option in (average_bits, average_file_bits, target_size, max_divergence)):
         raise AllocationError(
-            f"`avg_bits`, `target_size` and `max_divergence` are for `cost=bits`; give `max_cost` for `cost` {cost}."
+            "`avg_bits`, `avg_file_bits`, `target_size` and `max_divergence` are for `cost=bits`; give `max_cost` for "
+            f"`cost` {cost}."
         )
     if cost_table is None or max_cost is None:
         raise AllocationError(

@@ -33,6 +33,11 @@ from shiftadd_cli.cli.options import (
     type=float,
     help="Upper limit on the stored bits per weight of the quantized layers, with planes, scales and all overhead.",
 )
+@click.option(
+    "--avg-file-bits",
+    type=float,
+    help="Upper limit on the bits of all weight files, divided by the number of parameters.",
+)
 @click.option("--target-size", metavar="SIZE", help="Upper limit on the size of all weight files, such as 70MB.")
 @click.option(
     "--max-divergence",
@@ -91,11 +96,12 @@ from shiftadd_cli.cli.options import (
 @remote_code_option
 @team_timeout_option
 @recipe_choice
-@recipe_options_without("primitive", "bits", "avg_bits", "bit_plan", "shard_size")
+@recipe_options_without("primitive", "bits", "avg_bits", "avg_file_bits", "target_size", "bit_plan", "shard_size")
 def allocate_bits(
     model: str,
     out: Path,
     avg_bits: float | None,
+    avg_file_bits: float | None,
     target_size: str | None,
     max_divergence: float | None,
     cost: Any,
@@ -136,7 +142,7 @@ def allocate_bits(
     from shiftadd_cli.storage.refusals import write_file
 
     start = time.monotonic()
-    budget = parse_budget(avg_bits, target_size, max_divergence, cost, cost_table, max_cost)
+    budget = parse_budget(avg_bits, target_size, max_divergence, cost, cost_table, max_cost, avg_file_bits)
     request = Request(budget, settings.candidates, sensitivity, keep, tie, settings.tie_fused)
     points = [] if curve is None else parse_curve(curve)
     with join_team(team_timeout) as team:

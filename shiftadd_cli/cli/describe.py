@@ -121,8 +121,8 @@ def _computed(plan: Plan) -> list[str]:
 def _bit_plan(plan: Plan) -> list[str]:
     if plan.open_bits:
         return [
-            f"Bit plan      at most {plan.recipe.avg_bits:g} stored bits per weight on average, assigned to layers by "
-            "their measured sensitivity; the table shows the fewest bits"
+            f"Bit plan      at most {plan.budget.text}, assigned to layers by their measured sensitivity; the table "
+            "shows the fewest bits"
         ]
     if plan.bit_plan is None:
         return []

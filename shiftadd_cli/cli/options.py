@@ -111,7 +111,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[F], F]:
         else:  # click below 8.2 only supports strings
             settings |= {"type": _NumberOrWord(), "metavar": "|".join(map(str, choices))}
     elif annotation == str | None:
-        settings |= {"type": click.STRING, "metavar": "FILE"}
+        settings |= {"type": click.STRING, "metavar": "SIZE" if name == "target_size" else "FILE"}
     elif annotation == float | None:
         settings["type"] = click.FLOAT
     elif annotation == int | None:

@@ -38,7 +38,8 @@ from shiftadd_cli.source import Source
 
 # Recipe fields that no sensitivity depends on. The text is identified by the samples drawn from it, not by its name.
 _IRRELEVANT = (
-    "primitive", "bits", "avg_bits", "candidates", "tie_fused", "bit_plan", "refine_rounds", "descent_passes",
+    "primitive", "bits", "avg_bits", "avg_file_bits", "target_size", "candidates", "tie_fused", "bit_plan",
+    "refine_rounds", "descent_passes",
     "bias_correction", "true_sequential", "asymmetric", "drift", "loss_aware", "reconstruct_epochs", "distill_epochs",
     "embedding_bits", "calibration", "writing_length", "writing_temperature",
     "writing_min_p", "batch_size", "device", "shard_size",
@@ -134,8 +135,9 @@ class AllocationJob:
         smallest, largest = self.plan_at(min), self.plan_at(max)
         weights = smallest.quantized_weights
         other = smallest.file_bytes - smallest.quantized_bytes
-        if budget.layer_bytes(weights, other) < smallest.quantized_bytes:
-            low, high = (budget.in_words(plan.quantized_bytes, weights, other) for plan in (smallest, largest))
+        sizes = weights, other, smallest.parameters
+        if budget.layer_bytes(*sizes) < smallest.quantized_bytes:
+            low, high = (budget.in_words(plan.quantized_bytes, *sizes) for plan in (smallest, largest))
             raise AllocationError(
                 f"A budget of {budget.text} cannot be met: the allowed bits take from {low} to {high}; raise it, or "
                 "allow fewer bits with `candidates`."
@@ -166,10 +168,10 @@ class AllocationJob:
             return self.bit_plan(layers, allocate_smallest(layers, tied, budget.divergence))
         smallest = self.plan_at(min)
         other = smallest.file_bytes - smallest.quantized_bytes
-        available = budget.layer_bytes(smallest.quantized_weights, other)
+        available = budget.layer_bytes(smallest.quantized_weights, other, smallest.parameters)
         chosen = allocate(layers, tied, available)
-        while budget.file_bytes is not None:
-            above = self.data.plan.at(chosen).file_bytes - budget.file_bytes
+        while (limit := budget.file_limit(smallest.parameters)) is not None:
+            above = self.data.plan.at(chosen).file_bytes - limit
             if above <= 0:
                 break
             # The size of the file headers depends slightly on the choice.

@@ -68,11 +68,13 @@ class Job:
         context = Context.of(recipe.device, team)
         source = open_source(model, dtype=recipe.dtype, trust_remote_code=trust_remote_code)
         memory = None if max_memory is None else _memory_limit(max_memory)
-        if recipe.avg_bits is None:
+        if not recipe.allocates:
             allocation, plan = None, make_plan(source, recipe, memory=memory)
         else:
             request = Request(
-                Budget.parse(recipe.avg_bits, None), candidates=recipe.candidates, tie_fused=recipe.tie_fused
+                Budget.parse(recipe.avg_bits, recipe.target_size, None, recipe.avg_file_bits),
+                candidates=recipe.candidates,
+                tie_fused=recipe.tie_fused,
             )
             allocation = AllocationJob.prepare(source, recipe, request, memory=memory, team=team)
             plan = allocation.plan_at(min)

@@ -215,7 +215,7 @@ def quantizing(sizes: RunSizes) -> int:
 
 def choosing_bits(sizes: RunSizes) -> int:
     """Sensitivities: one block and its solver, hidden states in memory, and block inputs for gradients."""
-    if sizes.recipe.avg_bits is None:
+    if not sizes.recipe.allocates:
         return 0
     probed = sizes.hidden / gradient_stride(sizes.recipe.samples, max(sizes.flow.tokens))
     gradients = min(GRADIENT_BYTES, len(sizes.blocks) * probed)

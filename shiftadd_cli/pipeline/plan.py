@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.plan_file import BitPlan, load_plan
 from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.artifact.shards import TensorShape, nbytes, plan_shards
@@ -104,13 +105,21 @@ class Plan:
     @property
     def open_bits(self) -> bool:
         """Whether the bits of the layers have yet to be chosen; those of `linears` are then placeholders."""
-        return self.recipe.avg_bits is not None and self.bit_plan is None
+        return self.recipe.allocates and self.bit_plan is None
+
+    @property
+    def budget(self) -> Budget:
+        """The budget within which bits are chosen."""
+        return Budget.parse(self.recipe.avg_bits, self.recipe.target_size, None, self.recipe.avg_file_bits)
 
     @property
     def most_bytes(self) -> int:
-        """`file_bytes`; if the bits have yet to be chosen, the size that their average allows, up to the few bytes by
+        """`file_bytes`; if the bits have yet to be chosen, the size that their budget allows, up to the few bytes by
         which a choice changes the headers."""
-        allowed = int((self.recipe.avg_bits or 0) * self.quantized_weights / 8) if self.open_bits else 0
+        if not self.open_bits:
+            return self.file_bytes
+        other = self.file_bytes - self.quantized_bytes
+        allowed = self.budget.layer_bytes(self.quantized_weights, other, self.parameters)
         return self.file_bytes + max(0, allowed - self.quantized_bytes)
 
     @property

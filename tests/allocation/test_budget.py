@@ -8,10 +8,10 @@ from shiftadd_cli.errors import AllocationError
 
 def test_average_bits_are_never_exceeded_by_rounding() -> None:
     budget = Budget.parse(2.3, None)
-    assert budget.layer_bytes(1001, other_bytes=5_000) == 287
+    assert budget.layer_bytes(1001, other_bytes=5_000, parameters=9_000) == 287
     assert 8 * 287 / 1001 <= 2.3 < 8 * 288 / 1001
-    assert budget.in_words(287, 1001, 5_000) == "2.294 bits per weight"
-    assert budget.in_words(250, 999, 0) == "2.003 bits per weight"
+    assert budget.in_words(287, 1001, 5_000, 9_000) == "2.294 bits per weight"
+    assert budget.in_words(250, 999, 0, 999) == "2.003 bits per weight"
 
 
 @pytest.mark.parametrize(
@@ -20,9 +20,9 @@ def test_average_bits_are_never_exceeded_by_rounding() -> None:
 def test_sizes_are_decimal_and_leave_room_for_other_tensors(text: str, count: int) -> None:
     budget = Budget.parse(None, text)
     assert budget.file_bytes == count
-    assert budget.layer_bytes(10, other_bytes=100) == count - 100
-    assert budget.in_words(1_000_000, 10, 500_000) == "1.500 MB"
-    assert budget.in_words(1_000_001, 10, 500_000) == "1.501 MB"
+    assert budget.layer_bytes(10, other_bytes=100, parameters=20) == count - 100
+    assert budget.in_words(1_000_000, 10, 500_000, 20) == "1.500 MB"
+    assert budget.in_words(1_000_001, 10, 500_000, 20) == "1.501 MB"
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,18 @@ def test_sizes_are_decimal_and_leave_room_for_other_tensors(text: str, count: in
 def test_other_budgets_are_refused_with_a_remedy(bits: float | None, size: str | None) -> None:
     with pytest.raises(AllocationError, match=r"give .*(2\.5|70MB|`target_size`)"):
         Budget.parse(bits, size)
+
+
+def test_bits_of_the_file_are_never_exceeded_by_rounding() -> None:
+    budget = Budget.parse(average_file_bits=3.5)
+    assert budget.file_limit(1001) == 437
+    assert 8 * 437 / 1001 <= 3.5 < 8 * 438 / 1001
+    assert budget.layer_bytes(800, other_bytes=100, parameters=1001) == 337
+    assert budget.in_words(337, 800, 100, 1001) == "3.493 bits per weight over the whole file"
+    assert (budget.average_bits, budget.divergence) == (None, None)
+    assert budget.text == "3.5 bits per weight over the whole file"
+    with pytest.raises(AllocationError, match=r"`avg_file_bits` -1 is not valid; give a number above 0"):
+        Budget.parse(average_file_bits=-1)
 
 
 def test_a_divergence_is_a_budget_too() -> None:
@@ -48,7 +60,7 @@ def test_an_invalid_divergence_is_refused_with_a_remedy(nats: float) -> None:
 
 @pytest.mark.parametrize(("bits", "size", "nats"), [(None, "70MB", 0.1), (2.5, None, 0.1), (2.5, "70MB", 0.1)])
 def test_two_budgets_are_refused(bits: float | None, size: str | None, nats: float) -> None:
-    with pytest.raises(AllocationError, match="give one of `avg_bits`, `target_size` and `max_divergence`"):
+    with pytest.raises(AllocationError, match="give one of `avg_bits`, `avg_file_bits`, `target_size` and "):
         Budget.parse(bits, size, nats)
 
 

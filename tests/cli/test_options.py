@@ -31,6 +31,8 @@ OTHER_VALUES: dict[str, tuple[list[str], Any]] = {
     "primitive": (["--primitive", "shift1"], "shift1"),
     "bits": (["--bits", "2"], 2),
     "avg_bits": (["--avg-bits", "2.5"], 2.5),
+    "avg_file_bits": (["--avg-file-bits", "3.5"], 3.5),
+    "target_size": (["--target-size", "55MB"], "55MB"),
     "candidates": (["--candidates", "2,4, shift2-5"], (2, 4, "shift2-5")),
     "tie_fused": (["--no-tie-fused"], False),
     "bit_plan": (["--bit-plan", "plan.json"], "plan.json"),

@@ -96,6 +96,25 @@ def test_files_fill_the_requested_size_and_never_exceed_it(model: str, tmp_path:
     assert target * 0.99 <= stored <= target
 
 
+@pytest.mark.parametrize("unit", ["avg_file_bits", "target_size"])
+def test_run_fills_the_file_that_its_recipe_allows(model: str, tmp_path: Path, unit: str) -> None:
+    generous = job_for(model, bits=9.0)
+    low, high = (generous.plan_at(choose).file_bytes for choose in (min, max))
+
+    def at(size: int) -> Recipe:
+        bits = 8 * size / generous.plan_at(min).parameters
+        return recipe(tie_fused=False, **{unit: bits if unit == "avg_file_bits" else f"{size / 1000:.3f}KB"})
+
+    target = (low + high) // 2
+    run = Job.prepare(model, tmp_path / "out", at(target))
+    assert target - 2 <= run.plan.most_bytes <= target
+    report = run.run()
+    assert report is not None
+    assert target * 0.99 <= report.size.files_bytes <= target
+    with pytest.raises(AllocationError, match="cannot be met: the allowed bits take from"):
+        Job.prepare(model, tmp_path / "less", at(low - 100))
+
+
 def test_keep_and_tie_options_are_respected(model: str) -> None:
     plan = job_for(model, bits=6, keep=("*.down_proj=2", "*.0.self_attn.q_proj=4"), tie=("*.o_proj,*.gate_proj",)).run()
     for block in range(2):

@@ -158,7 +158,7 @@ class Allocations:
                     request = replace(job.request, budget=Budget.parse(budget, None), sensitivity=kind)
                     plans[kind] = replace(job, request=request).choose(sensitivities[kind])
                 layers, tied = job.problem(sensitivities[SENSITIVITIES[0]])
-                available = Budget.parse(budget, None).layer_bytes(plans[SENSITIVITIES[0]].weights, 0)
+                available = Budget.parse(budget, None).layer_bytes(plans[SENSITIVITIES[0]].weights, 0, 0)
                 plans[RANDOM] = job.bit_plan(layers, random_bits(layers, tied, available, seed))
                 equal = uniform_bits(layers, available)
                 if equal is not None:
