@@ -20,16 +20,16 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from shiftadd_cli.bcq.choices import (
     CODE_BITS,
     PLANES,
+    ROWS,
     Choice,
     Primitive,
     choice_of,
+    has_planes,
     ordered_choices,
     parse_choice,
-    parts_of_choice,
 )
 from shiftadd_cli.bcq.matrix_format import MatrixStorage, OptionFields
 from shiftadd_cli.bcq.options import FitOptions, SolverOptions
-from shiftadd_cli.bcq.primitives import PRIMITIVES
 from shiftadd_cli.errors import RecipeError
 from shiftadd_cli.recipe_file import configs_folder, packaged_names, read_mapping, short
 from shiftadd_cli.sizes import parse_size
@@ -42,7 +42,9 @@ NO_CALIBRATION = "none"
 BITS = ("bits", "avg_bits", "avg_file_bits", "target_size", "bit_plan")
 _STAND_IN_BITS = 3
 # Values of `embedding_bits` that are not choices of a compressed matrix.
-_ROWS, _UNCHANGED = 8, 16
+UNCHANGED = 16
+# The value for which it is chosen together with the bits of the layers.
+_AUTO = "auto"
 
 _SIZE = re.compile(r"([1-9][0-9]{0,8})(KB|MB|GB)")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -262,7 +264,8 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
         Field(
             description="Form of the input embedding and output head, or of the patch embedding: 8 stores 8-bit rows "
             "with one scale each, 1 to 7 binary planes, trellis1-1 to trellis1-4, trellis2-2 and trellis2-3 "
-            "trellis-coded planes; 16 leaves them unchanged."
+            "trellis-coded planes; 16 leaves them unchanged. With 'auto' it is chosen together with the bits of the "
+            "layers, among --candidates and 8; it is 8 where these are given."
         ),
     ]
     skip: Annotated[
@@ -285,11 +288,11 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
     @field_validator("embedding_bits", mode="before")
     @classmethod
     def _known_form(cls, value: object) -> object:
-        if value in (_ROWS, _UNCHANGED):
+        if value in (ROWS, UNCHANGED, _AUTO):
             return value
-        choice = parse_choice(value) if isinstance(value, str) or (type(value) is int and 0 < value < _ROWS) else None
-        if choice is None or not PRIMITIVES[parts_of_choice(choice)[0]].lookup_kernels:
-            raise ValueError("must be 16, 8, a number of planes from 1 to 7, or a form of trellis-coded planes")
+        choice = parse_choice(value) if isinstance(value, str) or (type(value) is int and 0 < value < ROWS) else None
+        if choice is None or not has_planes(choice):
+            raise ValueError("must be auto, 16, 8, a number of planes from 1 to 7, or a form of trellis-coded planes")
         return choice
 
     @field_validator("skip")
@@ -355,6 +358,22 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
     def solver_options(self) -> SolverOptions:
         """The options of the solver, for matrices stored as the common choice of all layers."""
         return SolverOptions(format=self.at(self.choice), **self.values(FitOptions))
+
+    @property
+    def table_choice(self) -> Choice:
+        """The form of embeddings and heads; a placeholder while it is still open."""
+        return ROWS if self.embedding_bits == _AUTO else self.embedding_bits
+
+    @property
+    def open_tables(self) -> bool:
+        """Whether a bit plan or an allocation may set the form of embeddings and heads."""
+        return self.embedding_bits == _AUTO
+
+    @property
+    def table_candidates(self) -> tuple[Choice, ...]:
+        """The forms that embeddings and heads are chosen from. Shifts have no kernels, which a head needs: it is the
+        largest matrix of a small model."""
+        return ordered_choices([*filter(has_planes, self.candidates), ROWS])
 
     @property
     def follows_original(self) -> bool:

@@ -15,13 +15,16 @@ from shiftadd_cli.cache import CacheFile
 
 # Increased whenever the same inputs give different sensitivities.
 CACHE_VERSIONS: dict[SensitivityKind, int] = {"output": 5, "divergence": 4, "paper": 4}
+TABLES_VERSION = 1
 
 
 class SensitivityCache:
     """The cache file in `folder` for one combination of fingerprints, see `CacheFile`."""
 
-    def __init__(self, folder: Path, kind: SensitivityKind, *fingerprints: str) -> None:
-        key = hashlib.sha256("\n".join((str(CACHE_VERSIONS[kind]), kind, *fingerprints)).encode()).hexdigest()
+    def __init__(self, folder: Path, kind: SensitivityKind, *fingerprints: str, tables: bool = False) -> None:
+        """tables: those of embeddings and heads, which are `costs` of a file of their own."""
+        version = f"{TABLES_VERSION} tables" if tables else str(CACHE_VERSIONS[kind])
+        key = hashlib.sha256("\n".join((version, kind, *fingerprints)).encode()).hexdigest()
         self._file = CacheFile(
             folder / "sensitivities" / f"{key}.json",
             content="sensitivities",

@@ -6,11 +6,14 @@ be compared line by line.
      "storage": {"group_size": 128, "group_rows": 1, "scale_format": "apot2", ...},
      "made_by": {"sensitivity": "output", "recipe_fingerprint": "...", "calibration": {...}, "budget": "...", ...},
      "layers": {"model.layers.0.self_attn.q_proj": {"bits": 3, "shape": [576, 576], "bytes": {"2": 98496, ...},
-                                                    "cost": {"2": 0.0123, ...}}, ...}}
+                                                    "cost": {"2": 0.0123, ...}}, ...},
+     "tables": {"model.embed_tokens": {"bits": "trellis1-4", "shape": [49152, 576], "bytes": {...}, "cost": {...}}}}
 
 `bytes` has the stored bytes of the layer and `cost` its predicted loss, for every allowed number of bits. `bits` may be
 edited by hand to any of these. Shift layers and trellis-coded planes have a word, such as `shift2-4` or `trellis1-2`,
-in place of a number. A plan that allows shift layers has version 2, and one that allows trellis-coded planes version 3.
+in place of a number. `tables` has the same for embeddings and heads, where 8 stands for 8-bit rows; it is absent if
+their form is not chosen. A plan that allows shift layers has version 2, one that allows trellis-coded planes version 3,
+and one with tables version 4.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from shiftadd_cli.storage.file_part import FilePart
 
 PLAN_FORMAT: Final = "shiftadd bit plan"
 # The newest readable version; plans are written with the lowest version they need.
-PLAN_VERSION: Final = 3
+PLAN_VERSION: Final = 4
 # A layer takes about 300 bytes, so this is room for a hundred thousand layers.
 MAX_BYTES = 50_000_000
 
@@ -112,15 +115,16 @@ class BitPlan(_Part):
     """Bits for every layer of one model."""
 
     format: Literal["shiftadd bit plan"] = PLAN_FORMAT
-    version: Literal[1, 2, 3] = 1
+    version: Literal[1, 2, 3, 4] = 1
     model: PlannedModel
     storage: MatrixStorage
     made_by: Origin
     layers: Annotated[dict[str, PlannedLayer], Field(min_length=1)]
+    tables: dict[str, PlannedLayer] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _version_knows_primitives(self) -> BitPlan:
-        if self.version < (needed := plan_version(self.layers.values())):
+        if self.version < (needed := plan_version(self.layers.values(), tables=bool(self.tables))):
             raise ValueError(f"its layers need version {needed}, but this is version {self.version}")
         return self
 
@@ -128,6 +132,11 @@ class BitPlan(_Part):
     def bits(self) -> dict[str, Choice]:
         """Bits, or the word of another primitive, by layer name."""
         return {name: layer.bits for name, layer in self.layers.items()}
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """`bits`, and the forms of tables by name."""
+        return self.bits | {name: table.bits for name, table in self.tables.items()}
 
     @property
     def stored_bytes(self) -> int:
@@ -159,18 +168,29 @@ class BitPlan(_Part):
     def to_json(self) -> str:
         """The text of plan.json: layers sorted by name, with numbers in names compared as numbers."""
         values = self.model_dump(mode="json")
-        layers = values.pop("layers")
-        head = json.dumps(values, indent=2, ensure_ascii=False).removesuffix("\n}")
-        lines = [
-            f"    {json.dumps(name, ensure_ascii=False)}: {json.dumps(_readable(layers[name]))}"
-            for name in sorted(layers, key=_natural)
-        ]
-        return head + ',\n  "layers": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+        parts = {key: values.pop(key) for key in ("layers", "tables")}
+        text = json.dumps(values, indent=2, ensure_ascii=False).removesuffix("\n}")
+        for key, layers in parts.items():
+            lines = [
+                f"    {json.dumps(name, ensure_ascii=False)}: {json.dumps(_readable(layers[name]))}"
+                for name in sorted(layers, key=_natural)
+            ]
+            if lines:
+                text += f',\n  "{key}": {{\n' + ",\n".join(lines) + "\n  }"
+        return text + "\n}\n"
 
-    def check(self, origin: str, fingerprint: str, storage: MatrixStorage, linears: Sequence[LinearSpec]) -> None:
+    def check(
+        self,
+        origin: str,
+        fingerprint: str,
+        storage: MatrixStorage,
+        linears: Sequence[LinearSpec],
+        tables: Mapping[str, tuple[int, int]],
+    ) -> None:
         """Check that the plan was made for this model and this storage format.
 
-        origin: name of the plan in errors; fingerprint: of the source; storage: of the run; linears: those to quantize.
+        origin: name of the plan in errors; fingerprint: of the source; storage: of the run; linears: those to quantize;
+        tables: rows and columns of those whose form is open, by name.
         Raises AllocationError for the first mismatch.
         """
         if fingerprint != self.model.fingerprint:
@@ -201,6 +221,20 @@ class BitPlan(_Part):
                 f"Bit plan {origin} has bits for {min(extra)}, which this run leaves unquantized; make a plan with the "
                 "`skip` of this run."
             )
+        self._check_tables(origin, tables)
+
+    def _check_tables(self, origin: str, tables: Mapping[str, tuple[int, int]]) -> None:
+        for name, table in self.tables.items():
+            if name not in tables:
+                raise AllocationError(
+                    f"Bit plan {origin} sets the form of {name}, which is not open in this run; give "
+                    "`embedding_bits=auto` and the `skip` of the plan, or make a plan with this run's `embedding_bits`."
+                )
+            if table.shape != tables[name]:
+                raise AllocationError(
+                    f"Bit plan {origin} gives {name} the shape {table.shape[0]} x {table.shape[1]}, but the model has "
+                    f"{tables[name][0]} x {tables[name][1]}; make another plan."
+                )
 
 
 def load_plan(path: Path) -> BitPlan:
@@ -229,8 +263,10 @@ def load_plan(path: Path) -> BitPlan:
         raise AllocationError(f"Bit plan {path}, {' '.join(location)}: {message}; fix it, or {again}.") from None
 
 
-def plan_version(layers: Iterable[PlannedLayer]) -> Literal[1, 2, 3]:
-    """The lowest version that a plan of these layers needs."""
+def plan_version(layers: Iterable[PlannedLayer], *, tables: bool) -> Literal[1, 2, 3, 4]:
+    """The lowest version that a plan of these layers, with or without tables, needs."""
+    if tables:
+        return 4
     primitives = {parts_of_choice(choice)[0] for layer in layers for choice in layer.bytes}
     return max((PRIMITIVES[name].plan_version for name in primitives), default=1)
 

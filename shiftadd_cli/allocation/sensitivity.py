@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -60,10 +60,12 @@ _PAPER_DAMPING = 0.01
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """`costs`: predicted loss by linear and bits; `shared_inputs`: the linears that read one tensor, by full name."""
+    """`costs`: predicted loss by linear and bits; `shared_inputs`: the linears that read one tensor, by full name;
+    `tables`: predicted loss by table and form, where that is chosen too."""
 
     costs: dict[str, dict[Choice, float]]
     shared_inputs: tuple[tuple[str, ...], ...]
+    tables: dict[str, dict[Choice, float]] = field(default_factory=dict)
 
     def covers(self, candidates: Iterable[Choice]) -> bool:
         """Whether every linear has a cost at each of these bits."""

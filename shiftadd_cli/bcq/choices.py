@@ -8,7 +8,7 @@ planes; `shift1-3` is one power of two in a code of 3 bits, `shift2-4` a sum of 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, TypeAlias, cast
+from typing import Final, Literal, TypeAlias, cast
 
 Primitive = Literal["bcq", "trellis1", "trellis2", "shift1", "shift2"]
 Choice: TypeAlias = int | str
@@ -21,6 +21,8 @@ CODE_BITS: dict[Primitive, tuple[int, ...]] = {
     "shift1": (2, 3, 4),
     "shift2": (2, 3, 4, 5),
 }
+# For an embedding or a head, 8 bits are not planes: 8-bit rows are as small, better and faster.
+ROWS: Final = 8
 # The default primitive of recipes and checkpoints.
 PLANES: Primitive = "bcq"
 _WORDS = tuple(
@@ -45,6 +47,11 @@ def parts_of_choice(choice: Choice) -> tuple[Primitive, int]:
 def bits_of_choice(choice: Choice) -> int:
     """The bits of a weight's code."""
     return parts_of_choice(choice)[1]
+
+
+def has_planes(choice: Choice) -> bool:
+    """Whether the form consists of planes, stored or computed, which the look-up kernels multiply by."""
+    return parts_of_choice(choice)[0] in (PLANES, "trellis1", "trellis2")
 
 
 def parse_choice(value: object) -> Choice:
@@ -84,7 +91,12 @@ def choice_words(choice: Choice) -> str:
 
 def table_words(primitive: Primitive | None, bits: int) -> str:
     """The form of an embedding or a head in words: `8-bit rows` without a primitive, `5 bits`, or `trellis1-4`."""
-    return "8-bit rows" if primitive is None else choice_words(choice_of(primitive, bits))
+    return table_form(ROWS if primitive is None else choice_of(primitive, bits))
+
+
+def table_form(choice: Choice) -> str:
+    """The same from its choice, where `ROWS` stands for 8-bit rows."""
+    return "8-bit rows" if choice == ROWS else choice_words(choice)
 
 
 def choice_symbols(choices: Iterable[Choice]) -> dict[Choice, str]:

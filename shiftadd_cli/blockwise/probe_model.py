@@ -7,11 +7,15 @@ token in float32 and by 1.4e-3 in bfloat16, where noise of 10% should move them 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from shiftadd_cli.blockwise.calls import Path
 from shiftadd_cli.blockwise.distribution import comparable, reference_of
 from shiftadd_cli.blockwise.forward import Prediction
 from shiftadd_cli.blockwise.head import Head
@@ -21,6 +25,18 @@ from shiftadd_cli.blockwise.trace import trace_model
 # Upper limit for the logits, their logarithms, the original's, and two differences, all float32, held at once.
 _SLICE_BYTES = 128 << 20
 _BYTES_PER_LOGIT = 20
+
+
+# Makes a context in which the model is changed.
+Change: TypeAlias = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass
+class _Batch:
+    """Hidden states of some samples between two blocks, and what all blocks get besides."""
+
+    hidden: Tensor
+    arguments: Sequence[Mapping[Path, Any]]
 
 
 class ProbeModel:
@@ -39,7 +55,7 @@ class ProbeModel:
         self._device, self._batch_size = model.device, batch_size
         self.model.load_outside()
         trace = trace_model(self.model, samples, batch_size)
-        self._calls = trace.calls
+        self._calls, self._passage, self._samples = trace.calls, trace.passage, samples
         self._head = Head(self.model, trace.forms, samples)
         self.hidden = torch.cat(list(trace.hidden))
 
@@ -52,12 +68,14 @@ class ProbeModel:
         return torch.cat(outputs)
 
     @torch.no_grad()
-    def divergences(self, original: Tensor, others: Sequence[Tensor]) -> list[float]:
+    def divergences(self, original: Tensor, others: Sequence[Tensor], change: Change = nullcontext) -> list[float]:
         """Mean KL(original || other) over predictions, in nats, from outputs of the last block; for a model without a
         head, mean 1 - cosine of the features.
 
         Logits exist for some tokens of one model at a time, next to the original's for the same tokens. No mean is
         negative: rounding errors below zero become zero. A mean may be infinite or NaN.
+
+        change: a context in which the predictions of the others are made.
         """
         totals = [0.0] * len(others)
         most = max(1, _SLICE_BYTES // (_BYTES_PER_LOGIT * self._head.classes))
@@ -66,10 +84,33 @@ class ProbeModel:
         for _, (rows, tokens) in zip(self.model.context.progress(names, "Comparing"), parts, strict=True):
             reference = reference_of(self._predict(original, rows, tokens))
             for index, other in enumerate(others):
-                gaps = reference.divergence(comparable(self._predict(other, rows, tokens)))
+                with change():
+                    prediction = self._predict(other, rows, tokens)
+                gaps = reference.divergence(comparable(prediction))
                 totals[index] += float(gaps.sum(dtype=torch.float64))
         count = torch.Size(self._head.predictions).numel()
         return [total / count if not total < 0 else 0.0 for total in totals]
+
+    @torch.no_grad()
+    def divergence_with(self, change: Change) -> float:
+        """The same for a change of parameters outside the blocks, which lasts while the context `change()` does."""
+        runs = [self._entering(nullcontext), self._entering(change)]
+        for depth, _, block in self.model.blocks("Comparing embeddings"):
+            for batches in runs:
+                for batch in batches:
+                    call = self._passage.recorded_call(depth, batch.arguments)
+                    batch.hidden = call.run(block, batch.hidden.to(self._device)).cpu()
+        original, changed = (torch.cat([batch.hidden for batch in batches]) for batches in runs)
+        return self.divergences(original, [changed], change)[0]
+
+    def _entering(self, change: Change) -> list[_Batch]:
+        """What enters the first block, with a change."""
+        batches = []
+        for samples in self._samples.split(self._batch_size):
+            with change():
+                entering, arguments = self._passage.arguments(samples)
+            batches.append(_Batch(self._passage.states[0].pack(entering).cpu(), arguments))
+        return batches
 
     def _predict(self, hidden: Tensor, rows: slice, tokens: slice) -> Prediction:
         return self._head.predict(hidden[rows, tokens].to(self._device), rows, tokens)

@@ -47,11 +47,7 @@ def describe_plan(plan: Plan) -> str:
             table(("layers", "count", "shape", "bits", "bits/weight", "stored"), rows),
             "",
             *_bit_plan(plan),
-            *(
-                f"Embedding     {size(matrix.nbytes)}: {' and '.join(matrix.modules)}, "
-                f"{' x '.join(map(str, matrix.shape))}, {matrix.form}"
-                for matrix in plan.tables
-            ),
+            *_embeddings(plan),
             *_partial(plan),
             f"Kept          {size(plan.kept_bytes)} in {dtype}: {unchanged}",
             *(f"Not read      {left}" for left in source.left_behind),
@@ -62,6 +58,17 @@ def describe_plan(plan: Plan) -> str:
             *_calibration(plan),
         )
     )
+
+
+def _embeddings(plan: Plan) -> list[str]:
+    lines = []
+    for matrix in plan.tables:
+        stored, form = size(matrix.nbytes), matrix.form
+        if plan.open_tables:
+            stored, form = f"at most {size(matrix.most_bytes)}", "in a form that is chosen with the bits of the layers"
+        shape = " x ".join(map(str, matrix.shape))
+        lines.append(f"Embedding     {stored}: {' and '.join(matrix.modules)}, {shape}, {form}")
+    return lines
 
 
 def _span(sizes: list[int]) -> str:

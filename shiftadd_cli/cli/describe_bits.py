@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from shiftadd_cli.allocation.plan_file import BitPlan, PlannedLayer
 from shiftadd_cli.artifact.contents import alike
-from shiftadd_cli.bcq.choices import Choice, bits_of_choice, choice_symbols, ordered_choices
+from shiftadd_cli.bcq.choices import Choice, bits_of_choice, choice_symbols, ordered_choices, table_form
 from shiftadd_cli.cli.summary import table
 from shiftadd_cli.sizes import size
 from shiftadd_cli.source import LinearSpec
@@ -59,10 +59,19 @@ def describe_bit_plan(plan: BitPlan, linears: Sequence[LinearSpec]) -> str:
             f"Budget        {origin.budget}",
             f"Stored        {size(plan.stored_bytes)} for the quantized layers: {plan.bits_per_weight:.3f} stored bits "
             f"per weight, {plan.planes_per_weight:.3f} without scales",
+            *_embeddings(plan),
             f"Predicted     {plan.predicted_loss:.4g} ({unit}), from the sensitivity '{origin.sensitivity}' on "
             f"{origin.calibration.name}, {origin.calibration.amount}",
         )
     )
+
+
+def _embeddings(plan: BitPlan) -> list[str]:
+    return [
+        f"Embedding     {size(entry.bytes[entry.bits])}: {name}, {table_form(entry.bits)}, predicted loss "
+        f"{entry.cost[entry.bits]:.4g}"
+        for name, entry in plan.tables.items()
+    ]
 
 
 def _letters(symbols: Mapping[Choice, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,6 +34,8 @@ from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline.calibration import Calibration, CalibrationSet, samples_fingerprint
 from shiftadd_cli.pipeline.plan import Plan, PlannedLinear, make_plan
+from shiftadd_cli.pipeline.table_bits import measure_tables
+from shiftadd_cli.pipeline.tables import PlannedTable
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.source import Source
 
@@ -79,7 +82,8 @@ class FrontPoint(NamedTuple):
 class AllocationJob:
     """An allocation with a checked request; nothing has been measured yet.
 
-    `linears` are planned at the recipe's own bits. `data` is drawn on demand.
+    `linears` are planned at the recipe's own bits. `tables` are those whose form is chosen too. `data` is drawn on
+    demand.
     """
 
     source: Source
@@ -90,6 +94,7 @@ class AllocationJob:
     tied: list[tuple[str, ...]]
     data: Calibration
     context: Context
+    tables: tuple[PlannedTable, ...] = ()
 
     @classmethod
     def prepare(
@@ -120,7 +125,11 @@ class AllocationJob:
             )
         data = Calibration.of(plan)
         assert data is not None, "the plan is calibrated"
-        job = cls(source, plan.recipe, request, plan.linears, allowed, tied, data, Context.of(recipe.device, team))
+        # Neither the criterion of the paper nor a table of costs has embeddings.
+        known = request.sensitivity != "paper" and isinstance(request.budget, Budget)
+        tables = plan.tables if recipe.open_tables and known else ()
+        context = Context.of(recipe.device, team)
+        job = cls(source, plan.recipe, request, plan.linears, allowed, tied, data, context, tables)
         job.check_budget()
         return job
 
@@ -134,14 +143,21 @@ class AllocationJob:
             return
         smallest, largest = self.plan_at(min), self.plan_at(max)
         weights = smallest.quantized_weights
-        other = smallest.file_bytes - smallest.quantized_bytes
+        other = smallest.file_bytes - self._chosen_bytes(smallest)
         sizes = weights, other, smallest.parameters
-        if budget.layer_bytes(*sizes) < smallest.quantized_bytes:
-            low, high = (budget.in_words(plan.quantized_bytes, *sizes) for plan in (smallest, largest))
+        if budget.layer_bytes(*sizes) < self._chosen_bytes(smallest):
+            low, high = (budget.in_words(self._chosen_bytes(plan), *sizes) for plan in (smallest, largest))
             raise AllocationError(
                 f"A budget of {budget.text} cannot be met: the allowed bits take from {low} to {high}; raise it, or "
                 "allow fewer bits with `candidates`."
             )
+
+    def _chosen_bytes(self, plan: Plan) -> int:
+        """Bytes of a plan that the budget limits: those of the layers, and in a budget of the file those of tables."""
+        if isinstance(self.request.budget, Budget) and self.request.budget.average_bits is not None:
+            return plan.quantized_bytes
+        names = {table.name for table in self.tables}
+        return plan.quantized_bytes + sum(table.nbytes for table in plan.tables if table.name in names)
 
     def run(self) -> BitPlan:
         """Measure the sensitivities, or load them from the cache, and choose the bits.
@@ -164,20 +180,27 @@ class AllocationJob:
             budget.check({layer.name: tuple(layer.bytes) for layer in layers}, self.shapes)
             priced = [budget.priced(layer, self.shapes[layer.name]) for layer in layers]
             return self.bit_plan(layers, allocate(priced, tied, budget.steps))
+        tables = self._table_options(sensitivities)
         if budget.divergence is not None:
-            return self.bit_plan(layers, allocate_smallest(layers, tied, budget.divergence))
+            chosen = allocate_smallest([*layers, *tables], tied, budget.divergence)
+            return self.bit_plan(layers, chosen, tables)
         smallest = self.plan_at(min)
-        other = smallest.file_bytes - smallest.quantized_bytes
+        other = smallest.file_bytes - self._chosen_bytes(smallest)
         available = budget.layer_bytes(smallest.quantized_weights, other, smallest.parameters)
-        chosen = allocate(layers, tied, available)
+        if budget.average_bits is not None:
+            chosen = allocate(layers, tied, available)
+            price = _price(layers, tied, available)
+            return self.bit_plan(layers, chosen | {table.name: _cheapest(table, price) for table in tables}, tables)
+        layers_and_tables = [*layers, *tables]
+        chosen = allocate(layers_and_tables, tied, available)
         while (limit := budget.file_limit(smallest.parameters)) is not None:
             above = self.data.plan.at(chosen).file_bytes - limit
             if above <= 0:
                 break
             # The size of the file headers depends slightly on the choice.
-            available = max(available - above, smallest.quantized_bytes)
-            chosen = allocate(layers, tied, available)
-        return self.bit_plan(layers, chosen)
+            available = max(available - above, self._chosen_bytes(smallest))
+            chosen = allocate(layers_and_tables, tied, available)
+        return self.bit_plan(layers, chosen, tables)
 
     def front(self, sensitivities: Sensitivities, points: int = 25) -> list[FrontPoint]:
         """The least predicted loss at evenly spaced sizes, from the fewest allowed bits to the most."""
@@ -205,9 +228,19 @@ class AllocationJob:
     def sensitivities(self) -> Sensitivities:
         """Sensitivities at all choices allowed for any layer, cached or measured. In the processes of a team other than
         the first, only the newly measured ones."""
+        required = ordered_choices(choice for choices in self.allowed.values() for choice in choices)
+        layers = self._cached(required, self.measure, tables=False)
+        if not self.tables:
+            return layers
+        tables = self._cached(self.recipe.table_candidates, self.measure_tables, tables=True)
+        return replace(layers, tables=tables.costs)
+
+    def _cached(
+        self, required: Sequence[Choice], measure: Callable[[Sequence[Choice]], Sensitivities], *, tables: bool
+    ) -> Sensitivities:
+        """The cached sensitivities at all these choices; `measure` gives those that are missing."""
         team = self.context.team
         calibration = self.data.draw(team)
-        required = ordered_choices(choice for choices in self.allowed.values() for choice in choices)
         cache = SensitivityCache(
             cache_folder(),
             self.request.sensitivity,
@@ -216,13 +249,14 @@ class AllocationJob:
             self.recipe_fingerprint,
             # The samples themselves: another way to draw or read the same data gives other sensitivities.
             samples_fingerprint(calibration.samples),
+            tables=tables,
         )
         cached = cache.load() if team.first else None
         available = next(iter(cached.costs.values())).keys() if cached is not None else set[Choice]()
         missing = team.share([bits for bits in required if bits not in available])
         if cached is not None and not missing:
             return cached
-        measured = self.measure(missing) if missing else Sensitivities({}, ())
+        measured = measure(missing) if missing else Sensitivities({}, ())
         return cache.keep(measured) if team.first else measured
 
     def problem(self, sensitivities: Sensitivities) -> tuple[list[LayerOptions], list[tuple[str, ...]]]:
@@ -248,6 +282,20 @@ class AllocationJob:
             )
         return options
 
+    def _table_options(self, sensitivities: Sensitivities) -> list[LayerOptions]:
+        """The options of every table."""
+        options = []
+        for table in self.tables:
+            forms = {choice: table.at(choice, self.recipe) for choice in self.recipe.table_candidates}
+            options.append(
+                LayerOptions(
+                    table.name,
+                    {choice: form.nbytes for choice, form in forms.items()},
+                    {choice: round_cost(sensitivities.tables[table.name][choice]) for choice in forms},
+                )
+            )
+        return options
+
     def plan_at(self, choose: Callable[[Iterable[int]], int]) -> Plan:
         """The run in which `choose` picks each layer's bytes (`min` or `max`) among its allowed choices."""
         chosen = {}
@@ -255,6 +303,9 @@ class AllocationJob:
             layouts = {choice: PackedLayout(self.recipe.at(choice), *self.shapes[name]) for choice in reversed(choices)}
             stored = {layout.nbytes: choice for choice, layout in layouts.items()}
             chosen[name] = stored[choose(stored)]
+        for table in self.tables:
+            forms = {table.at(choice, self.recipe).nbytes: choice for choice in self.recipe.table_candidates}
+            chosen[table.name] = forms[choose(forms)]
         return self.data.plan.at(chosen)
 
     @property
@@ -288,17 +339,33 @@ class AllocationJob:
                 seed=recipe.seed,
             )
 
-    def bit_plan(self, layers: Sequence[LayerOptions], chosen: Mapping[str, Choice]) -> BitPlan:
-        """The plan file for the chosen bits, by layer name, with the inputs of the choice."""
+    def measure_tables(self, candidates: Sequence[Choice]) -> Sensitivities:
+        """The same for the tables, whose losses are its `costs`."""
+        source = self.running
+        model = BlockwiseModel(source, make_plan(source, self.recipe).structure, self.context)
+        every_form = self.request.sensitivity == "divergence"
+        with model.outside():
+            samples = self.calibration.samples
+            costs = measure_tables(model, samples, self.tables, self.recipe, candidates, every_form=every_form)
+        return Sensitivities(costs, ())
+
+    def bit_plan(
+        self, layers: Sequence[LayerOptions], chosen: Mapping[str, Choice], tables: Sequence[LayerOptions] = ()
+    ) -> BitPlan:
+        """The plan file for the chosen bits, by name of the layer or table, with the inputs of the choice."""
         request, samples = self.request, self.calibration.samples
-        planned = {
-            layer.name: PlannedLayer(
-                bits=chosen[layer.name], shape=self.shapes[layer.name], bytes=dict(layer.bytes), cost=dict(layer.costs)
-            )
-            for layer in layers
-        }
+        shapes = self.shapes | {table.name: (table.layout.rows, table.layout.columns) for table in self.tables}
+        planned, planned_tables = (
+            {
+                layer.name: PlannedLayer(
+                    bits=chosen[layer.name], shape=shapes[layer.name], bytes=dict(layer.bytes), cost=dict(layer.costs)
+                )
+                for layer in part
+            }
+            for part in (layers, tables)
+        )
         return BitPlan(
-            version=plan_version(planned.values()),
+            version=plan_version(planned.values(), tables=bool(tables)),
             model=PlannedModel(name=self.source.name, fingerprint=self.source.fingerprint),
             storage=self.recipe.part(MatrixStorage),
             made_by=Origin(
@@ -317,4 +384,21 @@ class AllocationJob:
                 tie_fused=request.tie_fused,
             ),
             layers=planned,
+            tables=planned_tables,
         )
+
+
+def _price(layers: Sequence[LayerOptions], tied: Sequence[tuple[str, ...]], budget: int) -> float:
+    """The loss that a byte saves in the layers at this budget of theirs, over a tenth of it."""
+    smallest = sum(min(layer.bytes.values()) for layer in layers)
+    sizes, losses = [], []
+    for limit in (max(budget - budget // 20, smallest), budget + budget // 20):
+        chosen = allocate(layers, tied, limit)
+        sizes.append(sum(layer.bytes[chosen[layer.name]] for layer in layers))
+        losses.append(math.fsum(layer.costs[chosen[layer.name]] for layer in layers))
+    return (losses[0] - losses[1]) / (sizes[1] - sizes[0]) if sizes[1] > sizes[0] else 0.0
+
+
+def _cheapest(table: LayerOptions, price: float) -> Choice:
+    """The form of a table with the least loss, where a byte costs `price`; of equal ones, the smallest."""
+    return min(table.bytes, key=lambda choice: (table.costs[choice] + price * table.bytes[choice], table.bytes[choice]))

@@ -128,7 +128,7 @@ class Job:
                 bit_plan = self.allocation.run()
             recorder.keep_bits(bit_plan)
         # The expected memory stays that of the whole run, since its peak may have been the measuring.
-        plan = replace(self.plan.at(bit_plan.bits), bit_plan=bit_plan, peak_memory_bytes=self.plan.peak_memory_bytes)
+        plan = replace(self.plan.at(bit_plan.choices), bit_plan=bit_plan, peak_memory_bytes=self.plan.peak_memory_bytes)
         if announce is not None:
             announce(plan)
         return plan

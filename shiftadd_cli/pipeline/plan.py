@@ -108,6 +108,11 @@ class Plan:
         return self.recipe.allocates and self.bit_plan is None
 
     @property
+    def open_tables(self) -> bool:
+        """Whether the forms of embeddings and heads have yet to be chosen."""
+        return self.open_bits and self.recipe.open_tables
+
+    @property
     def budget(self) -> Budget:
         """The budget within which bits are chosen."""
         return Budget.parse(self.recipe.avg_bits, self.recipe.target_size, None, self.recipe.avg_file_bits)
@@ -118,9 +123,11 @@ class Plan:
         which a choice changes the headers."""
         if not self.open_bits:
             return self.file_bytes
-        other = self.file_bytes - self.quantized_bytes
-        allowed = self.budget.layer_bytes(self.quantized_weights, other, self.parameters)
-        return self.file_bytes + max(0, allowed - self.quantized_bytes)
+        if (limit := self.budget.file_limit(self.parameters)) is not None:
+            return limit
+        allowed = self.budget.layer_bytes(self.quantized_weights, 0, self.parameters)
+        largest = sum(table.most_bytes for table in self.tables) if self.open_tables else self.table_bytes
+        return self.file_bytes + max(0, allowed - self.quantized_bytes) + largest - self.table_bytes
 
     @property
     def state_bytes(self) -> int:
@@ -193,8 +200,8 @@ def make_plan(
 ) -> Plan:
     """Plan a run from headers alone.
 
-    bits: bits (or the word of a shift primitive) of every linear that the recipe does not skip, by full name; by
-        default those of the recipe's bit plan, or its primitive and bits for all.
+    bits: bits (or the word of a shift primitive) of every linear that the recipe does not skip, by full name, and forms
+        of tables; by default those of the recipe's bit plan, or its primitive and bits for all.
     memory: upper limit on the memory of the run in bytes, by default that of the machine.
 
     Raises SourceError if there is nothing to quantize, see `find_structure`; AllocationError if the bit plan is
@@ -215,8 +222,10 @@ def make_plan(
     bit_plan = None
     if bits is None and recipe.bit_plan is not None:
         bit_plan = load_plan(Path(recipe.bit_plan))
-        bit_plan.check(recipe.bit_plan, source.fingerprint, recipe.part(MatrixStorage), structure.linears)
-        bits = bit_plan.bits
+        tables, _ = plan_tables(model, structure, recipe)
+        shapes = {table.name: (table.layout.rows, table.layout.columns) for table in tables if recipe.open_tables}
+        bit_plan.check(recipe.bit_plan, source.fingerprint, recipe.part(MatrixStorage), structure.linears, shapes)
+        bits = bit_plan.choices
     linears = tuple(
         PlannedLinear(
             spec,
@@ -226,7 +235,7 @@ def make_plan(
         )
         for spec in structure.linears
     )
-    tables, kept_modules = plan_tables(model, structure, recipe)
+    tables, kept_modules = plan_tables(model, structure, recipe, bits)
     tensors, kept = _tensors(model, structure, linears, tables)
     plan = Plan(
         source, running, structure, recipe, linears, tables, tensors, kept, kept_modules, 0, bit_plan, not_written

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.artifact.shards import TensorShape
-from shiftadd_cli.bcq.choices import table_words
+from shiftadd_cli.bcq.choices import ROWS, Choice, table_words
 from shiftadd_cli.bcq.int8 import CODES, SCALE, decode_table, encode_table
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.primitives import PRIMITIVES
@@ -20,7 +20,7 @@ from shiftadd_cli.bcq.solver import Solution, quantize_matrices
 from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.bcq.weight import PackedLayout, QuantizedWeight
 from shiftadd_cli.context import Context
-from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.recipe import UNCHANGED, Recipe
 from shiftadd_cli.report.schema import TableReport
 from shiftadd_cli.runtime.table import can_hold_table, hold_table
 from shiftadd_cli.source import Structure
@@ -57,6 +57,11 @@ class PlannedTable:
         return self.layout.nbytes
 
     @property
+    def most_bytes(self) -> int:
+        """Bytes of the largest form that may be chosen, 8-bit rows."""
+        return TableLayout(self.shape).nbytes
+
+    @property
     def form(self) -> str:
         """The form in words, such as `8-bit rows` or `trellis1-4`."""
         form = self.layout.format
@@ -66,19 +71,32 @@ class PlannedTable:
         """Shape and dtype of the stored tensors, by full name."""
         return {f"{self.name}.{suffix}": shape for suffix, shape in self.layout.tensors().items()}
 
-    def options(self, recipe: Recipe) -> SolverOptions:
-        """The options of the solver for a compressed matrix."""
+    def at(self, choice: Choice, recipe: Recipe) -> PlannedTable:
+        """The same weight in another form: `ROWS`, or a choice of planes."""
+        return replace(self, layout=TableLayout(self.shape, None if choice == ROWS else recipe.at(choice)))
+
+    def options(self, recipe: Recipe, moment: Tensor | None) -> SolverOptions:
+        """The options of the solver for a compressed matrix, and this moment of its reader's inputs, if any."""
         assert self.layout.format is not None, "8-bit rows are rounded, not solved"
         options = recipe.solver_options.replaced(format=self.layout.format, asymmetric=0.0, drift=0.0)
-        if self.reader is None:
+        if moment is None:
             return options.without_data()
-        if len(self.modules) == 1:
-            return options
-        return options.replaced(weight_error=max(options.weight_error, _EMBEDDING_WEIGHT))
+        return options.replaced(weight_error=max(options.weight_error, self._embedding_weight))
+
+    def objective(self, moment: Tensor | None) -> Tensor:
+        """The quadratic form that errors of the rows cost, up to a factor, float32 `[columns, columns]`."""
+        identity = torch.eye(self.layout.columns)
+        if moment is None:
+            return identity
+        return moment.cpu() / moment.diagonal().mean().cpu() + self._embedding_weight * identity
+
+    @property
+    def _embedding_weight(self) -> float:
+        return _EMBEDDING_WEIGHT if self.reader is not None and len(self.modules) > 1 else 0.0
 
 
 def plan_tables(
-    model: Any, structure: Structure, recipe: Recipe
+    model: Any, structure: Structure, recipe: Recipe, bits: Mapping[str, Choice] | None = None
 ) -> tuple[tuple[PlannedTable, ...], tuple[tuple[str, str], ...]]:
     """Tables for the input embedding and output head of a model on meta, or for the patch embedding of a model that
     reads images, and the modules that stay unquantized.
@@ -86,10 +104,11 @@ def plan_tables(
     The latter are `structure.kept` without the tables. An embedding or head that cannot be a table gets the reason: its
     forward uses the weight in a custom way, its weight is tied to a module that cannot be a table, or a pattern of
     `skip` matches it. With `embedding_bits` 16 there are no tables.
+
+    bits: forms that a bit plan gives to tables, by name; the others have the form of the recipe.
     """
-    if recipe.embedding_bits == 16:
+    if recipe.embedding_bits == UNCHANGED:
         return (), structure.kept
-    form = None if recipe.embedding_bits == 8 else recipe.at(recipe.embedding_bits)
     order = list(model.state_dict())
     tables: dict[str, PlannedTable] = {}
     refused: dict[str, str] = {}
@@ -102,7 +121,8 @@ def plan_tables(
         elif group[0] not in tables:
             shape = tuple(model.get_parameter(weight).shape)
             readers = [name for name in group if not isinstance(model.get_submodule(name), nn.Embedding)]
-            tables[group[0]] = PlannedTable(group, TableLayout(shape, form), readers[0] if readers else None)
+            table = PlannedTable(group, TableLayout(shape), readers[0] if readers else None)
+            tables[group[0]] = table.at((bits or {}).get(table.name, recipe.table_choice), recipe)
     planned = {module for table in tables.values() for module in table.modules}
     kept = tuple(
         (name, f"{reason}, {refused[name]}" if name in refused else reason)
@@ -135,10 +155,8 @@ def encode_weight(
     if table.layout.packed is None:
         codes, scale = encode_table(weight, table.name)
         return {CODES: codes, SCALE: scale}, None
-    options = table.options(recipe)
-    if moment is None:
-        options = options.without_data()
-    else:
+    options = table.options(recipe, moment)
+    if moment is not None:
         moment = moment.to(context.device)
     spans = _spans(table.layout.packed, options)
     names, solutions, signals = [f"rows {rows.start}" for rows in spans], [], []

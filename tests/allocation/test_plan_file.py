@@ -17,7 +17,7 @@ from shiftadd_cli.allocation.plan_file import BitPlan, load_plan, plan_version
 from shiftadd_cli.bcq.choices import Choice, bits_of_choice
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.errors import AllocationError
-from shiftadd_cli.pipeline.plan import make_plan
+from shiftadd_cli.pipeline.plan import Plan, make_plan
 from shiftadd_cli.source import find_structure, open_source
 
 RECIPE = recipe_of(group_size=16)
@@ -74,7 +74,7 @@ def refusal_of(plan: BitPlan, model: Path, skip: Sequence[str] = (), **fields: A
     linears = find_structure(source.skeleton(), skip).linears
     storage = RECIPE.model_copy(update=fields).part(MatrixStorage)
     with pytest.raises(AllocationError) as caught:
-        plan.check("plan.json", source.fingerprint, storage, linears)
+        plan.check("plan.json", source.fingerprint, storage, linears, {})
     return str(caught.value)
 
 
@@ -86,7 +86,7 @@ def test_a_plan_of_another_model_is_refused(plan: BitPlan, tmp_path: Path) -> No
 def test_a_copy_of_the_model_is_the_same_model(plan: BitPlan, model: Path, tmp_path: Path) -> None:
     source = open_source(str(shutil.copytree(model, tmp_path / "copy")))
     linears = find_structure(source.skeleton()).linears
-    plan.check("plan.json", source.fingerprint, RECIPE.part(MatrixStorage), linears)
+    plan.check("plan.json", source.fingerprint, RECIPE.part(MatrixStorage), linears, {})
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ FAULTS: dict[str, tuple[str | dict[str, Any], str]] = {
     "another file": ('{"bits": 3}', "is not a bit plan"),
     "no layers": ({"layers": {}}, "layers: "),
     "unknown key": ({"colour": "red"}, "colour: "),
-    "later": ({"version": 4}, "has version 4"),
+    "later": ({"version": 5}, "has version 5"),
     "trellis too early": (
         {"bytes": {"trellis1-2": 9}, "cost": {"trellis1-2": 9.0}, "bits": "trellis1-2"},
         "need version 3",
@@ -189,16 +189,57 @@ def test_a_plan_of_shift_layers_survives_its_file(plan: BitPlan, tmp_path: Path)
 def test_a_plan_without_shift_layers_has_version_one(plan: BitPlan) -> None:
     assert json.loads(plan.to_json())["version"] == 1
     assert "shift" not in plan.to_json().split('"layers"')[1]
-    assert plan_version(plan.layers.values()) == 1
-    assert plan_version(with_shifts(plan).layers.values()) == 2
+    assert plan_version(plan.layers.values(), tables=False) == 1
+    assert plan_version(with_shifts(plan).layers.values(), tables=False) == 2
 
 
 def test_a_plan_that_allows_trellis_coded_planes_has_version_three(plan: BitPlan) -> None:
     layer = next(iter(with_shifts(plan).layers.values()))
     coded = layer.model_copy(update={"bytes": {**layer.bytes, "trellis1-2": 600}})
-    assert plan_version([layer, coded]) == 3
+    assert plan_version([layer, coded], tables=False) == 3
 
 
-def test_the_fields_are_those_of_version_three() -> None:
+EMBED = "model.embed_tokens"
+
+
+def with_tables(plan: BitPlan, **changes: Any) -> BitPlan:
+    layer = next(iter(plan.layers.values())).model_copy(update={"shape": (320, 48), "bits": 2, **changes})
+    return plan.model_copy(update={"tables": {EMBED: layer}, "version": 4})
+
+
+def test_a_plan_with_tables_has_version_four(plan: BitPlan, tmp_path: Path) -> None:
+    assert plan_version(plan.layers.values(), tables=True) == 4
+    assert "tables" not in json.loads(plan.to_json())
+    tabled = with_tables(plan)
+    written = json.loads(tabled.to_json())
+    assert (written["version"], list(written["tables"])) == (4, [EMBED])
+    loaded = load_plan(write(tmp_path, tabled.to_json()))
+    assert loaded.to_json() == tabled.to_json()
+    assert loaded.choices == {**plan.bits, EMBED: 2}
+    # Their size and loss are not those of the layers.
+    assert (loaded.stored_bytes, loaded.predicted_loss) == (plan.stored_bytes, plan.predicted_loss)
+    with pytest.raises(AllocationError, match="need version 4"):
+        load_plan(write(tmp_path, tabled.to_json().replace('"version": 4', '"version": 3')))
+
+
+def test_tables_that_do_not_fit_the_run_are_refused(plan: BitPlan, model: Path, tmp_path: Path) -> None:
+    source = open_source(str(model))
+
+    def run(tabled: BitPlan, **fields: Any) -> Plan:
+        path = write(tmp_path, tabled.to_json())
+        return make_plan(source, RECIPE.model_copy(update={"bit_plan": str(path), **fields}))
+
+    form = run(with_tables(plan), embedding_bits="auto").tables[0].layout.format
+    assert form is not None
+    assert form.bits == 2
+    with pytest.raises(AllocationError, match=rf"sets the form of {EMBED}, which is not open .*`embedding_bits=auto`"):
+        run(with_tables(plan))
+    with pytest.raises(AllocationError, match=rf"{EMBED} the shape 48 x 320, but the model has 320 x 48"):
+        run(with_tables(plan, shape=(48, 320)), embedding_bits="auto")
+    # A plan without tables leaves them in 8-bit rows.
+    assert {table.form for table in run(plan, embedding_bits="auto").tables} == {"8-bit rows"}
+
+
+def test_the_fields_are_those_of_version_four() -> None:
     """A change here needs a new version."""
-    assert set(BitPlan.model_fields) == {"format", "version", "model", "storage", "made_by", "layers"}
+    assert set(BitPlan.model_fields) == {"format", "version", "model", "storage", "made_by", "layers", "tables"}

@@ -10,10 +10,13 @@ from shiftadd_cli.bcq.choices import (
     choice_of,
     choice_symbols,
     choices_in_words,
+    has_planes,
     ordered_choices,
     parse_choice,
     parts_of_choice,
+    table_form,
 )
+from shiftadd_cli.bcq.primitives import PRIMITIVES
 
 ALL = [choice_of(primitive, bits) for primitive, widths in CODE_BITS.items() for bits in widths]
 
@@ -64,3 +67,12 @@ def _words(choices: tuple[Choice, ...]) -> int:
 )
 def test_several_choices_are_described_in_a_few_words(choices: list[Choice], text: str) -> None:
     assert choices_in_words(choices) == text
+
+
+def test_forms_of_planes_are_those_with_kernels() -> None:
+    for choice in ALL:
+        assert has_planes(choice) == PRIMITIVES[parts_of_choice(choice)[0]].lookup_kernels
+
+
+def test_eight_bits_of_an_embedding_are_rows() -> None:
+    assert [table_form(choice) for choice in (8, 5, "trellis1-4")] == ["8-bit rows", "5 bits", "trellis1-4"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tiny_models import save_tiny
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind
+from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.bcq.choices import Choice, parts_of_choice
 from shiftadd_cli.cli.describe_bits import describe_bit_plan
 from shiftadd_cli.errors import AllocationError
@@ -113,6 +116,88 @@ def test_run_fills_the_file_that_its_recipe_allows(model: str, tmp_path: Path, u
     assert target * 0.99 <= report.size.files_bytes <= target
     with pytest.raises(AllocationError, match="cannot be met: the allowed bits take from"):
         Job.prepare(model, tmp_path / "less", at(low - 100))
+
+
+OPEN: dict[str, Any] = {"embedding_bits": "auto", "candidates": (2, 3, "trellis1-4", "shift2-4")}
+FORMS = (2, 3, 8, "trellis1-4")
+
+
+@pytest.fixture(scope="module")
+def opened(model: str, tmp_path_factory: pytest.TempPathFactory) -> Sensitivities:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHIFTADD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        job = job_for(model, bits=9.0, settings=recipe(**OPEN), candidates=(2, 3, "trellis1-4"))
+        first, again = job.sensitivities(), job.sensitivities()
+        assert first == again
+        return first
+
+
+def test_every_form_of_embedding_and_head_has_a_loss(opened: Sensitivities) -> None:
+    assert list(opened.tables) == ["model.embed_tokens", "lm_head"]
+    for costs in opened.tables.values():
+        # Shifts have no kernels.
+        assert set(costs) == set(FORMS)
+        assert 0 < costs[8] < costs["trellis1-4"] < costs[3] < costs[2]
+
+
+@pytest.mark.parametrize("part", [0.05, 0.4, 0.9])
+def test_one_budget_of_the_file_is_spent_on_layers_and_tables(model: str, opened: Sensitivities, part: float) -> None:
+    settings, candidates = recipe(**OPEN), (2, 3, "trellis1-4")
+    generous = job_for(model, bits=9.0, settings=settings, candidates=candidates)
+    low, high = (generous.plan_at(choose).file_bytes for choose in (min, max))
+    target = low + round(part * (high - low))
+    job = job_for(model, size=f"{target / 1000:.3f}KB", settings=settings, candidates=candidates, tie_fused=False)
+    plan = job.choose(opened)
+    stored = job.data.plan.at(plan.choices).file_bytes
+    assert stored <= target
+    # No other single choice that fits has less loss.
+    parts = {**plan.layers, **plan.tables}
+    for name, layer in parts.items():
+        for choice, size in layer.bytes.items():
+            if stored - layer.bytes[layer.bits] + size + 64 <= target:
+                assert layer.cost[choice] >= layer.cost[layer.bits], name
+
+
+def test_tables_pay_the_price_of_the_layers(model: str, opened: Sensitivities) -> None:
+    """With a budget of the layers, a table gets the form that a byte of the layers pays for."""
+    chosen = []
+    for bits in (3.5, 4.0, 5.5, 9.0):
+        job = job_for(model, bits=bits, settings=recipe(**OPEN), candidates=(2, 3, "trellis1-4"))
+        plan = job.choose(opened)
+        assert plan.bits_per_weight <= bits
+        chosen.append([plan.tables[name].bytes[plan.tables[name].bits] for name in plan.tables])
+        assert job.data.plan.at(plan.choices).table_bytes == sum(chosen[-1])
+    assert all(one <= other for less, more in pairwise(chosen) for one, other in zip(less, more, strict=True))
+    assert plan.tables["lm_head"].bits == 8
+
+
+def test_a_predicted_loss_includes_that_of_tables(model: str, opened: Sensitivities) -> None:
+    job = job_for(model, nats=0.5, settings=recipe(**OPEN), candidates=(2, 3, "trellis1-4"))
+    plan = job.choose(opened)
+    losses = [layer.cost[layer.bits] for layer in (*plan.layers.values(), *plan.tables.values())]
+    assert sum(losses) <= 0.5
+
+
+def test_the_paper_has_no_embeddings(model: str) -> None:
+    job = job_for(model, bits=4.2, settings=recipe(**OPEN), sensitivity="paper", candidates=(2, 3))
+    assert job.tables == ()
+    assert job.run().tables == {}
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_run_chooses_the_form_of_its_embedding(model: str, tmp_path: Path, size: int | None) -> None:
+    generous = job_for(model, bits=9.0, settings=recipe(**OPEN), candidates=(2, 3, "trellis1-4"))
+    target = (generous.plan_at(min).file_bytes + generous.plan_at(max).file_bytes) // 2
+    budget = {"avg_bits": 4.2} if size is None else {"target_size": f"{target / 1000:.3f}KB"}
+    run = Job.prepare(model, tmp_path / "out", recipe(**OPEN, **budget))
+    most = run.plan.most_bytes
+    report = run.run()
+    assert report is not None
+    assert report.size.files_bytes <= most
+    assert [table.modules for table in report.tables] == [["model.embed_tokens"], ["lm_head"]]
+    forms = ArtifactFormat.from_dict(json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"])
+    stored = {name: None if table.format is None else table.format.bits for name, table in forms.tables.items()}
+    assert stored == {table.modules[0]: table.bits if table.primitive else None for table in report.tables}
 
 
 def test_keep_and_tie_options_are_respected(model: str) -> None:
