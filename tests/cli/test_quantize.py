@@ -207,7 +207,7 @@ def test_bits_of_layers_are_allocated_in_the_same_run(
     one = quantize(model, "-o", tmp_path / "one", "--avg-bits", "4", *quick)
     assert one.exit_code == 0
     assert one.output.count("self_attn.q_proj") == 3, "the plan before and after the choice, and the summary"
-    assert "at most 4 stored bits per weight" in one.output
+    assert "at most 4 bits per weight, assigned" in one.output
     report = json.loads((tmp_path / "one" / "report.json").read_text())
     assert report["size"]["bits_per_weight"] <= 4
     assert report["seconds"]["allocate"] > 0
