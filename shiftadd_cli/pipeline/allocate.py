@@ -25,6 +25,7 @@ from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, 
 from shiftadd_cli.allocation.solve import LayerOptions, allocate, allocate_smallest, tied_groups
 from shiftadd_cli.bcq.choices import Choice, ordered_choices
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
@@ -273,27 +274,15 @@ class AllocationJob:
                 choice: PackedLayout(self.recipe.at(choice), spec.out_features, spec.in_features)
                 for choice in allowed[spec.name]
             }
-            options.append(
-                LayerOptions(
-                    spec.name,
-                    {bits: layout.nbytes for bits, layout in layouts.items()},
-                    {bits: round_cost(sensitivities.costs[spec.name][bits]) for bits in layouts},
-                )
-            )
+            options.append(_options(spec.name, layouts, sensitivities.costs))
         return options
 
     def _table_options(self, sensitivities: Sensitivities) -> list[LayerOptions]:
         """The options of every table."""
         options = []
         for table in self.tables:
-            forms = {choice: table.at(choice, self.recipe) for choice in self.recipe.table_candidates}
-            options.append(
-                LayerOptions(
-                    table.name,
-                    {choice: form.nbytes for choice, form in forms.items()},
-                    {choice: round_cost(sensitivities.tables[table.name][choice]) for choice in forms},
-                )
-            )
+            forms = {choice: table.at(choice, self.recipe).layout for choice in self.recipe.table_candidates}
+            options.append(_options(table.name, forms, sensitivities.tables))
         return options
 
     def plan_at(self, choose: Callable[[Iterable[int]], int]) -> Plan:
@@ -386,6 +375,17 @@ class AllocationJob:
             layers=planned,
             tables=planned_tables,
         )
+
+
+def _options(
+    name: str, layouts: Mapping[Choice, PackedLayout | TableLayout], costs: Mapping[str, Mapping[Choice, float]]
+) -> LayerOptions:
+    """The options of a layer or table, given its layout in each form."""
+    return LayerOptions(
+        name,
+        {choice: layout.nbytes for choice, layout in layouts.items()},
+        {choice: round_cost(costs[name][choice]) for choice in layouts},
+    )
 
 
 def _price(layers: Sequence[LayerOptions], tied: Sequence[tuple[str, ...]], budget: int) -> float:

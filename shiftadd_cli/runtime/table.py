@@ -174,8 +174,10 @@ class PackedEmbedding(PackedTable, nn.Embedding):  # type: ignore[override]  # `
     def forward(self, input: Tensor) -> Tensor:
         """`[...]` of integers → `[..., columns]`."""
         if self.kernel is not Kernel.CPU:
-            # Negative numbers would count from the end.
-            if not torch.compiler.is_compiling() and bool(((input < 0) | (input >= self.layout.rows)).any()):
+            # Negative numbers would count from the end. On a GPU, the test would wait for the device, and a graph that
+            # is being captured cannot.
+            checked = input.is_cpu and not torch.compiler.is_compiling()
+            if checked and bool(((input < 0) | (input >= self.layout.rows)).any()):
                 raise IndexError("there is no such row")
             return self.packed().gather(input).to(self._dtype)
         weight, layout = self.on_cpu(), self.layout

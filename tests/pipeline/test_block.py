@@ -109,7 +109,7 @@ def test_true_sequential_linears_read_quantized_predecessors(
 def test_asymmetric_linears_aim_at_the_original(tmp_path: Path, solved: Moments) -> None:
     stream, specs = first_block(tmp_path)
     original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
-    quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), PhaseClock())
+    quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0, drift=0.0), PhaseClock())
     quantizer.on(stream, InputCache(original, TensorFile(tmp_path)))
     for spec in specs:
         now, before = read_by(stream.block, stream, spec.kind), read_by(original.block, stream, spec.kind)

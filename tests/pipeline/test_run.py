@@ -388,8 +388,8 @@ def test_dtype_without_hardware_support_is_stored_but_not_computed_in(
 def test_tuned_norms_are_written(tmp_path: Path) -> None:
     source = tmp_path / "source"
     save_tiny("llama", source)
-    fields: dict[str, Any] = {"samples": 32, "seq_len": 64, "bits": 2}
-    report = quantize(source, tmp_path / "out", reconstruct_epochs=8, asymmetric=0.0, **fields)
+    fields: dict[str, Any] = {"samples": 32, "seq_len": 64, "bits": 2, "asymmetric": 0.0, "drift": 0.0}
+    report = quantize(source, tmp_path / "out", reconstruct_epochs=8, **fields)
     assert any(block.kept for block in report.blocks)
     original = AutoModelForCausalLM.from_pretrained(source)
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
