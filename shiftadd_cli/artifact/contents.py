@@ -113,14 +113,7 @@ class Contents:
             has_checksums="files" in (artifact.report or {}),
             layers=layers,
             tables=tuple(
-                Table(
-                    name,
-                    table.rows,
-                    table.columns,
-                    stored[name],
-                    8 if table.format is None else table.format.bits,
-                    None if table.format is None else table.format.primitive,
-                )
+                Table(name, table.rows, table.columns, stored[name], table.bits, table.primitive)
                 for name, table in artifact.format.tables.items()
             ),
             kept=tuple(sorted(unpacked, key=lambda tensor: (-tensor.stored_bytes, tensor.name))),

@@ -24,9 +24,8 @@ one, compressed or not, as linear layers named `<module>.<expert>.gate_proj`, `u
 A module with `primitive` "trellis1" or "trellis2" has trellis-coded planes, see `bcq.primitives.trellis`: `bits` planes
 are stored, and one or two more are computed. A module with "shift1" or "shift2" is a shift layer, see
 `bcq.primitives.shifts`: `bits` is the width of its codes, and `group_size`, `group_rows`, `scale_format`, `row_scale`
-and `offset` do not apply. The default is "bcq". `format_version` is 5 if a table is a
-compressed matrix, else 4 if there are trellis-coded planes, else 3 if a table belongs to a convolution, else 2 if there
-are shift layers, else 1.
+and `offset` do not apply. The default is "bcq". `format_version` is 5 if a table is a compressed matrix, else 4 if
+there are trellis-coded planes, else 3 if a table belongs to a convolution, else 2 if there are shift layers, else 1.
 
 Unknown keys are kept and ignored. Any change to the meaning of the tensors raises `format_version`.
 """

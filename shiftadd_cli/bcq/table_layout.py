@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from shiftadd_cli.bcq.choices import ROWS, Primitive, table_words
 from shiftadd_cli.bcq.int8 import table_tensors
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
 from shiftadd_cli.bcq.primitives.base import TensorShapes
@@ -28,6 +29,21 @@ class TableLayout:
     @property
     def columns(self) -> int:
         return math.prod(self.shape[1:])
+
+    @property
+    def primitive(self) -> Primitive | None:
+        """That of the compressed matrix; None for 8-bit rows."""
+        return None if self.format is None else self.format.primitive
+
+    @property
+    def bits(self) -> int:
+        """Stored bits of a weight's code."""
+        return ROWS if self.format is None else self.format.bits
+
+    @property
+    def form(self) -> str:
+        """The form in words, such as `8-bit rows` or `trellis1-4`."""
+        return table_words(self.primitive, self.bits)
 
     @cached_property
     def packed(self) -> PackedLayout | None:

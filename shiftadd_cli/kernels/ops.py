@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from shiftadd_cli.kernels.cpu_weight import native_layout
+from shiftadd_cli.bcq.weight import PackedLayout
+from shiftadd_cli.kernels.cpu_weight import CpuWeight, native_layout
 from shiftadd_cli.kernels.triton_weight import TritonWeight
 from shiftadd_cli.native.extension import TYPES, cpu_extension
 
@@ -101,23 +102,22 @@ def codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return result
 
 
-def gather_rows(
-    ids: Tensor,
-    words: Tensor,
-    scale_codes: Tensor | None,
-    scales: Tensor | None,
-    offsets: Tensor | None,
-    row_scale: Tensor,
-    columns: int,
-    group_columns: int,
-    bits: int,
-    planes: int,
-) -> Tensor:
+def gather_rows(ids: Tensor, weight: CpuWeight, layout: PackedLayout) -> Tensor:
     """The rows `ids` `[...]` of the matrix that `lookup_linear` multiplies (rotated) inputs by: float32 `[..., in]`,
     with the bits of `QuantizedWeight.decode_stored`. Raises IndexError for a row that is not there."""
-    stored = words, scale_codes, scales, offsets, row_scale
-    args = (ids, *stored, columns, group_columns, bits, planes)
-    if is_plain(ids) and words.is_cpu:
+    args = (
+        ids,
+        weight.words,
+        weight.scale_codes,
+        weight.scales,
+        weight.offsets,
+        weight.row_scale,
+        layout.columns,
+        layout.grid.group_columns,
+        layout.bits,
+        layout.planes,
+    )
+    if is_plain(ids) and weight.words.is_cpu:
         return _gather_rows(*args)
     result: Tensor = torch.ops.shiftadd.gather_rows.default(*args)
     return result

@@ -2,32 +2,14 @@
 
 #include <algorithm>
 #include <bit>
-#include <tuple>
 
+#include "numbers.h"
 #include "trellis_masks.h"
 
 namespace shiftadd {
 namespace {
 
 constexpr int kMostPlanes = 8;
-
-float decode_scale(uint8_t code) {
-    const uint32_t e = code & 15, d = (code >> 4) & 7, minus = code >> 7;
-    if (e == 15) return 0.0f;
-    const float first = std::bit_cast<float>((127 - e) << 23);
-    return d ? first + std::bit_cast<float>((127 - e - d) << 23 | minus << 31) : first;
-}
-
-// The masks of the code with so many bits and planes; null for planes that are stored as they are.
-const unsigned* masks_of(int bits, int planes) {
-    const unsigned* masks = nullptr;
-    std::apply(
-        [&](auto... code) {
-            ((code.kBits == bits && code.kPlanes == planes ? void(masks = decltype(code)::kMasks) : void()), ...);
-        },
-        TrellisCodes{});
-    return masks;
-}
 
 }  // namespace
 
@@ -37,7 +19,7 @@ void gather_row(const Matrix& m, int64_t row, float* out) {
     const int64_t first_block = stripe * layout.most_stripe_blocks(), inside = row - first_block * kBlockRows;
     const int blocks = layout.stripe_blocks(stripe);
     const int64_t place = row % 2 * kPairs + row % kBlockRows / 2;  // even rows of a block come first in its scales
-    const unsigned* masks = masks_of(layout.bits, layout.planes);
+    const unsigned* masks = trellis_masks(layout.bits, layout.planes);
     int64_t chunk_start = layout.stripe_start(stripe);
     for_each_chunk(layout, [&](int64_t group, int64_t first_word, int words) {
         const Strides strides = layout.strides(words, blocks);

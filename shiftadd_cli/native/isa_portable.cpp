@@ -2,6 +2,7 @@
 #include <bit>
 
 #include "kernels_impl.h"
+#include "numbers.h"
 
 namespace shiftadd {
 namespace {
@@ -115,12 +116,7 @@ struct Portable {
     }
 
     static Float decode_scales(const uint8_t* codes) {
-        return generate<Float>([&](int i) {
-            const uint32_t e = codes[i] & 15, d = (codes[i] >> 4) & 7, minus = codes[i] >> 7;
-            if (e == 15) return 0.0f;
-            const float first = std::bit_cast<float>((127 - e) << 23);
-            return d ? first + std::bit_cast<float>((127 - e - d) << 23 | minus << 31) : first;
-        });
+        return generate<Float>([&](int i) { return decode_scale(codes[i]); });
     }
 
     static void build_table(const float* x, float* table) {

@@ -90,11 +90,6 @@ TrellisCode trellis_code(int bits, const std::vector<int>& masks) {
     return code;
 }
 
-bool has_code(int bits, int planes) {
-    return std::apply([&](auto... code) { return ((code.kBits == bits && code.kPlanes == planes) || ...); },
-                      TrellisCodes{});
-}
-
 Activations activations(const ActivationTensor& x, const Rotation& rotation) {
     return {x.data, x.type(), x.rows(), rotation};
 }
@@ -166,7 +161,7 @@ NB_MODULE(_native, m) {
             [](Layout* self, int64_t rows, int64_t columns, int64_t group_columns, int bits, int planes) {
                 check(rows >= 1 && columns >= 1 && group_columns >= 1 && bits >= 1 && bits <= 8,
                       "sizes must be positive, and bits 1 to 8");
-                check(planes == bits || has_code(bits, planes), "there is no trellis code of so many bits and planes");
+                check(planes == bits || trellis_masks(bits, planes), "there is no trellis code of so many bits and planes");
                 new (self) Layout{rows, columns, group_columns < columns ? group_columns : columns, bits, planes};
             },
             "rows"_a, "columns"_a, "group_columns"_a, "bits"_a, "planes"_a)

@@ -36,6 +36,14 @@ inline void write_numbers(const float* values, int64_t count, Number type, void*
     for (int64_t i = 0; i < count; ++i) out[i] = to_bfloat16(values[i]);
 }
 
+// The scale that a code stands for, see `scales` in layout.h.
+inline float decode_scale(uint8_t code) {
+    const uint32_t e = code & 15, d = (code >> 4) & 7, minus = code >> 7;
+    if (e == 15) return 0.0f;
+    const float first = std::bit_cast<float>((127 - e) << 23);
+    return d ? first + std::bit_cast<float>((127 - e - d) << 23 | minus << 31) : first;
+}
+
 class Scratch {
 public:
     // Room for `count` numbers of type T, aligned to cache lines. Its old contents may be lost.

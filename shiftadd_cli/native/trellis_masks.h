@@ -19,4 +19,15 @@ using TrellisCodes = std::tuple<TrellisEntry<1, 2, 0x22, 0x75>,                 
                                 TrellisEntry<3, 5, 0x20, 0x10e, 0x88, 0x119, 0x45>,   //
                                 TrellisEntry<4, 5, 0x122, 0x25, 0x261, 0x21c, 0xc4>>;
 
+// The masks of the code with so many bits and planes, for code that learns both at run time; null if there is none.
+inline const unsigned* trellis_masks(int bits, int planes) {
+    const unsigned* masks = nullptr;
+    std::apply(
+        [&](auto... code) {
+            ((code.kBits == bits && code.kPlanes == planes ? void(masks = decltype(code)::kMasks) : void()), ...);
+        },
+        TrellisCodes{});
+    return masks;
+}
+
 }  // namespace shiftadd

@@ -216,6 +216,11 @@ class AllocationJob:
         return front
 
     @property
+    def model(self) -> BlockwiseModel:
+        """The model to measure, in the compute dtype."""
+        return BlockwiseModel(self.running, make_plan(self.running, self.recipe).structure, self.context)
+
+    @property
     def running(self) -> Source:
         """The source in the compute dtype."""
         return self.source.computed_on(self.context.device)
@@ -314,9 +319,7 @@ class AllocationJob:
 
     def measure(self, candidates: Sequence[Choice]) -> Sensitivities:
         """Sensitivities at these bits, measured without the cache."""
-        source, recipe, samples = self.running, self.recipe, self.calibration.samples
-        structure = make_plan(source, recipe).structure
-        model = BlockwiseModel(source, structure, self.context)
+        model, recipe, samples = self.model, self.recipe, self.calibration.samples
         with model.outside():
             return measure_sensitivities(
                 self.request.sensitivity,
@@ -330,11 +333,8 @@ class AllocationJob:
 
     def measure_tables(self, candidates: Sequence[Choice]) -> Sensitivities:
         """The same for the tables, whose losses are its `costs`."""
-        source = self.running
-        model = BlockwiseModel(source, make_plan(source, self.recipe).structure, self.context)
-        every_form = self.request.sensitivity == "divergence"
+        model, samples, every_form = self.model, self.calibration.samples, self.request.sensitivity == "divergence"
         with model.outside():
-            samples = self.calibration.samples
             costs = measure_tables(model, samples, self.tables, self.recipe, candidates, every_form=every_form)
         return Sensitivities(costs, ())
 

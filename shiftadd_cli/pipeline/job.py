@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.artifact.output import check_output, check_space
 from shiftadd_cli.context import ALONE_ON_CPU, Context
@@ -16,7 +15,7 @@ from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.calibration import Calibration
 from shiftadd_cli.pipeline.history import RunInputs
-from shiftadd_cli.pipeline.plan import Plan, least_memory, make_plan
+from shiftadd_cli.pipeline.plan import Plan, budget_of, least_memory, make_plan
 from shiftadd_cli.pipeline.recorder import Recorder, recording
 from shiftadd_cli.pipeline.run import Run
 from shiftadd_cli.recipe import Recipe
@@ -71,11 +70,7 @@ class Job:
         if not recipe.allocates:
             allocation, plan = None, make_plan(source, recipe, memory=memory)
         else:
-            request = Request(
-                Budget.parse(recipe.avg_bits, recipe.target_size, None, recipe.avg_file_bits),
-                candidates=recipe.candidates,
-                tie_fused=recipe.tie_fused,
-            )
+            request = Request(budget_of(recipe), candidates=recipe.candidates, tie_fused=recipe.tie_fused)
             allocation = AllocationJob.prepare(source, recipe, request, memory=memory, team=team)
             plan = allocation.plan_at(min)
         if max_memory is not None and memory is not None:

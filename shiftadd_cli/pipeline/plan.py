@@ -115,7 +115,7 @@ class Plan:
     @property
     def budget(self) -> Budget:
         """The budget within which bits are chosen."""
-        return Budget.parse(self.recipe.avg_bits, self.recipe.target_size, None, self.recipe.avg_file_bits)
+        return budget_of(self.recipe)
 
     @property
     def most_bytes(self) -> int:
@@ -193,6 +193,11 @@ class Plan:
         return ArtifactFormat(
             self.recipe.at(common), modules, tables, split_experts=has_split_experts(self.source.skeleton())
         )
+
+
+def budget_of(recipe: Recipe) -> Budget:
+    """The budget within which a recipe has bits chosen, see `Recipe.allocates`."""
+    return Budget.parse(recipe.avg_bits, recipe.target_size, average_file_bits=recipe.avg_file_bits)
 
 
 def make_plan(

@@ -56,11 +56,11 @@ def measure_tables(
         reader = table.reader
         moment = None if reader is None else table_moment(model, samples, recipe.batch_size, reader)
         rows = _Rows(model.skeleton.get_parameter(f"{table.name}.weight"), 1 if every_form else _stride(table))
-        forms = {choice: rows.solved(table.at(choice, recipe), recipe, moment, model) for choice in candidates}
         measured = candidates if every_form else [_MEASURED]
-        for choice in measured:
-            if choice not in forms:
-                forms[choice] = rows.solved(table.at(choice, recipe), recipe, moment, model)
+        forms = {
+            choice: rows.solved(table.at(choice, recipe), recipe, moment, model)
+            for choice in dict.fromkeys((*candidates, *measured))
+        }
         parameter = replay.model.skeleton.get_parameter(f"{table.name}.weight")
         nats = {}
         for choice in measured:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.artifact.shards import TensorShape
-from shiftadd_cli.bcq.choices import ROWS, Choice, table_words
+from shiftadd_cli.bcq.choices import ROWS, Choice
 from shiftadd_cli.bcq.int8 import CODES, SCALE, decode_table, encode_table
 from shiftadd_cli.bcq.options import SolverOptions
 from shiftadd_cli.bcq.primitives import PRIMITIVES
@@ -57,15 +57,13 @@ class PlannedTable:
         return self.layout.nbytes
 
     @property
+    def form(self) -> str:
+        return self.layout.form
+
+    @property
     def most_bytes(self) -> int:
         """Bytes of the largest form that may be chosen, 8-bit rows."""
         return TableLayout(self.shape).nbytes
-
-    @property
-    def form(self) -> str:
-        """The form in words, such as `8-bit rows` or `trellis1-4`."""
-        form = self.layout.format
-        return table_words(None, 8) if form is None else table_words(form.primitive, form.bits)
 
     def tensors(self) -> dict[str, TensorShape]:
         """Shape and dtype of the stored tensors, by full name."""
@@ -232,14 +230,14 @@ def by_suffix(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def table_report(table: PlannedTable, weight_error: float, output_error: float | None) -> TableReport:
     """The entry of report.json."""
-    form = table.layout.format
+    layout = table.layout
     return TableReport(
         modules=list(table.modules),
-        rows=table.layout.rows,
-        columns=table.layout.columns,
-        primitive=None if form is None else form.primitive,
-        bits=8 if form is None else form.bits,
-        bits_per_weight=table.layout.bits_per_weight,
+        rows=layout.rows,
+        columns=layout.columns,
+        primitive=layout.primitive,
+        bits=layout.bits,
+        bits_per_weight=layout.bits_per_weight,
         weight_error=weight_error,
         output_error=output_error,
     )

@@ -63,6 +63,12 @@ class PackedWeight(StoredWeight):
             empty = torch.zeros(size, dtype=kind, device=device)
             self.register_parameter(suffix, nn.Parameter(empty, requires_grad=False))
 
+    def _let_go(self) -> None:
+        self.untie()
+        super()._let_go()
+        del self.layout, self.precision, self.kernel, self._arranged, self._on_gpu, self._rotation
+        del self._tied, self._last_saved
+
     def packed(self) -> QuantizedWeight:
         """The compressed matrix; shares memory with the parameters, except for planes that `prepare` rearranged."""
         tensors = self._tensors()

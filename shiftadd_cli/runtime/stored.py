@@ -26,6 +26,13 @@ class StoredWeight(nn.Module):
         self._shape = shape
         self._dtype = dtype or torch.get_default_dtype()
 
+    def _let_go(self) -> None:
+        """Undo `_stand_for`, and remove the stored tensors, before the module becomes another one."""
+        for name in self._stored:
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+        del self._stored, self._shape, self._dtype
+
     @property
     def suffixes(self) -> tuple[str, ...]:
         """Names of the stored tensors, the largest first."""

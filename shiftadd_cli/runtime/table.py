@@ -21,11 +21,6 @@ from shiftadd_cli.runtime.packed import PackedWeight
 from shiftadd_cli.runtime.stored import StoredWeight
 
 _MARK = "weight_dtype"
-# Attributes that a module has only while it is a table.
-_OWN = (
-    *("_stored", "_shape", "_dtype", "layout", "kernel", "precision"),
-    *("_arranged", "_on_gpu", "_rotation", "_tied", "_last_saved"),
-)
 
 # Activation rows, by dtype, up to which our kernel on codes is faster than torch on decoded rows; on a processor with
 # AVX-512 and bfloat16 (49,152 x 576, bfloat16, two threads: 1.4 ms against 4.5 at one row, 6 against 8 at 16).
@@ -180,19 +175,8 @@ class PackedEmbedding(PackedTable, nn.Embedding):  # type: ignore[override]  # `
             if checked and bool(((input < 0) | (input >= self.layout.rows)).any()):
                 raise IndexError("there is no such row")
             return self.packed().gather(input).to(self._dtype)
-        weight, layout = self.on_cpu(), self.layout
-        stored = gather_rows(
-            input,
-            weight.words,
-            weight.scale_codes,
-            weight.scales,
-            weight.offsets,
-            weight.row_scale,
-            layout.columns,
-            layout.grid.group_columns,
-            layout.bits,
-            layout.planes,
-        )
+        layout = self.layout
+        stored = gather_rows(input, self.on_cpu(), layout)
         around = QuantizedWeight(layout, self._tensors())
         decoded = around.completed(stored.view(-1, layout.columns), input.reshape(-1))
         return decoded.view(stored.shape).to(self._dtype)
@@ -202,6 +186,14 @@ class PackedHead(PackedTable, PackedLinear, nn.Linear):  # type: ignore[misc, ov
     """A `PackedLinear` made from an output head."""
 
     dense_class = nn.Linear
+
+    def _hold(self, *form: Any) -> None:
+        super()._hold(*form)
+        self.transposed, self.rotate = False, rotate_input
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        del self.transposed, self.rotate
 
 
 class PackedConv2d(PackedTable, nn.Conv2d):  # type: ignore[override]  # `weight` is a property here
@@ -238,8 +230,6 @@ def hold_table(
         module.__class__ = _packed_class(type(module))  # type: ignore[assignment]
         assert isinstance(module, PackedTable)
         module._hold(layout.packed, layout.shape, weight.device, dtype)
-        if isinstance(module, PackedLinear):
-            module.transposed, module.rotate = False, rotate_input
         return module
     module.__class__ = _int8_class(type(module))  # type: ignore[assignment]
     assert isinstance(module, Int8Table)
@@ -255,18 +245,12 @@ def hold_table(
 
 def drop_table(module: Table, weight: nn.Parameter) -> None:
     """Turn a Table back into the module it was made from, in place, with `weight` of the table's shape."""
-    if isinstance(module, PackedTable):
-        module.untie()
-    for name in (*module._stored, _MARK):
-        module._parameters.pop(name, None)
-        module._buffers.pop(name, None)
+    module._let_go()
+    module._parameters.pop(_MARK, None)
     # accelerate's hooks call the table's forward.
-    own = [*_OWN, "forward", "_old_forward", "_hf_hook"]
-    if isinstance(module, PackedLinear):
-        own += ["transposed", "rotate"]
-    module.__class__ = module.dense_class  # type: ignore[assignment]
-    for name in own:
+    for name in ("forward", "_old_forward", "_hf_hook"):
         module.__dict__.pop(name, None)
+    module.__class__ = module.dense_class  # type: ignore[assignment]
     module.register_parameter("weight", weight)
 
 

@@ -295,17 +295,7 @@ def test_direct_and_dispatched_calls_give_the_same_bits(rotated: bool) -> None:
 
 
 def gathered(numbers: Tensor, weight: QuantizedWeight) -> Tensor:
-    stored: dict[str, Any] = CpuWeight.pack(weight).tensors()
-    del stored["signs"]
-    layout = weight.layout
-    return ops.gather_rows(
-        numbers,
-        **stored,
-        columns=layout.columns,
-        group_columns=layout.grid.group_columns,
-        bits=layout.bits,
-        planes=layout.planes,
-    )
+    return ops.gather_rows(numbers, CpuWeight.pack(weight), weight.layout)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -340,8 +330,7 @@ def test_gathering_compiles_into_one_graph() -> None:
     packed, ids = CpuWeight.pack(weight), torch.tensor([[3, 149], [0, 3]])
 
     def step(numbers: Tensor) -> Tensor:
-        stored = packed.words, packed.scale_codes, packed.scales, packed.offsets, packed.row_scale
-        return 2 * ops.gather_rows(numbers, *stored, 320, 128, 3, 3)
+        return 2 * ops.gather_rows(numbers, packed, LAYOUT)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(ids), 2 * weight.decode_stored()[ids])
