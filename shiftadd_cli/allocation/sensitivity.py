@@ -212,7 +212,7 @@ def walk_blocks(model: BlockwiseModel, trace: Trace, measure: Measure) -> Sensit
     shared: list[tuple[str, ...]] = []
     structure = model.structure
     for depth, name, block in model.blocks("Measuring"):
-        calls = {index: per_block[depth] for index, per_block in trace.calls.items()}
+        calls = trace.calls_of(depth)
         stream = BlockStream(name, block, trace.hidden, calls, model.context)
         specs = {spec.kind: spec for spec in structure.linears if spec.block == depth}
         turns = in_turns(stream.shared_inputs(list(specs)), list(specs.values()))

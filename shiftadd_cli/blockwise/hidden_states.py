@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from shiftadd_cli.distributed.team import Team
-
-States = TypeVar("States", bound="HiddenStates")
 
 
 class HiddenStates:
@@ -38,12 +35,6 @@ class HiddenStates:
 
     def __getitem__(self, index: int) -> Tensor:
         return self._batches[index]
-
-    def copy(self: States) -> States:
-        """The same batches, which can be replaced independently; nothing is duplicated until then."""
-        twin = type(self)(self.samples, self.batch_size, partial=self._partial)
-        twin._batches = dict(self._batches)
-        return twin
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._batches.values())

@@ -136,12 +136,6 @@ class StoredStates(HiddenStates):
     def nbytes(self) -> int:
         return sum(batch.nbytes for batch in self)
 
-    def copy(self) -> StoredStates:
-        """A twin that shares the file until its first batch is replaced; its own files are called `original`."""
-        twin = StoredStates(self.folder, self.samples, self.batch_size, "original", self.depth)
-        twin._inputs, twin._filled = self._inputs, self._filled
-        return twin
-
     def turn(self) -> None:
         """Make the outputs the inputs of the next block, once all batches have been replaced."""
         assert self._outputs is not None, "no batch was replaced"

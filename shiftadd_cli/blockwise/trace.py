@@ -32,13 +32,15 @@ class Trace:
         hidden: the states that enter the first block.
         calls: `calls[batch][block]`, for the batches that this process runs.
         passage: the tensors that pass between the blocks.
-        original: states of the original model at the same depth, for asymmetric calibration and block reconstruction.
     """
 
     hidden: HiddenStates
     passage: Passage
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)
-    original: HiddenStates | None = None
+
+    def calls_of(self, depth: int) -> dict[int, BlockCall]:
+        """The calls of block number `depth`, by batch."""
+        return {index: per_block[depth] for index, per_block in self.calls.items()}
 
     @property
     def forms(self) -> list[Form]:
@@ -60,7 +62,7 @@ def trace_model(
 
     samples: int64 `[samples, seq_len]` tokens, or `[samples, channels, height, width]` pixels for a vision model.
     hidden: stores the states, by default in memory; batches that it already has are not appended.
-    passage: that of an earlier trace of `model` with the same first sample, which saves one pass through the blocks.
+    passage: that of an earlier trace of `model`, which has been checked. It saves two passes through the blocks.
     batches: numbers of the batches whose calls are recorded, by default all.
     spill: folder for arguments that differ between batches, by default the system's temporary folder.
 
@@ -70,7 +72,7 @@ def trace_model(
     """
     if passage is None:
         passage = Passage.of(model, samples)
-    passage.check(samples[-1:])
+        passage.check(samples[-1:])
     states = HiddenStates(len(samples), batch_size) if hidden is None else hidden
     trace = Trace(states, passage)
     stored = len(trace.hidden)

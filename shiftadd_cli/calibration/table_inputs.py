@@ -15,6 +15,7 @@ from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.forward import StopForward, hooked, run_model
 from shiftadd_cli.blockwise.head import Head
 from shiftadd_cli.blockwise.model import BlockwiseModel
+from shiftadd_cli.blockwise.passage import Passage
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.calibration.hessian import MomentSum
 
@@ -24,26 +25,28 @@ _TOKENS = 16384
 _TOKENS_PER_INPUT = 8
 
 
-def table_moment(model: BlockwiseModel, samples: Tensor, batch_size: int, name: str) -> Tensor | None:
+def table_moment(
+    model: BlockwiseModel, samples: Tensor, batch_size: int, name: str, passage: Passage | None = None
+) -> Tensor | None:
     """E[x xᵀ], float32 `[columns, columns]` on the CPU, of what the head or the convolution `name` reads.
 
     A convolution reads patches. None for a convolution whose patches are not those of torch's `unfold` (in groups, or
     with padding other than zeros). The parts outside the blocks must be loaded. The processes of a team share the
-    samples, and all get the moment.
+    samples, and all get the moment. passage: see `trace_model`.
     """
     module = model.skeleton.get_submodule(name)
     if isinstance(module, nn.Conv2d):
         return _patch_moment(model, samples, batch_size, name) if _unfolds(module) else None
-    return _head_moment(model, samples, batch_size, name)
+    return _head_moment(model, samples, batch_size, name, passage)
 
 
-def _head_moment(model: BlockwiseModel, samples: Tensor, batch_size: int, name: str) -> Tensor:
+def _head_moment(model: BlockwiseModel, samples: Tensor, batch_size: int, name: str, passage: Passage | None) -> Tensor:
     columns = model.skeleton.get_submodule(name).weight.shape[1]
     needed = max(_TOKENS, _TOKENS_PER_INPUT * columns)
     samples = samples[:: max(1, samples.numel() // needed)]
-    trace, team = trace_model(model, samples, batch_size), model.context.team
+    trace, team = trace_model(model, samples, batch_size, passage=passage), model.context.team
     for depth, block_name, block in model.blocks("Inputs of the head"):
-        calls = {index: per_block[depth] for index, per_block in trace.calls.items()}
+        calls = trace.calls_of(depth)
         BlockStream(block_name, block, trace.hidden, calls, model.context).advance()
     head, moments = Head(model, trace.forms, samples), MomentSum(columns, model.device, cross=False)
     for shards, batches in team.shards(len(trace.hidden)).rounds():

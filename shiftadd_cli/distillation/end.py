@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -35,8 +35,11 @@ class EndGap:
     """Computes a `Gap` from the hidden states of both models after the last block. `samples`: see `trace_model`; `read`
     returns tensors as the artifact stores them.
 
-    Both pass through the norms and the head of the compressed model, but only the compressed model uses the tuned
-    vectors there. Everything outside the blocks must be loaded, as the artifact stores it.
+    Everything outside the blocks must be loaded, as the artifact stores it. Only the compressed model uses the tuned
+    vectors there.
+
+    originals: the weights that the original has instead of the compressed ones after the blocks, by name; its other
+        weights are those of the compressed model.
 
     Attributes:
         vectors: one-dimensional parameters outside the blocks, by name; those before the blocks never get a gradient.
@@ -48,6 +51,7 @@ class EndGap:
         forms: Sequence[Form],
         samples: Tensor,
         read: Reader,
+        originals: Mapping[str, Tensor],
     ) -> None:
         self._model, self._device = model.skeleton, model.device
         self._head = Head(model, forms, samples)
@@ -57,7 +61,7 @@ class EndGap:
             (name, parameter) for name, parameter in self._model.named_parameters() if not name.startswith(blocks)
         ]
         self.vectors = TunedVectors(outside, read, self._device)
-        self._originals = {name: self._model.get_parameter(name) for name in self.vectors.free}
+        self._originals = originals
 
     def gap(self, first: int, hidden: Tensor, original: Tensor, *, learn: bool) -> Gap:
         """The gap for the samples from number `first` on, given hidden states `[batch, tokens, width]` of both models.
@@ -67,11 +71,15 @@ class EndGap:
         total, gradient = 0.0, torch.zeros_like(hidden)
         for rows, tokens in self._head.parts(len(hidden), hidden.shape[1], self._most):
             samples = slice(first + rows.start, first + rows.stop)
-            with torch.no_grad():
+            with self._holding(self._originals), torch.no_grad():
                 target = self._head.predict(original[rows, tokens].to(self._device), samples, tokens)
             reference = reference_of(target)
             states = hidden[rows, tokens].to(self._device).requires_grad_(learn)
-            with self._tuned(learn) as leaves, torch.set_grad_enabled(learn):
+            leaves = {
+                name: nn.Parameter(vector.detach(), requires_grad=learn)
+                for name, vector in self.vectors.computed().items()
+            }
+            with self._holding(leaves), torch.set_grad_enabled(learn):
                 prediction = self._head.predict(states, samples, tokens)
                 loss = reference.divergence(comparable(prediction)).sum()
             total += float(loss.detach())
@@ -89,15 +97,13 @@ class EndGap:
                 vector.grad = gradient if vector.grad is None else vector.grad + gradient
 
     @contextmanager
-    def _tuned(self, learn: bool) -> Iterator[dict[str, nn.Parameter]]:
-        """Replace the model's own vectors by the tuned ones inside the context."""
-        leaves = {
-            name: nn.Parameter(vector.detach(), requires_grad=learn) for name, vector in self.vectors.computed().items()
-        }
+    def _holding(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Replace the model's own parameters of these names inside the context."""
+        own = {name: self._model.get_parameter(name) for name in parameters}
         try:
-            for name, leaf in leaves.items():
-                set_tensor(self._model, name, leaf)
-            yield leaves
+            for name, parameter in parameters.items():
+                set_tensor(self._model, name, parameter)
+            yield
         finally:
-            for name, original in self._originals.items():
-                set_tensor(self._model, name, original)
+            for name, parameter in own.items():
+                set_tensor(self._model, name, parameter)

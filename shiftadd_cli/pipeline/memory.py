@@ -110,6 +110,13 @@ class RunSizes:
         copies of a tile where they are solved for."""
         return max((table.nbytes + self._tile(table.layout) for table in self.tables), default=0)
 
+    @property
+    def heads(self) -> int:
+        """Compressed heads, in the original."""
+        model = self.source.skeleton()
+        readers = (table.reader for table in self.tables if table.reader is not None)
+        return sum(_module_bytes(model.get_submodule(reader)) for reader in readers)
+
     def _tile(self, layout: TableLayout) -> int:
         if layout.packed is None:
             return 0
@@ -223,13 +230,13 @@ def choosing_bits(sizes: RunSizes) -> int:
 
 
 def distilling(sizes: RunSizes) -> int:
-    """Decoded blocks, and the inputs of all blocks for a batch."""
+    """Decoded blocks, the inputs of all blocks for a batch, and the head of the original beside the compressed one."""
     if not sizes.recipe.distill_epochs:
         return 0
     decoded = min(DECODED_BYTES, sum(sizes.blocks)) + sizes.block
     inputs = sizes.recipe.batch_size * len(sizes.blocks) * sizes.flow.values * sizes.source.dtype.itemsize
     slices = DISTILLED_SLICE_BYTES if sizes.vocabulary else 0
-    return sizes.outside + decoded + inputs + max(_TUNING_ACTIVATIONS * sizes.activations, slices)
+    return sizes.outside + sizes.heads + decoded + inputs + max(_TUNING_ACTIVATIONS * sizes.activations, slices)
 
 
 def loading_tokenizer(sizes: RunSizes) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import isfinite
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ from shiftadd_cli.runtime.remote_code import code_entry, code_files
 from shiftadd_cli.signals import Terminated
 from shiftadd_cli.source import LinearSpec
 
+# The models whose hidden states a run keeps.
+Followed = Literal["quantized", "original"]
+
 
 class Recorder:
     """Stores nothing, and knows of no earlier run: for all processes of a team except the first.
@@ -75,14 +79,10 @@ class Recorder:
     def add_table(self, name: str, tensor: Tensor) -> None:
         """Write a tensor of a table."""
 
-    def hidden_states(self, samples: int, batch_size: int) -> HiddenStates:
-        """Storage for the hidden states of this process: those at the input of the next block in a resumed run."""
-        self._hidden = HiddenStates(samples, batch_size, partial=True)
-        return self._hidden
-
-    def original_states(self) -> HiddenStates:
-        """The same for the original model. In a new run this is a copy of `hidden_states`, which must be filled."""
-        return self._hidden.copy()
+    def hidden_states(self, model: Followed, samples: int, batch_size: int) -> HiddenStates:
+        """Storage for the hidden states of a model in this process: those at the input of the next block in a resumed
+        run."""
+        return HiddenStates(samples, batch_size, partial=True)
 
     def token_weights(self) -> dict[str, Tensor] | None:
         """The token weights of a resumed run, by name of the linear."""
@@ -157,17 +157,13 @@ class CheckpointRecorder(Recorder):
         if self._history.start is None:
             self._writer.add(name, tensor)
 
-    def hidden_states(self, samples: int, batch_size: int) -> HiddenStates:
-        self._history.drop_old_states()
-        self._states = self._history.states(samples, batch_size)
-        if "quantized" not in self._states:
-            self._states["quantized"] = StoredStates(self._history.workspace.states, samples, batch_size)
-        return self._states["quantized"]
-
-    def original_states(self) -> HiddenStates:
-        if "original" not in self._states:
-            self._states["original"] = self._states["quantized"].copy()
-        return self._states["original"]
+    def hidden_states(self, model: Followed, samples: int, batch_size: int) -> HiddenStates:
+        if not self._states:
+            self._history.drop_old_states()
+            self._states = self._history.states(samples, batch_size)
+        if model not in self._states:
+            self._states[model] = StoredStates(self._history.workspace.states, samples, batch_size, model)
+        return self._states[model]
 
     def token_weights(self) -> dict[str, Tensor] | None:
         return self._history.token_weights()

@@ -19,6 +19,7 @@ from shiftadd_cli.blockwise.block_runner import BlockStream
 from shiftadd_cli.blockwise.input_cache import InputCache
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.output_cache import OutputCache
+from shiftadd_cli.blockwise.passage import Passage
 from shiftadd_cli.blockwise.tensor_file import TensorFile
 from shiftadd_cli.blockwise.trace import Trace, trace_model
 from shiftadd_cli.calibration.gradients import squared_gradients
@@ -27,7 +28,7 @@ from shiftadd_cli.context import Context
 from shiftadd_cli.pipeline.account import PhaseClock
 from shiftadd_cli.pipeline.block import BlockQuantizer
 from shiftadd_cli.pipeline.plan import Plan
-from shiftadd_cli.pipeline.recorder import Recorder
+from shiftadd_cli.pipeline.recorder import Followed, Recorder
 from shiftadd_cli.pipeline.stored_model import StoredModel
 from shiftadd_cli.pipeline.tables import PlannedTable, by_suffix, encode_weight, place_weight, table_report
 from shiftadd_cli.report.schema import BlockReport, Report, TableReport
@@ -35,7 +36,12 @@ from shiftadd_cli.report.schema import BlockReport, Report, TableReport
 
 @dataclass
 class Run:
-    """A run of `plan`, whose bits are final, with `samples` (None for a run without data)."""
+    """A run of `plan`, whose bits are final, with `samples` (None for a run without data).
+
+    Attributes:
+        trace: of the quantized model.
+        original: of the original model, if the recipe follows it.
+    """
 
     plan: Plan
     samples: Tensor | None
@@ -43,6 +49,7 @@ class Run:
     recorder: Recorder
     clock: PhaseClock
     trace: Trace | None = None
+    original: Trace | None = None
     token_weights: dict[str, Tensor] | None = None
 
     @property
@@ -76,22 +83,31 @@ class Run:
         """Store the parts outside the blocks, and run the samples up to the first block unless the blocks are
         `finished`.
 
-        The embeddings take their stored values before that, so that the first block calibrates on what they give.
+        The original runs with its own embeddings. Then these take their stored values, so that the first block
+        calibrates on what they give.
         """
+        samples = None if finished else self.samples
         with ExitStack() as stack:
             with self.clock.phase("read_and_write"):
                 stack.enter_context(self.model.outside())
                 self.recorder.add_outside()
-            tables = self._tables()
-            if self.samples is not None and not finished:
+            if samples is not None and self.plan.recipe.follows_original:
                 with self.clock.phase("trace"):
-                    self.trace = self._trace(self.samples)
+                    self.original = self._trace("original", samples)
+            passage = None if self.original is None else self.original.passage
+            tables = self._tables(passage)
+            if samples is not None:
+                with self.clock.phase("trace"):
+                    self.trace = self._trace("quantized", samples, passage)
                     if self.plan.recipe.loss_aware:
-                        self.token_weights = self._token_weights(self.samples, self.trace)
+                        self.token_weights = self._token_weights(samples, self.trace)
         self.recorder.keep_start(tables, self.token_weights)
 
-    def _tables(self) -> list[TableReport]:
-        """Store the tables, or read those of an earlier run, and give the model their values."""
+    def _tables(self, passage: Passage | None) -> list[TableReport]:
+        """Store the tables, or read those of an earlier run, and give the model their values.
+
+        passage: of the original, if known.
+        """
         recorder, team, skeleton = self.recorder, self.context.team, self.model.skeleton
         if team.share(recorder.tables is not None):
             for table in self.plan.tables:
@@ -100,7 +116,7 @@ class Run:
             return recorder.tables or []
         # All moments are of the original, whose weights are replaced afterwards.
         with self.clock.phase("forward"):
-            moments = [self._table_moment(table) for table in self.plan.tables]
+            moments = [self._table_moment(table, passage) for table in self.plan.tables]
         reports = []
         for table, moment in zip(self.plan.tables, moments, strict=True):
             with self.clock.phase("solve"):
@@ -110,22 +126,26 @@ class Run:
                 reports.append(table_report(table, place_weight(table, skeleton, tensors), error))
         return reports
 
-    def _table_moment(self, table: PlannedTable) -> Tensor | None:
+    def _table_moment(self, table: PlannedTable, passage: Passage | None) -> Tensor | None:
         if self.samples is None or table.reader is None or table.layout.packed is None:
             return None
-        return table_moment(self.model, self.samples, self.plan.recipe.batch_size, table.reader)
+        return table_moment(self.model, self.samples, self.plan.recipe.batch_size, table.reader, passage)
 
-    def _trace(self, samples: Tensor) -> Trace:
+    def _trace(self, model: Followed, samples: Tensor, passage: Passage | None = None) -> Trace:
         recipe, team = self.plan.recipe, self.context.team
-        hidden = self.recorder.hidden_states(len(samples), recipe.batch_size)
+        hidden = self.recorder.hidden_states(model, len(samples), recipe.batch_size)
         # The first process needs all batches, because it does the sequential steps, such as distillation, alone.
         own = None if team.first else team.shards(len(hidden)).own()
-        trace = trace_model(self.model, samples, recipe.batch_size, hidden, batches=own, spill=self.recorder.spill)
-        if recipe.follows_original:
-            trace.original = self.recorder.original_states()
-        for hidden_states in (trace.hidden, trace.original):
-            if hidden_states is not None:
-                hidden_states.hand_out(team)
+        trace = trace_model(
+            self.model,
+            samples,
+            recipe.batch_size,
+            hidden,
+            passage=passage,
+            batches=own,
+            spill=self.recorder.spill,
+        )
+        trace.hidden.hand_out(team)
         return trace
 
     def _token_weights(self, samples: Tensor, trace: Trace) -> dict[str, Tensor]:
@@ -187,15 +207,15 @@ class Run:
     ) -> tuple[BlockStream, BlockStream | None]:
         """The block to quantize with the states that reach it, and the same of the original, if the recipe needs it.
         waiting: for outputs of parts of the block."""
-        name, block = self.model.names[depth], quantizer.block
-        calls = {index: per_block[depth] for index, per_block in trace.calls.items()}
+        name, block, calls = self.model.names[depth], quantizer.block, trace.calls_of(depth)
         # Playback skips computation, so it is off if the block passes data on to later blocks.
         hands_on = any(call.hands_on for call in calls.values())
         playback = None if hands_on else OutputCache(block, quantizer.specs, waiting)
         stream = BlockStream(name, block, trace.hidden, calls, self.context, playback)
-        if trace.original is None:
+        if self.original is None:
             return stream, None
-        return stream, BlockStream(name, copy.deepcopy(block), trace.original, calls, self.context)
+        calls = self.original.calls_of(depth)
+        return stream, BlockStream(name, copy.deepcopy(block), self.original.hidden, calls, self.context)
 
     def _take_shared(self, depth: int) -> None:
         """Load the stored values of parameters that the block shares with earlier blocks."""
@@ -230,10 +250,12 @@ class Run:
 
     def _distill(self) -> None:
         """Tune the whole model. Every step needs the one before, so the first process does it alone."""
-        samples, trace, stored = self.samples, self.trace, StoredModel(self.plan, self.model, self.recorder.read)
+        samples, trace, original = self.samples, self.trace, self.original
+        stored = StoredModel(self.plan, self.model, self.recorder.read)
         assert samples is not None, "the recipe has data"
         assert trace is not None, "the samples were traced"
+        assert original is not None, "the recipe follows the original"
         with self.clock.phase("distill"):
             self.recorder.keep_distilled(
-                self.context.team.wait_for_first(lambda beat: stored.distill(trace, samples, beat))
+                self.context.team.wait_for_first(lambda beat: stored.distill(trace, original.hidden, samples, beat))
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shiftadd_cli.blockwise.forward import first_input
 from shiftadd_cli.blockwise.head import Head
+from shiftadd_cli.blockwise.hidden_states import HiddenStates
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.passage import Passage
 from shiftadd_cli.blockwise.trace import Trace
@@ -35,18 +36,24 @@ class StoredModel:
     model: BlockwiseModel
     read: Reader
 
-    def distill(self, trace: Trace, samples: Tensor, after_step: Callable[[], object]) -> Distillation:
-        """Tune the whole model towards the final outputs of the original, `trace.original`; see `Distiller.run`."""
-        recipe, device = self.plan.recipe, self.model.device
-        assert trace.original is not None, "the recipe follows the original"
+    def distill(
+        self, trace: Trace, targets: HiddenStates, samples: Tensor, after_step: Callable[[], object]
+    ) -> Distillation:
+        """Tune the whole model towards the original's hidden states after its last block; see `Distiller.run`.
+
+        trace: of the quantized model.
+        """
+        recipe, device, skeleton = self.plan.recipe, self.model.device, self.model.skeleton
         with self.model.outside(self._buffers()):
+            read = [f"{table.reader}.weight" for table in self.plan.tables if table.reader is not None]
+            originals = {name: skeleton.get_parameter(name).detach().clone() for name in read}
             self._decode_tables()
             blocks = [self._block(depth) for depth in range(len(self.model.names))]
             distiller = Distiller(
                 Stack(blocks, trace.calls, device),
-                EndGap(self.model, trace.forms, samples, self.read),
+                EndGap(self.model, trace.forms, samples, self.read, originals),
                 lambda span: trace.passage.states[0].pack(first_input(self.model, samples[span])),
-                trace.original,
+                targets,
                 recipe.batch_size,
             )
             return distiller.run(

@@ -37,22 +37,15 @@ def assert_alike(one: HiddenStates, other: HiddenStates) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_stored_states_are_appended_replaced_and_copied_as_in_memory(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_stored_states_are_appended_and_replaced_as_in_memory(tmp_path: Path, dtype: torch.dtype) -> None:
     memory, disk = memory_and_disk(tmp_path, dtype)
     assert_alike(disk, memory)
-    twins = memory.copy(), disk.copy()
     # Another width, since a block's output may be wider than its input.
     for index, batch in enumerate(batches(1, dtype=dtype, width=7)):
         memory.replace(index, batch)
         disk.replace(index, batch)
         assert_alike(disk, memory)
-    assert_alike(*twins)
     disk.turn()
-    assert_alike(disk, memory)
-    for index, batch in enumerate(batches(2, dtype=dtype)):
-        for twin in twins:
-            twin.replace(index, batch)
-    assert_alike(*twins)
     assert_alike(disk, memory)
     with pytest.raises(IndexError):
         disk[3]

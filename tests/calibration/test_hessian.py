@@ -74,7 +74,7 @@ def test_cross_moments_pair_current_inputs_with_those_of_the_original(tmp_path: 
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.mul_(1.1)
-    current = BlockStream("block", changed, stream.hidden.copy(), stream.calls)
+    current = BlockStream("block", changed, copy.deepcopy(stream.hidden), stream.calls)
     for index, batch in enumerate(current.hidden):
         current.hidden.replace(index, batch + 0.1)
     groups = current.shared_inputs(kinds)

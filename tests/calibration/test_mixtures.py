@@ -59,7 +59,7 @@ def changed(stream: BlockStream) -> BlockStream:
     """The stream of a block that routes some tokens to other experts."""
     block = copy.deepcopy(stream.block)
     generator = torch.Generator().manual_seed(3)
-    twin = BlockStream("block", block, stream.hidden.copy(), stream.calls)
+    twin = BlockStream("block", block, copy.deepcopy(stream.hidden), stream.calls)
     for index, batch in enumerate(stream.hidden):
         twin.hidden.replace(index, batch + 0.3 * torch.randn(batch.shape, generator=generator))
     return twin

@@ -58,8 +58,13 @@ def test_gap_and_gradients_match_those_of_the_whole_model(
     trace = trace_model(BlockwiseModel(source, structure), samples, 4)
     # Slices of five tokens, which split the windows.
     monkeypatch.setattr(module, "SLICE_BYTES", 5 * 32 * 320)
-    end = EndGap(BlockwiseModel(source, structure), trace.forms, samples, source.skeleton().get_parameter)
     generator = torch.Generator().manual_seed(2)
+    head = source.skeleton().get_output_embeddings() if is_text else None
+    name = next((name for name, module in source.skeleton().named_modules() if module is head), None)
+    # The model's own head is a compressed one; the original's is in memory beside it.
+    originals = {} if head is None else {f"{name}.weight": head.weight + 0.02 * torch.randn(head.weight.shape)}
+    read = source.skeleton().get_parameter
+    end = EndGap(BlockwiseModel(source, structure), trace.forms, samples, read, originals)
     shape = (2, *trace.forms[-1].shape)
     original = torch.randn(shape, generator=generator)
     hidden = original + 0.3 * torch.randn(shape, generator=generator)
@@ -77,7 +82,12 @@ def test_gap_and_gradients_match_those_of_the_whole_model(
     model = source.load_model(torch.float64)
     states = hidden.double().requires_grad_()
     with torch.no_grad(), last_block_returning(model, structure, trace.forms, original.double()):
+        compressed = {name: model.get_parameter(name).clone() for name in originals}
+        for name, weight in originals.items():
+            model.get_parameter(name).copy_(weight)
         reference = predict(model, samples[1:3])
+        for name, weight in compressed.items():
+            model.get_parameter(name).copy_(weight)
     for name, vector in end.vectors.free.items():
         model.get_parameter(name).data = vector.detach().double()
         model.get_parameter(name).requires_grad_()
@@ -107,7 +117,7 @@ def test_model_has_no_gap_to_itself(tmp_path: Path) -> None:
     structure = find_structure(source.skeleton())
     source.materialise(structure.outside)
     trace = trace_model(BlockwiseModel(source, structure), TOKENS, 4)
-    end = EndGap(BlockwiseModel(source, structure), trace.forms, TOKENS, source.skeleton().get_parameter)
+    end = EndGap(BlockwiseModel(source, structure), trace.forms, TOKENS, source.skeleton().get_parameter, {})
     gap = end.gap(0, trace.hidden[0], trace.hidden[0], learn=True)
     assert gap.divergence == 0
     assert gap.gradient.abs().max() < 1e-5

@@ -38,7 +38,7 @@ def first_block(path: Path, family: str = "llama") -> tuple[BlockStream, list[Li
 
 def behind(stream: BlockStream) -> BlockStream:
     """The original of a block. In the block itself, noise stands in for the errors of earlier blocks from now on."""
-    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
+    original = BlockStream("block", copy.deepcopy(stream.block), copy.deepcopy(stream.hidden), stream.calls)
     noise = torch.randn(stream.hidden[0].shape, generator=torch.Generator().manual_seed(0))
     stream.hidden.replace(0, stream.hidden[0] + 0.3 * noise * stream.hidden[0].std())
     return original
@@ -108,7 +108,7 @@ def test_true_sequential_linears_read_quantized_predecessors(
 
 def test_asymmetric_linears_aim_at_the_original(tmp_path: Path, solved: Moments) -> None:
     stream, specs = first_block(tmp_path)
-    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
+    original = BlockStream("block", copy.deepcopy(stream.block), copy.deepcopy(stream.hidden), stream.calls)
     quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0, drift=0.0), PhaseClock())
     quantizer.on(stream, InputCache(original, TensorFile(tmp_path)))
     for spec in specs:
@@ -231,7 +231,7 @@ def test_biases_absorb_the_mean_error(tmp_path: Path) -> None:
 
 def test_biases_absorb_the_mean_drift(tmp_path: Path) -> None:
     stream, specs = first_block(tmp_path, "gpt2")
-    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
+    original = BlockStream("block", copy.deepcopy(stream.block), copy.deepcopy(stream.hidden), stream.calls)
     stream.hidden.replace(0, 1.1 * stream.hidden[0] + 0.2)
     quantizer = BlockQuantizer(stream.block, specs, recipe(drift=1.0), PhaseClock())
     quantizer.on(stream, InputCache(original, TensorFile(tmp_path)))
@@ -242,7 +242,7 @@ def test_biases_absorb_the_mean_drift(tmp_path: Path) -> None:
 
 def test_biases_absorb_the_mean_error_of_asymmetric_calibration(tmp_path: Path) -> None:
     stream, specs = first_block(tmp_path, "opt")
-    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
+    original = BlockStream("block", copy.deepcopy(stream.block), copy.deepcopy(stream.hidden), stream.calls)
     stream.hidden.replace(0, 1.1 * stream.hidden[0] + 0.2)
     before = {spec.kind: read_by(original.block, original, spec.kind) for spec in specs}
     quantizer = BlockQuantizer(stream.block, specs, recipe(asymmetric=1.0), PhaseClock())

@@ -103,8 +103,11 @@ def test_only_the_inputs_of_the_next_block_are_kept(
     out = tmp_path / "out"
     stopped(monkeypatch, 0, str(model), out, **fields)
     states = partial(out) / "states"
-    names = ["quantized-00000.safetensors", "token_weights.safetensors"]
-    assert sorted(path.name for path in states.iterdir()) == names, "both streams begin alike"
+    names = ["original-00000.safetensors", "quantized-00000.safetensors", "token_weights.safetensors"]
+    assert sorted(path.name for path in states.iterdir()) == names
+    original, quantized = (load_file(states / name)["hidden_states"] for name in names[:2])
+    assert original.shape == quantized.shape
+    assert not torch.equal(original, quantized), "the embedding is stored in 8 bits"
     stopped(monkeypatch, 1, str(model), out, **fields)
     files = sorted(path.name for path in states.iterdir())
     assert files == ["original-00001.safetensors", "quantized-00001.safetensors", "token_weights.safetensors"]

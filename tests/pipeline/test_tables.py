@@ -163,7 +163,9 @@ def test_non_finite_weight_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
-def test_calibration_sees_the_decoded_embedding(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_original_is_followed_with_its_own_embedding(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_tiny(family, tmp_path / "source")
     embeddings: list[Tensor] = []
     trace_model = run_module.trace_model
@@ -177,7 +179,9 @@ def test_calibration_sees_the_decoded_embedding(tmp_path: Path, family: str, mon
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     packed_embedding = packed.get_input_embeddings()
     assert isinstance(packed_embedding, Table)
-    assert torch.equal(embeddings[0], packed_embedding.decode())
+    original = open_source(str(tmp_path / "source")).load_model()
+    assert torch.equal(embeddings[0], original.get_parameter(f"{EMBEDDINGS[family]}.weight"))
+    assert torch.equal(embeddings[1], packed_embedding.decode())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])

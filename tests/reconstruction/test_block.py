@@ -54,7 +54,7 @@ def quantized_block(path: Path, family: str = "llama", bits: int = 2) -> Case:
     save_tiny(family, path)
     windows = torch.randint(0, 256, (96, 64), generator=torch.Generator().manual_seed(1))
     stream, specs = block_stream(path, windows, 8)
-    original = BlockStream("block", copy.deepcopy(stream.block), stream.hidden.copy(), stream.calls)
+    original = BlockStream("block", copy.deepcopy(stream.block), copy.deepcopy(stream.hidden), stream.calls)
     recipe = Recipe.load("best", {"bits": bits, "group_size": 16, "samples": 96, "seq_len": 64})
     quantizer = BlockQuantizer(stream.block, specs, recipe, PhaseClock())
     quantizer.on(stream)
