@@ -262,10 +262,10 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
     embedding_bits: Annotated[
         Choice,
         Field(
-            description="Form of the input embedding and output head, or of the patch embedding: 8 stores 8-bit rows "
-            "with one scale each, 1 to 7 binary planes, trellis1-1 to trellis1-4, trellis2-2 and trellis2-3 "
-            "trellis-coded planes; 16 leaves them unchanged. With 'auto' it is chosen together with the bits of the "
-            "layers, among --candidates and 8; it is 8 where these are given."
+            description="Form of the input embedding and output head, or of the patch embedding and classifier: 8 "
+            "stores 8-bit rows with one scale each, 1 to 7 binary planes, trellis1-1 to trellis1-4, trellis2-2 and "
+            "trellis2-3 trellis-coded planes; 16 leaves them unchanged. With 'auto' it is chosen together with the "
+            "bits of the layers, among --candidates and 8; it is 8 where these are given."
         ),
     ]
     skip: Annotated[

@@ -36,7 +36,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Table:
-    """One compressed embedding, output head or patch embedding. `primitive` is None for 8-bit rows."""
+    """One compressed embedding, head or patch embedding. `primitive` is None for 8-bit rows."""
 
     name: str
     rows: int

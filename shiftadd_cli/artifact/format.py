@@ -11,7 +11,7 @@
 the common value. `group_size` and `group_rows` are as in a recipe ("all", "1/8"). If `rotation` or `outlier_columns` is
 absent, there is no rotation or there are no outlier columns.
 
-`tables` lists all compressed embeddings, output heads and patch embeddings. `shape` is [rows, columns], or
+`tables` lists all compressed embeddings, heads and patch embeddings. `shape` is [rows, columns], or
 [rows, channels, height, width] for a convolution. With the key `bits` such a weight is a compressed matrix, and its
 other keys are those of a module; the matrix of a convolution has a column for each number of a kernel. Without `bits`
 it is 8-bit rows (see `bcq.int8`), which replace `<module>.weight` by `<module>.weight_int8`, int8 of the same shape,

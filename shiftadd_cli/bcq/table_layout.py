@@ -1,5 +1,5 @@
-"""How the weight of an embedding, an output head or a patch embedding is stored: as 8-bit rows (see `int8`), or as a
-compressed matrix like those of linear layers (see `weight`), which may have several bits fewer."""
+"""How the weight of an embedding, a head or a patch embedding is stored: as 8-bit rows (see `int8`), or as a compressed
+matrix like those of linear layers (see `weight`), which may have several bits fewer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The second moment of what an output head or a patch embedding reads in the original model."""
+"""The second moment of what an output head, a classifier or a patch embedding reads in the original model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def table_moment(
 def _head_moment(model: BlockwiseModel, samples: Tensor, batch_size: int, name: str, passage: Passage | None) -> Tensor:
     columns = model.skeleton.get_submodule(name).weight.shape[1]
     needed = max(_TOKENS, _TOKENS_PER_INPUT * columns)
-    samples = samples[:: max(1, samples.numel() // needed)]
+    inputs = len(samples) if model.source.reads_images else samples.numel()
+    samples = samples[:: max(1, inputs // needed)]
     trace, team = trace_model(model, samples, batch_size, passage=passage), model.context.team
     for depth, block_name, block in model.blocks("Inputs of the head"):
         calls = trace.calls_of(depth)

@@ -1,4 +1,4 @@
-"""Sensitivity of embeddings, output heads and patch embeddings to their form.
+"""Sensitivity of embeddings, heads and patch embeddings to their form.
 
 What a form costs is the divergence of the model from the original, in nats per token, with this weight alone replaced,
 as for a linear layer (see `allocation.divergence`). The rows of such a weight err independently, and so do their

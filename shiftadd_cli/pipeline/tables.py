@@ -1,5 +1,5 @@
-"""Embeddings, output heads and patch embeddings, stored as 8-bit rows or as compressed matrices: planning and storing
-them."""
+"""Embeddings, heads (output heads and classifiers) and patch embeddings, stored as 8-bit rows or compressed matrices:
+planning and storing them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shiftadd_cli.recipe import UNCHANGED, Recipe
 from shiftadd_cli.report.schema import TableReport
 from shiftadd_cli.runtime.table import can_hold_table, hold_table
 from shiftadd_cli.source import Structure
-from shiftadd_cli.source.structure import PATCH_EMBEDDING, matching_pattern
+from shiftadd_cli.source.structure import CLASSIFIER, PATCH_EMBEDDING, matching_pattern
 from shiftadd_cli.source.vision import IMAGE_INPUT
 
 # A tied matrix is read by the head, whose error counts in the second moment of its inputs, and by the embedding, whose
@@ -96,8 +96,8 @@ class PlannedTable:
 def plan_tables(
     model: Any, structure: Structure, recipe: Recipe, bits: Mapping[str, Choice] | None = None
 ) -> tuple[tuple[PlannedTable, ...], tuple[tuple[str, str], ...]]:
-    """Tables for the input embedding and output head of a model on meta, or for the patch embedding of a model that
-    reads images, and the modules that stay unquantized.
+    """Tables for the input embedding and output head of a model on meta, or for the patch embedding and classifier of a
+    model that reads images, and the modules that stay unquantized.
 
     The latter are `structure.kept` without the tables. An embedding or head that cannot be a table gets the reason: its
     forward uses the weight in a custom way, its weight is tied to a module that cannot be a table, or a pattern of
@@ -131,10 +131,9 @@ def plan_tables(
 
 
 def _ends(model: Any, structure: Structure) -> list[str]:
-    """Names of the input embedding and the output head, or of the patch embedding of an image model. The classifier of
-    an image model has only a few rows and stays unquantized."""
+    """Names of the input embedding and the output head, or of the patch embedding and the classifier."""
     if model.main_input_name == IMAGE_INPUT:
-        return [name for name, reason in structure.kept if reason == PATCH_EMBEDDING]
+        return [name for name, reason in structure.kept if reason in (PATCH_EMBEDDING, CLASSIFIER)]
     names = {id(module): name for name, module in model.named_modules()}
     ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     return list(dict.fromkeys(names[id(module)] for module in ends if id(module) in names))

@@ -89,9 +89,7 @@ class SizeReport(FilePart):
 
     files_bytes: Annotated[int, Field(description="All weight files, headers included.")]
     quantized_bytes: Annotated[int, Field(description="Planes, scales, row scales and offsets.")]
-    table_bytes: Annotated[
-        int, Field(description="Embeddings, output heads and patch embeddings, scales included.")
-    ] = 0
+    table_bytes: Annotated[int, Field(description="Embeddings, heads and patch embeddings, scales included.")] = 0
     kept_bytes: Annotated[int, Field(description="Tensors stored unchanged.")]
     quantized_weights: int
     bits_per_weight: Annotated[float, Field(description="Of the quantized layers, with all their stored tensors.")]
@@ -210,7 +208,7 @@ class KeptReport(FilePart):
 
 
 class TableReport(FilePart):
-    """A compressed embedding, output head or patch embedding."""
+    """A compressed embedding, head (output head or classifier) or patch embedding."""
 
     modules: Annotated[list[str], Field(description="Modules that share the matrix; it is stored under the first.")]
     rows: int
@@ -285,7 +283,7 @@ class Report(FilePart):
     distillation: Annotated[DistillationReport | None, Field(description="null without distillation.")] = None
     tables: Annotated[
         list[TableReport],
-        Field(description="Compressed embeddings, output heads and patch embeddings."),
+        Field(description="Compressed embeddings, heads and patch embeddings."),
     ] = Field(default_factory=list)
     kept: list[KeptReport]
     seconds: TimeReport

@@ -1,4 +1,4 @@
-"""Embeddings, output heads and patch embeddings over 8-bit rows or over a compressed matrix."""
+"""Embeddings, heads (output heads and classifiers) and patch embeddings over 8-bit rows or over a compressed matrix."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class PackedEmbedding(PackedTable, nn.Embedding):  # type: ignore[override]  # `
 
 
 class PackedHead(PackedTable, PackedLinear, nn.Linear):  # type: ignore[misc, override]  # sizes are properties
-    """A `PackedLinear` made from an output head."""
+    """A `PackedLinear` made from a head."""
 
     dense_class = nn.Linear
 

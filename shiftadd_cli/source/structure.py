@@ -18,6 +18,8 @@ from shiftadd_cli.source.weight_reads import weights_read_by_others
 
 # Why a convolution outside the blocks is kept: it is not a linear layer but turns pixels into hidden states.
 PATCH_EMBEDDING = "patch embedding"
+# The linear layer after the blocks that gives the class scores of a vision model.
+CLASSIFIER = "classifier"
 
 _UNKNOWN = "not a linear layer"
 _OUTSIDE = "outside the blocks"
@@ -275,13 +277,12 @@ def _reason(module: nn.Module, head: nn.Module | None, otherwise: str) -> str:
 
 
 def _reason_outside(model: nn.Module, name: str, module: nn.Module, head: nn.Module | None) -> str:
-    """Why a module outside the blocks is kept. The patch embedding and the classifier are a few hundredths of a vision
-    model, and its most sensitive parts."""
+    """Why a module outside the blocks is kept."""
     if _is_convolution(module):
         return PATCH_EMBEDDING
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     if head is None and "." not in name and (sizes := linear_sizes(module)) is not None and sizes[0] == labels:
-        return "classifier"
+        return CLASSIFIER
     return _reason(module, head, _OUTSIDE)
 
 

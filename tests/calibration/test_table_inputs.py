@@ -68,6 +68,17 @@ def test_convolution_reads_patches(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(moment.double(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["vit", "dinov2", "swin"])
+def test_classifier_reads_one_vector_of_every_image(tmp_path: Path, family: str) -> None:
+    save_tiny_vision(family, tmp_path)
+    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    rows = input_in_a_plain_pass(tmp_path, images, "classifier")
+    assert len(rows) == len(images)
+    moment = moment_of(tmp_path, images, "classifier")
+    assert moment is not None
+    torch.testing.assert_close(moment.double(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("changes", [{"groups": 3}, {"padding": 1, "padding_mode": "reflect"}, {"padding": "same"}])
 def test_other_convolutions_have_no_moment(tmp_path: Path, changes: dict[str, int | str]) -> None:
     save_tiny_vision("vit", tmp_path)

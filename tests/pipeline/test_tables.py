@@ -220,15 +220,16 @@ def test_halving_the_embedding_costs_almost_no_accuracy(tmp_path: Path) -> None:
 def test_patch_embedding_stays_unquantized_on_request(tmp_path: Path) -> None:
     source = save_tiny_vision("vit", tmp_path / "source")
     _, small = quantize(source, tmp_path / "small", recipe="fast")
-    (table,) = small.tables
-    name = table.modules[0]
+    patches, classifier = (table.modules[0] for table in small.tables)
     _, large = quantize(source, tmp_path / "large", recipe="fast", embedding_bits=16)
-    _, skipped = quantize(source, tmp_path / "skipped", recipe="fast", skip=(name,))
-    for report, reason in ((large, "patch embedding"), (skipped, f"patch embedding, skipped by {name}")):
-        assert report.tables == []
-        assert reason in {module.reason for module in report.kept if module.name == name}
-    dense = open_source(str(source)).load_model().get_parameter(f"{name}.weight")
-    assert torch.equal(shiftadd_cli.load(tmp_path / "skipped").get_parameter(f"{name}.weight"), dense)
+    _, skipped = quantize(source, tmp_path / "skipped", recipe="fast", skip=(patches,))
+    assert large.tables == []
+    assert [table.modules for table in skipped.tables] == [[classifier]]
+    for report, reason in ((large, "patch embedding"), (skipped, f"patch embedding, skipped by {patches}")):
+        assert reason in {module.reason for module in report.kept if module.name == patches}
+    assert (classifier, "classifier") in {(module.name, module.reason) for module in large.kept}
+    dense = open_source(str(source)).load_model().get_parameter(f"{patches}.weight")
+    assert torch.equal(shiftadd_cli.load(tmp_path / "skipped").get_parameter(f"{patches}.weight"), dense)
 
 
 IN_PLANES = {"embedding_bits": "trellis1-3", "bits": 3, "primitive": "bcq"}
@@ -290,13 +291,15 @@ def test_large_vocabularies_are_solved_in_tiles(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("fields", [{}, {"calibration": "none", "sweep": "none", "refine_rounds": 0}])
-def test_patch_embedding_in_planes(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_patch_embedding_and_classifier_in_planes(tmp_path: Path, fields: dict[str, Any]) -> None:
     source = save_tiny_vision("vit", tmp_path / "source")
     options = {"calibration": "noise", "embedding_bits": 4, **fields}
     _, report = quantize(source, tmp_path / "out", "equal-bits", **options)
-    (entry,) = report.tables
-    assert (entry.bits, entry.primitive, entry.output_error is None) == (4, "bcq", bool(fields))
-    loaded = shiftadd_cli.load(tmp_path / "out").get_submodule(entry.modules[0])
-    assert isinstance(loaded, PackedTable)
-    dense = open_source(str(source)).load_model().get_parameter(f"{entry.modules[0]}.weight")
-    assert 0 < (loaded.decode() - dense).norm() < 0.3 * dense.norm()
+    assert len(report.tables) == 2
+    model, original = shiftadd_cli.load(tmp_path / "out"), open_source(str(source)).load_model()
+    for entry in report.tables:
+        assert (entry.bits, entry.primitive, entry.output_error is None) == (4, "bcq", bool(fields))
+        loaded = model.get_submodule(entry.modules[0])
+        assert isinstance(loaded, PackedTable)
+        dense = original.get_parameter(f"{entry.modules[0]}.weight")
+        assert 0 < (loaded.decode() - dense).norm() < 0.3 * dense.norm()

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.quality.peers import PEER_FIELDS, PEERS, Peer
 from shiftadd_cli.errors import RecipeError
-from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.recipe import BITS, Recipe
 
 PEER_PREFIX = "peer:"
 
@@ -34,11 +34,11 @@ class Method:
     @property
     def has_own_width(self) -> bool:
         """Whether the fields of the method set the bits of layers."""
-        return "avg_bits" in self.overrides or "bit_plan" in self.overrides
+        return any(name in self.overrides for name in BITS)
 
     def at(self, bits: int) -> bool:
         """Whether the method has a row at this width. A method with an average has one at the average rounded down."""
-        average = self.overrides.get("avg_bits")
+        average = self.overrides.get("avg_bits", self.overrides.get("avg_file_bits"))
         return not isinstance(average, int | float) or int(average) == bits
 
     def resolve(self, bits: int, common: dict[str, Any]) -> Recipe:

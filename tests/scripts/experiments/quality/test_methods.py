@@ -48,6 +48,13 @@ def test_method_with_an_average_has_a_row_only_at_the_width_below_it() -> None:
     assert plain.resolve(2, COMMON).avg_bits is None
 
 
+@pytest.mark.parametrize(("field", "value"), [("avg_file_bits", 3.5), ("target_size", "50MB")])
+def test_budget_of_the_file_replaces_the_shared_width(field: str, value: float | str) -> None:
+    (method,) = parse_methods([f"default:{field}={value}"])
+    recipe = method.resolve(3, COMMON)
+    assert (recipe.way, getattr(recipe, field)) == (field, value)
+
+
 def test_changes_override_shared_settings() -> None:
     (method,) = parse_methods(["default:group_size=all,offset=false,weight_error=1e-3,samples=3,skip=*.k_proj"])
     recipe = method.resolve(2, COMMON)
