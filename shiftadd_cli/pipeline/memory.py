@@ -105,6 +105,11 @@ class RunSizes:
         return self.source.model_bytes - sum(self.blocks)
 
     @property
+    def outside_in_float32(self) -> int:
+        """The same in the float32 model that divergences are measured with."""
+        return self.outside * 4 // self.source.dtype.itemsize
+
+    @property
     def codes(self) -> int:
         """Codes of a table, made next to the matrix that they replace, before any block is loaded, and the working
         copies of a tile where they are solved for."""
@@ -117,8 +122,26 @@ class RunSizes:
         readers = (table.reader for table in self.tables if table.reader is not None)
         return sum(_module_bytes(model.get_submodule(reader)) for reader in readers)
 
+    @property
+    def walked(self) -> int:
+        """Hidden states of the walk that ends with the inputs of a head."""
+        walks = any(table.reader is not None and self.solved(table.layout) for table in self.tables)
+        return self.hidden if walks else 0
+
+    @property
+    def trial(self) -> int:
+        """A table with other values, and those, in float32, and a tile that is solved for, where forms are compared."""
+        if not self.recipe.open_tables:
+            return 0
+        layouts = (table.layout for table in self.tables)
+        return max((8 * layout.rows * layout.columns + self._tile(layout) for layout in layouts), default=0)
+
+    def solved(self, layout: TableLayout) -> bool:
+        """Whether a table may become a compressed matrix."""
+        return layout.packed is not None or self.recipe.open_tables
+
     def _tile(self, layout: TableLayout) -> int:
-        if layout.packed is None:
+        if not self.solved(layout):
             return 0
         weights = min(layout.rows * layout.columns, TILE_WEIGHTS)
         return 4 * (_MATRIX_COPIES * weights + _HESSIAN_COPIES * layout.columns**2)
@@ -207,8 +230,7 @@ class RunSizes:
 def starting(sizes: RunSizes) -> int:
     """Embeddings and one block while the inputs of the first block and of the head are made, and gradients where the
     loss counts."""
-    walked = sizes.hidden if any(table.reader is not None and table.layout.packed for table in sizes.tables) else 0
-    first = sizes.outside + max(sizes.codes, max(sizes.reading, sizes.block + sizes.activations) + walked)
+    first = sizes.outside + max(sizes.codes, max(sizes.reading, sizes.block + sizes.activations) + sizes.walked)
     if not sizes.recipe.loss_aware:
         return first
     # Squared gradients, and their powers, in addition to the inputs of the blocks.
@@ -221,12 +243,15 @@ def quantizing(sizes: RunSizes) -> int:
 
 
 def choosing_bits(sizes: RunSizes) -> int:
-    """Sensitivities: one block and its solver, hidden states in memory, and block inputs for gradients."""
+    """Sensitivities: one block and its solver, hidden states in memory, block inputs for gradients, and what is outside
+    the blocks once more in float32; or the largest table and a tile of it, where its form is chosen."""
     if not sizes.recipe.allocates:
         return 0
+    outside = sizes.outside + sizes.outside_in_float32
     probed = sizes.hidden / gradient_stride(sizes.recipe.samples, max(sizes.flow.tokens))
     gradients = min(GRADIENT_BYTES, len(sizes.blocks) * probed)
-    return int(sizes.outside + sizes.solving + sizes.hidden + gradients)
+    layers = sizes.solving + sizes.hidden + gradients
+    return int(outside + max(layers, sizes.trial))
 
 
 def distilling(sizes: RunSizes) -> int:

@@ -120,7 +120,7 @@ class Run:
         reports = []
         for table, moment in zip(self.plan.tables, moments, strict=True):
             with self.clock.phase("solve"):
-                tensors, error = encode_weight(table, skeleton, self.plan.recipe, moment, self.context)
+                tensors, error = encode_weight(table, table.weight(skeleton), self.plan.recipe, moment, self.context)
                 for suffix, tensor in tensors.items():
                     recorder.add_table(f"{table.name}.{suffix}", tensor)
                 reports.append(table_report(table, place_weight(table, skeleton, tensors), error))

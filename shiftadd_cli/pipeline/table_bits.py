@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 
 from shiftadd_cli.allocation.divergence import probe_samples
 from shiftadd_cli.bcq.choices import Choice
-from shiftadd_cli.bcq.int8 import decode_table, encode_table
-from shiftadd_cli.bcq.solver import quantize_matrices
+from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.probe_model import ProbeModel
 from shiftadd_cli.calibration.table_inputs import table_moment
+from shiftadd_cli.context import Context
 from shiftadd_cli.errors import NumericalError
-from shiftadd_cli.pipeline.tables import PlannedTable
+from shiftadd_cli.pipeline.tables import PlannedTable, decoded_tiles, encode_weight
 from shiftadd_cli.recipe import Recipe
 
 # The form that is measured, whatever the candidates are, so that costs of candidates added later are comparable.
@@ -55,17 +56,18 @@ def measure_tables(
     for table in tables:
         reader = table.reader
         moment = None if reader is None else table_moment(model, samples, recipe.batch_size, reader)
-        rows = _Rows(model.skeleton.get_parameter(f"{table.name}.weight"), 1 if every_form else _stride(table))
-        measured = candidates if every_form else [_MEASURED]
-        forms = {
-            choice: rows.solved(table.at(choice, recipe), recipe, moment, model)
-            for choice in dict.fromkeys((*candidates, *measured))
-        }
+        rows, form = _Rows(table.weight(model.skeleton), 1 if every_form else _stride(table)), table.objective(moment)
         parameter = replay.model.skeleton.get_parameter(f"{table.name}.weight")
-        nats = {}
-        for choice in measured:
-            changed = _with_rows(parameter.data, rows.stride, forms[choice])
-            nats[choice] = replay.divergence_with(partial(_holding, parameter, changed))
+        measured = candidates if every_form else [_MEASURED]
+        # Choices need no refinement.
+        quick = recipe.model_copy(update={"refine_rounds": 0})
+        errors, nats = {}, {}
+        for choice in dict.fromkeys((*candidates, *measured)):
+            decoded = rows.decoded(table.at(choice, quick), quick, moment, model.context)
+            errors[choice] = rows.error(decoded, form)
+            if choice not in measured:
+                continue
+            nats[choice] = replay.divergence_with(partial(_holding, parameter, rows.within(parameter.data, decoded)))
             if not math.isfinite(nats[choice]):
                 raise NumericalError(
                     f"The predictions are not finite when {table.name} is stored as {table.at(choice, recipe).form}; "
@@ -74,8 +76,6 @@ def measure_tables(
         if every_form:
             costs[table.name] = nats
             continue
-        form = table.objective(moment)
-        errors = {choice: rows.error(decoded, form) for choice, decoded in forms.items()}
         per_error = rows.stride * nats[_MEASURED] / errors[_MEASURED] if errors[_MEASURED] > 0 else 0.0
         costs[table.name] = {choice: per_error * errors[choice] for choice in candidates}
     return costs
@@ -88,31 +88,26 @@ def _stride(table: PlannedTable) -> int:
 class _Rows:
     """Every `stride`-th row of a weight."""
 
-    def __init__(self, weight: nn.Parameter, stride: int) -> None:
+    def __init__(self, weight: Tensor, stride: int) -> None:
         self.stride = stride
-        self._rows = weight.detach()[::stride].flatten(1).float()
+        self._rows = weight[::stride]
 
-    def solved(self, table: PlannedTable, recipe: Recipe, moment: Tensor | None, model: BlockwiseModel) -> Tensor:
+    def decoded(self, table: PlannedTable, recipe: Recipe, moment: Tensor | None, context: Context) -> Tensor:
         """The decoded rows in the form of `table`, float32 `[rows, columns]` on the CPU."""
-        if table.layout.packed is None:
-            return decode_table(*encode_table(self._rows, table.name)).cpu()
-        options = table.options(recipe, moment).replaced(refine_rounds=0)
-        device, team = model.device, model.context.team
-        form = None if moment is None else moment.to(device)
-        solution = quantize_matrices([self._rows.to(device)], [table.name], form, options, team=team)[0]
-        return solution.weight.decode().cpu()
+        rows = replace(table, layout=TableLayout(tuple(self._rows.shape), table.layout.format))
+        tensors, _ = encode_weight(rows, self._rows, recipe, moment, context)
+        return torch.cat([tile.cpu() for _, tile in decoded_tiles(rows.layout, tensors)])
+
+    def within(self, weight: Tensor, decoded: Tensor) -> Tensor:
+        """A copy of the weight with these rows instead."""
+        changed = weight.clone()
+        changed[:: self.stride] = decoded.view(-1, *weight.shape[1:]).to(weight)
+        return changed
 
     def error(self, decoded: Tensor, form: Tensor) -> float:
         """The error of decoded rows in the quadratic form of the objective."""
-        difference = self._rows.cpu() - decoded
+        difference = self._rows.flatten(1).float().cpu() - decoded
         return float(((difference @ form) * difference).sum(dtype=torch.float64))
-
-
-def _with_rows(weight: Tensor, stride: int, rows: Tensor) -> Tensor:
-    """A copy of a weight with every `stride`-th row replaced."""
-    changed = weight.clone()
-    changed[::stride] = rows.view(-1, *weight.shape[1:]).to(weight)
-    return changed
 
 
 @contextmanager

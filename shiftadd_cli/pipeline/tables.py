@@ -65,6 +65,10 @@ class PlannedTable:
         """Bytes of the largest form that may be chosen, 8-bit rows."""
         return TableLayout(self.shape).nbytes
 
+    def weight(self, model: nn.Module) -> Tensor:
+        """The weight in a model, without a gradient."""
+        return model.get_parameter(f"{self.name}.weight").detach()
+
     def tensors(self) -> dict[str, TensorShape]:
         """Shape and dtype of the stored tensors, by full name."""
         return {f"{self.name}.{suffix}": shape for suffix, shape in self.layout.tensors().items()}
@@ -140,15 +144,14 @@ def _ends(model: Any, structure: Structure) -> list[str]:
 
 
 def encode_weight(
-    table: PlannedTable, model: nn.Module, recipe: Recipe, moment: Tensor | None, context: Context
+    table: PlannedTable, weight: Tensor, recipe: Recipe, moment: Tensor | None, context: Context
 ) -> tuple[dict[str, Tensor], float | None]:
     """The stored tensors of a table by suffix, and E‖(W − Ŵ)x‖² / E‖Wx‖² over the inputs of its reader, if known. The
     processes of a team share the work.
 
-    moment: of these inputs, see `table_moment`; None to compress the weight alone. Raises NumericalError, naming the
-    module, if a weight is not finite.
+    weight: of the table's shape. moment: of these inputs, see `table_moment`; None to compress the weight alone. Raises
+    NumericalError, naming the module, if a weight is not finite.
     """
-    weight = model.get_parameter(f"{table.name}.weight").detach()
     if table.layout.packed is None:
         codes, scale = encode_table(weight, table.name)
         return {CODES: codes, SCALE: scale}, None
@@ -158,7 +161,7 @@ def encode_weight(
     spans = _spans(table.layout.packed, options)
     names, solutions, signals = [f"rows {rows.start}" for rows in spans], [], []
     # One tile after another: a vocabulary takes longer than a block.
-    for rows, _ in zip(spans, context.progress(names, f"Solving {table.name}"), strict=True):
+    for rows, _ in zip(spans, context.progress(names, f"Solving {table.name} as {table.form}"), strict=True):
         tile = weight[rows].flatten(1).to(context.device).float()
         solutions += quantize_matrices([tile], [table.name], moment, options, team=context.team)
         signals.append(0.0 if moment is None else float(((tile @ moment) * tile).sum(dtype=torch.float64)))
@@ -198,9 +201,9 @@ def place_weight(table: PlannedTable, model: nn.Module, tensors: Mapping[str, Te
 
     Returns ‖W − Ŵ‖² / ‖W‖², where W is its previous value; 0 for a weight of zeros. The sums are float64.
     """
-    weight = model.get_parameter(f"{table.name}.weight").detach()
+    weight = table.weight(model)
     error = size = 0.0
-    for rows, decoded in _decoded(table.layout, tensors):
+    for rows, decoded in decoded_tiles(table.layout, tensors):
         before = weight[rows].flatten(1).float()
         error += float((before - decoded.to(before)).square_().sum(dtype=torch.float64))
         size += float(before.square_().sum(dtype=torch.float64))
@@ -209,7 +212,7 @@ def place_weight(table: PlannedTable, model: nn.Module, tensors: Mapping[str, Te
     return error / size if size else 0.0
 
 
-def _decoded(layout: TableLayout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[slice, Tensor]]:
+def decoded_tiles(layout: TableLayout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[slice, Tensor]]:
     """The rows of a table in tiles, float32 `[rows, columns]`."""
     height = max(1, TILE_WEIGHTS // layout.columns)
     if layout.packed is not None:

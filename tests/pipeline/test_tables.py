@@ -139,7 +139,7 @@ def test_storing_decodes_tied_modules_in_place() -> None:
     model = tiny_model("qwen2", dtype=torch.bfloat16)
     (table,), _ = planned(model)
     before = model.get_parameter("lm_head.weight").float().clone()
-    stored, output_error = encode_weight(table, model, recipe_of(), None, ALONE_ON_CPU)
+    stored, output_error = encode_weight(table, table.weight(model), recipe_of(), None, ALONE_ON_CPU)
     assert {suffix: (tuple(tensor.shape), tensor.dtype) for suffix, tensor in stored.items()} == table.layout.tensors()
     weight_error = place_weight(table, model, stored)
     decoded = stored["weight_int8"] * stored["weight_int8_scale"].float()[:, None]
@@ -264,7 +264,7 @@ def test_head_is_fitted_to_what_it_reads(tmp_path: Path) -> None:
     weight = model.get_parameter("lm_head.weight").detach().clone()
     errors = []
     for form in (moment, None):
-        tensors, reported = encode_weight(table, model, recipe_of(**IN_PLANES), form, ALONE_ON_CPU)
+        tensors, reported = encode_weight(table, table.weight(model), recipe_of(**IN_PLANES), form, ALONE_ON_CPU)
         layout = table.layout.packed
         assert layout is not None
         difference = (weight - QuantizedWeight(layout, tensors).decode()) @ inputs.T
@@ -278,10 +278,10 @@ def test_large_vocabularies_are_solved_in_tiles(monkeypatch: pytest.MonkeyPatch,
     model = tiny_model("llama")
     recipe = recipe_of(embedding_bits=form, bits=3)
     table = planned(model, embedding_bits=form, bits=3)[0][0]
-    whole, _ = encode_weight(table, model, recipe, None, ALONE_ON_CPU)
+    whole, _ = encode_weight(table, table.weight(model), recipe, None, ALONE_ON_CPU)
     # A tile of 256 rows and one of 64.
     monkeypatch.setattr(tables_module, "TILE_WEIGHTS", 256 * 48)
-    parts, _ = encode_weight(table, model, recipe, None, ALONE_ON_CPU)
+    parts, _ = encode_weight(table, table.weight(model), recipe, None, ALONE_ON_CPU)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
     weight = model.get_parameter(f"{table.name}.weight")
