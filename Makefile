@@ -7,6 +7,7 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 NATIVE := shiftadd_cli/native
+SOURCES := pyproject.toml $(wildcard $(addprefix $(NATIVE)/,*.cpp *.h CMakeLists.txt kernels.cmake))
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -49,14 +50,14 @@ $(VENV)/.torch: constraints.txt scripts/install_torch.sh
 	scripts/install_torch.sh $(BIN)/python
 	touch $@
 
-# Compiles the kernels, anew after a change of theirs.
-$(VENV)/.package: $(VENV)/.torch pyproject.toml $(wildcard $(addprefix $(NATIVE)/,*.cpp *.h CMakeLists.txt kernels.cmake))
+# Both compile the kernels, anew after a change of theirs, so `make test` in a fresh clone does it once.
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(PIP_INSTALL) --quiet --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.package
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	$(PIP_INSTALL) --quiet --editable '.[dev]'
-	touch $@
+	touch $(VENV)/.package $@
 
 $(VENV)/.docs: $(VENV)/.package
 	$(PIP_INSTALL) --quiet --editable '.[docs]'

@@ -4,8 +4,9 @@
 linear's output costs ½ Σ_o E[g_o²] E[Δy_o²] nats per token, where g is the gradient of the divergence from the original
 at that output (see `calibration.gradients`). With g² averaged over features this is ½ E[g²] · tr[(W − Ŵ) H (W − Ŵ)ᵀ].
 The error is the actual error of the solver that the run will use, without its most expensive steps (see `candidates`),
-on a sample of the rows (see `row_sample`). The gradient is one number per layer, so some of the windows are enough for
-it. A factor for each kind of linear, from the divergences of a few, corrects for the ignored coupling (see `anchors`).
+on a sample of the rows (see `row_sample`) and, as the caller decides, of the windows. The gradient is one number per
+layer, so even fewer windows are enough for it. A factor for each kind of linear, from the divergences of a few,
+corrects for the ignored coupling (see `anchors`).
 
 `divergence`: the divergence between the original and the model with one linear replaced by the same solver's result, in
 nats per token, measured on a few windows; see `divergence`. It ignores only the coupling of different layers.

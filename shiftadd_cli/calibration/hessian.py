@@ -22,6 +22,15 @@ from shiftadd_cli.source.linear import linear_sizes
 
 # Relative rounding error of float32 sums over many tokens.
 _ROUNDING = 1e-5
+# Tokens that determine a second moment well enough to compare errors in it, or to fit the many rows of a head to it: at
+# least this many, and as many for each input.
+_TOKENS = 16384
+_TOKENS_PER_INPUT = 8
+
+
+def sufficient_tokens(inputs: int) -> int:
+    """Tokens that are enough for the second moment of so many inputs where not all are worth their time."""
+    return max(_TOKENS, _TOKENS_PER_INPUT * inputs)
 
 
 @dataclass(frozen=True)

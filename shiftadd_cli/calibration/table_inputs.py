@@ -17,12 +17,7 @@ from shiftadd_cli.blockwise.head import Head
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.passage import Passage
 from shiftadd_cli.blockwise.trace import trace_model
-from shiftadd_cli.calibration.hessian import MomentSum
-
-# Tokens that determine a moment: at least this many, and as many for each input. A moment of all windows would cost as
-# much time as a block-wise walk with all of them, and is hardly better.
-_TOKENS = 16384
-_TOKENS_PER_INPUT = 8
+from shiftadd_cli.calibration.hessian import MomentSum, sufficient_tokens
 
 
 def table_moment(
@@ -42,9 +37,9 @@ def table_moment(
 
 def _head_moment(model: BlockwiseModel, samples: Tensor, batch_size: int, name: str, passage: Passage | None) -> Tensor:
     columns = model.skeleton.get_submodule(name).weight.shape[1]
-    needed = max(_TOKENS, _TOKENS_PER_INPUT * columns)
     inputs = len(samples) if model.source.reads_images else samples.numel()
-    samples = samples[:: max(1, inputs // needed)]
+    # A moment of all windows would take as long as a walk through the blocks with all of them, and is hardly better.
+    samples = samples[:: max(1, inputs // sufficient_tokens(columns))]
     trace, team = trace_model(model, samples, batch_size, passage=passage), model.context.team
     for depth, block_name, block in model.blocks("Inputs of the head"):
         calls = trace.calls_of(depth)

@@ -30,6 +30,7 @@ from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.blockwise.model import BlockwiseModel
 from shiftadd_cli.blockwise.trace import trace_model
 from shiftadd_cli.cache import cache_folder
+from shiftadd_cli.calibration.hessian import sufficient_tokens
 from shiftadd_cli.context import Context
 from shiftadd_cli.distributed.team import ALONE, Team
 from shiftadd_cli.errors import AllocationError
@@ -235,16 +236,32 @@ class AllocationJob:
         """Sensitivities at all choices allowed for any layer, cached or measured. In the processes of a team other than
         the first, only the newly measured ones."""
         required = ordered_choices(choice for choices in self.allowed.values() for choice in choices)
-        layers = self._cached(required, self.measure, tables=False)
+        layers = self._cached(required, self.measure, self.stride, tables=False)
         if not self.tables:
             return layers
-        tables = self._cached(self.recipe.table_candidates, self.measure_tables, tables=True)
+        tables = self._cached(self.recipe.table_candidates, self.measure_tables, 1, tables=True)
         return replace(layers, tables=tables.costs)
 
+    @cached_property
+    def stride(self) -> int:
+        """Layers are measured on every so many calibration samples. An estimate needs no more than enough for the
+        second moments of their inputs."""
+        if self.request.sensitivity != "output":
+            return 1
+        samples, read = self.recipe.samples, self.data.plan.tokens_read()
+        specs = (linear.spec for linear in self.linears)
+        return max(1, min(int(samples * read[spec.name] / sufficient_tokens(spec.in_features)) for spec in specs))
+
     def _cached(
-        self, required: Sequence[Choice], measure: Callable[[Sequence[Choice]], Sensitivities], *, tables: bool
+        self,
+        required: Sequence[Choice],
+        measure: Callable[[Sequence[Choice]], Sensitivities],
+        stride: int,
+        *,
+        tables: bool,
     ) -> Sensitivities:
-        """The cached sensitivities at all these choices; `measure` gives those that are missing."""
+        """The cached sensitivities at all these choices; `measure` gives those that are missing, by every `stride`-th
+        sample."""
         team = self.context.team
         calibration = self.data.draw(team)
         cache = SensitivityCache(
@@ -254,7 +271,7 @@ class AllocationJob:
             str(self.running.dtype),
             self.recipe_fingerprint,
             # The samples themselves: another way to draw or read the same data gives other sensitivities.
-            samples_fingerprint(calibration.samples),
+            samples_fingerprint(calibration.samples[::stride]),
             tables=tables,
         )
         cached = cache.load() if team.first else None
@@ -319,7 +336,7 @@ class AllocationJob:
 
     def measure(self, candidates: Sequence[Choice]) -> Sensitivities:
         """Sensitivities at these bits, measured without the cache."""
-        model, recipe, samples = self.model, self.recipe, self.calibration.samples
+        model, recipe, samples = self.model, self.recipe, self.calibration.samples[:: self.stride]
         with model.outside():
             return measure_sensitivities(
                 self.request.sensitivity,

@@ -154,18 +154,26 @@ class Plan:
     def _hidden_bytes(self, flow: Flow, samples: int) -> int:
         return versions_kept(self.recipe) * samples * flow.values * self.running.dtype.itemsize
 
+    def tokens_read(self) -> dict[str, float]:
+        """Tokens of a sample that each linear reads, by name: on average, for experts."""
+        return self._tokens_read(measure_flow(self.source, self.structure.blocks, self.recipe.seq_len))
+
+    def _tokens_read(self, flow: Flow) -> dict[str, float]:
+        shares, blocks = routed_shares(self.source.skeleton()), self.structure.blocks
+        return {
+            spec.name: flow.tokens[spec.block]
+            * (1.0 if spec.experts is None else shares[f"{blocks[spec.block]}.{spec.experts}"])
+            for spec in self.structure.linears
+        }
+
     def _waiting_bytes(self, flow: Flow) -> int:
         """Bytes that `InputCache` and `OutputCache` store for the largest block, if no two linears share an input."""
-        recipe = self.recipe
+        recipe, read = self.recipe, self._tokens_read(flow)
         values = dict.fromkeys(range(len(self.structure.blocks)), 0.0)
-        shares = routed_shares(self.source.skeleton())
-        for linear in self.linears:
-            spec = linear.spec
-            experts = f"{self.structure.blocks[spec.block]}.{spec.experts}"
-            read = flow.tokens[spec.block] * (1.0 if spec.experts is None else shares[experts])
+        for spec in self.structure.linears:
             recalled = spec.in_features if recipe.compares_inputs else 0
             played = spec.out_features if recipe.true_sequential else 0
-            values[spec.block] += read * (recalled + played)
+            values[spec.block] += read[spec.name] * (recalled + played)
         return int(max(values.values())) * recipe.samples * self.running.dtype.itemsize
 
     @property

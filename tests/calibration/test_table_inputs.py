@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shiftadd_cli.blockwise.forward import run_model
 from shiftadd_cli.blockwise.model import BlockwiseModel
-from shiftadd_cli.calibration import table_inputs
+from shiftadd_cli.calibration import hessian
 from shiftadd_cli.calibration.table_inputs import table_moment
 from shiftadd_cli.source import find_structure, open_source
 
@@ -46,8 +46,8 @@ def test_head_reads_what_it_reads_in_a_plain_pass(tmp_path: Path, family: str) -
 
 def test_every_so_many_windows_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path)
-    monkeypatch.setattr(table_inputs, "_TOKENS", 32)
-    monkeypatch.setattr(table_inputs, "_TOKENS_PER_INPUT", 0.5)
+    monkeypatch.setattr(hessian, "_TOKENS", 32)
+    monkeypatch.setattr(hessian, "_TOKENS_PER_INPUT", 0.5)
     some, those = moment_of(tmp_path, WINDOWS, "lm_head"), moment_of(tmp_path, WINDOWS[::3], "lm_head")
     assert some is not None
     assert those is not None

@@ -14,9 +14,11 @@ from tiny_models import save_tiny
 
 from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.plan_file import BitPlan
-from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind
+from shiftadd_cli.allocation.sensitivity import Sensitivities, SensitivityKind, measure_sensitivities
 from shiftadd_cli.artifact.format import ArtifactFormat
 from shiftadd_cli.bcq.choices import Choice, parts_of_choice
+from shiftadd_cli.blockwise.trace import trace_model
+from shiftadd_cli.calibration import hessian
 from shiftadd_cli.cli.describe_bits import describe_bit_plan
 from shiftadd_cli.errors import AllocationError
 from shiftadd_cli.pipeline import allocate as allocate_module
@@ -256,6 +258,25 @@ def test_measuring_in_two_steps_gives_the_same_plan(model: str, cache: Path, sen
     assert job_for(model, bits=4.4, sensitivity=sensitivity).run() == plan
     # The plan survives a round trip through its file.
     assert BitPlan.model_validate_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_estimates_use_as_many_samples_as_their_inputs_need(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(save_tiny(family, tmp_path / "model"))
+    settings = recipe(samples=12, seq_len=64)
+    monkeypatch.setattr(hessian, "_TOKENS", 100)
+    monkeypatch.setattr(hessian, "_TOKENS_PER_INPUT", 0.5)
+    job = job_for(path, bits=6.0, settings=settings, candidates=(3, 4))
+    # An expert of the mixture reads half of the tokens.
+    assert job.stride == {"llama": 7, "mixtral": 3}[family]
+    assert job_for(path, bits=6.0, settings=settings, sensitivity="divergence").stride == 1
+    samples, model = job.calibration.samples[:: job.stride], job.model
+    with model.outside():
+        trace = trace_model(model, samples, settings.batch_size)
+        expected = measure_sensitivities("output", model, samples, trace, settings.solver_options, (3, 4), seed=0)
+    assert job.sensitivities().costs == expected.costs
 
 
 def test_other_windows_are_measured_again(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
