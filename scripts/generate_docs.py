@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pages.commands import error_table, option_table, verb_reference, verb_table
 from pages.gallery import recipe_gallery
-from pages.measured import calibration_table, measured_table, quality_table
+from pages.measured import calibration_table, measured_table, quality_table, size_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS: dict[str, Callable[..., str]] = {
@@ -27,6 +27,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "options": option_table,
     "quality": quality_table,
     "gallery": recipe_gallery,
+    "sizes": size_table,
     "verb": verb_reference,
     "verbs": verb_table,
 }

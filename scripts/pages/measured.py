@@ -33,6 +33,8 @@ _QUALITY = (
 
 _MODELS = {"demo": "SmolLM2-135M-Instruct (`demo`)"}
 
+_BUDGETS = ("avg_bits", "avg_file_bits", "target_size")
+
 # Fields that are conditions of a table, or do not affect the stored model.
 _CONDITIONS = {"calibration", "samples", "seq_len", "batch_size", "seed", "device", "dtype", "shard_size", "bit_plan"}
 
@@ -77,6 +79,28 @@ def quality_table() -> str:
         )
     header = ("recipe", "layers", "file", "WikiText-2 test", "ratio", "KL, nats/token", "Brown test", "ratio")
     return table(header, lines, numbers=7)
+
+
+def size_table(name: str, *methods: str) -> str:
+    """These rows of a folder, from the largest file to the smallest, by the loss on the first text."""
+    document = load(name)
+    test, parameters = next(iter(document["original"]["scores"])), document["original"]["parameters"]
+    rows = {row["method"]: row for row in document["rows"]}
+    lines = []
+    for row in sorted((rows[method] for method in methods), key=lambda row: -float(row["file_bits"])):
+        score = row["scores"][test]
+        lines.append(
+            [
+                command_of(row),
+                f"{row['file_bits'] * parameters / 8e6:.1f}",
+                f"{row['file_bits']:.3f}",
+                f"{row['stored_bits']:.3f}",
+                _ratio(row["ratio"][test]),
+                with_error(score["kl"], score["kl_error"], 3),
+            ]
+        )
+    header = ("recipe", "MB", "bits/weight, file", "bits/weight, layers", "ratio", "KL, nats/token")
+    return table(header, lines, numbers=5) + "\n" + _conditions(document)
 
 
 def calibration_table(name: str) -> str:
@@ -149,9 +173,9 @@ def command_of(row: dict[str, Any]) -> str:
     if name == "peer":
         return f"{option.replace(':', ', ')}, {row['bits']} bits (a peer)"
     then, now = LATER | row["settings"]["artifact"]["recipe"], Recipe.load(name).model_dump(mode="json")
-    budget = then["avg_bits"] is not None
-    words = [name, f"--avg-bits {then['avg_bits']:g}" if budget else f"--bits {row['bits']}"]
-    for field in now.keys() - _CONDITIONS - {"bits", "avg_bits"}:
+    budget = next((field for field in _BUDGETS if then.get(field) is not None), None)
+    words = [name, f"--bits {row['bits']}" if budget is None else _option(budget, then[budget])]
+    for field in now.keys() - _CONDITIONS - {"bits", *_BUDGETS}:
         if field in then and then[field] != now[field]:
             words.append(_option(field, then[field]))
     return f"`{' '.join(words[:2] + sorted(words[2:]))}`"
@@ -161,6 +185,8 @@ def _option(field: str, value: Any) -> str:
     flag = option_name(field)
     if isinstance(value, bool):
         return flag if value else flag.replace("--", "--no-", 1)
+    if field in _BUDGETS and isinstance(value, float):
+        value = f"{value:g}"
     return f"{flag} {','.join(map(str, value)) if isinstance(value, list) else value}"
 
 

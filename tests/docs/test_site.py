@@ -74,6 +74,8 @@ def test_rows_are_named_by_the_command_that_gives_them_now() -> None:
     assert command_of(row) == "`equal-bits --bits 3 --asymmetric 0.0 --no-row-scale`"
     row["settings"] = {"artifact": {"recipe": fields | {"avg_bits": 2.25, "candidates": [2, 3]}}}
     assert command_of(row) == "`equal-bits --avg-bits 2.25 --candidates 2,3`"
+    row["settings"] = {"artifact": {"recipe": fields | {"bits": None, "target_size": "60MB"}}}
+    assert command_of(row) == "`equal-bits --target-size 60MB`"
 
 
 def test_documented_exit_codes_match_the_code(docs: dict[str, str]) -> None:
