@@ -82,7 +82,8 @@ def test_some_rows_in_one_form_tell_the_loss_of_all(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny(family, tmp_path)
-    monkeypatch.setattr(table_bits, "_FEWEST_ROWS", 100)
+    monkeypatch.setattr(table_bits, "_REPLACED_ROWS", 100)
+    monkeypatch.setattr(table_bits, "_COMPARED_ROWS", 60)
     exact, estimated = (costs_of(tmp_path, WINDOWS, every_form=every_form) for every_form in (True, False))
     for name, costs in exact.items():
         for choice in CHOICES:
