@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from pathlib import Path
@@ -58,9 +59,13 @@ class CacheFile:
 
     def _give_up(self, failure: OSError) -> None:
         self._usable = False
-        print(
-            f"Warning: {self._content} cannot be kept in {self.path.parent} ({failure.strerror or failure}), "
-            f"{self._loss}; set SHIFTADD_CACHE to a folder that you can write to.",
-            file=sys.stderr,
-            flush=True,
+        _warn_once(
+            f"{self._content} cannot be kept in {self.path.parent} ({failure.strerror or failure}), {self._loss}; set "
+            "SHIFTADD_CACHE to a folder that you can write to."
         )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """A run has several files in one folder."""
+    print(f"Warning: {text}", file=sys.stderr, flush=True)

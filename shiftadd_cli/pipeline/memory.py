@@ -131,14 +131,19 @@ class RunSizes:
     @property
     def trial(self) -> int:
         """A table with other values, and those, in float32, and a tile that is solved for, where forms are compared."""
-        if not self.recipe.open_tables:
+        if not self.forms_are_chosen:
             return 0
         layouts = (table.layout for table in self.tables)
         return max((8 * layout.rows * layout.columns + self._tile(layout) for layout in layouts), default=0)
 
     def solved(self, layout: TableLayout) -> bool:
         """Whether a table may become a compressed matrix."""
-        return layout.packed is not None or self.recipe.open_tables
+        return layout.packed is not None or self.forms_are_chosen
+
+    @property
+    def forms_are_chosen(self) -> bool:
+        """Whether the run chooses the forms of its tables."""
+        return self.recipe.allocates and self.recipe.open_tables
 
     def _tile(self, layout: TableLayout) -> int:
         if not self.solved(layout):
