@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint types check fix docs site clean
 
-demo: $(VENV)/.demo  ## Compress SmolLM2-135M to 3.25 bits and measure what it cost
+demo: $(VENV)/.demo  ## Compress SmolLM2-135M to 3.4 bits and measure what it cost
 	$(BIN)/shiftadd quantize demo -o $(OUT) --overwrite
 	$(BIN)/shiftadd evaluate $(OUT) --against demo --max-tokens $(DEMO_TOKENS)
 	$(BIN)/shiftadd evaluate $(OUT) --against demo --dataset scripts/texts/code.txt

@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 from experiments.quality.bench import TextBench
 from experiments.quality.conditions import Conditions, name_tests
-from experiments.quality.methods import parse_methods
+from experiments.quality.methods import parse_methods, rows_of
 from experiments.quality.options import Widths, comparison_options, show_table
 from experiments.quality.peers import PEERS
 from experiments.quality.table import as_json, as_markdown
@@ -68,7 +68,7 @@ def main(
         )
         # Resolve every row before making the first: a typo in the last method must not cost a night.
         parsed = parse_methods(methods)
-        cells = [conditions.cell(method, width) for width in bits for method in parsed if method.at(width)]
+        cells = [conditions.cell(method, width) for method, width in rows_of(parsed, bits)]
         bench = TextBench(conditions, cells, work, together, keep_artifacts, lambda line: click.echo(line, err=True))
         show_table(bench, work, as_json, as_markdown)
     except ShiftaddError as error:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import click
-from experiments.quality.methods import parse_methods
+from experiments.quality.methods import parse_methods, rows_of
 from experiments.quality.options import Widths, show_table
 from experiments.vision.bench import ImageBench
 from experiments.vision.conditions import ImageConditions
@@ -57,7 +57,7 @@ def main(
     try:
         conditions = ImageConditions(model, calibration, samples, seed, test, max_images, dtype)
         parsed = parse_methods(methods)
-        cells = [conditions.cell(method, width) for width in bits for method in parsed if method.at(width)]
+        cells = [conditions.cell(method, width) for method, width in rows_of(parsed, bits)]
         bench = ImageBench(conditions, cells, work, say=lambda line: click.echo(line, err=True))
         show_table(bench, work, as_json, as_markdown)
     except ShiftaddError as error:

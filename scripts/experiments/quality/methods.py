@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,18 @@ def parse_methods(lists: Iterable[str]) -> list[Method]:
     """The methods of several lists, in order and without duplicates. Raises RecipeError if one of them is wrong."""
     labels = dict.fromkeys(name for text in lists for name in split_names(text))
     return [_parse(label) for label in labels]
+
+
+def rows_of(methods: Iterable[Method], widths: Sequence[int]) -> list[tuple[Method, int]]:
+    """The rows of a table, width by width. Raises RecipeError if a method has none."""
+    methods = list(methods)
+    for method in methods:
+        if not any(method.at(bits) for bits in widths):
+            raise RecipeError(
+                f"Method {method.label}: its average belongs to other --bits than {', '.join(map(str, widths))}; give "
+                "the average rounded down."
+            )
+    return [(method, bits) for bits in widths for method in methods if method.at(bits)]
 
 
 def _parse(label: str) -> Method:

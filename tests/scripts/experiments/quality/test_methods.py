@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from experiments.quality.methods import Method, parse_methods, split_names
+from experiments.quality.methods import Method, parse_methods, rows_of, split_names
 from experiments.quality.peers import PEERS
 
 from shiftadd_cli.errors import RecipeError
@@ -42,8 +42,9 @@ def test_packaged_recipe_is_a_method(name: str) -> None:
 
 def test_method_with_an_average_has_a_row_only_at_the_width_below_it() -> None:
     (method, plain) = parse_methods(["best:avg_bits=2.25,reconstruct_epochs=0,best"])
-    assert [method.at(bits) for bits in (2, 3)] == [True, False]
-    assert [plain.at(bits) for bits in (2, 3)] == [True, True]
+    assert rows_of([method, plain], (2, 3)) == [(method, 2), (plain, 2), (plain, 3)]
+    with pytest.raises(RecipeError, match=r"avg_bits=2\.25.* other --bits than 3, 4"):
+        rows_of([plain, method], (3, 4))
     assert method.resolve(2, COMMON).avg_bits == 2.25
     assert plain.resolve(2, COMMON).avg_bits is None
 
