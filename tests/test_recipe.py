@@ -39,7 +39,7 @@ def test_default_states_every_field_except_alternatives_to_avg_bits() -> None:
 @pytest.mark.parametrize(
     ("text", "ways"),
     [
-        ("seed: 1\n", {"avg_bits": 3.25}),
+        ("seed: 1\n", {"avg_bits": 3.4}),
         ("bits: 2\n", {"bits": 2}),
         ("avg_bits: 2.5\n", {"avg_bits": 2.5}),
         ("bit_plan: plan.json\n", {"bit_plan": "plan.json"}),

@@ -21,11 +21,13 @@ _IMAGES = (("top1", "top-1, %", 100, 1), ("agreement", "same top class, %", 100,
 # Rows of the README: method and bits as measured, and a remark.
 _QUALITY = (
     ("best:avg_bits=3.25", 3, ""),
+    ("default:avg_bits=3.4", 3, ""),
     ("default:avg_bits=3.25", 3, ""),
     ("peer:autoround-light", 3, ""),
     ("peer:gptqmodel:group_size=64", 3, ""),
     ("rtn", 3, "round to nearest"),
     ("best:avg_bits=2.25", 2, ""),
+    ("default:target_size=45MB", 2, ""),
     ("default:avg_bits=2.25", 2, ""),
     ("peer:autoround-light", 2, ""),
     ("gptq", 2, ""),

@@ -24,7 +24,7 @@ from shiftadd_cli.allocation.budget import Budget
 from shiftadd_cli.allocation.cache import CACHE_VERSIONS
 from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.allocation.sensitivity import SensitivityKind
-from shiftadd_cli.bcq.choices import bits_of_choice
+from shiftadd_cli.bcq.choices import ROWS, bits_of_choice
 from shiftadd_cli.bcq.matrix_format import MatrixStorage
 from shiftadd_cli.code_fingerprint import code_fingerprint
 from shiftadd_cli.errors import AllocationError, RecipeError
@@ -116,7 +116,8 @@ class Allocations:
 
     def _recipe(self, conditions: Conditions) -> Recipe:
         common = {name: getattr(conditions, name) for name in ("calibration", "samples", "seq_len", "seed")}
-        return self.method.resolve(self.sample_bits, common)
+        # Mixes are of layers, beside embeddings that are all alike.
+        return self.method.resolve(self.sample_bits, {**common, "embedding_bits": ROWS})
 
     def _sensitivity(self, kind: SensitivityKind, seed: int) -> SensitivityRow:
         job = self._jobs[seed]
