@@ -168,7 +168,7 @@ def test_help_gives_description_and_default_of_every_field() -> None:
 def test_defaults_in_the_help_are_those_of_the_default_recipe() -> None:
     defaults = {name: default_text(name) for name in Recipe.model_fields}
     assert (defaults["avg_bits"], defaults["bits"], defaults["bit_plan"], defaults["skip"]) == (
-        "3.25",
+        "3.4",
         "none",
         "none",
         "none",
