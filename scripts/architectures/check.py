@@ -242,7 +242,7 @@ def _inputs(architecture: Architecture, model: Any, batch: Tensor, names: list[s
 
 
 def _compare_kept(original: Any, dense: Any, out: Path) -> None:
-    """Check that the tensors of neither layers nor tables are those of the source."""
+    """Check that the tensors that belong to no layer and no table are those of the source."""
     report = json.loads((out / "report.json").read_text())
     tables = {f"{name}.weight" for table in report["tables"] for name in table["modules"]}
     changed = tuple({f"{_present(original, layer['name'])}." for layer in report["layers"]})

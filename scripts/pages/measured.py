@@ -10,7 +10,7 @@ from experiments.quality.later import LATER
 
 from pages.text import table
 from shiftadd_cli.cli.options import option_name
-from shiftadd_cli.recipe import Recipe
+from shiftadd_cli.recipe import BITS, Recipe
 from shiftadd_cli.report.uncertainty import with_error
 
 MEASURED = Path(__file__).resolve().parent.parent / "measured"
@@ -35,7 +35,7 @@ _QUALITY = (
 
 _MODELS = {"demo": "SmolLM2-135M-Instruct (`demo`)"}
 
-_BUDGETS = ("avg_bits", "avg_file_bits", "target_size")
+_BUDGETS = [field for field in BITS if field not in ("bits", "bit_plan")]
 
 # Fields that are conditions of a table, or do not affect the stored model.
 _CONDITIONS = {"calibration", "samples", "seq_len", "batch_size", "seed", "device", "dtype", "shard_size", "bit_plan"}

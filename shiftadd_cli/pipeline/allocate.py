@@ -219,12 +219,7 @@ class AllocationJob:
     @property
     def model(self) -> BlockwiseModel:
         """The model to measure, in the compute dtype."""
-        return BlockwiseModel(self.running, make_plan(self.running, self.recipe).structure, self.context)
-
-    @property
-    def running(self) -> Source:
-        """The source in the compute dtype."""
-        return self.source.computed_on(self.context.device)
+        return BlockwiseModel(self.data.plan.running, self.data.plan.structure, self.context)
 
     def with_budget(self, budget: Budget | CostLimit) -> AllocationJob:
         """The same job with another budget. Raises AllocationError if it is too small."""
@@ -248,7 +243,7 @@ class AllocationJob:
         second moments of their inputs."""
         if self.request.sensitivity != "output":
             return 1
-        samples, read = self.recipe.samples, self.data.plan.tokens_read()
+        samples, read = self.recipe.samples, self.data.plan.tokens_read
         specs = (linear.spec for linear in self.linears)
         return max(1, min(int(samples * read[spec.name] / sufficient_tokens(spec.in_features)) for spec in specs))
 
@@ -268,7 +263,7 @@ class AllocationJob:
             cache_folder(),
             self.request.sensitivity,
             self.source.fingerprint,
-            str(self.running.dtype),
+            str(self.data.plan.running.dtype),
             self.recipe_fingerprint,
             # The samples themselves: another way to draw or read the same data gives other sensitivities.
             samples_fingerprint(calibration.samples[::stride]),

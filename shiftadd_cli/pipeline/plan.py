@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -137,10 +138,9 @@ class Plan:
         if not self.calibrated:
             return 0
         recipe = self.recipe
-        flow = measure_flow(self.source, self.structure.blocks, recipe.seq_len)
-        depths = 2 * self._hidden_bytes(flow, recipe.samples)
-        weights = token_weight_bytes(recipe, flow, self.structure.linears) if recipe.loss_aware else 0
-        return depths + weights + self._waiting_bytes(flow)
+        depths = 2 * self._hidden_bytes(recipe.samples)
+        weights = token_weight_bytes(recipe, self.flow, self.structure.linears) if recipe.loss_aware else 0
+        return depths + weights + self._waiting_bytes()
 
     def held_bytes(self, team: Team) -> int:
         """Bytes of hidden states that this process of a team has in memory. The first process has them on disk, the
@@ -148,27 +148,29 @@ class Plan:
         if team.first or not self.calibrated:
             return 0
         shards = team.shards(-(-self.recipe.samples // self.recipe.batch_size))
-        flow = measure_flow(self.source, self.structure.blocks, self.recipe.seq_len)
-        return self._hidden_bytes(flow, len(list(shards.own())) * self.recipe.batch_size)
+        return self._hidden_bytes(len(list(shards.own())) * self.recipe.batch_size)
 
-    def _hidden_bytes(self, flow: Flow, samples: int) -> int:
-        return versions_kept(self.recipe) * samples * flow.values * self.running.dtype.itemsize
+    @cached_property
+    def flow(self) -> Flow:
+        """The flow of a calibration sample through the blocks."""
+        return measure_flow(self.source, self.structure.blocks, self.recipe.seq_len)
 
+    def _hidden_bytes(self, samples: int) -> int:
+        return versions_kept(self.recipe) * samples * self.flow.values * self.running.dtype.itemsize
+
+    @property
     def tokens_read(self) -> dict[str, float]:
         """Tokens of a sample that each linear reads, by name: on average, for experts."""
-        return self._tokens_read(measure_flow(self.source, self.structure.blocks, self.recipe.seq_len))
-
-    def _tokens_read(self, flow: Flow) -> dict[str, float]:
         shares, blocks = routed_shares(self.source.skeleton()), self.structure.blocks
         return {
-            spec.name: flow.tokens[spec.block]
+            spec.name: self.flow.tokens[spec.block]
             * (1.0 if spec.experts is None else shares[f"{blocks[spec.block]}.{spec.experts}"])
             for spec in self.structure.linears
         }
 
-    def _waiting_bytes(self, flow: Flow) -> int:
+    def _waiting_bytes(self) -> int:
         """Bytes that `InputCache` and `OutputCache` store for the largest block, if no two linears share an input."""
-        recipe, read = self.recipe, self._tokens_read(flow)
+        recipe, read = self.recipe, self.tokens_read
         values = dict.fromkeys(range(len(self.structure.blocks)), 0.0)
         for spec in self.structure.linears:
             recalled = spec.in_features if recipe.compares_inputs else 0

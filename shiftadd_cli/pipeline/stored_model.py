@@ -45,8 +45,8 @@ class StoredModel:
         """
         recipe, device, skeleton = self.plan.recipe, self.model.device, self.model.skeleton
         with self.model.outside(self._buffers()):
-            read = [f"{table.reader}.weight" for table in self.plan.tables if table.reader is not None]
-            originals = {name: skeleton.get_parameter(name).detach().clone() for name in read}
+            heads = [f"{table.reader}.weight" for table in self.plan.tables if table.reader is not None]
+            originals = {name: skeleton.get_parameter(name).detach().clone() for name in heads}
             self._decode_tables()
             blocks = [self._block(depth) for depth in range(len(self.model.names))]
             distiller = Distiller(
