@@ -414,9 +414,8 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
         path = configs_folder() / f"{name_or_path}.yaml" if packaged else Path(name_or_path)
         if not packaged and not path.exists():
             raise RecipeError(_no_such_recipe(name_or_path))
-        # Every command reads `default` for its help texts, so it is read once.
-        fields = {} if packaged and name_or_path == "default" else read_mapping(path)
-        usual = _on_top(_default_fields(), fields)
+        fields = _packaged_fields(name_or_path) if packaged else read_mapping(path)
+        usual = _on_top(_packaged_fields("default"), fields)
         return _build(usual, overrides or {}, f"Recipe {path}", given=() if packaged else fields)
 
     def changed(self, fields: dict[str, Any]) -> Recipe:
@@ -424,10 +423,11 @@ class Recipe(FitOptions, MatrixStorage, BitOptions):
         return _build(self.model_dump(), fields, "The recipe", given=self.model_fields_set)
 
 
+# Every command reads recipes for its help texts, and every report reads all of them.
 @cache
-def _default_fields() -> Mapping[str, Any]:
-    """The fields of `default`, which every other recipe starts from."""
-    return read_mapping(configs_folder() / "default.yaml")
+def _packaged_fields(name: str) -> Mapping[str, Any]:
+    """The fields in the file of a packaged recipe."""
+    return read_mapping(configs_folder() / f"{name}.yaml")
 
 
 def nearest_recipe(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

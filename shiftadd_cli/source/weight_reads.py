@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -60,8 +59,6 @@ def watching_weights(root: nn.Module, modules: Mapping[str, nn.Module]) -> Itera
             yield watch.used
 
 
-# Cached because every plan finds the structure again.
-@lru_cache(maxsize=1)
 def weights_read_by_others(model: Any, names: tuple[str, ...]) -> frozenset[str]:
     """Those linears among `names` whose weight other code computes with, in a decoder on the meta device.
 
@@ -70,6 +67,17 @@ def weights_read_by_others(model: Any, names: tuple[str, ...]) -> frozenset[str]
     """
     if getattr(model, "main_input_name", None) != "input_ids":
         return frozenset()
+    # Every plan and every copy of a model asks again, and the answer depends on its code and configuration alone.
+    key = (type(model), model.config.to_json_string(use_diff=False), names)
+    if key not in _READ:
+        _READ[key] = _read_without_values(model, names)
+    return _READ[key]
+
+
+_READ: dict[tuple[type, str, tuple[str, ...]], frozenset[str]] = {}
+
+
+def _read_without_values(model: Any, names: tuple[str, ...]) -> frozenset[str]:
     with watching_weights(model, {name: model.get_submodule(name) for name in names}) as used, without_values():
         try:
             model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="meta"), use_cache=False)
