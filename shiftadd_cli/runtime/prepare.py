@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import nn
 
 from shiftadd_cli.kernels.select import Kernel, chosen_kernel
 from shiftadd_cli.native.extension import cpu_extension
@@ -28,3 +31,27 @@ def prepare_layers(layers: Iterable[PackedWeight]) -> None:
         # A tied layer may be prepared already.
         if layer.kernel is None:
             layer.prepare()
+
+
+def leave_files(model: nn.Module, files: Sequence[str]) -> None:
+    """Copy the tensors that a model on the CPU still reads from its mapped files, if they are less than half of these.
+
+    A mapped file stays in memory as long as one tensor reads it, beside the planes that were rearranged. Where most of
+    it is read, as for dense weights, it costs nothing and stays.
+    """
+    packed = [layer for layer in model.modules() if isinstance(layer, PackedWeight) and layer.kernel is Kernel.CPU]
+    rearranged = {id(tensor) for layer in packed for tensor in layer.on_cpu().tensors().values()}
+    parameters = [tensor for tensor in model.parameters() if tensor.device.type == "cpu"]
+    # By identity, because tied modules share them.
+    buffers = {id(tensor): tensor for tensor in model.buffers() if tensor.device.type == "cpu"}
+    buffers = {key: tensor for key, tensor in buffers.items() if key not in rearranged}
+    read = sum(tensor.nbytes for tensor in (*parameters, *buffers.values()))
+    if 2 * read >= sum(Path(file).stat().st_size for file in files):
+        return
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
+    copies = {key: tensor.clone() for key, tensor in buffers.items()}
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            # A loaded buffer is a view of the file even after its data are replaced, so the copy takes its place.
+            module._buffers[name] = copies.get(id(buffer), buffer)

@@ -33,7 +33,7 @@ from shiftadd_cli.runtime.loading import (
     restore_dense,
 )
 from shiftadd_cli.runtime.packed import PackedWeight
-from shiftadd_cli.runtime.prepare import prepare_layers
+from shiftadd_cli.runtime.prepare import leave_files, prepare_layers
 from shiftadd_cli.runtime.remote_code import forget_unused_entry
 from shiftadd_cli.runtime.rotation import share_rotations
 from shiftadd_cli.runtime.table import Table
@@ -119,8 +119,8 @@ class ShiftAddQuantizer(HfQuantizer):
             if len(members) > 1:
                 ties.rename(members, "weight", *layout.tensors())
         place_tables(model, self.quantization_config.table_layouts(), dtype)
-        if checkpoint_files is not None:
-            check_files(model, checkpoint_files)
+        self._files = checkpoint_files or []
+        check_files(model, self._files)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
         check_loaded(model, model.config.architectures or ())
@@ -133,6 +133,7 @@ class ShiftAddQuantizer(HfQuantizer):
         connect_tables(model)
         share_rotations(model)
         prepare_layers(_packed_modules(model).values())
+        leave_files(model, self._files)
         fuse_blocks(model)
         forget_unused_entry(model.config)
         return model

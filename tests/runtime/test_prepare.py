@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from compiled import needs_kernels
 from formats import layout_on
 from loading import assert_close, assert_same_state, load, logits
 from tiny_models import tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shiftadd_cli.bcq.grid import ScaleGrid
 from shiftadd_cli.kernels import select as choice
@@ -146,3 +150,47 @@ def test_triton_can_be_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHIFTADD_KERNEL", "reference")
     prepared.to(torch.float32)
     assert prepared.kernel is Kernel.REFERENCE
+
+
+def small_llama(vocabulary: int, *, tied: bool) -> LlamaForCausalLM:
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, **sizes)
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def is_mapped(folder: Path) -> bool:
+    gc.collect()
+    return str(folder) in Path("/proc/self/maps").read_text()
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tables", [True, False])
+def test_loaded_model_keeps_no_file_in_memory_that_it_hardly_reads(tmp_path: Path, tables: bool, tied: bool) -> None:
+    write_checkpoint(small_llama(32, tied=tied), tmp_path, tables=tables)
+    model = load(tmp_path)
+    assert not is_mapped(tmp_path)
+    states = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(torch.arange(8)[None]).logits
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(bytes(file.stat().st_size))
+    assert all(torch.equal(tensor, states[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(torch.arange(8)[None]).logits, expected)
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_dense_weights_that_fill_a_file_stay_mapped(tmp_path: Path) -> None:
+    write_checkpoint(small_llama(4096, tied=True), tmp_path)
+    model = load(tmp_path)
+    assert is_mapped(tmp_path)
+    assert model is not None
