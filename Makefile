@@ -19,7 +19,7 @@ demo: $(VENV)/.demo  ## Compress SmolLM2-135M to 3.4 bits and measure what it co
 	$(BIN)/shiftadd evaluate $(OUT) --against demo --max-tokens $(DEMO_TOKENS)
 	$(BIN)/shiftadd evaluate $(OUT) --against demo --dataset scripts/texts/code.txt
 
-# One process finds all type errors, so tests run beside it.
+# mypy uses one core, so tests run beside it.
 test: lint  ## Everything CI runs
 	$(MAKE) --jobs 2 types check
 

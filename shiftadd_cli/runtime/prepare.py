@@ -33,11 +33,11 @@ def prepare_layers(layers: Iterable[PackedWeight]) -> None:
             layer.prepare()
 
 
-def leave_files(model: nn.Module, files: Sequence[str]) -> None:
-    """Copy the tensors that a model on the CPU still reads from its mapped files, if they are less than half of these.
+def detach_from_files(model: nn.Module, files: Sequence[str]) -> None:
+    """Copy the tensors that a model on the CPU still reads from its mapped files, unless these are mostly read.
 
-    A mapped file stays in memory as long as one tensor reads it, beside the planes that were rearranged. Where most of
-    it is read, as for dense weights, it costs nothing and stays.
+    A mapped file stays in memory as long as one tensor reads it, beside the planes that were rearranged. Where a model
+    reads most of a file, as with dense weights, the mapping costs nothing and stays.
     """
     packed = [layer for layer in model.modules() if isinstance(layer, PackedWeight) and layer.kernel is Kernel.CPU]
     rearranged = {id(tensor) for layer in packed for tensor in layer.on_cpu().tensors().values()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from shiftadd_cli.runtime.loading import (
     restore_dense,
 )
 from shiftadd_cli.runtime.packed import PackedWeight
-from shiftadd_cli.runtime.prepare import leave_files, prepare_layers
+from shiftadd_cli.runtime.prepare import detach_from_files, prepare_layers
 from shiftadd_cli.runtime.remote_code import forget_unused_entry
 from shiftadd_cli.runtime.rotation import share_rotations
 from shiftadd_cli.runtime.table import Table
@@ -73,6 +73,8 @@ class ShiftAddQuantizer(HfQuantizer):
     serialized_names = {"weight": list(SUFFIXES)}  # noqa: RUF012 - the base class declares it like this
 
     quantization_config: ShiftAddConfig
+    # The files that the model is loaded from.
+    _files: Sequence[str] = ()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Dtype to load a tensor in. Stored tensors keep theirs, since row scales overflow in float16."""
@@ -119,7 +121,7 @@ class ShiftAddQuantizer(HfQuantizer):
             if len(members) > 1:
                 ties.rename(members, "weight", *layout.tensors())
         place_tables(model, self.quantization_config.table_layouts(), dtype)
-        self._files = checkpoint_files or []
+        self._files = checkpoint_files or ()
         check_files(model, self._files)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
@@ -133,7 +135,7 @@ class ShiftAddQuantizer(HfQuantizer):
         connect_tables(model)
         share_rotations(model)
         prepare_layers(_packed_modules(model).values())
-        leave_files(model, self._files)
+        detach_from_files(model, self._files)
         fuse_blocks(model)
         forget_unused_entry(model.config)
         return model
