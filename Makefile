@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out/smollm2-3bit
 DEMO_TOKENS ?= 20000
-JOBS ?= 2
+# On two cores: tests wait for processes, files and time limits for a quarter of their time.
+JOBS ?= 3
 
 BIN := $(VENV)/bin
 NATIVE := shiftadd_cli/native
