@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out/smollm2-3bit
 DEMO_TOKENS ?= 20000
-# On two cores: tests wait for processes, files and time limits for a quarter of their time.
+# Three for two cores, because tests wait for processes, files and time limits for a quarter of their time.
 JOBS ?= 3
 
 BIN := $(VENV)/bin

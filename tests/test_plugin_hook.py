@@ -11,14 +11,14 @@ import sys
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 print("shiftadd" in AUTO_QUANTIZER_MAPPING and "shiftadd" in AUTO_QUANTIZATION_CONFIG_MAPPING, flush=True)
 """
-# Importing torch takes most of the time, and the cases start after it. Each has a copy of this interpreter.
+# Importing torch takes most of the time, so each case runs in a copy of one interpreter that has done it.
 ORDERS = """
 import os, sys, torch
 for program in sys.argv[1:]:
     if not os.fork():
         exec(program)
         os._exit(0)
-    os.wait()
+    assert os.wait()[1] == 0, program
 """
 
 

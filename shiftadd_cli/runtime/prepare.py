@@ -1,4 +1,4 @@
-"""Gives the layers of a loaded model the kernels that suit the machine."""
+"""Gives the layers of a loaded model the kernels that suit the machine, and detaches the model from its files."""
 
 from __future__ import annotations
 
@@ -42,15 +42,14 @@ def detach_from_files(model: nn.Module, files: Sequence[str]) -> None:
     packed = [layer for layer in model.modules() if isinstance(layer, PackedWeight) and layer.kernel is Kernel.CPU]
     rearranged = {id(tensor) for layer in packed for tensor in layer.on_cpu().tensors().values()}
     parameters = [tensor for tensor in model.parameters() if tensor.device.type == "cpu"]
-    # By identity, because tied modules share them.
-    buffers = {id(tensor): tensor for tensor in model.buffers() if tensor.device.type == "cpu"}
-    buffers = {key: tensor for key, tensor in buffers.items() if key not in rearranged}
-    read = sum(tensor.nbytes for tensor in (*parameters, *buffers.values()))
+    buffers = [tensor for tensor in model.buffers() if tensor.device.type == "cpu" and id(tensor) not in rearranged]
+    read = sum(tensor.nbytes for tensor in (*parameters, *buffers))
     if 2 * read >= sum(Path(file).stat().st_size for file in files):
         return
     for parameter in parameters:
         parameter.data = parameter.data.clone()
-    copies = {key: tensor.clone() for key, tensor in buffers.items()}
+    # By identity, because tied modules share them.
+    copies = {id(tensor): tensor.clone() for tensor in buffers}
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             # A loaded buffer is a view of the file even after its data are replaced, so the copy takes its place.

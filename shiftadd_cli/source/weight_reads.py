@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 _METHODS = {"size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "element_size", "__len__"}
 _ATTRIBUTES = {"dtype", "device", "shape", "ndim", "is_meta", "is_cuda", "requires_grad", "layout", "nbytes"}
 _TOKENS = 8
+# Weights read by other code, by the class of a model, its configuration and the linears in question.
+_answers: dict[tuple[type, str, tuple[str, ...]], frozenset[str]] = {}
 
 
 class _Watch(TorchFunctionMode):
@@ -69,12 +71,9 @@ def weights_read_by_others(model: Any, names: tuple[str, ...]) -> frozenset[str]
         return frozenset()
     # Every plan and every copy of a model asks again, and the answer depends on its code and configuration alone.
     key = (type(model), model.config.to_json_string(use_diff=False), names)
-    if key not in _READ:
-        _READ[key] = _read_without_values(model, names)
-    return _READ[key]
-
-
-_READ: dict[tuple[type, str, tuple[str, ...]], frozenset[str]] = {}
+    if key not in _answers:
+        _answers[key] = _read_without_values(model, names)
+    return _answers[key]
 
 
 def _read_without_values(model: Any, names: tuple[str, ...]) -> frozenset[str]:
