@@ -30,3 +30,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.env
 def repository() -> Path:
     """Root of the checkout under test."""
     return REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _own_peak_memory() -> None:
+    """Starts the peak memory of the process anew: plans take it into account, and an earlier test may have set it."""
+    counter = Path("/proc/self/clear_refs")
+    if counter.exists():
+        counter.write_text("5")
