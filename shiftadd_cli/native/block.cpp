@@ -96,9 +96,10 @@ void attend_and_mix(const Run& run, const DecoderBlock& block, const Hidden& hid
     Pool::shared().run(rows * heads, useful_threads(run.threads, rows * width * tokens * number), [&](int64_t task) {
         thread_local Scratch score_scratch;
         const int64_t row = task / heads, head = task % heads;
-        run.kernels.attend({queries + task * size, cached_head(keys, row, head), cached_head(values, row, head), tokens,
+        const int64_t seen = tokens + (hidden.consecutive ? row : 0);
+        run.kernels.attend({queries + task * size, cached_head(keys, row, head), cached_head(values, row, head), seen,
                             keys.token_stride, values.token_stride, size, hidden.type, block.scale,
-                            score_scratch.room<float>(tokens), attended + task * size});
+                            score_scratch.room<float>(seen), attended + task * size});
     });
 
     // The hidden state after attention, [rows][columns].

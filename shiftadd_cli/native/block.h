@@ -1,5 +1,6 @@
-// One decoder block of the Llama family for one new token per sequence, in two steps: between them, the caller updates
-// its cache of keys and values. Everything between input and output is float32.
+// One decoder block of the Llama family for few new tokens, in two steps: between them, the caller updates its cache of
+// keys and values. Everything between input and output is float32. Each row is computed as if it were alone, so a token
+// gets the same bits whether it is decoded with others or by itself.
 #pragma once
 
 #include "lookups.h"
@@ -33,11 +34,13 @@ struct DecoderBlock {
     int64_t key_heads() const { return key.matrix.layout.rows / head_size; }
 };
 
-// Activations [rows][columns]: one row per sequence, at most kTileRows.
+// Activations [rows][columns], at most kTileRows: the next token of each of several sequences, or consecutive tokens of
+// one sequence.
 struct Hidden {
     const void* values;
     Number type;
     int rows;
+    bool consecutive;
 };
 
 // Rotary position embeddings [head_size] for each row, or for all rows (stride 0).
@@ -47,13 +50,14 @@ struct Positions {
     int64_t stride;
 };
 
-// Keys and values [rows][key_heads][tokens][head_size] in the type of the activations; strides in numbers.
+// Keys and values [sequences][key_heads][tokens][head_size] in the type of the activations; strides in numbers. The
+// row stride leads from the sequence of one row to that of the next: 0 for consecutive tokens.
 struct Cached {
     const void* values;
     int64_t row_stride, head_stride, token_stride;
 };
 
-// Destination of the new token's keys or values: head `h` of row `r` starts at `r * row_stride + h * head_stride`.
+// Destination of the new keys or values: head `h` of row `r` starts at `r * row_stride + h * head_stride`.
 struct Fresh {
     void* values;
     int64_t row_stride, head_stride;
@@ -70,7 +74,8 @@ struct Run {
 void decode_heads(const Run& run, const DecoderBlock& block, const Hidden& hidden, const Positions& positions,
                   float* queries, const Fresh& keys, const Fresh& values);
 
-// Second step: attention of the queries to `tokens` keys and values, the MLP and both residuals. `output` has the form
+// Second step: attention, the MLP and both residuals. The queries of the first row see `tokens` keys and values, as
+// those of the other rows do; of consecutive tokens, each sees one more than the token before it. `output` has the form
 // of `hidden` and may overwrite it.
 void decode_rest(const Run& run, const DecoderBlock& block, const Hidden& hidden, const float* queries,
                  const Cached& keys, const Cached& values, int64_t tokens, void* output);

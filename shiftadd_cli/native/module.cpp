@@ -102,8 +102,13 @@ void check_output(const ActivationTensor& x, const ActivationTensor& output, int
 Hidden hidden_state(const DecoderBlock& block, const ActivationTensor& hidden) {
     check(hidden.columns() == block.columns(), "the hidden states must have the width of the block");
     check(hidden.rows() >= 1 && hidden.rows() <= kTileRows, "the number of rows must be 1 to 8");
-    return {hidden.data, hidden.type(), static_cast<int>(hidden.rows())};
+    check(hidden.axes == 3 && (hidden.shape[0] == 1 || hidden.shape[1] == 1),
+          "the hidden states must be those of one token per sequence, or of one sequence");
+    return {hidden.data, hidden.type(), static_cast<int>(hidden.rows()), hidden.shape[1] > 1};
 }
+
+int64_t sequences(const Hidden& hidden) { return hidden.consecutive ? 1 : hidden.rows; }
+int64_t tokens_of_each(const Hidden& hidden) { return hidden.consecutive ? hidden.rows : 1; }
 
 Positions positions(const DecoderBlock& block, const ActivationTensor& cosines, const ActivationTensor& sines,
                     int rows) {
@@ -113,22 +118,23 @@ Positions positions(const DecoderBlock& block, const ActivationTensor& cosines, 
     return {cosines.data, sines.data, cosines.type(), cosines.rows() > 1 ? block.head_size : 0};
 }
 
-// Keys or values [rows][heads][tokens][size].
+// Keys or values [sequences][heads][tokens][size].
 Cached cached(const DecoderBlock& block, const StridedActivations& heads, const Hidden& hidden) {
-    check(heads.axes == 4 && heads.type() == hidden.type && heads.shape[0] == hidden.rows &&
+    check(heads.axes == 4 && heads.type() == hidden.type && heads.shape[0] == sequences(hidden) &&
               heads.shape[1] == block.key_heads() && heads.shape[3] == block.head_size,
           "keys and values must have the heads of the block");
-    return {heads.data, heads.strides[0], heads.strides[1], heads.strides[2]};
+    return {heads.data, hidden.consecutive ? 0 : heads.strides[0], heads.strides[1], heads.strides[2]};
 }
 
+// New keys or values [sequences][heads][tokens][size].
 Fresh fresh(const DecoderBlock& block, const ActivationTensor& heads, const Hidden& hidden) {
-    const int64_t width = block.key_heads() * block.head_size;
-    check(heads.type() == hidden.type && heads.size == hidden.rows * width,
+    const int64_t size = block.head_size, tokens = tokens_of_each(hidden);
+    check(heads.type() == hidden.type && heads.has_shape({sequences(hidden), block.key_heads(), tokens, size}),
           "keys and values must have the heads of the block");
-    return {heads.data, width, block.head_size};
+    return {heads.data, hidden.consecutive ? size : block.key_heads() * size, tokens * size};
 }
 
-// Buffers [rows][heads][capacity][size] of the keys and values of all blocks.
+// Buffers [sequences][heads][capacity][size] of the keys and values of all blocks.
 struct Caches {
     std::vector<ActivationTensor> keys, values;
 };
@@ -142,7 +148,8 @@ std::vector<BlockCache> block_caches(const DecoderStack& stack, const Caches& ca
         const ActivationTensor &keys = caches.keys[i], &values = caches.values[i];
         cached(*stack.blocks[i], keys, hidden);
         cached(*stack.blocks[i], values, hidden);
-        check(keys.shape[2] == values.shape[2] && tokens >= 0 && tokens < keys.shape[2], "a cache is full");
+        check(keys.shape[2] == values.shape[2] && tokens >= 0 && tokens + tokens_of_each(hidden) <= keys.shape[2],
+              "a cache is full");
         result.push_back({keys.data, values.data, keys.shape[2]});
     }
     return result;
@@ -373,10 +380,12 @@ NB_MODULE(_native, m) {
                 const Cached all_keys = cached(self, keys, state), all_values = cached(self, values, state);
                 check(queries.size == state.rows * self.query_heads() * self.head_size,
                       "queries must have the heads of the block");
-                check(keys.shape[2] == values.shape[2], "keys and values must have the same number of tokens");
+                const int64_t others = tokens_of_each(state) - 1;
+                check(keys.shape[2] == values.shape[2] && keys.shape[2] > others,
+                      "keys and values must have the same number of tokens, the new ones included");
                 check_output(hidden, output, hidden.columns());
                 decode_rest({**available_kernels(), fast, threads}, self, state, queries.values(), all_keys,
-                            all_values, keys.shape[2], output.data);
+                            all_values, keys.shape[2] - others, output.data);
             },
             without_gil);
 

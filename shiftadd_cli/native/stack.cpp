@@ -16,9 +16,11 @@ void decode_stack(const Run& run, const DecoderStack& stack, const Hidden& hidde
         Hidden input = hidden;
         for (size_t i = 0; i < stack.blocks.size(); ++i) {
             const BlockCache& cache = caches[i];
-            const int64_t head_stride = cache.capacity * size, row_stride = first.key_heads() * head_stride;
+            const int64_t head_stride = cache.capacity * size;
+            const int64_t row_stride = hidden.consecutive ? 0 : first.key_heads() * head_stride;
             const auto fresh = [&](void* all) {
-                return Fresh{static_cast<char*>(all) + tokens * token_bytes, row_stride, head_stride};
+                return Fresh{static_cast<char*>(all) + tokens * token_bytes, hidden.consecutive ? size : row_stride,
+                             head_stride};
             };
             decode_heads(run, *stack.blocks[i], input, positions, queries, fresh(cache.keys), fresh(cache.values));
             decode_rest(run, *stack.blocks[i], input, queries, {cache.keys, row_stride, head_stride, size},

@@ -143,12 +143,12 @@ class Rooms:
     number filled.
     """
 
-    def __init__(self, layers: Sequence[Any], tokens: int) -> None:
-        """layers: each a `DynamicLayer` of `tokens` tokens."""
+    def __init__(self, layers: Sequence[Any], tokens: int, added: int) -> None:
+        """layers: each a `DynamicLayer` of `tokens` tokens; added: tokens to make room for."""
         self.layers, self.tokens = list(layers), tokens
         self._buffers: list[tuple[Tensor, Tensor]] = []
         for index, layer in enumerate(self.layers):
-            self._buffers.append(buffers_of(layer, tokens, 1))
+            self._buffers.append(buffers_of(layer, tokens, added))
             layer.__dict__[_ROOMS] = self, index
             # Frees the old tensors before the next layer gets its room.
             layer.keys = layer.values = None
@@ -159,11 +159,11 @@ class Rooms:
         rows, heads, _, size = self._buffers[0][0].shape
         self._kind = ((rows, heads, size), self._buffers[0][0].dtype, torch.is_inference_mode_enabled())
 
-    def fit(self, layers: list[Any], shape: tuple[int, int, int], dtype: torch.dtype) -> bool:
-        """Whether these are the layers, of this shape (rows, heads, size), with room for one more token."""
+    def fit(self, layers: list[Any], shape: tuple[int, int, int], dtype: torch.dtype, added: int) -> bool:
+        """Whether these are the layers, of this shape (rows, heads, size), with room for `added` more tokens."""
         # Tensors made in inference mode can be written only in that mode, and others only outside it.
         kind = (shape, dtype, torch.is_inference_mode_enabled())
-        return self.tokens < self._capacity and layers == self.layers and kind == self._kind
+        return self.tokens + added <= self._capacity and layers == self.layers and kind == self._kind
 
     def held(self, index: int, which: int) -> Tensor:
         """Keys (0) or values (1) of a layer, `[rows, heads, tokens, size]`."""
@@ -218,15 +218,15 @@ def _plain_layer() -> DynamicLayer:
     return DynamicLayer.__new__(DynamicLayer)
 
 
-def open_rooms(cache: Any, count: int, shape: tuple[int, int, int], dtype: torch.dtype) -> Rooms | None:
-    """Room for one more token in the first `count` layers of a cache. None unless all are of this shape (rows, heads,
-    size) and dtype, on a CPU, and equally full. The caller that fills it must add one to `tokens`."""
+def open_rooms(cache: Any, count: int, shape: tuple[int, int, int], dtype: torch.dtype, added: int = 1) -> Rooms | None:
+    """Room for `added` more tokens in the first `count` layers of a cache. None unless all are of this shape (rows,
+    heads, size) and dtype, on a CPU, and equally full. The caller that fills it must add their number to `tokens`."""
     if not is_known(cache) or len(cache.layers) < count:
         return None
     layers = cache.layers[:count]
     rooms: Rooms | None = layers[0].__dict__.get(_ROOMS, (None,))[0]
     if rooms is not None:
-        if rooms.fit(layers, shape, dtype):
+        if rooms.fit(layers, shape, dtype, added):
             return rooms
         rooms.close()
     if any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in layers):
@@ -236,4 +236,4 @@ def open_rooms(cache: Any, count: int, shape: tuple[int, int, int], dtype: torch
     tensors = (tensor for layer in layers for tensor in (layer.keys, layer.values))
     if any(tensor.shape != expected or tensor.dtype != dtype or not tensor.is_cpu for tensor in tensors):
         return None
-    return Rooms(layers, tokens)
+    return Rooms(layers, tokens, added)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,17 @@ def write_decoders(families: Iterable[str], folder: Path) -> dict[str, Checkpoin
         name: write_checkpoint(tiny_model(name), folder / name, common=_ROTATED, own={"k_proj": COMMON}, tables=True)
         for name in families
     }
+
+
+def decode_in_parts(model: PreTrainedModel, parts: Sequence[int]) -> Tensor:
+    """Logits `[tokens, vocabulary]` of the tokens after a prompt, which the model reads in parts of these lengths."""
+    ids = torch.randint(0, VOCAB_SIZE, (1, 9 + sum(parts)), generator=torch.Generator().manual_seed(1))
+    prompt, *rest = ids.split([9, *parts], dim=1)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+        logits = [model(part, past_key_values=cache).logits[0] for part in rest]
+    return torch.cat(logits).float()
 
 
 def decode(

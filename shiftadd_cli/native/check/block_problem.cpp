@@ -60,6 +60,7 @@ BlockProblem::BlockProblem(Random& random)
       rows(static_cast<int>(random.between(1, kTileRows))),
       type(random.coin() ? Number::kFloat32 : Number::kBFloat16),
       position_type(random.coin() ? type : Number::kFloat32),
+      consecutive(rows > 1 && random.coin()),
       inner_norms(random.between(0, 3) > 0),
       head_norms(random.coin()),
       joint(random.coin()),
@@ -89,14 +90,15 @@ BlockProblem::BlockProblem(Random& random)
     const int64_t angles = (one_position ? 1 : rows) * size;
     cosines = normal(position_type, angles, random);
     sines = normal(position_type, angles, random);
-    keys = normal(type, rows * key_heads * tokens * size, random);
-    values = normal(type, rows * key_heads * tokens * size, random);
+    keys = normal(type, sequences() * key_heads * tokens * size, random);
+    values = normal(type, sequences() * key_heads * tokens * size, random);
 }
 
 std::string BlockProblem::name() const {
     return "block of " + std::to_string(columns) + " columns, " + std::to_string(heads) + " heads of " +
-           std::to_string(size) + ", " + std::to_string(inner) + " inside, " + std::to_string(rows) + " rows, " +
-           std::to_string(tokens) + " tokens" + (type == Number::kFloat32 ? "" : ", bfloat16");
+           std::to_string(size) + ", " + std::to_string(inner) + " inside, " + std::to_string(rows) +
+           (consecutive ? " consecutive" : "") + " rows, " + std::to_string(tokens) + " tokens" +
+           (type == Number::kFloat32 ? "" : ", bfloat16");
 }
 
 DecoderBlock BlockProblem::block() const {
@@ -139,7 +141,7 @@ Numbers BlockProblem::stacked(const Kernels& kernels, bool fast, int threads, in
     std::vector<BlockCache> caches;
     for (int block = 0; block < depth; ++block) {
         // Room for more tokens than needed, and different for each block.
-        const int64_t capacity = tokens + 1 + 2 * block, heads_in_all = rows * key_heads;
+        const int64_t capacity = tokens + tokens_of_each() + 2 * block, heads_in_all = sequences() * key_heads;
         all_keys.emplace_back(type, heads_in_all * capacity * size);
         all_values.emplace_back(type, heads_in_all * capacity * size);
         for (int64_t head = 0; head < heads_in_all; ++head)
@@ -151,31 +153,33 @@ Numbers BlockProblem::stacked(const Kernels& kernels, bool fast, int threads, in
     }
     Numbers result(type, rows * columns);
     decode_stack({kernels, fast, threads}, {std::vector<const DecoderBlock*>(depth, &decoder_block)},
-                 {hidden.data(), type, rows}, positions(), caches, tokens, result.data());
+                 {hidden.data(), type, rows, consecutive}, positions(), caches, tokens, result.data());
     return result;
 }
 
 Numbers BlockProblem::output_of(const Kernels& kernels, bool fast, int threads, const Numbers& input) const {
     const Run run{kernels, fast, threads};
     const DecoderBlock decoder_block = block();
-    const Hidden state{input.data(), type, rows};
+    const Hidden state{input.data(), type, rows, consecutive};
     Buffer<float> queries(rows * heads * size);
     Numbers new_keys(type, rows * key_heads * size), new_values(type, rows * key_heads * size);
     Numbers result(type, rows * columns);
-    decode_heads(run, decoder_block, state, positions(), queries.data(),
-                 {new_keys.data(), key_heads * size, size}, {new_values.data(), key_heads * size, size});
-    // Like a cache: the new token follows the earlier ones.
-    const int64_t stride = (tokens + 1) * size;
-    Numbers all_keys(type, rows * key_heads * stride), all_values(type, rows * key_heads * stride);
-    for (int64_t head = 0; head < rows * key_heads; ++head)
+    const int64_t fresh_stride = tokens_of_each() * size, row_stride = consecutive ? size : key_heads * size;
+    decode_heads(run, decoder_block, state, positions(), queries.data(), {new_keys.data(), row_stride, fresh_stride},
+                 {new_values.data(), row_stride, fresh_stride});
+    // Like a cache: the new tokens follow the earlier ones.
+    const int64_t old_stride = tokens * size, stride = old_stride + fresh_stride;
+    Numbers all_keys(type, sequences() * key_heads * stride), all_values(type, sequences() * key_heads * stride);
+    for (int64_t head = 0; head < sequences() * key_heads; ++head)
         for (int64_t i = 0; i < stride; ++i) {
-            const int64_t at = head * stride + i, old = head * tokens * size + i;
-            const int64_t fresh = head * size + i - tokens * size;
-            all_keys.set(at, i < tokens * size ? keys.get(old) : new_keys.get(fresh));
-            all_values.set(at, i < tokens * size ? values.get(old) : new_values.get(fresh));
+            const int64_t at = head * stride + i, old = head * old_stride + i;
+            const int64_t fresh = head * fresh_stride + i - old_stride;
+            all_keys.set(at, i < old_stride ? keys.get(old) : new_keys.get(fresh));
+            all_values.set(at, i < old_stride ? values.get(old) : new_values.get(fresh));
         }
-    decode_rest(run, decoder_block, state, queries.data(), {all_keys.data(), key_heads * stride, stride, size},
-                {all_values.data(), key_heads * stride, stride, size}, tokens + 1, result.data());
+    const int64_t sequence_stride = consecutive ? 0 : key_heads * stride;
+    decode_rest(run, decoder_block, state, queries.data(), {all_keys.data(), sequence_stride, stride, size},
+                {all_values.data(), sequence_stride, stride, size}, tokens + 1, result.data());
     return result;
 }
 
@@ -210,18 +214,22 @@ std::vector<double> BlockProblem::expected() {
     normalise_and_turn(key, key_heads, norms[3]);
     std::vector<double> attended(rows * heads * size);
     for (int64_t task = 0; task < rows * heads; ++task) {
-        const int64_t head = task / heads * key_heads + task % heads / (heads / key_heads);
-        const auto number = [&](const Numbers& old, const std::vector<double>& fresh, int64_t token, int64_t i) {
-            return token < tokens ? old.get((head * tokens + token) * size + i) : fresh[head * size + i];
+        const int64_t row = task / heads, head = task % heads / (heads / key_heads);
+        const int64_t sequence = consecutive ? 0 : row, first_row = consecutive ? 0 : row;
+        const auto number = [&](const Numbers& old, const std::vector<double>& fresh, int64_t token,
+                                int64_t i) -> double {
+            if (token < tokens) return old.get(((sequence * key_heads + head) * tokens + token) * size + i);
+            return fresh[((first_row + token - tokens) * key_heads + head) * size + i];
         };
-        std::vector<double> shares(tokens + 1);
+        const int64_t last = tokens + row - first_row;
+        std::vector<double> shares(last + 1);
         double total = 0;
-        for (int64_t token = 0; token <= tokens; ++token) {
+        for (int64_t token = 0; token <= last; ++token) {
             double score = 0;
             for (int64_t i = 0; i < size; ++i) score += query[task * size + i] * number(keys, key, token, i);
             total += shares[token] = std::exp(score / std::sqrt(static_cast<double>(size)));
         }
-        for (int64_t token = 0; token <= tokens; ++token)
+        for (int64_t token = 0; token <= last; ++token)
             for (int64_t i = 0; i < size; ++i)
                 attended[task * size + i] += shares[token] / total * number(values, value, token, i);
     }

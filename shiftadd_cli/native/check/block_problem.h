@@ -1,4 +1,4 @@
-// A random decoder block, and its output for a token by the plainest formulas in double precision.
+// A random decoder block, and its output for few tokens by the plainest formulas in double precision.
 #pragma once
 
 #include <string>
@@ -16,7 +16,7 @@ struct BlockProblem {
     int64_t columns, heads, key_heads, size, inner, tokens;
     int rows;
     Number type, position_type;
-    bool inner_norms, head_norms, joint, outer_norms, one_position, turned;
+    bool consecutive, inner_norms, head_norms, joint, outer_norms, one_position, turned;
     float residual;
     Activation activation;
     std::vector<Problem> parts;  // query, key, value, output, gate, up, down
@@ -26,7 +26,7 @@ struct BlockProblem {
     explicit BlockProblem(Random& random);
     std::string name() const;
 
-    // The block's output, with a plain tensor [rows][heads][tokens][size] as the cache of keys and values.
+    // The block's output, with a plain tensor [sequences][heads][tokens][size] as the cache of keys and values.
     Numbers output(const Kernels& kernels, bool fast, int threads) const;
     // The output of `depth` such blocks in sequence, each with its own cache: in one call, and with one call per block.
     Numbers stacked(const Kernels& kernels, bool fast, int threads, int depth) const;
@@ -35,6 +35,8 @@ struct BlockProblem {
     std::vector<double> expected();
 
 private:
+    int sequences() const { return consecutive ? 1 : rows; }
+    int tokens_of_each() const { return consecutive ? rows : 1; }
     DecoderBlock block() const;
     Positions positions() const;
     Numbers output_of(const Kernels& kernels, bool fast, int threads, const Numbers& input) const;

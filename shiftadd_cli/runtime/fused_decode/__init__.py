@@ -1,1 +1,1 @@
-"""Decoder blocks that decode a token in one native call, in place of transformers' own forward."""
+"""Decoder blocks that decode tokens in one native call, in place of transformers' own forward."""

@@ -1,14 +1,16 @@
-"""Decoder blocks that decode a token with the CPU kernels, for models that generate token by token.
+"""Decoder blocks that decode tokens with the CPU kernels, for models that generate token by token.
 
 A transformers block runs some fifty operations per token, each of which costs microseconds even if it computes little:
 for a small model, more than all products with its weights. Here norms, rotations, look-ups, rotary embeddings,
 attention and the MLP are one pass over float32 numbers. It takes two calls, between which keys and values go through
-transformers' cache, or one call for all blocks (`stack`). Everything else (prompts, padding, training, hooks,
+transformers' cache, or one call for all blocks (`stack`). The next token of several sequences, or several tokens of one
+(a draft that is verified), get the bits that each would get alone. Everything else (prompts, padding, training, hooks,
 compilation, other attention) uses the block's own forward.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +23,7 @@ from shiftadd_cli.runtime.fused_decode.block_plan import LINEARS, MOST_ROWS, NOR
 from shiftadd_cli.runtime.fused_decode.families import BLOCKS, MODELS, name_of
 from shiftadd_cli.runtime.fused_decode.made_class import Reduced, reduce_made
 from shiftadd_cli.runtime.fused_decode.stack import PLAN, STACK, LookupModel, current_pass, model_class
-from shiftadd_cli.runtime.kv_cache import append
+from shiftadd_cli.runtime.kv_cache import append, is_known
 
 # Classes in transformers for GELU in its tanh form, and for SiLU.
 _GELU, _SILU = ("GELUTanh",), ("SiLUActivation", "SiLU")
@@ -36,15 +38,30 @@ class LookupBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[rows, tokens, hidden]` → the same, like `dense_class`."""
-        if not args and kwargs.get("attention_mask") is None and _is_new_token(hidden_states):
-            decoded = self._decode(hidden_states, kwargs.get("position_embeddings"), kwargs.get("past_key_values"))
+        cache = kwargs.get("past_key_values")
+        if (
+            not args
+            and _are_new_tokens(hidden_states)
+            and self._see_all(hidden_states.shape[1], kwargs.get("attention_mask"), cache)
+        ):
+            decoded = self._decode(hidden_states, kwargs.get("position_embeddings"), cache)
             if decoded is not None:
                 return decoded
         output: Tensor = super().forward(hidden_states, *args, **kwargs)
         return output
 
+    def _see_all(self, tokens: int, mask: Any, cache: Any) -> bool:
+        """Whether each of the new tokens sees all tokens before it and itself, in a cache that holds all of them."""
+        if tokens == 1:
+            return mask is None
+        # Without a mask, torch's attention aligns several tokens with the beginning of the cache instead of its end.
+        if mask is None or not is_known(cache) or type(mask) is not Tensor or mask.dtype != torch.bool:
+            return False
+        seen = cache.get_seq_length(self.self_attn.layer_idx) + tokens
+        return mask.shape == (1, 1, tokens, seen) and torch.equal(mask[0, 0], _lower_right(tokens, seen))
+
     def _decode(self, hidden: Tensor, positions: tuple[Tensor, Tensor] | None, cache: Any) -> Tensor | None:
-        """The output for a new token, or None if the kernels do not compute it."""
+        """The output for new tokens, or None if the kernels do not compute it."""
         watched = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
         # The kernels reproduce torch's own attention only.
         if positions is None or watched or self.training or self.self_attn.config._attn_implementation != "sdpa":
@@ -141,13 +158,19 @@ def _block_class(dense: type[nn.Module]) -> type[LookupBlock]:
     return _CLASSES[dense]
 
 
-def _is_new_token(hidden: Tensor) -> bool:
-    """Whether this is plain inference of one token for few sequences."""
+@functools.lru_cache(maxsize=2)
+def _lower_right(tokens: int, seen: int) -> Tensor:
+    """The mask of the last `tokens` of `seen` tokens, each of which sees those before it and itself."""
+    return torch.ones(tokens, seen, dtype=torch.bool).tril(seen - tokens)
+
+
+def _are_new_tokens(hidden: Tensor) -> bool:
+    """Whether this is plain inference of one token for few sequences, or of few tokens for one."""
     return (
         is_plain(hidden)
         and hidden.ndim == 3
-        and hidden.shape[1] == 1
-        and 0 < hidden.shape[0] <= MOST_ROWS
+        and 1 in hidden.shape[:2]
+        and 0 < hidden.shape[0] * hidden.shape[1] <= MOST_ROWS
         and hidden.dtype in TYPES
         and not torch.is_autocast_enabled("cpu")
     )

@@ -44,9 +44,9 @@ class Form:
     turned: bool = True
 
     def takes(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> bool:
-        """Whether the kernels take rotary embeddings of this form with hidden states `[rows, 1, in]`."""
-        shape = cosines.shape
-        fits = shape == sines.shape and shape[1:] == (1, self.head_size) and shape[0] in (1, hidden.shape[0])
+        """Whether the kernels take rotary embeddings of this form with hidden states `[sequences, tokens, in]`."""
+        shape, (sequences, tokens, _) = cosines.shape, hidden.shape
+        fits = shape == sines.shape and shape[1:] == (tokens, self.head_size) and shape[0] in (1, sequences)
         return fits and cosines.dtype == sines.dtype and cosines.dtype in TYPES
 
 
@@ -92,23 +92,24 @@ class BlockPlan:
         )
 
     def heads(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of one new token of each sequence.
+        """Queries, keys and values of one new token of each sequence, or of consecutive tokens of one sequence.
 
-        hidden: `[rows, 1, in]`, float32 or bfloat16, of at most `MOST_ROWS` rows; cosines, sines: `[rows or 1, 1,
-        head_size]`, both float32 or bfloat16. Returns queries float32 `[rows, heads, head_size]`, keys and values
-        `[rows, key_heads, 1, head_size]` in the dtype of `hidden`.
+        hidden: `[sequences, tokens, in]`, float32 or bfloat16, of at most `MOST_ROWS` tokens in all; cosines, sines:
+        `[sequences or 1, tokens, head_size]`, both float32 or bfloat16. Returns queries float32 `[sequences * tokens,
+        heads, head_size]`, keys and values `[sequences, key_heads, tokens, head_size]` in the dtype of `hidden`.
         """
-        rows, form = hidden.shape[0], self.form
-        queries = torch.empty(rows, form.heads, form.head_size, dtype=torch.float32)
-        keys = torch.empty(rows, form.key_heads, 1, form.head_size, dtype=hidden.dtype)
+        (sequences, tokens, _), form = hidden.shape, self.form
+        queries = torch.empty(sequences * tokens, form.heads, form.head_size, dtype=torch.float32)
+        keys = torch.empty(sequences, form.key_heads, tokens, form.head_size, dtype=hidden.dtype)
         values = torch.empty_like(keys)
         fast, threads = self.precision.is_fast(hidden.dtype), torch.get_num_threads()
         self.native.heads(hidden, cosines, sines, queries, keys, values, fast, threads)
         return queries, keys, values
 
     def rest(self, hidden: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The block's output `[rows, 1, in]`, from its input, the queries, and all keys and values `[rows, key_heads,
-        tokens, head_size]` in the dtype of the input, with the last dimension contiguous.
+        """The block's output, of the shape of its input `hidden`, from the queries and from all keys and values
+        `[sequences, key_heads, all tokens, head_size]` in the dtype of the input, with the last dimension contiguous.
+        Each of several new tokens of a sequence sees those before it and itself.
 
         Raises RuntimeError for keys and values of another form, since the cache may come from anywhere.
         """

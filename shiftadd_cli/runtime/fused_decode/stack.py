@@ -1,4 +1,4 @@
-"""Decoders that decode a token in one call of the CPU kernels, blocks and cache together.
+"""Decoders that decode tokens in one call of the CPU kernels, blocks and cache together.
 
 The overhead of a block (calls of modules, checks, two calls of the kernels, a transformers cache) is some fifty
 microseconds, as much as the computation of a small model's block. The forward of a model calls its blocks one after the
@@ -96,15 +96,15 @@ class _Pass:
                 return
 
     def decode(self, block: nn.Module, hidden: Tensor, cosines: Tensor, sines: Tensor, cache: Any) -> Tensor | None:
-        """The output of all blocks for a new token that needs no mask, or None if each must compute its own.
+        """The output of all blocks for new tokens that see all before them, or None if each must compute its own.
 
-        hidden: `[rows, 1, in]`, contiguous like the others; cache: of keys and values, or None.
+        hidden: `[sequences, tokens, in]`, contiguous like the others; cache: of keys and values, or None.
         """
         stack = self._stack
         if stack is None or cache is None or block is not stack.first or not stack.form.takes(hidden, cosines, sines):
             return None
         shape = (hidden.shape[0], stack.form.key_heads, stack.form.head_size)
-        rooms = open_rooms(cache, len(stack.plans), shape, hidden.dtype)
+        rooms = open_rooms(cache, len(stack.plans), shape, hidden.dtype, hidden.shape[1])
         if rooms is None:
             return None
         self._done = True

@@ -28,15 +28,14 @@ class StackPlan:
         self._stack = cpu_extension().DecoderStack([plan.native for plan in plans])
 
     def decode(self, hidden: Tensor, cosines: Tensor, sines: Tensor, rooms: Rooms) -> Tensor:
-        """The output of the last block for one new token of each sequence; appends its keys and values to `rooms`.
+        """The output of the last block for new tokens, like `hidden`; appends their keys and values to `rooms`.
 
-        hidden, cosines, sines: as for `BlockPlan.heads`. rooms: one layer per block, with room for the token. Returns
-        `[rows, 1, in]`.
+        hidden, cosines, sines: as for `BlockPlan.heads`. rooms: one layer per block, with room for the tokens.
         """
         output = torch.empty_like(hidden)
         fast = self._precision.is_fast(hidden.dtype)
         self._stack.decode(hidden, cosines, sines, rooms.native, rooms.tokens, output, fast, torch.get_num_threads())
-        rooms.tokens += 1
+        rooms.tokens += hidden.shape[1]
         return output
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from artifacts import Checkpoint
 from compiled import needs_kernels, on_threads
-from decoding import decode, write_decoders
+from decoding import decode, decode_in_parts, write_decoders
 from loading import IDS, assert_close, assert_same_state, load
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -100,6 +100,46 @@ def test_logits_match_without_a_cache_and_beyond_a_sliding_window(
     assert len(calls) == model.config.num_hidden_layers
     tokens = model.config.sliding_window + 6
     assert_close(decode(model, 2, tokens), decode(dense, 2, tokens))
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_several_tokens_at_once(checkpoints: dict[str, Checkpoint], family: str, calls: list[BlockPlan]) -> None:
+    folder, dense = checkpoints[family]
+    model = load(folder)
+    parts = [3, 8, 1, 2, 4]
+    logits = decode_in_parts(model, parts)
+    assert len(calls) >= 2 * model.config.num_hidden_layers
+    # Beyond a sliding window, torch's own attention takes them.
+    assert_close(logits, decode_in_parts(dense, parts), 1e-4)
+
+
+def test_tokens_that_do_not_see_all_before_them(checkpoints: dict[str, Checkpoint], calls: list[BlockPlan]) -> None:
+    folder, dense = checkpoints["llama"]
+    seen = torch.ones(1, 1, 4, 12, dtype=torch.bool).tril(8)
+    masks = [seen.clone() for _ in range(3)]
+    masks[0][..., 2] = False
+    masks[1][..., 0, 9] = True
+    masks[2][..., 3, :6] = False
+    model = load(folder)
+    for mask in (*masks, torch.where(masks[2], 0.0, -torch.inf)):
+        logits = []
+        with torch.no_grad():
+            for one in (model, dense):
+                cache = DynamicCache(config=one.config)
+                one(IDS[:1, :8], past_key_values=cache)
+                logits.append(one(IDS[1:2, :4], past_key_values=cache, attention_mask=mask).logits)
+        assert_close(*logits, 1e-4)
+    # Padding before one of two prompts, and caches that hold room or a window instead of all tokens.
+    padded = torch.tensor([[0, 0, 0, *[1] * 9]])
+    with torch.no_grad():
+        for make in (lambda one: DynamicCache(), lambda one: StaticCache(config=one.config, max_cache_len=20)):
+            logits = []
+            for one in (model, dense):
+                cache = make(one)
+                one(IDS[:1, :8], past_key_values=cache, attention_mask=padded[:, :8])
+                logits.append(one(IDS[1:2, :4], past_key_values=cache, attention_mask=padded).logits)
+            assert_close(*logits, 1e-4)
+    assert not calls
 
 
 def test_number_of_threads_changes_no_bit(checkpoints: dict[str, Checkpoint]) -> None:

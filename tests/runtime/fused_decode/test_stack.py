@@ -15,7 +15,7 @@ import pytest
 import torch
 from artifacts import Checkpoint
 from compiled import needs_kernels
-from decoding import Between, decode, write_decoders
+from decoding import Between, decode, decode_in_parts, write_decoders
 from loading import IDS, assert_close, load
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -71,6 +71,32 @@ def test_logits_equal_those_of_single_blocks(
     assert calls == [10, 11, 12, 13, 14]
     assert torch.equal(logits, by_blocks(monkeypatch, lambda: decode(model, rows)))
     assert len(calls) == 5
+
+
+@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_decoded_together_get_the_bits_of_each_alone(
+    checkpoints: dict[str, Checkpoint], family: str, dtype: torch.dtype, calls: list[int]
+) -> None:
+    model = load(checkpoints[family].folder, dtype=dtype)
+    alone = decode_in_parts(model, [1] * 90)
+    calls.clear()
+    # Within the room of the cache and beyond it: a buffer has room for 64 tokens more than it holds.
+    together = decode_in_parts(model, [2, 8, 1, 7, 3, 8, 8, 8, 8, 8, 8, 8, 8, 5])
+    assert calls == [9, 11, 19, 20, 27, 30, 38, 46, 54, 62, 70, 78, 86, 94]
+    assert torch.equal(together, alone)
+
+
+def test_tokens_taken_back_leave_no_trace(checkpoints: dict[str, Checkpoint], calls: list[int]) -> None:
+    model = load(checkpoints["llama"].folder)
+    expected = decode(model)
+
+    def try_others(model: PreTrainedModel, cache: DynamicCache) -> None:
+        model(IDS[:1, :5], past_key_values=cache)
+        cache.crop(-5)
+
+    assert torch.equal(decode(model, between=try_others), expected)
+    assert calls[-4:] == [12, 12, 13, 14]
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
