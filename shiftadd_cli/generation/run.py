@@ -19,9 +19,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from shiftadd_cli.blockwise.forward import RefuseNoNumbers
 from shiftadd_cli.errors import PromptError
+from shiftadd_cli.generation.choice import TokenChoice
+from shiftadd_cli.generation.drafts import Drafter
 from shiftadd_cli.generation.pieces import TextPieces
 from shiftadd_cli.generation.prompt import Prompt
 from shiftadd_cli.generation.sampling import Sampling
+from shiftadd_cli.generation.speculation import Speculated, speculate
 from shiftadd_cli.runtime.opened import Loaded
 from shiftadd_cli.source.tokenizer import end_tokens
 
@@ -35,6 +38,7 @@ class Generated:
         new_tokens: their number, including the one that ended the text, if any.
         prefill_seconds: until the first new token; decode_seconds: from the first to the last.
         stopped: by a token that ends texts, by the upper limit of tokens, or by the end of the model's context.
+        speculated: what drafts did for the text; None without drafts.
     """
 
     text: str
@@ -43,6 +47,7 @@ class Generated:
     prefill_seconds: float
     decode_seconds: float
     stopped: Literal["end", "length", "context"]
+    speculated: Speculated | None = None
 
     @property
     def prefill_rate(self) -> float:
@@ -54,11 +59,18 @@ class Generated:
         """New tokens per second, without the first; None if there is no other."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast as plain decoding of this text the drafts made it; None if that was not measured."""
+        plain = None if self.speculated is None else self.speculated.plain_seconds
+        return None if plain is None or self.decode_rate is None else self.decode_rate * plain
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and the rates, as JSON types."""
         return asdict(self) | {
             "prefill_tokens_per_second": self.prefill_rate,
             "decode_tokens_per_second": self.decode_rate,
+            "gain": self.gain,
         }
 
 
@@ -76,6 +88,8 @@ def generate_text(
     prompt: Prompt,
     sampling: Sampling,
     *,
+    drafter: Drafter | None = None,
+    draft_tokens: int | None = None,
     room: int | None = None,
     write: Callable[[str], None] | None = None,
     now: Callable[[], float] = time.perf_counter,
@@ -83,39 +97,35 @@ def generate_text(
     """Let the model continue the prompt until it ends the text or reaches the upper limit of tokens.
 
     The model's own generation settings (penalties, temperatures, ...) are not used, except for the tokens that end a
-    text. The same prompt and sampling give the same text on the same machine with the same threads.
+    text. The same prompt and sampling give the same text on the same machine with the same threads, with and without
+    drafts; for the rounding of 16-bit dtypes see `Speculated.close_calls`.
 
     Args:
+        drafter: drafts tokens that the model verifies. draft_tokens: the length of every draft; None adapts it.
         room: tokens left in the model's context, see `room_for`.
         write: called with every piece of the text as soon as it is available.
         now: clock in seconds.
 
     Raises:
         NumericalError: the model's logits are not finite.
-        PromptError: the model's class cannot generate.
+        PromptError: the model's class cannot generate, or cannot verify drafts.
     """
     check_generates(loaded.model)
     limit = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    ends = end_tokens(model.generation_config, tokenizer)
-    # Replaced, not just overridden: transformers takes missing settings from the checkpoint's.
-    model.generation_config = GenerationConfig(
-        max_new_tokens=limit,
-        eos_token_id=None,
-        pad_token_id=0,
-        **_choice(sampling),
-    )
-    stream = _Stream(TextPieces(tokenizer, prompt.ids), write, now)
-    ids = torch.tensor([prompt.ids], device=model.device)
-    torch.manual_seed(sampling.seed)
+    ends = end_tokens(loaded.model.generation_config, loaded.tokenizer)
+    stream = _Stream(TextPieces(loaded.tokenizer, prompt.ids), write, now)
+    choice = TokenChoice(sampling)
+    speculated = None if drafter is None else Speculated()
     start = now()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        streamer=stream,
-        logits_processor=LogitsProcessorList([RefuseNoNumbers(loaded.info.spec, loaded.info.dtype)]),
-        stopping_criteria=StoppingCriteriaList([_Ends(ends)]),
-    )
+    if drafter is None or speculated is None:
+        _decode(loaded, prompt, choice, limit, ends, stream)
+    else:
+        tokens = speculate(loaded, drafter, prompt.ids, choice, limit, speculated, fixed=draft_tokens, now=now)
+        for token in tokens:
+            stream.add(token)
+            if token in ends:
+                break
+        stream.end()
     ended = stream.tokens[-1] in ends
     full = limit < sampling.max_new_tokens
     return Generated(
@@ -125,6 +135,22 @@ def generate_text(
         prefill_seconds=stream.times[0] - start,
         decode_seconds=stream.times[-1] - stream.times[0],
         stopped="end" if ended else "context" if full else "length",
+        speculated=speculated,
+    )
+
+
+def _decode(loaded: Loaded, prompt: Prompt, choice: TokenChoice, limit: int, ends: list[int], stream: _Stream) -> None:
+    """Decode token by token with transformers' own `generate`."""
+    model = loaded.model
+    # Replaced, not just overridden: transformers takes missing settings from the checkpoint's.
+    model.generation_config = GenerationConfig(max_new_tokens=limit, eos_token_id=None, pad_token_id=0, do_sample=False)
+    ids = torch.tensor([prompt.ids], device=model.device)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        streamer=stream,
+        logits_processor=LogitsProcessorList([RefuseNoNumbers(loaded.info.spec, loaded.info.dtype), choice]),
+        stopping_criteria=StoppingCriteriaList([_Ends(ends)]),
     )
 
 
@@ -142,9 +168,12 @@ class _Stream(BaseStreamer):
         if not self._prompt_seen:
             self._prompt_seen = True
             return
+        self.add(int(value))
+
+    def add(self, token: int) -> None:
         self.times.append(self._now())
-        self.tokens.append(int(value))
-        self._show(self._pieces.add(self.tokens[-1]))
+        self.tokens.append(token)
+        self._show(self._pieces.add(token))
 
     def end(self) -> None:
         self._show(self._pieces.finish())
@@ -164,10 +193,3 @@ class _Ends(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         return torch.tensor([int(input_ids[0, -1]) in self._ends], device=input_ids.device)
-
-
-def _choice(sampling: Sampling) -> dict[str, Any]:
-    if sampling.temperature == 0:
-        return {"do_sample": False}
-    # transformers' default for top_k is 50.
-    return {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from shiftadd_cli.native.extension import cpu_extension
 
@@ -37,7 +37,7 @@ def append(cache: Any, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor
     """
     if is_known(cache) and index < len(cache.layers):
         layer = cache.layers[index]
-        if type(layer) is DynamicLayer and layer.is_initialized and _go_together(layer, keys, values):
+        if type(layer) in _PLAIN and layer.is_initialized and _go_together(layer, keys, values):
             return _append_to(layer, (keys, values))
     result: tuple[Tensor, Tensor] = cache.update(keys, values, index)
     return result
@@ -133,6 +133,39 @@ def growing_cache(model: Any) -> DynamicCache | None:
     return cache
 
 
+# Layers that hold all tokens, and may be filled by the kernels.
+_PLAIN = (DynamicLayer, GrowingLayer)
+
+
+def reversible_cache(model: Any) -> DynamicCache | None:
+    """A `growing_cache` that can `take_back` tokens; None for a model whose state mixes all tokens."""
+    cache = growing_cache(model)
+    if cache is None or not all(
+        isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in cache.layers
+    ):
+        return None
+    # Layers with a window keep the tokens that leave it, until `take_back`.
+    cache.activate_past_recording()
+    return cache
+
+
+def take_back(cache: DynamicCache, tokens: int) -> None:
+    """Remove the last `tokens` tokens, 0 or more, from a `reversible_cache`, like `cache.crop(-tokens)`; layers keep
+    their room. Call it after every forward, so that layers with a window drop what they no longer need."""
+    rooms: Rooms | None = cache.layers[0].__dict__.get(_ROOMS, (None,))[0] if cache.layers else None
+    if rooms is not None and rooms.layers == cache.layers:
+        rooms.tokens -= tokens
+        return
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer), "see reversible_cache"
+        room: _Room | None = layer.__dict__.get(ROOM)
+        if type(layer) in _PLAIN and room is not None and room.views[0] is layer.keys and room.views[1] is layer.values:
+            hold(layer, room.buffers, layer.keys.shape[2] - tokens)
+        else:
+            layer.crop(-tokens)
+
+
 _ROOMS = "_shiftadd_rooms"
 
 
@@ -144,8 +177,9 @@ class Rooms:
     """
 
     def __init__(self, layers: Sequence[Any], tokens: int, added: int) -> None:
-        """layers: each a `DynamicLayer` of `tokens` tokens; added: tokens to make room for."""
+        """layers: each a `DynamicLayer` or `GrowingLayer` of `tokens` tokens; added: tokens to make room for."""
         self.layers, self.tokens = list(layers), tokens
+        self._classes = [type(layer) for layer in layers]
         self._buffers: list[tuple[Tensor, Tensor]] = []
         for index, layer in enumerate(self.layers):
             self._buffers.append(buffers_of(layer, tokens, added))
@@ -171,14 +205,14 @@ class Rooms:
 
     def close(self) -> None:
         """Turn the layers back into plain ones with the same contents."""
-        for layer, buffers in zip(self.layers, self._buffers, strict=True):
-            layer.__class__ = DynamicLayer
+        for layer, kind, buffers in zip(self.layers, self._classes, self._buffers, strict=True):
+            layer.__class__ = kind
             del layer.__dict__[_ROOMS]
             hold(layer, buffers, self.tokens)
 
 
 class RoomLayer(DynamicLayer):
-    """A `DynamicLayer`, converted in place, whose keys and values are the beginnings of buffers in `Rooms`."""
+    """A layer, converted in place, whose keys and values are the beginnings of buffers in `Rooms`."""
 
     @property
     def keys(self) -> Tensor:
@@ -229,7 +263,7 @@ def open_rooms(cache: Any, count: int, shape: tuple[int, int, int], dtype: torch
         if rooms.fit(layers, shape, dtype, added):
             return rooms
         rooms.close()
-    if any(type(layer) is not DynamicLayer or not layer.is_initialized for layer in layers):
+    if any(type(layer) not in _PLAIN or not layer.is_initialized for layer in layers):
         return None
     tokens = layers[0].keys.shape[2]
     expected = torch.Size((*shape[:2], tokens, shape[2]))

@@ -114,6 +114,23 @@ def test_interruption_keeps_the_text_and_exits_130(packed: str, monkeypatch: pyt
     assert result.stderr == "\nInterrupted.\n"
 
 
+def test_draft_keeps_the_text_and_says_what_it_did(original: str, packed: str) -> None:
+    arguments = ("--prompt", "The for statement", "--max-new-tokens", "40", "--no-chat", "--dtype", "float32")
+    plain = json.loads(generate(original, *arguments, "--json").stdout)
+    assert (plain["draft"], plain["speculated"], plain["gain"]) == (None, None, None)
+    for draft in (packed, original, "lookup"):
+        for options in ((), ("--draft-tokens", "3")):
+            result = generate(original, *arguments, "--draft", draft, *options, "--json")
+            assert result.exit_code == 0, result.output
+            document = json.loads(result.stdout)
+            assert (document["text"], document["draft"]) == (plain["text"], draft)
+            assert document["speculated"]["accepted"] <= document["speculated"]["drafted"]
+    shown = generate(original, *arguments, "--draft", original, "--draft-tokens", "3")
+    assert re.search(r"tokens/s; drafted \d+ tokens, 100% accepted; loaded in", shown.stderr), shown.stderr
+    adapted = generate(original, *arguments, "--draft", original)
+    assert re.search(r"tokens/s; drafted .* accepted, \d+\.\d\d x the speed without; loaded in", adapted.stderr)
+
+
 def test_threads_can_be_chosen(packed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -135,6 +152,11 @@ BAD = {
     "negative temperature": (["{packed}", "--prompt", "a", "--temperature", "-1"], "--temperature -1 is not valid"),
     "no tokens": (["{packed}", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
     "no threads": (["{packed}", "--prompt", "a", "--threads", "0"], "'--threads'"),
+    "draft tokens without a draft": (["{packed}", "--prompt", "a", "--draft-tokens", "3"], "--draft-tokens changes"),
+    "too many draft tokens": (["{packed}", "--prompt", "a", "--draft", "lookup", "--draft-tokens", "8"], "1<=x<=7"),
+    "missing draft": (["{packed}", "--prompt", "a", "--draft", "/nowhere/at/all"], "There is no model at"),
+    "another vocabulary": (["{packed}", "--prompt", "a", "--draft", "{other}"], "has another vocabulary than"),
+    "draft that sees": (["{packed}", "--prompt", "a", "--draft", "{encoder}"], "is a vision model"),
     "unknown dtype": (["{packed}", "--prompt", "a", "--dtype", "int8"], "'--dtype'"),
 }
 
@@ -145,7 +167,11 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(Opened, "load", lambda *_: pytest.fail("a model was loaded"))
     encoder = save_tiny_vision("vit-bare", tmp_path / "encoder")
-    names = {"packed": packed, "empty": tmp_path, "encoder": encoder, "long": "long " * 600}
+    other = save_tiny("llama", tmp_path / "other")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(other)
+    names = {"packed": packed, "other": other, "empty": tmp_path, "encoder": encoder, "long": "long " * 600}
     arguments, message = BAD[case]
     result = generate(*(argument.format(**names) for argument in arguments))
     assert result.exit_code == 2, result.output

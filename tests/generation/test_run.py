@@ -80,22 +80,6 @@ def test_the_seed_determines_the_draws(loaded: Loaded) -> None:
     assert text(temperature=1.0, seed=1) != text()
 
 
-def test_all_tokens_can_be_drawn(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs: list[GenerationConfig] = []
-    prompt = prompt_of(loaded)
-
-    def generate(self: Any, ids: torch.Tensor, streamer: Any, **_: Any) -> None:
-        configs.append(self.generation_config)
-        streamer.put(ids)
-        streamer.put(torch.tensor([5]))
-        streamer.end()
-
-    monkeypatch.setattr(type(loaded.model), "generate", generate)
-    generate_text(loaded, prompt, Sampling(temperature=0.5, top_p=0.9))
-    (config,) = configs
-    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.5, 0.9, 0)
-
-
 @pytest.mark.parametrize("where", ["checkpoint", "tokenizer"])
 def test_end_tokens_end_the_text(loaded: Loaded, where: str) -> None:
     prompt = prompt_of(without_ends(loaded))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from shiftadd_cli.runtime.kv_cache import Rooms, append, growing_cache, open_rooms
+from shiftadd_cli.runtime.kv_cache import Rooms, append, growing_cache, open_rooms, reversible_cache, take_back
 
 
 def numbers(rows: int, tokens: int, seed: int, size: int = 4) -> tuple[Tensor, Tensor]:
@@ -243,3 +243,50 @@ def test_mismatched_cache_gets_no_rooms(case: str) -> None:
         assert open_rooms(cache, LAYERS, SHAPE, torch.float32) is not None
         assert open_rooms(cache, count, shape, dtype) is None
         assert_same(cache, filled())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    family=st.sampled_from(["llama", "gemma3"]),
+    steps=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=20),
+)
+def test_tokens_taken_back_leave_no_trace(family: str, steps: list[tuple[int, int]]) -> None:
+    """steps: numbers of tokens that are appended, and of those that are then taken back."""
+    model = tiny_model(family)
+    mine = reversible_cache(model)
+    assert mine is not None
+    kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in mine.layers]
+    with torch.no_grad():
+        for number, (added, removed) in enumerate([(3, 0), *steps]):
+            removed = min(removed, added)
+            for layer, chunks in enumerate(kept):
+                new = numbers(2, added, 10 * number + layer)
+                keys, values = mine.update(*new, layer)
+                chunks.append(new)
+                whole = [torch.cat([chunk[which] for chunk in chunks], dim=2) for which in (0, 1)]
+                # What a window has left out is the beginning.
+                assert torch.equal(keys, whole[0][:, :, -keys.shape[2] :])
+                assert torch.equal(values, whole[1][:, :, -values.shape[2] :])
+                window = getattr(mine.layers[layer], "sliding_window", None)
+                assert keys.shape[2] == min(whole[0].shape[2], window + added - 1 if window else 10**6)
+                chunks[-1] = (new[0][:, :, : added - removed], new[1][:, :, : added - removed])
+            take_back(mine, removed)
+            assert mine.get_seq_length() == sum(chunk[0].shape[2] for chunk in kept[0])
+
+
+def test_tokens_taken_back_keep_the_room() -> None:
+    cache = reversible_cache(tiny_model("llama"))
+    assert cache is not None
+    addresses = set()
+    with torch.no_grad():
+        for number in range(300):
+            for layer in range(2):
+                keys, _ = cache.update(*numbers(1, 5, number), layer)
+                addresses.add(keys.data_ptr())
+            take_back(cache, 4)
+    assert len(addresses) <= 16
+
+
+def test_states_that_mix_all_tokens_are_not_reversible() -> None:
+    for family in ("mamba", "jamba", "zamba2"):
+        assert reversible_cache(tiny_model(family)) is None

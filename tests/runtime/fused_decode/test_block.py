@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from compiled import needs_kernels, on_threads
 from decoding import decode, decode_in_parts, write_decoders
 from loading import IDS, assert_close, assert_same_state, load
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from shiftadd_cli.runtime.fused_decode.block import LookupBlock, fuse_blocks, part_blocks
 from shiftadd_cli.runtime.fused_decode.block_plan import BlockPlan
@@ -121,24 +121,24 @@ def test_tokens_that_do_not_see_all_before_them(checkpoints: dict[str, Checkpoin
     masks[1][..., 0, 9] = True
     masks[2][..., 3, :6] = False
     model = load(folder)
-    for mask in (*masks, torch.where(masks[2], 0.0, -torch.inf)):
-        logits = []
+
+    def logits(one: PreTrainedModel, cache: Cache, begin: Tensor | None, mask: Tensor) -> Tensor:
         with torch.no_grad():
-            for one in (model, dense):
-                cache = DynamicCache(config=one.config)
-                one(IDS[:1, :8], past_key_values=cache)
-                logits.append(one(IDS[1:2, :4], past_key_values=cache, attention_mask=mask).logits)
-        assert_close(*logits, 1e-4)
-    # Padding before one of two prompts, and caches that hold room or a window instead of all tokens.
-    padded = torch.tensor([[0, 0, 0, *[1] * 9]])
-    with torch.no_grad():
-        for make in (lambda one: DynamicCache(), lambda one: StaticCache(config=one.config, max_cache_len=20)):
-            logits = []
-            for one in (model, dense):
-                cache = make(one)
-                one(IDS[:1, :8], past_key_values=cache, attention_mask=padded[:, :8])
-                logits.append(one(IDS[1:2, :4], past_key_values=cache, attention_mask=padded).logits)
-            assert_close(*logits, 1e-4)
+            one(IDS[:1, :8], past_key_values=cache, attention_mask=begin)
+            return one(IDS[1:2, :4], past_key_values=cache, attention_mask=mask).logits
+
+    def made(one: PreTrainedModel) -> Iterator[Cache]:
+        yield DynamicCache(config=one.config)
+        yield StaticCache(config=one.config, max_cache_len=20)
+
+    for mask in (*masks, torch.where(masks[2], 0.0, -torch.inf)):
+        fused, expected = (logits(one, DynamicCache(config=one.config), None, mask) for one in (model, dense))
+        assert_close(fused, expected, 1e-4)
+    # Padding before the prompt, and a cache that holds its room beside the tokens.
+    padding = torch.tensor([[0, 0, 0, *[1] * 9]])
+    for one_cache, other_cache in zip(made(model), made(dense), strict=True):
+        fused = logits(model, one_cache, padding[:, :8], padding)
+        assert_close(fused, logits(dense, other_cache, padding[:, :8], padding), 1e-4)
     assert not calls
 
 
