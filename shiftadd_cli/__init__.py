@@ -16,7 +16,7 @@ from shiftadd_cli.version import __version__
 
 if TYPE_CHECKING:
     from shiftadd_cli.allocation.plan_file import BitPlan
-    from shiftadd_cli.api import allocate_bits, evaluate, load, quantize
+    from shiftadd_cli.api import allocate_bits, evaluate, generate, load, quantize
     from shiftadd_cli.errors import ShiftaddError
     from shiftadd_cli.recipe import Recipe
 
@@ -27,11 +27,22 @@ _API = {
     "ShiftaddError": "shiftadd_cli.errors",
     "allocate_bits": "shiftadd_cli.api",
     "evaluate": "shiftadd_cli.api",
+    "generate": "shiftadd_cli.api",
     "load": "shiftadd_cli.api",
     "quantize": "shiftadd_cli.api",
 }
 
-__all__ = ["BitPlan", "Recipe", "ShiftaddError", "__version__", "allocate_bits", "evaluate", "load", "quantize"]
+__all__ = [
+    "BitPlan",
+    "Recipe",
+    "ShiftaddError",
+    "__version__",
+    "allocate_bits",
+    "evaluate",
+    "generate",
+    "load",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

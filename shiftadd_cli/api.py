@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from shiftadd_cli.allocation.cost_table import CostKind, parse_budget
 from shiftadd_cli.allocation.plan_file import BitPlan
 from shiftadd_cli.allocation.sensitivity import SensitivityKind
 from shiftadd_cli.evaluation.compare import evaluate
+from shiftadd_cli.generation.job import GenerationJob
+from shiftadd_cli.generation.run import Generated
+from shiftadd_cli.generation.sampling import Sampling
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.job import Job
 from shiftadd_cli.recipe import Recipe
@@ -20,7 +23,7 @@ from shiftadd_cli.runtime.load import load
 from shiftadd_cli.source import open_source
 from shiftadd_cli.source.in_memory import as_folder
 
-__all__ = ["allocate_bits", "evaluate", "load", "quantize"]
+__all__ = ["allocate_bits", "evaluate", "generate", "load", "quantize"]
 
 
 def quantize(
@@ -104,6 +107,51 @@ def allocate_bits(
     request = Request(budget, settings.candidates, sensitivity, tuple(keep), tuple(tie), settings.tie_fused)
     source = open_source(model, dtype=settings.dtype, trust_remote_code=trust_remote_code)
     return AllocationJob.prepare(source, settings, request).run()
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    draft: str | None = None,
+    draft_tokens: int | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    write: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
+) -> Generated:
+    """Load `model`, one of our folders or an original, and let it continue the prompt; the text, tokens and speed.
+
+    Args:
+        draft: another model of the same vocabulary, such as the compressed form of `model`, or `lookup`. It drafts
+            tokens, which `model` verifies; the text stays the same.
+        draft_tokens: length of every draft, 1 to 7; None adapts it to the measured gain.
+        temperature, top_p, seed: see `Sampling`; a temperature of 0 takes the likeliest token.
+        chat: send the prompt as a message in the chat template; None does so if the model has one.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`. device: `auto`, `cpu`, `cuda`, ...
+        write: called with every piece of the text as soon as it is available.
+        trust_remote_code: run model code that comes with the models.
+
+    Raises ShiftaddError with one sentence that says what to do.
+    """
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    job = GenerationJob.prepare(
+        model,
+        prompt,
+        sampling,
+        draft=draft,
+        draft_tokens=draft_tokens,
+        chat=chat,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    return job.run(write)
 
 
 def _settings(recipe: str | Recipe, fields: dict[str, Any]) -> Recipe:

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 
 import shiftadd_cli
 from shiftadd_cli.cli import main
-from shiftadd_cli.errors import ArtifactError
+from shiftadd_cli.errors import ArtifactError, RecipeError
 
 QUICK: dict[str, Any] = {"samples": 4, "seq_len": 32, "group_size": 16, "recipe": "equal-bits"}
 
@@ -31,6 +31,21 @@ def test_quantized_model_loads_and_evaluates(tmp_path: Path) -> None:
     )
     row = result.to_dict()["models"][0]
     assert row["kl"] > 0
+
+
+def test_generated_text_is_that_of_the_command(tmp_path: Path) -> None:
+    model = str(save_tiny("llama", tmp_path / "one"))
+    arguments = ["generate", model, "--prompt", "for", "--max-new-tokens", "9", "--temperature", "0.8", "--seed", "3"]
+    shown: list[str] = []
+    generated = shiftadd_cli.generate(
+        model, "for", max_new_tokens=9, temperature=0.8, seed=3, draft=model, dtype="float32", write=shown.append
+    )
+    assert CliRunner().invoke(main, [*arguments, "--dtype", "float32"]).stdout == generated.text.rstrip("\n") + "\n"
+    assert "".join(shown) == generated.text
+    assert generated.speculated is not None
+    for draft, length in ((None, 3), ("lookup", 0), ("lookup", 8)):
+        with pytest.raises(RecipeError, match="`draft_tokens`"):
+            shiftadd_cli.generate(model, "for", draft=draft, draft_tokens=length)
 
 
 def test_model_in_memory_gives_the_same_files_as_its_folder(tmp_path: Path) -> None:

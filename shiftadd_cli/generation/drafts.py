@@ -24,10 +24,10 @@ GainsFrom = Callable[[Sequence[float]], bool]
 
 
 class Drafter(Protocol):
-    """A source of drafts for one text."""
+    """A source of drafts for one text at a time."""
 
     def begin(self, prompt: Sequence[int]) -> None:
-        """Read the prompt, before any draft."""
+        """Read the prompt of a new text, before any draft."""
         ...
 
     def draft(self, text: Sequence[int], most: int, gains: GainsFrom) -> Draft:
@@ -89,11 +89,12 @@ class LookupDrafter:
     _RUN, _MATCH = 3, 16
 
     def __init__(self) -> None:
+        self.begin(())
+
+    def begin(self, prompt: Sequence[int]) -> None:
         self._text: list[int] = []
         # The number of tokens up to the end of a run of tokens, where it was last followed by another token.
         self._ends: dict[tuple[int, ...], int] = {}
-
-    def begin(self, prompt: Sequence[int]) -> None:
         self._index(prompt)
 
     def draft(self, text: Sequence[int], most: int, gains: GainsFrom) -> Draft:

@@ -34,8 +34,7 @@ class Generated:
     """A generated text and its timing.
 
     Attributes:
-        text: the continuation of the prompt.
-        new_tokens: their number, including the one that ended the text, if any.
+        text: the continuation of the prompt; tokens: its ids, including the one that ended the text, if any.
         prefill_seconds: until the first new token; decode_seconds: from the first to the last.
         stopped: by a token that ends texts, by the upper limit of tokens, or by the end of the model's context.
         speculated: what drafts did for the text; None without drafts.
@@ -43,11 +42,16 @@ class Generated:
 
     text: str
     prompt_tokens: int
-    new_tokens: int
+    tokens: list[int]
     prefill_seconds: float
     decode_seconds: float
     stopped: Literal["end", "length", "context"]
     speculated: Speculated | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """Number of new tokens."""
+        return len(self.tokens)
 
     @property
     def prefill_rate(self) -> float:
@@ -68,6 +72,7 @@ class Generated:
     def to_dict(self) -> dict[str, Any]:
         """All fields and the rates, as JSON types."""
         return asdict(self) | {
+            "new_tokens": self.new_tokens,
             "prefill_tokens_per_second": self.prefill_rate,
             "decode_tokens_per_second": self.decode_rate,
             "gain": self.gain,
@@ -131,7 +136,7 @@ def generate_text(
     return Generated(
         text="".join(stream.pieces),
         prompt_tokens=len(prompt.ids),
-        new_tokens=len(stream.tokens),
+        tokens=stream.tokens,
         prefill_seconds=stream.times[0] - start,
         decode_seconds=stream.times[-1] - stream.times[0],
         stopped="end" if ended else "context" if full else "length",

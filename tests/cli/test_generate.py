@@ -153,7 +153,10 @@ BAD = {
     "no tokens": (["{packed}", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
     "no threads": (["{packed}", "--prompt", "a", "--threads", "0"], "'--threads'"),
     "draft tokens without a draft": (["{packed}", "--prompt", "a", "--draft-tokens", "3"], "--draft-tokens changes"),
-    "too many draft tokens": (["{packed}", "--prompt", "a", "--draft", "lookup", "--draft-tokens", "8"], "1<=x<=7"),
+    "too many draft tokens": (
+        ["{packed}", "--prompt", "a", "--draft", "lookup", "--draft-tokens", "8"],
+        "--draft-tokens 8 is not valid",
+    ),
     "missing draft": (["{packed}", "--prompt", "a", "--draft", "/nowhere/at/all"], "There is no model at"),
     "another vocabulary": (["{packed}", "--prompt", "a", "--draft", "{other}"], "has another vocabulary than"),
     "draft that sees": (["{packed}", "--prompt", "a", "--draft", "{encoder}"], "is a vision model"),

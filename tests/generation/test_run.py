@@ -111,10 +111,10 @@ def test_prefill_ends_with_the_first_token_and_decode_with_the_last(loaded: Load
 
 
 def test_rates_are_tokens_over_seconds() -> None:
-    result = Generated("text", 30, 11, prefill_seconds=0.5, decode_seconds=2.0, stopped="length")
+    result = Generated("text", 30, [7] * 11, prefill_seconds=0.5, decode_seconds=2.0, stopped="length")
     assert (result.prefill_rate, result.decode_rate) == (60.0, 5.0)
     assert result.to_dict()["decode_tokens_per_second"] == 5.0
-    assert Generated("t", 30, 1, 0.5, 0.0, "length").decode_rate is None
+    assert Generated("t", 30, [7], 0.5, 0.0, "length").decode_rate is None
 
 
 def test_nan_logits_are_refused(loaded: Loaded) -> None:

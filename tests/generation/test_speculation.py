@@ -184,7 +184,7 @@ def test_gain_is_measured_against_tokens_without_drafts(loaded: Loaded) -> None:
     assert result.speculated.plain_seconds == 1
     assert result.gain == pytest.approx(59 / result.decode_seconds)
     assert result.to_dict()["speculated"]["accepted"] == result.speculated.accepted
-    assert Generated("t", 3, 9, 1.0, 2.0, "length").gain is None
+    assert Generated("t", 3, [7] * 9, 1.0, 2.0, "length").gain is None
 
 
 def test_close_calls_are_counted_in_16_bits_only(tmp_path: Path) -> None:
