@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
 
 # Most drafted tokens of a round. With the token before them they are eight rows, which our kernels decode in one call.
 MOST_DRAFTED = 7
@@ -82,8 +86,12 @@ class Pace:
         """fixed: every draft is as long as it can be; times are only recorded."""
         self._fixed = fixed
         self._trust = Trust()
-        # Seconds to decode a token without a draft, for one more row of a verification, and for a step of drafting.
-        self._plain, self._row, self._step = Mean(16), Mean(32), Mean(64)
+        # Seconds of a token without a draft, and of a step of drafting.
+        self._plain, self._step = Mean(16), Mean(64)
+        # Lengths of the last drafts and the seconds that verifying each took. Old ones are forgotten, so that a length
+        # that was slow once is tried again.
+        self._verified: deque[tuple[int, float]] = deque(maxlen=48)
+        self._curve: tuple[list[int], list[float]] = ([0], [0.0])
         self._since_plain = 0
         self._pause, self._paused = self._TRIAL, 0
         self._tokens, self._seconds = 0, 0.0
@@ -107,21 +115,19 @@ class Pace:
         for confidence in confidences:
             chain *= self._trust.probability(confidence)
             expected += chain
-        cost = self._row.value + self._step.value
-        whole = self._plain.value + cost * len(confidences)
-        # The rate with the token against the rate without it.
-        return expected * (whole - cost) > (expected - chain) * whole
+        with_it, without = self._seconds_of(len(confidences)), self._seconds_of(len(confidences) - 1)
+        return expected * without > (expected - chain) * with_it
 
     def record(self, draft: Draft, accepted: int, draft_seconds: float, verify_seconds: float) -> None:
         """A round in which the first `accepted` tokens of the draft were right."""
         drafted = len(draft.tokens)
-        if drafted == 0:
-            self._since_plain = 0
-            self._plain.add(verify_seconds)
+        if drafted:
+            self._verified.append((drafted, verify_seconds))
         else:
-            self._since_plain += accepted + 1
-            self._row.add(max(0.0, verify_seconds - self._plain.value) / drafted)
-            self._trust.record(draft.confidences, accepted)
+            self._plain.add(verify_seconds)
+        self._curve = self._measured()
+        self._trust.record(draft.confidences, accepted)
+        self._since_plain = self._since_plain + accepted + 1 if drafted else 0
         if draft.steps:
             self._step.add(draft_seconds / draft.steps)
         if self._paused:
@@ -134,3 +140,16 @@ class Pace:
                 self._paused = self._pause
                 self._pause *= 2
             self._tokens, self._seconds = 0, 0.0
+
+    def _seconds_of(self, drafted: int) -> float:
+        """The expected seconds of a round. Lengths without a measurement are interpolated; longer ones than all
+        measured count as the longest, so that they are tried."""
+        return float(np.interp(drafted, *self._curve)) + self._step.value * drafted
+
+    def _measured(self) -> tuple[list[int], list[float]]:
+        """Lengths of drafts with measurements, in ascending order, and the seconds to verify each."""
+        times: dict[int, list[float]] = {}
+        for length, seconds in self._verified:
+            times.setdefault(length, []).append(seconds)
+        lengths = sorted(times)
+        return [0, *lengths], [self._plain.value, *(median(times[length]) for length in lengths)]
