@@ -57,6 +57,10 @@ class RuntimeChoiceError(ShiftaddError):
     """The environment asks for kernels that do not exist or cannot run on this machine."""
 
 
+class LinearAttentionError(ShiftaddError):
+    """An attention layer cannot be made linear, or is called in a way that its constant state cannot answer."""
+
+
 class CostError(ShiftaddError):
     """A file of unit costs cannot be used."""
 

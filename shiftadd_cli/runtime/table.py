@@ -15,8 +15,8 @@ from shiftadd_cli.bcq.weight import QuantizedWeight
 from shiftadd_cli.kernels.ops import codes_linear, gather_rows
 from shiftadd_cli.kernels.select import Kernel
 from shiftadd_cli.native.extension import has_kernels
-from shiftadd_cli.runtime.fused_decode.made_class import Reduced, reduce_made
 from shiftadd_cli.runtime.linear import TILE_BYTES, PackedLinear
+from shiftadd_cli.runtime.made_class import Reduced, reduce_made
 from shiftadd_cli.runtime.packed import PackedWeight
 from shiftadd_cli.runtime.stored import StoredWeight
 

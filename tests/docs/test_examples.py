@@ -63,3 +63,8 @@ def test_python_page_runs(repository: Path, work: Path) -> None:
     assert run(repository / "docs" / "python.md", '"demo"', f'"{model}"') == 2
     assert (work / "out" / "in-python" / "config.json").is_file()
     assert (work / "plan.json").is_file()
+
+
+def test_drafts_page_runs(repository: Path, work: Path) -> None:
+    model = save_tiny("llama", work / "model")
+    assert run(repository / "docs" / "drafts.md", '"demo"', f'"{model}"') == 1

@@ -21,9 +21,9 @@ from shiftadd_cli.kernels.ops import is_plain
 from shiftadd_cli.native.extension import TYPES
 from shiftadd_cli.runtime.fused_decode.block_plan import LINEARS, MOST_ROWS, NORMS, BlockPlan, Form, suits
 from shiftadd_cli.runtime.fused_decode.families import BLOCKS, MODELS, name_of
-from shiftadd_cli.runtime.fused_decode.made_class import Reduced, reduce_made
 from shiftadd_cli.runtime.fused_decode.stack import PLAN, STACK, LookupModel, current_pass, model_class
 from shiftadd_cli.runtime.kv_cache import append, is_known
+from shiftadd_cli.runtime.made_class import Reduced, reduce_made
 
 # Classes in transformers for GELU in its tanh form, and for SiLU.
 _GELU, _SILU = ("GELUTanh",), ("SiLUActivation", "SiLU")

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from shiftadd_cli.runtime.fused_decode.block_plan import BlockPlan
-from shiftadd_cli.runtime.fused_decode.made_class import Reduced, reduce_made
 from shiftadd_cli.runtime.fused_decode.module_watch import Watch
 from shiftadd_cli.runtime.fused_decode.stack_plan import StackPlan, alike
 from shiftadd_cli.runtime.kv_cache import open_rooms
+from shiftadd_cli.runtime.made_class import Reduced, reduce_made
 
 # Attributes that hold the `BlockPlan` of a block and the `StackPlan` of a model.
 PLAN, STACK = "_plan", "_stack_plan"

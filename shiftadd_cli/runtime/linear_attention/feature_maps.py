@@ -1,0 +1,189 @@
+"""Feature maps: functions of a query and a key whose products stand for the softmax weight of a distant token.
+
+The weight of key k for query q is `exp(log_scale(q)) · features(q)·features(k)`, where softmax attention has
+`exp(scaling · q·k)`. The sum over any number of keys then needs only the sum of their features.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Logarithms of key features are cut off here, so that sums over a million keys stay finite in float32.
+_HIGHEST_LOG = 40.0
+
+
+class FeatureMap(nn.Module, ABC):
+    """A map for all heads of one layer. Its parameters are float32, and it computes in float32."""
+
+    name: ClassVar[str]
+
+    def __init__(self, heads: int, kv_heads: int, size: int, features: int) -> None:
+        """heads: of queries; kv_heads: of keys, a divisor of them; size: of a head; features: of a key."""
+        super().__init__()
+        self.heads, self.kv_heads, self.size, self.features = heads, kv_heads, size, features
+
+    @abstractmethod
+    def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithm of the scale `[rows, heads, tokens, 1]` and features `[rows, heads, tokens, features]` of queries
+        `[rows, heads, tokens, size]`. Features are at most about 1."""
+
+    @abstractmethod
+    def keys(self, key: Tensor) -> Tensor:
+        """Features `[rows, kv_heads, tokens, features]` of keys `[rows, kv_heads, tokens, size]`."""
+
+    @abstractmethod
+    def start(self, query: Tensor, key: Tensor, scaling: float, generator: torch.Generator) -> None:
+        """Set the parameters from sampled queries `[heads, samples, size]` and keys `[kv_heads, samples, size]`.
+
+        scaling: of the products of softmax attention.
+        """
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(*shape, dtype=torch.float32))
+
+
+class ExponentialMap(FeatureMap):
+    """Feature f of a key is exp(wᶠ·k + bᶠ), and a query takes a share of each feature, by a softmax.
+
+    It starts from a codebook c¹, c², ... of the queries of each key head: exp(scaling · cᶠ·k) is then the exact weight
+    of key k for the query cᶠ, and the shares say how close a query is to each. All weights are fitted afterwards. Key
+    features of this form are those of Hedgehog (Zhang et al. 2024, arXiv 2402.04347, section 4.2).
+    """
+
+    name = "exp"
+    # The logits of the shares at the start: minus half of the squared distance to a centre, times this.
+    _SHARPNESS = 0.1
+    # Of k-means.
+    _ROUNDS = 10
+
+    def __init__(self, heads: int, kv_heads: int, size: int, features: int) -> None:
+        super().__init__(heads, kv_heads, size, features)
+        self.query_weight = self._parameter(heads, size, features)
+        self.query_bias = self._parameter(heads, features)
+        self.log_scale = self._parameter(heads, features)
+        self.key_weight = self._parameter(kv_heads, size, features)
+        self.key_bias = self._parameter(kv_heads, features)
+
+    def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        shares = (query.float() @ self.query_weight + self.query_bias[:, None]).log_softmax(-1)
+        logits = shares + self.log_scale[:, None]
+        largest = logits.detach().amax(-1, keepdim=True)
+        return largest, (logits - largest).exp()
+
+    def keys(self, key: Tensor) -> Tensor:
+        logits = key.float() @ self.key_weight + self.key_bias[:, None]
+        return logits.clamp(max=_HIGHEST_LOG).exp()
+
+    @torch.no_grad()
+    def start(self, query: Tensor, key: Tensor, scaling: float, generator: torch.Generator) -> None:
+        group = self.heads // self.kv_heads
+        for index in range(self.kv_heads):
+            own = slice(index * group, (index + 1) * group)
+            codebook = k_means(query[own].flatten(0, 1).float(), self.features, self._ROUNDS, generator)
+            weight = scaling * codebook.T
+            # Every feature is at most 1 for the sampled keys, and the query's scale undoes that.
+            largest = (key[index].float() @ weight).amax(0)
+            self.key_weight[index], self.key_bias[index] = weight, -largest
+            self.log_scale[own] = largest
+            self.query_weight[own] = self._SHARPNESS * codebook.T
+            self.query_bias[own] = -self._SHARPNESS / 2 * codebook.square().sum(1)
+
+
+class _SimilarityMap(FeatureMap):
+    """A similarity of the directions of fitted images of q and k, times a factor of each, log-linear in q and in k."""
+
+    def __init__(self, heads: int, kv_heads: int, size: int, features: int) -> None:
+        """features: one more than the directions, `size + 1`."""
+        if features != size + 1:
+            raise ValueError(f"the map {self.name} has {size + 1} features for heads of {size}, not {features}")
+        super().__init__(heads, kv_heads, size, features)
+        self.query_turn = self._parameter(heads, size, size)
+        self.key_turn = self._parameter(kv_heads, size, size)
+        self.query_weight = self._parameter(heads, size)
+        self.query_bias = self._parameter(heads)
+        self.key_weight = self._parameter(kv_heads, size)
+        self.key_bias = self._parameter(kv_heads)
+
+    def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        query = query.float()
+        scale = (query * self.query_weight[:, None]).sum(-1, keepdim=True) + self.query_bias[:, None, None]
+        direction = self._direction(query @ self.query_turn)
+        return scale, torch.cat([direction / self._divisor(), torch.full_like(scale, 0.5)], -1)
+
+    def keys(self, key: Tensor) -> Tensor:
+        key = key.float()
+        scale = (key * self.key_weight[:, None]).sum(-1, keepdim=True) + self.key_bias[:, None, None]
+        direction = self._direction(key @ self.key_turn)
+        return torch.cat([direction, torch.ones_like(scale)], -1) * scale.clamp(max=_HIGHEST_LOG).exp()
+
+    @torch.no_grad()
+    def start(self, query: Tensor, key: Tensor, scaling: float, generator: torch.Generator) -> None:
+        turn, _ = torch.linalg.qr(torch.randn(self.size, self.size, generator=generator))
+        self.query_turn.copy_(turn.to(self.query_turn.device).expand_as(self.query_turn))
+        self.key_turn.copy_(turn.to(self.key_turn.device).expand_as(self.key_turn))
+
+    @abstractmethod
+    def _direction(self, image: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _divisor(self) -> float: ...
+
+
+class AngularMap(_SimilarityMap):
+    """½ + q̂·k̂/π, the linear-angular kernel of Castling-ViT (You et al. 2023, arXiv 2211.10526, section 4.1)."""
+
+    name = "angular"
+
+    def _direction(self, image: Tensor) -> Tensor:
+        return functional.normalize(image, dim=-1)
+
+    def _divisor(self) -> float:
+        return math.pi
+
+
+class BinaryMap(_SimilarityMap):
+    """The share of equal signs, as in the binary attention of ShiftAddViT (You et al. 2023, arXiv 2306.06446, section
+    4.2): the products of queries and keys need only additions.
+
+    Gradients pass the sign as if it were tanh.
+    """
+
+    name = "binary"
+
+    def _direction(self, image: Tensor) -> Tensor:
+        soft = image.tanh()
+        hard = torch.where(image >= 0, 1.0, -1.0)
+        return soft + (hard - soft).detach()
+
+    def _divisor(self) -> float:
+        return 2.0 * self.size
+
+
+MAPS: dict[str, type[FeatureMap]] = {kind.name: kind for kind in (ExponentialMap, AngularMap, BinaryMap)}
+
+
+def make_map(name: str, heads: int, kv_heads: int, size: int) -> FeatureMap:
+    """An empty map of `MAPS`, with as many features as a head has numbers (one more for a similarity)."""
+    kind = MAPS[name]
+    return kind(heads, kv_heads, size, size if kind is ExponentialMap else size + 1)
+
+
+def k_means(points: Tensor, count: int, rounds: int, generator: torch.Generator) -> Tensor:
+    """`count` centres `[count, size]` of `points` `[points, size]` after some rounds of Lloyd's algorithm. A centre
+    that lost all of its points stays where it was."""
+    picked = torch.randperm(len(points), generator=generator)[:count].to(points.device)
+    centres = points[picked]
+    if len(centres) < count:
+        centres = centres.repeat(-(-count // len(centres)), 1)[:count]
+    for _ in range(rounds):
+        nearest = (points @ centres.T - centres.square().sum(1) / 2).argmax(1)
+        sizes = torch.bincount(nearest, minlength=count)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+    return centres
