@@ -16,7 +16,7 @@ from shiftadd_cli.version import __version__
 
 if TYPE_CHECKING:
     from shiftadd_cli.allocation.plan_file import BitPlan
-    from shiftadd_cli.api import allocate_bits, evaluate, generate, load, quantize
+    from shiftadd_cli.api import allocate_bits, evaluate, generate, linearize, load, quantize
     from shiftadd_cli.errors import ShiftaddError
     from shiftadd_cli.recipe import Recipe
 
@@ -28,6 +28,7 @@ _API = {
     "allocate_bits": "shiftadd_cli.api",
     "evaluate": "shiftadd_cli.api",
     "generate": "shiftadd_cli.api",
+    "linearize": "shiftadd_cli.api",
     "load": "shiftadd_cli.api",
     "quantize": "shiftadd_cli.api",
 }
@@ -40,6 +41,7 @@ __all__ = [
     "allocate_bits",
     "evaluate",
     "generate",
+    "linearize",
     "load",
     "quantize",
 ]

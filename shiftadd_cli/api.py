@@ -17,13 +17,14 @@ from shiftadd_cli.generation.run import Generated
 from shiftadd_cli.generation.sampling import Sampling
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.job import Job
+from shiftadd_cli.pipeline.linearize import Linearized, LinearizeJob, LinearizeSettings
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.runtime.load import load
 from shiftadd_cli.source import open_source
 from shiftadd_cli.source.in_memory import as_folder
 
-__all__ = ["allocate_bits", "evaluate", "generate", "load", "quantize"]
+__all__ = ["allocate_bits", "evaluate", "generate", "linearize", "load", "quantize"]
 
 
 def quantize(
@@ -152,6 +153,15 @@ def generate(
         trust_remote_code=trust_remote_code,
     )
     return job.run(write)
+
+
+def linearize(model: str, out: str | Path, *, overwrite: bool = False, **settings: Any) -> Linearized:
+    """Give attention layers of `model` a state of constant size, and write the result to the folder `out`.
+
+    model: an original or one of our folders. settings: fields of `LinearizeSettings` (`map="exp"`, `window=64`, ...).
+    Raises ShiftaddError with one sentence that says what to do.
+    """
+    return LinearizeJob.prepare(model, Path(out), LinearizeSettings(**settings), overwrite=overwrite).run()
 
 
 def _settings(recipe: str | Recipe, fields: dict[str, Any]) -> Recipe:

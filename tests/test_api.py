@@ -137,3 +137,13 @@ def test_missing_folder_is_refused_without_asking_the_hub(
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the hub was asked"))
     with pytest.raises(ArtifactError, match=r"is not a folder; give one that `shiftadd quantize` wrote, or a hub id"):
         shiftadd_cli.load(folder)
+
+
+def test_linear_attention_is_that_of_the_command(tmp_path: Path) -> None:
+    model = str(save_tiny("llama", tmp_path / "model"))
+    sizes = ("--window", "8", "--samples", "2", "--seq-len", "64", "--steps", "1", "--layers", "0")
+    assert CliRunner().invoke(main, ["linearize", model, "-o", str(tmp_path / "one"), *sizes]).exit_code == 0
+    result = shiftadd_cli.linearize(model, tmp_path / "other", window=8, samples=2, seq_len=64, steps=1, layers="0")
+    assert result.chosen == (0,)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
+    assert files[0] == files[1]

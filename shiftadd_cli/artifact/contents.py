@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from shiftadd_cli.artifact.folder import Artifact
+from shiftadd_cli.artifact.linear_attention import LinearAttentionFormat
 from shiftadd_cli.artifact.shards import nbytes
 from shiftadd_cli.bcq.choices import Primitive
 from shiftadd_cli.device import dtype_name
@@ -66,7 +67,8 @@ _Entry = TypeVar("_Entry", Packed, Kept)
 
 @dataclass(frozen=True)
 class Contents:
-    """All tensors of a checkpoint. `kept` starts with the largest; `layers` and `tables` follow config.json."""
+    """All tensors of a checkpoint. `kept` starts with the largest; `layers` and `tables` follow config.json.
+    `linear_attention` is None if all attention layers are softmax layers."""
 
     folder: str
     architecture: str
@@ -77,6 +79,7 @@ class Contents:
     layers: tuple[Packed, ...]
     tables: tuple[Table, ...]
     kept: tuple[Kept, ...]
+    linear_attention: LinearAttentionFormat | None = None
 
     @classmethod
     def of(cls, artifact: Artifact) -> Contents:
@@ -117,6 +120,7 @@ class Contents:
                 for name, table in artifact.format.tables.items()
             ),
             kept=tuple(sorted(unpacked, key=lambda tensor: (-tensor.stored_bytes, tensor.name))),
+            linear_attention=artifact.format.linear_attention,
         )
 
     @property

@@ -27,6 +27,9 @@ are stored, and one or two more are computed. A module with "shift1" or "shift2"
 and `offset` do not apply. The default is "bcq". `format_version` is 5 if a table is a compressed matrix, else 4 if
 there are trellis-coded planes, else 3 if a table belongs to a convolution, else 2 if there are shift layers, else 1.
 
+With the key `linear_attention`, some attention layers have a state of constant size, see `artifact.linear_attention`,
+and `format_version` is 6.
+
 Unknown keys are kept and ignored. Any change to the meaning of the tensors raises `format_version`.
 """
 
@@ -38,6 +41,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from shiftadd_cli.artifact.linear_attention import LinearAttentionFormat
 from shiftadd_cli.bcq import int8
 from shiftadd_cli.bcq.choices import PLANES
 from shiftadd_cli.bcq.matrix_format import MatrixFormat
@@ -47,8 +51,8 @@ from shiftadd_cli.errors import ArtifactError, first_fault
 from shiftadd_cli.version import QUANT_METHOD
 
 # The newest version that is read. A checkpoint gets the lowest version it needs: 2 for shift layers, 3 for tables of
-# convolutions, 4 for trellis-coded planes, 5 for tables that are compressed matrices.
-FORMAT_VERSION = 5
+# convolutions, 4 for trellis-coded planes, 5 for tables that are compressed matrices, 6 for linear attention.
+FORMAT_VERSION = 6
 
 # Maximum digits of a size; larger numbers overflow byte counters.
 _MAX_DIGITS = 9
@@ -67,13 +71,14 @@ _ABSENT: Mapping[str, Any] = {"primitive": PLANES, "rotation": "none", "outlier_
 
 @dataclass(frozen=True)
 class ArtifactFormat:
-    """The compressed modules and the tables of a checkpoint by name, and whether experts that transformers keeps in
-    stacks are stored one by one. `common` is the format of modules that override nothing."""
+    """The compressed modules and the tables of a checkpoint by name, its linear attention layers, and whether experts
+    that transformers keeps in stacks are stored one by one. `common` is the format of modules that override nothing."""
 
     common: MatrixFormat
     modules: Mapping[str, PackedLayout]
     tables: Mapping[str, TableLayout] = field(default_factory=dict)
     split_experts: bool = False
+    linear_attention: LinearAttentionFormat | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ArtifactFormat:
@@ -109,7 +114,8 @@ class ArtifactFormat:
             shape = _shape(name, entry, (2, 4))
             own = {key: entry[key] for key in fields if key in entry}
             layouts[name] = TableLayout(shape, _format(shared | own) if "bits" in own else None)
-        return cls(common, modules, layouts, split)
+        linear = config.get("linear_attention")
+        return cls(common, modules, layouts, split, None if linear is None else LinearAttentionFormat.from_dict(linear))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that `from_dict` reads; a module lists only values that differ from the common ones."""
@@ -130,11 +136,15 @@ class ArtifactFormat:
             version = max(version, 3)
         if any(table.format is not None for table in self.tables.values()):
             version = 5
+        if self.linear_attention is not None:
+            version = 6
         config = {"quant_method": QUANT_METHOD, "format_version": version, **common, "modules": modules}
         if tables:
             config["tables"] = tables
         if self.split_experts:
             config["split_experts"] = True
+        if self.linear_attention is not None:
+            config["linear_attention"] = self.linear_attention.to_dict()
         return config
 
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.format import SUFFIXES
+from shiftadd_cli.artifact.linear_attention import SUBMODULE
 from shiftadd_cli.artifact.shards import TensorShape
 from shiftadd_cli.artifact.writer import sha256
 from shiftadd_cli.bcq import int8
@@ -56,6 +57,8 @@ def _structure(artifact: Artifact) -> Iterator[str]:
         expected |= {f"{module}.{suffix}": shape for suffix, shape in stored.items()}
         if f"{module}.weight" in tensors:
             yield f"{module}.weight is stored in addition to its compressed form"
+    linear = artifact.format.linear_attention
+    expected |= {name: (shape, torch.float32) for name, shape in (linear.tensors() if linear else {}).items()}
     for name, (shape, dtype) in expected.items():
         if name not in tensors:
             yield f"{name} is missing"
@@ -65,6 +68,8 @@ def _structure(artifact: Artifact) -> Iterator[str]:
     for name in tensors.keys() - expected.keys():
         if name.endswith(SUFFIXES):
             yield f"{name} belongs to no module that config.json lists as compressed"
+        if f".{SUBMODULE}." in name:
+            yield f"{name} belongs to no module that config.json lists as linear attention"
 
 
 def _checksums(artifact: Artifact) -> Iterator[str]:

@@ -35,6 +35,7 @@ VERBS = (
     "cost",
     "generate",
     "benchmark",
+    "linearize",
     "export",
     "push",
 )

@@ -76,13 +76,14 @@ def _describe(result: Cost) -> str:
     parts = [(part, size(count), f"{count / stored:.1%}") for part, count in result.parts.items()]
     parts.append(("all", size(stored), f"{stored / result.dense_bytes:.1%} of {size(result.dense_bytes)} in 16 bits"))
     tokens = "one token" if result.batch == 1 else f"one token of {result.batch} computed at once"
+    # Without compressed layers, there is nothing to relate their costs to.
+    compressed = [table(("compressed layers", *_COLUMNS), _rows(result.layers)), ""] if result.layers[0].total else []
     return "\n".join(
         (
             table(("stored", "bytes", "share"), parts),
             "",
             f"Energy of {tokens}, modelled: {result.unit_costs}",
-            table(("compressed layers", *_COLUMNS), _rows(result.layers)),
-            "",
+            *compressed,
             table(("whole model", *_COLUMNS), _rows(result.model)),
             "",
             "Data movement is charged to every way alike. Attention and its cache are left out; experts all count.",

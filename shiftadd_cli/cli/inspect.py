@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from shiftadd_cli.artifact.contents import Contents
+    from shiftadd_cli.artifact.linear_attention import LinearAttentionFormat
 
 
 @click.command()
@@ -70,6 +71,7 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
         f"Compressed    {size(contents.packed_bytes)} for {contents.packed_weights:,} weights, "
         f"{contents.bits_per_weight:.3f} bits/weight",
         *([f"Embeddings    {size(contents.table_bytes)}"] if contents.tables else []),
+        *([] if contents.linear_attention is None else [_linear_attention(contents.linear_attention)]),
         f"Kept          {size(contents.kept_bytes)}",
         f"Files         {size(contents.file_bytes)}, {contents.file_bits_per_weight:.3f} bits/weight over everything",
     ]
@@ -79,6 +81,13 @@ def _describe(contents: Contents, *, layers: bool, verified: bool) -> str:
             + (", checksums as in report.json" if contents.has_checksums else ", no checksums to compare")
         )
     return "\n".join(lines)
+
+
+def _linear_attention(form: LinearAttentionFormat) -> str:
+    return (
+        f"Attention     linear in {len(form.modules)} layers: map {form.map}, {form.window} nearest tokens, "
+        f"{form.sinks} sinks"
+    )
 
 
 def _tables(contents: Contents) -> list[str]:

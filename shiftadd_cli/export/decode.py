@@ -30,10 +30,16 @@ class DecodedModel:
     `skeleton` is the dense model on meta, which gives the names, shapes and dtypes. Each tied parameter comes once, in
     the order of the files. The values are those of the model's `dequantize()`.
 
-    Raises ArtifactError if the checkpoint holds other tensors than the model, or tensors of other shapes.
+    Raises ArtifactError if the checkpoint holds other tensors than the model, or tensors of other shapes; ExportError
+    if it has linear attention.
     """
 
     def __init__(self, artifact: Artifact, skeleton: Any) -> None:
+        if artifact.format.linear_attention is not None:
+            raise ExportError(
+                f"{artifact.folder} has linear attention, which no other program knows; export the model that it was "
+                "made from."
+            )
         self._artifact = artifact
         self._transposed = {
             name: sizes[2]

@@ -79,6 +79,7 @@ def fit_feature_map(
     return Fit(window_error, start_error, loss.measure(held_texts, measured))
 
 
+@torch.enable_grad()
 def _descend(loss: _Loss, texts: Sequence[Inputs], settings: FitSettings, generator: torch.Generator) -> None:
     optimizer = torch.optim.Adam(loss.feature_map.parameters(), lr=settings.rate)
     factor = rising_and_falling(settings.steps)

@@ -84,7 +84,7 @@ def open_run(folder: Path, *, trust_remote_code: bool = False) -> Run:
     """
     artifact = Artifact.open(folder)
     if artifact.report is None:
-        raise ArtifactError(f"{folder} has no report.json to make a page from; quantize the model again.")
+        raise ArtifactError(f"{folder} has no report.json to make a page from; only `shiftadd quantize` writes one.")
     values = {name: value for name, value in artifact.report.items() if name != "files"}
     try:
         report = Report.model_validate(values)

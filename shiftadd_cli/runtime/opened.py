@@ -13,8 +13,9 @@ import torch
 from shiftadd_cli.device import computes_in, dtype_name
 from shiftadd_cli.errors import ArtifactError, SourceError, first_line
 from shiftadd_cli.runtime.remote_code import brings_code
-from shiftadd_cli.runtime.skeleton import read_artifact_config
+from shiftadd_cli.runtime.skeleton import artifact_skeleton, read_artifact_config
 from shiftadd_cli.source import Source, open_source
+from shiftadd_cli.source.companions import copy_companions
 from shiftadd_cli.source.image_processor import load_image_processor
 from shiftadd_cli.source.locate import locate
 from shiftadd_cli.source.positions import position_limit
@@ -105,6 +106,31 @@ class Opened:
             return self._source.config
         return read_artifact_config(self.path, remote_code=self._remote_code)
 
+    def skeleton(self) -> Any:
+        """The model on meta."""
+        if self._source is not None:
+            return self._source.skeleton()
+        return artifact_skeleton(self.path, trust_remote_code=self._remote_code)
+
+    @property
+    def has_linear_attention(self) -> bool:
+        """Whether some of its attention layers have a state of constant size."""
+        return self._source is None and "linear_attention" in self._config["quantization_config"]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all its weight files."""
+        if self._source is not None:
+            return self._source.file_bytes
+        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+
+    def save_companions(self, folder: Path) -> None:
+        """Write its tokenizer and other small files, all but weights and configuration, to `folder`."""
+        if self._source is not None:
+            self._source.save_companions(folder)
+        else:
+            copy_companions(self.path, folder, code=self._remote_code)
+
     @cached_property
     def classes(self) -> dict[int, str] | None:
         """Class names of a vision model by number; None for a model without class scores."""
@@ -152,21 +178,16 @@ class Opened:
         device = device or torch.device("cpu")
         stored = self.stored_dtype
         computed = computing_dtype(dtype, stored, device)
-        model: Any
-        if self._source is not None:
-            model, file_bytes = self._source.load_model(computed), self._source.file_bytes
-        else:
-            model = self._load_artifact(computed)
-            file_bytes = sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+        model: Any = self._source.load_model(computed) if self._source is not None else self._load_artifact(computed)
         model.to(device).eval()
         parameters, quantized = _count(model)
         calibration = _calibration_of(self.path) if self._source is None else {}
         info = ModelInfo(
             spec=self.spec,
             compressed=self._source is None,
-            file_bytes=file_bytes,
+            file_bytes=self.file_bytes,
             parameters=parameters,
-            file_bits_per_weight=8 * file_bytes / parameters,
+            file_bits_per_weight=8 * self.file_bytes / parameters,
             quantized_bits_per_weight=quantized,
             stored_dtype=dtype_name(stored),
             dtype=dtype_name(computed),

@@ -17,11 +17,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from shiftadd_cli.artifact.format import SUFFIXES, ArtifactFormat
+from shiftadd_cli.artifact.linear_attention import SUBMODULE, LinearAttentionFormat
 from shiftadd_cli.bcq.table_layout import TableLayout
 from shiftadd_cli.bcq.weight import PackedLayout
 from shiftadd_cli.errors import ArtifactError
 from shiftadd_cli.runtime.fused_decode.block import fuse_blocks, part_blocks
 from shiftadd_cli.runtime.linear import PackedLinear
+from shiftadd_cli.runtime.linear_attention.module import LinearAttention
+from shiftadd_cli.runtime.linear_attention.place import place_linear_attention
 from shiftadd_cli.runtime.loading import (
     Ties,
     check_files,
@@ -60,6 +63,10 @@ class ShiftAddConfig(QuantizationConfigMixin):
         """Whether experts that transformers keeps in stacks are stored one by one."""
         return ArtifactFormat.from_dict(self.__dict__).split_experts
 
+    def linear_attention_format(self) -> LinearAttentionFormat | None:
+        """The linear attention layers; None if there are none."""
+        return ArtifactFormat.from_dict(self.__dict__).linear_attention
+
     def table_layouts(self) -> Mapping[str, TableLayout]:
         """Layout of every table, by the name of its module in the model."""
         return ArtifactFormat.from_dict(self.__dict__).tables
@@ -77,8 +84,9 @@ class ShiftAddQuantizer(HfQuantizer):
     _files: Sequence[str] = ()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Dtype to load a tensor in. Stored tensors keep theirs, since row scales overflow in float16."""
-        if any(name.endswith(SUFFIXES) for name in converter.target_patterns):
+        """Dtype to load a tensor in. Stored tensors keep theirs, since row scales overflow in float16, and so do
+        feature maps, which compute in float32."""
+        if any(name.endswith(SUFFIXES) or f".{SUBMODULE}." in name for name in converter.target_patterns):
             return None
         result: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return result
@@ -121,6 +129,8 @@ class ShiftAddQuantizer(HfQuantizer):
             if len(members) > 1:
                 ties.rename(members, "weight", *layout.tensors())
         place_tables(model, self.quantization_config.table_layouts(), dtype)
+        if (linear := self.quantization_config.linear_attention_format()) is not None:
+            place_linear_attention(model, linear)
         self._files = checkpoint_files or ()
         check_files(model, self._files)
 
@@ -145,6 +155,11 @@ class ShiftAddQuantizer(HfQuantizer):
         # A saved config has its dtype by name.
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         target: torch.dtype = named or torch.get_default_dtype()
+        if any(isinstance(module, LinearAttention) for module in model.modules()):
+            raise ArtifactError(
+                "Linear attention has no dense form, so the model cannot be dequantized; use the model that it was "
+                "made from."
+            )
         part_blocks(model)
         names: dict[PackedLinear, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):

@@ -151,6 +151,11 @@ def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
         _refuse_quantizer_files(folder)
         return
     method = entry.get("quant_method", "an unnamed method") if isinstance(entry, dict) else "an unnamed method"
+    if method == QUANT_METHOD and isinstance(entry, dict) and "linear_attention" in entry:
+        raise SourceError(
+            f"{folder} has linear attention, which is not kept when a model is compressed; compress the original, and "
+            "then run `shiftadd linearize` on the result."
+        )
     if method == QUANT_METHOD:
         raise SourceError(
             f"{folder} was already compressed by shiftadd; use `shiftadd evaluate` or `shiftadd inspect` on it, or "

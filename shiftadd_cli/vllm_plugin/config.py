@@ -25,8 +25,10 @@ class ShiftaddConfig(QuantizationConfig):
     """Layouts of the compressed modules and of the tables, by the names that vLLM gives their modules."""
 
     def __init__(self, form: ArtifactFormat) -> None:
-        """Raises ArtifactError for mixtures of experts."""
+        """Raises ArtifactError for mixtures of experts and for linear attention."""
         super().__init__()
+        if form.linear_attention is not None:
+            raise ArtifactError("shiftadd has no linear attention in vLLM; load the checkpoint with transformers.")
         if form.split_experts:
             raise ArtifactError(
                 "shiftadd has no kernels for the experts of a mixture in vLLM; export the checkpoint for it: "

@@ -45,7 +45,7 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        if config["quant_method"] != "shiftadd" or config["format_version"] not in (1, 2, 3, 4, 5):
+        if config["quant_method"] != "shiftadd" or config["format_version"] not in (1, 2, 3, 4, 5, 6):
             raise ValueError("not a checkpoint that this reader knows")
         common = {"primitive": "bcq", "rotation": "none", "outlier_columns": 0.0} | config
         self.modules: dict[str, dict[str, Any]] = {

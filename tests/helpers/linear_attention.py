@@ -7,20 +7,22 @@ import math
 import torch
 from torch import Tensor
 
+from shiftadd_cli.artifact.linear_attention import Heads
 from shiftadd_cli.runtime.linear_attention.attention import Reach
 from shiftadd_cli.runtime.linear_attention.feature_maps import (
     AngularMap,
     BinaryMap,
     ExponentialMap,
     FeatureMap,
+    WindowMap,
     make_map,
 )
 
 
-def filled_map(name: str, heads: int, kv_heads: int, size: int, seed: int = 0) -> FeatureMap:
+def filled_map(name: str, heads: Heads, seed: int = 0) -> FeatureMap:
     """A map with random parameters."""
     generator = torch.Generator().manual_seed(seed)
-    made = make_map(name, heads, kv_heads, size)
+    made = make_map(name, heads)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
@@ -29,8 +31,10 @@ def filled_map(name: str, heads: int, kv_heads: int, size: int, seed: int = 0) -
 
 def distant_weights(feature_map: FeatureMap, head: int, query: Tensor, key: Tensor) -> Tensor:
     """Weights `[queries, keys]` of distant keys `[keys, size]` for queries `[queries, size]` of a head, all float64."""
-    group = head // (feature_map.heads // feature_map.kv_heads)
+    group = head // (feature_map.heads.queries // feature_map.heads.keys)
     parts = {name: parameter.detach().double() for name, parameter in feature_map.named_parameters()}
+    if isinstance(feature_map, WindowMap):
+        return torch.zeros(len(query), len(key), dtype=torch.float64)
     if isinstance(feature_map, ExponentialMap):
         shares = torch.softmax(query @ parts["query_weight"][head] + parts["query_bias"][head], 1)
         features = torch.exp(key @ parts["key_weight"][group] + parts["key_bias"][group])

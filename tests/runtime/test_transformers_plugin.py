@@ -230,7 +230,7 @@ MODULE = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 6}, "format_version 6, and this shiftadd reads up to 5; upgrade it"),
+        ({"format_version": 7}, "format_version 7, and this shiftadd reads up to 6; upgrade it"),
         ({"bits": None}, "lacks 'bits'"),
         ({"modules": {"model.layers.7.mlp.up_proj": {"shape": [100, 48]}}}, "layers.7.mlp.up_proj .* no such module"),
         ({"modules": {"model.norm": {"shape": [48, 48]}}}, "model.norm .* is a LlamaRMSNorm"),

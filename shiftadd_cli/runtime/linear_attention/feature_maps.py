@@ -14,19 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shiftadd_cli.artifact.linear_attention import MAP_TENSORS, Heads
+
 # Logarithms of key features are cut off here, so that sums over a million keys stay finite in float32.
 _HIGHEST_LOG = 40.0
 
 
 class FeatureMap(nn.Module, ABC):
-    """A map for all heads of one layer. Its parameters are float32, and it computes in float32."""
+    """A map for all heads of one layer. Its parameters, those of `MAP_TENSORS`, and its results are float32.
+
+    Attributes:
+        features: the number of features of a key.
+    """
 
     name: ClassVar[str]
 
-    def __init__(self, heads: int, kv_heads: int, size: int, features: int) -> None:
-        """heads: of queries; kv_heads: of keys, a divisor of them; size: of a head; features: of a key."""
+    def __init__(self, heads: Heads, features: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.size, self.features = heads, kv_heads, size, features
+        self.heads, self.features = heads, features
+        for name, shape in MAP_TENSORS[self.name](heads).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32)))
 
     @abstractmethod
     def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,9 +51,6 @@ class FeatureMap(nn.Module, ABC):
         scaling: of the products of softmax attention.
         """
 
-    def _parameter(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.zeros(*shape, dtype=torch.float32))
-
 
 class ExponentialMap(FeatureMap):
     """Feature f of a key is exp(wᶠ·k + bᶠ), and a query takes a share of each feature, by a softmax.
@@ -62,13 +66,14 @@ class ExponentialMap(FeatureMap):
     # Of k-means.
     _ROUNDS = 10
 
-    def __init__(self, heads: int, kv_heads: int, size: int, features: int) -> None:
-        super().__init__(heads, kv_heads, size, features)
-        self.query_weight = self._parameter(heads, size, features)
-        self.query_bias = self._parameter(heads, features)
-        self.log_scale = self._parameter(heads, features)
-        self.key_weight = self._parameter(kv_heads, size, features)
-        self.key_bias = self._parameter(kv_heads, features)
+    query_weight: nn.Parameter
+    query_bias: nn.Parameter
+    log_scale: nn.Parameter
+    key_weight: nn.Parameter
+    key_bias: nn.Parameter
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__(heads, heads.size)
 
     def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
         shares = (query.float() @ self.query_weight + self.query_bias[:, None]).log_softmax(-1)
@@ -82,8 +87,8 @@ class ExponentialMap(FeatureMap):
 
     @torch.no_grad()
     def start(self, query: Tensor, key: Tensor, scaling: float, generator: torch.Generator) -> None:
-        group = self.heads // self.kv_heads
-        for index in range(self.kv_heads):
+        group = self.heads.queries // self.heads.keys
+        for index in range(self.heads.keys):
             own = slice(index * group, (index + 1) * group)
             codebook = k_means(query[own].flatten(0, 1).float(), self.features, self._ROUNDS, generator)
             weight = scaling * codebook.T
@@ -98,17 +103,15 @@ class ExponentialMap(FeatureMap):
 class _SimilarityMap(FeatureMap):
     """A similarity of the directions of fitted images of q and k, times a factor of each, log-linear in q and in k."""
 
-    def __init__(self, heads: int, kv_heads: int, size: int, features: int) -> None:
-        """features: one more than the directions, `size + 1`."""
-        if features != size + 1:
-            raise ValueError(f"the map {self.name} has {size + 1} features for heads of {size}, not {features}")
-        super().__init__(heads, kv_heads, size, features)
-        self.query_turn = self._parameter(heads, size, size)
-        self.key_turn = self._parameter(kv_heads, size, size)
-        self.query_weight = self._parameter(heads, size)
-        self.query_bias = self._parameter(heads)
-        self.key_weight = self._parameter(kv_heads, size)
-        self.key_bias = self._parameter(kv_heads)
+    query_turn: nn.Parameter
+    key_turn: nn.Parameter
+    query_weight: nn.Parameter
+    query_bias: nn.Parameter
+    key_weight: nn.Parameter
+    key_bias: nn.Parameter
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__(heads, heads.size + 1)
 
     def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
         query = query.float()
@@ -124,7 +127,7 @@ class _SimilarityMap(FeatureMap):
 
     @torch.no_grad()
     def start(self, query: Tensor, key: Tensor, scaling: float, generator: torch.Generator) -> None:
-        turn, _ = torch.linalg.qr(torch.randn(self.size, self.size, generator=generator))
+        turn, _ = torch.linalg.qr(torch.randn(self.heads.size, self.heads.size, generator=generator))
         self.query_turn.copy_(turn.to(self.query_turn.device).expand_as(self.query_turn))
         self.key_turn.copy_(turn.to(self.key_turn.device).expand_as(self.key_turn))
 
@@ -162,16 +165,35 @@ class BinaryMap(_SimilarityMap):
         return soft + (hard - soft).detach()
 
     def _divisor(self) -> float:
-        return 2.0 * self.size
+        return 2.0 * self.heads.size
 
 
-MAPS: dict[str, type[FeatureMap]] = {kind.name: kind for kind in (ExponentialMap, AngularMap, BinaryMap)}
+class WindowMap(FeatureMap):
+    """Gives distant tokens no weight (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453)."""
+
+    name = "window"
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__(heads, 1)
+
+    def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros(*query.shape[:-1], 1, device=query.device)
+        return zeros, zeros
+
+    def keys(self, key: Tensor) -> Tensor:
+        return torch.zeros(*key.shape[:-1], 1, device=key.device)
+
+    def start(self, query: Tensor, key: Tensor, scaling: float, generator: torch.Generator) -> None:
+        """There is nothing to set."""
 
 
-def make_map(name: str, heads: int, kv_heads: int, size: int) -> FeatureMap:
-    """An empty map of `MAPS`, with as many features as a head has numbers (one more for a similarity)."""
-    kind = MAPS[name]
-    return kind(heads, kv_heads, size, size if kind is ExponentialMap else size + 1)
+_KINDS = (ExponentialMap, AngularMap, BinaryMap, WindowMap)
+_MAPS = {kind.name: kind for kind in _KINDS}
+
+
+def make_map(name: str, heads: Heads) -> FeatureMap:
+    """An empty map of this name, one of `MAP_TENSORS`."""
+    return _MAPS[name](heads)
 
 
 def k_means(points: Tensor, count: int, rounds: int, generator: torch.Generator) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from shiftadd_cli.artifact.linear_attention import Heads
 from shiftadd_cli.errors import LinearAttentionError
 from shiftadd_cli.runtime.linear_attention.attention import Reach
 from shiftadd_cli.runtime.linear_attention.cache_layer import LinearLayer
@@ -56,8 +56,8 @@ def linearize(module: Any, feature_map: FeatureMap, reach: Reach) -> None:
 
     Raises LinearAttentionError if the layer does not keep all tokens by itself.
     """
-    _check_cache(module)
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention_function)
+    check_cache(module)
+    _attention_functions().register(NAME, _attention_function)
     module.__class__ = _linear_class(type(module))
     module.feature_map = feature_map
     module.reach = reach
@@ -65,7 +65,14 @@ def linearize(module: Any, feature_map: FeatureMap, reach: Reach) -> None:
     module.config._attn_implementation = NAME
 
 
-def _check_cache(module: Any) -> None:
+def _attention_functions() -> Any:
+    """The attention functions of transformers, which is still being imported when this module is."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def check_cache(module: Any) -> None:
     """Raises LinearAttentionError unless the layer's part of the cache is plain, and its own."""
     layers = DynamicCache(config=module.config).layers
     kind = type(layers[module.layer_idx])
@@ -163,7 +170,7 @@ class Inputs:
 def recorded(module: Any) -> Iterator[list[Inputs]]:
     """While open, the inputs of every call of a softmax attention layer are added to the list. For causal texts without
     padding and without a cache."""
-    ALL_ATTENTION_FUNCTIONS.register(_RECORDING, _record)
+    _attention_functions().register(_RECORDING, _record)
     config, inputs = module.config, list[Inputs]()
     module.config = copy.copy(config)
     module.config._attn_implementation = _RECORDING
@@ -178,11 +185,11 @@ def recorded(module: Any) -> Iterator[list[Inputs]]:
 def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     module._recorded.append(Inputs(query.detach(), key.detach(), value.detach(), scaling))
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, *args, **kwargs)
+    return _attention_functions()["sdpa"](module, query, key, value, *args, **kwargs)
 
 
-def heads_of(module: Any) -> tuple[int, int, int]:
-    """Heads of queries, heads of keys, and the size of a head, of an attention layer of transformers.
+def heads_of(module: Any) -> Heads:
+    """The heads of an attention layer of transformers.
 
     Raises LinearAttentionError if it does not say them as transformers' own layers do.
     """
@@ -194,7 +201,7 @@ def heads_of(module: Any) -> tuple[int, int, int]:
             f"{type(module).__name__} does not compute queries, keys and values in the standard way (`q_proj`, "
             "`k_proj`, `v_proj`, `head_dim`), so it cannot be made linear."
         )
-    return group * (rows // size), rows // size, size
+    return Heads(group * (rows // size), rows // size, size)
 
 
 def is_attention(module: nn.Module) -> bool:

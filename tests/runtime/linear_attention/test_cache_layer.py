@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from linear_attention import by_formula, filled_map
 from torch import Tensor
 
+from shiftadd_cli.artifact.linear_attention import MAP_TENSORS, Heads
 from shiftadd_cli.errors import LinearAttentionError
 from shiftadd_cli.runtime.linear_attention.attention import Reach
 from shiftadd_cli.runtime.linear_attention.cache_layer import MARGIN, LinearLayer
-from shiftadd_cli.runtime.linear_attention.feature_maps import MAPS, FeatureMap
+from shiftadd_cli.runtime.linear_attention.feature_maps import FeatureMap
 
 SIZE = 4
+HEADS = Heads(queries=4, keys=2, size=SIZE)
 SCALING = SIZE**-0.5
 
 
@@ -56,7 +58,7 @@ def real(outputs: Tensor, first: list[int]) -> Tensor:
     return torch.where((positions >= torch.tensor(first)[:, None])[:, None, :, None], outputs.double(), 0.0)
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", MAP_TENSORS)
 @settings(max_examples=25, deadline=None)
 @given(
     parts=st.lists(st.sampled_from([1, 1, 2, 7, 40, 90]), min_size=1, max_size=4),
@@ -67,7 +69,7 @@ def real(outputs: Tensor, first: list[int]) -> Tensor:
 def test_every_way_of_feeding_gives_the_formula(
     name: str, parts: list[int], window: int, sinks: int, padding: int
 ) -> None:
-    feature_map, reach, tokens = filled_map(name, 4, 2, SIZE), Reach(window, sinks), sum(parts)
+    feature_map, reach, tokens = filled_map(name, HEADS), Reach(window, sinks), sum(parts)
     first = [0, min(padding, tokens - 1)]
     tensors = inputs(2, tokens)
     with torch.no_grad():
@@ -78,7 +80,7 @@ def test_every_way_of_feeding_gives_the_formula(
 
 
 def test_long_prompts_equal_single_tokens_across_all_edges() -> None:
-    feature_map, reach = filled_map("exp", 4, 2, SIZE), Reach(5, 2)
+    feature_map, reach = filled_map("exp", HEADS), Reach(5, 2)
     tensors = inputs(2, 700)
     with torch.no_grad():
         prompt = fed(LinearLayer(feature_map, reach), [700], tensors, [0, 300])
@@ -88,7 +90,7 @@ def test_long_prompts_equal_single_tokens_across_all_edges() -> None:
 
 def test_a_wide_window_is_softmax_attention() -> None:
     query, key, value = inputs(2, 80)
-    layer = LinearLayer(filled_map("angular", 4, 2, SIZE), Reach(80, 0))
+    layer = LinearLayer(filled_map("angular", HEADS), Reach(80, 0))
     with torch.no_grad():
         outputs = fed(layer, [50, 30], (query, key, value), [0, 0])
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -101,7 +103,7 @@ def stored_numbers(layer: LinearLayer) -> int:
 
 
 def test_the_state_does_not_grow() -> None:
-    layer = LinearLayer(filled_map("exp", 4, 2, SIZE), Reach(8, 2))
+    layer = LinearLayer(filled_map("exp", HEADS), Reach(8, 2))
     sizes = []
     with torch.no_grad():
         for number in range(600):
@@ -115,7 +117,7 @@ def test_the_state_does_not_grow() -> None:
 
 @pytest.mark.parametrize("removed", [1, 7, MARGIN])
 def test_tokens_taken_back_leave_no_trace(removed: int) -> None:
-    feature_map, reach = filled_map("exp", 4, 2, SIZE), Reach(6, 2)
+    feature_map, reach = filled_map("exp", HEADS), Reach(6, 2)
     query, key, value = inputs(1, 400)
     wrong = inputs(1, removed, 1)
     plain, drafted = LinearLayer(feature_map, reach), LinearLayer(feature_map, reach)
@@ -134,7 +136,7 @@ def test_tokens_taken_back_leave_no_trace(removed: int) -> None:
 
 
 def test_tokens_in_the_state_cannot_be_taken_back() -> None:
-    layer = LinearLayer(filled_map("exp", 4, 2, SIZE), Reach(6, 2))
+    layer = LinearLayer(filled_map("exp", HEADS), Reach(6, 2))
     with torch.no_grad():
         fed(layer, [600], inputs(1, 600), [0])
     with pytest.raises(LinearAttentionError, match="can take back"):
@@ -152,7 +154,7 @@ def repeat_and_select(layer: LinearLayer) -> None:
 
 @pytest.mark.parametrize("change", [beams, repeat_and_select])
 def test_rows_can_be_rearranged(change: Callable[[LinearLayer], None]) -> None:
-    feature_map: FeatureMap = filled_map("exp", 4, 2, SIZE)
+    feature_map: FeatureMap = filled_map("exp", HEADS)
     layer, first = LinearLayer(feature_map, Reach(6, 2)), [0, 9]
     query, key, value = inputs(2, 301)
     with torch.no_grad():
@@ -167,7 +169,7 @@ def test_rows_can_be_rearranged(change: Callable[[LinearLayer], None]) -> None:
 
 
 def test_masks_that_hide_more_than_padding_are_refused() -> None:
-    layer = LinearLayer(filled_map("exp", 4, 2, SIZE), Reach(6, 2))
+    layer = LinearLayer(filled_map("exp", HEADS), Reach(6, 2))
     query, key, value = inputs(1, 40)
     layer.update(key, value)
     mask = causal_mask([0], 40, 40)
@@ -177,7 +179,7 @@ def test_masks_that_hide_more_than_padding_are_refused() -> None:
 
 
 def test_added_masks_are_read_like_those_of_bool() -> None:
-    feature_map, first = filled_map("exp", 4, 2, SIZE), [3, 0]
+    feature_map, first = filled_map("exp", HEADS), [3, 0]
     query, key, value = inputs(2, 120)
     mask = causal_mask(first, 120, 120)
     results = []
@@ -189,7 +191,7 @@ def test_added_masks_are_read_like_those_of_bool() -> None:
 
 
 def test_no_output_depends_on_later_tokens() -> None:
-    layer = LinearLayer(filled_map("exp", 4, 2, SIZE), Reach(6, 2))
+    layer = LinearLayer(filled_map("exp", HEADS), Reach(6, 2))
     query, key, value = (tensor.requires_grad_() for tensor in inputs(1, 300))
     layer.update(key, value)
     layer.attend(query, None, SCALING)[:, :, 200].sum().backward()

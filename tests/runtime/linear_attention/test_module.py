@@ -30,7 +30,7 @@ def linear_model(family: str, layers: tuple[int, ...] = (0,), name: str = "exp",
     model = tiny_model(family).eval()
     for module in attentions(model):
         if module.layer_idx in layers:
-            linearize(module, filled_map(name, *heads_of(module), seed=module.layer_idx), reach)
+            linearize(module, filled_map(name, heads_of(module), seed=module.layer_idx), reach)
     return model
 
 
@@ -127,13 +127,13 @@ def test_other_caches_are_refused() -> None:
 def test_layers_without_all_tokens_are_refused(family: str, reason: str) -> None:
     module = attentions(tiny_model(family))[0]
     with pytest.raises(LinearAttentionError, match=reason):
-        linearize(module, filled_map("exp", *heads_of(module)), REACH)
+        linearize(module, filled_map("exp", heads_of(module)), REACH)
 
 
 def test_shared_keys_are_refused() -> None:
     module = next(module for module in attentions(tiny_model("gemma4")) if module.layer_idx == 1)
     with pytest.raises(LinearAttentionError, match="shares keys"):
-        linearize(module, filled_map("exp", *heads_of(module)), REACH)
+        linearize(module, filled_map("exp", heads_of(module)), REACH)
 
 
 def test_attention_without_the_standard_projections_is_refused() -> None:
