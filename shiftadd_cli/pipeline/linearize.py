@@ -49,8 +49,8 @@ from shiftadd_cli.sizes import parse_size
 from shiftadd_cli.source.positions import window_length
 
 REPORT_FILE = "linear_attention.json"
-# Layers whose inputs are in memory at once.
-_TOGETHER = 5
+# Inputs of layers that are in memory at once, in bytes; those of one layer may be more.
+_INPUT_BYTES = 1 << 30
 # Rounds in which a limit on the sum of single divergences is lowered until the measured divergence keeps it.
 _ROUNDS = 6
 _PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)%")
@@ -336,9 +336,12 @@ def fit_layers(
 ) -> Iterator[tuple[int, FeatureMap, Fit]]:
     """Maps of these layers, fitted on windows of tokens `[texts, tokens]`."""
     modules = attention_layers(model)
+    heads = heads_of(modules[layers[0]])
+    one = texts.numel() * (heads.queries + 2 * heads.keys) * heads.size * model.dtype.itemsize
+    together = max(1, _INPUT_BYTES // one)
     fit_settings = FitSettings(steps=0 if settings.map == "window" else settings.steps, seed=settings.seed)
-    for start in range(0, len(layers), _TOGETHER):
-        part = layers[start : start + _TOGETHER]
+    for start in range(0, len(layers), together):
+        part = layers[start : start + together]
         for number, inputs in zip(part, record(model, [modules[number] for number in part], texts), strict=True):
             feature_map, project = make_map(settings.map, heads_of(modules[number])), modules[number].o_proj
             yield number, feature_map, fit_feature_map(feature_map, settings.reach, inputs, project, fit_settings)

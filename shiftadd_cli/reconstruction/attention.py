@@ -20,6 +20,8 @@ from shiftadd_cli.runtime.linear_attention.module import Inputs
 Project = Callable[[Tensor], Tensor]
 # Samples of queries and keys from which a map starts, per head.
 _SAMPLES = 8192
+# The root mean square of the numbers of queries and keys for which `FitSettings.rate` was chosen.
+_TUNED_AT = 1.8
 # Queries of the held-back texts on which errors are measured, per text.
 _MEASURED = 64
 
@@ -30,7 +32,7 @@ class FitSettings:
 
     Attributes:
         steps: of gradient descent, each on some queries of one text; queries: their number.
-        rate: the largest learning rate of Adam. seed: of the choice of texts and queries.
+        rate: the largest learning rate of Adam, of biases. seed: of the choice of texts and queries.
     """
 
     steps: int = 120
@@ -81,18 +83,29 @@ def fit_feature_map(
 
 @torch.enable_grad()
 def _descend(loss: _Loss, texts: Sequence[Inputs], settings: FitSettings, generator: torch.Generator) -> None:
-    optimizer = torch.optim.Adam(loss.feature_map.parameters(), lr=settings.rate)
-    factor = rising_and_falling(settings.steps)
+    groups = [
+        {"params": [parameter], "lr": _rate(name, texts[0], settings)}
+        for name, parameter in loss.feature_map.named_parameters()
+    ]
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rising_and_falling(settings.steps))
     tokens = texts[0].query.shape[2]
-    for step in range(settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate * factor(step)
+    for _ in range(settings.steps):
         text = texts[int(torch.randint(len(texts), (1,), generator=generator))]
         queries = torch.randint(loss.first_distant, tokens, (settings.queries,), generator=generator).sort().values
         error, energy = loss(text, queries)
         optimizer.zero_grad()
         (error / energy).backward()
         optimizer.step()
+        schedule.step()
+
+
+def _rate(name: str, text: Inputs, settings: FitSettings) -> float:
+    """The learning rate of a parameter. Factors of queries and keys move less where these are large."""
+    if not name.endswith(("weight", "turn")):
+        return settings.rate
+    inputs = text.query if name.startswith("query") else text.key
+    return settings.rate * _TUNED_AT / max(float(inputs.float().square().mean().sqrt()), 1e-6)
 
 
 def _start(feature_map: FeatureMap, texts: Sequence[Inputs], generator: torch.Generator) -> None:

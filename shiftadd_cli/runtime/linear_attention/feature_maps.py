@@ -61,8 +61,9 @@ class ExponentialMap(FeatureMap):
     """
 
     name = "exp"
-    # The logits of the shares at the start: minus half of the squared distance to a centre, times this.
-    _SHARPNESS = 0.1
+    # The logit of the share of a centre at the start: minus the squared distance to it, in units of the mean squared
+    # distance of a query to its nearest centre, times this.
+    _SHARPNESS = 2.0
     # Of k-means.
     _ROUNDS = 10
 
@@ -90,14 +91,17 @@ class ExponentialMap(FeatureMap):
         group = self.heads.queries // self.heads.keys
         for index in range(self.heads.keys):
             own = slice(index * group, (index + 1) * group)
-            codebook = k_means(query[own].flatten(0, 1).float(), self.features, self._ROUNDS, generator)
+            queries = query[own].flatten(0, 1).float()
+            codebook = k_means(queries, self.features, self._ROUNDS, generator)
+            distance = torch.cdist(queries, codebook).amin(1).square().mean().clamp(min=1e-12)
+            sharpness = 2 * self._SHARPNESS / distance
             weight = scaling * codebook.T
             # Every feature is at most 1 for the sampled keys, and the query's scale undoes that.
             largest = (key[index].float() @ weight).amax(0)
             self.key_weight[index], self.key_bias[index] = weight, -largest
             self.log_scale[own] = largest
-            self.query_weight[own] = self._SHARPNESS * codebook.T
-            self.query_bias[own] = -self._SHARPNESS / 2 * codebook.square().sum(1)
+            self.query_weight[own] = sharpness * codebook.T
+            self.query_bias[own] = -sharpness / 2 * codebook.square().sum(1)
 
 
 class _SimilarityMap(FeatureMap):
