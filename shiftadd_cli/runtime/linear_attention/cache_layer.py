@@ -156,9 +156,13 @@ class LinearLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens from the end, given by a negative number as transformers does.
 
-        Raises LinearAttentionError for more tokens than are still kept apart from the state.
+        Raises:
+            LinearAttentionError: they are more than are still kept apart from the state.
+            ValueError: the number is positive.
         """
-        count = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
+        count = -tokens_to_remove
         if count == 0 or not self.is_initialized:
             return
         if self.folded and self.seen - count - self.folded < self.reach.window - 1:

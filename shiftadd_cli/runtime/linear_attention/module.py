@@ -24,7 +24,10 @@ from shiftadd_cli.runtime.made_class import Reduced, reduce_made
 
 NAME, _RECORDING = "shiftadd_linear", "shiftadd_recording"
 # Arguments of attention functions that change no result where they have these values.
-_WITHOUT_EFFECT = {"softcap": None, "s_aux": None, "sliding_window": None, "position_bias": None, "dropout": 0.0}
+_WITHOUT_EFFECT = {
+    **dict.fromkeys(("softcap", "s_aux", "sliding_window", "position_bias", "cu_seq_lens_q", "cache")),
+    "dropout": 0.0,
+}
 
 
 class LinearAttention(nn.Module):
@@ -85,14 +88,6 @@ def check_cache(module: Any) -> None:
         raise LinearAttentionError(
             f"{type(module).__name__} shares keys and values between layers, which linear attention does not keep."
         )
-
-
-def restore(module: Any, config: Any) -> None:
-    """Undo `linearize`; config: the configuration that the module had."""
-    del module.feature_map
-    del module.reach
-    module.config = config
-    module.__class__ = module.dense_class
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -205,5 +200,5 @@ def heads_of(module: Any) -> Heads:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module looks like a self-attention layer with transformers' interface."""
-    return isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
+    """Whether a module looks like a causal self-attention layer with transformers' interface."""
+    return isinstance(getattr(module, "layer_idx", None), int) and getattr(module, "is_causal", None) is True

@@ -141,6 +141,8 @@ def test_tokens_in_the_state_cannot_be_taken_back() -> None:
         fed(layer, [600], inputs(1, 600), [0])
     with pytest.raises(LinearAttentionError, match="can take back"):
         layer.crop(-500)
+    with pytest.raises(ValueError, match="as a negative number"):
+        layer.crop(500)
 
 
 def beams(layer: LinearLayer) -> None:

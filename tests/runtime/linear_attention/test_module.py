@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 from shiftadd_cli.errors import LinearAttentionError
 from shiftadd_cli.runtime.linear_attention.attention import Reach
 from shiftadd_cli.runtime.linear_attention.cache_layer import LinearLayer
-from shiftadd_cli.runtime.linear_attention.module import LinearAttention, heads_of, is_attention, linearize, restore
+from shiftadd_cli.runtime.linear_attention.module import heads_of, is_attention, linearize
 
 REACH = Reach(window=6, sinks=2)
 
@@ -97,19 +97,6 @@ def test_copies_and_files_of_a_model_are_whole() -> None:
     assert torch.equal(model(ids).logits, expected)
 
 
-@torch.no_grad()
-def test_restoring_gives_the_model_back() -> None:
-    ids = tokens_of(1, 90)
-    expected = tiny_model("qwen3").eval()(ids).logits
-    model = linear_model("qwen3", (0, 2))
-    assert not torch.allclose(model(ids).logits, expected)
-    for module in attentions(model):
-        if isinstance(module, LinearAttention):
-            restore(module, model.config)
-    assert torch.equal(model(ids).logits, expected)
-    assert model.state_dict().keys() == tiny_model("qwen3").state_dict().keys()
-
-
 def test_other_caches_are_refused() -> None:
     model = linear_model("llama")
     with pytest.raises(LinearAttentionError, match="DynamicCache"):
@@ -146,3 +133,10 @@ def test_texts_that_share_a_row_are_refused() -> None:
     packed = torch.tensor([[*range(20), *range(20)]])
     with pytest.raises(LinearAttentionError, match="packed texts"):
         model(tokens_of(1, 40), position_ids=packed, use_cache=False)
+
+
+@torch.no_grad()
+def test_packed_texts_without_a_mask_are_refused() -> None:
+    model = linear_model("llama")
+    with pytest.raises(LinearAttentionError, match="uses `cu_seq_lens_q` in its attention"):
+        model(tokens_of(1, 40), cu_seq_lens_q=torch.tensor([0, 20, 40]), use_cache=False)
