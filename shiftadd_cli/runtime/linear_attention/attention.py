@@ -73,18 +73,19 @@ def attend(
         state: further distant tokens, of all queries.
     """
     rows, heads, queries, size = query.shape
-    kv_heads, values = key.shape[1], value.float()
+    kv_heads, group, values = key.shape[1], heads // key.shape[1], value.float()
     # The queries of all heads that share a key head lie one after the other.
-    packed = (rows, kv_heads, heads // kv_heads * queries, -1)
-    scores = query.float().reshape(rows, kv_heads, -1, size) @ key.float().transpose(-1, -2) * scaling
-    scores = scores.masked_fill(~_packed(near, heads // kv_heads), -torch.inf)
-    log_near = scores.logsumexp(-1, keepdim=True)
-    near_mean = (scores - log_near).exp() @ values
+    packed = (rows, kv_heads, group * queries, -1)
+    scores = (query.float() * scaling).reshape(rows, kv_heads, -1, size) @ key.float().transpose(-1, -2)
+    scores = scores.masked_fill(_hidden(near, group), -torch.inf)
+    largest = scores.detach().amax(-1, keepdim=True)
+    near_weights = (scores - largest).exp()
+    near_weight = near_weights.sum(-1, keepdim=True)
+    near_mean = near_weights @ values / near_weight
 
     log_scale, features = (part.reshape(packed) for part in feature_map.queries(query))
-    weights = (features @ feature_map.keys(key).transpose(-1, -2)).masked_fill(
-        ~_packed(distant, heads // kv_heads), 0.0
-    )
+    weights = features @ feature_map.keys(key).transpose(-1, -2)
+    weights = weights.masked_fill(_hidden(distant, group), 0.0)
     weight, weighted = weights.sum(-1, keepdim=True), weights @ values
     if state is not None:
         weight = weight + features @ state.weights[..., None]
@@ -92,15 +93,16 @@ def attend(
     counts = weight > 0
     weight = torch.where(counts, weight, 1.0)
     # The logarithm of distant over near weight. Its sigmoid is the share of distant tokens in all.
-    ratio = torch.where(counts, log_scale + weight.log() - log_near, -torch.inf)
-    share = torch.sigmoid(ratio)
-    mixed = near_mean * (1 - share) + weighted / weight * share
+    ratio = torch.where(counts, log_scale + (weight / near_weight).log() - largest, -torch.inf)
+    mixed = torch.lerp(near_mean, weighted / weight, torch.sigmoid(ratio))
     return mixed.reshape(rows, heads, queries, -1)
 
 
-def _packed(mask: Tensor, group: int) -> Tensor:
-    """`[rows, 1, group * queries, keys]` from `[rows, queries, keys]`."""
-    return mask[:, None].repeat(1, 1, group, 1)
+def _hidden(mask: Tensor, group: int) -> Tensor:
+    """Where a mask `[rows, queries, keys]` is False, as `[rows, 1, group * queries, keys]`; for a single query, one for
+    all of the group."""
+    hidden = ~mask[:, None]
+    return hidden if mask.shape[1] == 1 else hidden.repeat(1, 1, group, 1)
 
 
 def tokens_within(reach: Reach, queries: Tensor, keys: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
