@@ -75,7 +75,9 @@ class ModelDrafter:
             if old != new:
                 break
             same += 1
-        take_back(self._cache, len(self._cached) - same)
+        # Taking back no token would cut the windows of layers, which a later rejection needs whole.
+        if same < len(self._cached):
+            take_back(self._cache, len(self._cached) - same)
         ids = torch.tensor([text[same:]], device=self._model.device)
         logits = last_logits(self._model, ids, self._cache)[:, : self._vocabulary].float()
         self._cached = text

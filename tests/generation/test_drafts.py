@@ -97,6 +97,22 @@ def test_model_drafts_what_it_would_write(loaded: Loaded, temperature: float) ->
     assert drafter.draft(text, 4, lambda confidences: len(confidences) < 3).tokens == written(text, 2)[0]
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_sliding_windows_stay_whole_through_rejections(family: str, tmp_path: Path) -> None:
+    loaded = load_any(str(save_tiny(family, tmp_path / family)))
+    drafter = ModelDrafter(loaded, TokenChoice(Sampling()), 320, None)
+    text = [number % 300 for number in range(7, 90)]
+    drafter.begin(text)
+    for kept in (5, 0, 3, 0):
+        draft = drafter.draft(text, 5, always)
+        tokens = list(text)
+        for _ in range(5):
+            with torch.no_grad():
+                tokens.append(int(loaded.model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        assert draft.tokens == tokens[len(text) :]
+        text = [*text, *draft.tokens[:kept], 17]
+
+
 def test_model_drafts_no_token_that_the_other_does_not_know(loaded: Loaded) -> None:
     choice = TokenChoice(Sampling(temperature=5.0))
     drafter = ModelDrafter(loaded, choice, 12, None)
