@@ -50,11 +50,14 @@ class ModelDrafter:
 
     def begin(self, prompt: Sequence[int]) -> None:
         if self._positions is None or len(prompt) <= self._positions:
+            self._forget(prompt)
             self._read(list(prompt))
 
     def draft(self, text: Sequence[int], most: int, gains: GainsFrom) -> Draft:
         room = most if self._positions is None else min(most, self._positions - len(text))
         result = Draft()
+        if room > 0:
+            self._forget(text)
         while len(result.tokens) < room:
             logits = self._read([*text, *result.tokens])
             result.steps += 1
@@ -68,17 +71,25 @@ class ModelDrafter:
             result.confidences.append(confidence)
         return result
 
-    def _read(self, text: list[int]) -> torch.Tensor:
-        """Logits `[1, vocabulary]` after `text`, of which only the part that is not cached is computed."""
+    def _forget(self, text: Sequence[int]) -> None:
+        """Take back what is cached beyond the beginning that it has in common with a text. The last token of the text
+        is read again, for its logits.
+
+        Call this once per draft: the tokens that remain are final, so layers with a window drop what they no longer
+        need. The tokens of a draft are not, until the next one.
+        """
         same = 0
         for old, new in zip(self._cached, text[:-1], strict=False):
             if old != new:
                 break
             same += 1
-        # Taking back no token would cut the windows of layers, which a later rejection needs whole.
-        if same < len(self._cached):
+        if self._cached:
             take_back(self._cache, len(self._cached) - same)
-        ids = torch.tensor([text[same:]], device=self._model.device)
+        self._cached = self._cached[:same]
+
+    def _read(self, text: list[int]) -> torch.Tensor:
+        """Logits `[1, vocabulary]` after `text`, which begins with what is cached. The rest of it is computed."""
+        ids = torch.tensor([text[len(self._cached) :]], device=self._model.device)
         logits = last_logits(self._model, ids, self._cache)[:, : self._vocabulary].float()
         self._cached = text
         return self._refuse(ids, logits)

@@ -152,7 +152,8 @@ def reversible_cache(model: Any) -> DynamicCache | None:
 
 def take_back(cache: DynamicCache, tokens: int) -> None:
     """Remove the last `tokens` tokens, 0 or more, from a `reversible_cache`, like `cache.crop(-tokens)`; layers keep
-    their room. Call it after every forward, so that layers with a window drop what they no longer need."""
+    their room. Call it, with 0 as well, when the tokens that remain are final: layers with a window then drop what
+    only taking these back would need."""
     rooms: Rooms | None = cache.layers[0].__dict__.get(_ROOMS, (None,))[0] if cache.layers else None
     if rooms is not None and rooms.layers == cache.layers:
         rooms.tokens -= tokens
