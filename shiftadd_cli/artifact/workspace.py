@@ -99,8 +99,12 @@ class Workspace:
         self._unlock()
 
     def publish(self, *, overwrite: bool) -> None:
-        """Rename `artifact` to `out`; an old `out` is removed only once the new one is in its place."""
+        """Rename `artifact` to `out` once all its files are on disk; an old `out` is removed only after that."""
         with refusals(self.out):
+            for path in self.artifact.rglob("*"):
+                if path.is_file():
+                    sync(path)
+            sync(self.artifact)
             if self.out.exists() and any(self.out.iterdir()):
                 if not overwrite:
                     raise FileExistsError(f"{self.out} appeared meanwhile")

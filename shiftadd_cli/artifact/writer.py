@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shiftadd_cli.artifact.shards import Shard, TensorShape, plan_shards
 from shiftadd_cli.artifact.workspace import Workspace
-from shiftadd_cli.storage.durable import as_bytes, checksum, read_tensor, reserve, sync, write_all, write_tensor
+from shiftadd_cli.storage.durable import as_bytes, checksum, read_tensor, reserve, write_all, write_tensor
 from shiftadd_cli.storage.record_file import damaged
 from shiftadd_cli.storage.refusals import refusals
 from shiftadd_cli.storage.safetensors_names import INDEX_FILE
@@ -180,11 +180,6 @@ class ArtifactWriter:
             self.add_file("report.json", _json({**report, "files": sums}))
         self.add_file("config.json", _json(config))
         check(self.folder)
-        with refusals(self.out):
-            for path in self.folder.rglob("*"):
-                if path.is_file():
-                    sync(path)
-            sync(self.folder)
         self.workspace.publish(overwrite=self.overwrite)
         return self.out
 
