@@ -1,6 +1,8 @@
 """Measures decoding by the length of the context: time per token and bytes of the cache, of several models in turn.
 
-python scripts/benchmark_contexts.py demo out/linear --contexts 512,2048,4096,8192
+The first model is the one that the others are compared with:
+
+    python scripts/benchmark_contexts.py demo out/linear --contexts 512,2048,4096,8192
 """
 
 from __future__ import annotations

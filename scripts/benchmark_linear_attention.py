@@ -22,22 +22,20 @@ from shiftadd_cli.artifact.linear_attention import MAP_TENSORS
 from shiftadd_cli.cli.flags import usage_error
 from shiftadd_cli.cli.summary import table
 from shiftadd_cli.data.text import load_text, sample_windows, text_windows, tokenise
-from shiftadd_cli.data.windows import cut_windows
 from shiftadd_cli.device import use_threads
 from shiftadd_cli.errors import ShiftaddError
 from shiftadd_cli.evaluation.perplexity import Score, score_models
-from shiftadd_cli.pipeline.linearize import (
-    LinearizeSettings,
-    attention_layers,
+from shiftadd_cli.pipeline.linear_layers import (
     cache_bytes,
-    divergence,
+    divergences,
     fit_layers,
+    held_back_windows,
+    linear_candidates,
     twin,
 )
+from shiftadd_cli.pipeline.linearize_settings import LinearizeSettings
 from shiftadd_cli.progress import progress
 from shiftadd_cli.reconstruction.attention import Fit
-from shiftadd_cli.reconstruction.optimizer import hold_back
-from shiftadd_cli.runtime.linear_attention.feature_maps import FeatureMap
 from shiftadd_cli.runtime.opened import open_any
 
 
@@ -132,19 +130,20 @@ def main(
         windows = text_windows(tokens, tokenizer, context, "`context`")
     except ShiftaddError as error:
         raise usage_error(error) from error
-    held = cut_windows(texts[hold_back(samples)[1]].flatten(), context)
+    held = held_back_windows(texts)
     layers: list[Layer] = []
     mixes: list[Mixed] = []
     for settings in chosen:
-        name, made = settings.map, dict[int, FeatureMap]()
-        numbers = list(attention_layers(loaded.model))
+        name, numbers = settings.map, list(linear_candidates(loaded.model))
         fits = fit_layers(loaded.model, texts, numbers, settings)
-        for index, feature_map, fit in progress(fits, len(numbers), f"Fitting {name}"):
-            made[index] = feature_map
-            alone = divergence(loaded.model, {index: feature_map}, settings.reach, held)
-            layers.append(Layer(name, index, fit, alone))
-            click.echo(describe(layers[-1]))
-        ranked = sorted((layer for layer in layers if layer.map == name), key=lambda layer: layer.divergence)
+        fitted = list(progress(fits, len(numbers), f"Fitting {name}"))
+        made = {index: feature_map for index, feature_map, _ in fitted}
+        single = [{index: feature_map} for index, feature_map in made.items()]
+        alone = divergences(loaded.model, single, settings.reach, held)
+        own = [Layer(name, index, fit, value) for (index, _, fit), value in zip(fitted, alone, strict=True)]
+        click.echo("\n".join(map(describe, own)))
+        layers += own
+        ranked = sorted(own, key=lambda layer: layer.divergence)
         for share in map(float, shares.split(",")):
             picked = tuple(sorted(layer.index for layer in ranked[: round(share * len(ranked))]))
             mixed = twin(loaded.model, {index: made[index] for index in picked}, settings.reach)

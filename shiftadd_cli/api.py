@@ -17,7 +17,8 @@ from shiftadd_cli.generation.run import Generated
 from shiftadd_cli.generation.sampling import Sampling
 from shiftadd_cli.pipeline.allocate import AllocationJob, Request
 from shiftadd_cli.pipeline.job import Job
-from shiftadd_cli.pipeline.linearize import Linearized, LinearizeJob, LinearizeSettings
+from shiftadd_cli.pipeline.linearize import Linearized, LinearizeJob
+from shiftadd_cli.pipeline.linearize_settings import LinearizeSettings
 from shiftadd_cli.recipe import Recipe
 from shiftadd_cli.report.schema import Report
 from shiftadd_cli.runtime.load import load

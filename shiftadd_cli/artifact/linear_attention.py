@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from shiftadd_cli.errors import ArtifactError
@@ -73,7 +73,7 @@ class LinearAttentionFormat:
     map: str
     window: int
     sinks: int
-    modules: Mapping[str, Heads] = field(default_factory=dict)
+    modules: Mapping[str, Heads]
 
     @classmethod
     def from_dict(cls, entry: object) -> LinearAttentionFormat:

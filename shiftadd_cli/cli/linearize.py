@@ -94,7 +94,8 @@ def linearize(
     from transformers.utils import logging
 
     from shiftadd_cli.device import use_threads
-    from shiftadd_cli.pipeline.linearize import LinearizeJob, LinearizeSettings
+    from shiftadd_cli.pipeline.linearize import LinearizeJob
+    from shiftadd_cli.pipeline.linearize_settings import LinearizeSettings
 
     settings = LinearizeSettings(
         map=feature_map,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from shiftadd_cli.reconstruction.optimizer import hold_back, rising_and_falling
 from shiftadd_cli.runtime.linear_attention.attention import Reach, attend, tokens_within
@@ -76,7 +77,7 @@ def fit_feature_map(
     held_texts = [texts[index] for index in held]
     window_error = loss.measure(held_texts, measured, distant=False)
     start_error = loss.measure(held_texts, measured)
-    if settings.steps:
+    if settings.steps and any(True for _ in feature_map.parameters()):
         _descend(loss, [texts[index] for index in tuned], settings, generator)
     return Fit(window_error, start_error, loss.measure(held_texts, measured))
 
@@ -134,19 +135,20 @@ class _Loss:
     def __call__(self, text: Inputs, queries: Tensor, *, distant: bool = True) -> tuple[Tensor, Tensor]:
         """The error, and the energy of the softmax layer's output. queries: positions; distant: whether distant tokens
         take part."""
-        query = text.query[:, :, queries]
-        positions = torch.arange(text.key.shape[2])
+        query, key, value = text.query[:, :, queries].float(), text.key.float(), text.value.float()
+        positions = torch.arange(key.shape[2])
         near, far = tokens_within(self._reach, queries, positions, torch.zeros(1, dtype=torch.long))
-        nothing = torch.zeros_like(far)
 
-        def output(near: Tensor, far: Tensor) -> Tensor:
-            mixed = attend(query, text.key, text.value, near, far, self.feature_map, text.scaling)
+        def projected(mixed: Tensor) -> Tensor:
             return self._project(mixed.transpose(1, 2).flatten(2).to(text.value.dtype)).float()
 
+        def softmax(mask: Tensor) -> Tensor:
+            return scaled_dot_product_attention(query, key, value, mask, scale=text.scaling, enable_gqa=True)
+
         with torch.no_grad():
-            target = output(near | far, nothing)
-        difference = output(near, far if distant else nothing) - target
-        return difference.square().sum(), target.square().sum()
+            target = projected(softmax(near | far))
+        mixed = attend(query, key, value, near, far, self.feature_map, text.scaling) if distant else softmax(near)
+        return (projected(mixed) - target).square().sum(), target.square().sum()
 
     @torch.no_grad()
     def measure(self, texts: Sequence[Inputs], queries: Tensor, *, distant: bool = True) -> float:

@@ -17,7 +17,8 @@ from shiftadd_cli.artifact.folder import Artifact
 from shiftadd_cli.artifact.verify import verify
 from shiftadd_cli.errors import ArtifactError, ExportError, LinearAttentionError, OutputError, RecipeError, SourceError
 from shiftadd_cli.export.dense import export_dense
-from shiftadd_cli.pipeline.linearize import Linearized, LinearizeJob, LinearizeSettings
+from shiftadd_cli.pipeline.linearize import Linearized, LinearizeJob
+from shiftadd_cli.pipeline.linearize_settings import LinearizeSettings
 from shiftadd_cli.runtime.linear_attention.module import LinearAttention
 from shiftadd_cli.source import open_source
 
@@ -30,7 +31,7 @@ def linearize(model: Path, out: Path, **settings: Any) -> Linearized:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three layers, the middle one of them without a sliding window."""
+    """Three layers of softmax attention over all tokens."""
     return save_tiny("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
 
 
@@ -122,6 +123,7 @@ def test_the_same_settings_give_the_same_bytes(original: Path, tmp_path: Path) -
         ({"cache_budget": "half"}, "`cache_budget` 'half' is not valid"),
         ({"max_divergence": 0.0}, "`max_divergence` 0.0 is not valid"),
         ({"layers": "first"}, "`layers` 'first' is not valid"),
+        ({"layers": "0,2-1"}, "`layers` '0,2-1' is not valid"),
         ({"layers": "0-5"}, r"Layer 3 \(`layers`\) has no attention that can be linear; those that have: 0, 1, 2"),
     ],
 )

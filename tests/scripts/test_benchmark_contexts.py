@@ -8,7 +8,8 @@ from benchmark_contexts import main
 from click.testing import CliRunner
 from tiny_models import save_tiny
 
-from shiftadd_cli.pipeline.linearize import LinearizeJob, LinearizeSettings
+from shiftadd_cli.pipeline.linearize import LinearizeJob
+from shiftadd_cli.pipeline.linearize_settings import LinearizeSettings
 
 
 def test_the_cache_of_a_linear_model_stops_growing(tmp_path: Path) -> None:

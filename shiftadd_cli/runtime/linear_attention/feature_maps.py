@@ -64,8 +64,7 @@ class ExponentialMap(FeatureMap):
     # The logit of the share of a centre at the start: minus the squared distance to it, in units of the mean squared
     # distance of a query to its nearest centre, times this.
     _SHARPNESS = 2.0
-    # Of k-means.
-    _ROUNDS = 10
+    _K_MEANS_ROUNDS = 10
 
     query_weight: nn.Parameter
     query_bias: nn.Parameter
@@ -92,7 +91,7 @@ class ExponentialMap(FeatureMap):
         for index in range(self.heads.keys):
             own = slice(index * group, (index + 1) * group)
             queries = query[own].flatten(0, 1).float()
-            codebook = k_means(queries, self.features, self._ROUNDS, generator)
+            codebook = k_means(queries, self.features, self._K_MEANS_ROUNDS, generator)
             distance = torch.cdist(queries, codebook).amin(1).square().mean().clamp(min=1e-12)
             sharpness = 2 * self._SHARPNESS / distance
             weight = scaling * codebook.T
@@ -178,14 +177,13 @@ class WindowMap(FeatureMap):
     name = "window"
 
     def __init__(self, heads: Heads) -> None:
-        super().__init__(heads, 1)
+        super().__init__(heads, 0)
 
     def queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        zeros = torch.zeros(*query.shape[:-1], 1, device=query.device)
-        return zeros, zeros
+        return query.new_zeros(*query.shape[:-1], 1).float(), self.keys(query)
 
     def keys(self, key: Tensor) -> Tensor:
-        return torch.zeros(*key.shape[:-1], 1, device=key.device)
+        return key.new_zeros(*key.shape[:-1], 0).float()
 
     def start(self, query: Tensor, key: Tensor, scaling: float, generator: torch.Generator) -> None:
         """There is nothing to set."""
